@@ -1,0 +1,1 @@
+"""Simulated worlds as gymnasium environments, and their mapping to MetaObs."""

@@ -1,0 +1,1 @@
+"""What a policy is, and ACT: types, normalizers, the network, the checkpoint loaders."""

@@ -1,0 +1,1 @@
+"""Loaders that turn a checkpoint directory of any supported layout into a policy."""

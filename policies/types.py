@@ -1,0 +1,339 @@
+"""What a policy takes, gives and promises.
+
+numpy only: a robot's computer imports this without torch. A *tick* is a policy tick of
+``contract.dt_s``; ``timestep`` and chunk indices count ticks.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any, Literal, Protocol, get_args, overload, runtime_checkable
+
+import numpy as np
+from numpy.typing import NDArray
+
+from policies.errors import ContractMismatch
+
+CtrlSpace = Literal["joint", "ee"]
+CtrlType = Literal["abs", "delta", "relative"]
+Resize = Literal["none", "bilinear", "area"]
+
+STAGES = (
+    "pack",
+    "publish",
+    "server_wait",
+    "preprocess",
+    "infer",
+    "postprocess",
+    "reply",
+    "unpack",
+)
+"""Stages of one request, in order; durations in ns. In process only the middle three occur."""
+
+
+@dataclass(slots=True)
+class MetaObs:
+    """One observation.
+
+    Attributes:
+        images: Camera name to (H, W, 3) uint8 RGB.
+        state: (S,) float32, physical units, in the order the policy was trained with.
+        state_ee: (E,) float32 end-effector state, where there is one.
+        state_joint: (J,) float32 joint state, where it differs from ``state``.
+        depth: Camera name to (H, W) float32 metres or uint16 millimetres.
+        raw_lang: The instruction, empty for policies that take none.
+        timestep: Policy tick that this was captured for, counted by the client.
+        t_capture_ns: The client's monotonic clock at capture. Never compared with another host's.
+    """
+
+    images: Mapping[str, NDArray[np.uint8]]
+    state: NDArray[np.float32]
+    state_ee: NDArray[np.float32] | None = None
+    state_joint: NDArray[np.float32] | None = None
+    depth: Mapping[str, NDArray[Any]] = field(default_factory=dict)
+    raw_lang: str = ""
+    timestep: int = 0
+    t_capture_ns: int = 0
+
+
+@dataclass(frozen=True, slots=True)
+class MetaAction:
+    """One action: ``action`` is (A,) float32 in physical units."""
+
+    action: NDArray[np.float32]
+    ctrl_space: CtrlSpace = "joint"
+    ctrl_type: CtrlType = "abs"
+    gripper_continuous: bool = True
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class ActionChunk(Sequence[MetaAction]):
+    """The future actions inferred from one observation, a sequence of ``MetaAction``.
+
+    Attributes:
+        actions: (T, A) float32, physical units. Action i is for tick
+            ``obs_timestep + first_action_offset + i``.
+        obs_timestep: ``timestep`` of the observation it was inferred from.
+        t_capture_ns: ``t_capture_ns`` of that observation.
+        stages_ns: Durations by stage (``STAGES``), nanoseconds; those that occurred.
+    """
+
+    actions: NDArray[np.float32]
+    obs_timestep: int = 0
+    t_capture_ns: int = 0
+    first_action_offset: int = 0
+    ctrl_space: CtrlSpace = "joint"
+    ctrl_type: CtrlType = "abs"
+    gripper_continuous: bool = True
+    stages_ns: Mapping[str, int] = field(default_factory=dict)
+
+    def __len__(self) -> int:
+        return len(self.actions)
+
+    @overload
+    def __getitem__(self, index: int) -> MetaAction: ...
+    @overload
+    def __getitem__(self, index: slice) -> list[MetaAction]: ...
+    def __getitem__(self, index: int | slice) -> MetaAction | list[MetaAction]:
+        if isinstance(index, slice):
+            return [self._at(i) for i in range(*index.indices(len(self)))]
+        return self._at(index)
+
+    def __iter__(self) -> Iterator[MetaAction]:
+        return (self._at(i) for i in range(len(self)))
+
+    def _at(self, index: int) -> MetaAction:
+        return MetaAction(
+            self.actions[index], self.ctrl_space, self.ctrl_type, self.gripper_continuous
+        )
+
+
+@dataclass(frozen=True, slots=True)
+class CameraContract:
+    """How one camera's picture reaches the model: source, then crop, then resize.
+
+    Attributes:
+        name: The name in ``MetaObs.images``.
+        source_hw: (height, width) the camera delivers.
+        crop: (top, left, height, width) in source pixels, or None for the whole picture.
+        model_hw: (height, width) the network sees. A client may send this size directly.
+        resize: How the crop becomes ``model_hw``; "none" where they are equal.
+    """
+
+    name: str
+    source_hw: tuple[int, int]
+    model_hw: tuple[int, int]
+    crop: tuple[int, int, int, int] | None = None
+    resize: Resize = "none"
+
+    def __post_init__(self) -> None:
+        height, width = self.source_hw
+        top, left, crop_h, crop_w = self.crop or (0, 0, height, width)
+        if min(height, width, crop_h, crop_w, *self.model_hw) < 1 or top < 0 or left < 0:
+            raise ContractMismatch(f"cameras.{self.name}", f"{self}", "positive sizes")
+        if top + crop_h > height or left + crop_w > width:
+            raise ContractMismatch(
+                f"cameras.{self.name}.crop", f"{self.crop}", f"a window inside {self.source_hw}"
+            )
+        if self.resize not in get_args(Resize):
+            raise ContractMismatch(
+                f"cameras.{self.name}.resize", repr(self.resize), f"one of {get_args(Resize)}"
+            )
+        if self.resize == "none" and (crop_h, crop_w) != tuple(self.model_hw):
+            raise ContractMismatch(
+                f"cameras.{self.name}.model_hw",
+                f"{self.model_hw}",
+                f"{(crop_h, crop_w)} (the crop's size, since resize is 'none')",
+            )
+
+    @property
+    def accepted_hw(self) -> tuple[tuple[int, int], ...]:
+        """Sizes a client may send: the source's, or the model's."""
+        return tuple(dict.fromkeys((self.source_hw, self.model_hw)))
+
+
+@dataclass(frozen=True, slots=True)
+class Rendering:
+    """How the training pictures were rendered; a simulation does the same unless told otherwise."""
+
+    shadows: bool = True
+    msaa: int = 4
+
+
+@dataclass(frozen=True, slots=True)
+class PolicyContract:
+    """What a policy needs and gives. Sent to every client; a mismatch is refused by field.
+
+    Attributes:
+        policy_type: e.g. ``"act"``.
+        cameras: In the order the model sees them.
+        state_dim, action_dim: Lengths S and A.
+        chunk_size: Actions per chunk, T.
+        n_action_steps: How many of them to play before the next chunk, unless the user says else.
+        dt_s: Seconds per policy tick.
+        first_action_offset: Ticks from the observation to the chunk's first action (0 for ACT).
+        normalizer_hash: Of the statistics in use, so that two servers can be told apart.
+        dataset_id: Whose normalizers are in use; ``dataset_ids``: all that the checkpoint has.
+        rendering: What simulated pictures should look like, where the checkpoint says.
+    """
+
+    policy_type: str
+    cameras: tuple[CameraContract, ...]
+    state_dim: int
+    action_dim: int
+    chunk_size: int
+    n_action_steps: int
+    dt_s: float = 0.02
+    first_action_offset: int = 0
+    ctrl_space: CtrlSpace = "joint"
+    ctrl_type: CtrlType = "abs"
+    gripper_continuous: bool = True
+    normalizer_hash: str = ""
+    dataset_id: str = ""
+    dataset_ids: tuple[str, ...] = ()
+    rendering: Rendering | None = None
+
+    def __post_init__(self) -> None:
+        names = [camera.name for camera in self.cameras]
+        if len(set(names)) != len(names):
+            raise ContractMismatch("cameras", f"{names}", "different names")
+        for name in ("state_dim", "action_dim", "chunk_size"):
+            if getattr(self, name) < 1:
+                raise ContractMismatch(name, str(getattr(self, name)), "at least 1")
+        if not 1 <= self.n_action_steps <= self.chunk_size:
+            raise ContractMismatch(
+                "n_action_steps", str(self.n_action_steps), f"1 to chunk_size = {self.chunk_size}"
+            )
+        if not self.dt_s > 0:
+            raise ContractMismatch("dt_s", str(self.dt_s), "a positive number of seconds")
+        for name, choices in (
+            ("ctrl_space", get_args(CtrlSpace)),
+            ("ctrl_type", get_args(CtrlType)),
+        ):
+            if getattr(self, name) not in choices:
+                raise ContractMismatch(name, repr(getattr(self, name)), f"one of {choices}")
+
+    @property
+    def camera_names(self) -> tuple[str, ...]:
+        return tuple(camera.name for camera in self.cameras)
+
+    def to_json(self) -> str:
+        return json.dumps(dataclasses.asdict(self))
+
+    @classmethod
+    def from_json(cls, text: str | bytes) -> PolicyContract:
+        """The contract that ``to_json`` wrote.
+
+        Raises:
+            ContractMismatch: Not JSON, a missing or unknown field, or a value out of range.
+        """
+        try:
+            raw = json.loads(text)
+            cameras = tuple(
+                CameraContract(
+                    name=camera["name"],
+                    source_hw=_pair(camera["source_hw"]),
+                    model_hw=_pair(camera["model_hw"]),
+                    crop=None if camera["crop"] is None else _four(camera["crop"]),
+                    resize=camera["resize"],
+                )
+                for camera in raw.pop("cameras")
+            )
+            rendering = raw.pop("rendering")
+            return cls(
+                cameras=cameras,
+                rendering=None if rendering is None else Rendering(**rendering),
+                dataset_ids=tuple(raw.pop("dataset_ids")),
+                **raw,
+            )
+        except (ValueError, KeyError, TypeError, AttributeError) as error:
+            raise ContractMismatch("contract", f"{error!r}", "what to_json wrote") from error
+
+
+def _pair(value: Sequence[int]) -> tuple[int, int]:
+    height, width = value
+    return int(height), int(width)
+
+
+def _four(value: Sequence[int]) -> tuple[int, int, int, int]:
+    top, left, height, width = value
+    return int(top), int(left), int(height), int(width)
+
+
+@dataclass(frozen=True, slots=True)
+class PolicyInfo:
+    """Where a policy runs and how; for logs and result files, nothing depends on it.
+
+    Attributes:
+        checkpoint: Path or ``python:`` name it was loaded from.
+        device: e.g. ``"cpu"`` or ``"cuda:0"``.
+        precision: ``"fp32"`` or ``"bf16"``.
+        engine: e.g. ``"torch 2.13.0"``.
+        threads: CPU threads of one inference, 0 where that does not apply.
+        trained: False for weights that were only initialized.
+    """
+
+    checkpoint: str
+    device: str = "cpu"
+    precision: str = "fp32"
+    engine: str = ""
+    threads: int = 0
+    trained: bool = True
+
+
+@runtime_checkable
+class Policy(Protocol):
+    """Observations in, chunks of future actions out."""
+
+    @property
+    def contract(self) -> PolicyContract: ...
+
+    @property
+    def info(self) -> PolicyInfo: ...
+
+    def infer(self, obs: MetaObs) -> ActionChunk:
+        """The chunk for ``obs``. The arrays of ``obs`` are only read, and not kept.
+
+        Raises:
+            ObservationError: Values that must not be acted on (NaN state).
+            ContractMismatch: Shapes, dtypes or cameras other than the contract's.
+            InferenceError: The model failed.
+        """
+        ...
+
+    def reset(self) -> None:
+        """Forget the episode so far."""
+        ...
+
+    def fork(self) -> Policy:
+        """A policy with episode state of its own over the same weights; a stateless one: itself."""
+        ...
+
+    def close(self) -> None:
+        """Release what it holds. Idempotent."""
+        ...
+
+
+@runtime_checkable
+class AsyncPolicy(Protocol):
+    """A policy whose answer arrives later; ``infer`` is ``submit`` and wait."""
+
+    @property
+    def contract(self) -> PolicyContract: ...
+
+    def submit(self, obs: MetaObs) -> int:
+        """Hand over an observation and return its request id. Never waits for the model."""
+        ...
+
+    def poll(self) -> ActionChunk | None:
+        """The next finished chunk, or None. Never blocks; raises what the request failed with."""
+        ...
+
+    def cancel(self) -> None:
+        """Forget every request in flight; their answers will be dropped."""
+        ...
+
+    def reset(self) -> None: ...

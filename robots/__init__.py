@@ -1,0 +1,1 @@
+"""Robot drivers behind one interface."""

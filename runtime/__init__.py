@@ -1,0 +1,1 @@
+"""The only place where transports, policies, environments and robots meet."""

@@ -1,0 +1,59 @@
+"""What can go wrong between two processes, one tree. Foreign errors are mapped here, with cause."""
+
+from __future__ import annotations
+
+
+class TransportError(Exception):
+    """Anything this package raises on purpose."""
+
+
+class SchemaMismatch(TransportError):
+    """Arrays that are not what was declared.
+
+    Attributes:
+        field, got, expected: The array's name, what came, and what the schema says.
+    """
+
+    def __init__(self, field: str, got: str, expected: str) -> None:
+        super().__init__(f"{field}: got {got}, expected {expected}")
+        self.field, self.got, self.expected = field, got, expected
+
+
+class Refused(TransportError):
+    """The server declined the session.
+
+    Attributes:
+        field, got, expected: What did not match, as the server said it.
+    """
+
+    def __init__(self, field: str, got: str, expected: str) -> None:
+        super().__init__(f"{field}: got {got}, expected {expected}")
+        self.field, self.got, self.expected = field, got, expected
+
+
+class ProtocolError(TransportError):
+    """Bytes that are not of this protocol, or of another version of it."""
+
+
+class TransportUnavailable(TransportError):
+    """The transport that was forced cannot be had; the message says why."""
+
+
+class AddressInUse(TransportError):
+    """The port is taken; the message says which."""
+
+
+class TransportTimeout(TransportError):
+    """Nothing came within the time given."""
+
+
+class WouldBlock(TransportError):
+    """The ring, or the send queue, is full. Counted in the channel's statistics."""
+
+
+class PeerGone(TransportError):
+    """The other side ended the session or died; the message says which, with its reason."""
+
+
+class ChannelClosed(TransportError):
+    """Used after ``close``, or a message's arrays after ``release``."""

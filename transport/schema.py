@@ -1,0 +1,142 @@
+"""Fixed-layout messages: which arrays, of which shape and dtype, at which offset.
+
+A schema is declared once, at the handshake, and validated there; afterwards both sides make views
+of a buffer by offset alone.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from transport.errors import ProtocolError, SchemaMismatch
+
+ALIGNMENT = 64
+"""Every array starts on a cache line."""
+MAX_ARRAYS = 64
+MAX_NAME_CHARS = 128
+MAX_DIMENSIONS = 8
+MAX_MESSAGE_BYTES = 256 * 2**20
+"""Hard cap on one message, checked before anything is allocated."""
+DTYPES = ("uint8", "uint16", "int32", "int64", "float32", "float64")
+"""dtypes that may cross, little-endian."""
+
+
+@dataclass(frozen=True, slots=True)
+class ArraySpec:
+    """One array: name, dtype (one of ``DTYPES``) and shape (``()`` for a scalar)."""
+
+    name: str
+    dtype: str
+    shape: tuple[int, ...]
+
+    def __post_init__(self) -> None:
+        if not 0 < len(self.name) <= MAX_NAME_CHARS or not self.name.isprintable():
+            raise SchemaMismatch("name", repr(self.name), f"1 to {MAX_NAME_CHARS} characters")
+        if self.dtype not in DTYPES:
+            raise SchemaMismatch(self.name, f"dtype {self.dtype!r}", f"one of {DTYPES}")
+        if len(self.shape) > MAX_DIMENSIONS or any(n < 1 for n in self.shape):
+            raise SchemaMismatch(
+                self.name, f"shape {self.shape}", f"up to {MAX_DIMENSIONS} dimensions, each >= 1"
+            )
+        if self.nbytes > MAX_MESSAGE_BYTES:
+            raise SchemaMismatch(self.name, f"{self.nbytes} bytes", f"<= {MAX_MESSAGE_BYTES}")
+
+    @property
+    def nbytes(self) -> int:
+        return math.prod(self.shape) * np.dtype(self.dtype).itemsize
+
+    def __str__(self) -> str:
+        return f"{self.dtype} {self.shape}"
+
+
+class Schema:
+    """An ordered set of arrays and their layout in one message.
+
+    Attributes:
+        specs: The arrays by name, in order.
+        offsets: Byte offset of each, a multiple of ``ALIGNMENT``.
+        nbytes: Length of one message.
+
+    Raises:
+        SchemaMismatch: A name twice, too many arrays, or too many bytes.
+    """
+
+    def __init__(self, specs: tuple[ArraySpec, ...]) -> None:
+        if len(specs) > MAX_ARRAYS:
+            raise SchemaMismatch("schema", f"{len(specs)} arrays", f"<= {MAX_ARRAYS}")
+        self.specs = {spec.name: spec for spec in specs}
+        if len(self.specs) != len(specs):
+            raise SchemaMismatch("schema", f"{[s.name for s in specs]}", "different names")
+        self.offsets: dict[str, int] = {}
+        end = 0
+        for spec in specs:
+            self.offsets[spec.name] = start = -(-end // ALIGNMENT) * ALIGNMENT
+            end = start + spec.nbytes
+        self.nbytes = end
+        if end > MAX_MESSAGE_BYTES:
+            raise SchemaMismatch("schema", f"{end} bytes", f"<= {MAX_MESSAGE_BYTES}")
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, Schema) and list(self.specs.values()) == list(other.specs.values())
+
+    def __hash__(self) -> int:
+        return hash(tuple(self.specs.values()))
+
+    def __repr__(self) -> str:
+        return f"Schema({', '.join(f'{s.name}: {s}' for s in self.specs.values())})"
+
+    def views(self, buffer: Any, *, writable: bool = False) -> dict[str, NDArray[Any]]:
+        """Arrays over ``buffer`` (at least ``nbytes`` long), without copying."""
+        arrays = {}
+        for name, spec in self.specs.items():
+            view: NDArray[Any] = np.ndarray(
+                spec.shape, spec.dtype, buffer=buffer, offset=self.offsets[name]
+            )
+            if not writable:
+                view.flags.writeable = False
+            arrays[name] = view
+        return arrays
+
+    def check(self, arrays: Mapping[str, NDArray[Any]]) -> None:
+        """Raises ``SchemaMismatch`` unless ``arrays`` has exactly these names, shapes, dtypes."""
+        if arrays.keys() != self.specs.keys():
+            for name in self.specs.keys() - arrays.keys():
+                raise SchemaMismatch(name, "nothing", str(self.specs[name]))
+            unknown = sorted(arrays.keys() - self.specs.keys())
+            raise SchemaMismatch(unknown[0], "an array", f"only {list(self.specs)}")
+        for name, spec in self.specs.items():
+            array = arrays[name]
+            if array.shape != spec.shape or array.dtype != spec.dtype:
+                raise SchemaMismatch(name, f"{array.dtype} {array.shape}", str(spec))
+
+    def to_json(self) -> str:
+        return json.dumps([[s.name, s.dtype, list(s.shape)] for s in self.specs.values()])
+
+    @classmethod
+    def from_json(cls, text: str | bytes) -> Schema:
+        """The schema that ``to_json`` wrote, from an untrusted peer.
+
+        Raises:
+            ProtocolError: Not of that form.
+            SchemaMismatch: Of that form, with something out of bounds.
+        """
+        try:
+            raw = json.loads(text)
+            if not isinstance(raw, list) or len(raw) > MAX_ARRAYS:
+                raise ValueError(f"a list of at most {MAX_ARRAYS} arrays")
+            specs = []
+            for name, dtype, shape in raw:
+                sizes = isinstance(shape, list) and all(type(n) is int for n in shape)
+                if not (isinstance(name, str) and isinstance(dtype, str) and sizes):
+                    raise ValueError("[name, dtype, [sizes]] each")
+                specs.append(ArraySpec(name, dtype, tuple(shape)))
+        except (ValueError, TypeError, RecursionError) as error:
+            raise ProtocolError(f"schema: got {text[:80]!r}, expected {error}") from error
+        return cls(tuple(specs))
