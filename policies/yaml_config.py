@@ -1,0 +1,267 @@
+"""Frozen dataclasses from YAML, with overrides from a command line.
+
+A configuration is a dataclass; its annotations are the schema. Supported: ``bool``, ``int``,
+``float``, ``str``, ``Path``, ``Literal``, ``X | None`` and other unions, ``tuple``, ``dict`` and
+``Mapping`` with string keys, nested dataclasses, ``Any``. Nothing is guessed: an unknown key and a
+value of the wrong type are errors that name the file and the key path.
+"""
+
+from __future__ import annotations
+
+import collections.abc
+import dataclasses
+import difflib
+import math
+import types
+import typing
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal, TypeVar
+
+import yaml
+
+T = TypeVar("T")
+
+INSTALLED = Path(__file__).resolve().parent.parent / "configs"
+"""``configs/`` lies beside the packages, in a checkout as in site-packages."""
+
+
+class ConfigError(Exception):
+    """A configuration that cannot be used; the message names the file and the key path."""
+
+
+@dataclass(frozen=True, slots=True)
+class _Override:
+    """A value from the command line: YAML, unless the key wants a string."""
+
+    text: str
+
+
+class _Loader(yaml.SafeLoader):
+    """YAML in which a key that is given twice is an error, not a silent replacement."""
+
+    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
+        keys = [self.construct_object(key, deep=True) for key, _ in node.value]
+        for key in keys:
+            if keys.count(key) > 1:
+                line = node.start_mark.line + 1
+                raise ConfigError(f"key {key!r} is given twice in the mapping at line {line}")
+        return super().construct_mapping(node, deep=deep)
+
+
+def load_config(
+    cls: type[T], name: str, *, kind: str, overrides: Mapping[str, str] | None = None
+) -> T:
+    """The configuration ``name`` as a ``cls``.
+
+    Args:
+        cls: A dataclass.
+        name: A path to a YAML file, or the name of one (without ``.yaml``) in ``./configs/<kind>``
+            or among the installed ones, in this order.
+        kind: The folder under ``configs``, e.g. ``"env"``.
+        overrides: Dotted key to YAML text, e.g. ``{"camera_map.primary": "angle"}``.
+
+    Raises:
+        ConfigError: No such configuration, no YAML, an unknown or missing key, a wrong type.
+    """
+    path = find_config(name, kind=kind)
+    try:
+        raw = yaml.load(path.read_text(encoding="utf-8"), Loader=_Loader)  # noqa: S506 (a SafeLoader)
+    except (OSError, UnicodeDecodeError, yaml.YAMLError, ConfigError) as error:
+        raise ConfigError(f"{path}: {error}") from error
+    return parse_config(cls, {} if raw is None else raw, source=str(path), overrides=overrides)
+
+
+def parse_config(
+    cls: type[T], raw: object, *, source: str, overrides: Mapping[str, str] | None = None
+) -> T:
+    """As ``load_config``, from what the YAML said; ``source`` names it in errors."""
+    if not isinstance(raw, dict):
+        raise ConfigError(f"{source}: got {_show(raw)}, expected a mapping of keys to values")
+    merged = dict(raw)
+    for key, text in (overrides or {}).items():
+        _put(merged, key, text)
+    return typing.cast("T", _convert(cls, merged, source, ""))
+
+
+def find_config(name: str, *, kind: str) -> Path:
+    """The YAML file that ``name`` means; see ``load_config``.
+
+    Raises:
+        ConfigError: There is none; lists where was looked and what there is.
+    """
+    as_path = Path(name).expanduser()
+    if as_path.is_file():
+        return as_path
+    folders = (Path("configs") / kind, INSTALLED / kind)
+    if as_path.name == name:
+        for folder in folders:
+            for candidate in (folder / f"{name}.yaml", folder / name):
+                if candidate.is_file():
+                    return candidate
+    known = sorted({path.stem for folder in folders for path in folder.glob("*.yaml")})
+    raise ConfigError(
+        f"{kind} configuration {name!r}: neither a file nor a name among {known} "
+        f"(looked in {' and '.join(str(folder) for folder in folders)})"
+    )
+
+
+def dump_config(config: Any) -> str:
+    """YAML that ``load_config`` reads back as an equal ``config``, a dataclass instance."""
+    return yaml.safe_dump(_plain(config), sort_keys=False, allow_unicode=True)
+
+
+def _plain(value: Any) -> Any:
+    if dataclasses.is_dataclass(value) and not isinstance(value, type):
+        return {f.name: _plain(getattr(value, f.name)) for f in dataclasses.fields(value)}
+    if isinstance(value, Mapping):
+        return {key: _plain(item) for key, item in value.items()}
+    if isinstance(value, list | tuple):
+        return [_plain(item) for item in value]
+    return str(value) if isinstance(value, Path) else value
+
+
+def _put(raw: dict[str, Any], dotted: str, text: str) -> None:
+    """Set ``dotted`` in ``raw``, copying the mappings on the way."""
+    *parents, last = dotted.split(".")
+    for key in parents:
+        inner = raw.get(key)
+        if isinstance(inner, _Override):
+            inner = _parse(inner)
+        raw[key] = dict(inner) if isinstance(inner, dict) else {}
+        raw = raw[key]
+    raw[last] = _Override(text)
+
+
+def _parse(override: _Override) -> Any:
+    return yaml.load(override.text, Loader=_Loader)  # noqa: S506 (a SafeLoader)
+
+
+def _convert(hint: Any, value: Any, source: str, path: str) -> Any:
+    """``value`` as ``hint`` wants it, or ``ConfigError`` at ``source: path``."""
+    if isinstance(value, _Override):
+        if hint is str:
+            return value.text
+        try:
+            value = _parse(value)
+        except (yaml.YAMLError, ConfigError) as error:
+            raise ConfigError(f"{source}: {path}: {error}") from error
+    if hint is Any:
+        return value
+    if dataclasses.is_dataclass(hint) and isinstance(hint, type):
+        return _convert_dataclass(hint, value, source, path)
+    origin = typing.get_origin(hint)
+    if origin in (typing.Union, types.UnionType):
+        return _convert_union(typing.get_args(hint), value, source, path)
+    if origin is Literal:
+        choices = typing.get_args(hint)
+        # ``True == 1``: a literal must match in type as well.
+        if any(value == choice and type(value) is type(choice) for choice in choices):
+            return value
+        raise _wrong(value, f"one of {list(choices)}", source, path)
+    if origin is tuple or hint is tuple:
+        return _convert_tuple(typing.get_args(hint), value, source, path)
+    if origin in (dict, collections.abc.Mapping):
+        if not isinstance(value, dict):
+            raise _wrong(value, "a mapping", source, path)
+        item_hint = typing.get_args(hint)[1]
+        _check_keys(value, source, path)
+        return {k: _convert(item_hint, v, source, _join(path, k)) for k, v in value.items()}
+    return _convert_scalar(hint, value, source, path)
+
+
+def _convert_dataclass(cls: type[Any], value: Any, source: str, path: str) -> Any:
+    if not isinstance(value, dict):
+        raise _wrong(value, "a mapping of keys to values", source, path)
+    _check_keys(value, source, path)
+    hints = typing.get_type_hints(cls)
+    fields = {field.name: field for field in dataclasses.fields(cls) if field.init}
+    for key in value:
+        if key not in fields:
+            close = difflib.get_close_matches(key, fields, n=1)
+            hint = f"; did you mean {close[0]!r}?" if close else ""
+            raise ConfigError(
+                f"{source}: {_join(path, key)}: unknown key, expected one of {list(fields)}{hint}"
+            )
+    for name, field in fields.items():
+        optional = (field.default, field.default_factory) != (dataclasses.MISSING,) * 2
+        if name not in value and not optional:
+            raise ConfigError(f"{source}: {_join(path, name)}: missing")
+    given = {k: _convert(hints[k], v, source, _join(path, k)) for k, v in value.items()}
+    try:
+        return cls(**given)
+    except ValueError as error:
+        raise ConfigError(f"{source}: {f'{path}: ' if path else ''}{error}") from error
+
+
+def _convert_union(hints: tuple[Any, ...], value: Any, source: str, path: str) -> Any:
+    if value is None and type(None) in hints:
+        return None
+    errors = []
+    for hint in (h for h in hints if h is not type(None)):
+        try:
+            return _convert(hint, value, source, path)
+        except ConfigError as error:
+            errors.append(error)
+    if len(errors) == 1:
+        raise errors[0]
+    raise _wrong(value, " or ".join(_name(hint) for hint in hints), source, path)
+
+
+def _convert_tuple(hints: tuple[Any, ...], value: Any, source: str, path: str) -> Any:
+    if not isinstance(value, list | tuple):
+        raise _wrong(value, "a list", source, path)
+    if len(hints) == 2 and hints[1] is Ellipsis:
+        hints = (hints[0],) * len(value)
+    elif not hints:
+        hints = (Any,) * len(value)
+    if len(hints) != len(value):
+        raise _wrong(value, f"a list of {len(hints)}", source, path)
+    pairs = zip(hints, value, strict=True)
+    return tuple(_convert(h, v, source, f"{path}[{i}]") for i, (h, v) in enumerate(pairs))
+
+
+def _convert_scalar(hint: Any, value: Any, source: str, path: str) -> Any:
+    if hint is bool and isinstance(value, bool):
+        return value
+    if hint is int and isinstance(value, int) and not isinstance(value, bool):
+        return value
+    if hint is float and not isinstance(value, bool):
+        # YAML 1.1 reads 3e-4 as a string; nobody who writes it means one.
+        try:
+            number = float(value) if isinstance(value, int | float | str) else math.nan
+        except (ValueError, OverflowError):
+            number = math.nan
+        if not math.isnan(number):
+            return number
+    if hint is str and isinstance(value, str):
+        return value
+    if hint is Path and isinstance(value, str):
+        return Path(value)
+    raise _wrong(value, _name(hint), source, path)
+
+
+def _check_keys(value: dict[Any, Any], source: str, path: str) -> None:
+    for key in value:
+        if not isinstance(key, str):
+            raise ConfigError(f"{source}: {_join(path, str(key))}: got the key {_show(key)}, "
+                              "expected a string")  # fmt: skip
+
+
+def _wrong(value: Any, expected: str, source: str, path: str) -> ConfigError:
+    return ConfigError(f"{source}: {path}: got {_show(value)}, expected {expected}")
+
+
+def _show(value: Any) -> str:
+    return "null" if value is None else f"{value!r} ({type(value).__name__})"
+
+
+def _name(hint: Any) -> str:
+    if hint is type(None):
+        return "null"
+    return hint.__name__ if isinstance(hint, type) else str(hint).replace("typing.", "")
+
+
+def _join(path: str, key: str) -> str:
+    return f"{path}.{key}" if path else key
