@@ -1,12 +1,20 @@
-"""Installs the client; ``[server]`` adds the model, ``[sim]`` the simulator, ``[dev]`` the checks."""
+"""Installs the client; the extras add the model, the simulator, training, the checks."""
 
 from pathlib import Path
 
 from setuptools import find_packages, setup
 
+PACKAGES = ("runtime", "transport", "policies", "envs", "robots")
 SERVER = ["torch>=2.11", "safetensors>=0.4"]
-SIM = ["mujoco>=3.1,<3.9", "gymnasium>=1.0", "gym-aloha>=0.1.1", "av>=12", "tqdm>=4.60"]
-TRAIN = ["h5py>=3.10", "mink>=0.0.11", "matplotlib>=3.8"]
+SIM = [
+    "mujoco>=3.1,<3.9",
+    "gymnasium>=1.0",
+    "gym-aloha>=0.1.1",
+    "av>=12",
+    "tqdm>=4.60",
+    "matplotlib>=3.8",
+]
+TRAIN = ["h5py>=3.10", "mink>=0.0.11"]
 DEV = [
     "pytest>=8",
     "pytest-benchmark>=4",
@@ -26,7 +34,7 @@ setup(
     long_description=Path(__file__).with_name("README.md").read_text(encoding="utf-8"),
     long_description_content_type="text/markdown",
     python_requires=">=3.11",
-    packages=find_packages(include=[f"{p}{s}" for p in ("runtime", "transport", "policies", "envs", "robots") for s in ("", ".*")]),
+    packages=find_packages(include=[f"{name}{sub}" for name in PACKAGES for sub in ("", ".*")]),
     install_requires=["numpy>=1.26", "numba>=0.59", "posix_ipc>=1.1", "pyzmq>=26", "pyyaml>=6"],
     extras_require={"server": SERVER, "sim": SIM, "train": TRAIN, "dev": DEV + TRAIN},
 )

@@ -1,0 +1,98 @@
+"""A private policy server in a child process, for those who have a checkpoint and need a server."""
+
+from __future__ import annotations
+
+import logging
+import os
+import re
+import signal
+import subprocess
+import sys
+import threading
+from collections.abc import Iterable, Sequence
+from types import TracebackType
+
+from runtime.errors import RuntimeFault
+
+logger = logging.getLogger(__name__)
+
+_STARTED = re.compile(r"Policy Server started on (\S+)")
+STOP_WITHIN_S = 10.0
+
+
+class ServerChild:
+    """Runs ``python -m runtime.server`` on a free port of this host; ``address`` says where.
+
+    Args:
+        flags: Its command line; host and port are chosen here.
+        start_within_s: How long loading and warming up may take.
+
+    Raises:
+        RuntimeFault: It did not start; carries what it said.
+    """
+
+    def __init__(self, flags: Sequence[str], *, start_within_s: float = 300.0) -> None:
+        command = [sys.executable, "-m", "runtime.server", *flags]
+        command += ["--host", "127.0.0.1", "--port", "0", "--log_level", "WARNING"]
+        self._process = subprocess.Popen(
+            command,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            text=True,
+            env={**os.environ, "PYTHONUNBUFFERED": "1"},
+        )
+        giving_up = threading.Timer(start_within_s, self._process.kill)
+        giving_up.start()
+        try:
+            self.address = self._read_address()
+        finally:
+            giving_up.cancel()
+        self._log = threading.Thread(target=self._pass_on_output, daemon=True)
+        self._log.start()
+
+    @property
+    def pid(self) -> int:
+        return self._process.pid
+
+    def _lines(self) -> Iterable[str]:
+        return self._process.stdout or ()
+
+    def _read_address(self) -> str:
+        said: list[str] = []
+        for line in self._lines():
+            if match := _STARTED.search(line):
+                return match[1]
+            said.append(line)
+        status = self._process.wait()
+        if self._process.stdout is not None:
+            self._process.stdout.close()
+        raise RuntimeFault(f"the policy server did not start (status {status}): {''.join(said)}")
+
+    def _pass_on_output(self) -> None:
+        # The pipe must be read to its end, or the server would block on a full one.
+        for line in self._lines():
+            logger.info("server: %s", line.rstrip())
+
+    def close(self) -> None:
+        """Stop it; kill it if it does not. Idempotent."""
+        if self._process.poll() is None:
+            self._process.send_signal(signal.SIGTERM)
+            try:
+                self._process.wait(STOP_WITHIN_S)
+            except subprocess.TimeoutExpired:
+                self._process.kill()
+                self._process.wait()
+        self._log.join()
+        if self._process.stdout is not None:
+            self._process.stdout.close()
+
+    def __enter__(self) -> ServerChild:
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        self.close()

@@ -1,0 +1,267 @@
+"""One episode in a simulated world: lockstep, or by the wall clock.
+
+Both are the same ``ControlLoop`` and the same ``ChunkExecutor``. In lockstep the clock is a manual
+one: the world waits for the policy, so that the result depends on the seed alone. In real time the
+world does not wait: a tick that was missed is a tick in which the last command went on.
+"""
+
+from __future__ import annotations
+
+import gc
+import math
+import time
+from collections import deque
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from envs.meta import World
+from policies.types import MetaObs, Policy
+from runtime.client import PolicyClient
+from runtime.clock import ManualClock, MonotonicClock
+from runtime.errors import RuntimeFault
+from runtime.executor import ChunkExecutor, ExecutorStatistics
+from runtime.latency import StageTimes
+from runtime.loop import ControlLoop
+
+OnTick = Callable[[World], None]
+"""Called after every step of the world; must be quick in real time."""
+
+
+@dataclass(frozen=True, slots=True)
+class Episode:
+    """What happened.
+
+    Attributes:
+        seed: The world's.
+        success: Whether the task was achieved.
+        reward: Highest reward of any tick.
+        horizon: Ticks until success or the end.
+        missed_ticks: Ticks that the loop had to skip; 0 in lockstep.
+        executor: Counts of the chunk executor.
+        action_age_s: (n,) per tick: time since the capture behind the command. In lockstep in the
+            world's time, in real time by the monotonic clock.
+        lateness_s: (n,) per tick; empty in lockstep.
+        stages_ns: Raw durations of every request by stage.
+        wall_s: Seconds it took.
+    """
+
+    seed: int
+    success: bool
+    reward: float
+    horizon: int
+    missed_ticks: int
+    executor: ExecutorStatistics
+    action_age_s: NDArray[np.float64]
+    lateness_s: NDArray[np.float64]
+    stages_ns: dict[str, list[int]]
+    wall_s: float
+
+
+@dataclass(slots=True)
+class _Progress:
+    """What both kinds of episode note as they go."""
+
+    world: World
+    on_tick: OnTick | None
+    reward: float = -math.inf
+    success: bool = False
+    ticks: int = 0
+    ages_s: list[float] = field(default_factory=list)
+    stages: StageTimes = field(default_factory=StageTimes)
+
+    def step(self, command: NDArray[np.float32]) -> bool:
+        """Step the world; whether the episode goes on."""
+        result = self.world.step(command)
+        self.ticks += 1
+        self.reward = max(self.reward, result.reward)
+        self.success = self.success or result.success
+        if self.on_tick is not None:
+            self.on_tick(self.world)
+        return not (result.success or result.terminated or result.truncated)
+
+
+def run_lockstep(
+    world: World, policy: Policy, executor: ChunkExecutor, seed: int, on_tick: OnTick | None = None
+) -> Episode:
+    """Run one episode in which the world waits for the policy.
+
+    Raises:
+        PolicyError, ServerLost, RequestTimeout: From the policy.
+    """
+    began_s = time.monotonic()
+    world.reset(seed)
+    policy.reset()
+    executor.reset()
+    progress = _Progress(world, on_tick)
+
+    def step(tick: int) -> bool:
+        if executor.wants_chunk(tick):
+            obs = _observe(world, policy, tick)
+            executor.requested(tick)
+            chunk = policy.infer(obs)
+            progress.stages.add(chunk.stages_ns)
+            executor.accept(chunk)
+        command = executor.command(tick)
+        progress.ages_s.append((tick - executor.observation_of(tick)) * world.dt_s)
+        return progress.step(command)
+
+    loop = ControlLoop(ManualClock(), world.dt_s)
+    loop.run(step, world.max_timesteps)
+    return _episode(seed, progress, executor, None, began_s)
+
+
+def run_realtime(
+    world: World,
+    policy: PolicyClient,
+    executor: ChunkExecutor,
+    seed: int,
+    on_tick: OnTick | None = None,
+) -> Episode:
+    """Run one episode at the world's own rate, by the wall clock.
+
+    The first chunk is waited for with the world at rest and no ticks counted. Observations are
+    rendered and sent in the slack of a tick, after its command; they belong to the tick that
+    follows. Garbage is collected between episodes, never within.
+
+    Raises:
+        PolicyError, ServerLost, RequestTimeout: From the policy.
+    """
+    began_s = time.monotonic()
+    world.reset(seed)
+    policy.reset()
+    executor.reset()
+    progress = _Progress(world, on_tick)
+    captured_ns: dict[int, int] = {}
+    latency = LatencyEstimate(world.dt_s)
+    last_tick = -1
+
+    def observe(tick: int) -> MetaObs:
+        obs = _observe(world, policy, tick)
+        captured_ns[tick] = obs.t_capture_ns
+        executor.requested(tick)
+        return obs
+
+    # Twice: the first is the world's and the session's warm-up, the second tells the latency.
+    for _ in range(2):
+        first = policy.infer(observe(0))
+        latency.reset(time.monotonic_ns() - first.t_capture_ns)
+    progress.stages.add(first.stages_ns)
+    executor.accept(first)
+
+    def step(tick: int) -> bool:
+        nonlocal last_tick
+        while (chunk := policy.poll()) is not None:
+            latency.add(time.monotonic_ns() - chunk.t_capture_ns)
+            progress.stages.add(chunk.stages_ns)
+            executor.accept(chunk)
+        if last_tick >= 0:
+            for _ in range(last_tick + 1, tick):  # missed: the world went on with the last command
+                if not progress.step(executor.last_command):
+                    return False
+        last_tick = tick
+        command = executor.command(tick)
+        source = executor.observation_of(tick)
+        if source >= 0:
+            progress.ages_s.append((time.monotonic_ns() - captured_ns[source]) / 1e9)
+        return progress.step(command)
+
+    def slack(tick: int) -> None:
+        if executor.wants_chunk(tick + 1, latency.ticks()):
+            policy.submit(observe(tick + 1))
+
+    loop = ControlLoop(MonotonicClock(), world.dt_s)
+    gc.collect()
+    gc.freeze()
+    gc.disable()
+    try:
+        loop.run(step, world.max_timesteps, slack=slack)
+    finally:
+        gc.enable()
+        gc.unfreeze()
+    return _episode(seed, progress, executor, loop, began_s)
+
+
+class LatencyEstimate:
+    """How many ticks an answer is expected to take: the worst of the newest requests, rounded up.
+
+    Used only to decide when to ask. With this few samples the p99 is the maximum.
+    """
+
+    def __init__(self, dt_s: float, window: int = 100) -> None:
+        self._dt_ns = dt_s * 1e9
+        self._samples_ns: deque[int] = deque(maxlen=window)
+
+    def reset(self, latency_ns: int) -> None:
+        self._samples_ns.clear()
+        self.add(latency_ns)
+
+    def add(self, latency_ns: int) -> None:
+        self._samples_ns.append(latency_ns)
+
+    def ticks(self) -> int:
+        """Ticks, at least 1; one more than measured, since an answer is seen at the next tick."""
+        return math.ceil(max(self._samples_ns, default=0) / self._dt_ns) + 1
+
+
+def _observe(world: World, policy: Policy, tick: int) -> MetaObs:
+    """Observe, rendering straight into the next message where there is one."""
+    into = policy.loan_images() if isinstance(policy, PolicyClient) and policy.transport else None
+    t_capture_ns = time.monotonic_ns()
+    obs = world.observe(into)
+    obs.timestep, obs.t_capture_ns = tick, t_capture_ns
+    return obs
+
+
+def _episode(
+    seed: int,
+    progress: _Progress,
+    executor: ChunkExecutor,
+    loop: ControlLoop | None,
+    began_s: float,
+) -> Episode:
+    return Episode(
+        seed=seed,
+        success=progress.success,
+        reward=float(progress.reward),
+        horizon=progress.ticks,
+        missed_ticks=loop.statistics().missed_ticks if loop else 0,
+        executor=executor.statistics(),
+        action_age_s=np.asarray(progress.ages_s),
+        lateness_s=loop.lateness_ns() / 1e9 if loop else np.empty(0),
+        stages_ns=progress.stages.samples_ns(),
+        wall_s=time.monotonic() - began_s,
+    )
+
+
+def check_rates(world: World, policy: Policy, fps: float | None) -> None:
+    """The world's tick must be the policy's.
+
+    Raises:
+        RuntimeFault: It is not; names both.
+    """
+    policy_hz = fps or 1 / policy.contract.dt_s
+    world_hz = 1 / world.dt_s
+    if not math.isclose(policy_hz, world_hz, rel_tol=1e-6):
+        raise RuntimeFault(
+            f"control rate: the policy's actions are 1/{policy_hz:g} s apart, the world runs at "
+            f"{world_hz:g} Hz; expected the same (--fps overrides the policy's)"
+        )
+
+
+def check_dims(world: World, policy: Policy) -> None:
+    """The world's state and action must have the policy's lengths.
+
+    Raises:
+        RuntimeFault: They have not; names both.
+    """
+    contract: Any = policy.contract
+    for name in ("state_dim", "action_dim"):
+        ours, theirs = getattr(world, name), getattr(contract, name)
+        if ours != theirs:
+            raise RuntimeFault(
+                f"{name}: the world has {ours}, the policy was trained with {theirs}"
+            )

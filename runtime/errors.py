@@ -1,0 +1,19 @@
+"""What can go wrong at run time, one tree."""
+
+from __future__ import annotations
+
+
+class RuntimeFault(Exception):
+    """Anything this package raises on purpose."""
+
+
+class ModelNameError(RuntimeFault):
+    """``-m`` that is neither a path, nor an address, nor a factory; says how it was read."""
+
+
+class ServerLost(RuntimeFault):
+    """The server ended the session or died. ``PolicyClient.reconnect`` starts a new one."""
+
+
+class RequestTimeout(RuntimeFault):
+    """The answer did not come in time. It will be dropped if it still comes."""

@@ -1,0 +1,233 @@
+"""Evaluate a policy in simulation: ``eval_sim.py``.
+
+Writes ``<output_dir>/<env>/<task>.json`` after every episode, with videos and raw samples beside it.
+Exit status: 0 done, 1 the server was lost or a process died (the finished episodes are kept), 2 bad
+input, 130 interrupted.
+"""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import json
+import logging
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from tqdm import tqdm
+
+from envs.errors import EnvError
+from envs.meta import EnvConfig, load_env_config
+from policies.types import PolicyContract, PolicyInfo
+from policies.yaml_config import ConfigError
+from runtime.blending import ANCESTORS, STRATEGIES
+from runtime.config import TRANSPORTS
+from runtime.episode import Episode
+from runtime.errors import RuntimeFault
+from runtime.model_name import read_model_name
+from runtime.results import policy_record, report, summarize, versions, write_result
+from runtime.rollouts import LocalOptions, Plan, Setting, WorkerFailed, run
+
+BAD_INPUT, LOST, INTERRUPTED = 2, 1, 130
+
+
+def parser() -> argparse.ArgumentParser:
+    cli = argparse.ArgumentParser(
+        prog="eval_sim.py",
+        description="Evaluate a policy in simulation.",
+        epilog="--env.KEY VALUE overrides KEY of the environment's configuration.",
+    )
+    add = cli.add_argument
+    add(
+        "-m",
+        "--model_name_or_path",
+        default="127.0.0.1:5000",
+        help="checkpoint, HOST:PORT or python:MODULE:FACTORY (127.0.0.1:5000)",
+    )
+    add("-e", "--env", default="aloha", help="name under configs/env, a YAML, or gym:ID (aloha)")
+    add("-n", "--num_rollout", type=int, default=4, help="episodes (4)")
+    add(
+        "-bs",
+        "--batch_size",
+        "--num_envs",
+        dest="num_envs",
+        type=int,
+        default=1,
+        help="processes side by side (1)",
+    )
+    add("-o", "--output_dir", default="results", help="(results)")
+    add("-s", "--seed", type=int, default=0, help="of the first episode; the next has one more (0)")
+    add("--realtime", action="store_true", help="by the wall clock, not in lockstep")
+    add("--fps", type=float, help="control rate, for checkpoints that do not say theirs")
+    add("--transport", choices=TRANSPORTS, default="auto", help="to a server (auto)")
+    add(
+        "--action_manager",
+        default="sequential",
+        help=f"one of {', '.join(STRATEGIES)}; or {', '.join(ANCESTORS)} (sequential)",
+    )
+    add("--manager_coef", type=float, help="the strategy's coefficient")
+    add("--n_action_steps", type=int, help="ticks between re-plannings (the policy's)")
+    add("--videos", type=int, default=10, help="record this many of the first episodes (10)")
+    add(
+        "--camera_map",
+        nargs="+",
+        default=[],
+        metavar="POLICY=WORLD",
+        help="which camera of the world the policy's camera is",
+    )
+    add("--device", default="auto", help="of a checkpoint (auto)")
+    add("--precision", choices=("auto", "fp32", "bf16"), default="auto", help="of a checkpoint")
+    add("--dataset_id", default="", help="of a checkpoint: whose normalizers (its first)")
+    add("-ck", "--chunk_size", type=int, default=-1, help="of a checkpoint: truncate chunks (all)")
+    add("--threads", type=int, help="of a checkpoint: CPU threads of one inference")
+    add("--use_spawn", action="store_true", help="accepted; processes are always spawned")
+    add("--log_level", default="WARNING", choices=("DEBUG", "INFO", "WARNING", "ERROR"))
+    return cli
+
+
+def read_plan(argv: Sequence[str] | None) -> tuple[Plan, argparse.Namespace]:
+    """What the command line asks for.
+
+    Raises:
+        ConfigError, RuntimeFault, EnvError, ValueError: It asks for what cannot be.
+    """
+    args, rest = parser().parse_known_args(argv)
+    overrides = _env_overrides(rest)
+    for pair in args.camera_map:
+        policy_name, equals, world_name = pair.partition("=")
+        if not equals:
+            raise ValueError(f"--camera_map: got {pair!r}, expected POLICY=WORLD")
+        overrides[f"camera_map.{policy_name}"] = world_name
+    if args.num_rollout < 1:
+        raise ValueError(f"--num_rollout: got {args.num_rollout}, expected 1 or more")
+    if args.num_envs < 1:
+        raise ValueError(f"--num_envs: got {args.num_envs}, expected 1 or more")
+    if args.realtime and args.num_envs > 1:
+        raise ValueError(
+            "--realtime with --num_envs > 1: one world by the wall clock at a time on one machine"
+        )
+    env = load_env_config(args.env, overrides)
+    plan = Plan(
+        model=read_model_name(args.model_name_or_path),
+        local=LocalOptions(
+            device=args.device,
+            precision=args.precision,
+            dataset_id=args.dataset_id or None,
+            chunk_size=None if args.chunk_size == -1 else args.chunk_size,
+            threads=args.threads,
+        ),
+        transport=args.transport,
+        env=env,
+        seeds=tuple(range(args.seed, args.seed + args.num_rollout)),
+        num_envs=args.num_envs,
+        realtime=args.realtime,
+        action_manager=args.action_manager,
+        manager_coef=args.manager_coef,
+        n_action_steps=args.n_action_steps,
+        fps=args.fps,
+        video_dir=_result_path(args, env).parent / "video" / env.task,
+        videos=args.videos,
+    )
+    return plan, args
+
+
+def _env_overrides(rest: Sequence[str]) -> dict[str, str]:
+    """``--env.KEY VALUE`` and ``--env.KEY=VALUE`` pairs.
+
+    Raises:
+        ValueError: Anything else.
+    """
+    overrides: dict[str, str] = {}
+    tokens = iter(rest)
+    for token in tokens:
+        key, equals, value = token.partition("=")
+        if not key.startswith("--env."):
+            raise ValueError(f"got {token!r}, expected a flag of `eval_sim.py --help` or --env.KEY")
+        if not equals:
+            following = next(tokens, None)
+            if following is None:
+                raise ValueError(f"{token}: expected a value after it")
+            value = following
+        overrides[key.removeprefix("--env.")] = value
+    return overrides
+
+
+def _result_path(args: argparse.Namespace, env: EnvConfig) -> Path:
+    name = Path(args.env).stem.replace(":", "_").replace("/", "_")
+    return Path(args.output_dir) / name / f"{env.task}.json"
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run the evaluation. Returns the exit status."""
+    try:
+        plan, args = read_plan(argv)
+    except (ConfigError, EnvError, RuntimeFault, ValueError) as error:
+        print(f"error: {error}", file=sys.stderr)
+        return BAD_INPUT
+    logging.basicConfig(level=args.log_level, format="%(levelname)s %(name)s: %(message)s")
+    path = _result_path(args, plan.env)
+    episodes: list[Episode] = []
+    setting: Setting | None = None
+    failure, status = "", 0
+    bar = tqdm(total=len(plan.seeds), unit="episode", desc=plan.env.task)
+    try:
+        for item in run(plan):
+            if isinstance(item, Setting):
+                setting = item
+                continue
+            episodes.append(item)
+            bar.update()
+            bar.set_postfix_str(f"{sum(e.success for e in episodes)} of {len(episodes)} succeeded")
+            _save(path, plan, setting, episodes, "")
+    except WorkerFailed as error:
+        failure, status = str(error), LOST if error.server_lost else BAD_INPUT
+    except RuntimeFault as error:
+        failure, status = str(error), BAD_INPUT
+    except KeyboardInterrupt:
+        failure, status = "interrupted", INTERRUPTED
+    finally:
+        bar.close()
+    if episodes:
+        print(report(_save(path, plan, setting, episodes, failure)))
+        print(f"result       {path}")
+        if plan.video_dir is not None and plan.videos:
+            print(f"videos       {plan.video_dir}/")
+    if failure:
+        kept = f"; {len(episodes)} of {len(plan.seeds)} episodes were finished and kept"
+        print(f"error: {failure}{kept if status != BAD_INPUT else ''}", file=sys.stderr)
+    return status
+
+
+def _save(
+    path: Path, plan: Plan, setting: Setting | None, episodes: Sequence[Episode], failure: str
+) -> dict[str, Any]:
+    result = summarize(episodes)
+    if setting is not None:
+        contract = PolicyContract.from_json(setting.contract_json)
+        result |= {
+            "transport": setting.transport,
+            "transport_reason": setting.transport_reason,
+            "deterministic": setting.deterministic,
+            "policy": policy_record(contract, PolicyInfo(**setting.policy_info)),
+            "world": setting.world,
+        }
+    result |= {
+        "requested": len(plan.seeds),
+        "failure": failure,
+        "mode": "realtime" if plan.realtime else "lockstep",
+        "action_manager": {
+            "name": plan.action_manager,
+            "coefficient": plan.manager_coef,
+            "n_action_steps": plan.n_action_steps,
+        },
+        "env": json.loads(json.dumps(dataclasses.asdict(plan.env), default=str)),
+        "versions": versions(),
+    }
+    write_result(path, result, episodes)
+    return result
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())

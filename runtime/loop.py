@@ -1,0 +1,106 @@
+"""The control loop: one call per tick, on absolute deadlines.
+
+Guaranteed, whatever a tick costs and however late the machine wakes us:
+
+* Tick k is due at t0 + k·dt, computed from t0 each time, so nothing drifts.
+* Ticks are strictly increasing. One that cannot start before the next one is due is skipped and
+  counted as missed; late ticks are never bunched to catch up, because a robot that gets two
+  commands at once has been given a jump.
+
+Rejected: sleeping dt after each tick (drifts by the tick's cost), deadline = last wake-up + dt
+(drifts by the wake-up latency), running missed ticks back to back (bunches).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import numpy as np
+from numpy.typing import NDArray
+
+from runtime.clock import Clock
+from runtime.latency import Percentiles
+
+Step = Callable[[int], bool | None]
+"""Called with the tick; a False return ends the loop. None goes on."""
+Slack = Callable[[int], None]
+"""Called with the tick after its step: work that may use up what is left of the period."""
+
+
+@dataclass(frozen=True, slots=True)
+class LoopStatistics:
+    """What happened to the deadlines.
+
+    Attributes:
+        ticks: Ticks run.
+        missed_ticks: Ticks skipped because the one before them overran.
+        lateness: Time at which the step had returned − its deadline, over all ticks run.
+    """
+
+    ticks: int
+    missed_ticks: int
+    lateness: Percentiles
+
+
+class ControlLoop:
+    """Runs a step once per period on absolute deadlines of an injected clock.
+
+    Args:
+        clock: Where time comes from.
+        period_s: Seconds per tick.
+        capacity: Lateness samples kept, the newest ones; allocated here, not in the loop.
+    """
+
+    def __init__(self, clock: Clock, period_s: float, *, capacity: int = 100_000) -> None:
+        if not period_s > 0:
+            raise ValueError(f"period_s: got {period_s}, expected a positive number of seconds")
+        self._clock = clock
+        self._period_ns = round(period_s * 1e9)
+        self._lateness_ns = np.zeros(capacity, np.int64)
+        self._ticks = 0
+        self._missed = 0
+        self._stopping = False
+
+    @property
+    def period_ns(self) -> int:
+        return self._period_ns
+
+    def run(self, step: Step, max_ticks: int | None = None, *, slack: Slack | None = None) -> None:
+        """Call ``step(k)`` at t0 + k·dt, k from 0, t0 being now, and ``slack(k)`` after it.
+
+        Ends before tick ``max_ticks``, when ``step`` returns False, or after ``stop()``. What
+        they raise ends the loop and is the caller's. Lateness is taken when ``step`` returns.
+        """
+        clock, period_ns, lateness_ns = self._clock, self._period_ns, self._lateness_ns
+        capacity = len(lateness_ns)
+        self._stopping = False
+        t0_ns = clock.now_ns()
+        tick = 0
+        while (max_ticks is None or tick < max_ticks) and not self._stopping:
+            deadline_ns = t0_ns + tick * period_ns
+            clock.wait_until_ns(deadline_ns)
+            going_on = step(tick)
+            done_ns = clock.now_ns()
+            lateness_ns[self._ticks % capacity] = done_ns - deadline_ns
+            self._ticks += 1
+            if going_on is False:
+                break
+            if slack is not None:
+                slack(tick)
+                done_ns = clock.now_ns()
+            # The next tick is the first one whose deadline has not passed yet.
+            next_tick = max(tick + 1, -(-(done_ns - t0_ns) // period_ns))
+            self._missed += next_tick - tick - 1
+            tick = next_tick
+
+    def stop(self) -> None:
+        """End ``run`` after the tick in progress. Safe from a signal handler or another thread."""
+        self._stopping = True
+
+    def lateness_ns(self) -> NDArray[np.int64]:
+        """Raw lateness samples, (n,) nanoseconds, oldest first while fewer than ``capacity``."""
+        return self._lateness_ns[: min(self._ticks, len(self._lateness_ns))].copy()
+
+    def statistics(self) -> LoopStatistics:
+        return LoopStatistics(self._ticks, self._missed, Percentiles.of(self.lateness_ns() / 1e9))

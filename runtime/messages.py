@@ -1,0 +1,237 @@
+"""Policies' nouns as a transport's arrays, and back: the one place that knows both."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from policies.errors import ContractMismatch, InferenceError, ObservationError, PolicyError
+from policies.types import ActionChunk, MetaObs, PolicyContract, PolicyInfo
+from transport.schema import ArraySpec, Schema
+
+IMAGE, DEPTH = "images/", "depth/"
+MAX_LANG_BYTES = 1024
+"""Room for ``raw_lang`` in a message, UTF-8."""
+SERVER_STAGES = ("server_wait", "preprocess", "infer", "postprocess")
+
+_OPTIONAL_STATES = ("state_ee", "state_joint")
+
+
+def observation_schema(obs: MetaObs) -> Schema:
+    """The layout that fits ``obs`` and every later observation of its kind.
+
+    Raises:
+        SchemaMismatch: An array that cannot cross, e.g. of dtype float16.
+    """
+    arrays = _observation_arrays(obs)
+    specs = [ArraySpec(name, str(array.dtype), array.shape) for name, array in arrays.items()]
+    if obs.raw_lang:
+        specs.append(ArraySpec("raw_lang", "uint8", (MAX_LANG_BYTES,)))
+    specs += [ArraySpec("timestep", "int64", ()), ArraySpec("t_capture_ns", "int64", ())]
+    return Schema(tuple(specs))
+
+
+def _observation_arrays(obs: MetaObs) -> dict[str, NDArray[Any]]:
+    arrays: dict[str, NDArray[Any]] = {IMAGE + name: a for name, a in obs.images.items()}
+    arrays |= {DEPTH + name: a for name, a in obs.depth.items()}
+    arrays["state"] = obs.state
+    for name in _OPTIONAL_STATES:
+        if (value := getattr(obs, name)) is not None:
+            arrays[name] = value
+    return arrays
+
+
+def write_observation(obs: MetaObs, views: Mapping[str, NDArray[Any]]) -> None:
+    """Copy ``obs`` into the arrays of a message of its ``observation_schema``.
+
+    Pictures already rendered into the message's own arrays are not copied again.
+
+    Raises:
+        ContractMismatch: Not of the kind that the schema was made from.
+    """
+    arrays = _observation_arrays(obs)
+    arrays["timestep"] = np.asarray(obs.timestep, np.int64)
+    arrays["t_capture_ns"] = np.asarray(obs.t_capture_ns, np.int64)
+    if "raw_lang" in views:
+        arrays["raw_lang"] = _padded(obs.raw_lang)
+    elif obs.raw_lang:
+        raise ContractMismatch("raw_lang", "text", "none, as in the session's first observation")
+    if arrays.keys() != views.keys():
+        odd = sorted(arrays.keys() ^ views.keys())[0]
+        got, expected = ("an array", "none") if odd in arrays else ("nothing", "an array")
+        raise ContractMismatch(odd, got, f"{expected}, as in the session's first observation")
+    for name, array in arrays.items():
+        view = views[name]
+        if array is view:
+            continue
+        if array.shape != view.shape or array.dtype != view.dtype:
+            raise ContractMismatch(
+                name, f"{array.dtype} {array.shape}", f"{view.dtype} {view.shape}"
+            )
+        np.copyto(view, array, casting="no")
+
+
+def _padded(text: str) -> NDArray[np.uint8]:
+    encoded = text.encode()
+    if len(encoded) > MAX_LANG_BYTES:
+        raise ContractMismatch("raw_lang", f"{len(encoded)} bytes", f"at most {MAX_LANG_BYTES}")
+    padded = np.zeros(MAX_LANG_BYTES, np.uint8)
+    padded[: len(encoded)] = np.frombuffer(encoded, np.uint8)
+    return padded
+
+
+def read_observation(arrays: Mapping[str, NDArray[Any]]) -> MetaObs:
+    """The observation in a message: views of its arrays, valid until the message's release."""
+    lang = arrays.get("raw_lang")
+    return MetaObs(
+        images={n[len(IMAGE) :]: a for n, a in arrays.items() if n.startswith(IMAGE)},
+        depth={n[len(DEPTH) :]: a for n, a in arrays.items() if n.startswith(DEPTH)},
+        state=arrays["state"],
+        state_ee=arrays.get("state_ee"),
+        state_joint=arrays.get("state_joint"),
+        raw_lang="" if lang is None else lang.tobytes().rstrip(b"\0").decode(errors="replace"),
+        timestep=int(arrays["timestep"]),
+        t_capture_ns=int(arrays["t_capture_ns"]),
+    )
+
+
+def check_observation_schema(schema: Schema, contract: PolicyContract) -> None:
+    """Whether observations of ``schema`` are what ``contract`` needs.
+
+    Raises:
+        ContractMismatch: They are not; names the field, what was offered and what is needed.
+    """
+    specs = dict(schema.specs)
+    cameras = [name[len(IMAGE) :] for name in specs if name.startswith(IMAGE)]
+    if set(cameras) != set(contract.camera_names):
+        raise ContractMismatch("cameras", f"{sorted(cameras)}", f"{sorted(contract.camera_names)}")
+    for camera in contract.cameras:
+        spec = specs.pop(IMAGE + camera.name)
+        sizes = " or ".join(f"({h}, {w}, 3)" for h, w in camera.accepted_hw)
+        if spec.dtype != "uint8" or spec.shape not in [(*hw, 3) for hw in camera.accepted_hw]:
+            raise ContractMismatch(f"images.{camera.name}", str(spec), f"uint8 {sizes}, RGB")
+    _need(specs.pop("state", None), ArraySpec("state", "float32", (contract.state_dim,)))
+    for name in ("timestep", "t_capture_ns"):
+        _need(specs.pop(name, None), ArraySpec(name, "int64", ()))
+    if "raw_lang" in specs:
+        _need(specs.pop("raw_lang"), ArraySpec("raw_lang", "uint8", (MAX_LANG_BYTES,)))
+    for name, spec in specs.items():
+        known = name in _OPTIONAL_STATES or name.startswith(DEPTH)
+        if not known:
+            raise ContractMismatch(
+                name, str(spec), f"one of {sorted(schema.specs.keys() - {name})}"
+            )
+
+
+def _need(got: ArraySpec | None, expected: ArraySpec) -> None:
+    if got != expected:
+        raise ContractMismatch(expected.name, str(got) if got else "nothing", str(expected))
+
+
+def reply_schema(contract: PolicyContract) -> Schema:
+    """The layout of an answer: the chunk and the server's stage durations."""
+    return Schema(
+        (
+            ArraySpec("actions", "float32", (contract.chunk_size, contract.action_dim)),
+            ArraySpec("count", "int64", ()),
+            ArraySpec("obs_timestep", "int64", ()),
+            ArraySpec("t_capture_ns", "int64", ()),
+            ArraySpec("stages_ns", "int64", (len(SERVER_STAGES),)),
+        )
+    )
+
+
+def write_chunk(chunk: ActionChunk, server_wait_ns: int, views: Mapping[str, NDArray[Any]]) -> None:
+    """Copy ``chunk`` into the arrays of an answer.
+
+    Raises:
+        InferenceError: The policy gave a chunk that its own contract does not allow.
+    """
+    actions = views["actions"]
+    count = len(chunk)
+    if chunk.actions.shape[1:] != actions.shape[1:] or not 0 < count <= len(actions):
+        raise InferenceError(
+            f"the policy answered actions of shape {chunk.actions.shape}, "
+            f"expected (1 to {len(actions)}, {actions.shape[1]})"
+        )
+    actions[:count] = chunk.actions
+    actions[count:] = 0
+    views["count"][...] = count
+    views["obs_timestep"][...] = chunk.obs_timestep
+    views["t_capture_ns"][...] = chunk.t_capture_ns
+    stages = {**chunk.stages_ns, "server_wait": server_wait_ns}
+    views["stages_ns"][:] = [stages.get(stage, 0) for stage in SERVER_STAGES]
+
+
+def read_chunk(arrays: Mapping[str, NDArray[Any]], contract: PolicyContract) -> ActionChunk:
+    """The chunk in an answer, copied out of it.
+
+    Raises:
+        InferenceError: A count that cannot be.
+    """
+    count = int(arrays["count"])
+    if not 0 < count <= contract.chunk_size:
+        raise InferenceError(f"answer: got {count} actions, expected 1 to {contract.chunk_size}")
+    return ActionChunk(
+        actions=arrays["actions"][:count].copy(),
+        obs_timestep=int(arrays["obs_timestep"]),
+        t_capture_ns=int(arrays["t_capture_ns"]),
+        first_action_offset=contract.first_action_offset,
+        ctrl_space=contract.ctrl_space,
+        ctrl_type=contract.ctrl_type,
+        gripper_continuous=contract.gripper_continuous,
+        stages_ns=dict(zip(SERVER_STAGES, arrays["stages_ns"].tolist(), strict=True)),
+    )
+
+
+_ERRORS: dict[str, type[PolicyError]] = {
+    kind.__name__: kind for kind in (ObservationError, InferenceError, PolicyError)
+}
+
+
+def encode_error(error: PolicyError) -> bytes:
+    """An error as the body of an ERROR message."""
+    if isinstance(error, ContractMismatch):
+        body = {"kind": "ContractMismatch", "args": [error.field, error.got, error.expected]}
+    else:
+        kind = type(error).__name__ if type(error).__name__ in _ERRORS else "PolicyError"
+        body = {"kind": kind, "args": [str(error)]}
+    # Cut by argument, so that what is sent stays JSON.
+    body["args"] = [str(argument)[:800] for argument in body["args"]]
+    return json.dumps(body).encode()
+
+
+def decode_error(body: bytes) -> PolicyError:
+    """The error that ``encode_error`` wrote; a plain one for anything else."""
+    try:
+        raw = json.loads(body)
+        kind, args = raw["kind"], [str(argument) for argument in raw["args"]]
+        if kind == "ContractMismatch" and len(args) == 3:
+            return ContractMismatch(*args)
+        return _ERRORS.get(kind, PolicyError)(*args[:1])
+    except (ValueError, KeyError, TypeError):
+        return InferenceError(f"the server reported a failure: {body[:200]!r}")
+
+
+def describe(contract: PolicyContract, info: PolicyInfo) -> dict[str, Any]:
+    """What a server says of its policy before a session is opened."""
+    return {
+        "contract": contract.to_json(),
+        "info": {name: getattr(info, name) for name in PolicyInfo.__slots__},
+    }
+
+
+def read_description(description: Mapping[str, Any]) -> tuple[PolicyContract, PolicyInfo]:
+    """What ``describe`` said.
+
+    Raises:
+        ContractMismatch: It is not of that form.
+    """
+    try:
+        return PolicyContract.from_json(description["contract"]), PolicyInfo(**description["info"])
+    except (KeyError, TypeError) as error:
+        raise ContractMismatch("description", repr(error), "contract and info") from error

@@ -1,0 +1,59 @@
+"""What ``-m`` means: a checkpoint's path, a server's address, or anyone's own policy."""
+
+from __future__ import annotations
+
+import socket
+from dataclasses import dataclass
+from pathlib import Path
+
+from runtime.errors import ModelNameError
+from transport.auto import parse_address
+from transport.errors import TransportError
+
+
+@dataclass(frozen=True, slots=True)
+class LocalModel:
+    """A checkpoint's path or a ``python:package.module:factory``, for ``load_policy``."""
+
+    name: str
+
+
+@dataclass(frozen=True, slots=True)
+class ServerAddress:
+    """A policy server's address."""
+
+    host: str
+    port: int
+
+    def __str__(self) -> str:
+        host = f"[{self.host}]" if ":" in self.host else self.host
+        return f"{host}:{self.port}"
+
+
+def read_model_name(text: str) -> LocalModel | ServerAddress:
+    """How ``text`` is read: an existing path first, then a factory, then an address.
+
+    Raises:
+        ModelNameError: None of them; says how it was read and what would do.
+    """
+    if Path(text).exists():
+        return LocalModel(text)
+    if text.startswith("python:"):
+        return LocalModel(text)
+    choices = "a path that exists, HOST:PORT, [V6]:PORT or python:PACKAGE.MODULE:FACTORY"
+    if "/" in text.removeprefix("tcp://") or ":" not in text:
+        raise ModelNameError(
+            f"-m {text!r}: read as a path, which does not exist; expected {choices}"
+        )
+    try:
+        host, port = parse_address(text)
+    except TransportError as error:
+        raise ModelNameError(f"-m {text!r}: {error}; expected {choices}") from error
+    try:
+        socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)
+    except OSError as error:
+        raise ModelNameError(
+            f"-m {text!r}: read as host {host!r}, port {port}; the host does not resolve "
+            f"({error}); expected {choices}"
+        ) from error
+    return ServerAddress(host, port)

@@ -1,0 +1,309 @@
+"""Many episodes, in one process or several side by side, the same episodes either way.
+
+Episode i has seed ``seed + i``, whichever process runs it. A process that fails ends the
+evaluation; what was finished by then has been handed over already.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import logging
+import multiprocessing
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from multiprocessing.connection import Connection, wait
+from pathlib import Path
+from typing import Any
+
+from envs.errors import EnvError
+from envs.meta import EnvConfig, World, make_world
+from policies.errors import PolicyError
+from policies.types import Policy
+from policies.yaml_config import ConfigError
+from runtime.blending import make_strategy
+from runtime.child import ServerChild
+from runtime.client import PolicyClient
+from runtime.episode import Episode, check_dims, check_rates, run_lockstep, run_realtime
+from runtime.errors import RequestTimeout, RuntimeFault, ServerLost
+from runtime.executor import ChunkExecutor
+from runtime.model_name import LocalModel, ServerAddress
+from runtime.video import write_video
+from transport.errors import TransportError
+
+logger = logging.getLogger(__name__)
+
+EXPECTED_FAILURES = (ConfigError, EnvError, PolicyError, RuntimeFault, TransportError, ValueError)
+"""What a user can act on: reported by message alone, without a traceback."""
+
+
+@dataclass(frozen=True, slots=True)
+class LocalOptions:
+    """How to load a checkpoint; see ``load_policy``."""
+
+    device: str = "auto"
+    precision: str = "auto"
+    dataset_id: str | None = None
+    chunk_size: int | None = None
+    threads: int | None = None
+
+    def flags(self, model: str) -> list[str]:
+        """The same for a server's command line."""
+        flags = ["-m", model]
+        for name in ("device", "precision", "dataset_id", "chunk_size", "threads"):
+            if (value := getattr(self, name)) is not None:
+                flags += [f"--{name}", str(value)]
+        return flags
+
+
+@dataclass(frozen=True, slots=True)
+class Plan:
+    """What to run.
+
+    Attributes:
+        model: Whose policy.
+        local: How to load it, if it is a checkpoint.
+        transport: For a server.
+        env: The world.
+        seeds: One per episode.
+        num_envs: Processes side by side.
+        realtime: By the wall clock, or lockstep.
+        action_manager, manager_coef, n_action_steps: The strategy; see ``make_strategy``.
+        fps: Overrides the policy's rate, for checkpoints that do not say theirs.
+        video_dir: Where videos go, and ``videos``: of how many of the first episodes.
+    """
+
+    model: LocalModel | ServerAddress
+    local: LocalOptions
+    transport: str
+    env: EnvConfig
+    seeds: tuple[int, ...]
+    num_envs: int = 1
+    realtime: bool = False
+    action_manager: str = "sequential"
+    manager_coef: float | None = None
+    n_action_steps: int | None = None
+    fps: float | None = None
+    video_dir: Path | None = None
+    videos: int = 0
+
+
+@dataclass(frozen=True, slots=True)
+class Setting:
+    """What the episodes ran with, known once the policy and the world are there."""
+
+    contract_json: str
+    policy_info: dict[str, Any]
+    transport: str
+    transport_reason: str
+    deterministic: bool
+    world: dict[str, Any]
+
+
+Report = Setting | Episode
+
+
+class WorkerFailed(RuntimeFault):
+    """A process could not go on.
+
+    Attributes:
+        server_lost: Whether it was for want of a server, rather than for bad input.
+    """
+
+    def __init__(self, message: str, *, server_lost: bool) -> None:
+        super().__init__(message)
+        self.server_lost = server_lost
+
+
+@dataclass(frozen=True, slots=True)
+class _Failure:
+    """A ``WorkerFailed`` on its way between processes."""
+
+    message: str
+    server_lost: bool
+
+
+def run(plan: Plan) -> Iterator[Report]:
+    """Run the plan: one ``Setting`` first, then every ``Episode`` as it ends.
+
+    Raises:
+        WorkerFailed: Nothing more will come.
+    """
+    with contextlib.ExitStack() as stack:
+        if plan.realtime and isinstance(plan.model, LocalModel):
+            child = stack.enter_context(ServerChild(plan.local.flags(plan.model.name)))
+            host, _, port = child.address.rpartition(":")
+            plan = dataclasses.replace(plan, model=ServerAddress(host.strip("[]"), int(port)))
+        if plan.num_envs == 1:
+            yield from _guarded(plan, plan.seeds)
+        else:
+            yield from _side_by_side(plan)
+
+
+def _guarded(plan: Plan, seeds: tuple[int, ...]) -> Iterator[Report]:
+    try:
+        yield from _episodes(plan, seeds)
+    except (ServerLost, RequestTimeout) as error:
+        raise WorkerFailed(str(error), server_lost=True) from error
+    except EXPECTED_FAILURES as error:
+        raise WorkerFailed(str(error), server_lost=False) from error
+
+
+def _episodes(plan: Plan, seeds: tuple[int, ...]) -> Iterator[Report]:
+    with contextlib.ExitStack() as stack:
+        policy = stack.enter_context(contextlib.closing(_policy(plan)))
+        contract = policy.contract
+        world = stack.enter_context(
+            contextlib.closing(
+                make_world(plan.env, cameras=contract.cameras, rendering=contract.rendering)
+            )
+        )
+        check_dims(world, policy)
+        check_rates(world, policy, plan.fps)
+        strategy = make_strategy(
+            plan.action_manager,
+            chunk_size=contract.chunk_size,
+            n_action_steps=contract.n_action_steps,
+            stride=plan.n_action_steps,
+            coefficient=plan.manager_coef,
+        )
+        executor = ChunkExecutor(contract, strategy)
+        said = False
+        for seed in seeds:
+            episode = _one(plan, world, policy, executor, seed)
+            if not said:  # the transport is known only after the first request
+                yield _setting(plan, world, policy)
+                said = True
+            yield episode
+
+
+def _policy(plan: Plan) -> Policy:
+    if isinstance(plan.model, ServerAddress):
+        return PolicyClient(
+            str(plan.model), transport=plan.transport, deterministic=not plan.realtime
+        )
+    from policies.checkpoint.load import load_policy
+
+    local = plan.local
+    return load_policy(
+        plan.model.name,
+        device=local.device,
+        precision=local.precision,
+        dataset_id=local.dataset_id,
+        chunk_size=local.chunk_size,
+        threads=local.threads,
+    )
+
+
+def _one(plan: Plan, world: World, policy: Policy, executor: ChunkExecutor, seed: int) -> Episode:
+    recorder = None
+    if plan.video_dir is not None and plan.seeds.index(seed) < plan.videos:
+        recorder = _Recorder(world)
+    on_tick = recorder.note if recorder else None
+    if plan.realtime:
+        if not isinstance(policy, PolicyClient):
+            raise TypeError("run() gives a real-time plan a server")
+        episode = run_realtime(world, policy, executor, seed, on_tick)
+    else:
+        episode = run_lockstep(world, policy, executor, seed, on_tick)
+    if recorder and plan.video_dir:
+        outcome = "success" if episode.success else "failure"
+        recorder.write(plan.video_dir / f"seed{seed}_{outcome}.mp4")
+    return episode
+
+
+class _Recorder:
+    """Notes the world's state every other tick and renders afterwards, off the clock."""
+
+    EVERY = 2
+
+    def __init__(self, world: World) -> None:
+        self._world = world
+        self._snapshots: list[Any] = []
+        self._ticks = 0
+
+    def note(self, world: World) -> None:
+        if self._ticks % self.EVERY == 0:
+            self._snapshots.append(world.snapshot())
+        self._ticks += 1
+
+    def write(self, path: Path) -> None:
+        frames = (self._world.frame(snapshot) for snapshot in self._snapshots)
+        write_video(path, frames, fps=round(1 / self._world.dt_s / self.EVERY))
+
+
+def _setting(plan: Plan, world: World, policy: Policy) -> Setting:
+    info = policy.info
+    return Setting(
+        contract_json=policy.contract.to_json(),
+        policy_info={name: getattr(info, name) for name in type(info).__slots__},
+        transport=policy.transport if isinstance(policy, PolicyClient) else "in process",
+        transport_reason=(
+            policy.transport_reason
+            if isinstance(policy, PolicyClient)
+            else "-m is a checkpoint: no server is needed"
+        ),
+        deterministic=not plan.realtime,
+        world=world.info(),
+    )
+
+
+def _side_by_side(plan: Plan) -> Iterator[Report]:
+    """The seeds dealt out to ``num_envs`` spawned processes, reports as they come."""
+    context = multiprocessing.get_context("spawn")
+    workers: dict[Connection, Any] = {}
+    with contextlib.ExitStack() as stack:
+        for index in range(min(plan.num_envs, len(plan.seeds))):
+            ours, theirs = context.Pipe(duplex=False)
+            stack.callback(ours.close)
+            process = context.Process(
+                target=_work, args=(plan, plan.seeds[index :: plan.num_envs], theirs), daemon=True
+            )
+            process.start()
+            theirs.close()
+            stack.callback(_end, process)
+            workers[ours] = process
+        yield from _collect(workers)
+
+
+def _collect(workers: dict[Connection, Any]) -> Iterator[Report]:
+    said = False
+    while workers:
+        for connection in wait(list(workers)):
+            if not isinstance(connection, Connection):
+                raise TypeError(f"{connection}")
+            try:
+                report = connection.recv()
+            except EOFError:
+                process = workers.pop(connection)
+                process.join()
+                raise WorkerFailed(
+                    f"an evaluation process died (exit status {process.exitcode})",
+                    server_lost=False,
+                ) from None
+            if report is None:
+                workers.pop(connection).join()
+            elif isinstance(report, _Failure):
+                raise WorkerFailed(report.message, server_lost=report.server_lost)
+            elif not isinstance(report, Setting) or not said:
+                said = said or isinstance(report, Setting)
+                yield report
+
+
+def _work(plan: Plan, seeds: tuple[int, ...], reports: Connection) -> None:
+    """A worker process: its reports, then None; or the failure."""
+    send: Callable[[Any], None] = reports.send
+    try:
+        for report in _guarded(plan, seeds):
+            send(report)
+        send(None)
+    except WorkerFailed as error:
+        send(_Failure(str(error), error.server_lost))
+    except KeyboardInterrupt:
+        pass
+
+
+def _end(process: Any) -> None:
+    if process.is_alive():
+        process.terminate()
+    process.join()

@@ -1,0 +1,161 @@
+"""The policy server's command line: ``python -m runtime.server`` and ``start_policy_server.py``."""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import ipaddress
+import logging
+import signal
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+from policies.checkpoint.load import load_policy
+from policies.errors import PolicyError
+from policies.types import Policy
+from policies.yaml_config import ConfigError, load_config
+from runtime.config import DEFAULT_CHECKPOINT, TRANSPORTS, ServerConfig
+from runtime.latency import Percentiles
+from runtime.server import PolicyServer
+from runtime.warmup import warm_up
+from transport.errors import TransportError
+
+logger = logging.getLogger(__name__)
+
+BAD_INPUT = 2
+
+
+def parser() -> argparse.ArgumentParser:
+    cli = argparse.ArgumentParser(
+        prog="python -m runtime.server",
+        description="Serve a policy: observations in, chunks of future actions out.",
+    )
+    add = cli.add_argument
+    add(
+        "-m",
+        "--model_name_or_path",
+        help=f"checkpoint, or python:MODULE:FACTORY ({DEFAULT_CHECKPOINT})",
+    )
+    add("--host", help="where to listen (127.0.0.1)")
+    add("-p", "--port", type=int, help="0 takes a free one (5000)")
+    add("--dataset_id", help="whose normalizers to use (the checkpoint's first)")
+    add("--device", help="auto, cpu, cuda or cuda:N (auto)")
+    add("--precision", choices=("auto", "fp32", "bf16"), help="(auto)")
+    add("-ck", "--chunk_size", type=int, help="truncate chunks to this many actions (all)")
+    add("--threads", type=int, help="CPU threads of one inference (half the cores)")
+    add("--transport", choices=TRANSPORTS, help="what clients are offered (auto: both)")
+    add("--max_sessions", type=int, help="clients at a time (64)")
+    add("--config", default="default", help="name under configs/server, or a YAML's path")
+    add("--log_level", default="INFO", choices=("DEBUG", "INFO", "WARNING", "ERROR"))
+    return cli
+
+
+def read_config(argv: Sequence[str] | None) -> tuple[ServerConfig, str]:
+    """The configuration that file and flags make together, and the log level.
+
+    Raises:
+        ConfigError, ValueError: The file or a flag says something that cannot be.
+    """
+    flags = vars(parser().parse_args(argv))
+    name, log_level = flags.pop("config"), flags.pop("log_level")
+    config = load_config(ServerConfig, name, kind="server")
+    given = {key: value for key, value in flags.items() if value is not None}
+    if given.get("chunk_size") == -1:  # the ancestor's way of saying "all"
+        given["chunk_size"] = None
+    return dataclasses.replace(config, **given), log_level
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run the server until SIGINT or SIGTERM. Returns the exit status."""
+    try:
+        config, log_level = read_config(argv)
+    except (ConfigError, ValueError) as error:
+        return _fail(error)
+    logging.basicConfig(level=log_level, format="%(asctime)s %(levelname)s %(name)s: %(message)s")
+    try:
+        policy = load_policy(
+            config.model_name_or_path,
+            device=config.device,
+            precision=config.precision,
+            dataset_id=config.dataset_id or None,
+            chunk_size=config.chunk_size,
+            threads=config.threads,
+        )
+    except PolicyError as error:
+        return _fail(error, _hint(config))
+    try:
+        warm = warm_up(policy)
+        transports = ("shm", "zmq") if config.transport == "auto" else (config.transport,)
+        with PolicyServer(
+            policy,
+            host=config.host,
+            port=config.port,
+            transports=transports,
+            max_sessions=config.max_sessions,
+        ) as server:
+            _stop_on_signals(server)
+            _announce(server, policy, transports, warm)
+            server.serve()
+    except (PolicyError, TransportError) as error:
+        return _fail(error)
+    finally:
+        policy.close()
+    logger.info("stopped; %s", server.statistics())
+    return 0
+
+
+def _stop_on_signals(server: PolicyServer) -> None:
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(
+            number,
+            lambda received, _: server.stop(
+                f"the server is shutting down ({signal.Signals(received).name})"
+            ),
+        )
+
+
+def _announce(
+    server: PolicyServer, policy: Policy, transports: Sequence[str], warm: Percentiles
+) -> None:
+    info, contract = policy.info, policy.contract
+    cameras = ", ".join(f"{c.name} {c.source_hw[0]}x{c.source_hw[1]}" for c in contract.cameras)
+    print(f"🚀 Policy Server started on {server.host}:{server.port}")
+    print(f"   checkpoint   {info.checkpoint}{'' if info.trained else '  (UNTRAINED weights)'}")
+    print(
+        f"   policy       {contract.policy_type}, chunks of {contract.chunk_size}, data set "
+        f"{contract.dataset_id or '-'} of {list(contract.dataset_ids)}"
+    )
+    print(f"   observation  {cameras or 'no cameras'}; state {contract.state_dim}")
+    print(f"   device       {info.device}, {info.precision}, {info.engine}, {info.threads} threads")
+    print(f"   transports   {', '.join(transports)}")
+    print(f"   warm latency {warm.in_ms()}", flush=True)
+    if not _is_loopback(server.host):
+        logger.warning(
+            "listening on %s without encryption or keys: anybody who reaches port %d can use "
+            "this policy",
+            server.host,
+            server.port,
+        )
+
+
+def _is_loopback(host: str) -> bool:
+    try:
+        return ipaddress.ip_address(host).is_loopback
+    except ValueError:
+        return host == "localhost"
+
+
+def _hint(config: ServerConfig) -> str:
+    if config.model_name_or_path == DEFAULT_CHECKPOINT and not Path(DEFAULT_CHECKPOINT).exists():
+        return "the example checkpoint is not here: run from the repository's root, or `make demo`"
+    return ""
+
+
+def _fail(error: Exception, hint: str = "") -> int:
+    print(f"error: {error}" + (f"\n       {hint}" if hint else ""), file=sys.stderr)
+    return BAD_INPUT
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())

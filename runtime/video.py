@@ -1,0 +1,33 @@
+"""Videos of episodes: H.264 in mp4, frames (H, W, 3) uint8 RGB."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from pathlib import Path
+
+import numpy as np
+from numpy.typing import NDArray
+
+
+def write_video(path: Path, frames: Iterable[NDArray[np.uint8]], fps: int) -> None:
+    """Write ``frames`` to ``path``. An odd height or width loses its last row or column.
+
+    Raises:
+        ValueError: There is no frame.
+    """
+    import av
+
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with av.open(str(path), "w") as container:
+        stream = None
+        for frame in frames:
+            height, width = (n - n % 2 for n in frame.shape[:2])
+            if stream is None:
+                stream = container.add_stream("libx264", rate=fps)
+                stream.height, stream.width = height, width
+                stream.pix_fmt = "yuv420p"
+            picture = np.ascontiguousarray(frame[:height, :width])
+            container.mux(stream.encode(av.VideoFrame.from_ndarray(picture, format="rgb24")))
+        if stream is None:
+            raise ValueError(f"{path}: got no frames, expected at least one")
+        container.mux(stream.encode())
