@@ -1,6 +1,6 @@
 """Evaluate a policy in simulation: ``eval_sim.py``.
 
-Writes ``<output_dir>/<env>/<task>.json`` after every episode, with videos and raw samples beside it.
+Writes ``<output_dir>/<env>/<task>.json`` after every episode; videos and raw samples lie beside it.
 Exit status: 0 done, 1 the server was lost or a process died (the finished episodes are kept), 2 bad
 input, 130 interrupted.
 """

@@ -1,0 +1,67 @@
+# Every target makes what it needs, in its own .venv; nothing outside the repository is touched but
+# the system libraries that software rendering needs (target gl).
+PYTHON ?= python3
+VENV   := .venv
+BIN    := $(VENV)/bin
+PIP    := $(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt
+# Our own errors before pip's, and no thread pools fighting the tests for two cores.
+export OMP_NUM_THREADS ?= 1
+
+.PHONY: help demo test check bench format gl clean
+
+help:
+	@echo "make demo    start a server, evaluate 2 episodes against it"
+	@echo "make test    every test"
+	@echo "make check   lint, types, import rules"
+	@echo "make bench   latency tables"
+
+demo: $(VENV)/.sim gl
+	$(BIN)/python -m runtime.demo
+
+test: $(VENV)/.dev gl
+	$(BIN)/python -m pytest tests -q
+
+check: $(VENV)/.dev
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+	$(BIN)/lint-imports
+
+bench: $(VENV)/.dev gl
+	$(BIN)/python -m pytest bench -q --benchmark-enable
+
+format: $(VENV)/.dev
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+
+# MuJoCo renders through EGL or OSMesa. Installed where we may, named where we may not.
+gl: $(VENV)/.sim
+	@$(BIN)/python -m envs.gl || { \
+	  packages="libegl1 libgl1-mesa-dri libosmesa6"; \
+	  if command -v apt-get >/dev/null && [ "$$(id -u)" = 0 ]; then \
+	    echo "installing $$packages"; \
+	    apt-get update -qq && DEBIAN_FRONTEND=noninteractive apt-get install -y -qq $$packages >/dev/null; \
+	  elif command -v apt-get >/dev/null && sudo -n true 2>/dev/null; then \
+	    echo "installing $$packages"; \
+	    sudo apt-get update -qq && sudo apt-get install -y -qq $$packages >/dev/null; \
+	  fi; \
+	  $(BIN)/python -m envs.gl || { \
+	    echo "MuJoCo can not render here. As root: apt-get install $$packages"; exit 1; }; }
+
+$(VENV)/.base: constraints.txt
+	$(PYTHON) -c 'import sys; v = sys.version_info; \
+	  sys.exit(None if v >= (3, 11) else f"Python {v.major}.{v.minor} found, 3.11 needed: make PYTHON=python3.11")'
+	$(PYTHON) -m venv $(VENV)
+	$(PIP) torch
+	@touch $@
+
+$(VENV)/.sim: setup.py $(VENV)/.base
+	$(PIP) -e '.[server,sim]'
+	@touch $@
+
+$(VENV)/.dev: setup.py $(VENV)/.sim
+	$(PIP) -e '.[server,sim,dev]'
+	@touch $@
+
+clean:
+	rm -rf $(VENV) build *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis .benchmarks
