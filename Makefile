@@ -4,7 +4,8 @@ PYTHON ?= python3
 VENV   := .venv
 BIN    := $(VENV)/bin
 PIP    := $(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt
-# Our own errors before pip's, and no thread pools fighting the tests for two cores.
+CAN_RENDER := $(BIN)/python -c 'from envs.gl import make_context; make_context(64, 64)[1].free()'
+# No thread pools fighting the tests for two cores.
 export OMP_NUM_THREADS ?= 1
 
 .PHONY: help demo test check bench format gl clean
@@ -36,7 +37,7 @@ format: $(VENV)/.dev
 
 # MuJoCo renders through EGL or OSMesa. Installed where we may, named where we may not.
 gl: $(VENV)/.sim
-	@$(BIN)/python -m envs.gl || { \
+	@$(CAN_RENDER) 2>/dev/null || { \
 	  packages="libegl1 libgl1-mesa-dri libosmesa6"; \
 	  if command -v apt-get >/dev/null && [ "$$(id -u)" = 0 ]; then \
 	    echo "installing $$packages"; \
@@ -45,7 +46,7 @@ gl: $(VENV)/.sim
 	    echo "installing $$packages"; \
 	    sudo apt-get update -qq && sudo apt-get install -y -qq $$packages >/dev/null; \
 	  fi; \
-	  $(BIN)/python -m envs.gl || { \
+	  $(CAN_RENDER) || { \
 	    echo "MuJoCo can not render here. As root: apt-get install $$packages"; exit 1; }; }
 
 $(VENV)/.base: constraints.txt

@@ -11,6 +11,7 @@ from numpy.typing import NDArray
 
 from policies.errors import ContractMismatch, InferenceError, ObservationError, PolicyError
 from policies.types import ActionChunk, MetaObs, PolicyContract, PolicyInfo
+from transport.channel import MAX_BODY_BYTES
 from transport.schema import ArraySpec, Schema
 
 IMAGE, DEPTH = "images/", "depth/"
@@ -200,8 +201,9 @@ def encode_error(error: PolicyError) -> bytes:
     else:
         kind = type(error).__name__ if type(error).__name__ in _ERRORS else "PolicyError"
         body = {"kind": kind, "args": [str(error)]}
-    # Cut by argument, so that what is sent stays JSON.
-    body["args"] = [str(argument)[:800] for argument in body["args"]]
+    # Cut by argument, so that what is sent stays JSON; a character takes at most 6 bytes of it.
+    limit = MAX_BODY_BYTES // 7 // len(body["args"])
+    body["args"] = [str(argument)[:limit] for argument in body["args"]]
     return json.dumps(body).encode()
 
 
