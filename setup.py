@@ -2,7 +2,7 @@
 
 from pathlib import Path
 
-from setuptools import find_packages, setup
+from setuptools import find_namespace_packages, find_packages, setup
 
 PACKAGES = ("runtime", "transport", "policies", "envs", "robots")
 SERVER = ["torch>=2.11", "safetensors>=0.4"]
@@ -34,7 +34,18 @@ setup(
     long_description=Path(__file__).with_name("README.md").read_text(encoding="utf-8"),
     long_description_content_type="text/markdown",
     python_requires=">=3.11",
-    packages=find_packages(include=[f"{name}{sub}" for name in PACKAGES for sub in ("", ".*")]),
+    packages=[
+        *find_packages(
+            include=[
+                f"{package}{suffix}"
+                for package in ("runtime", "transport", "policies", "envs", "robots")
+                for suffix in ("", ".*")
+            ]
+        ),
+        # Data, found beside the packages by policies.yaml_config.
+        *find_namespace_packages(include=["configs", "configs.*"]),
+    ],
+    package_data={"": ["*.yaml"]},
     install_requires=["numpy>=1.26", "numba>=0.59", "posix_ipc>=1.1", "pyzmq>=26", "pyyaml>=6"],
     extras_require={"server": SERVER, "sim": SIM, "train": TRAIN, "dev": DEV + TRAIN},
 )

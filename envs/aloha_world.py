@@ -1,0 +1,154 @@
+"""The ALOHA simulation as a ``World``."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Mapping
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from envs.errors import UnknownCamera
+from envs.physics import ACTION_DIM, DT_S, STATE_DIM, AlohaSim
+from envs.world import Pictures, StepResult
+from policies.types import MetaObs, Rendering
+
+
+class AlohaWorld:
+    """One task, seen by a policy.
+
+    Args:
+        task: ``sim_transfer_cube`` or ``sim_insertion``.
+        camera_hw: The policy's camera names, in its order, to (height, width).
+        camera_map: The policy's camera name to the model's; a name that is the model's own needs
+            no entry.
+        rendering: Shadows and multisampling.
+        max_timesteps: Ticks per episode.
+        success_reward: Reward from which on a tick counts as success.
+        video_camera: The model's camera for ``frame``; None for the policy's first.
+        language: The instruction.
+
+    Raises:
+        UnknownCamera: A name that is neither in the map nor in the model.
+        EnvError: As ``AlohaSim``.
+    """
+
+    dt_s = DT_S
+    action_dim = ACTION_DIM
+    state_dim = STATE_DIM
+
+    def __init__(
+        self,
+        *,
+        task: str,
+        camera_hw: Mapping[str, tuple[int, int]],
+        camera_map: Mapping[str, str] | None = None,
+        rendering: Rendering | None = None,
+        max_timesteps: int = 400,
+        success_reward: float = 4.0,
+        video_camera: str | None = None,
+        language: str = "",
+    ) -> None:
+        rendering = rendering or Rendering()
+        heights, widths = zip(*camera_hw.values(), strict=True) if camera_hw else ((480,), (640,))
+        self.sim = AlohaSim(
+            task,
+            max_hw=(max(heights), max(widths)),
+            shadows=rendering.shadows,
+            msaa=rendering.msaa,
+        )
+        self.task, self.language = self.sim.task.name, language
+        self.max_timesteps = max_timesteps
+        self.camera_names = tuple(camera_hw)
+        self.camera_hw = dict(camera_hw)
+        self._success_reward = success_reward
+        self._rendering = rendering
+        self._sim_names = {
+            name: self._sim_name(name, camera_map or {}) for name in self.camera_names
+        }
+        first = self._sim_names[self.camera_names[0]] if self.camera_names else "top"
+        self._video_camera = first if video_camera is None else self._sim_name(video_camera, {})
+        video_hw = next(
+            (hw for name, hw in camera_hw.items() if self._sim_names[name] == self._video_camera),
+            (max(heights), max(widths)),
+        )
+        self._frame = np.zeros((*video_hw, 3), np.uint8)
+        self._frame_is_current = False
+        self._timestep = 0
+        self._highest_reward = 0.0
+
+    def reset(self, seed: int) -> None:
+        self.sim.reset(seed)
+        self._timestep, self._highest_reward = 0, 0.0
+        self._frame_is_current = False
+
+    def observe(self, out: Pictures | None = None) -> MetaObs:
+        captured_ns = time.monotonic_ns()
+        images = {}
+        for name, sim_name in self._sim_names.items():
+            target = None if out is None else out.get(name)
+            picture = self.sim.render_camera(sim_name, hw=self.camera_hw[name], out=target)
+            images[name] = picture
+            if sim_name == self._video_camera and picture.shape == self._frame.shape:
+                # A copy: ``out`` may be somebody's slot, soon to be overwritten.
+                np.copyto(self._frame, picture)
+                self._frame_is_current = True
+        return MetaObs(
+            images=images,
+            state=self.sim.agent_pos.astype(np.float32),
+            raw_lang=self.language,
+            timestep=self._timestep,
+            t_capture_ns=captured_ns,
+        )
+
+    def step(self, action: NDArray[np.float32]) -> StepResult:
+        reward = float(self.sim.step(action))
+        self._timestep += 1
+        self._frame_is_current = False
+        self._highest_reward = max(self._highest_reward, reward)
+        success = reward >= self._success_reward
+        return StepResult(
+            reward=reward,
+            highest_reward=self._highest_reward,
+            success=success,
+            terminated=success,
+            truncated=self._timestep >= self.max_timesteps,
+        )
+
+    def frame(self) -> NDArray[np.uint8]:
+        if not self._frame_is_current:
+            self.sim.render_camera(self._video_camera, out=self._frame)
+            self._frame_is_current = True
+        return self._frame.copy()
+
+    def info(self) -> dict[str, Any]:
+        import mujoco
+
+        return {
+            "world": "aloha",
+            "task": self.task,
+            "mujoco": mujoco.mj_versionString(),
+            "renderer": self.sim.renderer.name,
+            "shadows": self._rendering.shadows,
+            "msaa": self._rendering.msaa,
+            "cameras": {
+                name: {"camera": sim_name, "hw": list(self.camera_hw[name])}
+                for name, sim_name in self._sim_names.items()
+            },
+            "max_timesteps": self.max_timesteps,
+            "dt_s": self.dt_s,
+        }
+
+    def close(self) -> None:
+        self.sim.close()
+
+    def _sim_name(self, name: str, camera_map: Mapping[str, str]) -> str:
+        mapped = camera_map.get(name, name)
+        if mapped not in self.sim.camera_names:
+            raise UnknownCamera(
+                f"cameras: got {name!r}{f' (mapped to {mapped!r})' if mapped != name else ''}, "
+                f"expected some of {list(self.sim.camera_names)} or a name in camera_map, "
+                f"which is {dict(camera_map)}"
+            )
+        return mapped

@@ -1,0 +1,188 @@
+"""From a configuration, a policy's contract and the user's overrides to a ``World``.
+
+The contract says which cameras, at which size, rendered how. A key of the configuration that is
+None leaves it to the contract; any other value was somebody's wish and wins.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from typing import Any, Literal
+
+from envs.errors import EnvError
+from envs.world import Pictures, StepResult, World
+from policies.types import CameraContract, Rendering
+from policies.yaml_config import load_config
+
+__all__ = [
+    "EnvConfig",
+    "Pictures",
+    "StepResult",
+    "TaskConfig",
+    "World",
+    "load_env_config",
+    "make_world",
+]
+
+DEFAULT_CAMERAS = ("top",)
+DEFAULT_HW = (480, 640)
+DEFAULT_RENDERING = Rendering()
+GYM_PREFIX = "gym:"
+
+
+@dataclass(frozen=True)
+class GymKeys:
+    """Where a gymnasium environment's observations and infos hold what a policy needs.
+
+    Attributes:
+        state: Dotted keys whose values are flattened and concatenated to the state; empty where
+            the observation is one array.
+        images: Policy's camera name to a dotted key, or to ``render()`` for what that returns.
+        success: Key of ``info`` that tells success; None where only the reward does.
+        kwargs: For ``gymnasium.make``.
+    """
+
+    state: tuple[str, ...] = ()
+    images: Mapping[str, str] = field(default_factory=dict)
+    success: str | None = None
+    kwargs: Mapping[str, Any] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class EnvConfig:
+    """``configs/env/*.yaml``.
+
+    Attributes:
+        kind: Which implementation.
+        task: Name of a task in ``configs/task`` (``_scripted`` may follow), or for ``gym`` the id.
+        cameras: The policy's camera names. None: the contract's.
+        camera_map: Policy's camera name to this world's.
+        image_hw: (height, width) of every camera. None: the contract's source size.
+        shadows, msaa: How to render. None: as the contract says.
+        max_timesteps: Ticks per episode. None: the task's.
+        dt_s: Seconds per tick, for a world that doesn't fix it. None: the world's own.
+        success_reward: Reward that means success. None: the task's.
+        video_camera: This world's camera for videos. None: the policy's first.
+        gym: For ``kind: gym``.
+    """
+
+    kind: Literal["aloha", "fake", "gym"]
+    task: str
+    cameras: tuple[str, ...] | None = None
+    camera_map: Mapping[str, str] = field(default_factory=dict)
+    image_hw: tuple[int, int] | None = None
+    shadows: bool | None = None
+    msaa: int | None = None
+    max_timesteps: int | None = None
+    dt_s: float | None = None
+    success_reward: float | None = None
+    video_camera: str | None = None
+    gym: GymKeys = field(default_factory=GymKeys)
+
+    def __post_init__(self) -> None:
+        if self.image_hw is not None and min(self.image_hw) < 1:
+            raise ValueError(f"image_hw: got {self.image_hw}, expected positive sizes")
+        if self.max_timesteps is not None and self.max_timesteps < 1:
+            raise ValueError(f"max_timesteps: got {self.max_timesteps}, expected at least 1")
+        if self.dt_s is not None and not self.dt_s > 0:
+            raise ValueError(f"dt_s: got {self.dt_s}, expected a positive number of seconds")
+        if self.cameras is not None and len(set(self.cameras)) != len(self.cameras):
+            raise ValueError(f"cameras: got {list(self.cameras)}, expected different names")
+
+
+@dataclass(frozen=True)
+class TaskConfig:
+    """``configs/task/*.yaml``: what is to be done, whatever does it.
+
+    Attributes:
+        name: The simulation's name of the task.
+        language: The instruction in words.
+        max_timesteps: Ticks per episode.
+        success_reward: Reward from which on the job is done.
+    """
+
+    name: str
+    language: str = ""
+    max_timesteps: int = 400
+    success_reward: float = 4.0
+
+
+def load_env_config(name: str, overrides: Mapping[str, str] | None = None) -> EnvConfig:
+    """The configuration that ``-e name`` means.
+
+    Args:
+        name: A name in ``configs/env``, a YAML path, or ``gym:<id>`` for any gymnasium
+            environment (then ``configs/env/gym.yaml`` is where the mapping starts from).
+        overrides: Dotted keys to YAML text, the command line's ``--env.KEY VALUE``.
+
+    Raises:
+        ConfigError: No such configuration, an unknown key, a wrong type.
+    """
+    if name.startswith(GYM_PREFIX):
+        config = load_config(EnvConfig, "gym", kind="env", overrides=overrides)
+        return replace(config, task=name.removeprefix(GYM_PREFIX))
+    return load_config(EnvConfig, name, kind="env", overrides=overrides)
+
+
+def make_world(
+    config: EnvConfig,
+    *,
+    cameras: Sequence[CameraContract] | None = None,
+    rendering: Rendering | None = None,
+) -> World:
+    """The world that ``config`` describes, as ``cameras`` and ``rendering`` of a contract want it.
+
+    Raises:
+        EnvError: A camera that the world does not have, an unknown task, a size it cannot give.
+        ConfigError: The task's configuration is missing or wrong.
+    """
+    sizes = {camera.name: camera.source_hw for camera in cameras or ()}
+    names = config.cameras
+    if names is None and cameras is not None:
+        names = tuple(sizes)
+    if config.kind == "gym":
+        from envs.gym_world import GymWorld
+
+        names = tuple(config.gym.images) if names is None else names
+        return GymWorld(config, {name: config.image_hw or sizes.get(name) for name in names})
+    names = DEFAULT_CAMERAS if names is None else names
+    camera_hw = {name: config.image_hw or sizes.get(name, DEFAULT_HW) for name in names}
+    wanted = rendering or DEFAULT_RENDERING
+    rendering = Rendering(
+        shadows=wanted.shadows if config.shadows is None else config.shadows,
+        msaa=wanted.msaa if config.msaa is None else config.msaa,
+    )
+    task = load_config(TaskConfig, config.task.removesuffix("_scripted"), kind="task")
+    task = replace(
+        task,
+        max_timesteps=config.max_timesteps or task.max_timesteps,
+        success_reward=(
+            task.success_reward if config.success_reward is None else config.success_reward
+        ),
+    )
+    if config.kind == "fake":
+        from envs.fake import FakeWorld
+
+        return FakeWorld(
+            task=task.name,
+            language=task.language,
+            camera_hw=camera_hw,
+            max_timesteps=task.max_timesteps,
+            dt_s=config.dt_s or FakeWorld.DT_S,
+        )
+    from envs.aloha_world import AlohaWorld
+    from envs.physics import DT_S
+
+    if config.dt_s is not None and config.dt_s != DT_S:
+        raise EnvError(f"dt_s: got {config.dt_s}, expected {DT_S}, which the task fixes")
+    return AlohaWorld(
+        task=task.name,
+        language=task.language,
+        camera_hw=camera_hw,
+        camera_map=config.camera_map,
+        rendering=rendering,
+        max_timesteps=task.max_timesteps,
+        success_reward=task.success_reward,
+        video_camera=config.video_camera,
+    )
