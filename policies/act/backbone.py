@@ -1,0 +1,102 @@
+"""ResNet18/34 without the classifier, with batch-norm (training) or with it folded (inference).
+
+He et al., Deep Residual Learning for Image Recognition, https://arxiv.org/abs/1512.03385.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+
+from policies.act.config import BLOCKS, CHANNELS
+
+BATCH_NORM_EPS = 1e-5
+BATCH_NORM_KEYS = ("weight", "bias", "running_mean", "running_var")
+
+
+def _convolution(
+    inputs: int, outputs: int, kernel: int, stride: int, *, folded: bool
+) -> tuple[nn.Conv2d, nn.Module]:
+    """A convolution and what follows it: its batch-norm, or nothing where that is folded."""
+    conv = nn.Conv2d(inputs, outputs, kernel, stride, padding=kernel // 2, bias=folded)
+    return conv, nn.Identity() if folded else nn.BatchNorm2d(outputs, eps=BATCH_NORM_EPS)
+
+
+class BasicBlock(nn.Module):
+    """Two 3x3 convolutions and the way around them."""
+
+    def __init__(self, inputs: int, outputs: int, stride: int, *, folded: bool) -> None:
+        super().__init__()
+        self.conv1, self.bn1 = _convolution(inputs, outputs, 3, stride, folded=folded)
+        self.conv2, self.bn2 = _convolution(outputs, outputs, 3, 1, folded=folded)
+        self.downsample: nn.Module = nn.Identity()
+        if stride != 1 or inputs != outputs:
+            self.downsample = nn.Sequential(
+                *_convolution(inputs, outputs, 1, stride, folded=folded)
+            )
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = torch.relu(self.bn1(self.conv1(x)))
+        return torch.relu(self.bn2(self.conv2(y)) + self.downsample(x))
+
+
+class Backbone(nn.Module):
+    """(B, 3, H, W) normalized pictures to (B, 512, ceil(H/32), ceil(W/32)) features."""
+
+    def __init__(self, name: str, *, folded: bool) -> None:
+        super().__init__()
+        self.conv1, self.bn1 = _convolution(3, CHANNELS[0], 7, 2, folded=folded)
+        self.maxpool = nn.MaxPool2d(3, stride=2, padding=1)
+        inputs = CHANNELS[0]
+        for stage, (outputs, blocks) in enumerate(zip(CHANNELS, BLOCKS[name], strict=True)):
+            strides = [1 if stage == 0 else 2] + [1] * (blocks - 1)
+            layer = nn.Sequential()
+            for stride in strides:
+                layer.append(BasicBlock(inputs, outputs, stride, folded=folded))
+                inputs = outputs
+            self.add_module(f"layer{stage + 1}", layer)
+        self.reset_parameters()
+
+    def reset_parameters(self) -> None:
+        """He initialization; each block starts as the identity (its last scale is zero)."""
+        for module in self.modules():
+            if isinstance(module, nn.Conv2d):
+                nn.init.kaiming_normal_(module.weight, mode="fan_out", nonlinearity="relu")
+            elif isinstance(module, BasicBlock) and isinstance(module.bn2, nn.BatchNorm2d):
+                nn.init.zeros_(module.bn2.weight)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.maxpool(torch.relu(self.bn1(self.conv1(x))))
+        for stage in range(len(CHANNELS)):
+            x = self.get_submodule(f"layer{stage + 1}")(x)
+        return x
+
+
+def fold_batch_norm(weights: dict[str, Tensor], prefix: str = "backbone.") -> dict[str, Tensor]:
+    """``weights`` with each batch-norm below ``prefix`` folded into the convolution before it.
+
+    y = gamma * (conv(x) - mean) / sqrt(var + eps) + beta is a convolution again. In float64, so
+    that what is rounded is only the result. The picture's own mean is not folded: padding comes
+    after that normalization, so at the borders it would not be the same function.
+    """
+    folded = dict(weights)
+    for conv, norm in _pairs(weights, prefix):
+        gamma, beta, mean, var = (folded.pop(f"{norm}.{key}").double() for key in BATCH_NORM_KEYS)
+        folded.pop(f"{norm}.num_batches_tracked", None)
+        weight = weights[f"{conv}.weight"]
+        factor = gamma / torch.sqrt(var + BATCH_NORM_EPS)
+        folded[f"{conv}.weight"] = (weight.double() * factor[:, None, None, None]).to(weight.dtype)
+        folded[f"{conv}.bias"] = (beta - mean * factor).to(weight.dtype)
+    return folded
+
+
+def _pairs(weights: dict[str, Tensor], prefix: str) -> list[tuple[str, str]]:
+    """(convolution, batch-norm) module names."""
+    pairs = []
+    for key in weights:
+        if key.startswith(prefix) and key.endswith(".running_mean"):
+            norm = key.removesuffix(".running_mean")
+            parent, _, name = norm.rpartition(".")
+            conv = f"{parent}.0" if name == "1" else f"{parent}.{name.replace('bn', 'conv')}"
+            pairs.append((conv, norm))
+    return pairs

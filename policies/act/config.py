@@ -1,0 +1,79 @@
+"""The sizes of an ACT network."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal, get_args
+
+from policies.errors import CheckpointError
+
+Backbone = Literal["resnet18", "resnet34"]
+Activation = Literal["relu", "gelu"]
+
+BLOCKS: dict[str, tuple[int, int, int, int]] = {
+    "resnet18": (2, 2, 2, 2),
+    "resnet34": (3, 4, 6, 3),
+}
+"""Residual blocks in each of the four stages."""
+CHANNELS = (64, 128, 256, 512)
+STRIDE = 32
+"""Image pixels per feature, along one side."""
+
+
+@dataclass(frozen=True, slots=True)
+class ActConfig:
+    """Sizes, in the words of the paper (https://arxiv.org/abs/2304.13705).
+
+    Attributes:
+        image_hw: (height, width) of every camera's picture as the network sees it.
+        n_decoder_layers: Those whose output counts; in the original's seven only the first does.
+        n_style_layers: Of the CVAE's style encoder, which only training needs.
+    """
+
+    state_dim: int
+    action_dim: int
+    chunk_size: int
+    n_cameras: int
+    image_hw: tuple[int, int]
+    width: int = 512
+    n_heads: int = 8
+    feedforward: int = 3200
+    n_encoder_layers: int = 4
+    n_decoder_layers: int = 1
+    n_style_layers: int = 4
+    latent_dim: int = 32
+    backbone: Backbone = "resnet18"
+    activation: Activation = "relu"
+    dropout: float = 0.1
+
+    def __post_init__(self) -> None:
+        sizes = (
+            "state_dim action_dim chunk_size n_cameras width n_heads feedforward "
+            "n_encoder_layers n_decoder_layers n_style_layers latent_dim"
+        )
+        for name in sizes.split():
+            if getattr(self, name) < 1:
+                raise CheckpointError(f"{name}: got {getattr(self, name)}, expected at least 1")
+        if min(self.image_hw) < STRIDE:
+            raise CheckpointError(
+                f"image_hw: got {self.image_hw}, expected at least {STRIDE} pixels each way"
+            )
+        if self.width % self.n_heads or self.width % 4:
+            raise CheckpointError(
+                f"n_heads: got {self.n_heads} for width {self.width}, expected a divisor of it "
+                "(and a width divisible by 4)"
+            )
+        for name, choices in (
+            ("backbone", get_args(Backbone)),
+            ("activation", get_args(Activation)),
+        ):
+            if getattr(self, name) not in choices:
+                raise CheckpointError(
+                    f"{name}: got {getattr(self, name)!r}, expected one of {choices}"
+                )
+
+    @property
+    def features_hw(self) -> tuple[int, int]:
+        """(height, width) of one camera's feature map."""
+        height, width = self.image_hw
+        return -(-height // STRIDE), -(-width // STRIDE)

@@ -1,0 +1,85 @@
+"""What a checkpoint gives, whatever its layout was: an ``ActConfig``, weights under the names of
+``ActModel``, and normalizers. Loaders make it, engines and savers take it.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor
+
+from policies.act.backbone import fold_batch_norm
+from policies.act.config import ActConfig
+from policies.act.model import ActModel
+from policies.normalize import Normalizer, normalizer_hash
+from policies.types import CameraContract, CtrlSpace, CtrlType, PolicyContract, Rendering
+
+Triples = tuple[tuple[float, float, float], ...]
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class ActWeights:
+    """A loaded checkpoint.
+
+    Attributes:
+        tensors: float32, by ``ActModel``'s names; ``style.*`` where the checkpoint has the CVAE's
+            encoder, which inference does not need.
+        image_mean, image_std: (r, g, b) for each camera, of pictures scaled to [0, 1].
+        dataset_id: Whose normalizers these are; ``dataset_ids``: all that the checkpoint has.
+    """
+
+    config: ActConfig
+    tensors: dict[str, Tensor]
+    state_normalizer: Normalizer
+    action_normalizer: Normalizer
+    image_mean: Triples
+    image_std: Triples
+    cameras: tuple[CameraContract, ...]
+    n_action_steps: int
+    dt_s: float = 0.02
+    ctrl_space: CtrlSpace = "joint"
+    ctrl_type: CtrlType = "abs"
+    dataset_id: str = ""
+    dataset_ids: tuple[str, ...] = field(default=())
+    rendering: Rendering | None = None
+    trained: bool = True
+
+    def contract(self, chunk_size: int | None = None) -> PolicyContract:
+        """What the policy needs and gives, its chunks cut to ``chunk_size``."""
+        chunk = chunk_size or self.config.chunk_size
+        return PolicyContract(
+            policy_type="act",
+            cameras=self.cameras,
+            state_dim=self.config.state_dim,
+            action_dim=self.config.action_dim,
+            chunk_size=chunk,
+            n_action_steps=min(self.n_action_steps, chunk),
+            dt_s=self.dt_s,
+            ctrl_space=self.ctrl_space,
+            ctrl_type=self.ctrl_type,
+            normalizer_hash=normalizer_hash(self.state_normalizer, self.action_normalizer),
+            dataset_id=self.dataset_id,
+            dataset_ids=self.dataset_ids,
+            rendering=self.rendering,
+        )
+
+    def inference_model(self) -> ActModel:
+        """The network for inference: batch-norm folded, no gradients, float32 on the CPU."""
+        model = ActModel(
+            self.config, image_mean=self.image_mean, image_std=self.image_std, folded=True
+        )
+        trunk = {k: v for k, v in self.tensors.items() if not k.startswith("style.")}
+        model.load_state_dict(fold_batch_norm(trunk), strict=True)
+        return model.eval().requires_grad_(False)
+
+
+def parameter_shapes(config: ActConfig) -> dict[str, tuple[int, ...]]:
+    """Names and shapes of what inference needs, in ``ActModel``'s layout; allocates nothing."""
+    with torch.device("meta"):
+        model = ActModel(config)
+    return {
+        name: tuple(tensor.shape)
+        for name, tensor in model.state_dict().items()
+        if not name.endswith(".num_batches_tracked")
+    }

@@ -1,0 +1,88 @@
+"""``metronome.yaml`` (or ``.json``) beside a checkpoint: what its own layout cannot say.
+
+Optional; every key is. The original's layout needs ``camera_names`` and ``n_heads`` from here or
+from the command line.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from policies.errors import CheckpointError, PolicyError
+from policies.types import CameraContract, Rendering
+from policies.yaml_config import ConfigError, load_config
+
+FILE_NAMES = ("metronome.yaml", "metronome.json")
+
+DEFAULT_IMAGE_HW = (480, 640)
+"""ACT is fully convolutional, and most layouts don't say what size it was trained on."""
+
+
+@dataclass(frozen=True, slots=True)
+class Extras:
+    """
+    Attributes:
+        camera_names: In the order the model sees them.
+        n_heads: Of the transformer's attention.
+        image_hw: (height, width) of every camera, where it is used as it comes.
+        cameras: Source size, crop and resize of each camera; wins over ``image_hw``.
+        dt_s: Seconds per policy tick.
+        rendering: How the training pictures were rendered.
+        n_action_steps: Actions of a chunk to play before the next.
+        trained: False for weights that were only initialized.
+        training: Data, recipe, numbers: for people, nothing reads it.
+    """
+
+    camera_names: tuple[str, ...] | None = None
+    n_heads: int | None = None
+    image_hw: tuple[int, int] | None = None
+    cameras: tuple[CameraContract, ...] | None = None
+    dt_s: float = 0.02
+    rendering: Rendering | None = None
+    n_action_steps: int | None = None
+    trained: bool = True
+    training: Mapping[str, Any] = field(default_factory=dict)
+
+    def camera_contracts(
+        self, names: tuple[str, ...], image_hw: tuple[int, int] | None, source: Path
+    ) -> tuple[CameraContract, ...]:
+        """A contract for each of ``names``; ``image_hw``, where given, wins over the file.
+
+        Raises:
+            CheckpointError: ``cameras`` has other names, or sizes that differ between cameras.
+        """
+        if image_hw is None and self.cameras is not None:
+            by_name = {camera.name: camera for camera in self.cameras}
+            if set(by_name) != set(names):
+                raise CheckpointError(
+                    f"{source}: cameras: got {sorted(by_name)}, expected {sorted(names)}"
+                )
+            cameras = tuple(by_name[name] for name in names)
+            sizes = {camera.model_hw for camera in cameras}
+            if len(sizes) > 1:
+                raise CheckpointError(
+                    f"{source}: cameras: got model sizes {sorted(sizes)}, expected one for all"
+                )
+            return cameras
+        size = image_hw or self.image_hw or DEFAULT_IMAGE_HW
+        return tuple(CameraContract(name, source_hw=size, model_hw=size) for name in names)
+
+
+def read_extras(folder: Path) -> Extras:
+    """What lies in ``folder``, or the defaults.
+
+    Raises:
+        CheckpointError: Two such files, an unknown key, a value of the wrong type.
+    """
+    found = [folder / name for name in FILE_NAMES if (folder / name).is_file()]
+    if not found:
+        return Extras()
+    if len(found) > 1:
+        raise CheckpointError(f"{folder}: got both {FILE_NAMES}, expected one")
+    try:
+        return load_config(Extras, str(found[0]), kind="policy")
+    except (ConfigError, PolicyError) as error:
+        raise CheckpointError(f"{error}") from error

@@ -1,0 +1,89 @@
+"""``python:package.module:factory``: anyone's own policy."""
+
+from __future__ import annotations
+
+import importlib
+from typing import Any
+
+from policies.errors import CheckpointError, PolicyError
+from policies.types import (
+    ActionChunk,
+    MetaObs,
+    Policy,
+    PolicyContract,
+    PolicyInfo,
+)
+
+PREFIX = "python:"
+_MEMBERS = ("contract", "info", "infer", "reset", "close")
+
+
+class UnforkablePolicy:
+    """A policy without ``fork``: one session at a time."""
+
+    def __init__(self, policy: Any, source: str) -> None:
+        self._policy, self._source = policy, source
+
+    @property
+    def contract(self) -> PolicyContract:
+        contract: PolicyContract = self._policy.contract
+        return contract
+
+    @property
+    def info(self) -> PolicyInfo:
+        info: PolicyInfo = self._policy.info
+        return info
+
+    def infer(self, obs: MetaObs) -> ActionChunk:
+        chunk: ActionChunk = self._policy.infer(obs)
+        return chunk
+
+    def reset(self) -> None:
+        self._policy.reset()
+
+    def fork(self) -> Policy:
+        """Always raises ``PolicyError``."""
+        raise PolicyError(
+            f"{self._source}: this policy has no fork(), so it serves one session at a time; "
+            "return self from fork() if it keeps nothing between observations"
+        )
+
+    def close(self) -> None:
+        self._policy.close()
+
+
+def load_factory(source: str) -> Policy:
+    """What the factory that ``source`` names returns.
+
+    Raises:
+        CheckpointError: ``source`` cannot be read or imported, the factory failed, or what it
+            returned is not a policy.
+    """
+    module_name, separator, name = source.removeprefix(PREFIX).partition(":")
+    if not separator or not module_name or not name:
+        raise CheckpointError(f"{source!r}: expected {PREFIX}package.module:factory")
+    try:
+        module = importlib.import_module(module_name)
+    except ImportError as error:
+        raise CheckpointError(f"{source}: {error}") from error
+    factory = getattr(module, name, None)
+    if not callable(factory):
+        callables = sorted(n for n, v in vars(module).items() if callable(v) and n[0] != "_")
+        raise CheckpointError(f"{source}: no function {name!r} there, got {callables}")
+    try:
+        policy = factory()
+    except PolicyError:
+        raise
+    except Exception as error:  # somebody else's code: anything
+        raise CheckpointError(f"{source}: the factory failed: {error!r}") from error
+    missing = [member for member in _MEMBERS if not hasattr(policy, member)]
+    if missing:
+        raise CheckpointError(
+            f"{source}: returned a {type(policy).__name__} without {missing}, expected a Policy"
+        )
+    if not isinstance(policy.contract, PolicyContract) or not isinstance(policy.info, PolicyInfo):
+        raise CheckpointError(
+            f"{source}: contract is a {type(policy.contract).__name__} and info a "
+            f"{type(policy.info).__name__}, expected PolicyContract and PolicyInfo"
+        )
+    return policy if isinstance(policy, Policy) else UnforkablePolicy(policy, source)

@@ -1,0 +1,195 @@
+"""ILStudio's layout: ``config.json``, ``model.safetensors``, ``policy_metadata.json``,
+``normalize.json`` and ``<dataset_id>_stats_<space>_<type>.pkl`` for each data set.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, cast
+
+from policies.act.config import ActConfig
+from policies.act.model import IMAGENET_MEAN, IMAGENET_STD
+from policies.act.weights import ActWeights
+from policies.checkpoint.extras import Extras
+from policies.checkpoint.files import need, read_json, read_safetensors
+from policies.checkpoint.keys import detr_dead_keys, detr_keys, translate
+from policies.checkpoint.pickles import read_pickle
+from policies.errors import CheckpointError
+from policies.normalize import Normalizer, from_stats
+from policies.types import CtrlSpace, CtrlType
+
+CONFIG = "config.json"
+WEIGHTS = "model.safetensors"
+METADATA = "policy_metadata.json"
+NORMALIZE = "normalize.json"
+CTRL_SPACES = ("joint", "ee")
+CTRL_TYPES = {"abs": "abs", "delta": "delta", "rel": "relative", "relative": "relative"}
+
+
+@dataclass(frozen=True, slots=True)
+class _Dataset:
+    dataset_id: str
+    ctrl_space: CtrlSpace
+    ctrl_type: CtrlType
+    state: Normalizer
+    action: Normalizer
+    known: tuple[str, ...]
+
+
+def load_ilstudio(
+    folder: Path,
+    extras: Extras,
+    *,
+    dataset_id: str | None = None,
+    image_hw: tuple[int, int] | None = None,
+) -> ActWeights:
+    """The checkpoint in ``folder`` with the normalizers of ``dataset_id`` (default: the first).
+
+    ``normalize.json`` and the metadata may lie in the parent of a ``checkpoint-N`` folder.
+
+    Raises:
+        CheckpointError: Anything missing, unknown, of another kind, or not as expected.
+    """
+    _check_kind(folder)
+    path = folder / CONFIG
+    raw = read_json(path)
+    names = tuple(need(raw, "camera_names", list, path))
+    if not names or not all(isinstance(name, str) for name in names):
+        raise CheckpointError(f"{path}: camera_names: got {names}, expected names")
+    cameras = extras.camera_contracts(names, image_hw, path)
+    config = _config(raw, path, len(cameras), cameras[0].model_hw)
+    tensors = translate(
+        read_safetensors(folder / WEIGHTS),
+        detr_keys(config),
+        detr_dead_keys(need(raw, "dec_layers", int, path)),
+        config,
+        folder / WEIGHTS,
+    )
+    dataset = _dataset(folder, dataset_id)
+    for name, normalizer, dim in (
+        ("state", dataset.state, config.state_dim),
+        ("action", dataset.action, config.action_dim),
+    ):
+        if normalizer.dim != dim:
+            raise CheckpointError(
+                f"{folder}: {name} statistics of {dataset.dataset_id!r}: got {normalizer.dim} "
+                f"dimensions, expected {dim} ({CONFIG})"
+            )
+    return ActWeights(
+        config=config,
+        tensors=tensors,
+        state_normalizer=dataset.state,
+        action_normalizer=dataset.action,
+        image_mean=(IMAGENET_MEAN,) * len(cameras),
+        image_std=(IMAGENET_STD,) * len(cameras),
+        cameras=cameras,
+        n_action_steps=extras.n_action_steps or config.chunk_size,
+        dt_s=extras.dt_s,
+        ctrl_space=dataset.ctrl_space,
+        ctrl_type=dataset.ctrl_type,
+        dataset_id=dataset.dataset_id,
+        dataset_ids=dataset.known,
+        rendering=extras.rendering,
+        trained=extras.trained,
+    )
+
+
+def _check_kind(folder: Path) -> None:
+    path = _beside(folder, METADATA)
+    if path.is_file():
+        kind = need(read_json(path), "policy_name", str, path)
+        if kind != "act":
+            raise CheckpointError(f"{path}: policy_name: got {kind!r}, expected 'act'")
+
+
+def _config(
+    raw: Mapping[str, Any], path: Path, n_cameras: int, image_hw: tuple[int, int]
+) -> ActConfig:
+    refused = {"pre_norm": (False,), "dilation": (False,), "position_embedding": ("sine", "v2")}
+    for key, accepted in refused.items():
+        if raw.get(key, accepted[0]) not in accepted:
+            raise CheckpointError(f"{path}: {key}: got {raw[key]!r}, expected {accepted[0]!r}")
+    layers = need(raw, "enc_layers", int, path)
+    try:
+        return ActConfig(
+            state_dim=need(raw, "state_dim", int, path),
+            action_dim=need(raw, "action_dim", int, path),
+            chunk_size=need(raw, "chunk_size", int, path),
+            n_cameras=n_cameras,
+            image_hw=image_hw,
+            width=need(raw, "hidden_dim", int, path),
+            n_heads=need(raw, "nheads", int, path),
+            feedforward=need(raw, "dim_feedforward", int, path),
+            n_encoder_layers=layers,
+            n_style_layers=layers,
+            backbone=need(raw, "backbone", str, path),
+        )
+    except CheckpointError as error:
+        text = str(error)
+        raise CheckpointError(text if str(path) in text else f"{path}: {text}") from error
+
+
+def _dataset(folder: Path, dataset_id: str | None) -> _Dataset:
+    path = _beside(folder, NORMALIZE)
+    if not path.is_file():
+        raise CheckpointError(f"{path}: missing; without it there is no normalizer")
+    raw = read_json(path)
+    entries: dict[str, Mapping[str, Any]] = {}
+    for entry in need(raw, "datasets", list, path):
+        if not isinstance(entry, dict):
+            raise CheckpointError(f"{path}: datasets: got {entry!r}, expected objects")
+        entries[need(entry, "dataset_id", str, path)] = entry
+    known = tuple(entries)
+    chosen = dataset_id if dataset_id is not None else next(iter(known), None)
+    if chosen not in entries:
+        raise CheckpointError(f"{path}: dataset_id: got {chosen!r}, expected one of {list(known)}")
+    if chosen != Path(chosen).name:
+        raise CheckpointError(f"{path}: dataset_id: got {chosen!r}, expected a plain name")
+    entry = entries[chosen]
+    space = need(entry, "ctrl_space", str, path)
+    control = need(entry, "ctrl_type", str, path)
+    if space not in CTRL_SPACES or control not in CTRL_TYPES:
+        raise CheckpointError(
+            f"{path}: {chosen}: got ctrl_space {space!r}, ctrl_type {control!r}, expected one of "
+            f"{CTRL_SPACES} and one of {tuple(CTRL_TYPES)}"
+        )
+    stats_path = _stats_path(path.parent, chosen, space, control)
+    stats = read_pickle(stats_path)
+    if not isinstance(stats, dict):
+        raise CheckpointError(f"{stats_path}: got {type(stats).__name__}, expected a dict")
+    normalizers = {}
+    for what in ("state", "action"):
+        kind = need(need(raw, what, dict, path), chosen, str, path)
+        table = need(stats, what, dict, stats_path)
+        mask = entry.get(f"{what}_norm_mask")
+        if mask is not None and not isinstance(mask, list):
+            raise CheckpointError(f"{path}: {what}_norm_mask: got {mask!r}, expected a list")
+        normalizers[what] = from_stats(kind, table, mask=mask, source=f"{stats_path}: {what}")
+    return _Dataset(
+        chosen,
+        cast("CtrlSpace", space),
+        cast("CtrlType", CTRL_TYPES[control]),
+        normalizers["state"],
+        normalizers["action"],
+        known,
+    )
+
+
+def _stats_path(folder: Path, dataset_id: str, space: str, control: str) -> Path:
+    own = folder / f"{dataset_id}_stats_{space}_{control}.pkl"
+    shared = folder / f"dataset_stats_{space}_{control}.pkl"
+    for path in (own, shared):
+        if path.is_file():
+            return path
+    raise CheckpointError(f"{own}: missing, the normalizer of data set {dataset_id!r}")
+
+
+def _beside(folder: Path, name: str) -> Path:
+    """``name`` in ``folder``, or in its parent where ``folder`` is a ``checkpoint-N``."""
+    if not (folder / name).is_file() and folder.resolve().name.startswith("checkpoint-"):
+        parent = folder.resolve().parent / name
+        if parent.is_file():
+            return parent
+    return folder / name

@@ -1,0 +1,174 @@
+"""Foreign weight names onto ``ActModel``'s.
+
+``model.encoder.*`` is the CVAE's style encoder in the original's layout (and ILStudio's) and the
+main encoder in LeRobot's, with the same shapes. So each layout has its own complete table, made
+from the checkpoint's sizes, and a name that is in neither list of it is refused.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+
+from torch import Tensor
+
+from policies.act.backbone import BATCH_NORM_KEYS
+from policies.act.config import BLOCKS, ActConfig
+from policies.act.weights import parameter_shapes
+from policies.errors import CheckpointError
+
+ATTENTION = ("in_proj_weight", "in_proj_bias", "out_proj.weight", "out_proj.bias")
+LINEAR = ("weight", "bias")
+
+
+def detr_keys(config: ActConfig) -> dict[str, str]:
+    """Foreign to internal, for the original's layout and ILStudio's."""
+    keys = {
+        "model.input_proj": "image_proj",
+        "model.input_proj_robot_state": "state_proj",
+        "model.latent_out_proj": "latent_proj",
+        "model.additional_pos_embed": "token_pos",
+        "model.query_embed": "query_pos",
+        "model.action_head": "action_head",
+        "model.transformer.decoder.norm": "decoder_norm",
+        "model.cls_embed": "style.cls",
+        "model.encoder_action_proj": "style.action_proj",
+        "model.encoder_joint_proj": "style.state_proj",
+        "model.latent_proj": "style.out_proj",
+    }
+    return {
+        **_modules(keys),
+        **_backbone("model.backbones.0.0.body", config),
+        **_encoder("model.transformer.encoder.layers", "encoder", config.n_encoder_layers),
+        **_decoder("model.transformer.decoder.layers", config.n_decoder_layers),
+        **_encoder("model.encoder.layers", "style.layers", config.n_style_layers),
+    }
+
+
+def detr_dead_keys(decoder_layers: int) -> set[str]:
+    """Foreign names whose values change nothing: only the first decoder layer's output is read."""
+    dead = {"model.is_pad_head.weight", "model.is_pad_head.bias", "model.pos_table"}
+    for layer in range(1, decoder_layers):
+        dead |= {
+            f"model.transformer.decoder.layers.{layer}.{name}" for name in _decoder_layer_names()
+        }
+    return dead
+
+
+def lerobot_keys(config: ActConfig) -> dict[str, str]:
+    """Foreign to internal, for LeRobot's layout."""
+    keys = {
+        "model.encoder_img_feat_input_proj": "image_proj",
+        "model.encoder_robot_state_input_proj": "state_proj",
+        "model.encoder_latent_input_proj": "latent_proj",
+        "model.encoder_1d_feature_pos_embed": "token_pos",
+        "model.decoder_pos_embed": "query_pos",
+        "model.action_head": "action_head",
+        "model.decoder.norm": "decoder_norm",
+        "model.vae_encoder_cls_embed": "style.cls",
+        "model.vae_encoder_action_input_proj": "style.action_proj",
+        "model.vae_encoder_robot_state_input_proj": "style.state_proj",
+        "model.vae_encoder_latent_output_proj": "style.out_proj",
+    }
+    return {
+        **_modules(keys),
+        **_backbone("model.backbone", config),
+        **_encoder("model.encoder.layers", "encoder", config.n_encoder_layers),
+        **_decoder("model.decoder.layers", config.n_decoder_layers),
+        **_encoder("model.vae_encoder.layers", "style.layers", config.n_style_layers),
+    }
+
+
+LEROBOT_DEAD_KEYS = frozenset({"model.vae_encoder_pos_enc"})
+
+
+def translate(
+    tensors: Mapping[str, Tensor], keys: Mapping[str, str], dead: Iterable[str], config: ActConfig,
+    path: Path,
+) -> dict[str, Tensor]:  # fmt: skip
+    """``tensors`` under internal names.
+
+    The style encoder, which only training needs, may be absent as a whole.
+
+    Raises:
+        CheckpointError: A name that is unknown, one that is missing, or one of another shape.
+    """
+    unused = sorted(tensors.keys() - keys.keys() - set(dead))
+    unused = [key for key in unused if not key.endswith(".num_batches_tracked")]
+    per_camera = [key for key in unused if key.startswith("model.backbones.")]
+    if per_camera:
+        raise CheckpointError(
+            f"{path}: {per_camera[0]}: a backbone for each camera is not supported, expected "
+            "model.backbones.0 only"
+        )
+    if unused:
+        raise CheckpointError(
+            f"{path}: {len(unused)} keys that nothing uses, the first {unused[0]!r}"
+        )
+    shapes = parameter_shapes(config)
+    has_style = any(keys[key].startswith("style.") for key in tensors.keys() & keys.keys())
+    translated = {}
+    for foreign, internal in keys.items():
+        if internal.startswith("style.") and not has_style:
+            continue
+        if foreign not in tensors:
+            raise CheckpointError(f"{path}: key {foreign!r} is missing")
+        tensor = tensors[foreign]
+        if internal in shapes and tuple(tensor.shape) != shapes[internal]:
+            raise CheckpointError(
+                f"{path}: {foreign}: got shape {tuple(tensor.shape)}, expected {shapes[internal]}"
+            )
+        translated[internal] = tensor.contiguous()
+    return translated
+
+
+def _modules(names: Mapping[str, str]) -> dict[str, str]:
+    """Weights and biases of single modules; embeddings have no bias."""
+    embeddings = {"token_pos", "query_pos", "style.cls"}
+    return {
+        f"{foreign}.{part}": f"{internal}.{part}"
+        for foreign, internal in names.items()
+        for part in (("weight",) if internal in embeddings else LINEAR)
+    }
+
+
+def _backbone(prefix: str, config: ActConfig) -> dict[str, str]:
+    names = ["conv1.weight", *(f"bn1.{k}" for k in BATCH_NORM_KEYS)]
+    for stage, blocks in enumerate(BLOCKS[config.backbone], start=1):
+        for block in range(blocks):
+            at = f"layer{stage}.{block}"
+            for i in (1, 2):
+                names.append(f"{at}.conv{i}.weight")
+                names.extend(f"{at}.bn{i}.{k}" for k in BATCH_NORM_KEYS)
+            if stage > 1 and block == 0:
+                names.append(f"{at}.downsample.0.weight")
+                names.extend(f"{at}.downsample.1.{k}" for k in BATCH_NORM_KEYS)
+    return {f"{prefix}.{name}": f"backbone.{name}" for name in names}
+
+
+def _encoder_layer_names() -> list[str]:
+    names = [f"self_attn.{part}" for part in ATTENTION]
+    for module in ("linear1", "linear2", "norm1", "norm2"):
+        names.extend(f"{module}.{part}" for part in LINEAR)
+    return names
+
+
+def _decoder_layer_names() -> list[str]:
+    cross = [f"multihead_attn.{part}" for part in ATTENTION]
+    return [*_encoder_layer_names(), *cross, "norm3.weight", "norm3.bias"]
+
+
+def _encoder(foreign: str, internal: str, layers: int) -> dict[str, str]:
+    return {
+        f"{foreign}.{i}.{name}": f"{internal}.{i}.{name}"
+        for i in range(layers)
+        for name in _encoder_layer_names()
+    }
+
+
+def _decoder(foreign: str, layers: int) -> dict[str, str]:
+    return {
+        f"{foreign}.{i}.{name}": f"decoder.{i}.{name}"
+        for i in range(layers)
+        for name in _decoder_layer_names()
+    }

@@ -1,0 +1,129 @@
+"""Any supported checkpoint to a ``Policy``."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from policies.checkpoint.factory import PREFIX, load_factory
+from policies.errors import CheckpointError
+from policies.types import Policy
+
+if TYPE_CHECKING:
+    from policies.act.weights import ActWeights
+
+
+def load_policy(
+    path: str,
+    *,
+    device: str = "auto",
+    precision: str = "auto",
+    dataset_id: str | None = None,
+    chunk_size: int | None = None,
+    camera_names: Sequence[str] | None = None,
+    n_heads: int | None = None,
+    image_hw: tuple[int, int] | None = None,
+    threads: int | None = None,
+) -> Policy:
+    """The policy at ``path``.
+
+    Args:
+        path: A checkpoint folder of ILStudio's (the newest ``checkpoint-N`` in it, where it has no
+            weights itself), of LeRobot's (or with ``pretrained_model`` in it), or of the original
+            ACT's; or ``python:package.module:factory``.
+        device: "auto", "cpu", "cuda" or "cuda:N".
+        precision: "auto", "fp32" or "bf16".
+        dataset_id: Whose normalizers to use, where the checkpoint has several.
+        chunk_size: Cut chunks to this many actions.
+        camera_names, n_heads: What the original's layout does not say.
+        image_hw: (height, width) of the pictures, where the checkpoint doesn't say or another size
+            is wanted.
+        threads: CPU threads of one inference; half the cores where None.
+
+    Raises:
+        CheckpointError: The checkpoint cannot be loaded; names file, key, got and expected.
+        ContractMismatch: This machine or the checkpoint doesn't have what was asked for.
+    """
+    if path.startswith(PREFIX):
+        return load_factory(path)
+    # torch is slow to import, and somebody's own policy may not need it.
+    from policies.act.policy import ActPolicy
+
+    weights = load_weights(
+        path,
+        dataset_id=dataset_id,
+        camera_names=camera_names,
+        n_heads=n_heads,
+        image_hw=image_hw,
+    )
+    return ActPolicy(
+        weights,
+        checkpoint=path,
+        device=device,
+        precision=precision,
+        chunk_size=chunk_size,
+        threads=threads,
+    )
+
+
+def load_weights(
+    path: str,
+    *,
+    dataset_id: str | None = None,
+    camera_names: Sequence[str] | None = None,
+    n_heads: int | None = None,
+    image_hw: tuple[int, int] | None = None,
+) -> ActWeights:
+    """The checkpoint folder at ``path``, before anything runs it; arguments as ``load_policy``."""
+    from policies.checkpoint.extras import read_extras
+    from policies.checkpoint.files import read_json
+    from policies.checkpoint.ilstudio import load_ilstudio
+    from policies.checkpoint.lerobot import load_lerobot
+    from policies.checkpoint.original import find_weights, load_original
+
+    folder = _find_folder(Path(path).expanduser())
+    extras = read_extras(folder)
+    config_path = folder / "config.json"
+    if config_path.is_file():
+        config = read_json(config_path)
+        if "input_features" in config or "type" in config:
+            _only_known("LeRobot", path, dataset_id=dataset_id)
+            return load_lerobot(folder, extras, image_hw=image_hw)
+        return load_ilstudio(folder, extras, dataset_id=dataset_id, image_hw=image_hw)
+    if find_weights(folder) is not None:
+        _only_known("the original ACT", path, dataset_id=dataset_id)
+        names = None if camera_names is None else tuple(camera_names)
+        return load_original(folder, extras, camera_names=names, n_heads=n_heads, image_hw=image_hw)
+    raise CheckpointError(
+        f"{folder}: no checkpoint that is known: expected config.json with model.safetensors "
+        f"(ILStudio, LeRobot), or policy_best.ckpt with dataset_stats.pkl (the original ACT); "
+        f"got {sorted(p.name for p in folder.iterdir())[:12]}"
+    )
+
+
+def _find_folder(path: Path) -> Path:
+    """The folder that holds the weights: ``path``, or the one below it that a trainer wrote."""
+    if not path.exists():
+        raise CheckpointError(f"{path}: no such checkpoint")
+    if not path.is_dir():
+        raise CheckpointError(f"{path}: got a file, expected a checkpoint's folder")
+    if (path / "config.json").is_file() and (path / "model.safetensors").is_file():
+        return path
+    if (path / "pretrained_model").is_dir():
+        return path / "pretrained_model"
+    numbered = [
+        (int(match[1]), child)
+        for child in path.iterdir()
+        if (match := re.fullmatch(r"checkpoint-(\d+)", child.name)) and child.is_dir()
+    ]
+    return max(numbered)[1] if numbered else path
+
+
+def _only_known(layout: str, path: str, *, dataset_id: str | None) -> None:
+    if dataset_id is not None:
+        raise CheckpointError(
+            f"{path}: dataset_id: got {dataset_id!r}, expected none: {layout}'s layout has one "
+            "unnamed set of normalizers"
+        )

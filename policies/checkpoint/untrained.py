@@ -1,0 +1,91 @@
+"""A checkpoint that was never trained: everything works with it except the task."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from policies.act.config import ActConfig
+from policies.act.model import ActModel
+from policies.checkpoint.extras import Extras
+from policies.checkpoint.save import Saved, StoredAs, save_ilstudio
+from policies.types import CameraContract, Rendering
+
+START_ARM = (0.0, -0.96, 1.16, 0.0, -0.3, 0.0, 0.1)
+"""One ALOHA arm at the start of an episode: six joints in rad, gripper from 0 to 1."""
+SIGMA = 0.1
+"""Spread of the made-up statistics: the arms move a few milliradians."""
+
+CAMERA = CameraContract("top", source_hw=(240, 320), crop=(44, 48, 160, 224), model_hw=(160, 224))
+RENDERING = Rendering(shadows=False, msaa=0)
+
+
+def sim_config(*, image_hw: tuple[int, int] = CAMERA.model_hw, n_cameras: int = 1) -> ActConfig:
+    """The sizes that the simulated ALOHA tasks are trained with: about 15 million parameters."""
+    return ActConfig(
+        state_dim=14,
+        action_dim=14,
+        chunk_size=100,
+        n_cameras=n_cameras,
+        image_hw=image_hw,
+        width=256,
+        feedforward=1024,
+        n_encoder_layers=4,
+        n_style_layers=2,
+    )
+
+
+def make_untrained(
+    path: Path | str,
+    *,
+    task: str = "sim_transfer_cube",
+    seed: int = 0,
+    config: ActConfig | None = None,
+    cameras: tuple[CameraContract, ...] = (CAMERA,),
+    stored_as: StoredAs = "bf16",
+) -> None:
+    """Write one to the folder ``path``, in ILStudio's layout, flagged as untrained.
+
+    Args:
+        task: Becomes the data set's id.
+        seed: Of the weights; the same seed gives the same file.
+        config: Sizes; ``sim_config`` where None.
+        cameras: Their model size must be ``config.image_hw``.
+    """
+    sizes = config or sim_config(image_hw=cameras[0].model_hw, n_cameras=len(cameras))
+    start = np.resize(np.array(START_ARM), sizes.state_dim)
+    save_ilstudio(
+        Path(path),
+        Saved(
+            config=sizes,
+            tensors=fresh_weights(sizes, seed),
+            stats={"state": _stats(start), "action": _stats(start[: sizes.action_dim])},
+            dataset_id=task,
+            extras=Extras(
+                cameras=cameras,
+                rendering=RENDERING,
+                trained=False,
+                training={"note": "weights as initialized, never trained", "seed": seed},
+            ),
+        ),
+        stored_as=stored_as,
+    )
+
+
+def fresh_weights(config: ActConfig, seed: int) -> dict[str, Tensor]:
+    """Initial weights by ``ActModel``'s names; leaves torch's random state alone."""
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        state = ActModel(config).state_dict()
+    return {k: v for k, v in state.items() if not k.endswith(".num_batches_tracked")}
+
+
+def _stats(mean: np.ndarray) -> dict[str, list[float]]:
+    spread = {"mean": 0, "std": None, "min": -3, "max": 3, "q01": -2.3, "q99": 2.3}
+    return {
+        name: [SIGMA] * len(mean) if sigmas is None else (mean + sigmas * SIGMA).tolist()
+        for name, sigmas in spread.items()
+    }

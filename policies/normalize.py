@@ -1,0 +1,227 @@
+"""Physical units to the numbers a network was trained on, and back.
+
+Every supported kind is one affine map per dimension with an optional clip, so there is one class:
+``normalize(x) = (x - shift) / scale`` and ``denormalize(y) = y * scale + shift``. Computed in
+float64 and returned as float32; numpy only.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from policies.errors import CheckpointError
+
+Array = NDArray[np.float64]
+
+KINDS = ("zscore", "minmax", "percentile", "identity")
+MIN_SIGMA = 0.01
+"""Smallest standard deviation a z-score divides by: a joint that never moved is not amplified."""
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Normalizer:
+    """An affine map per dimension.
+
+    Attributes:
+        kind: Where it came from, for messages and the hash.
+        shift, scale: (D,) float64; ``scale`` is positive.
+        lower, upper: (D,) float64, physical units. Both directions clip to them; infinite where the
+            kind does not clip.
+    """
+
+    kind: str
+    shift: Array
+    scale: Array
+    lower: Array
+    upper: Array
+
+    def __post_init__(self) -> None:
+        for name in ("shift", "scale", "lower", "upper"):
+            array = np.array(getattr(self, name), dtype=np.float64)
+            if array.shape != np.shape(self.shift) or array.ndim != 1:
+                raise CheckpointError(f"normalizer {name}: got shape {array.shape}, expected (D,)")
+            array.flags.writeable = False
+            object.__setattr__(self, name, array)
+        if not np.isfinite(self.shift).all():
+            raise CheckpointError(f"normalizer shift: got {self.shift}, expected finite numbers")
+        bad = np.flatnonzero(~(np.isfinite(self.scale) & (self.scale > 0)))
+        if bad.size:
+            raise CheckpointError(
+                f"{self.kind} normalizer: scale is {self.scale[bad]} in dimensions {bad.tolist()}, "
+                "expected a positive number (a dimension that never moved needs a mask)"
+            )
+
+    @property
+    def dim(self) -> int:
+        return len(self.shift)
+
+    def normalize(self, x: NDArray[Any]) -> NDArray[np.float32]:
+        """(..., D) in physical units to float32 network units."""
+        clipped = np.clip(x, self.lower, self.upper, dtype=np.float64)
+        normalized: NDArray[np.float32] = ((clipped - self.shift) / self.scale).astype(np.float32)
+        return normalized
+
+    def denormalize(self, y: NDArray[Any]) -> NDArray[np.float32]:
+        """(..., D) network units to float32 physical units."""
+        x = np.asarray(y, dtype=np.float64) * self.scale + self.shift
+        return np.clip(x, self.lower, self.upper).astype(np.float32)
+
+    def digest(self) -> bytes:
+        """32 bytes that differ where the map differs."""
+        state = hashlib.sha256()
+        for array in (self.shift, self.scale, self.lower, self.upper):
+            state.update(array.tobytes())
+        return state.digest()
+
+
+def identity(dim: int) -> Normalizer:
+    """The map that changes nothing."""
+    return _affine("identity", np.zeros(dim), np.ones(dim))
+
+
+def zscore(
+    mean: Sequence[float] | Array,
+    std: Sequence[float] | Array,
+    *,
+    min_sigma: float = MIN_SIGMA,
+    mask: Sequence[int] | Sequence[bool] | None = None,
+) -> Normalizer:
+    """Zero mean, unit deviation; ``std`` below ``min_sigma`` counts as ``min_sigma``."""
+    sigma = np.maximum(np.asarray(std, dtype=np.float64), min_sigma)
+    return _masked(_affine("zscore", np.asarray(mean, dtype=np.float64), sigma), mask)
+
+
+def minmax(
+    low: Sequence[float] | Array,
+    high: Sequence[float] | Array,
+    *,
+    mask: Sequence[int] | Sequence[bool] | None = None,
+) -> Normalizer:
+    """``low`` to -1 and ``high`` to 1, without clipping."""
+    return _between("minmax", low, high, clip=False, mask=mask)
+
+
+def percentile(
+    low: Sequence[float] | Array,
+    high: Sequence[float] | Array,
+    *,
+    mask: Sequence[int] | Sequence[bool] | None = None,
+) -> Normalizer:
+    """The 1st and 99th percentile to -1 and 1; both directions clip to them."""
+    return _between("percentile", low, high, clip=True, mask=mask)
+
+
+def from_stats(
+    kind: str,
+    stats: Mapping[str, Any],
+    *,
+    mask: Sequence[int] | Sequence[bool] | None = None,
+    source: str = "stats",
+) -> Normalizer:
+    """A normalizer of ``kind`` from a table with ``mean, std, min, max, q01, q99``.
+
+    Args:
+        kind: One of ``KINDS``; for "identity", ``stats`` only gives the dimension.
+        mask: Dimensions that are left alone (indices, negative ones from the end), or one bool for
+            each dimension, True where it is normalized.
+        source: Names the file in errors.
+
+    Raises:
+        CheckpointError: An unknown kind, a missing or malformed statistic, a bad mask.
+    """
+    if kind not in KINDS:
+        raise CheckpointError(f"{source}: got normalizer {kind!r}, expected one of {KINDS}")
+    names = {"zscore": ("mean", "std"), "minmax": ("min", "max"), "percentile": ("q01", "q99")}
+    if kind == "identity":
+        return identity(len(_vector(stats, "mean", source)))
+    first, second = (_vector(stats, name, source) for name in names[kind])
+    if first.shape != second.shape:
+        raise CheckpointError(f"{source}: {names[kind]} differ in length")
+    try:
+        if kind == "zscore":
+            return zscore(first, second, mask=mask)
+        return (minmax if kind == "minmax" else percentile)(first, second, mask=mask)
+    except CheckpointError as error:
+        raise CheckpointError(f"{source}: {error}") from error
+
+
+def normalizer_hash(state: Normalizer, action: Normalizer) -> str:
+    """Names a pair of normalizers, so that two servers can be told apart."""
+    return hashlib.sha256(state.digest() + action.digest()).hexdigest()[:16]
+
+
+def _vector(stats: Mapping[str, Any], name: str, source: str) -> Array:
+    if name not in stats:
+        raise CheckpointError(f"{source}: statistic {name!r} is missing, got {sorted(stats)}")
+    try:
+        vector = np.asarray(stats[name], dtype=np.float64)
+    except (TypeError, ValueError) as error:
+        raise CheckpointError(f"{source}: {name}: expected numbers ({error})") from error
+    if vector.ndim != 1 or not vector.size or not np.isfinite(vector).all():
+        raise CheckpointError(
+            f"{source}: {name}: got {vector.dtype} {vector.shape}, expected (D,) finite numbers"
+        )
+    return vector
+
+
+def _affine(kind: str, shift: Array, scale: Array) -> Normalizer:
+    unbounded = np.full(np.shape(shift), np.inf)
+    return Normalizer(kind, shift, scale, -unbounded, unbounded)
+
+
+def _between(
+    kind: str,
+    low: Sequence[float] | Array,
+    high: Sequence[float] | Array,
+    *,
+    clip: bool,
+    mask: Sequence[int] | Sequence[bool] | None,
+) -> Normalizer:
+    lower, upper = np.asarray(low, dtype=np.float64), np.asarray(high, dtype=np.float64)
+    kept = _kept(mask, len(lower))
+    # Masked dimensions may well have never moved: their range must not be looked at.
+    scale = np.where(kept, (upper - lower) / 2, 1.0)
+    shift = np.where(kept, (upper + lower) / 2, 0.0)
+    inf = np.full(len(lower), np.inf)
+    return Normalizer(
+        kind,
+        shift,
+        scale,
+        np.where(kept & clip, lower, -inf),
+        np.where(kept & clip, upper, inf),
+    )
+
+
+def _masked(full: Normalizer, mask: Sequence[int] | Sequence[bool] | None) -> Normalizer:
+    kept = _kept(mask, full.dim)
+    return Normalizer(
+        full.kind,
+        np.where(kept, full.shift, 0.0),
+        np.where(kept, full.scale, 1.0),
+        np.where(kept, full.lower, -np.inf),
+        np.where(kept, full.upper, np.inf),
+    )
+
+
+def _kept(mask: Sequence[int] | Sequence[bool] | None, dim: int) -> NDArray[np.bool_]:
+    """(D,) True where a dimension is normalized."""
+    kept = np.ones(dim, dtype=np.bool_)
+    if mask is None or len(mask) == 0:
+        return kept
+    if all(isinstance(item, bool) for item in mask):
+        if len(mask) != dim:
+            raise CheckpointError(f"mask: got {len(mask)} bools, expected {dim}")
+        return np.asarray(mask, dtype=np.bool_)
+    for index in mask:
+        if isinstance(index, bool) or not isinstance(index, int) or not -dim <= index < dim:
+            raise CheckpointError(
+                f"mask: got {index!r}, expected an index from {-dim} to {dim - 1}, or {dim} bools"
+            )
+        kept[index] = False
+    return kept
