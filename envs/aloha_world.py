@@ -69,31 +69,23 @@ class AlohaWorld:
         }
         first = self._sim_names[self.camera_names[0]] if self.camera_names else "top"
         self._video_camera = first if video_camera is None else self._sim_name(video_camera, {})
-        video_hw = next(
+        self._video_hw = next(
             (hw for name, hw in camera_hw.items() if self._sim_names[name] == self._video_camera),
             (max(heights), max(widths)),
         )
-        self._frame = np.zeros((*video_hw, 3), np.uint8)
-        self._frame_is_current = False
         self._timestep = 0
         self._highest_reward = 0.0
 
     def reset(self, seed: int) -> None:
         self.sim.reset(seed)
         self._timestep, self._highest_reward = 0, 0.0
-        self._frame_is_current = False
 
     def observe(self, out: Pictures | None = None) -> MetaObs:
         captured_ns = time.monotonic_ns()
         images = {}
         for name, sim_name in self._sim_names.items():
             target = None if out is None else out.get(name)
-            picture = self.sim.render_camera(sim_name, hw=self.camera_hw[name], out=target)
-            images[name] = picture
-            if sim_name == self._video_camera and picture.shape == self._frame.shape:
-                # A copy: ``out`` may be somebody's slot, soon to be overwritten.
-                np.copyto(self._frame, picture)
-                self._frame_is_current = True
+            images[name] = self.sim.render_camera(sim_name, hw=self.camera_hw[name], out=target)
         return MetaObs(
             images=images,
             state=self.sim.agent_pos.astype(np.float32),
@@ -105,7 +97,6 @@ class AlohaWorld:
     def step(self, action: NDArray[np.float32]) -> StepResult:
         reward = float(self.sim.step(action))
         self._timestep += 1
-        self._frame_is_current = False
         self._highest_reward = max(self._highest_reward, reward)
         success = reward >= self._success_reward
         return StepResult(
@@ -116,11 +107,12 @@ class AlohaWorld:
             truncated=self._timestep >= self.max_timesteps,
         )
 
-    def frame(self) -> NDArray[np.uint8]:
-        if not self._frame_is_current:
-            self.sim.render_camera(self._video_camera, out=self._frame)
-            self._frame_is_current = True
-        return self._frame.copy()
+    def snapshot(self) -> object:
+        return self.sim.data.qpos.copy()
+
+    def frame(self, snapshot: object = None) -> NDArray[np.uint8]:
+        qpos = snapshot if isinstance(snapshot, np.ndarray) else None
+        return self.sim.render_camera(self._video_camera, hw=self._video_hw, qpos=qpos)
 
     def info(self) -> dict[str, Any]:
         import mujoco

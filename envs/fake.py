@@ -74,7 +74,7 @@ class FakeWorld:
         captured_ns = time.monotonic_ns()
         return MetaObs(
             images={
-                name: self._draw(name, None if out is None else out.get(name))
+                name: self._draw(name, None if out is None else out.get(name), self._pose)
                 for name in self.camera_names
             },
             state=self._pose.astype(np.float32),
@@ -102,8 +102,13 @@ class FakeWorld:
             truncated=self._timestep >= self.max_timesteps,
         )
 
-    def frame(self) -> NDArray[np.uint8]:
-        return self._draw(self.camera_names[0] if self.camera_names else "video", None)
+    def snapshot(self) -> object:
+        return self._pose.copy()
+
+    def frame(self, snapshot: object = None) -> NDArray[np.uint8]:
+        name = self.camera_names[0] if self.camera_names else "video"
+        pose = snapshot if isinstance(snapshot, np.ndarray) else self._pose
+        return self._draw(name, None, pose)
 
     def info(self) -> dict[str, Any]:
         return {
@@ -118,7 +123,9 @@ class FakeWorld:
     def close(self) -> None:
         self._closed = True
 
-    def _draw(self, name: str, out: NDArray[np.uint8] | None) -> NDArray[np.uint8]:
+    def _draw(
+        self, name: str, out: NDArray[np.uint8] | None, shown: NDArray[np.float64]
+    ) -> NDArray[np.uint8]:
         if out is None:
             out = np.empty((*self.camera_hw.get(name, (120, 160)), 3), np.uint8)
         if out.ndim != 3 or out.shape[2] != 3 or out.dtype != np.uint8:
@@ -127,7 +134,7 @@ class FakeWorld:
         out[..., 0] = np.linspace(0, 255, width, dtype=np.uint8)
         out[..., 1] = np.linspace(0, 255, height, dtype=np.uint8)[:, None]
         out[..., 2] = zlib.crc32(name.encode()) % 256
-        for pose, colour in ((self.target, (255, 0, 0)), (self._pose, (255, 255, 255))):
+        for pose, colour in ((self.target, (255, 0, 0)), (shown, (255, 255, 255))):
             # The first two joints, from START ± 0.5 rad onto the picture.
             x, y = np.clip(pose[:2] - START[:2] + 0.5, 0.0, 1.0) * (1.0 - SQUARE)
             top, left = int(y * height), int(x * width)

@@ -124,7 +124,12 @@ class GymWorld:
             truncated=bool(truncated) or self._timestep >= self.max_timesteps,
         )
 
-    def frame(self) -> NDArray[np.uint8]:
+    def snapshot(self) -> object:
+        return self.frame()  # an environment of unknown kind cannot be put back to this moment
+
+    def frame(self, snapshot: object = None) -> NDArray[np.uint8]:
+        if isinstance(snapshot, np.ndarray):
+            return snapshot
         if self.camera_names:
             return np.array(self._picture(self.camera_names[0]))
         return np.array(self._rendered())

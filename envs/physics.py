@@ -73,6 +73,7 @@ class AlohaSim:
         self._warnings = np.zeros(len(self.data.warning), np.int64)
         self._max_hw, self._shadows, self._msaa = max_hw, shadows, msaa
         self._renderer: OffscreenRenderer | None = None
+        self._shown: Any = None
         self._closed = False
         self.reset(0)
 
@@ -151,14 +152,30 @@ class AlohaSim:
         *,
         hw: tuple[int, int] = DEFAULT_HW,
         out: NDArray[np.uint8] | None = None,
+        qpos: NDArray[np.float64] | None = None,
     ) -> NDArray[np.uint8]:
-        """What camera ``name`` sees now, into ``out`` (H, W, 3) where given, else a new array."""
+        """What camera ``name`` sees, into ``out`` (H, W, 3) where given, else a new array.
+
+        Args:
+            qpos: A position to show instead of the present one, a copy of an earlier ``data.qpos``;
+                the simulation itself is not touched.
+        """
         if self._closed:
             raise EnvError("the simulation is closed")
         if out is None:
             out = np.empty((*hw, 3), np.uint8)
-        self.renderer.render(self.data, name, out)
+        self.renderer.render(self.data if qpos is None else self._posed(qpos), name, out)
         return out
+
+    def _posed(self, qpos: NDArray[np.float64]) -> Any:
+        """Data of its own at ``qpos``, with all that a picture depends on."""
+        if self._shown is None:
+            self._shown = self._mj.MjData(self.model)
+        self._shown.qpos[:] = qpos
+        self._mj.mj_kinematics(self.model, self._shown)
+        self._mj.mj_comPos(self.model, self._shown)
+        self._mj.mj_camlight(self.model, self._shown)
+        return self._shown
 
     @property
     def renderer(self) -> OffscreenRenderer:

@@ -86,8 +86,12 @@ class World(Protocol):
         """
         ...
 
-    def frame(self) -> NDArray[np.uint8]:
-        """A picture of the present for a video, (H, W, 3) uint8; reused where one was rendered."""
+    def snapshot(self) -> object:
+        """What ``frame`` needs to show this moment later. Cheap, unless the world can't go back."""
+        ...
+
+    def frame(self, snapshot: object = None) -> NDArray[np.uint8]:
+        """A picture for a video, (H, W, 3) uint8: of the present, or of an earlier snapshot."""
         ...
 
     def info(self) -> dict[str, Any]:

@@ -116,3 +116,15 @@ class WorldContract:
     def test_close_is_idempotent(self, world: World) -> None:
         world.close()
         world.close()
+
+    def test_a_snapshot_shows_its_own_moment_and_leaves_the_present_alone(self, world) -> None:
+        world.reset(3)
+        then, shown = world.snapshot(), world.frame()
+        for _ in range(3):
+            world.step(np.full(world.action_dim, 0.5, np.float32))
+        now = world.observe()
+        np.testing.assert_array_equal(world.frame(then), shown)
+        after = world.observe()
+        np.testing.assert_array_equal(after.state, now.state)
+        for name in now.images:
+            np.testing.assert_array_equal(after.images[name], now.images[name])
