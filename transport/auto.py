@@ -1,0 +1,213 @@
+"""A client's side: dial, ask what is served, open a session over whatever works.
+
+``auto`` tries what the server offers: shared memory where both segments can be mapped and proven,
+ZMQ otherwise. The choice and its reason are in ``channel.transport`` and
+``channel.transport_reason``, and in the server's log.
+"""
+
+from __future__ import annotations
+
+import re
+import socket
+from collections.abc import Mapping
+from types import MappingProxyType, TracebackType
+from typing import Any
+
+from transport.base import BaseChannel
+from transport.control import (
+    NO_EPOCH,
+    TRANSPORTS,
+    Hello,
+    Opcode,
+    ShmOffer,
+    Welcome,
+    mapping,
+    string,
+)
+from transport.errors import Refused, TransportError, TransportUnavailable
+from transport.link import Link
+from transport.schema import Schema
+from transport.zmq import ZmqChannel
+
+ACCEPTS: Mapping[str, tuple[str, ...]] = MappingProxyType(
+    {"auto": TRANSPORTS, "shm": ("shm",), "zmq": ("zmq",)}
+)
+PROVEN = "both segments were mapped and proven: same host, same user"
+_ADDRESS = re.compile(r"(?:tcp://)?(?:\[(?P<v6>[^\[\]]*)\]|(?P<name>[^:/\[\]]*)):(?P<port>\d{1,5})")
+
+
+def parse_address(text: str) -> tuple[str, int]:
+    """(host, port) of ``host:port``, ``[v6]:port`` or ``tcp://host:port``.
+
+    Raises:
+        TransportError: It is none of these; the message says how it was read.
+    """
+    match = _ADDRESS.fullmatch(text)
+    host = match and (match["v6"] or match["name"])
+    if not match or not host:
+        raise TransportError(f"address: got {text!r}, expected host:port or [v6]:port")
+    port = int(match["port"])
+    if not 1 <= port <= 65535:
+        raise TransportError(f"address {text!r}: got port {port}, expected 1 to 65535")
+    return host, port
+
+
+class Dialer:
+    """One server, by address. Nothing is sent before it is asked something.
+
+    Args:
+        timeout_s: For each answer of the server's.
+    """
+
+    def __init__(self, host: str, port: int, *, timeout_s: float = 5.0) -> None:
+        self.host, self.port, self._timeout_s = host, port, timeout_s
+        self._address = f"[{host}]:{port}" if ":" in host else f"{host}:{port}"
+        self._link: Link | None = None
+
+    def describe(self) -> dict[str, Any]:
+        """What the server says of itself.
+
+        Raises:
+            TransportTimeout: Nothing answered.
+            ProtocolError: Something of another version, or of none, did.
+            TransportError: The host cannot be resolved.
+        """
+        link = self._take_link()
+        try:
+            _, description = link.request(
+                Opcode.DESCRIBE, NO_EPOCH, {}, answer=Opcode.DESCRIPTION, timeout_s=self._timeout_s
+            )
+        except BaseException:
+            link.close()
+            raise
+        self._link = link
+        return description
+
+    def open(
+        self,
+        schema: Schema,
+        *,
+        client: str,
+        transport: str = "auto",
+        attributes: Mapping[str, Any] | None = None,
+    ) -> tuple[BaseChannel, Welcome]:
+        """A session that sends ``schema``, and what the server granted.
+
+        Args:
+            client: A name for the server's log.
+            transport: ``"auto"``, or ``"shm"`` or ``"zmq"`` to have that or fail.
+            attributes: JSON values for the server.
+
+        Raises:
+            Refused: The server declined; field, got, expected.
+            TransportUnavailable: ``transport`` was forced and cannot be had; the reason.
+            ProtocolError, TransportTimeout, PeerGone: As ``describe``.
+        """
+        if transport not in ACCEPTS:
+            raise TransportError(f"transport: got {transport!r}, expected one of {tuple(ACCEPTS)}")
+        hello = Hello(client, schema, ACCEPTS[transport], dict(attributes or {}))
+        link = self._take_link()
+        try:
+            return self._open(link, hello, transport)
+        except BaseException:
+            link.close()
+            raise
+
+    def close(self) -> None:
+        """Channels stay. Idempotent."""
+        link, self._link = self._link, None
+        if link is not None:
+            link.close()
+
+    def __enter__(self) -> Dialer:
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        self.close()
+
+    def _open(self, link: Link, hello: Hello, transport: str) -> tuple[BaseChannel, Welcome]:
+        try:
+            epoch, body = link.request(
+                Opcode.HELLO,
+                NO_EPOCH,
+                hello.to_body(),
+                answer=Opcode.WELCOME,
+                timeout_s=self._timeout_s,
+            )
+        except Refused as error:
+            if error.field == "transport":
+                raise TransportUnavailable(
+                    f"transport {transport!r} cannot be had: {error.got}; offered: {error.expected}"
+                ) from error
+            raise
+        welcome = Welcome(Schema.from_json(string(body, "schema")), mapping(body, "attributes"))
+        reason = string(body, "reason")
+        channel: BaseChannel | None = None
+        if body.get("shm") is not None:
+            try:
+                channel = self._join(
+                    ShmOffer.from_body(mapping(body, "shm")), epoch, hello.schema, welcome.schema
+                )
+                reason = PROVEN
+            except TransportUnavailable as error:
+                reason = str(error)
+        if channel is None and transport == "shm":
+            link.tell(Opcode.BYE, epoch, {"reason": reason})
+            raise TransportUnavailable(f"transport 'shm' cannot be had: {reason}")
+        try:
+            link.request(
+                Opcode.CONFIRM,
+                epoch,
+                {"transport": "zmq" if channel is None else "shm", "reason": reason},
+                answer=Opcode.CONFIRM,
+                timeout_s=self._timeout_s,
+            )
+        except BaseException:
+            if channel is not None:
+                channel.close()
+            raise
+        if channel is None:
+            over_zmq = ZmqChannel(hello.schema, welcome.schema, epoch, link)
+            link.carry(epoch, over_zmq.deliver)
+            channel = over_zmq
+        else:
+            link.close()
+        channel.transport_reason = reason
+        return channel, welcome
+
+    def _join(self, offer: ShmOffer, epoch: bytes, mine: Schema, theirs: Schema) -> BaseChannel:
+        from transport.join import join  # what only shared memory needs is imported with it
+
+        parts = join(offer, epoch, mine, theirs, timeout_s=self._timeout_s)
+        try:
+            from transport.shm_channel import ShmChannel
+
+            return ShmChannel(mine, theirs, epoch, parts)
+        except BaseException as error:
+            parts.close()
+            if isinstance(error, ImportError):
+                raise TransportUnavailable(f"client: {error}") from error
+            raise
+
+    def _take_link(self) -> Link:
+        link, self._link = self._link, None
+        if link is None:
+            endpoint, ipv6 = _resolve(self.host, self.port)
+            link = Link(endpoint, self._address, ipv6=ipv6)
+        return link
+
+
+def _resolve(host: str, port: int) -> tuple[str, bool]:
+    """A ZMQ endpoint, and whether it is IPv6. IPv4 first where a name has both, as servers bind."""
+    try:
+        found = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)
+    except (OSError, UnicodeError) as error:
+        raise TransportError(f"cannot resolve {host!r}: {error}") from error
+    family, *_, address = min(found, key=lambda entry: entry[0] != socket.AF_INET)
+    ipv6 = family == socket.AF_INET6
+    return f"tcp://[{address[0]}]:{port}" if ipv6 else f"tcp://{address[0]}:{port}", ipv6

@@ -1,0 +1,83 @@
+"""Where things are in a segment: identity, counters, slots."""
+
+from __future__ import annotations
+
+import struct
+from dataclasses import dataclass
+from typing import Any
+
+from transport.base import SLOTS
+from transport.channel import MAX_BODY_BYTES
+from transport.errors import ProtocolError
+from transport.schema import Schema
+
+NONCE_BYTES = 16
+_MAGIC = b"METRNM01"
+_IDENTITY = struct.Struct(f"<8s{NONCE_BYTES}sIQ")
+_LINE = 128
+"""Counters are this far apart: processors fetch cache lines in pairs."""
+_FIRST_SLOT = 4096
+_HEADER_BYTES = 64
+
+
+@dataclass(frozen=True, slots=True)
+class Layout:
+    """One side's segment.
+
+    Attributes:
+        payload_bytes: Room for one message's payload.
+        slots: How many messages it has room for.
+    """
+
+    payload_bytes: int
+    slots: int = SLOTS
+
+    @classmethod
+    def of(cls, schema: Schema) -> Layout:
+        """The segment of whoever sends ``schema``."""
+        return cls(max(schema.nbytes, MAX_BODY_BYTES))
+
+    @property
+    def head_offset(self) -> int:
+        """Of the writer's count of messages it published in this segment."""
+        return _LINE
+
+    @property
+    def tail_offset(self) -> int:
+        """Of the same process' count of messages it released in the other segment."""
+        return 2 * _LINE
+
+    @property
+    def slot_bytes(self) -> int:
+        return _HEADER_BYTES + -(-self.payload_bytes // _HEADER_BYTES) * _HEADER_BYTES
+
+    @property
+    def nbytes(self) -> int:
+        return _FIRST_SLOT + self.slots * self.slot_bytes
+
+    def header_offset(self, slot: int) -> int:
+        return _FIRST_SLOT + slot * self.slot_bytes
+
+    def payload_offset(self, slot: int) -> int:
+        return self.header_offset(slot) + _HEADER_BYTES
+
+    def payload(self, buffer: Any, slot: int) -> memoryview:
+        """The payload of one slot, without copying."""
+        start = self.payload_offset(slot)
+        return memoryview(buffer)[start : start + self.payload_bytes]
+
+    def identity(self, nonce: bytes) -> bytes:
+        """What the creator writes at offset 0."""
+        return _IDENTITY.pack(_MAGIC, nonce, self.slots, self.slot_bytes)
+
+    def read_nonce(self, buffer: Any) -> bytes:
+        """The nonce in a mapped segment.
+
+        Raises:
+            ProtocolError: Not a segment of this layout.
+        """
+        magic, nonce, slots, slot_bytes = _IDENTITY.unpack(bytes(buffer[: _IDENTITY.size]))
+        got, expected = (magic, slots, slot_bytes), (_MAGIC, self.slots, self.slot_bytes)
+        if got != expected:
+            raise ProtocolError(f"segment identity: got {got}, expected {expected}")
+        return bytes(nonce)

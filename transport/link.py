@@ -1,0 +1,235 @@
+"""A client's one ZMQ socket: the control plane, and the data plane where that is ZMQ."""
+
+from __future__ import annotations
+
+import contextlib
+import math
+import time
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import zmq
+from zmq.utils.monitor import recv_monitor_message
+
+from transport.control import (
+    NO_EPOCH,
+    PROTOCOL_VERSION,
+    Opcode,
+    decode_body,
+    decode_prefix,
+    encode,
+    string,
+)
+from transport.errors import (
+    PeerGone,
+    ProtocolError,
+    Refused,
+    TransportError,
+    TransportTimeout,
+    WouldBlock,
+)
+from transport.schema import MAX_MESSAGE_BYTES
+
+HEARTBEAT_MS = 1000
+SILENCE_MS = 5000
+"""A peer whose network is silent for this long is gone; it need not call anything to stay."""
+LINGER_MS = 200
+"""How long a goodbye may take to leave."""
+QUEUE = 64
+"""Messages that ZMQ may queue per peer; the slots of a session are far fewer."""
+_FAILURES = (
+    zmq.Event.HANDSHAKE_FAILED_NO_DETAIL
+    | zmq.Event.HANDSHAKE_FAILED_PROTOCOL
+    | zmq.Event.HANDSHAKE_FAILED_AUTH
+)
+
+
+def configure(socket: zmq.Socket[bytes]) -> None:
+    """What both ends of every connection set, before they bind or connect."""
+    socket.set(zmq.HEARTBEAT_IVL, HEARTBEAT_MS)
+    socket.set(zmq.HEARTBEAT_TIMEOUT, SILENCE_MS)
+    socket.set(zmq.HEARTBEAT_TTL, SILENCE_MS)
+    socket.set(zmq.MAXMSGSIZE, MAX_MESSAGE_BYTES)
+    socket.set(zmq.LINGER, LINGER_MS)
+    socket.set(zmq.SNDHWM, QUEUE)
+    socket.set(zmq.RCVHWM, QUEUE)
+
+
+def has_input(socket: zmq.Socket[bytes]) -> bool:
+    """Whether a message can be received at once. Cheaper than the exception that says it cannot."""
+    return bool(int(socket.get(zmq.EVENTS)) & zmq.POLLIN)
+
+
+class Link:
+    """A DEALER connected to ``endpoint``, with its own context.
+
+    Attributes:
+        address: As a person would write it, for messages.
+    """
+
+    def __init__(self, endpoint: str, address: str, *, ipv6: bool) -> None:
+        self.address = address
+        self._context = zmq.Context()
+        self._socket: zmq.Socket[bytes] = self._context.socket(zmq.DEALER)
+        self._deliver: Callable[[bytes, Any | None], None] | None = None
+        self._epoch = NO_EPOCH
+        self._gone: str | None = None
+        self._connected = self._rejected = self._shut = False
+        try:
+            configure(self._socket)
+            self._socket.set(zmq.IPV6, int(ipv6))
+            self._monitor: zmq.Socket[bytes] = self._socket.get_monitor_socket(
+                zmq.Event.HANDSHAKE_SUCCEEDED | zmq.Event.DISCONNECTED | _FAILURES
+            )
+            self._socket.connect(endpoint)
+        except zmq.ZMQError as error:
+            self._context.destroy(linger=0)
+            raise TransportError(f"cannot dial {address}: {error}") from error
+
+    def request(
+        self,
+        opcode: Opcode,
+        epoch: bytes,
+        body: Mapping[str, Any],
+        *,
+        answer: Opcode,
+        timeout_s: float,
+    ) -> tuple[bytes, dict[str, Any]]:
+        """Ask, and wait for ``answer``; its epoch and body.
+
+        Raises:
+            Refused: As the server says.
+            ProtocolError: The server speaks another version, or nonsense.
+            PeerGone: The server said goodbye instead.
+            TransportTimeout: No answer came.
+        """
+        deadline = time.monotonic() + timeout_s
+        self.tell(opcode, epoch, body)
+        while True:
+            left = deadline - time.monotonic()
+            if left <= 0 or not self._socket.poll(math.ceil(left * 1000)):
+                raise TransportTimeout(self._silence(timeout_s))
+            frames = self._receive()
+            if frames is None:
+                continue
+            version, number, came_epoch = decode_prefix(frames[0].bytes)
+            if version != PROTOCOL_VERSION:
+                raise ProtocolError(
+                    f"{self.address} speaks protocol version {version}, "
+                    f"this client speaks {PROTOCOL_VERSION}: install the same release on both"
+                )
+            if number == Opcode.BYE:
+                raise PeerGone(farewell(frames))
+            if number == Opcode.REFUSED:
+                refusal = decode_body(_second(frames))
+                raise Refused(*(string(refusal, name) for name in ("field", "got", "expected")))
+            if number == answer and epoch in (NO_EPOCH, came_epoch):
+                return came_epoch, decode_body(_second(frames))
+
+    def tell(self, opcode: Opcode, epoch: bytes, body: Mapping[str, Any]) -> None:
+        """Send without waiting for an answer."""
+        try:
+            self._socket.send_multipart(encode(opcode, epoch, body), zmq.DONTWAIT)
+        except zmq.Again as error:
+            raise WouldBlock(f"nothing has taken what was sent to {self.address}") from error
+
+    def carry(self, epoch: bytes, deliver: Callable[[bytes, Any | None], None]) -> None:
+        """From now on be the ``Carrier`` of the session ``epoch``."""
+        self._epoch, self._deliver = epoch, deliver
+
+    # --- Carrier
+
+    def send(self, head: bytes, payload: Any | None) -> bool:
+        try:
+            if payload is None:
+                self._socket.send(head, zmq.DONTWAIT)
+            else:
+                self._socket.send(head, zmq.DONTWAIT | zmq.SNDMORE)
+                self._socket.send(payload, zmq.DONTWAIT)
+        except zmq.Again:
+            return False
+        return True
+
+    def pump(self, timeout_s: float) -> str | None:
+        if timeout_s > 0 and self._gone is None:
+            poller = zmq.Poller()
+            poller.register(self._socket, zmq.POLLIN)
+            poller.register(self._monitor, zmq.POLLIN)
+            poller.poll(math.ceil(timeout_s * 1000))
+        while has_input(self._socket):
+            self._dispatch()
+        self._watch()
+        if self._gone is not None:
+            # The connection broke after its last messages were handed over; those are in time.
+            while has_input(self._socket):
+                self._dispatch()
+        return self._gone
+
+    def close(self, reason: str = "") -> None:
+        """Say goodbye, where there is a session, and let go of everything. Idempotent."""
+        if self._shut:
+            return
+        self._shut = True
+        if self._deliver is not None and self._gone is None:
+            with contextlib.suppress(TransportError):
+                self.tell(Opcode.BYE, self._epoch, {"reason": reason})
+        self._socket.disable_monitor()
+        self._context.destroy(linger=LINGER_MS if self._connected and self._gone is None else 0)
+
+    # --- inside
+
+    def _receive(self) -> list[zmq.Frame] | None:
+        """All frames of one message, whatever their number; None when nothing was there."""
+        try:
+            frames = self._socket.recv_multipart(zmq.DONTWAIT, copy=False)
+        except zmq.Again:
+            return None
+        return frames
+
+    def _dispatch(self) -> None:
+        frames = self._receive()
+        if frames is None:
+            return
+        head = frames[0].bytes
+        try:
+            _, number, epoch = decode_prefix(head)
+        except ProtocolError:
+            number, epoch = 0, NO_EPOCH
+        if number == Opcode.BYE and epoch == self._epoch:
+            self._gone = self._gone or farewell(frames)
+        elif number != Opcode.PING and self._deliver is not None:
+            self._deliver(head, frames[1] if len(frames) == 2 else None)
+
+    def _watch(self) -> None:
+        """Read what the monitor saw happen to the connection."""
+        while has_input(self._monitor):
+            event = recv_monitor_message(self._monitor, zmq.DONTWAIT)["event"]
+            if event == zmq.Event.HANDSHAKE_SUCCEEDED:
+                self._connected = True
+            elif event == zmq.Event.DISCONNECTED:
+                if self._connected and self._gone is None:
+                    self._gone = f"the connection to {self.address} broke"
+            else:
+                self._rejected = True
+
+    def _silence(self, timeout_s: float) -> str:
+        self._watch()
+        what = f"nothing answered at {self.address} within {timeout_s:g} s"
+        if self._connected:
+            return f"{what}: connected, but the server is silent"
+        if self._rejected:
+            return f"{what}: something listens there that is not a policy server"
+        return what
+
+
+def _second(frames: list[zmq.Frame]) -> bytes:
+    return frames[1].bytes if len(frames) > 1 else b""
+
+
+def farewell(frames: list[zmq.Frame]) -> str:
+    """What a BYE says, for ``PeerGone``."""
+    with contextlib.suppress(ProtocolError):
+        reason = decode_body(_second(frames)).get("reason")
+        if isinstance(reason, str) and reason:
+            return f"the peer closed: {reason}"
+    return "the peer closed"

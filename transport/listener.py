@@ -1,0 +1,211 @@
+"""A server's side of every session: one wait for all of them.
+
+Single-threaded, all descriptors in one epoll, nothing looked at by the clock: an idle listener
+sleeps until a client speaks, hangs up, or lets a deadline of the handshake pass.
+
+Whatever a peer sends is checked before anything is made for it, answered or counted, and never
+ends the server.
+"""
+
+from __future__ import annotations
+
+import logging
+import socket
+import time
+from collections import Counter, deque
+from collections.abc import Callable, Mapping, Sequence
+from types import MappingProxyType, TracebackType
+from typing import Any
+
+from transport.control import (
+    PROTOCOL_VERSION,
+    TRANSPORTS,
+    Hello,
+    Opcode,
+    Welcome,
+    decode_prefix,
+)
+from transport.door import Door
+from transport.errors import ProtocolError, TransportError
+from transport.handshake import Handshake
+from transport.reactor import Reactor
+from transport.roster import Roster
+from transport.router import Router
+from transport.sessions import ListenerStatistics, ServerSession
+from transport.shm import sweep
+
+MAX_CONTROL_QUEUE = 1024
+"""Control messages that may wait until ``wait`` is called again; further ones are dropped."""
+_PROBE_AFTER_S = (0.0, 0.05, 0.5)
+"""A lost connection is announced a little before its sessions can be told from the others."""
+_log = logging.getLogger(__name__)
+
+
+class Listener:
+    """Listens at ``host:port`` and hands out the sessions that have something to read.
+
+    Args:
+        port: 0 for any; ``port`` then says which.
+        describe: What a client is told that asks; JSON values.
+        accept: Grants a session or raises ``Refused``; nothing was allocated before it.
+        transports: Which may be used, of ``TRANSPORTS``.
+
+    Raises:
+        AddressInUse: As it says.
+        TransportError: A host or port that cannot be listened on.
+    """
+
+    def __init__(
+        self,
+        host: str,
+        port: int,
+        *,
+        describe: Callable[[], dict[str, Any]],
+        accept: Callable[[Hello], Welcome],
+        transports: Sequence[str] = TRANSPORTS,
+        max_sessions: int = 64,
+    ) -> None:
+        if not transports or any(name not in TRANSPORTS for name in transports):
+            raise TransportError(f"transports: got {transports}, expected some of {TRANSPORTS}")
+        self._router = Router(host, port)
+        self.host, self.port = host, self._router.port
+        self._reactor = Reactor()
+        self._counts: Counter[str] = Counter()
+        self._roster = Roster(self._reactor, self._router, self._receive, self._counts)
+        self._control: deque[tuple[bytes, int, int, bytes, bytes]] = deque()
+        self._probes: list[float] = []
+        self._closed = False
+        self._door: Door | None = None
+        if "shm" in transports:
+            import transport.shm_channel  # noqa: F401  its atomics compile before the first client
+
+            for name in sweep():
+                _log.info("removed %s: its server died during a handshake", name)
+            self._door = Door(self._reactor, self._admit)
+        self._handshake = Handshake(
+            self._router,
+            self._door,
+            describe=describe,
+            accept=accept,
+            transports=tuple(transports),
+            max_sessions=max_sessions,
+            running=lambda: len(self._roster.sessions),
+            start=self._roster.start,
+            counts=self._counts,
+        )
+        self._reactor.watch(self._router.fd, self._nothing)
+        self._reactor.watch(self._router.monitor_fd, self._nothing)
+
+    @property
+    def sessions(self) -> Mapping[int, ServerSession]:
+        """Those that run, by id."""
+        return MappingProxyType(self._roster.sessions)
+
+    def wait(self, timeout_s: float | None) -> list[ServerSession]:
+        """Sessions with something to read, and those that have ended since (each once).
+
+        Runs the handshakes meanwhile. Returns early, perhaps with nothing, after ``wake``. A
+        session that is not read until ``poll`` gives None is returned again.
+        """
+        deadline = None if timeout_s is None else time.monotonic() + timeout_s
+        woken = False
+        while True:
+            self._serve()
+            ready = self._roster.collect()
+            if ready or woken:
+                return ready
+            now = time.monotonic()
+            if deadline is not None and now >= deadline:
+                # One more look, for a caller who never waits.
+                self._reactor.run(0.0)
+                self._serve()
+                return self._roster.collect()
+            woken = self._reactor.run(self._patience(now, deadline))
+
+    def wake(self) -> None:
+        """Make ``wait`` return. The one method for other threads and signal handlers."""
+        self._reactor.wake()
+
+    def statistics(self) -> ListenerStatistics:
+        return ListenerStatistics(running=len(self._roster.sessions), **self._counts)
+
+    def close(self, reason: str = "") -> None:
+        """End every session; each client is told ``reason``. Idempotent."""
+        if self._closed:
+            return
+        self._closed = True
+        self._roster.close(reason)
+        self._handshake.close(reason)
+        if self._door is not None:
+            self._door.close()
+        self._reactor.close()
+        self._router.close()
+
+    def __enter__(self) -> Listener:
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        self.close()
+
+    # --- inside
+
+    def _nothing(self) -> None:
+        """ZMQ's descriptors only say that it is worth looking; ``_serve`` always looks."""
+
+    def _admit(self, epoch: bytes, proof: bytes, link: socket.socket) -> str | None:
+        return self._handshake.admit(epoch, proof, link)
+
+    def _patience(self, now: float, deadline: float | None) -> float | None:
+        if self._router.waiting or self._control:
+            return 0.0
+        door = None if self._door is None else self._door.deadline
+        times = (deadline, door, self._handshake.deadline, min(self._probes, default=None))
+        until = min((at for at in times if at is not None), default=None)
+        return None if until is None else max(0.0, until - now)
+
+    def _serve(self) -> None:
+        """Everything that is due, without waiting."""
+        self._receive(0.0)
+        while self._control:
+            self._handshake.handle(*self._control.popleft())
+            self._receive(0.0)
+        now = time.monotonic()
+        self._handshake.expire(now)
+        if self._door is not None:
+            self._door.expire(now)
+        lost, noise = self._router.observe()
+        self._counts["noise"] += noise
+        if lost:
+            self._probes = [now + after for after in _PROBE_AFTER_S]
+        if self._probes and now >= self._probes[0]:
+            self._probes = [at for at in self._probes if at > now]
+            self._roster.probe()
+
+    def _receive(self, timeout_s: float) -> None:
+        """Hand out what has arrived on the ZMQ socket; control messages wait for ``wait``."""
+        if timeout_s > 0:
+            self._router.wait(timeout_s)
+        while (message := self._router.receive()) is not None:
+            identity, frames = message
+            try:
+                if not frames:
+                    raise ProtocolError("a message of no or too many frames")
+                version, number, epoch = decode_prefix(frames[0].bytes)
+            except ProtocolError:
+                self._counts["malformed"] += 1
+                continue
+            ours = version == PROTOCOL_VERSION
+            if ours and self._roster.route(identity, number, epoch, frames):
+                continue
+            if ours and number in (Opcode.MESSAGE, Opcode.CREDIT):
+                self._counts["dropped_epoch"] += 1
+            elif len(self._control) < MAX_CONTROL_QUEUE:
+                text = frames[1].bytes if len(frames) == 2 else b""
+                self._control.append((identity, version, number, epoch, text))
+            else:
+                self._counts["malformed"] += 1

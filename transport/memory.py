@@ -1,0 +1,114 @@
+"""Two channels within one process, with the semantics of the others.
+
+For tests, and for a client and a server in one process. It does *not* guarantee what only real
+processes need: nothing here survives or detects a death. The two ends may belong to two threads.
+"""
+
+from __future__ import annotations
+
+import threading
+from collections import deque
+from types import MappingProxyType
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from transport.base import SLOTS, BaseChannel, Record
+from transport.channel import Kind
+from transport.schema import Schema
+from transport.window import Window
+
+
+class _Lane:
+    """One direction: slots, what is published, what is released. Guarded by the pair's lock."""
+
+    def __init__(self, schema: Schema) -> None:
+        self.slots = [np.zeros(max(1, schema.nbytes), np.uint8) for _ in range(SLOTS)]
+        self.writable = [schema.views(slot.data, writable=True) for slot in self.slots]
+        self.readable = [MappingProxyType(schema.views(slot.data)) for slot in self.slots]
+        self.published: deque[tuple[Kind, int, int, bytes | None]] = deque()
+        self.head = 0
+        self.window = Window(SLOTS)
+
+    @property
+    def full(self) -> bool:
+        return self.head - self.window.tail >= SLOTS
+
+
+class MemoryChannel(BaseChannel):
+    """One end of ``memory_pair``."""
+
+    transport = "memory"
+    transport_reason = "both ends are in this process"
+
+    def __init__(
+        self,
+        send_schema: Schema,
+        recv_schema: Schema,
+        lanes: tuple[_Lane, _Lane],
+        changed: threading.Condition,
+    ) -> None:
+        super().__init__(send_schema, recv_schema)
+        self._out, self._in = lanes
+        self._changed = changed
+        self._other: MemoryChannel | None = None
+
+    @property
+    def unread(self) -> bool:
+        return self._closed is None and bool(self._in.published)
+
+    def _claim(self) -> dict[str, NDArray[Any]] | None:
+        with self._changed:
+            return None if self._out.full else self._out.writable[self._out.head % SLOTS]
+
+    def _publish(self, kind: Kind, request_id: int, budget_ns: int, body: bytes | None) -> bool:
+        with self._changed:
+            if self._out.full:
+                return False
+            self._out.published.append((kind, request_id, budget_ns, body))
+            self._out.head += 1
+            self._changed.notify_all()
+        return True
+
+    def _take(self) -> Record | None:
+        with self._changed:
+            if not self._in.published:
+                return None
+            kind, request_id, budget_ns, body = self._in.published.popleft()
+            sequence = self._in.window.take()
+        arrays = self._in.readable[sequence % SLOTS] if body is None else None
+        return Record(kind, request_id, budget_ns, sequence, arrays, body or b"")
+
+    def _release(self, sequence: int) -> None:
+        with self._changed:
+            self._in.window.release(sequence)
+
+    def _look_for_peer(self) -> None:
+        """The peer's ``close`` says so itself."""
+
+    def _wait(self, timeout_s: float) -> None:
+        with self._changed:
+            self._changed.wait_for(
+                lambda: self._in.published or self.gone is not None, timeout=timeout_s
+            )
+
+    def _close(self, reason: str) -> None:
+        with self._changed:
+            if self._other is not None and self._other.gone is None:
+                self._other.gone = f"the peer closed: {reason}" if reason else "the peer closed"
+            self._changed.notify_all()
+
+    @staticmethod
+    def _join(left: MemoryChannel, right: MemoryChannel) -> None:
+        left._other, right._other = right, left
+
+
+def memory_pair(forth: Schema, back: Schema) -> tuple[MemoryChannel, MemoryChannel]:
+    """Two connected ends: the first sends ``forth``, the second sends ``back``."""
+    changed = threading.Condition()
+    there, here = _Lane(forth), _Lane(back)
+    left = MemoryChannel(forth, back, (there, here), changed)
+    right = MemoryChannel(back, forth, (here, there), changed)
+    MemoryChannel._join(left, right)
+    return left, right

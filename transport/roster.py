@@ -1,0 +1,211 @@
+"""The sessions that run on one listener, and how each of them gets its news."""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+from collections import Counter
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Any
+
+import zmq
+
+from transport.control import NO_EPOCH, Opcode, encode
+from transport.errors import PeerGone, TransportError
+from transport.link import farewell
+from transport.reactor import Reactor
+from transport.router import Router
+from transport.sessions import Pending, ServerSession
+from transport.zmq import ZmqChannel
+
+if TYPE_CHECKING:
+    from transport.shm_channel import ShmChannel
+
+_log = logging.getLogger(__name__)
+
+
+class Roster:
+    """Makes confirmed sessions run, routes to them, notices their end.
+
+    Args:
+        receive: Hands out what has arrived on the router, waiting at most so long for it.
+
+    Attributes:
+        sessions: Those that run, by id.
+    """
+
+    def __init__(
+        self,
+        reactor: Reactor,
+        router: Router,
+        receive: Callable[[float], None],
+        counts: Counter[str],
+    ) -> None:
+        self._reactor, self._router, self._receive = reactor, router, receive
+        self._counts = counts
+        self.sessions: dict[int, ServerSession] = {}
+        self._carriers: dict[bytes, RouterCarrier] = {}
+        self._ready: dict[int, ServerSession] = {}
+        self._over: list[ServerSession] = []
+
+    def start(self, pending: Pending, transport: str, reason: str) -> None:
+        """Make a confirmed session run."""
+        _log.info("session %d (%s): %s, %s", pending.id, pending.hello.client, transport, reason)
+        self._counts["opened"] += 1
+        start = self._start_shm if transport == "shm" else self._start_zmq
+        self.sessions[pending.id] = start(pending, reason)
+
+    def route(self, identity: bytes, number: int, epoch: bytes, frames: list[zmq.Frame]) -> bool:
+        """Take a message that belongs to a ZMQ session; whether it does."""
+        carrier = self._carriers.get(epoch)
+        if carrier is None or carrier.identity != identity:
+            return False
+        if number in (Opcode.MESSAGE, Opcode.CREDIT):
+            carrier.channel.deliver(frames[0].bytes, frames[1] if len(frames) == 2 else None)
+            self._ready[carrier.session.id] = carrier.session
+        elif number == Opcode.BYE:
+            self._end(carrier.session, farewell(frames))
+        else:
+            self._counts["malformed"] += 1
+        return True
+
+    def probe(self) -> None:
+        """Find the ZMQ sessions whose connection is no more."""
+        for carrier in list(self._carriers.values()):
+            try:
+                self._router.send(carrier.identity, encode(Opcode.PING, NO_EPOCH))
+            except PeerGone as error:
+                self._end(carrier.session, str(error))
+
+    def collect(self) -> list[ServerSession]:
+        """Those with something to read, and those that have ended since the last call."""
+        for number, session in list(self._ready.items()):
+            if not session.channel.unread:
+                del self._ready[number]
+        over, self._over = self._over, []
+        return [*self._ready.values(), *(one for one in over if one.id not in self._ready)]
+
+    def close(self, reason: str) -> None:
+        for session in [*self.sessions.values(), *self._over]:
+            session.channel.close(reason)
+
+    def _start_zmq(self, pending: Pending, reason: str) -> ServerSession:
+        channel: ZmqChannel
+        session: ServerSession
+        carrier = RouterCarrier(
+            self._router,
+            pending.identity,
+            pending.epoch,
+            self._receive,
+            on_close=lambda why: self._forget(session, why),
+            on_gone=lambda why: self._end(session, why),
+        )
+        channel = ZmqChannel(pending.welcome.schema, pending.hello.schema, pending.epoch, carrier)
+        channel.transport_reason = reason
+        session = ServerSession(pending.id, pending.hello, channel, reason)
+        carrier.channel, carrier.session = channel, session
+        self._carriers[pending.epoch] = carrier
+        return session
+
+    def _start_shm(self, pending: Pending, reason: str) -> ServerSession:
+        from transport.shm_channel import ShmChannel
+
+        channel: ShmChannel
+        session: ServerSession
+        if pending.offer is None:
+            raise TransportError("a session over shared memory without its segments")
+        channel = ShmChannel(
+            pending.welcome.schema,
+            pending.hello.schema,
+            pending.epoch,
+            pending.offer.take(),
+            on_close=lambda why: self._leave(session, channel, why),
+        )
+        channel.transport_reason = reason
+        session = ServerSession(pending.id, pending.hello, channel, reason)
+        self._reactor.watch(channel.bell, lambda: self._rung(session, channel))
+        self._reactor.watch(channel.link.fileno(), lambda: self._spoke(session, channel))
+        self._rung(session, channel)
+        return session
+
+    def _rung(self, session: ServerSession, channel: ShmChannel) -> None:
+        # First the bell, then the ring: a message published in between rings again.
+        channel.silence()
+        self._ready[session.id] = session
+
+    def _spoke(self, session: ServerSession, channel: ShmChannel) -> None:
+        reason = channel.look_for_peer()
+        if reason is not None:
+            self._unwatch(channel)
+            self._end(session, reason)
+
+    def _leave(self, session: ServerSession, channel: ShmChannel, reason: str) -> None:
+        self._unwatch(channel)
+        self._forget(session, reason)
+
+    def _unwatch(self, channel: ShmChannel) -> None:
+        self._reactor.forget(channel.bell)
+        self._reactor.forget(channel.link.fileno())
+
+    def _end(self, session: ServerSession, reason: str) -> None:
+        """The client ended it, or died: whoever serves it will be told."""
+        if session.ended is None:
+            session.channel.gone = session.channel.gone or reason
+            if session.channel.unread:
+                self._ready[session.id] = session
+            self._remove(session, reason)
+            self._over.append(session)
+
+    def _forget(self, session: ServerSession, reason: str) -> None:
+        """Whoever serves it closed its channel."""
+        if session.ended is None:
+            self._remove(session, f"closed here: {reason}" if reason else "closed here")
+
+    def _remove(self, session: ServerSession, reason: str) -> None:
+        session.ended = reason
+        self.sessions.pop(session.id, None)
+        for epoch, carrier in list(self._carriers.items()):
+            if carrier.session is session:
+                del self._carriers[epoch]
+        _log.info("session %d ended: %s", session.id, reason)
+
+
+class RouterCarrier:
+    """The ``Carrier`` of one session on the server's shared socket."""
+
+    channel: ZmqChannel
+    session: ServerSession
+
+    def __init__(
+        self,
+        router: Router,
+        identity: bytes,
+        epoch: bytes,
+        receive: Callable[[float], None],
+        *,
+        on_close: Callable[[str], None],
+        on_gone: Callable[[str], None],
+    ) -> None:
+        self.identity = identity
+        self._router, self._epoch, self._receive = router, epoch, receive
+        self._on_close, self._on_gone = on_close, on_gone
+
+    def send(self, head: bytes, payload: Any | None) -> bool:
+        try:
+            return self._router.send(self.identity, [head] if payload is None else [head, payload])
+        except PeerGone as error:
+            self._on_gone(str(error))
+            raise
+
+    def pump(self, timeout_s: float) -> str | None:
+        self._receive(timeout_s)
+        return self.session.ended
+
+    def close(self, reason: str) -> None:
+        over = self.session.ended is not None
+        self._on_close(reason)
+        if not over:
+            with contextlib.suppress(PeerGone):
+                self._router.send(
+                    self.identity, encode(Opcode.BYE, self._epoch, {"reason": reason})
+                )

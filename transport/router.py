@@ -1,0 +1,128 @@
+"""A server's one ZMQ socket, shared by the control plane and every ZMQ session."""
+
+from __future__ import annotations
+
+import errno
+import math
+import socket
+from collections.abc import Sequence
+from typing import Any
+
+import zmq
+from zmq.utils.monitor import recv_monitor_message
+
+from transport.errors import AddressInUse, PeerGone, TransportError
+from transport.link import LINGER_MS, SILENCE_MS, configure, has_input
+
+MAX_FRAMES = 2
+"""Frames of a message beyond the identity; what has more is nobody's."""
+_FAILURES = (
+    zmq.Event.HANDSHAKE_FAILED_NO_DETAIL
+    | zmq.Event.HANDSHAKE_FAILED_PROTOCOL
+    | zmq.Event.HANDSHAKE_FAILED_AUTH
+)
+
+
+class Router:
+    """A bound ROUTER.
+
+    Attributes:
+        host, port: Where it is bound; the port is real where 0 was asked for.
+        fd, monitor_fd: Edge-triggered, as ZMQ's are: look at ``waiting`` before sleeping on them.
+    """
+
+    def __init__(self, host: str, port: int) -> None:
+        """Raises ``AddressInUse``; ``TransportError`` for an address that cannot be had."""
+        self.host = host
+        numeric, ipv6 = _resolve(host, port)
+        self._context = zmq.Context()
+        try:
+            self._socket: zmq.Socket[bytes] = self._context.socket(zmq.ROUTER)
+            configure(self._socket)
+            self._socket.set(zmq.ROUTER_MANDATORY, 1)
+            self._socket.set(zmq.HANDSHAKE_IVL, SILENCE_MS)
+            self._socket.set(zmq.IPV6, int(ipv6))
+            self._monitor: zmq.Socket[bytes] = self._socket.get_monitor_socket(
+                zmq.Event.DISCONNECTED | _FAILURES
+            )
+            self._socket.bind(f"tcp://{f'[{numeric}]' if ipv6 else numeric}:{port or '*'}")
+        except zmq.ZMQError as error:
+            self._context.destroy(linger=0)
+            if error.errno == errno.EADDRINUSE:
+                raise AddressInUse(
+                    f"{host}:{port} is taken: another server runs there; choose another port"
+                ) from error
+            raise TransportError(f"cannot listen at {host}:{port}: {error.strerror}") from error
+        endpoint = self._socket.getsockopt_string(zmq.LAST_ENDPOINT)
+        self.port = int(endpoint.rstrip("\0").rpartition(":")[2])
+        self.fd = int(self._socket.get(zmq.FD))
+        self.monitor_fd = int(self._monitor.get(zmq.FD))
+
+    @property
+    def waiting(self) -> bool:
+        """Whether ``receive`` or ``observe`` has something."""
+        return has_input(self._socket) or has_input(self._monitor)
+
+    def receive(self) -> tuple[bytes, list[zmq.Frame]] | None:
+        """Identity and frames of the next message; no frames if it has too many. Never blocks."""
+        if not has_input(self._socket):
+            return None
+        try:
+            identity = self._socket.recv(zmq.DONTWAIT)
+        except zmq.Again:
+            return None
+        frames: list[zmq.Frame] = []
+        surplus = False
+        while self._socket.get(zmq.RCVMORE):
+            frame = self._socket.recv(copy=False)
+            surplus = surplus or len(frames) == MAX_FRAMES
+            if not surplus:
+                frames.append(frame)
+        return identity, [] if surplus else frames
+
+    def send(self, identity: bytes, frames: Sequence[Any]) -> bool:
+        """Queue for one peer; False when its queue is full.
+
+        Raises:
+            PeerGone: No connection has this identity.
+        """
+        try:
+            self._socket.send_multipart([identity, *frames], zmq.DONTWAIT)
+        except zmq.Again:
+            return False
+        except zmq.ZMQError as error:
+            raise PeerGone("the peer is gone: its connection broke") from error
+        return True
+
+    def wait(self, timeout_s: float) -> None:
+        """Until something can be received, at most so long."""
+        self._socket.poll(math.ceil(timeout_s * 1000))
+
+    def observe(self) -> tuple[int, int]:
+        """(connections lost, connections that never spoke ZMQ) since the last call."""
+        lost = noise = 0
+        while has_input(self._monitor):
+            event = recv_monitor_message(self._monitor, zmq.DONTWAIT)["event"]
+            if event == zmq.Event.DISCONNECTED:
+                lost += 1
+            else:
+                noise += 1
+        return lost, noise
+
+    def close(self) -> None:
+        """Send what is queued, for a bounded time, and let go."""
+        self._socket.disable_monitor()
+        self._context.destroy(linger=LINGER_MS)
+
+
+def _resolve(host: str, port: int) -> tuple[str, bool]:
+    """A numeric address to bind (ZMQ resolves no names here), and whether it is IPv6."""
+    if not 0 <= port <= 65535:
+        raise TransportError(f"port: got {port}, expected 0 (any) to 65535")
+    try:
+        found = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE)
+    except (OSError, UnicodeError) as error:
+        raise TransportError(f"host {host!r} is not an address of this machine: {error}") from error
+    # IPv4 first where a name has both, as clients dial.
+    family, *_, address = min(found, key=lambda entry: entry[0] != socket.AF_INET)
+    return str(address[0]), family == socket.AF_INET6

@@ -1,0 +1,225 @@
+"""Shared-memory segments that no death can leak.
+
+A segment has a name only during a handshake. Its creator holds ``flock`` on it for that long, so
+a name of ours whose lock is free belongs to nobody alive, and ``sweep`` removes it.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import fcntl
+import mmap
+import os
+import re
+import secrets
+import socket
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import posix_ipc
+from numpy.typing import NDArray
+
+from transport.errors import ProtocolError, TransportUnavailable
+
+PREFIX = "metronome-"
+FOLDER = Path("/dev/shm")  # noqa: S108  where Linux keeps POSIX shared memory; only listed here
+_NAME = re.compile(rf"/{PREFIX}[0-9a-f]{{32}}")
+_MIB = 2**20
+
+
+class Mapping:
+    """A mapped segment.
+
+    Attributes:
+        address: Of its first byte, page-aligned.
+        bytes: (nbytes,) uint8 view, read-only where the mapping is.
+    """
+
+    def __init__(self, fd: int, nbytes: int, *, writable: bool) -> None:
+        protection = mmap.PROT_READ | (mmap.PROT_WRITE if writable else 0)
+        # Populated at once, so that the first frames do not pay a page fault per 4 KiB.
+        flags = mmap.MAP_SHARED | getattr(mmap, "MAP_POPULATE", 0)
+        self._map = mmap.mmap(fd, nbytes, flags=flags, prot=protection)
+        self.bytes: NDArray[np.uint8] = np.frombuffer(self._map, np.uint8)
+        self.address: int = self.bytes.ctypes.data
+        self.nbytes = nbytes
+
+    @property
+    def buffer(self) -> Any:
+        """The whole segment, for views."""
+        return self._map
+
+    def close(self) -> None:
+        """Unmap; where views are still alive, when the last of them is gone. Idempotent."""
+        self.bytes = np.empty(0, np.uint8)
+        with contextlib.suppress(BufferError):
+            self._map.close()
+
+
+@dataclass(frozen=True, slots=True)
+class Parts:
+    """What one side of a shared-memory session holds.
+
+    Attributes:
+        own, peer: The segment this side writes, and the other's.
+        own_bell, peer_bell: eventfds: the one this side waits on, and the other's.
+        link: The connected AF_UNIX socket (SOCK_SEQPACKET, non-blocking).
+    """
+
+    own: Mapping
+    peer: Mapping
+    own_bell: int
+    peer_bell: int
+    link: socket.socket
+
+    def close(self) -> None:
+        """Once."""
+        self.link.close()
+        os.close(self.own_bell)
+        os.close(self.peer_bell)
+        self.own.close()
+        self.peer.close()
+
+
+class Segment:
+    """A named segment, before its name is given up."""
+
+    def __init__(self, name: str, fd: int, nbytes: int, *, owner: bool) -> None:
+        self.name, self.nbytes = name, nbytes
+        self._fd, self._owner = fd, owner
+
+    @classmethod
+    def create(cls, nbytes: int) -> Segment:
+        """A locked segment of a random name, mode 0600, its memory reserved.
+
+        Raises:
+            OSError: ENOSPC when it does not fit; whatever else the system said.
+        """
+        while True:
+            name = f"/{PREFIX}{secrets.token_hex(16)}"
+            fd = _open(name, posix_ipc.O_CREX, read_only=False)
+            segment = cls(name, fd, nbytes, owner=True)
+            try:
+                if not segment._lock():
+                    segment.close()
+                    continue
+                # ftruncate would succeed on a full tmpfs; the first touch would then be a SIGBUS.
+                os.posix_fallocate(fd, 0, nbytes)
+            except BaseException:
+                segment.close()
+                raise
+            return segment
+
+    @classmethod
+    def open(cls, name: str, nbytes: int, *, writable: bool) -> Segment:
+        """The segment a peer made.
+
+        Raises:
+            ProtocolError: Not a name of ours, or not of this length.
+            OSError: It is not there, or not for this user.
+        """
+        if not _NAME.fullmatch(name):
+            raise ProtocolError(f"segment name: got {name[:80]!r}, expected {_NAME.pattern}")
+        fd = _open(name, 0, read_only=not writable)
+        segment = cls(name, fd, nbytes, owner=False)
+        length = os.fstat(fd).st_size
+        if length != nbytes:
+            segment.close()
+            raise ProtocolError(f"segment {name}: got {length} bytes, expected {nbytes}")
+        return segment
+
+    def write(self, data: bytes, offset: int = 0) -> None:
+        """Fill in before anybody maps it."""
+        if os.pwrite(self._fd, data, offset) != len(data):
+            raise OSError(errno.EIO, f"short write to {self.name}")
+
+    def map(self, *, writable: bool) -> Mapping:
+        return Mapping(self._fd, self.nbytes, writable=writable)
+
+    def close(self) -> None:
+        """Unlink it if it is ours, then let go of the lock. Mappings stay. Idempotent."""
+        if self._fd < 0:
+            return
+        if self._owner:
+            with contextlib.suppress(posix_ipc.ExistentialError, OSError):
+                posix_ipc.unlink_shared_memory(self.name)
+        os.close(self._fd)
+        self._fd = -1
+
+    def _lock(self) -> bool:
+        """Whether it is locked and still has its name: a sweeper may have come in between."""
+        try:
+            fcntl.flock(self._fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            return False
+        return os.fstat(self._fd).st_nlink > 0
+
+
+def create_all(sizes: Sequence[int]) -> list[Segment]:
+    """Segments of these sizes, or none.
+
+    Raises:
+        TransportUnavailable: The reason in words, for the peer and the log.
+    """
+    segments: list[Segment] = []
+    try:
+        for nbytes in sizes:
+            segments.append(Segment.create(nbytes))
+    except OSError as error:
+        for segment in segments:
+            segment.close()
+        if error.errno in (errno.ENOSPC, errno.ENOMEM):
+            reason = f"{FOLDER} is full: {_mib(sum(sizes))} wanted, {_free()} there"
+        else:
+            reason = f"no shared memory: {error.strerror or error}"
+        raise TransportUnavailable(reason) from error
+    return segments
+
+
+def sweep() -> list[str]:
+    """Remove names of ours that nobody holds any more; which they were."""
+    removed = []
+    names = sorted(FOLDER.glob(f"{PREFIX}*")) if FOLDER.is_dir() else []
+    for path in names:
+        if not _NAME.fullmatch(f"/{path.name}"):
+            continue
+        try:
+            fd = os.open(path, os.O_RDWR | os.O_CLOEXEC | os.O_NOFOLLOW)
+        except OSError:
+            continue  # gone meanwhile, or another user's
+        try:
+            fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            path.unlink()
+            removed.append(path.name)
+        except OSError:
+            continue  # its creator lives, or unlinked it just now
+        finally:
+            os.close(fd)
+    return removed
+
+
+def _open(name: str, flags: int, *, read_only: bool) -> int:
+    """posix_ipc's errors as OSError with their number."""
+    try:
+        memory = posix_ipc.SharedMemory(name, flags, mode=0o600, read_only=read_only)
+    except posix_ipc.ExistentialError as error:
+        number = errno.EEXIST if flags else errno.ENOENT
+        raise OSError(number, os.strerror(number), name) from error
+    except posix_ipc.PermissionsError as error:
+        raise OSError(errno.EACCES, os.strerror(errno.EACCES), name) from error
+    fd: int = memory.fd
+    os.set_inheritable(fd, False)
+    return fd
+
+
+def _mib(nbytes: int) -> str:
+    return f"{max(1, round(nbytes / _MIB))} MiB"
+
+
+def _free() -> str:
+    status = os.statvfs(FOLDER)
+    return f"{status.f_bavail * status.f_frsize / _MIB:.0f} MiB"

@@ -1,0 +1,43 @@
+"""Which messages a reader holds, and how far its writer may go. The arithmetic of every ring.
+
+Sequence numbers count messages from 0 and never wrap (2**63 of them outlast the machine).
+``tail <= held sequences < cursor <= tail + slots``: the writer may use the slot of sequence ``s``
+once ``tail > s - slots``.
+"""
+
+from __future__ import annotations
+
+
+class Window:
+    """The reader's side of a ring of ``slots`` slots.
+
+    Attributes:
+        cursor: Sequence of the next message to take.
+        tail: Everything below is released; what the writer is told.
+    """
+
+    __slots__ = ("_held", "cursor", "slots", "tail")
+
+    def __init__(self, slots: int) -> None:
+        self.slots, self.cursor, self.tail = slots, 0, 0
+        self._held: set[int] = set()
+
+    @property
+    def full(self) -> bool:
+        """Whether a further message would be more than the writer may have sent."""
+        return self.cursor - self.tail >= self.slots
+
+    def take(self) -> int:
+        """Hold the next message; its sequence."""
+        sequence = self.cursor
+        self._held.add(sequence)
+        self.cursor += 1
+        return sequence
+
+    def release(self, sequence: int) -> bool:
+        """Let go of one, in any order; whether ``tail`` moved."""
+        self._held.discard(sequence)
+        tail = min(self._held, default=self.cursor)
+        moved = tail != self.tail
+        self.tail = tail
+        return moved
