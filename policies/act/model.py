@@ -66,10 +66,9 @@ class ActModel(nn.Module):
 
     def normalize_images(self, images: Tensor) -> Tensor:
         """(B, N, H, W, 3) uint8 to (B * N, 3, H, W), in memory still channels last."""
-        dtype = self.image_mean.dtype
         mean, std = (x[None, :, None, None, :] for x in (self.image_mean, self.image_std))
-        scaled = (images.to(dtype) / 255 - mean) / std
-        return scaled.flatten(0, 1).permute(0, 3, 1, 2)
+        scaled = (images.to(mean.dtype) / 255 - mean) / std
+        return scaled.flatten(0, 1).permute(0, 3, 1, 2).to(self.image_proj.weight.dtype)
 
     def image_tokens(self, images: Tensor) -> Tensor:
         """(B, N, H, W, 3) uint8 to (B, N * h * w, D): all cameras as one batch."""

@@ -1,0 +1,227 @@
+"""ACT as a policy: what it checks, what it promises."""
+
+from __future__ import annotations
+
+import dataclasses
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+import torch
+from tiny_act import observation
+
+from policies.act import engine
+from policies.checkpoint.load import load_policy
+from policies.errors import CheckpointError, ContractMismatch, InferenceError, ObservationError
+from policies.types import MetaObs, Policy
+
+
+@pytest.fixture
+def policy(tiny):
+    return load_policy(str(tiny), device="cpu", precision="fp32", threads=1)
+
+
+def test_it_is_a_policy(policy):
+    assert isinstance(policy, Policy)
+    assert policy.fork() is policy
+    policy.reset()
+    policy.close()
+    policy.close()
+    assert (policy.info.device, policy.info.precision, policy.info.threads) == ("cpu", "fp32", 1)
+    assert policy.contract.dataset_id == "t"
+
+
+def test_a_chunk_says_what_it_was_made_from(policy):
+    obs = dataclasses.replace(observation(policy.contract), timestep=7, t_capture_ns=99)
+    chunk = policy.infer(obs)
+    assert (chunk.obs_timestep, chunk.t_capture_ns) == (7, 99)
+    assert (chunk.actions.shape, chunk.actions.dtype) == ((5, 2), np.float32)
+    assert set(chunk.stages_ns) == {"preprocess", "infer", "postprocess"}
+
+
+def test_observations_are_only_read_and_chunks_are_the_callers(policy):
+    obs = observation(policy.contract)
+    for array in (*obs.images.values(), obs.state):
+        array.flags.writeable = False
+    first = policy.infer(obs).actions
+    kept = first.copy()
+    policy.infer(observation(policy.contract, seed=1))
+    np.testing.assert_array_equal(first, kept)
+    first[:] = 0
+    np.testing.assert_array_equal(policy.infer(obs).actions, kept)
+
+
+def test_client_side_crop_gives_the_same_action(policy):
+    from policies.images import prepare
+
+    obs = observation(policy.contract)
+    cropped = {c.name: prepare(obs.images[c.name], c) for c in policy.contract.cameras}
+    small = dataclasses.replace(obs, images=cropped)
+    np.testing.assert_array_equal(policy.infer(small).actions, policy.infer(obs).actions)
+
+
+CHILD = """
+import sys
+import numpy as np
+from policies.checkpoint.load import load_policy
+from policies.types import MetaObs
+for threads in (1, 2):
+    policy = load_policy(sys.argv[1], device="cpu", precision="fp32", threads=threads)
+    with np.load(sys.argv[2]) as data:
+        obs = MetaObs({k: data[k] for k in policy.contract.camera_names}, data["state"])
+    sys.stdout.buffer.write(policy.infer(obs).actions.tobytes())
+"""
+
+
+def test_the_same_bits_in_any_process(tiny, tmp_path):
+    here = b""
+    for threads in (1, 2):
+        policy = load_policy(str(tiny), device="cpu", precision="fp32", threads=threads)
+        obs = observation(policy.contract)
+        here += policy.infer(obs).actions.tobytes()
+    np.savez(tmp_path / "obs.npz", state=obs.state, **obs.images)
+    command = [sys.executable, "-c", CHILD, str(tiny), str(tmp_path / "obs.npz")]
+    assert subprocess.run(command, capture_output=True, check=True).stdout == here
+
+
+def replace(obs, **changes):
+    return dataclasses.replace(obs, **changes)
+
+
+@pytest.mark.parametrize(
+    ("change", "error", "message"),
+    [
+        (lambda o: replace(o, state=o.state.astype(float)), ContractMismatch,
+         r"state: got float64 \(3,\), expected float32 \(3,\)"),
+        (lambda o: replace(o, state=o.state[:2]), ContractMismatch, r"state: got float32 \(2,\)"),
+        (lambda o: replace(o, state=[0, 0, 0]), ContractMismatch, "state: got list, expected"),
+        (lambda o: replace(o, state=o.state * np.float32(np.nan)), ObservationError,
+         r"state: got .*dimensions \[0, 1, 2\], expected finite"),
+        (lambda o: replace(o, images={"top": o.images["top"]}), ContractMismatch,
+         r"images.wrist: got no such camera among \['top'\], expected \('top', 'wrist'\)"),
+        (lambda o: replace(o, images={**o.images, "z": o.images["top"]}), ContractMismatch,
+         "images.z: got a picture, expected only"),
+        (lambda o: replace(o, images={**o.images, "top": o.images["top"] / 255}), ContractMismatch,
+         "images.top: got dtype float64, expected uint8"),
+        (lambda o: replace(o, images={**o.images, "top": o.images["top"][1:]}), ContractMismatch,
+         r"images.top: got shape \(39, 64, 3\), expected \(40, 64, 3\) or \(32, 64, 3\)"),
+    ],
+)  # fmt: skip
+def test_other_observations_are_refused_by_field(policy, change, error, message):
+    obs = observation(policy.contract)
+    expected = policy.infer(obs).actions
+    with pytest.raises(error, match=message):
+        policy.infer(change(obs))
+    np.testing.assert_array_equal(policy.infer(obs).actions, expected)
+
+
+def test_a_nan_among_the_actions_is_a_failure(policy, monkeypatch):
+    broken = np.full((5, 2), np.nan, np.float32)
+    monkeypatch.setattr(engine.TorchEngine, "run", lambda self: broken)
+    with pytest.raises(InferenceError, match=r"NaN or infinity among the actions"):
+        policy.infer(observation(policy.contract))
+
+
+def test_what_this_machine_lacks_is_said(tiny, monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    monkeypatch.setattr(engine, "cpu_multiplies_bf16", lambda: False)
+    with pytest.raises(ContractMismatch, match=r"device: got 'cuda', expected 'cpu' or one of 0"):
+        load_policy(str(tiny), device="cuda")
+    with pytest.raises(ContractMismatch, match=r"device: got 'tpu', expected one of"):
+        load_policy(str(tiny), device="tpu")
+    with pytest.raises(ContractMismatch, match=r"precision: got 'bf16', expected 'fp32' or 'auto'"):
+        load_policy(str(tiny), device="cpu", precision="bf16")
+    with pytest.raises(ContractMismatch, match=r"precision: got 'fp8', expected one of"):
+        load_policy(str(tiny), precision="fp8")
+    with pytest.raises(ContractMismatch, match=r"threads: got 0, expected at least 1"):
+        load_policy(str(tiny), threads=0)
+    assert load_policy(str(tiny)).info.precision == "fp32"
+
+
+def test_bf16_is_near_fp32(tiny, monkeypatch):
+    monkeypatch.setattr(engine, "cpu_multiplies_bf16", lambda: True)
+    exact, rough = (
+        load_policy(str(tiny), device="cpu", precision=p, threads=1) for p in ("fp32", "auto")
+    )
+    assert rough.info.precision == "bf16"
+    obs = observation(exact.contract)
+    np.testing.assert_allclose(rough.infer(obs).actions, exact.infer(obs).actions, atol=0.02)
+
+
+def test_bf16_units_are_read_from_the_kernels_list(tmp_path):
+    (tmp_path / "cpuinfo").write_text("flags : sse2 avx512_bf16 avx2")
+    assert engine.cpu_multiplies_bf16(tmp_path / "cpuinfo")
+    (tmp_path / "cpuinfo").write_text("flags : sse2 avx512f avx2")
+    assert not engine.cpu_multiplies_bf16(tmp_path / "cpuinfo")
+    assert not engine.cpu_multiplies_bf16(tmp_path / "gone")
+
+
+@pytest.fixture
+def module(tmp_path, monkeypatch):
+    """Writes an importable module and names it."""
+
+    def write(text):
+        name = f"users_policy_{tmp_path.name.replace('-', '_')}"
+        (tmp_path / f"{name}.py").write_text(text)
+        monkeypatch.syspath_prepend(tmp_path)
+        monkeypatch.delitem(sys.modules, name, raising=False)
+        return f"python:{name}"
+
+    return write
+
+
+USERS = """
+import numpy as np
+from policies.types import ActionChunk, PolicyContract, PolicyInfo
+
+class Hold:
+    contract = PolicyContract("hold", (), 2, 2, 1, 1)
+    info = PolicyInfo("users")
+    def infer(self, obs): return ActionChunk(obs.state[None].copy())
+    def reset(self): pass
+    def close(self): pass
+
+class Forkable(Hold):
+    def fork(self): return self
+
+def broken(): raise ValueError("no weights here")
+def nothing(): return 3
+class Half(Hold): contract = {}
+value = 3
+"""
+
+
+def test_anyones_own_policy_is_served(module):
+    name = module(USERS)
+    obs = MetaObs({}, np.array([1, 2], np.float32))
+    assert load_policy(f"{name}:Forkable").infer(obs).actions.tolist() == [[1, 2]]
+    alone = load_policy(f"{name}:Hold")
+    assert isinstance(alone, Policy)
+    assert alone.infer(obs).actions.tolist() == [[1, 2]]
+    alone.reset()
+    alone.close()
+    assert alone.contract.policy_type == "hold"
+    with pytest.raises(Exception, match=r"no fork.., so it serves one session at a time"):
+        alone.fork()
+
+
+@pytest.mark.parametrize(
+    ("factory", "message"),
+    [
+        (":broken", "the factory failed: ValueError"),
+        (":nothing", "returned a int without"),
+        (":Half", "contract is a dict and info a PolicyInfo"),
+        (":value", "no function 'value' there, got .*'Hold'"),
+        (":gone", "no function 'gone' there"),
+        ("", "expected python:package.module:factory"),
+    ],
+)
+def test_what_is_no_policy_is_refused(module, factory, message):
+    with pytest.raises(CheckpointError, match=message):
+        load_policy(module(USERS) + factory)
+
+
+def test_a_module_that_is_not_there(module):
+    with pytest.raises(CheckpointError, match=r"No module named 'no_such_module'"):
+        load_policy("python:no_such_module:make")

@@ -1,0 +1,457 @@
+"""Every layout loads and matches; everything wrong is refused by name."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import os
+import pickle
+import shutil
+
+import numpy as np
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from tiny_act import CAMERAS, TINY, observation
+
+from policies.act.policy import ActPolicy
+from policies.checkpoint.extras import Extras
+from policies.checkpoint.files import read_safetensors
+from policies.checkpoint.keys import detr_keys, lerobot_keys
+from policies.checkpoint.load import load_policy, load_weights
+from policies.checkpoint.save import Saved, save_ilstudio, save_lerobot
+from policies.checkpoint.untrained import fresh_weights, make_untrained
+from policies.errors import CheckpointError, ContractMismatch
+from policies.types import MetaObs
+
+STATS = {
+    "state": {"mean": [0.1, 0.2, 0.3], "std": [0.5, 0.001, 2.0], "min": [-1.0] * 3,
+              "max": [1.0] * 3, "q01": [-0.9] * 3, "q99": [0.9] * 3},
+    "action": {"mean": [1.0, -1.0], "std": [0.3, 0.7], "min": [-2.0] * 2, "max": [2.0] * 2,
+               "q01": [-1.9] * 2, "q99": [1.9] * 2},
+}  # fmt: skip
+HARMLESS = {"device": "cpu", "precision": "fp32", "threads": 1}
+
+
+def infer(path, **arguments):
+    policy = load_policy(str(path), **{**HARMLESS, **arguments})
+    return policy.infer(observation(policy.contract)).actions
+
+
+# --- reference implementations ---------------------------------------------------------------
+
+
+@pytest.mark.needs_reference
+@pytest.mark.parametrize(
+    ("folder", "expected", "arguments"),
+    [
+        ("lerobot_act", "actions", {}),
+        ("lerobot_act_buffers", "actions", {}),
+        ("original_act", "actions",
+         {"camera_names": ["top", "angle"], "n_heads": 8, "image_hw": (96, 128)}),
+        ("ilstudio_act", "actions_sim_transfer_cube_scripted", {"image_hw": (96, 128)}),
+        ("ilstudio_act", "actions_other_robot",
+         {"image_hw": (96, 128), "dataset_id": "other_robot"}),
+    ],
+)  # fmt: skip
+def test_reference_outputs_are_matched(reference, folder, expected, arguments):
+    policy = load_policy(str(reference / folder / "checkpoint"), **HARMLESS, **arguments)
+    with np.load(reference / folder / "expected.npz") as data:
+        wanted, states = data[expected], data["state"]
+        frames = {name: data[f"image_{name}"] for name in policy.contract.camera_names}
+    got = np.stack(
+        [
+            policy.infer(MetaObs({k: v[i] for k, v in frames.items()}, states[i])).actions
+            for i in range(len(wanted))
+        ]
+    )
+    assert np.abs(got - wanted).max() / np.abs(wanted).max() <= 1e-5
+
+
+@pytest.mark.needs_reference
+def test_both_of_lerobots_layouts_are_one_policy(reference):
+    new, old = (
+        load_policy(str(reference / name / "checkpoint"), **HARMLESS).contract
+        for name in ("lerobot_act", "lerobot_act_buffers")
+    )
+    assert new == old
+
+
+@pytest.mark.needs_reference
+def test_the_original_reads_its_yaml(reference, tmp_path):
+    folder = tmp_path / "original"
+    shutil.copytree(reference / "original_act" / "checkpoint", folder)
+    with pytest.raises(CheckpointError, match=r"does not hold camera_names: give it"):
+        load_weights(str(folder))
+    (folder / "metronome.yaml").write_text("{camera_names: [top, angle], image_hw: [96, 128]}")
+    with pytest.raises(CheckpointError, match=r"does not hold n_heads: give it"):
+        load_weights(str(folder))
+    (folder / "metronome.yaml").write_text(
+        "{camera_names: [top, angle], image_hw: [96, 128], n_heads: 8, dt_s: 0.04}"
+    )
+    contract = load_weights(str(folder)).contract()
+    assert contract.camera_names == ("top", "angle")
+    assert (contract.dt_s, contract.cameras[0].source_hw) == (0.04, (96, 128))
+
+
+# --- round trips -------------------------------------------------------------------------------
+
+
+def saved(config=TINY, extras=None):
+    """Weights in which every tensor counts, and their statistics."""
+    tensors = {k: v + 0.1 * torch.rand_like(v) for k, v in fresh_weights(config, 3).items()}
+    return Saved(config, tensors, STATS, "d", extras or Extras(cameras=CAMERAS))
+
+
+def write_original(folder, given):
+    """The original's layout of ``given``: seven decoder layers, of which one counts."""
+    folder.mkdir()
+    keys = detr_keys(given.config)
+    state = {k: given.tensors[v] for k, v in keys.items() if v in given.tensors}
+    for key in list(state):
+        if key.startswith("model.transformer.decoder.layers.0."):
+            for layer in range(1, 7):
+                state[key.replace("layers.0.", f"layers.{layer}.")] = state[key] + 1
+    torch.save(state, folder / "policy_best.ckpt")
+    table = {
+        f"{name}_{which}": np.asarray(given.stats[what][which], np.float32)
+        for what, name in (("state", "qpos"), ("action", "action"))
+        for which in ("mean", "std")
+    }
+    table["qpos_std"] = table["qpos_std"].clip(0.01)
+    (folder / "dataset_stats.pkl").write_bytes(pickle.dumps(table))
+
+
+def test_one_net_in_every_layout_is_one_policy(tmp_path):
+    given = saved()
+    save_ilstudio(tmp_path / "ilstudio", given)
+    save_lerobot(tmp_path / "lerobot", given)
+    write_original(tmp_path / "original", given)
+    shutil.copy(tmp_path / "ilstudio" / "metronome.yaml", tmp_path / "original")
+    first = infer(tmp_path / "ilstudio")
+    assert np.abs(first).max() > 0.1
+    for name, arguments in (
+        ("lerobot", {}),
+        ("original", {"camera_names": ["top", "wrist"], "n_heads": 2}),
+    ):
+        np.testing.assert_allclose(infer(tmp_path / name, **arguments), first, atol=2e-6)
+
+
+def test_lerobots_older_layout_has_its_statistics_in_the_weights(tmp_path):
+    save_lerobot(tmp_path / "new", saved())
+    shutil.copytree(tmp_path / "new", tmp_path / "old")
+    tensors = load_file(tmp_path / "old" / "model.safetensors")
+    stats = load_file(next((tmp_path / "old").glob("policy_pre*.safetensors")))
+    for key, value in stats.items():
+        feature, _, name = key.rpartition(".")
+        prefix = "unnormalize_outputs" if feature == "action" else "normalize_inputs"
+        tensors[f"{prefix}.buffer_{feature.replace('.', '_')}.{name}"] = value
+    save_file(tensors, tmp_path / "old" / "model.safetensors")
+    for leftover in (tmp_path / "old").glob("policy_*"):
+        leftover.unlink()
+    np.testing.assert_array_equal(infer(tmp_path / "old"), infer(tmp_path / "new"))
+
+
+def test_the_two_encoders_are_not_mistaken_for_each_other():
+    """Both layouts have ``model.encoder.layers.0.*`` of the same shapes; they mean two things."""
+    key = "model.encoder.layers.0.linear1.weight"
+    assert detr_keys(TINY)[key] == "style.layers.0.linear1.weight"
+    assert lerobot_keys(TINY)[key] == "encoder.0.linear1.weight"
+
+
+def test_bf16_files_are_read(tmp_path):
+    given = saved()
+    save_ilstudio(tmp_path / "a", given)
+    save_ilstudio(tmp_path / "b", given, stored_as="bf16")
+    sizes = [(tmp_path / name / "model.safetensors").stat().st_size for name in "ab"]
+    assert sizes[1] < 0.6 * sizes[0]
+    np.testing.assert_allclose(infer(tmp_path / "b"), infer(tmp_path / "a"), atol=0.05)
+    weights = read_safetensors(tmp_path / "b" / "model.safetensors")
+    assert {t.dtype for t in weights.values()} == {torch.float32}
+
+
+def test_extras_come_back(tmp_path):
+    extras = Extras(cameras=CAMERAS, dt_s=0.1, n_action_steps=3, training={"seed": 4})
+    save_ilstudio(tmp_path / "a", saved(extras=extras))
+    contract = load_weights(str(tmp_path / "a")).contract()
+    assert contract.cameras == CAMERAS
+    assert (contract.dt_s, contract.n_action_steps, contract.chunk_size) == (0.1, 3, 5)
+    assert load_weights(str(tmp_path / "a"), image_hw=(64, 96)).cameras[0].source_hw == (64, 96)
+
+
+def test_untrained_is_flagged_and_repeatable(tiny, tmp_path):
+    make_untrained(tmp_path / "again", task="t", config=TINY, cameras=CAMERAS, stored_as="bf16")
+    for file in tiny.iterdir():
+        assert file.read_bytes() == (tmp_path / "again" / file.name).read_bytes()
+    assert not load_policy(str(tiny), **HARMLESS).info.trained
+
+
+def test_the_newest_checkpoint_of_a_run(tiny, tmp_path):
+    run = tmp_path / "run"
+    for number in (2, 10, 9):
+        shutil.copytree(tiny, run / f"checkpoint-{number}")
+    for name in ("normalize.json", "policy_metadata.json", "t_stats_joint_abs.pkl"):
+        shutil.move(run / "checkpoint-10" / name, run / name)
+    (run / "checkpoint-9" / "config.json").write_text("{}")
+    np.testing.assert_array_equal(infer(run), infer(tiny))
+    np.testing.assert_array_equal(infer(run / "checkpoint-2"), infer(tiny))
+    (run / "checkpoint-10" / "config.json").write_text("{}")
+    with pytest.raises(CheckpointError, match=r"checkpoint-10"):
+        infer(run)
+
+
+def test_pretrained_model_is_looked_into(tmp_path):
+    save_lerobot(tmp_path / "run" / "pretrained_model", saved())
+    np.testing.assert_array_equal(infer(tmp_path / "run"), infer(tmp_path / "run/pretrained_model"))
+
+
+def test_chunks_are_cut(tiny):
+    policy = load_policy(str(tiny), chunk_size=2, **HARMLESS)
+    assert (policy.contract.chunk_size, policy.contract.n_action_steps) == (2, 2)
+    np.testing.assert_array_equal(infer(tiny, chunk_size=2), infer(tiny)[:2])
+    with pytest.raises(ContractMismatch, match=r"chunk_size: got 6, expected 1 to 5, as trained"):
+        load_policy(str(tiny), chunk_size=6, **HARMLESS)
+
+
+def test_data_sets_have_their_own_normalizers(tiny):
+    path = tiny / "normalize.json"
+    raw = json.loads(path.read_text())
+    raw["datasets"].append(
+        {"dataset_id": "u", "ctrl_space": "ee", "ctrl_type": "rel", "action_norm_mask": [0]}
+    )
+    for what in ("state", "action"):
+        raw[what]["u"] = "percentile"
+    path.write_text(json.dumps(raw))
+    shutil.copy(tiny / "t_stats_joint_abs.pkl", tiny / "u_stats_ee_rel.pkl")
+    t, u = (load_weights(str(tiny), dataset_id=name).contract() for name in "tu")
+    assert t.normalizer_hash != u.normalizer_hash
+    assert (u.ctrl_space, u.ctrl_type, u.dataset_ids) == ("ee", "relative", ("t", "u"))
+    assert load_weights(str(tiny)).dataset_id == "t"
+    with pytest.raises(CheckpointError, match=r"got 'v', expected one of \['t', 'u'\]"):
+        load_weights(str(tiny), dataset_id="v")
+
+
+# --- refusals ----------------------------------------------------------------------------------
+
+
+def edit_json(name, **changes):
+    def edit(folder):
+        raw = json.loads((folder / name).read_text())
+        raw.update(changes)
+        (folder / name).write_text(json.dumps(raw))
+
+    return edit
+
+
+def edit_weights(change):
+    def edit(folder):
+        tensors = load_file(folder / "model.safetensors")
+        change(tensors)
+        save_file(tensors, folder / "model.safetensors")
+
+    return edit
+
+
+def remove(name):
+    return lambda folder: (folder / name).unlink()
+
+
+def write(name, content):
+    return lambda folder: (folder / name).write_text(content)
+
+
+def truncate(folder):
+    path = folder / "model.safetensors"
+    os.truncate(path, path.stat().st_size // 2)
+
+
+def poison(tensors):
+    tensors["model.action_head.bias"][0] = float("nan")
+
+
+def widen(tensors):
+    tensors["model.action_head.weight"] = torch.zeros(9, 16)
+
+
+PER_CAMERA = "model.backbones.1.0.body.conv1.weight"
+
+REFUSALS = {
+    "truncated": (truncate, "model.safetensors: truncated, or no safetensors file"),
+    "garbage": (write("model.safetensors", "garbage"), "model.safetensors: truncated, or no safe"),
+    "no weights": (remove("model.safetensors"), "model.safetensors"),
+    "another kind": (
+        edit_json("policy_metadata.json", policy_name="diffusion_policy"),
+        "policy_metadata.json: policy_name: got 'diffusion_policy', expected 'act'",
+    ),
+    "another type": (
+        edit_json("config.json", type="diffusion"),
+        "config.json: type: got 'diffusion', expected 'act'",
+    ),
+    "backbone": (
+        edit_json("config.json", backbone="vit_b_16"),
+        "config.json: backbone: got 'vit_b_16', expected one of",
+    ),
+    "pre_norm": (
+        edit_json("config.json", pre_norm=True),
+        "config.json: pre_norm: got True, expected False",
+    ),
+    "missing size": (
+        write("config.json", '{"camera_names": ["top", "wrist"], "enc_layers": 1}'),
+        "config.json: key 'state_dim' is missing",
+    ),
+    "wrong type": (
+        edit_json("config.json", hidden_dim="16"),
+        "config.json: hidden_dim: got '16', expected int",
+    ),
+    "not json": (write("config.json", "{"), "config.json: Expecting property name"),
+    "unused key": (
+        edit_weights(lambda t: t.update(extra=torch.zeros(1))),
+        "1 keys that nothing uses, the first 'extra'",
+    ),
+    "missing key": (
+        edit_weights(lambda t: t.pop("model.query_embed.weight")),
+        "key 'model.query_embed.weight' is missing",
+    ),
+    "wrong shape": (
+        edit_weights(widen),
+        r"model.action_head.weight: got shape \(9, 16\), expected \(2, 16\)",
+    ),
+    "nan": (edit_weights(poison), "model.action_head.bias: NaN or infinity among the weights"),
+    "a backbone per camera": (
+        edit_weights(lambda t: t.update({PER_CAMERA: torch.zeros(1)})),
+        "a backbone for each camera is not supported",
+    ),
+    "no normalizer": (remove("normalize.json"), "normalize.json: missing; without it there is no"),
+    "no statistics": (
+        remove("t_stats_joint_abs.pkl"),
+        "t_stats_joint_abs.pkl: missing, the normalizer of data set 't'",
+    ),
+    "no action normalizer": (
+        edit_json("normalize.json", action={}),
+        "normalize.json: key 't' is missing",
+    ),
+    "normalizer kind": (
+        edit_json("normalize.json", action={"t": "fancy"}),
+        "got normalizer 'fancy', expected one of",
+    ),
+    "statistics of another robot": (
+        lambda folder: (folder / "t_stats_joint_abs.pkl").write_bytes(
+            pickle.dumps({"state": STATS["action"], "action": STATS["action"]})
+        ),
+        "state statistics of 't': got 2 dimensions, expected 3",
+    ),
+    "unknown extra": (
+        write("metronome.yaml", "camera_name: [top]"),
+        "metronome.yaml: camera_name: unknown key, expected one of .*'camera_names'",
+    ),
+    "extra cameras": (
+        write("metronome.yaml", "cameras: [{name: a, source_hw: [32, 32], model_hw: [32, 32]}]"),
+        r"cameras: got \['a'\], expected \['top', 'wrist'\]",
+    ),
+    "impossible crop": (
+        write(
+            "metronome.yaml",
+            "cameras: [{name: a, source_hw: [32, 32], model_hw: [32, 32], crop: [1, 0, 32, 32]}]",
+        ),
+        "cameras.a.crop: got .*a window inside",
+    ),
+    "two extras": (write("metronome.json", "{}"), "got both"),
+}
+
+
+@pytest.mark.parametrize("case", REFUSALS)
+def test_wrong_checkpoints_are_refused_by_name(tiny, case):
+    edit, message = REFUSALS[case]
+    edit(tiny)
+    with pytest.raises(CheckpointError, match=message):
+        load_weights(str(tiny))
+
+
+def edit_processor(folder, change):
+    path = folder / "policy_preprocessor.json"
+    raw = json.loads(path.read_text())
+    change(raw["steps"])
+    path.write_text(json.dumps(raw))
+
+
+LEROBOT_REFUSALS = {
+    "a step nobody knows": (
+        lambda f: edit_processor(f, lambda s: s.append({"registry_name": "crop_processor"})),
+        "policy_preprocessor.json: step 'crop_processor' is not supported",
+    ),
+    "no normalizer step": (
+        lambda f: edit_processor(f, lambda s: s.pop()),
+        "step 'normalizer_processor' is missing",
+    ),
+    "no processor at all": (
+        lambda f: (f / "policy_preprocessor.json").unlink(),
+        "no normalizer: neither policy_preprocessor.json nor normalize_inputs",
+    ),
+    "observation history": (edit_json("config.json", n_obs_steps=2), "n_obs_steps: got 2, exp"),
+    "an input nobody knows": (
+        edit_json("config.json", input_features={"observation.environment_state":
+                                                  {"type": "ENV", "shape": [3]}}),
+        "input_features: got 'observation.environment_state'",
+    ),
+    "a mean is missing": (
+        lambda f: save_file({"action.std": torch.ones(2)}, next(f.glob("*_0_unnorm*.safetensors"))),
+        "key 'action.mean' is missing",
+    ),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("case", LEROBOT_REFUSALS)
+def test_wrong_lerobot_checkpoints_are_refused_by_name(tmp_path, case):
+    save_lerobot(tmp_path / "c", saved())
+    edit, message = LEROBOT_REFUSALS[case]
+    edit(tmp_path / "c")
+    with pytest.raises(CheckpointError, match=message):
+        load_weights(str(tmp_path / "c"))
+
+
+def test_wrong_original_checkpoints_are_refused_by_name(tmp_path):
+    folder = tmp_path / "original"
+    write_original(folder, saved())
+    arguments = {"camera_names": ["top", "wrist"], "n_heads": 2, "image_hw": (32, 64)}
+    load_weights(str(folder), **arguments)
+    with pytest.raises(CheckpointError, match=r"dataset_id: got 'x', expected none: the original"):
+        load_weights(str(folder), dataset_id="x", **arguments)
+    stats = folder / "dataset_stats.pkl"
+    stats.write_bytes(pickle.dumps({"qpos_mean": np.zeros(3)}))
+    with pytest.raises(CheckpointError, match=r"'qpos_std' is missing: no normalizer"):
+        load_weights(str(folder), **arguments)
+    path = folder / "policy_best.ckpt"
+    os.truncate(path, path.stat().st_size // 2)
+    with pytest.raises(CheckpointError, match=r"policy_best.ckpt: truncated, or no plain state"):
+        load_weights(str(folder), **arguments)
+    torch.save({"model": torch.nn.Linear(1, 1)}, path)
+    with pytest.raises(CheckpointError, match=r"policy_best.ckpt: truncated, or no plain state"):
+        load_weights(str(folder), **arguments)
+
+
+def test_minmax_statistics_of_lerobot(tmp_path):
+    save_lerobot(tmp_path / "c", saved())
+    for name in ("pre", "post"):
+        path = tmp_path / "c" / f"policy_{name}processor.json"
+        path.write_text(path.read_text().replace('"ACTION": "MEAN_STD"', '"ACTION": "MIN_MAX"'))
+    normalizer = load_weights(str(tmp_path / "c")).action_normalizer
+    np.testing.assert_array_equal(normalizer.denormalize(np.array([-1.0, 1.0])), [-2.0, 2.0])
+
+
+@pytest.mark.parametrize(
+    ("make", "message"),
+    [
+        (lambda p: p / "gone", "gone: no such checkpoint"),
+        (lambda p: p, "no checkpoint that is known: expected config.json"),
+        (lambda p: (p / "f").write_text("") or p / "f", "got a file, expected a checkpoint's fol"),
+    ],
+)
+def test_what_is_no_checkpoint_is_refused(tmp_path, make, message):
+    with pytest.raises(CheckpointError, match=message):
+        load_policy(str(make(tmp_path)))
+
+
+def test_a_policy_needs_no_style_encoder(tmp_path):
+    given = saved(dataclasses.replace(TINY, n_style_layers=3))
+    save_ilstudio(tmp_path / "a", given)
+    assert isinstance(load_policy(str(tmp_path / "a"), **HARMLESS), ActPolicy)
