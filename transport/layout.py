@@ -6,6 +6,9 @@ import struct
 from dataclasses import dataclass
 from typing import Any
 
+import numpy as np
+from numpy.typing import NDArray
+
 from transport.base import SLOTS
 from transport.channel import MAX_BODY_BYTES
 from transport.errors import ProtocolError
@@ -61,10 +64,14 @@ class Layout:
     def payload_offset(self, slot: int) -> int:
         return self.header_offset(slot) + _HEADER_BYTES
 
-    def payload(self, buffer: Any, slot: int) -> memoryview:
-        """The payload of one slot, without copying."""
+    def payload(self, segment: NDArray[np.uint8], slot: int) -> NDArray[np.uint8]:
+        """The payload of one slot, without copying.
+
+        An array, not a memoryview: numpy looks through that to its owner, and a view of it would
+        not keep the segment mapped.
+        """
         start = self.payload_offset(slot)
-        return memoryview(buffer)[start : start + self.payload_bytes]
+        return segment[start : start + self.payload_bytes]
 
     def identity(self, nonce: bytes) -> bytes:
         """What the creator writes at offset 0."""

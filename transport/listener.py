@@ -105,8 +105,10 @@ class Listener:
         """Sessions with something to read, and those that have ended since (each once).
 
         Runs the handshakes meanwhile. Returns early, perhaps with nothing, after ``wake``. A
-        session that is not read until ``poll`` gives None is returned again.
+        session that is not read until ``poll`` gives None is returned again; the channel of one
+        that has ended is closed when ``wait`` is called next.
         """
+        self._roster.bury()
         deadline = None if timeout_s is None else time.monotonic() + timeout_s
         woken = False
         while True:

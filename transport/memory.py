@@ -25,8 +25,8 @@ class _Lane:
 
     def __init__(self, schema: Schema) -> None:
         self.slots = [np.zeros(max(1, schema.nbytes), np.uint8) for _ in range(SLOTS)]
-        self.writable = [schema.views(slot.data, writable=True) for slot in self.slots]
-        self.readable = [MappingProxyType(schema.views(slot.data)) for slot in self.slots]
+        self.writable = [schema.views(slot, writable=True) for slot in self.slots]
+        self.readable = [MappingProxyType(schema.views(slot)) for slot in self.slots]
         self.published: deque[tuple[Kind, int, int, bytes | None]] = deque()
         self.head = 0
         self.window = Window(SLOTS)

@@ -46,7 +46,7 @@ class RingWriter:
         self._head = load_acquire(self._head_at)
         self._tail = 0
         self._views: list[dict[str, NDArray[Any]]] = [
-            schema.views(layout.payload(own.buffer, slot), writable=True)
+            schema.views(layout.payload(own.bytes, slot), writable=True)
             for slot in range(layout.slots)
         ]
 
@@ -112,7 +112,7 @@ class RingReader:
         self._length = schema.nbytes
         self._window = Window(layout.slots)
         self._views: list[Arrays] = [
-            MappingProxyType(schema.views(layout.payload(peer.buffer, slot)))
+            MappingProxyType(schema.views(layout.payload(peer.bytes, slot)))
             for slot in range(layout.slots)
         ]
         self.dropped_epoch = self.dropped_malformed = 0

@@ -47,6 +47,7 @@ class Roster:
         self._carriers: dict[bytes, RouterCarrier] = {}
         self._ready: dict[int, ServerSession] = {}
         self._over: list[ServerSession] = []
+        self._told: list[ServerSession] = []
 
     def start(self, pending: Pending, transport: str, reason: str) -> None:
         """Make a confirmed session run."""
@@ -80,13 +81,24 @@ class Roster:
     def collect(self) -> list[ServerSession]:
         """Those with something to read, and those that have ended since the last call."""
         for number, session in list(self._ready.items()):
+            if session.channel.gone is not None:
+                # Found out by whoever reads or writes it: no descriptor would tell.
+                self._end(session, session.channel.gone)
             if not session.channel.unread:
                 del self._ready[number]
         over, self._over = self._over, []
+        self._told += over
         return [*self._ready.values(), *(one for one in over if one.id not in self._ready)]
 
+    def bury(self) -> None:
+        """Close the channels of the ended sessions that were handed out before."""
+        told, self._told = self._told, []
+        for session in told:
+            session.channel.close(session.ended or "")
+            self._ready.pop(session.id, None)
+
     def close(self, reason: str) -> None:
-        for session in [*self.sessions.values(), *self._over]:
+        for session in [*self.sessions.values(), *self._over, *self._told]:
             session.channel.close(reason)
 
     def _start_zmq(self, pending: Pending, reason: str) -> ServerSession:

@@ -67,7 +67,7 @@ class ServerSession:
     """One client.
 
     Attributes:
-        channel: Belongs to whoever serves it; close it when the session has ended, too.
+        channel: The server's side. Once the session has ended the listener closes it, too.
         transport_reason: Why it is this transport, as both sides were told.
         ended: Why it is over, once it is. What had arrived can still be read.
         attachment: Whatever whoever serves it wants to keep with it.

@@ -43,7 +43,7 @@ class Mapping:
         protection = mmap.PROT_READ | (mmap.PROT_WRITE if writable else 0)
         # Populated at once, so that the first frames do not pay a page fault per 4 KiB.
         flags = mmap.MAP_SHARED | getattr(mmap, "MAP_POPULATE", 0)
-        self._map = mmap.mmap(fd, nbytes, flags=flags, prot=protection)
+        self._map: mmap.mmap | None = mmap.mmap(fd, nbytes, flags=flags, prot=protection)
         self.bytes: NDArray[np.uint8] = np.frombuffer(self._map, np.uint8)
         self.address: int = self.bytes.ctypes.data
         self.nbytes = nbytes
@@ -55,9 +55,11 @@ class Mapping:
 
     def close(self) -> None:
         """Unmap; where views are still alive, when the last of them is gone. Idempotent."""
+        memory, self._map = self._map, None
         self.bytes = np.empty(0, np.uint8)
-        with contextlib.suppress(BufferError):
-            self._map.close()
+        if memory is not None:
+            with contextlib.suppress(BufferError):
+                memory.close()
 
 
 @dataclass(frozen=True, slots=True)

@@ -75,7 +75,7 @@ class ShmChannel(BaseChannel):
 
     @property
     def unread(self) -> bool:
-        return self._closed is None and self._reader.unread
+        return self._closed is None and not self._broken and self._reader.unread
 
     def silence(self) -> None:
         """Take the signals so far. What is published later signals again."""

@@ -60,7 +60,7 @@ class ZmqChannel(BaseChannel):
         super().__init__(send_schema, recv_schema)
         self._epoch, self._carrier = epoch, carrier
         self._staging = np.empty(max(1, send_schema.nbytes), np.uint8)
-        self._views = send_schema.views(self._staging.data, writable=True)
+        self._views = send_schema.views(self._staging, writable=True)
         self._head = self._peer_tail = self._told = 0
         self._window = Window(SLOTS)
         self._inbox: deque[Record] = deque()
@@ -201,8 +201,8 @@ class ZmqChannel(BaseChannel):
         )
 
 
-def _aligned(payload: Any) -> Any:
+def _aligned(payload: Any) -> NDArray[np.uint8]:
     """The frame's memory, or a copy where ZMQ put it (a small frame) at an odd address."""
     data = np.frombuffer(payload, np.uint8)
     misaligned = data.__array_interface__["data"][0] % _WORD_BYTES
-    return data.copy().data if misaligned else data.data
+    return data.copy() if misaligned else data

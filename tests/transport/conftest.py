@@ -1,0 +1,50 @@
+"""Nothing may be left behind, by any test of this folder."""
+
+from __future__ import annotations
+
+import fcntl
+import gc
+import os
+import threading
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from transport.shm import FOLDER, PREFIX
+
+
+def orphans() -> set[str]:
+    """Names in /dev/shm that nobody alive holds; another run's handshake may be under way."""
+    found = set()
+    for path in FOLDER.glob(f"{PREFIX}*"):
+        try:
+            with path.open("rb") as file:
+                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                found.add(path.name)
+        except OSError:
+            continue
+    return found
+
+
+def descriptors() -> dict[str, str]:
+    found = {}
+    for entry in Path("/proc/self/fd").iterdir():
+        try:
+            found[entry.name] = os.readlink(entry)  # noqa: PTH115  a Path would resolve it
+        except FileNotFoundError:
+            continue  # the listing's own
+    return found
+
+
+@pytest.fixture(autouse=True)
+def nothing_left() -> Iterator[None]:
+    """Fails a test that leaves a segment, a descriptor or a thread."""
+    gc.collect()
+    fds, threads = descriptors(), set(threading.enumerate())
+    yield
+    gc.collect()
+    left = {fd: what for fd, what in descriptors().items() if fd not in fds}
+    assert not left, f"descriptors left: {left}"
+    assert not orphans()
+    assert set(threading.enumerate()) <= threads

@@ -1,0 +1,68 @@
+"""A listener with a client's session on it, as the tests of this folder use it."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
+from typing import Any
+
+from contracts.channel import CHUNK, OBSERVATION, PATIENCE_S, Pair
+
+from transport.auto import Dialer
+from transport.control import Welcome
+from transport.listener import Listener
+from transport.sessions import ServerSession
+
+
+def make_listener(**changes: Any) -> Listener:
+    settings: dict[str, Any] = {
+        "describe": lambda: {"serves": "tests"},
+        "accept": lambda hello: Welcome(CHUNK, {"limit": 2}),
+    }
+    return Listener("127.0.0.1", 0, **{**settings, **changes})
+
+
+@contextmanager
+def pumped(
+    listener: Listener, serve: Callable[[ServerSession], None] = lambda session: None
+) -> Iterator[None]:
+    """Run the listener in a thread; ``serve`` is called with what ``wait`` returns."""
+    stop = threading.Event()
+    faults: list[BaseException] = []
+
+    def run() -> None:
+        try:
+            while not stop.is_set():
+                for session in listener.wait(None):
+                    serve(session)
+        except BaseException as error:
+            faults.append(error)
+
+    thread = threading.Thread(target=run)
+    thread.start()
+    try:
+        yield
+    finally:
+        stop.set()
+        listener.wake()
+        thread.join(PATIENCE_S)
+        assert not thread.is_alive()
+    if faults:
+        raise faults[0]
+
+
+@contextmanager
+def connected(transport: str) -> Iterator[Pair]:
+    """Both ends of a session through a real handshake; the listener is then nobody's."""
+    with ExitStack() as stack:
+        listener = stack.enter_context(make_listener())
+        dialer = stack.enter_context(Dialer("127.0.0.1", listener.port, timeout_s=PATIENCE_S))
+        with pumped(listener):
+            client, welcome = dialer.open(OBSERVATION, client="test", transport=transport)
+        stack.callback(client.close)
+        assert welcome.schema == CHUNK
+        (session,) = listener.sessions.values()
+        stack.callback(session.channel.close)
+        assert client.transport == session.channel.transport == transport
+        yield Pair(client, session.channel)
