@@ -13,13 +13,13 @@ import time
 from collections import deque
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
 from envs.meta import World
 from policies.types import MetaObs, Policy
+from runtime import messages
 from runtime.client import PolicyClient
 from runtime.clock import ManualClock, MonotonicClock
 from runtime.errors import RuntimeFault
@@ -237,31 +237,27 @@ def _episode(
     )
 
 
-def check_rates(world: World, policy: Policy, fps: float | None) -> None:
-    """The world's tick must be the policy's.
+def check_world(world: World, policy: Policy, fps: float | None) -> None:
+    """What a server checks at the handshake, and what it cannot see: rate and action length.
+
+    Args:
+        fps: The policy's rate, for a checkpoint that does not say its own.
 
     Raises:
-        RuntimeFault: It is not; names both.
+        ContractMismatch: Cameras, sizes, dtypes or state length.
+        RuntimeFault: The world's tick or its action is not the policy's; names both.
     """
-    policy_hz = fps or 1 / policy.contract.dt_s
-    world_hz = 1 / world.dt_s
+    contract = policy.contract
+    world.reset(0)
+    messages.check_observation_schema(messages.observation_schema(world.observe()), contract)
+    if world.action_dim != contract.action_dim:
+        raise RuntimeFault(
+            f"action_dim: the world has {world.action_dim}, the policy was trained with "
+            f"{contract.action_dim}"
+        )
+    policy_hz, world_hz = fps or 1 / contract.dt_s, 1 / world.dt_s
     if not math.isclose(policy_hz, world_hz, rel_tol=1e-6):
         raise RuntimeFault(
             f"control rate: the policy's actions are 1/{policy_hz:g} s apart, the world runs at "
             f"{world_hz:g} Hz; expected the same (--fps overrides the policy's)"
         )
-
-
-def check_dims(world: World, policy: Policy) -> None:
-    """The world's state and action must have the policy's lengths.
-
-    Raises:
-        RuntimeFault: They have not; names both.
-    """
-    contract: Any = policy.contract
-    for name in ("state_dim", "action_dim"):
-        ours, theirs = getattr(world, name), getattr(contract, name)
-        if ours != theirs:
-            raise RuntimeFault(
-                f"{name}: the world has {ours}, the policy was trained with {theirs}"
-            )

@@ -36,7 +36,7 @@ def read_model_name(text: str) -> LocalModel | ServerAddress:
     Raises:
         ModelNameError: None of them; says how it was read and what would do.
     """
-    if Path(text).exists():
+    if text and Path(text).exists():
         return LocalModel(text)
     if text.startswith("python:"):
         return LocalModel(text)

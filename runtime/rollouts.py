@@ -24,7 +24,7 @@ from policies.yaml_config import ConfigError
 from runtime.blending import make_strategy
 from runtime.child import ServerChild
 from runtime.client import PolicyClient
-from runtime.episode import Episode, check_dims, check_rates, run_lockstep, run_realtime
+from runtime.episode import Episode, check_world, run_lockstep, run_realtime
 from runtime.errors import RequestTimeout, RuntimeFault, ServerLost
 from runtime.executor import ChunkExecutor
 from runtime.model_name import LocalModel, ServerAddress
@@ -158,8 +158,7 @@ def _episodes(plan: Plan, seeds: tuple[int, ...]) -> Iterator[Report]:
                 make_world(plan.env, cameras=contract.cameras, rendering=contract.rendering)
             )
         )
-        check_dims(world, policy)
-        check_rates(world, policy, plan.fps)
+        check_world(world, policy, plan.fps)
         strategy = make_strategy(
             plan.action_manager,
             chunk_size=contract.chunk_size,

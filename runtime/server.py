@@ -26,7 +26,8 @@ from runtime import messages
 from transport.channel import Kind, Message
 from transport.control import Hello, Welcome
 from transport.errors import PeerGone, Refused, TransportError, WouldBlock
-from transport.listener import Listener, ServerSession
+from transport.listener import Listener
+from transport.sessions import ServerSession
 
 logger = logging.getLogger(__name__)
 

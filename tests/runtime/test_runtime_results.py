@@ -50,7 +50,8 @@ def test_the_interval_holds_the_proportion(total: int, data: st.DataObject) -> N
 
 def test_percentiles_of_known_samples() -> None:
     p = Percentiles.of(np.arange(1001))
-    assert (p.count, p.p50, p.p99, p.p999, p.max) == (1001, 500, 990, 999, 1000)
+    assert p.count == 1001
+    assert (p.p50, p.p99, p.p999, p.max) == pytest.approx((500, 990, 999, 1000))
     assert Percentiles.of([]) == Percentiles(0, 0.0, 0.0, 0.0, 0.0)
     assert Percentiles.of([]).in_ms() == "none"
 

@@ -1,0 +1,32 @@
+"""For every test: nothing of ours is left behind, and no example is judged by its duration."""
+
+from __future__ import annotations
+
+import multiprocessing
+import threading
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+from hypothesis import settings
+
+settings.register_profile("metronome", deadline=None, print_blob=True)
+settings.load_profile("metronome")
+
+SHM = Path("/dev/shm")
+
+
+def _segments() -> set[str]:
+    return {path.name for path in SHM.glob("metronome-*")} if SHM.is_dir() else set()
+
+
+@pytest.fixture(autouse=True)
+def _nothing_left_behind() -> Iterator[None]:
+    """Fails a test that leaks a shared-memory segment, a thread or a child process."""
+    segments, threads = _segments(), set(threading.enumerate())
+    yield
+    left = [t.name for t in set(threading.enumerate()) - threads if not t.daemon]
+    assert not left, f"threads left running: {left}"
+    children = multiprocessing.active_children()
+    assert not children, f"child processes left running: {children}"
+    assert not _segments() - segments, "segments left in /dev/shm"

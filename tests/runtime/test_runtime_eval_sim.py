@@ -1,0 +1,160 @@
+"""``eval_sim.py`` as its users run it: the same episodes wherever and however they run."""
+
+from __future__ import annotations
+
+import json
+import os
+import tarfile
+from pathlib import Path
+from typing import Any
+
+import av
+import pytest
+
+from runtime import eval_sim
+from runtime.child import ServerChild
+from runtime.errors import RuntimeFault
+
+TOY = "python:tests.runtime.toy_policy:make"
+SHORT = ["-e", "fake", "--env.max_timesteps", "25"]
+REFERENCE = Path(
+    os.environ.get("METRONOME_REFERENCE", Path(__file__).parents[3] / "shared" / "fixtures")
+)
+
+
+def evaluate(tmp_path: Path, *flags: str, status: int = 0) -> dict[str, Any]:
+    assert eval_sim.main([*SHORT, "-o", str(tmp_path), *flags]) == status
+    results = list((tmp_path / "fake").glob("*.json"))
+    return json.loads(results[0].read_text()) if results else {}
+
+
+def outcomes(result: dict[str, Any]) -> list[tuple[Any, ...]]:
+    return [(e["seed"], e["success"], e["reward"], e["horizon"]) for e in result["episodes"]]
+
+
+def test_the_result_file_says_everything(tmp_path: Path) -> None:
+    result = evaluate(tmp_path, "-m", TOY, "-n", "3", "--seed", "10", "--videos", "2")
+    assert [e["seed"] for e in result["episodes"]] == [10, 11, 12]
+    assert result["total"] == result["requested"] == 3
+    assert set(result) >= {
+        "success_rate", "wilson_95", "total", "total_success", "episodes", "timing",
+        "deterministic", "transport", "policy", "versions", "horizon", "horizon_success",
+    }  # fmt: skip
+    assert result["deterministic"] is True
+    assert result["transport"] == "in process"
+    assert result["policy"]["contract"]["chunk_size"] == 10
+    assert result["timing"]["chunks"] == 9  # 25 ticks, 10 steps of each chunk
+    assert result["timing"]["starved_ticks"] == 0
+    assert list(result["timing"]["stages"]) == ["preprocess", "infer", "postprocess"]
+    videos = sorted((tmp_path / "fake").glob("video/**/*.mp4"))
+    assert len(videos) == 2
+    with av.open(str(videos[0])) as container:
+        assert sum(1 for _ in container.decode(video=0)) == 13
+    assert list((tmp_path / "fake").glob("*_samples.npz"))
+
+
+def test_the_same_episodes_however_many_processes(tmp_path: Path) -> None:
+    one = evaluate(tmp_path / "one", "-m", TOY, "-n", "5", "--videos", "0")
+    three = evaluate(tmp_path / "three", "-m", TOY, "-n", "5", "--num_envs", "3", "--videos", "0")
+    assert outcomes(one) == outcomes(three)
+    assert one["total"] == three["total"] == 5
+
+
+@pytest.mark.parametrize("transport", ["shm", "zmq"])
+def test_served_equals_in_process_episode_by_episode(tmp_path: Path, transport: str) -> None:
+    local = evaluate(tmp_path / "local", "-m", TOY, "-n", "4")
+    with ServerChild(["-m", TOY]) as server:
+        flags = ["-m", server.address, "--transport", transport, "-n", "4"]
+        served = evaluate(tmp_path / "served", *flags)
+        many = evaluate(tmp_path / "many", *flags, "--num_envs", "2")
+    assert outcomes(served) == outcomes(local) == outcomes(many)
+    assert served["transport"] == transport
+    assert served["transport_reason"]
+    assert served["timing"]["stages"]["reply"]["count"] == 12
+
+
+def test_real_time_counts_its_ticks(tmp_path: Path) -> None:
+    result = evaluate(tmp_path, "-m", TOY, "-n", "2", "--realtime", "--n_action_steps", "5")
+    assert result["deterministic"] is False
+    assert result["mode"] == "realtime"
+    timing = result["timing"]
+    assert timing["lateness"]["count"] + timing["missed_ticks"] >= timing["ticks"] == 50
+    assert timing["action_age"]["count"] > 0
+    assert result["transport"] == "shm"
+
+
+def test_a_lost_server_keeps_the_finished_episodes(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    # Three requests an episode: it dies in the third one.
+    with ServerChild(["-m", "python:tests.runtime.toy_policy:make_mortal"]) as server:
+        result = evaluate(tmp_path, "-m", server.address, "-n", "5", status=eval_sim.LOST)
+    assert result["total"] == 2
+    assert result["requested"] == 5
+    assert "is gone" in result["failure"]
+    assert "2 of 5 episodes were finished and kept" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("name", ["temporal_ensemble", "latest", "overlap", "OlderFirstManager"])
+def test_every_strategy_runs(tmp_path: Path, name: str) -> None:
+    result = evaluate(tmp_path, "-m", TOY, "-n", "1", "--action_manager", name, "--videos", "0")
+    assert result["action_manager"]["name"] == name
+    asks_every_tick = name != "OlderFirstManager"
+    assert result["timing"]["chunks"] == (25 if asks_every_tick else 3)
+
+
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        (["-m", "nowhere/at/all"], "read as a path, which does not exist"),
+        (["-m", "no-such-host.invalid:5000"], "does not resolve"),
+        (["-m", "localhost:abc"], "abc"),
+        (["-m", "127.0.0.1:1"], "127.0.0.1:1"),
+        (["-m", "python:tests.runtime.toy_policy:absent"], "absent"),
+        (["-m", TOY, "-n", "0"], "--num_rollout: got 0, expected 1 or more"),
+        (["-m", TOY, "--num_envs", "0"], "--num_envs: got 0"),
+        (["-m", TOY, "--camera_map", "top"], "--camera_map: got 'top', expected POLICY=WORLD"),
+        (["-m", TOY, "--env.taks", "x"], "taks"),
+        (["-m", TOY, "--evn.task", "x"], "got '--evn.task'"),
+        (["-m", TOY, "--env.task"], "expected a value"),
+        (["-m", TOY, "--fps", "30"], "1/30 s apart, the world runs at 50 Hz"),
+        (["-m", TOY, "--action_manager", "fastest"], "got 'fastest', expected one of"),
+        (["-m", TOY, "--n_action_steps", "11"], "got 11, expected 1 to chunk_size = 10"),
+        (["-m", TOY, "--realtime", "--num_envs", "2"], "--realtime with --num_envs"),
+        (["-m", TOY, "--env.image_hw", "[9, 9]"], "images.top"),
+    ],
+)  # fmt: skip
+def test_bad_input_is_said_in_a_line(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], flags: list[str], message: str
+) -> None:
+    evaluate(tmp_path, *flags, status=eval_sim.BAD_INPUT)
+    error = capsys.readouterr().err
+    assert message in error
+    assert "Traceback" not in error
+
+
+def test_an_unknown_environment_lists_what_there_is(capsys: pytest.CaptureFixture[str]) -> None:
+    assert eval_sim.main(["-m", TOY, "-e", "mars"]) == eval_sim.BAD_INPUT
+    assert "aloha" in capsys.readouterr().err
+
+
+def test_a_server_that_cannot_start_says_why() -> None:
+    with pytest.raises(RuntimeFault, match="nowhere/at/all: no such checkpoint"):
+        ServerChild(["-m", "nowhere/at/all"])
+
+
+@pytest.mark.needs_reference
+def test_ilstudios_checkpoint_runs_with_a_plain_aloha(tmp_path: Path) -> None:
+    archive = REFERENCE / "act_reference_checkpoints.tar.xz"
+    if not archive.exists():
+        pytest.skip("the reference checkpoints are not beside this clone")
+    with tarfile.open(archive) as tar:
+        members = [m for m in tar.getmembers() if "ilstudio_act/checkpoint" in m.name]
+        tar.extractall(tmp_path, members, filter="data")
+    checkpoint = next(tmp_path.rglob("ilstudio_act/checkpoint"))
+    flags = ["-m", str(checkpoint), "-e", "aloha", "-n", "1", "--env.max_timesteps", "3"]
+    assert eval_sim.main([*flags, "-o", str(tmp_path / "results"), "--videos", "0"]) == 0
+    result = json.loads(next((tmp_path / "results").rglob("*.json")).read_text())
+    cameras = result["world"]["cameras"]
+    assert cameras["primary"]["camera"] == "top"
+    assert cameras["wrist_left"]["camera"] == "left_wrist"

@@ -1,0 +1,362 @@
+"""Server and client together, over both transports: answers, isolation, freshness, loss."""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Iterator
+
+import numpy as np
+import pytest
+
+from policies.checkpoint.load import load_policy
+from policies.errors import ContractMismatch, InferenceError, ObservationError
+from policies.types import STAGES, MetaObs, Policy
+from runtime import messages
+from runtime.client import PolicyClient
+from runtime.errors import RequestTimeout, ServerLost
+from runtime.server import PolicyServer
+from runtime.warmup import synthetic_observation, warm_up
+from tests.runtime.toy_policy import CONTRACT, ToyPolicy, observation
+from transport.auto import Dialer
+from transport.errors import AddressInUse, Refused, TransportTimeout
+
+TRANSPORTS = ["shm", "zmq"]
+
+
+@contextlib.contextmanager
+def serving(policy: Policy, **options: int) -> Iterator[PolicyServer]:
+    with PolicyServer(policy, **options) as server:
+        thread = threading.Thread(target=server.serve)
+        thread.start()
+        try:
+            yield server
+        finally:
+            server.stop("the test is over")
+            thread.join()
+
+
+def connect(server: PolicyServer, transport: str = "auto", **options: object) -> PolicyClient:
+    return PolicyClient(f"{server.host}:{server.port}", transport=transport, **options)
+
+
+def poll_until(client: PolicyClient, replies: int) -> list[int]:
+    """Timesteps of the next ``replies`` chunks."""
+    got: list[int] = []
+    deadline_s = time.monotonic() + 30
+    while len(got) < replies and time.monotonic() < deadline_s:
+        chunk = client.poll()
+        if chunk is not None:
+            got.append(chunk.obs_timestep)
+    return got
+
+
+# answers
+
+
+@pytest.mark.parametrize("transport", TRANSPORTS)
+def test_served_equals_in_process_bit_for_bit(transport: str) -> None:
+    local = ToyPolicy()
+    rng = np.random.default_rng(0)
+    with serving(ToyPolicy()) as server, connect(server, transport) as client:
+        assert client.contract == CONTRACT
+        for tick in range(20):
+            obs = MetaObs(
+                images={"top": rng.integers(0, 256, (24, 32, 3), np.uint8)},
+                state=rng.normal(size=14).astype(np.float32),
+                timestep=tick,
+                t_capture_ns=tick * 7,
+            )
+            ours, theirs = local.infer(obs), client.infer(obs)
+            assert theirs.actions.tobytes() == ours.actions.tobytes()
+            assert (theirs.obs_timestep, theirs.t_capture_ns) == (tick, tick * 7)
+        assert client.transport == transport
+        assert client.transport_reason
+        assert client.statistics().replies == 20
+
+
+def test_auto_takes_shared_memory_on_one_host() -> None:
+    with serving(ToyPolicy()) as server, connect(server) as client:
+        client.infer(observation())
+        assert client.transport == "shm"
+
+
+@pytest.mark.parametrize("transport", TRANSPORTS)
+def test_the_stages_add_up_to_the_request(transport: str) -> None:
+    with serving(ToyPolicy()) as server, connect(server, transport) as client:
+        client.infer(observation())
+        began_ns = time.monotonic_ns()
+        chunk = client.infer(observation())
+        total_ns = time.monotonic_ns() - began_ns
+        assert list(chunk.stages_ns) == list(STAGES)
+        assert min(chunk.stages_ns.values()) >= 0
+        assert sum(chunk.stages_ns.values()) <= total_ns
+
+
+def test_rendering_into_the_loan_is_what_arrives() -> None:
+    with serving(ToyPolicy()) as server, connect(server, "shm") as client:
+        with pytest.raises(ValueError, match="the session is not open"):
+            client.loan_images()
+        client.open(messages.observation_schema(observation()))
+        for shade in (10, 200):
+            images = client.loan_images()
+            images["top"][:] = shade
+            chunk = client.infer(MetaObs(images=images, state=np.zeros(14, np.float32)))
+            assert chunk.actions[0, 1] == pytest.approx(shade / 1000)
+
+
+@pytest.mark.parametrize("transport", TRANSPORTS)
+def test_submit_and_poll(transport: str) -> None:
+    with serving(ToyPolicy()) as server, connect(server, transport) as client:
+        assert client.poll() is None
+        first, second = (client.submit(observation(timestep=t)) for t in (3, 4))
+        assert second > first
+        got = poll_until(client, 1)
+        while got[-1] != 4:  # 3 may have been passed over for 4
+            got += poll_until(client, 1)
+        assert got in ([4], [3, 4])
+        assert client.poll() is None
+
+
+# isolation
+
+
+@pytest.mark.parametrize("transport", TRANSPORTS)
+def test_a_reset_is_not_seen_by_the_other_client(transport: str) -> None:
+    with (
+        serving(ToyPolicy()) as server,
+        connect(server, transport) as one,
+        connect(server, transport) as two,
+    ):
+        asked = [int(c.infer(observation()).actions[0, 0]) for c in (one, two, one, two)]
+        assert asked == [1, 1, 2, 2]
+        one.reset()
+        assert int(one.infer(observation()).actions[0, 0]) == 1
+        assert int(two.infer(observation()).actions[0, 0]) == 3
+        with one.fork() as third:
+            assert int(third.infer(observation()).actions[0, 0]) == 1
+        assert server.statistics().resets == 1
+
+
+def test_a_policy_without_fork_serves_one_session_at_a_time() -> None:
+    policy = load_policy("python:tests.runtime.toy_policy:make_without_fork")
+    with serving(policy) as server, connect(server) as one, connect(server) as two:
+        one.infer(observation())
+        with pytest.raises(Refused, match="sessions"):
+            two.infer(observation())
+        one.infer(observation())
+
+
+# bad input: each a clear error, and the server lives on
+
+
+@pytest.mark.parametrize(
+    ("obs", "message"),
+    [
+        (MetaObs({"front": np.zeros((24, 32, 3), np.uint8)}, np.zeros(14, np.float32)),
+         r"cameras: got \['front'\], expected \['top'\]"),
+        (MetaObs({"top": np.zeros((10, 10, 3), np.uint8)}, np.zeros(14, np.float32)),
+         r"images.top: got uint8 \(10, 10, 3\), expected uint8 \(24, 32, 3\)"),
+        (MetaObs({"top": np.zeros((24, 32, 3), np.float32)}, np.zeros(14, np.float32)),
+         r"images.top: got float32"),
+        (MetaObs({"top": np.zeros((24, 32, 3), np.uint8)}, np.zeros(7, np.float32)),
+         r"state: got float32 \(7,\), expected float32 \(14,\)"),
+    ],
+    ids=["camera", "size", "float image", "state length"],
+)  # fmt: skip
+def test_an_observation_that_does_not_fit_is_refused(obs: MetaObs, message: str) -> None:
+    with serving(ToyPolicy()) as server, connect(server) as client:
+        with pytest.raises(ContractMismatch, match=message):
+            client.infer(obs)
+        client.infer(observation())  # the same client may try again
+
+
+@pytest.mark.parametrize(
+    ("changes", "attributes", "field"),
+    [
+        ({"state": np.zeros(7, np.float32)}, {"kind": "sim"}, "state"),
+        ({"images": {}}, {"kind": "sim"}, "cameras"),
+        ({}, {"kind": "mars"}, "kind"),
+        ({}, {"kind": ["robot"]}, "kind"),
+    ],
+)
+def test_the_server_checks_for_itself(
+    changes: dict[str, object], attributes: dict[str, object], field: str
+) -> None:
+    """Whatever a client of somebody else's making thinks fits."""
+    schema = messages.observation_schema(dataclasses.replace(observation(), **changes))
+    with serving(ToyPolicy()) as server:
+        with Dialer(server.host, server.port) as dialer, pytest.raises(Refused) as caught:
+            dialer.open(schema, client="unchecked", attributes=attributes)
+        assert caught.value.field == field
+        with connect(server) as client:
+            client.infer(observation())
+
+
+@pytest.mark.parametrize("transport", TRANSPORTS)
+def test_a_failed_request_says_why_and_the_session_goes_on(transport: str) -> None:
+    with serving(ToyPolicy()) as server, connect(server, transport) as client:
+        with pytest.raises(ObservationError, match="state: got NaN"):
+            client.infer(observation(np.nan))
+        with pytest.raises(InferenceError, match="a bug in somebody's policy"):
+            client.infer(observation(666))
+        assert client.infer(observation(1)).actions[0, 1] == pytest.approx(1.1)
+        assert client.statistics().failures == 2
+        assert server.statistics().failed == 2
+
+
+def test_an_observation_of_another_shape_in_mid_session() -> None:
+    with serving(ToyPolicy()) as server, connect(server) as client:
+        client.infer(observation())
+        other = MetaObs({"top": np.zeros((9, 9, 3), np.uint8)}, np.zeros(14, np.float32))
+        with pytest.raises(ContractMismatch, match="images/top"):
+            client.infer(other)
+        client.infer(observation())
+
+
+# freshness
+
+
+@pytest.mark.parametrize("transport", TRANSPORTS)
+def test_beyond_the_bound_only_the_newest_waits(transport: str) -> None:
+    gate = threading.Semaphore(0)
+    policy = ToyPolicy(gate)
+    with serving(policy) as server, connect(server, transport, max_in_flight=1) as client:
+        client.submit(observation(timestep=0))
+        policy.entered.acquire()
+        for tick in (1, 2, 3):
+            client.submit(observation(timestep=tick))
+        assert client.statistics().superseded == 2
+        gate.release(10)
+        assert poll_until(client, 2) == [0, 3]
+        assert client.statistics().requests == 2
+
+
+@pytest.mark.parametrize("transport", TRANSPORTS)
+def test_every_request_is_answered_or_passed_over_and_said_so(transport: str) -> None:
+    gate = threading.Semaphore(0)
+    policy = ToyPolicy(gate)
+    with serving(policy) as server, connect(server, transport, max_in_flight=3) as client:
+        client.submit(observation(timestep=0))
+        policy.entered.acquire()
+        client.submit(observation(timestep=1))
+        client.submit(observation(timestep=2))
+        gate.release(10)
+        got: list[int] = []
+        deadline_s = time.monotonic() + 30
+        while len(got) + client.statistics().superseded < 3 and time.monotonic() < deadline_s:
+            if (chunk := client.poll()) is not None:
+                got.append(chunk.obs_timestep)
+        assert got[0] == 0
+        assert got[-1] == 2
+        if transport == "shm":  # both were in the ring when the server looked again
+            assert got == [0, 2]
+        assert server.statistics().superseded == client.statistics().superseded == 3 - len(got)
+
+
+@pytest.mark.parametrize("transport", TRANSPORTS)
+def test_a_late_answer_is_never_given_out(transport: str) -> None:
+    gate = threading.Semaphore(0)
+    policy = ToyPolicy(gate)
+    with serving(policy) as server, connect(server, transport) as client:
+        with pytest.raises(RequestTimeout, match=r"no answer from .* within 0.05 s"):
+            client.infer(observation(timestep=1), timeout_s=0.05)
+        gate.release(10)
+        assert client.infer(observation(timestep=2)).obs_timestep == 2
+        assert client.statistics().dropped_late == 1
+        client.submit(observation(timestep=3))
+        client.cancel()
+        assert client.infer(observation(timestep=4)).obs_timestep == 4
+
+
+# loss
+
+
+@pytest.mark.parametrize("transport", TRANSPORTS)
+def test_a_stopped_server_is_lost_with_its_reason_until_reconnect(transport: str) -> None:
+    with serving(ToyPolicy()) as server:
+        port = server.port
+        client = connect(server, transport)
+        client.infer(observation())
+    with client:
+        with pytest.raises(ServerLost, match="the test is over"):
+            client.infer(observation())
+        with pytest.raises(ServerLost):  # it stays lost
+            client.poll()
+        with pytest.raises(ServerLost, match="no server at"):
+            client.reconnect(timeout_s=0.2)
+        with serving(ToyPolicy(), port=port):
+            client.reconnect()
+            assert int(client.infer(observation()).actions[0, 0]) == 1
+            assert client.statistics().sessions == 2
+
+
+@pytest.mark.parametrize("transport", TRANSPORTS)
+def test_a_killed_server_is_lost(transport: str) -> None:
+    process, address = start_server("-m", "python:tests.runtime.toy_policy:make")
+    with process, PolicyClient(address, transport=transport) as client:
+        client.infer(observation())
+        process.kill()
+        with pytest.raises(ServerLost):
+            client.infer(observation())
+
+
+@pytest.mark.parametrize("number", ["SIGINT", "SIGTERM"])
+def test_a_signal_stops_it_cleanly_and_the_client_is_told(number: str) -> None:
+    import signal
+
+    process, address = start_server("-m", "python:tests.runtime.toy_policy:make")
+    with process, PolicyClient(address) as client:
+        client.infer(observation())
+        process.send_signal(getattr(signal, number))
+        assert process.wait(20) == 0
+        with pytest.raises(ServerLost, match=f"shutting down \\({number}\\)"):
+            client.infer(observation())
+
+
+def start_server(*flags: str) -> tuple[subprocess.Popen[str], str]:
+    process = subprocess.Popen(
+        [sys.executable, "-m", "runtime.server", "--port", "0", *flags],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.DEVNULL,
+        text=True,
+    )
+    if process.stdout is None:
+        raise RuntimeError("no stdout")
+    line = process.stdout.readline()
+    assert "🚀 Policy Server started on " in line
+    return process, line.split()[-1]
+
+
+def test_nobody_there_is_said_so() -> None:
+    with pytest.raises(TransportTimeout, match=r"127\.0\.0\.1:1"):
+        PolicyClient("127.0.0.1:1", timeout_s=0.2)
+
+
+def test_a_taken_port_is_said_so() -> None:
+    with serving(ToyPolicy()) as server, pytest.raises(AddressInUse, match=str(server.port)):
+        PolicyServer(ToyPolicy(), port=server.port)
+
+
+def test_warm_up_leaves_no_episode_behind() -> None:
+    policy = ToyPolicy()
+    assert warm_up(policy).count >= 2
+    assert policy.asked == 0
+    assert synthetic_observation(CONTRACT).images["top"].shape == (24, 32, 3)
+
+
+def test_the_client_needs_neither_torch_nor_mujoco() -> None:
+    code = (
+        "import sys\n"
+        "class Absent:\n"
+        "    def find_spec(self, name, path=None, target=None):\n"
+        "        if name.split('.')[0] in ('torch', 'mujoco', 'gymnasium', 'av', 'tqdm'):\n"
+        "            raise ModuleNotFoundError(name)\n"
+        "sys.meta_path.insert(0, Absent())\n"
+        "import runtime.client, runtime.loop, runtime.executor\n"
+    )
+    subprocess.run([sys.executable, "-c", code], check=True)
