@@ -233,13 +233,13 @@ class PolicyClient:
             ContractMismatch: Not an observation of this session's kind.
             Refused, TransportUnavailable: At the opening, as ``open``.
         """
-        began_ns = time.monotonic_ns()
         self._require_server()
         if self._channel is None:
             try:
                 self.open(messages.observation_schema(obs))
             except (PeerGone, TransportTimeout) as error:
                 raise self._server_lost(str(error)) from error
+        began_ns = time.monotonic_ns()  # opening the session is not part of any request
         self._supersede_waiting()
         try:
             loan = self._take_loan()

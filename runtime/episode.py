@@ -145,10 +145,8 @@ def run_realtime(
         executor.requested(tick)
         return obs
 
-    # Twice: the first is the world's and the session's warm-up, the second tells the latency.
-    for _ in range(2):
-        first = policy.infer(observe(0))
-        latency.reset(time.monotonic_ns() - first.t_capture_ns)
+    first = policy.infer(observe(0))
+    latency.add(time.monotonic_ns() - first.t_capture_ns)
     progress.stages.add(first.stages_ns)
     executor.accept(first)
 
@@ -195,10 +193,6 @@ class LatencyEstimate:
         self._dt_ns = dt_s * 1e9
         self._samples_ns: deque[int] = deque(maxlen=window)
 
-    def reset(self, latency_ns: int) -> None:
-        self._samples_ns.clear()
-        self.add(latency_ns)
-
     def add(self, latency_ns: int) -> None:
         self._samples_ns.append(latency_ns)
 
@@ -238,7 +232,9 @@ def _episode(
 
 
 def check_world(world: World, policy: Policy, fps: float | None) -> None:
-    """What a server checks at the handshake, and what it cannot see: rate and action length.
+    """Check what a server checks at the handshake, and what it cannot see: rate, action length.
+
+    Ends with one request that nobody counts: it opens the session and warms everything up.
 
     Args:
         fps: The policy's rate, for a checkpoint that does not say its own.
@@ -246,10 +242,12 @@ def check_world(world: World, policy: Policy, fps: float | None) -> None:
     Raises:
         ContractMismatch: Cameras, sizes, dtypes or state length.
         RuntimeFault: The world's tick or its action is not the policy's; names both.
+        PolicyError, ServerLost, RequestTimeout: From the request.
     """
     contract = policy.contract
     world.reset(0)
-    messages.check_observation_schema(messages.observation_schema(world.observe()), contract)
+    obs = world.observe()
+    messages.check_observation_schema(messages.observation_schema(obs), contract)
     if world.action_dim != contract.action_dim:
         raise RuntimeFault(
             f"action_dim: the world has {world.action_dim}, the policy was trained with "
@@ -261,3 +259,4 @@ def check_world(world: World, policy: Policy, fps: float | None) -> None:
             f"control rate: the policy's actions are 1/{policy_hz:g} s apart, the world runs at "
             f"{world_hz:g} Hz; expected the same (--fps overrides the policy's)"
         )
+    policy.infer(obs)

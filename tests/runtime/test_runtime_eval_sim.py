@@ -86,7 +86,7 @@ def test_real_time_counts_its_ticks(tmp_path: Path) -> None:
 def test_a_lost_server_keeps_the_finished_episodes(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    # Three requests an episode: it dies in the third one.
+    # A warm-up, then three requests an episode: it dies in the third one.
     with ServerChild(["-m", "python:tests.runtime.toy_policy:make_mortal"]) as server:
         result = evaluate(tmp_path, "-m", server.address, "-n", "5", status=eval_sim.LOST)
     assert result["total"] == 2
