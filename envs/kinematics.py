@@ -71,8 +71,9 @@ class ArmKinematics:
         """Position (3,) in m and rotation (3, 3) for ``joints`` (6,) in rad."""
         self._data.qpos[self._qpos] = joints
         self._mj.mj_kinematics(self._model, self._data)
-        rotation = self._data.xmat[self._body].reshape(3, 3).copy()
-        return self._data.xpos[self._body] + rotation[:, 0] * TIP_OFFSET_M, rotation
+        rotation: Vector = self._data.xmat[self._body].reshape(3, 3).copy()
+        body: Vector = self._data.xpos[self._body]
+        return body + rotation[:, 0] * TIP_OFFSET_M, rotation
 
     def inverse(self, position: Vector, rotation: Vector, guess: Vector) -> Vector:
         """Joints (6,) in rad, near ``guess``, for a pose.
@@ -118,6 +119,7 @@ def _rotation_error(current: Vector, target: Vector) -> Vector:
     turn = target @ current.T
     axis = np.array([turn[2, 1] - turn[1, 2], turn[0, 2] - turn[2, 0], turn[1, 0] - turn[0, 1]])
     sine, cosine = float(np.linalg.norm(axis)) / 2, (float(np.trace(turn)) - 1) / 2
-    if sine < 1e-9:
-        return axis / 2
-    return axis / (2 * sine) * np.arctan2(sine, cosine)
+    turned: Vector = axis / 2
+    if sine > 1e-9:
+        turned *= np.arctan2(sine, cosine) / sine
+    return turned

@@ -142,6 +142,14 @@ class AlohaSim:
         return np.array(arms, np.float64)
 
     @property
+    def agent_vel(self) -> NDArray[np.float64]:
+        """(14,) velocities of ``agent_pos``: rad/s, and gripper travel per second."""
+        qvel = self.data.qvel
+        arms = np.array([*qvel[:7], *qvel[8:15]])
+        arms[[6, 13]] /= FINGER_OPEN_M - FINGER_CLOSED_M
+        return arms
+
+    @property
     def object_qpos(self) -> NDArray[np.float64]:
         """(7 * objects,) poses of the free bodies: x, y, z (m), quaternion wxyz."""
         return np.array(self.data.qpos[ROBOT_QPOS:])

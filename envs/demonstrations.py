@@ -1,0 +1,233 @@
+"""Demonstrations by the scripted expert, as ACT's HDF5 files.
+
+``python -m envs.demonstrations --task sim_transfer_cube --num 200 --out data/transfer_cube``
+
+Each file is one episode: ``observations/qpos``, ``observations/qvel`` and ``action`` (T, 14)
+float32, ``observations/images/<camera>`` (T, H, W, 3) uint8, the attribute ``sim``; and, which
+other trainers ignore, ``metronome/object_qpos`` (T, 7 * objects) and ``metronome/reward`` (T,),
+both of the moment of the observation, and attributes saying what made it. Row t is what was seen
+at tick t and what was then commanded. An episode whose last tick is no success is thrown away.
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import itertools
+import logging
+import multiprocessing
+import os
+import sys
+from collections import deque
+from collections.abc import Generator, Sequence
+from concurrent.futures import Future, ProcessPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+
+from envs.errors import EnvError
+from envs.expert import EPISODE_TICKS, plan_episode
+from envs.kinematics import Unreachable
+from envs.physics import DT_S, STATE_DIM, AlohaSim
+from envs.tasks import MAX_REWARD, TASKS, find_task
+
+log = logging.getLogger(__name__)
+
+FIRST_SEED = 1_000_000
+"""Demonstrations start here; evaluations use the seeds below."""
+MAX_FAILURES = 50
+"""In a row, after which the expert is given up on."""
+
+
+@dataclass(frozen=True, slots=True)
+class Recording:
+    """What to record.
+
+    Attributes:
+        task: Name of the task.
+        folder: Where the episodes go.
+        cameras: The model's cameras.
+        image_hw: (height, width) of every picture.
+        shadows, msaa: How they are rendered.
+    """
+
+    task: str
+    folder: Path
+    cameras: tuple[str, ...] = ("top",)
+    image_hw: tuple[int, int] = (240, 320)
+    shadows: bool = False
+    msaa: int = 0
+
+
+@dataclass(frozen=True, slots=True)
+class Outcome:
+    """Of one attempt: its seed, its last and highest reward, and its file if it was kept."""
+
+    seed: int
+    last_reward: int
+    highest_reward: int
+    path: Path | None
+
+
+def record_episode(recording: Recording, seed: int) -> Outcome:
+    """Play the expert's plan from ``seed`` and write the episode if it ends in success.
+
+    The file appears under its final name only when it is complete.
+    """
+    import h5py
+    import mujoco
+
+    sim = _simulation(recording)
+    sim.reset(seed)
+    try:
+        actions = plan_episode(sim)
+    except Unreachable as error:
+        log.warning("seed %d: %s", seed, error)
+        return Outcome(seed, 0, 0, None)
+    objects = len(sim.object_qpos)
+    qpos, qvel = np.empty((2, EPISODE_TICKS, STATE_DIM), np.float32)
+    object_qpos = np.empty((EPISODE_TICKS, objects), np.float32)
+    reward_seen = np.empty(EPISODE_TICKS, np.float32)
+    pictures = {
+        camera: np.empty((EPISODE_TICKS, *recording.image_hw, 3), np.uint8)
+        for camera in recording.cameras
+    }
+    reward = highest = sim.reward()
+    for tick, action in enumerate(actions):
+        qpos[tick], qvel[tick] = sim.agent_pos, sim.agent_vel
+        object_qpos[tick], reward_seen[tick] = sim.object_qpos, reward
+        for camera, frames in pictures.items():
+            sim.render_camera(camera, out=frames[tick])
+        reward = sim.step(action)
+        highest = max(highest, reward)
+    if reward != MAX_REWARD:
+        return Outcome(seed, reward, highest, None)
+    path = recording.folder / f"seed_{seed}.hdf5"
+    partial = path.with_suffix(".partial")
+    with h5py.File(partial, "w") as file:
+        file.attrs["sim"] = True
+        file.attrs["task"] = sim.task.name
+        file.attrs["seed"] = seed
+        file.attrs["dt_s"] = DT_S
+        file.attrs["shadows"], file.attrs["msaa"] = recording.shadows, recording.msaa
+        file.attrs["mujoco"] = mujoco.mj_versionString()
+        file["observations/qpos"], file["observations/qvel"] = qpos, qvel
+        file["action"] = actions
+        for camera, frames in pictures.items():
+            file.create_dataset(
+                f"observations/images/{camera}",
+                data=frames,
+                chunks=(1, *frames.shape[1:]),
+                compression="lzf",
+            )
+        file["metronome/object_qpos"], file["metronome/reward"] = object_qpos, reward_seen
+    partial.rename(path)
+    return Outcome(seed, reward, highest, path)
+
+
+def record(
+    recording: Recording, *, num: int, workers: int = 1, first_seed: int = FIRST_SEED
+) -> Generator[Outcome, None, None]:
+    """Attempt seeds from ``first_seed`` on until ``num`` episodes are kept; yields each attempt.
+
+    The episodes are ``episode_0.hdf5`` to ``episode_<num-1>.hdf5`` in the order of their seeds,
+    however many workers there are.
+
+    Raises:
+        EnvError: ``folder`` already has episodes, an unknown task, or the expert keeps failing.
+    """
+    find_task(recording.task)
+    recording.folder.mkdir(parents=True, exist_ok=True)
+    if any(recording.folder.glob("*.hdf5")):
+        raise EnvError(f"{recording.folder}: got a folder with episodes, expected a new one")
+    seeds = itertools.count(first_seed)
+    kept = failures = 0
+    spawn = multiprocessing.get_context("spawn")
+    with ProcessPoolExecutor(workers, mp_context=spawn) as pool:
+        pending: deque[Future[Outcome]] = deque()
+        while kept < num:
+            # Never more attempts under way than could still be needed.
+            while len(pending) < min(2 * workers, num - kept):
+                pending.append(pool.submit(record_episode, recording, next(seeds)))
+            outcome = pending.popleft().result()
+            if outcome.path is None:
+                failures += 1
+                if failures == MAX_FAILURES:
+                    raise EnvError(f"{recording.task}: the expert failed {failures} times in a row")
+            else:
+                path = recording.folder / f"episode_{kept}.hdf5"
+                outcome.path.rename(path)
+                outcome = Outcome(outcome.seed, outcome.last_reward, outcome.highest_reward, path)
+                kept, failures = kept + 1, 0
+            yield outcome
+
+
+_simulations: dict[Recording, AlohaSim] = {}
+
+
+def _simulation(recording: Recording) -> AlohaSim:
+    """One per process: compiling the model and its GL context takes longer than stepping it."""
+    if recording not in _simulations:
+        _simulations[recording] = AlohaSim(
+            recording.task,
+            max_hw=recording.image_hw,
+            shadows=recording.shadows,
+            msaa=recording.msaa,
+        )
+    return _simulations[recording]
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """The command line; returns the exit status."""
+    parser = argparse.ArgumentParser(description="Record demonstrations by the scripted expert.")
+    parser.add_argument("--task", required=True, help=f"one of {list(TASKS)}")
+    parser.add_argument("--num", type=int, default=200, help="episodes to keep (default 200)")
+    parser.add_argument("--out", type=Path, required=True, help="a new folder")
+    parser.add_argument("--workers", type=int, default=os.cpu_count() or 1)
+    parser.add_argument("--first-seed", type=int, default=FIRST_SEED)
+    parser.add_argument("--cameras", nargs="+", default=["top"])
+    parser.add_argument("--height", type=int, default=240)
+    parser.add_argument("--width", type=int, default=320)
+    parser.add_argument("--shadows", action="store_true")
+    parser.add_argument("--msaa", type=int, default=0)
+    options = parser.parse_args(arguments)
+    logging.basicConfig(level=logging.INFO, format="%(levelname)s %(message)s")
+    from tqdm import tqdm
+
+    recording = Recording(
+        task=options.task,
+        folder=options.out,
+        cameras=tuple(options.cameras),
+        image_hw=(options.height, options.width),
+        shadows=options.shadows,
+        msaa=options.msaa,
+    )
+    attempts = kept = 0
+    try:
+        with (
+            tqdm(total=options.num, unit="episode", desc=options.task) as bar,
+            contextlib.closing(
+                record(
+                    recording,
+                    num=options.num,
+                    workers=options.workers,
+                    first_seed=options.first_seed,
+                )
+            ) as outcomes,
+        ):
+            for outcome in outcomes:
+                attempts += 1
+                if outcome.path is not None:
+                    kept += 1
+                    bar.update()
+                bar.set_postfix_str(f"success {kept}/{attempts}")
+    except EnvError as error:
+        log.error("%s", error)
+        return 1
+    print(f"{kept} episodes in {options.out}, {attempts} attempts")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
