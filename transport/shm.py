@@ -219,9 +219,9 @@ def _open(name: str, flags: int, *, read_only: bool) -> int:
 
 
 def _mib(nbytes: int) -> str:
-    return f"{max(1, round(nbytes / _MIB))} MiB"
+    return f"{nbytes / _MIB:.1f} MiB"
 
 
 def _free() -> str:
     status = os.statvfs(FOLDER)
-    return f"{status.f_bavail * status.f_frsize / _MIB:.0f} MiB"
+    return _mib(status.f_bavail * status.f_frsize)

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 
 import numpy as np
 import pytest
+from contracts.frames import OBSERVATION, chunk, observation
 
 from transport.base import SLOTS
 from transport.channel import MAX_BODY_BYTES, Channel, Kind, Message
@@ -18,17 +19,7 @@ from transport.errors import (
     TransportTimeout,
     WouldBlock,
 )
-from transport.schema import ArraySpec, Schema
 
-OBSERVATION = Schema(
-    (
-        ArraySpec("image", "uint8", (48, 64, 3)),
-        ArraySpec("odd", "uint8", (7,)),
-        ArraySpec("state", "float32", (14,)),
-        ArraySpec("stamp", "int64", ()),
-    )
-)
-CHUNK = Schema((ArraySpec("actions", "float32", (10, 14)), ArraySpec("stages", "int64", (8,))))
 PATIENCE_S = 20.0
 """Longer than any machine needs; only a failing test waits for it."""
 
@@ -39,23 +30,6 @@ class Pair:
 
     client: Channel
     server: Channel
-
-
-def observation(seed: int) -> dict[str, np.ndarray]:
-    return random_arrays(OBSERVATION, seed)
-
-
-def chunk(seed: int) -> dict[str, np.ndarray]:
-    return random_arrays(CHUNK, seed)
-
-
-def random_arrays(schema: Schema, seed: int) -> dict[str, np.ndarray]:
-    """Every bit pattern, NaNs among them."""
-    generator = np.random.default_rng(seed)
-    return {
-        name: np.frombuffer(generator.bytes(spec.nbytes), spec.dtype).reshape(spec.shape)
-        for name, spec in schema.specs.items()
-    }
 
 
 def same(got, expected) -> bool:

@@ -5,7 +5,8 @@ from __future__ import annotations
 from collections.abc import Iterator
 
 import pytest
-from contracts.channel import CHUNK, OBSERVATION, ChannelContract, Pair
+from contracts.channel import ChannelContract, Pair
+from contracts.frames import CHUNK, OBSERVATION
 from transport_rig import connected
 
 from transport.memory import memory_pair

@@ -7,7 +7,8 @@ from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from typing import Any
 
-from contracts.channel import CHUNK, OBSERVATION, PATIENCE_S, Pair
+from contracts.channel import PATIENCE_S, Pair
+from contracts.frames import CHUNK, OBSERVATION
 
 from transport.auto import Dialer
 from transport.control import Welcome
@@ -17,10 +18,12 @@ from transport.sessions import ServerSession
 
 def make_listener(**changes: Any) -> Listener:
     settings: dict[str, Any] = {
+        "host": "127.0.0.1",
+        "port": 0,
         "describe": lambda: {"serves": "tests"},
         "accept": lambda hello: Welcome(CHUNK, {"limit": 2}),
     }
-    return Listener("127.0.0.1", 0, **{**settings, **changes})
+    return Listener(**{**settings, **changes})
 
 
 @contextmanager
