@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+
+from runtime.checkpoint_options import CheckpointOptions
 
 DEFAULT_CHECKPOINT = "ckpt/act_sim_transfer_cube_scripted_zscore_example"
 DEFAULT_PORT = 5000
@@ -16,11 +18,7 @@ class ServerConfig:
     Attributes:
         model_name_or_path: Checkpoint, or ``python:package.module:factory``.
         host, port: Where to listen. Beyond loopback anybody who reaches the port can connect.
-        dataset_id: Whose normalizers; None for the checkpoint's first.
-        device: ``auto``, ``cpu``, ``cuda`` or ``cuda:N``.
-        precision: ``auto``, ``fp32`` or ``bf16``.
-        chunk_size: Truncate every chunk to this many actions; None for all.
-        threads: CPU threads of one inference; None to choose.
+        checkpoint: How to load it.
         transport: ``auto``, ``shm`` or ``zmq``.
         max_sessions: Sessions open at a time.
     """
@@ -28,11 +26,7 @@ class ServerConfig:
     model_name_or_path: str = DEFAULT_CHECKPOINT
     host: str = "127.0.0.1"
     port: int = DEFAULT_PORT
-    dataset_id: str | None = None
-    device: str = "auto"
-    precision: str = "auto"
-    chunk_size: int | None = None
-    threads: int | None = None
+    checkpoint: CheckpointOptions = field(default_factory=CheckpointOptions)
     transport: str = "auto"
     max_sessions: int = 64
 

@@ -23,12 +23,13 @@ from envs.meta import EnvConfig, load_env_config
 from policies.types import PolicyContract, PolicyInfo
 from policies.yaml_config import ConfigError
 from runtime.blending import ANCESTORS, STRATEGIES
+from runtime.checkpoint_options import CheckpointOptions, add_flags, from_flags
 from runtime.config import TRANSPORTS
 from runtime.episode import Episode
 from runtime.errors import RuntimeFault
-from runtime.model_name import read_model_name
+from runtime.model_name import ServerAddress, read_model_name
 from runtime.results import policy_record, report, summarize, versions, write_result
-from runtime.rollouts import LocalOptions, Plan, Setting, WorkerFailed, run
+from runtime.rollouts import Plan, Setting, WorkerFailed, run
 
 BAD_INPUT, LOST, INTERRUPTED = 2, 1, 130
 
@@ -77,12 +78,8 @@ def parser() -> argparse.ArgumentParser:
         metavar="POLICY=WORLD",
         help="which camera of the world the policy's camera is",
     )
-    add("--device", default="auto", help="of a checkpoint (auto)")
-    add("--precision", choices=("auto", "fp32", "bf16"), default="auto", help="of a checkpoint")
-    add("--dataset_id", default="", help="of a checkpoint: whose normalizers (its first)")
-    add("-ck", "--chunk_size", type=int, default=-1, help="of a checkpoint: truncate chunks (all)")
-    add("--threads", type=int, help="of a checkpoint: CPU threads of one inference")
     add("--use_spawn", action="store_true", help="accepted; processes are always spawned")
+    add_flags(cli)
     add("--log_level", default="WARNING", choices=("DEBUG", "INFO", "WARNING", "ERROR"))
     return cli
 
@@ -111,13 +108,7 @@ def read_plan(argv: Sequence[str] | None) -> tuple[Plan, argparse.Namespace]:
     env = load_env_config(args.env, overrides)
     plan = Plan(
         model=read_model_name(args.model_name_or_path),
-        local=LocalOptions(
-            device=args.device,
-            precision=args.precision,
-            dataset_id=args.dataset_id or None,
-            chunk_size=None if args.chunk_size == -1 else args.chunk_size,
-            threads=args.threads,
-        ),
+        checkpoint=from_flags(args),
         transport=args.transport,
         env=env,
         seeds=tuple(range(args.seed, args.seed + args.num_rollout)),
@@ -167,6 +158,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         print(f"error: {error}", file=sys.stderr)
         return BAD_INPUT
     logging.basicConfig(level=args.log_level, format="%(levelname)s %(name)s: %(message)s")
+    if isinstance(plan.model, ServerAddress) and plan.checkpoint != CheckpointOptions():
+        print("note: the checkpoint's options are the server's to choose; ignored", file=sys.stderr)
     path = _result_path(args, plan.env)
     episodes: list[Episode] = []
     setting: Setting | None = None

@@ -22,6 +22,7 @@ from policies.errors import PolicyError
 from policies.types import Policy
 from policies.yaml_config import ConfigError
 from runtime.blending import make_strategy
+from runtime.checkpoint_options import CheckpointOptions
 from runtime.child import ServerChild
 from runtime.client import PolicyClient
 from runtime.episode import Episode, check_world, run_lockstep, run_realtime
@@ -38,31 +39,12 @@ EXPECTED_FAILURES = (ConfigError, EnvError, PolicyError, RuntimeFault, Transport
 
 
 @dataclass(frozen=True, slots=True)
-class LocalOptions:
-    """How to load a checkpoint; see ``load_policy``."""
-
-    device: str = "auto"
-    precision: str = "auto"
-    dataset_id: str | None = None
-    chunk_size: int | None = None
-    threads: int | None = None
-
-    def flags(self, model: str) -> list[str]:
-        """The same for a server's command line."""
-        flags = ["-m", model]
-        for name in ("device", "precision", "dataset_id", "chunk_size", "threads"):
-            if (value := getattr(self, name)) is not None:
-                flags += [f"--{name}", str(value)]
-        return flags
-
-
-@dataclass(frozen=True, slots=True)
 class Plan:
     """What to run.
 
     Attributes:
         model: Whose policy.
-        local: How to load it, if it is a checkpoint.
+        checkpoint: How to load it, if it is one.
         transport: For a server.
         env: The world.
         seeds: One per episode.
@@ -74,7 +56,7 @@ class Plan:
     """
 
     model: LocalModel | ServerAddress
-    local: LocalOptions
+    checkpoint: CheckpointOptions
     transport: str
     env: EnvConfig
     seeds: tuple[int, ...]
@@ -131,7 +113,9 @@ def run(plan: Plan) -> Iterator[Report]:
     """
     with contextlib.ExitStack() as stack:
         if plan.realtime and isinstance(plan.model, LocalModel):
-            child = stack.enter_context(ServerChild(plan.local.flags(plan.model.name)))
+            child = stack.enter_context(
+                ServerChild(["-m", plan.model.name, *plan.checkpoint.flags()])
+            )
             host, _, port = child.address.rpartition(":")
             plan = dataclasses.replace(plan, model=ServerAddress(host.strip("[]"), int(port)))
         if plan.num_envs == 1:
@@ -181,17 +165,7 @@ def _policy(plan: Plan) -> Policy:
         return PolicyClient(
             str(plan.model), transport=plan.transport, deterministic=not plan.realtime
         )
-    from policies.checkpoint.load import load_policy
-
-    local = plan.local
-    return load_policy(
-        plan.model.name,
-        device=local.device,
-        precision=local.precision,
-        dataset_id=local.dataset_id,
-        chunk_size=local.chunk_size,
-        threads=local.threads,
-    )
+    return plan.checkpoint.load(plan.model.name)
 
 
 def _one(plan: Plan, world: World, policy: Policy, executor: ChunkExecutor, seed: int) -> Episode:

@@ -11,10 +11,10 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from policies.checkpoint.load import load_policy
 from policies.errors import PolicyError
 from policies.types import Policy
 from policies.yaml_config import ConfigError, load_config
+from runtime.checkpoint_options import add_flags, from_flags
 from runtime.config import DEFAULT_CHECKPOINT, TRANSPORTS, ServerConfig
 from runtime.latency import Percentiles
 from runtime.server import PolicyServer
@@ -39,14 +39,10 @@ def parser() -> argparse.ArgumentParser:
     )
     add("--host", help="where to listen (127.0.0.1)")
     add("-p", "--port", type=int, help="0 takes a free one (5000)")
-    add("--dataset_id", help="whose normalizers to use (the checkpoint's first)")
-    add("--device", help="auto, cpu, cuda or cuda:N (auto)")
-    add("--precision", choices=("auto", "fp32", "bf16"), help="(auto)")
-    add("-ck", "--chunk_size", type=int, help="truncate chunks to this many actions (all)")
-    add("--threads", type=int, help="CPU threads of one inference (half the cores)")
     add("--transport", choices=TRANSPORTS, help="what clients are offered (auto: both)")
     add("--max_sessions", type=int, help="clients at a time (64)")
     add("--config", default="default", help="name under configs/server, or a YAML's path")
+    add_flags(cli)
     add("--log_level", default="INFO", choices=("DEBUG", "INFO", "WARNING", "ERROR"))
     return cli
 
@@ -57,13 +53,12 @@ def read_config(argv: Sequence[str] | None) -> tuple[ServerConfig, str]:
     Raises:
         ConfigError, ValueError: The file or a flag says something that cannot be.
     """
-    flags = vars(parser().parse_args(argv))
-    name, log_level = flags.pop("config"), flags.pop("log_level")
-    config = load_config(ServerConfig, name, kind="server")
-    given = {key: value for key, value in flags.items() if value is not None}
-    if given.get("chunk_size") == -1:  # the ancestor's way of saying "all"
-        given["chunk_size"] = None
-    return dataclasses.replace(config, **given), log_level
+    args = parser().parse_args(argv)
+    config = load_config(ServerConfig, args.config, kind="server")
+    names = ("model_name_or_path", "host", "port", "transport", "max_sessions")
+    given = {name: getattr(args, name) for name in names if getattr(args, name) is not None}
+    checkpoint = from_flags(args, config.checkpoint)
+    return dataclasses.replace(config, checkpoint=checkpoint, **given), args.log_level
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -74,14 +69,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         return _fail(error)
     logging.basicConfig(level=log_level, format="%(asctime)s %(levelname)s %(name)s: %(message)s")
     try:
-        policy = load_policy(
-            config.model_name_or_path,
-            device=config.device,
-            precision=config.precision,
-            dataset_id=config.dataset_id or None,
-            chunk_size=config.chunk_size,
-            threads=config.threads,
-        )
+        policy = config.checkpoint.load(config.model_name_or_path)
     except PolicyError as error:
         return _fail(error, _hint(config))
     try:

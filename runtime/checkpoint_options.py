@@ -1,0 +1,98 @@
+"""How to load a checkpoint: the same options for the server, the evaluation, and YAML."""
+
+from __future__ import annotations
+
+import argparse
+from dataclasses import dataclass, fields
+
+from policies.types import Policy
+
+PRECISIONS = ("auto", "fp32", "bf16")
+
+
+@dataclass(frozen=True, slots=True)
+class CheckpointOptions:
+    """What ``load_policy`` may be told; None leaves it to the checkpoint or the machine.
+
+    Attributes:
+        device: ``auto``, ``cpu``, ``cuda`` or ``cuda:N``.
+        precision: One of ``PRECISIONS``.
+        dataset_id: Whose normalizers; the checkpoint's first.
+        chunk_size: Truncate every chunk to this many actions.
+        threads: CPU threads of one inference.
+        camera_names, n_heads: For the original ACT's layout, which does not say.
+        image_hw: (height, width) of the pictures, for layouts that do not say.
+    """
+
+    device: str = "auto"
+    precision: str = "auto"
+    dataset_id: str | None = None
+    chunk_size: int | None = None
+    threads: int | None = None
+    camera_names: tuple[str, ...] | None = None
+    n_heads: int | None = None
+    image_hw: tuple[int, int] | None = None
+
+    def __post_init__(self) -> None:
+        if self.precision not in PRECISIONS:
+            raise ValueError(f"precision: got {self.precision!r}, expected one of {PRECISIONS}")
+
+    def load(self, model: str) -> Policy:
+        """The policy at ``model``; raises as ``load_policy``."""
+        from policies.checkpoint.load import load_policy
+
+        return load_policy(
+            model,
+            device=self.device,
+            precision=self.precision,
+            dataset_id=self.dataset_id,
+            chunk_size=self.chunk_size,
+            threads=self.threads,
+            camera_names=self.camera_names,
+            n_heads=self.n_heads,
+            image_hw=self.image_hw,
+        )
+
+    def flags(self) -> list[str]:
+        """The command line that says the same."""
+        words: list[str] = []
+        for field in fields(self):
+            value = getattr(self, field.name)
+            if value is not None:
+                values = value if isinstance(value, tuple) else (value,)
+                words += [f"--{field.name}", *(str(v) for v in values)]
+        return words
+
+
+def add_flags(cli: argparse.ArgumentParser) -> None:
+    """Add a flag for every option; absent ones are None."""
+    group = cli.add_argument_group("a checkpoint's options")
+    add = group.add_argument
+    add("--device", help="auto, cpu, cuda or cuda:N (auto)")
+    add("--precision", choices=PRECISIONS, help="(auto)")
+    add("--dataset_id", help="whose normalizers to use (the checkpoint's first)")
+    add("-ck", "--chunk_size", type=int, help="truncate chunks to this many actions (-1: all)")
+    add("--threads", type=int, help="CPU threads of one inference (half the cores)")
+    add("--camera_names", nargs="+", help="in the network's order; for the original ACT's layout")
+    add("--n_heads", type=int, help="attention heads; for the original ACT's layout")
+    add("--image_hw", nargs=2, type=int, metavar=("H", "W"), help="size of the pictures")
+
+
+def from_flags(
+    args: argparse.Namespace, default: CheckpointOptions | None = None
+) -> CheckpointOptions:
+    """The options that the flags of ``add_flags`` say; the others from ``default``.
+
+    Raises:
+        ValueError: A value that cannot be.
+    """
+    default = default or CheckpointOptions()
+    values = {field.name: getattr(default, field.name) for field in fields(default)}
+    for name in values:
+        given = getattr(args, name)
+        if given is None or given == "":  # the ancestor's default for --dataset_id
+            continue
+        values[name] = tuple(given) if isinstance(given, list) else given
+    if values["chunk_size"] == -1:  # the ancestor's way of saying "all"
+        values["chunk_size"] = None
+    return CheckpointOptions(**values)
