@@ -10,7 +10,6 @@ import subprocess
 import sys
 import threading
 from collections.abc import Iterable, Sequence
-from types import TracebackType
 
 from runtime.errors import RuntimeFault
 
@@ -89,10 +88,5 @@ class ServerChild:
     def __enter__(self) -> ServerChild:
         return self
 
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None:
+    def __exit__(self, *_: object) -> None:
         self.close()
