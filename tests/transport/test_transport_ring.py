@@ -1,0 +1,355 @@
+"""The ring against a model, against two processes, and against a peer that lies."""
+
+from __future__ import annotations
+
+import struct
+import subprocess
+import sys
+import threading
+import zlib
+from collections import deque
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import pytest
+from hypothesis import settings
+from hypothesis import strategies as st
+from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, rule
+
+from transport import atomics
+from transport.channel import MAX_BODY_BYTES, Kind
+from transport.errors import ProtocolError
+from transport.layout import Layout
+from transport.ring import RingReader, RingWriter
+from transport.schema import ArraySpec, Schema
+from transport.shm import Mapping, Segment
+from transport.window import Window
+
+ROOT = Path(__file__).resolve().parents[2]
+SCHEMA = Schema((ArraySpec("value", "int64", (3,)), ArraySpec("image", "uint8", (5, 7))))
+EPOCH, OTHER_EPOCH = b"e" * 16, b"o" * 16
+FRAMES = 20_000
+
+
+@dataclass
+class Both:
+    """Two segments, each mapped as its two sides map them."""
+
+    left: tuple[Mapping, Mapping]
+    right: tuple[Mapping, Mapping]
+
+    def writer(self, epoch: bytes = EPOCH) -> RingWriter:
+        return RingWriter(*self.left, epoch, SCHEMA, Layout.of(SCHEMA))
+
+    def reader(self) -> RingReader:
+        return RingReader(*self.right, EPOCH, SCHEMA, Layout.of(SCHEMA))
+
+    def close(self) -> None:
+        for mapping in (*self.left, *self.right):
+            mapping.close()
+
+
+def make_both() -> Both:
+    maps = []
+    for _ in range(2):
+        segment = Segment.create(Layout.of(SCHEMA).nbytes)
+        maps.append((segment.map(writable=True), segment.map(writable=False)))
+        segment.close()
+    (left_own, left_seen), (right_own, right_seen) = maps
+    return Both((left_own, right_seen), (right_own, left_seen))
+
+
+@pytest.fixture
+def both() -> Iterator[Both]:
+    both = make_both()
+    yield both
+    both.close()
+
+
+class RingMachine(RuleBasedStateMachine):
+    """Whatever the order of calls, a reader gets what was published, in order, unchanged."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.both = make_both()
+        self.writer, self.reader = self.both.writer(), self.both.reader()
+        self.published: deque[tuple[Kind, int, bytes]] = deque()
+        self.held: dict[int, tuple[object, tuple[Kind, int, bytes]]] = {}
+        self.sent = 0
+        self.taken = 0
+
+    @property
+    def oldest(self) -> int:
+        """The first sequence whose slot is not free."""
+        return min(self.held, default=self.taken)
+
+    def _expect_room(self, accepted: bool) -> None:
+        assert accepted == (self.sent - self.oldest < Layout.of(SCHEMA).slots)
+
+    @rule(value=st.integers(0, 2**62), budget=st.integers(0, 2**62))
+    def publish_data(self, value: int, budget: int) -> None:
+        views = self.writer.claim()
+        self._expect_room(views is not None)
+        if views is None:
+            assert not self.writer.publish(Kind.DATA, value, budget, None)
+            return
+        views["value"][...] = value
+        views["image"][...] = value % 251
+        assert self.writer.publish(Kind.DATA, value, budget, None)
+        self.published.append((Kind.DATA, value, struct.pack("<q", value)))
+        self.sent += 1
+
+    @rule(body=st.binary(max_size=64), kind=st.sampled_from([Kind.ERROR, Kind.RESET]))
+    def publish_body(self, body: bytes, kind: Kind) -> None:
+        accepted = self.writer.publish(kind, 1, 0, body)
+        self._expect_room(accepted)
+        if accepted:
+            self.published.append((kind, 1, body))
+            self.sent += 1
+
+    @rule()
+    def take(self) -> None:
+        record = self.reader.take()
+        assert (record is None) == (not self.published)
+        if record is not None:
+            self.held[record.sequence] = (record, self.published.popleft())
+            assert record.sequence == self.taken
+            self.taken += 1
+
+    @precondition(lambda self: self.held)
+    @rule(data=st.data())
+    def release(self, data: st.DataObject) -> None:
+        sequence = data.draw(st.sampled_from(sorted(self.held)))
+        del self.held[sequence]
+        self.reader.release(sequence)
+
+    @invariant()
+    def what_is_held_is_whole(self) -> None:
+        for record, (kind, request_id, content) in self.held.values():
+            assert (record.kind, record.request_id) == (kind, request_id)
+            if kind is Kind.DATA:
+                assert record.arrays["value"].tobytes() == content * 3
+                assert (record.arrays["image"] == struct.unpack("<q", content)[0] % 251).all()
+            else:
+                assert record.body == content
+
+    @invariant()
+    def unread_is_what_was_not_taken(self) -> None:
+        assert self.reader.unread == bool(self.published)
+
+    def teardown(self) -> None:
+        self.held.clear()
+        self.writer.close()
+        self.reader.close()
+        self.both.close()
+
+
+TestRing = RingMachine.TestCase
+TestRing.settings = settings(max_examples=60, stateful_step_count=40, deadline=None)
+
+
+class WindowMachine(RuleBasedStateMachine):
+    """``tail`` is the first sequence that was not released; it never goes back."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.window = Window(4)
+        self.released = [False] * 0
+        self.before = 0
+
+    @precondition(lambda self: not self.window.full)
+    @rule()
+    def take(self) -> None:
+        assert self.window.take() == len(self.released)
+        self.released.append(False)
+
+    @rule(data=st.data())
+    def release(self, data: st.DataObject) -> None:
+        open_ones = [n for n, released in enumerate(self.released) if not released]
+        if open_ones:
+            sequence = data.draw(st.sampled_from(open_ones))
+            self.released[sequence] = True
+            moved = self.window.release(sequence)
+            assert moved == (self.window.tail != self.before)
+
+    @invariant()
+    def tail(self) -> None:
+        expected = self.released.index(False) if False in self.released else len(self.released)
+        assert self.window.tail == expected >= self.before
+        assert self.window.full == (len(self.released) - expected == 4)
+        self.before = self.window.tail
+
+
+TestWindow = WindowMachine.TestCase
+TestWindow.settings = settings(max_examples=50, deadline=None)
+
+
+def poke(both: Both, offset: int, data: bytes) -> None:
+    """Write into the writer's segment as a writer gone wrong would."""
+    both.left[0].buffer[offset : offset + len(data)] = data
+
+
+@pytest.mark.parametrize("head", [-1, 5, 2**62])
+def test_an_impossible_head_is_not_followed(both: Both, head: int) -> None:
+    reader = both.reader()
+    poke(both, Layout.of(SCHEMA).head_offset, struct.pack("<q", head))
+    with pytest.raises(ProtocolError, match=f"head: got {head}, expected 0 to 4"):
+        reader.take()
+
+
+@pytest.mark.parametrize("tail", [-1, 5, 2**62])
+def test_an_impossible_tail_is_not_believed(both: Both, tail: int) -> None:
+    writer = both.writer()
+    for number in range(4):
+        assert writer.publish(Kind.RESET, number, 0, b"")
+    offset = Layout.of(SCHEMA).tail_offset
+    both.right[0].buffer[offset : offset + 8] = struct.pack("<q", tail)
+    with pytest.raises(ProtocolError, match=f"tail: got {tail}, expected 0 to 4"):
+        writer.claim()
+
+
+HEADER = struct.Struct("<16sqqqIi")
+GOOD = (EPOCH, 0, 7, 0, int(Kind.DATA), SCHEMA.nbytes)
+
+
+@pytest.mark.parametrize(
+    ("position", "value"),
+    [(1, 3), (2, -1), (3, -1), (4, 0), (4, 99), (5, SCHEMA.nbytes - 1), (5, 2**31 - 1), (5, -1)],
+)
+def test_a_slot_that_is_not_what_it_should_be_is_dropped(both: Both, position, value) -> None:
+    writer, reader = both.writer(), both.reader()
+    writer.publish(Kind.DATA, 7, 0, None)
+    header = [*GOOD]
+    header[position] = value
+    poke(both, Layout.of(SCHEMA).header_offset(0), HEADER.pack(*header))
+    writer.publish(Kind.RESET, 8, 0, b"")
+    assert reader.take().request_id == 8
+    assert reader.dropped_malformed == 1
+
+
+@pytest.mark.parametrize("length", [MAX_BODY_BYTES + 1, 2**31 - 1, -1])
+def test_a_body_of_an_impossible_length_is_dropped(both: Both, length: int) -> None:
+    writer, reader = both.writer(), both.reader()
+    writer.publish(Kind.ERROR, 7, 0, b"text")
+    header = HEADER.pack(EPOCH, 0, 7, 0, int(Kind.ERROR), length)
+    poke(both, Layout.of(SCHEMA).header_offset(0), header)
+    assert reader.take() is None
+    assert reader.dropped_malformed == 1
+
+
+def test_another_epoch_is_dropped_and_its_slot_comes_back(both: Both) -> None:
+    stale, reader = both.writer(OTHER_EPOCH), both.reader()
+    for number in range(4):
+        assert stale.publish(Kind.RESET, number, 0, b"")
+    assert reader.take() is None
+    assert reader.dropped_epoch == 4
+    assert stale.claim() is not None
+
+
+def test_the_peers_segment_cannot_be_written(both: Both) -> None:
+    with pytest.raises(TypeError):
+        both.left[1].buffer[0] = 1
+    with pytest.raises(ValueError, match="read-only"):
+        both.right[1].bytes[0] = 1
+
+
+def test_a_segment_of_another_layout_is_refused(both: Both) -> None:
+    layout = Layout.of(SCHEMA)
+    poke(both, 0, layout.identity(b"n" * 16))
+    assert layout.read_nonce(both.right[1].buffer) == b"n" * 16
+    with pytest.raises(ProtocolError, match="segment identity"):
+        Layout(layout.payload_bytes + 64).read_nonce(both.right[1].buffer)
+    poke(both, 0, b"something else entirely")
+    with pytest.raises(ProtocolError, match="segment identity"):
+        layout.read_nonce(both.right[1].buffer)
+
+
+def test_words_are_read_as_they_were_stored() -> None:
+    words = np.zeros(3, np.int64)
+    address = words.ctypes.data + 8
+    for value in (0, 1, 2**63 - 1, -1):
+        atomics.store_release(address, value)
+        assert atomics.load_acquire(address) == words[1] == value
+        assert atomics.spin(address, value - 1 if value > -(2**62) else 0, 10) == value
+    assert atomics.spin(address, -1, 1000) == -1
+    atomics.fence()
+    assert words[0] == words[2] == 0
+
+
+def test_a_spinning_reader_sees_another_threads_store() -> None:
+    """Spinning holds no lock of the interpreter's: the storing thread gets to run."""
+    words = np.zeros(1, np.int64)
+    address = words.ctypes.data
+    started = threading.Event()
+
+    def store() -> None:
+        started.wait()
+        atomics.store_release(address, 5)
+
+    thread = threading.Thread(target=store)
+    thread.start()
+    started.set()
+    while atomics.spin(address, 0, 1000) == 0:
+        pass
+    thread.join()
+    assert words[0] == 5
+
+
+PUBLISH = "from test_transport_ring import publish_frames; publish_frames()"
+BIG = Schema((ArraySpec("frame", "uint8", (4096,)), ArraySpec("crc", "int64", ())))
+
+
+def publish_frames() -> None:
+    """The child: FRAMES frames of changing content, each with its checksum."""
+    layout = Layout.of(BIG)
+    maps = []
+    for name, writable in zip(sys.argv[1:], (True, False), strict=True):
+        segment = Segment.open(name, layout.nbytes, writable=writable)
+        maps.append(segment.map(writable=writable))
+        segment.close()
+    writer = RingWriter(*maps, EPOCH, BIG, layout)
+    generator = np.random.default_rng(0)
+    content = generator.integers(0, 256, 4096, np.uint8)
+    for number in range(FRAMES):
+        while (views := writer.claim()) is None:
+            pass
+        content += np.uint8(number % 7 + 1)
+        views["frame"][...] = content
+        views["crc"][...] = zlib.crc32(content)
+        writer.publish(Kind.DATA, number, 0, None)
+    views = None
+    writer.close()
+
+
+def test_no_frame_is_torn_between_two_processes() -> None:
+    layout = Layout.of(BIG)
+    theirs, ours = Segment.create(layout.nbytes), Segment.create(layout.nbytes)
+    own, peer = ours.map(writable=True), theirs.map(writable=False)
+    reader = RingReader(own, peer, EPOCH, BIG, layout)
+    child = subprocess.Popen(
+        [sys.executable, "-c", PUBLISH, theirs.name, ours.name],
+        cwd=ROOT,
+        env={"PYTHONPATH": f"{ROOT}:{ROOT / 'tests'}:{Path(__file__).parent}"},
+    )
+    got = 0
+    try:
+        while got < FRAMES:
+            record = reader.take()
+            if record is None:
+                assert reader.spin(1000) or child.poll() is None or reader.unread
+                continue
+            assert record.request_id == got
+            assert zlib.crc32(record.arrays["frame"]) == int(record.arrays["crc"])
+            reader.release(record.sequence)
+            got += 1
+        assert child.wait(60) == 0
+    finally:
+        child.kill()
+        child.wait()
+        record = None
+        reader.close()
+        for closing in (theirs, ours, own, peer):
+            closing.close()
+    assert (reader.dropped_epoch, reader.dropped_malformed) == (0, 0)
