@@ -28,6 +28,7 @@ from runtime.config import TRANSPORTS
 from runtime.episode import Episode
 from runtime.errors import RuntimeFault
 from runtime.model_name import ServerAddress, read_model_name
+from runtime.plots import write_timing_plot
 from runtime.results import policy_record, report, summarize, versions, write_result
 from runtime.rollouts import Plan, Setting, WorkerFailed, run
 
@@ -185,6 +186,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     if episodes:
         print(report(_save(path, plan, setting, episodes, failure)))
         print(f"result       {path}")
+        picture = path.with_name(f"{path.stem}_timing.png")
+        write_timing_plot(picture, episodes, f"{plan.env.task}, {len(episodes)} episodes")
+        print(f"timing       {picture}")
         if plan.video_dir is not None and plan.videos:
             print(f"videos       {plan.video_dir}/")
     if failure:

@@ -67,7 +67,7 @@ def timing(episodes: Sequence[Episode]) -> dict[str, Any]:
     stages = StageTimes()
     for episode in episodes:
         stages.extend(episode.stages_ns)
-    latency_s = _request_latency_s(stages)
+    latency_s = request_latency_s(stages)
     return {
         "unit": "s",
         "stages": {name: p.as_dict() for name, p in stages.percentiles().items()},
@@ -85,7 +85,7 @@ def timing(episodes: Sequence[Episode]) -> dict[str, Any]:
     }
 
 
-def _request_latency_s(stages: StageTimes) -> np.ndarray[Any, np.dtype[np.float64]]:
+def request_latency_s(stages: StageTimes) -> np.ndarray[Any, np.dtype[np.float64]]:
     """Per request: the sum of its stages."""
     samples = stages.samples_ns()
     columns = [np.asarray(samples[stage], np.float64) for stage in STAGES if stage in samples]

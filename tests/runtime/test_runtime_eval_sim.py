@@ -50,7 +50,8 @@ def test_the_result_file_says_everything(tmp_path: Path) -> None:
     assert len(videos) == 2
     with av.open(str(videos[0])) as container:
         assert sum(1 for _ in container.decode(video=0)) == 13
-    assert list((tmp_path / "fake").glob("*_samples.npz"))
+    beside = {path.name for path in (tmp_path / "fake").iterdir()}
+    assert beside == {"fake.json", "fake_samples.npz", "fake_timing.png", "video"}
 
 
 def test_the_same_episodes_however_many_processes(tmp_path: Path) -> None:
