@@ -29,7 +29,7 @@ check: $(VENV)/.dev
 	$(BIN)/lint-imports
 
 bench: $(VENV)/.dev gl
-	$(BIN)/python -m pytest bench -q --benchmark-enable
+	$(BIN)/python -m pytest bench -q
 
 format: $(VENV)/.dev
 	$(BIN)/ruff check --fix .

@@ -1,0 +1,77 @@
+"""What serving a policy costs: ``infer`` in process, over shared memory and over ZMQ.
+
+The ways alternate in blocks within one run on the same cores, so their ratios mean something where
+the times do not. Every row is the public API with Python on both sides: the client's pictures are
+copied into the message, the policy copies them out.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, closing, contextmanager
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from policies.checkpoint.load import load_policy
+from policies.types import Policy
+from runtime.child import ServerChild
+from runtime.client import PolicyClient
+from runtime.config import DEFAULT_CHECKPOINT
+from runtime.warmup import synthetic_observation
+
+BLOCKS, WARMUP = 10, 10
+MODELS = {
+    "null policy, 1 x 480x640": ("python:bench.null_policy:one_camera", 100),
+    "null policy, 4 x 480x640": ("python:bench.null_policy:four_cameras", 50),
+    "the example checkpoint": (DEFAULT_CHECKPOINT, 20),
+}
+
+
+@contextmanager
+def ways(model: str) -> Iterator[dict[str, Policy]]:
+    """The same policy three times: here, and in one other process over either transport."""
+    with ExitStack() as stack:
+        local = stack.enter_context(closing(load_policy(model)))
+        server = stack.enter_context(ServerChild(["-m", model]))
+        served = {
+            name: stack.enter_context(PolicyClient(server.address, transport=name))
+            for name in ("shm", "zmq")
+        }
+        yield {"in process": local, **served}
+
+
+def timed(policy: Policy, rounds: int) -> list[float]:
+    """Milliseconds of ``rounds`` requests after a few that are not counted."""
+    obs = synthetic_observation(policy.contract)
+    samples = []
+    for number in range(WARMUP + rounds):
+        began_ns = time.perf_counter_ns()
+        policy.infer(obs)
+        if number >= WARMUP:
+            samples.append((time.perf_counter_ns() - began_ns) / 1e6)
+    return samples
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_infer(name: str, benchmark: Callable[..., None], capsys: pytest.CaptureFixture) -> None:
+    model, rounds = MODELS[name]
+    if "/" in model and not Path(model).exists():
+        pytest.skip(f"{model} is not here")
+    samples: dict[str, list[float]] = {}
+    with ways(model) as policies:
+
+        def block() -> None:
+            for way, policy in policies.items():
+                samples.setdefault(way, []).extend(timed(policy, rounds))
+
+        benchmark.pedantic(block, rounds=BLOCKS)
+    with capsys.disabled():
+        print(f"\ninfer, {name}, ms")
+        print(f"{'':12}{'p50':>9}{'p99':>9}{'p99.9':>9}{'max':>9}{'count':>8}")
+        for way, values in samples.items():
+            p50, p99, p999 = np.percentile(values, (50, 99, 99.9))
+            worst = max(values)
+            print(f"{way:12}{p50:9.3f}{p99:9.3f}{p999:9.3f}{worst:9.3f}{len(values):8}")
