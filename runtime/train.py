@@ -36,7 +36,8 @@ def success_rate(folder: Path, config: TrainConfig) -> float:
     """Of the checkpoint in ``folder``, over ``config.evaluate_episodes`` in lockstep."""
     plan = Plan(
         model=LocalModel(str(folder)),
-        checkpoint=CheckpointOptions(device="cpu", precision="fp32", threads=config.threads),
+        # The same threads as the training, for torch has one number for the whole process.
+        checkpoint=CheckpointOptions(device="cpu", precision="fp32", threads=_threads(config)),
         transport="auto",
         env=load_env_config("aloha", {"task": config.task}),
         seeds=tuple(range(SELECTION_SEED, SELECTION_SEED + config.evaluate_episodes)),
@@ -72,7 +73,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     logging.basicConfig(level=logging.INFO, format="%(levelname)s %(message)s")
     try:
         config = load_config(TrainConfig, args.config, kind="train", overrides=_overrides(rest))
-        torch.set_num_threads(config.threads or os.cpu_count() or 1)
+        torch.set_num_threads(_threads(config))
         with tqdm(desc="reading", unit="episode") as bar:
 
             def reading(done: int, total: int) -> None:
@@ -114,6 +115,10 @@ def main(argv: Sequence[str] | None = None) -> int:
     rate = trainer.step * config.batch_size / trainer.seconds if trainer.seconds else 0.0
     print(f"{config.output / 'policy'}: {trainer.step} steps, {rate:.1f} samples/s")
     return 0
+
+
+def _threads(config: TrainConfig) -> int:
+    return config.threads or os.cpu_count() or 1
 
 
 def _overrides(rest: Sequence[str]) -> dict[str, str]:

@@ -156,8 +156,8 @@ def test_it_learns(demonstrations, tmp_path):
     settings = config(
         demonstrations,
         tmp_path / "run",
-        steps=60,
-        batch_size=16,
+        steps=25,
+        batch_size=8,
         learning_rate=2e-3,
         dropout=0.0,
         brightness=0.0,
@@ -167,7 +167,7 @@ def test_it_learns(demonstrations, tmp_path):
     trainer.run()
     first, last = (np.mean([p.l1 for p in part]) for part in (trainer.history[:5],
                                                               trainer.history[-5:]))  # fmt: skip
-    assert last < 0.5 * first
+    assert last < 0.6 * first
 
 
 def test_an_interrupted_run_goes_on_as_if_it_had_not_been(demonstrations, tmp_path):
@@ -239,9 +239,10 @@ def test_what_is_exported_is_what_was_trained(demonstrations, tmp_path):
     assert not any(key.startswith("aux") for key in exported(net.state_dict()))
 
 
-def test_the_shipped_recipe_is_readable():
-    settings = load_config(TrainConfig, "act_sim_transfer_cube", kind="train")
-    assert settings.task == "sim_transfer_cube"
+@pytest.mark.parametrize("task", ["sim_transfer_cube", "sim_insertion"])
+def test_the_shipped_recipes_are_readable(task):
+    settings = load_config(TrainConfig, f"act_{task}", kind="train")
+    assert settings.task == task
     with pytest.raises(ValueError, match="steps: got 0, expected at least 1"):
         dataclasses.replace(settings, steps=0)
     with pytest.raises(ValueError, match="cameras: expected at least one"):
