@@ -6,10 +6,12 @@ Interrupt it as you like: started again with the same configuration, it goes on 
 from __future__ import annotations
 
 import argparse
+import contextlib
+import fcntl
 import logging
 import os
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -44,6 +46,22 @@ def success_rate(folder: Path, config: TrainConfig) -> float:
     )
     episodes = [report for report in run(plan) if isinstance(report, Episode)]
     return sum(episode.success for episode in episodes) / len(episodes)
+
+
+@contextlib.contextmanager
+def sole_writer(folder: Path) -> Iterator[None]:
+    """Hold ``folder`` for this run; a run that died has let go of it.
+
+    Raises:
+        ConfigError: Another run is writing there.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    with (folder / ".lock").open("w") as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError as error:
+            raise ConfigError(f"output: {folder}: another run is writing there") from error
+        yield
 
 
 def parser() -> argparse.ArgumentParser:
@@ -94,8 +112,12 @@ def main(argv: Sequence[str] | None = None) -> int:
             def evaluate(folder: Path) -> float:
                 return success_rate(folder, config)
 
-        trainer = Trainer(config, data, evaluate)
-        with tqdm(total=config.steps, initial=trainer.step, desc=config.task, unit="step") as bar:
+        with contextlib.ExitStack() as stack:
+            stack.enter_context(sole_writer(config.output))
+            trainer = Trainer(config, data, evaluate)
+            bar = stack.enter_context(
+                tqdm(total=config.steps, initial=trainer.step, desc=config.task, unit="step")
+            )
 
             def report(progress: Progress) -> None:
                 bar.update()

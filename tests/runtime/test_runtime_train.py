@@ -1,0 +1,33 @@
+"""The training's command line."""
+
+from __future__ import annotations
+
+import pytest
+
+from policies.yaml_config import ConfigError
+from runtime import train
+
+
+def test_two_runs_do_not_write_one_folder(tmp_path):
+    with (
+        train.sole_writer(tmp_path / "run"),
+        pytest.raises(ConfigError, match=r"run: another run is writing there"),
+        train.sole_writer(tmp_path / "run"),
+    ):
+        pass
+    with train.sole_writer(tmp_path / "run"):
+        pass
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--config", "no_such_recipe"], "train configuration 'no_such_recipe'"),
+        (["--config", "act_sim_transfer_cube", "--step", "3"], "did you mean 'steps'"),
+        (["--config", "act_sim_transfer_cube", "3"], "expected pairs of --KEY VALUE"),
+        (["--config", "act_sim_transfer_cube", "--demonstrations", "gone"], "gone: no *.hdf5"),
+    ],
+)
+def test_bad_input_is_told_and_no_traceback(arguments, message, capsys):
+    assert train.main(arguments) == 2
+    assert message in capsys.readouterr().err
