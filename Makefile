@@ -8,13 +8,14 @@ CAN_RENDER := $(BIN)/python -c 'from envs.gl import make_context; make_context(6
 # No thread pools fighting the tests for two cores.
 export OMP_NUM_THREADS ?= 1
 
-.PHONY: help demo test check bench format gl clean
+.PHONY: help demo test check bench train format gl clean
 
 help:
 	@echo "make demo    start a server, evaluate 2 episodes against it"
 	@echo "make test    every test"
 	@echo "make check   lint, types, import rules"
 	@echo "make bench   latency tables"
+	@echo "make train   demonstrations, then a policy of your own: under an hour on two cores"
 
 demo: $(VENV)/.sim gl
 	$(BIN)/python -m runtime.demo
@@ -30,6 +31,14 @@ check: $(VENV)/.dev
 
 bench: $(VENV)/.dev gl
 	$(BIN)/python -m pytest bench -q
+
+TASK ?= sim_transfer_cube
+train: | $(VENV)/.train gl data/$(TASK)
+	$(BIN)/python -m runtime.train --config act_$(TASK)
+
+data/$(TASK): | $(VENV)/.train gl
+	$(BIN)/python -m envs.demonstrations --task $(TASK) --num 200 --out $@.partial
+	mv $@.partial $@
 
 format: $(VENV)/.dev
 	$(BIN)/ruff check --fix .
@@ -58,6 +67,10 @@ $(VENV)/.base: constraints.txt
 
 $(VENV)/.sim: setup.py $(VENV)/.base
 	$(PIP) -e '.[server,sim]'
+	@touch $@
+
+$(VENV)/.train: setup.py $(VENV)/.sim
+	$(PIP) -e '.[server,sim,train]'
 	@touch $@
 
 $(VENV)/.dev: setup.py $(VENV)/.sim

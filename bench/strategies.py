@@ -1,0 +1,81 @@
+"""How chunks are played, and what it does to success: one row per strategy, the same seeds.
+
+    python bench/strategies.py --num_rollout 100 --num_envs 2
+
+Prints a Markdown table and writes ``bench/results/strategies_<task>.json``.
+"""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import json
+import platform
+import sys
+from pathlib import Path
+from typing import Any
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+from envs.meta import load_env_config
+from runtime.checkpoint_options import CheckpointOptions
+from runtime.config import DEFAULT_CHECKPOINT
+from runtime.episode import Episode
+from runtime.model_name import read_model_name
+from runtime.results import summarize, versions
+from runtime.rollouts import Plan, run
+
+STRATEGIES: tuple[tuple[str, dict[str, Any]], ...] = (
+    ("sequential, 100 steps", {"action_manager": "sequential", "n_action_steps": 100}),
+    ("sequential, 50 steps", {"action_manager": "sequential", "n_action_steps": 50}),
+    ("sequential, 25 steps", {"action_manager": "sequential", "n_action_steps": 25}),
+    ("sequential, 10 steps", {"action_manager": "sequential", "n_action_steps": 10}),
+    ("temporal_ensemble, m = 0.01", {"action_manager": "temporal_ensemble", "manager_coef": 0.01}),
+    ("temporal_ensemble, m = 0.1", {"action_manager": "temporal_ensemble", "manager_coef": 0.1}),
+    ("latest, every tick", {"action_manager": "latest"}),
+)
+FIRST_SEED = 20_000
+
+
+def main() -> None:
+    cli = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    cli.add_argument("-m", "--model_name_or_path", default=DEFAULT_CHECKPOINT)
+    cli.add_argument("--task", default="sim_transfer_cube")
+    cli.add_argument("-n", "--num_rollout", type=int, default=100)
+    cli.add_argument("--num_envs", type=int, default=2)
+    args = cli.parse_args()
+    seeds = tuple(range(FIRST_SEED, FIRST_SEED + args.num_rollout))
+    plan = Plan(
+        model=read_model_name(args.model_name_or_path),
+        checkpoint=CheckpointOptions(),
+        transport="auto",
+        env=load_env_config("aloha", {"task": args.task}),
+        seeds=seeds,
+        num_envs=args.num_envs,
+    )
+    rows: list[dict[str, Any]] = []
+    print("| strategy | success | 95 % interval | action age p50 | p99 | largest seam (rad) |")
+    print("|---|---|---|---|---|---|", flush=True)
+    for name, options in STRATEGIES:
+        reports = run(dataclasses.replace(plan, **options))
+        episodes = [report for report in reports if isinstance(report, Episode)]
+        result = summarize(episodes)
+        timing, (low, high) = result["timing"], result["wilson_95"]
+        age = timing["action_age"]
+        print(
+            f"| {name} | {result['total_success']}/{result['total']} "
+            f"| {100 * low:.1f} to {100 * high:.1f} % "
+            f"| {age['p50']:.2f} s | {age['p99']:.2f} s | {timing['seam_jump']:.3f} |",
+            flush=True,
+        )
+        rows.append({"strategy": name, **options, **result})
+    folder = Path(__file__).parent / "results"
+    folder.mkdir(exist_ok=True)
+    path = folder / f"strategies_{args.task}.json"
+    record = {"seeds": [seeds[0], seeds[-1]], "cpu": platform.processor(), "rows": rows}
+    path.write_text(json.dumps({**record, "versions": versions()}, indent=1))
+    print(f"\n{path}", file=sys.stderr)
+
+
+if __name__ == "__main__":
+    main()
