@@ -119,7 +119,7 @@ def read_plan(argv: Sequence[str] | None) -> tuple[Plan, argparse.Namespace]:
         manager_coef=args.manager_coef,
         n_action_steps=args.n_action_steps,
         fps=args.fps,
-        video_dir=_result_path(args, env).parent / "video" / env.task,
+        video_dir=_result_path(args, env).parent / "video" / env.task.replace("/", "_"),
         videos=args.videos,
     )
     return plan, args
@@ -147,8 +147,9 @@ def _env_overrides(rest: Sequence[str]) -> dict[str, str]:
 
 
 def _result_path(args: argparse.Namespace, env: EnvConfig) -> Path:
-    name = Path(args.env).stem.replace(":", "_").replace("/", "_")
-    return Path(args.output_dir) / name / f"{env.task}.json"
+    world = args.env.replace("gym:", "gym_") if args.env.startswith("gym:") else Path(args.env).stem
+    # A gymnasium id may hold slashes: they are no folders here.
+    return Path(args.output_dir) / world.replace("/", "_") / f"{env.task.replace('/', '_')}.json"
 
 
 def main(argv: Sequence[str] | None = None) -> int:

@@ -139,6 +139,15 @@ def test_an_unknown_environment_lists_what_there_is(capsys: pytest.CaptureFixtur
     assert "aloha" in capsys.readouterr().err
 
 
+def test_any_gymnasium_environment_by_its_id(tmp_path: Path) -> None:
+    policy = "python:tests.runtime.toy_policy:make_cart_pole"
+    flags = ["-m", policy, "-e", "gym:CartPole-v1", "-n", "2", "--videos", "0"]
+    assert eval_sim.main([*flags, "-o", str(tmp_path)]) == 0
+    result = json.loads((tmp_path / "gym_CartPole-v1" / "CartPole-v1.json").read_text())
+    # Pushed one way, the pole falls within a few ticks, and CartPole pays 1 a tick.
+    assert all(5 < e["horizon"] < 20 and e["reward"] == 1.0 for e in result["episodes"])
+
+
 def test_a_server_that_cannot_start_says_why() -> None:
     with pytest.raises(RuntimeFault, match="nowhere/at/all: no such checkpoint"):
         ServerChild(["-m", "nowhere/at/all"])

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import os
 import signal
 import threading
@@ -86,6 +87,25 @@ class MortalPolicy(ToyPolicy):
 
 def make_mortal() -> MortalPolicy:
     return MortalPolicy()
+
+
+class CartPolePolicy(ToyPolicy):
+    """Always the same push; fits gymnasium's CartPole, which needs no picture."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.contract = dataclasses.replace(CONTRACT, cameras=(), state_dim=4, action_dim=2)
+
+    def infer(self, obs: MetaObs) -> ActionChunk:
+        push = np.tile(np.array([0, 1], np.float32), (CHUNK, 1))
+        return ActionChunk(push, obs.timestep, obs.t_capture_ns)
+
+    def fork(self) -> CartPolePolicy:
+        return self
+
+
+def make_cart_pole() -> CartPolePolicy:
+    return CartPolePolicy()
 
 
 class WithoutFork:
