@@ -1,15 +1,13 @@
 """The other side of the transport benchmarks: takes an observation, copies it, sends a chunk.
 
 ``python bench/echo.py metronome`` is a listener, ``python bench/echo.py zmq`` a bare REP socket
-with the same bytes in plain frames. Each prints its port and runs until it is terminated.
+with the same bytes in plain frames. Each prints its port and runs until it is killed.
 """
 
 from __future__ import annotations
 
-import signal
 import sys
 from pathlib import Path
-from types import FrameType
 
 import numpy as np
 import zmq
@@ -30,12 +28,7 @@ def observation_schema(cameras: int) -> Schema:
 
 
 def main(kind: str) -> None:
-    signal.signal(signal.SIGTERM, _leave)
     {"metronome": _metronome, "zmq": _bare}[kind]()
-
-
-def _leave(_number: int, _frame: FrameType | None) -> None:
-    raise SystemExit(0)
 
 
 def _announce(port: int) -> None:

@@ -35,7 +35,7 @@ def echo(kind: str) -> Iterator[int]:
         assert process.stdout is not None
         yield int(process.stdout.readline())
     finally:
-        process.terminate()
+        process.kill()  # it owns nothing that would outlive it
         process.wait()
         process.stdout.close()
 

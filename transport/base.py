@@ -181,8 +181,6 @@ class BaseChannel(Channel):
 
     def publish_data(self, request_id: int, budget_ns: int) -> None:
         self._require_open()
-        if self.gone is None:
-            self._look_for_peer()
         self._require_peer()
         self._send(Kind.DATA, request_id, budget_ns, None)
 
@@ -198,8 +196,6 @@ class BaseChannel(Channel):
         if record is None:
             if self.gone is None:
                 self._look_for_peer()
-                if self.gone is None:
-                    return None
             # What was published just before the end may have arrived between the two looks.
             record = self._take()
             if record is None:

@@ -19,6 +19,8 @@ from transport.shm import PREFIX
 PATIENCE_S = 2.0
 """Who connects has this long to prove itself."""
 MAX_WAITING = 64
+RECESS_S = 0.5
+"""After a client could not be let in for want of descriptors."""
 _CREDENTIALS = struct.Struct("3i")
 _log = logging.getLogger(__name__)
 
@@ -37,6 +39,7 @@ class Door:
         self.name = f"{PREFIX}{secrets.token_hex(16)}"
         self._reactor, self._admit = reactor, admit
         self._waiting: dict[int, tuple[socket.socket, float]] = {}
+        self._reopen_at: float | None = None
         self._socket = socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET)
         self._socket.setblocking(False)
         self._socket.bind(f"\0{self.name}")
@@ -45,10 +48,16 @@ class Door:
 
     @property
     def deadline(self) -> float | None:
-        """Monotonic time at which the first of those waiting is sent away."""
-        return min((deadline for _, deadline in self._waiting.values()), default=None)
+        """Monotonic time at which ``expire`` has something to do."""
+        times = [deadline for _, deadline in self._waiting.values()]
+        if self._reopen_at is not None:
+            times.append(self._reopen_at)
+        return min(times, default=None)
 
     def expire(self, now: float) -> None:
+        if self._reopen_at is not None and now >= self._reopen_at:
+            self._reopen_at = None
+            self._reactor.watch(self._socket.fileno(), self._knock)
         for fd, (_, deadline) in list(self._waiting.items()):
             if now >= deadline:
                 self._dismiss(fd, "too late")
@@ -63,8 +72,13 @@ class Door:
     def _knock(self) -> None:
         try:
             link, _ = self._socket.accept()
+        except BlockingIOError:
+            return
         except OSError as error:
+            # Out of descriptors, say. It stays readable: look away, or the wait would spin.
             _log.warning("a local client could not be let in: %s", error)
+            self._reactor.forget(self._socket.fileno())
+            self._reopen_at = time.monotonic() + RECESS_S
             return
         link.setblocking(False)
         fd = link.fileno()
@@ -72,6 +86,8 @@ class Door:
         self._reactor.watch(fd, lambda: self._read(fd))
         if len(self._waiting) > MAX_WAITING:
             self._dismiss(next(iter(self._waiting)), "too many wait")
+        # The proof mostly comes with the connection; a busy server must not let it expire.
+        self._read(fd)
 
     def _read(self, fd: int) -> None:
         link, _ = self._waiting[fd]

@@ -37,6 +37,7 @@ LINGER_MS = 200
 """How long a goodbye may take to leave."""
 QUEUE = 64
 """Messages that ZMQ may queue per peer; the slots of a session are far fewer."""
+_EVENTS, _POLLIN = int(zmq.EVENTS), int(zmq.POLLIN)  # asked per message; an enum costs more
 _FAILURES = (
     zmq.Event.HANDSHAKE_FAILED_NO_DETAIL
     | zmq.Event.HANDSHAKE_FAILED_PROTOCOL
@@ -57,7 +58,7 @@ def configure(socket: zmq.Socket[bytes]) -> None:
 
 def has_input(socket: zmq.Socket[bytes]) -> bool:
     """Whether a message can be received at once. Cheaper than the exception that says it cannot."""
-    return bool(int(socket.get(zmq.EVENTS)) & zmq.POLLIN)
+    return bool(int(socket.get(_EVENTS)) & _POLLIN)
 
 
 class Link:
@@ -145,7 +146,7 @@ class Link:
                 self._socket.send(head, zmq.DONTWAIT)
             else:
                 self._socket.send(head, zmq.DONTWAIT | zmq.SNDMORE)
-                self._socket.send(payload, zmq.DONTWAIT)
+                self._socket.send(payload, zmq.DONTWAIT, copy=False)
         except zmq.Again:
             return False
         return True

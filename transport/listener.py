@@ -70,6 +70,20 @@ class Listener:
         self._router = Router(host, port)
         self.host, self.port = host, self._router.port
         self._reactor = Reactor()
+        try:
+            self._open(describe, accept, tuple(transports), max_sessions)
+        except BaseException:
+            self._reactor.close()
+            self._router.close()
+            raise
+
+    def _open(
+        self,
+        describe: Callable[[], dict[str, Any]],
+        accept: Callable[[Hello], Welcome],
+        transports: tuple[str, ...],
+        max_sessions: int,
+    ) -> None:
         self._counts: Counter[str] = Counter()
         self._roster = Roster(self._reactor, self._router, self._receive, self._counts)
         self._control: deque[tuple[bytes, int, int, bytes, bytes]] = deque()
@@ -87,7 +101,7 @@ class Listener:
             self._door,
             describe=describe,
             accept=accept,
-            transports=tuple(transports),
+            transports=transports,
             max_sessions=max_sessions,
             running=lambda: len(self._roster.sessions),
             start=self._roster.start,
@@ -108,21 +122,21 @@ class Listener:
         session that is not read until ``poll`` gives None is returned again; the channel of one
         that has ended is closed when ``wait`` is called next.
         """
+        if self._closed:
+            raise TransportError("the listener is closed")
         self._roster.bury()
         deadline = None if timeout_s is None else time.monotonic() + timeout_s
-        woken = False
+        patience: float | None = 0.0
         while True:
+            # First what has arrived, then what is overdue: whoever serves may have been busy for
+            # longer than a client's patience, and that is not the client's fault.
+            woken = self._reactor.run(patience)
             self._serve()
             ready = self._roster.collect()
-            if ready or woken:
-                return ready
             now = time.monotonic()
-            if deadline is not None and now >= deadline:
-                # One more look, for a caller who never waits.
-                self._reactor.run(0.0)
-                self._serve()
-                return self._roster.collect()
-            woken = self._reactor.run(self._patience(now, deadline))
+            if ready or woken or (deadline is not None and now >= deadline):
+                return ready
+            patience = self._patience(now, deadline)
 
     def wake(self) -> None:
         """Make ``wait`` return. The one method for other threads and signal handlers."""

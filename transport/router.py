@@ -81,13 +81,13 @@ class Router:
         return identity, [] if surplus else frames
 
     def send(self, identity: bytes, frames: Sequence[Any]) -> bool:
-        """Queue for one peer; False when its queue is full.
+        """Queue for one peer, large frames without a copy; False when its queue is full.
 
         Raises:
             PeerGone: No connection has this identity.
         """
         try:
-            self._socket.send_multipart([identity, *frames], zmq.DONTWAIT)
+            self._socket.send_multipart([identity, *frames], zmq.DONTWAIT, copy=False)
         except zmq.Again:
             return False
         except zmq.ZMQError as error:

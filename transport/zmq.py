@@ -36,7 +36,7 @@ class Carrier(Protocol):
     one socket that all its sessions share."""
 
     def send(self, head: bytes, payload: Any | None) -> bool:
-        """Queue both frames (``payload`` is copied); False when the queue is full.
+        """Queue both frames; False when the queue is full. ``payload`` is not copied.
 
         Raises:
             PeerGone: As it says.
@@ -59,8 +59,10 @@ class ZmqChannel(BaseChannel):
     ) -> None:
         super().__init__(send_schema, recv_schema)
         self._epoch, self._carrier = epoch, carrier
-        self._staging = np.empty(max(1, send_schema.nbytes), np.uint8)
-        self._views = send_schema.views(self._staging, writable=True)
+        # ZMQ sends large payloads from here without a copy. A buffer's turn comes again when the
+        # peer has released what it held, so ZMQ has long been done with it.
+        self._staging = [np.empty(max(1, send_schema.nbytes), np.uint8) for _ in range(SLOTS)]
+        self._views = [send_schema.views(buffer, writable=True) for buffer in self._staging]
         self._head = self._peer_tail = self._told = 0
         self._window = Window(SLOTS)
         self._inbox: deque[Record] = deque()
@@ -121,12 +123,15 @@ class ZmqChannel(BaseChannel):
         return Record(kind, request_id, budget, sequence, None, body)
 
     def _claim(self) -> dict[str, NDArray[Any]] | None:
-        return self._views if self._free() else None
+        return self._views[self._head % SLOTS] if self._free() else None
 
     def _publish(self, kind: Kind, request_id: int, budget_ns: int, body: bytes | None) -> bool:
         if not self._free():
             return False
-        payload = self._staging[: self.send_schema.nbytes] if body is None else body
+        if body is None:
+            payload: Any = self._staging[self._head % SLOTS][: self.send_schema.nbytes]
+        else:
+            payload = body
         head = self._header(Opcode.MESSAGE, request_id, budget_ns, kind=kind, length=len(payload))
         try:
             if not self._carrier.send(head, payload if len(payload) else None):
@@ -139,8 +144,6 @@ class ZmqChannel(BaseChannel):
         return True
 
     def _take(self) -> Record | None:
-        if not self._inbox and self.gone is None:
-            self._pump(0.0)
         self._give_credit()
         return self._inbox.popleft() if self._inbox else None
 
