@@ -11,8 +11,12 @@ from numpy.typing import NDArray
 
 from envs.errors import UnknownCamera
 from envs.physics import ACTION_DIM, DT_S, STATE_DIM, AlohaSim
+from envs.rendering import OffscreenRenderer
 from envs.world import Pictures, StepResult
 from policies.types import MetaObs, Rendering
+
+VIDEO_MSAA = 4
+"""Videos are looked at by people: smooth edges, but no shadows, which cost most of a frame."""
 
 
 class AlohaWorld:
@@ -27,6 +31,8 @@ class AlohaWorld:
         max_timesteps: Ticks per episode.
         success_reward: Reward from which on a tick counts as success.
         video_camera: The model's camera for ``frame``; None for the policy's first.
+        video_hw: (height, width) of ``frame``, drawn smoothly by a renderer of its own; None for
+            the policy's own picture of that camera.
         language: The instruction.
 
     Raises:
@@ -48,6 +54,7 @@ class AlohaWorld:
         max_timesteps: int = 400,
         success_reward: float = 4.0,
         video_camera: str | None = None,
+        video_hw: tuple[int, int] | None = None,
         language: str = "",
     ) -> None:
         rendering = rendering or Rendering()
@@ -69,10 +76,10 @@ class AlohaWorld:
         }
         first = self._sim_names[self.camera_names[0]] if self.camera_names else "top"
         self._video_camera = first if video_camera is None else self._sim_name(video_camera, {})
-        self._video_hw = next(
-            (hw for name, hw in camera_hw.items() if self._sim_names[name] == self._video_camera),
-            (max(heights), max(widths)),
-        )
+        own = (hw for name, hw in camera_hw.items() if self._sim_names[name] == self._video_camera)
+        self._frame_hw = video_hw or next(own, (max(heights), max(widths)))
+        self._smooth = video_hw is not None
+        self._video: OffscreenRenderer | None = None
         self._timestep = 0
         self._highest_reward = 0.0
 
@@ -112,7 +119,16 @@ class AlohaWorld:
 
     def frame(self, snapshot: object = None) -> NDArray[np.uint8]:
         qpos = snapshot if isinstance(snapshot, np.ndarray) else None
-        return self.sim.render_camera(self._video_camera, hw=self._video_hw, qpos=qpos)
+        if not self._smooth:
+            return self.sim.render_camera(self._video_camera, hw=self._frame_hw, qpos=qpos)
+        if self._video is None:
+            self._video = OffscreenRenderer(
+                self.sim.model, max_hw=self._frame_hw, shadows=False, msaa=VIDEO_MSAA
+            )
+        picture = np.empty((*self._frame_hw, 3), np.uint8)
+        data = self.sim.data if qpos is None else self.sim.posed(qpos)
+        self._video.render(data, self._video_camera, picture)
+        return picture
 
     def info(self) -> dict[str, Any]:
         import mujoco
@@ -133,6 +149,8 @@ class AlohaWorld:
         }
 
     def close(self) -> None:
+        if self._video is not None:
+            self._video.close()
         self.sim.close()
 
     def _sim_name(self, name: str, camera_map: Mapping[str, str]) -> str:

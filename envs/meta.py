@@ -64,6 +64,7 @@ class EnvConfig:
         dt_s: Seconds per tick, for a world that doesn't fix it. None: the world's own.
         success_reward: Reward that means success. None: the task's.
         video_camera: This world's camera for videos. None: the policy's first.
+        video_hw: (height, width) of videos. None: the policy's own picture.
         gym: For ``kind: gym``.
     """
 
@@ -78,11 +79,14 @@ class EnvConfig:
     dt_s: float | None = None
     success_reward: float | None = None
     video_camera: str | None = None
+    video_hw: tuple[int, int] | None = None
     gym: GymKeys = field(default_factory=GymKeys)
 
     def __post_init__(self) -> None:
-        if self.image_hw is not None and min(self.image_hw) < 1:
-            raise ValueError(f"image_hw: got {self.image_hw}, expected positive sizes")
+        for name in ("image_hw", "video_hw"):
+            size = getattr(self, name)
+            if size is not None and min(size) < 1:
+                raise ValueError(f"{name}: got {size}, expected positive sizes")
         if self.max_timesteps is not None and self.max_timesteps < 1:
             raise ValueError(f"max_timesteps: got {self.max_timesteps}, expected at least 1")
         if self.dt_s is not None and not self.dt_s > 0:
@@ -185,4 +189,5 @@ def make_world(
         max_timesteps=task.max_timesteps,
         success_reward=task.success_reward,
         video_camera=config.video_camera,
+        video_hw=config.video_hw,
     )

@@ -172,11 +172,11 @@ class AlohaSim:
             raise EnvError("the simulation is closed")
         if out is None:
             out = np.empty((*hw, 3), np.uint8)
-        self.renderer.render(self.data if qpos is None else self._posed(qpos), name, out)
+        self.renderer.render(self.data if qpos is None else self.posed(qpos), name, out)
         return out
 
-    def _posed(self, qpos: NDArray[np.float64]) -> Any:
-        """Data of its own at ``qpos``, with all that a picture depends on."""
+    def posed(self, qpos: NDArray[np.float64]) -> Any:
+        """Data other than ``data``, at ``qpos``, with all that a picture depends on."""
         if self._shown is None:
             self._shown = self._mj.MjData(self.model)
         self._shown.qpos[:] = qpos

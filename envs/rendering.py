@@ -49,8 +49,8 @@ class OffscreenRenderer:
         # MjrContext reads these once, when it allocates its buffers.
         model.vis.global_.offheight, model.vis.global_.offwidth = max_hw
         model.vis.quality.offsamples = msaa
-        if not shadows:
-            model.vis.quality.shadowsize = 0
+        shadow_size = model.vis.quality.shadowsize
+        model.vis.quality.shadowsize = shadow_size if shadows else 0
         self._gl: Any = None
         self.name, self._gl = make_context(max_hw[1], max_hw[0])
         # mujoco ends EGL at exit, and a context freed after that raises into nowhere. This runs
@@ -61,6 +61,7 @@ class OffscreenRenderer:
         self._gl.make_current()
         self._context: Any = None
         self._context = mj.MjrContext(model, mj.mjtFontScale.mjFONTSCALE_150.value)
+        model.vis.quality.shadowsize = shadow_size  # another renderer may want them
         mj.mjr_setBuffer(mj.mjtFramebuffer.mjFB_OFFSCREEN.value, self._context)
         self._scene = mj.MjvScene(model, maxgeom=MAX_GEOMS)
         self._scene.flags[mj.mjtRndFlag.mjRND_SHADOW] = shadows

@@ -134,6 +134,24 @@ class TestAlohaWorld(WorldContract):
             world.step(np.full(14, 0.5, np.float32))
         assert not np.array_equal(world.frame(), before)
 
+    def test_a_smooth_video_leaves_the_policys_pictures_as_they_are(self) -> None:
+        options = {"task": "sim_transfer_cube", "camera_hw": {"top": (24, 32)}, "rendering": FAST}
+        plain = AlohaWorld(**options)
+        filmed = AlohaWorld(**options, video_camera="angle", video_hw=(48, 64))
+        try:
+            filmed.reset(1)
+            first = filmed.frame()
+            assert first.shape == (48, 64, 3)
+            plain.reset(1)
+            seen, expected = filmed.observe(), plain.observe()
+            np.testing.assert_array_equal(seen.images["top"], expected.images["top"])
+            then = filmed.snapshot()
+            filmed.step(np.full(14, 0.5, np.float32))
+            np.testing.assert_array_equal(filmed.frame(then), first)
+        finally:
+            plain.close()
+            filmed.close()
+
     def test_success_is_the_reward_that_was_asked_for(self) -> None:
         world = AlohaWorld(task="sim_insertion", camera_hw={}, success_reward=0.0)
         result = world.step(world.sim.agent_pos.astype(np.float32))
