@@ -4,15 +4,16 @@ from __future__ import annotations
 
 import signal
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager, suppress
 
 import pytest
-from contracts.frames import OBSERVATION
-from transport_peers import Peer, client, server
+from contracts.frames import OBSERVATION, observation
+from transport_peers import PATIENCE_S, Peer, client, server
 from transport_rig import make_listener
 
 from transport.auto import Dialer
 from transport.control import NO_EPOCH, Hello, Opcode
+from transport.errors import TransportTimeout
 from transport.link import Link
 from transport.shm import FOLDER
 
@@ -123,3 +124,28 @@ def test_an_offer_that_nobody_takes_up_is_withdrawn() -> None:
             while any((FOLDER / name).exists() for name in names):
                 dialer.describe()
         link.close()
+
+
+def test_a_server_that_runs_out_of_descriptors_lives_on_and_recovers() -> None:
+    """It goes from shared memory to ZMQ to silence, and back when clients leave."""
+    limited = ["sh", "-c", 'ulimit -n $0 && exec "$@"', "44"]
+    transports = []
+    with server(prefix=limited) as serving, ExitStack() as clients:
+        with Dialer("127.0.0.1", serving.port, timeout_s=0.5) as dialer, suppress(TransportTimeout):
+            while True:
+                channel, _ = dialer.open(OBSERVATION, client="one of many")
+                clients.enter_context(channel)
+                transports.append(channel.transport)
+                if channel.transport == "shm":
+                    assert "zmq" not in transports
+                    channel.send(observation(1), 1)
+                    channel.recv(PATIENCE_S).release()
+        assert {"shm", "zmq"} == set(transports)
+        clients.close()
+        with Dialer("127.0.0.1", serving.port, timeout_s=PATIENCE_S) as dialer:
+            for _ in range(100):
+                channel, _ = dialer.open(OBSERVATION, client="one later")
+                channel.close()
+                if channel.transport == "shm":
+                    break
+        assert channel.transport == "shm"

@@ -271,3 +271,13 @@ def test_closing_the_listener_tells_clients_that_are_still_shaking_hands() -> No
 def test_a_client_over_zmq_needs_no_compiler() -> None:
     code = "import sys, transport.auto; sys.exit('numba' in sys.modules or 'torch' in sys.modules)"
     subprocess.run([sys.executable, "-c", code], cwd=ROOT, check=True)
+
+
+def test_another_user_at_the_door_is_sent_away(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Even one who could map the segments: the credentials of the socket decide."""
+    with make_listener() as listener, pumped(listener), dial(listener) as dialer:
+        monkeypatch.setattr("transport.door.os.geteuid", lambda: 12345)
+        channel, _ = dialer.open(OBSERVATION, client="c")
+        with channel:
+            assert channel.transport_reason == "server: another user"
+            assert channel.transport == "zmq"
