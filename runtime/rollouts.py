@@ -29,7 +29,7 @@ from runtime.episode import Episode, check_world, run_lockstep, run_realtime
 from runtime.errors import RequestTimeout, RuntimeFault, ServerLost
 from runtime.executor import ChunkExecutor
 from runtime.model_name import LocalModel, ServerAddress
-from runtime.video import write_video
+from runtime.video import write_still, write_video
 from transport.errors import TransportError
 
 logger = logging.getLogger(__name__)
@@ -181,7 +181,7 @@ def _one(plan: Plan, world: World, policy: Policy, executor: ChunkExecutor, seed
         episode = run_lockstep(world, policy, executor, seed, on_tick)
     if recorder and plan.video_dir:
         outcome = "success" if episode.success else "failure"
-        recorder.write(plan.video_dir / f"seed{seed}_{outcome}.mp4")
+        recorder.write(plan.video_dir / f"seed{seed}_{outcome}")
     return episode
 
 
@@ -200,9 +200,12 @@ class _Recorder:
             self._snapshots.append(world.snapshot())
         self._ticks += 1
 
-    def write(self, path: Path) -> None:
-        frames = (self._world.frame(snapshot) for snapshot in self._snapshots)
-        write_video(path, frames, fps=round(1 / self._world.dt_s / self.EVERY))
+    def write(self, stem: Path) -> None:
+        """Write ``stem``.mp4, and ``stem``.png of the last moment: the success, if it is one."""
+        moments = [*self._snapshots, self._world.snapshot()]
+        frames = (self._world.frame(snapshot) for snapshot in moments)
+        write_video(stem.with_suffix(".mp4"), frames, fps=round(1 / self._world.dt_s / self.EVERY))
+        write_still(stem.with_suffix(".png"), self._world.frame())
 
 
 def _setting(plan: Plan, world: World, policy: Policy) -> Setting:

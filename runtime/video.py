@@ -1,4 +1,4 @@
-"""Videos of episodes: H.264 in mp4, frames (H, W, 3) uint8 RGB."""
+"""Videos and stills of episodes; frames are (H, W, 3) uint8 RGB."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from numpy.typing import NDArray
 
 
 def write_video(path: Path, frames: Iterable[NDArray[np.uint8]], fps: int) -> None:
-    """Write ``frames`` to ``path``. An odd height or width loses its last row or column.
+    """Write ``frames`` to ``path``, H.264 in mp4; an odd height or width is cut by one.
 
     Raises:
         ValueError: There is no frame.
@@ -31,3 +31,11 @@ def write_video(path: Path, frames: Iterable[NDArray[np.uint8]], fps: int) -> No
         if stream is None:
             raise ValueError(f"{path}: got no frames, expected at least one")
         container.mux(stream.encode())
+
+
+def write_still(path: Path, frame: NDArray[np.uint8]) -> None:
+    """Write one frame to ``path``, a PNG."""
+    from matplotlib import image
+
+    path.parent.mkdir(parents=True, exist_ok=True)
+    image.imsave(path, frame)

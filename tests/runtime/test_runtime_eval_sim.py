@@ -48,8 +48,11 @@ def test_the_result_file_says_everything(tmp_path: Path) -> None:
     assert list(result["timing"]["stages"]) == ["preprocess", "infer", "postprocess"]
     videos = sorted((tmp_path / "fake").glob("video/**/*.mp4"))
     assert len(videos) == 2
+    assert all(video.with_suffix(".png").exists() for video in videos)
     with av.open(str(videos[0])) as container:
-        assert sum(1 for _ in container.decode(video=0)) == 13
+        assert (
+            sum(1 for _ in container.decode(video=0)) == 14
+        )  # every other of 25 ticks, and the end
     beside = {path.name for path in (tmp_path / "fake").iterdir()}
     assert beside == {"fake.json", "fake_samples.npz", "fake_timing.png", "video"}
 
