@@ -419,13 +419,19 @@ class PolicyClient:
 
 
 def _with_stages(chunk: ActionChunk, request: _Request, received_ns: int) -> ActionChunk:
-    """``chunk`` with this side's stages. ``reply`` is both ways on the wire: what is left over."""
-    server_ns = sum(chunk.stages_ns.values())
+    """``chunk`` with this side's stages; all of them add up to the request.
+
+    What is neither ours nor the server's is the wire's, both ways: ``publish`` on the way out,
+    ``reply`` the rest. Publishing wakes the server, which may be at work before our call returns;
+    that overlap is the server's time, not counted twice.
+    """
+    wire_ns = received_ns - request.packed_ns - sum(chunk.stages_ns.values())
+    publish_ns = min(request.published_ns - request.packed_ns, wire_ns)
     stages = {
         "pack": request.packed_ns - request.began_ns,
-        "publish": request.published_ns - request.packed_ns,
+        "publish": publish_ns,
         **chunk.stages_ns,
-        "reply": received_ns - request.published_ns - server_ns,
+        "reply": wire_ns - publish_ns,
         "unpack": time.monotonic_ns() - received_ns,
     }
     return dataclasses.replace(chunk, stages_ns=stages)
