@@ -5,7 +5,6 @@ from __future__ import annotations
 import struct
 import subprocess
 import sys
-import threading
 import zlib
 from collections import deque
 from collections.abc import Iterator
@@ -18,14 +17,12 @@ from hypothesis import settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, rule
 
-from transport import atomics
 from transport.channel import MAX_BODY_BYTES, Kind
 from transport.errors import ProtocolError
 from transport.layout import Layout
 from transport.ring import RingReader, RingWriter
 from transport.schema import ArraySpec, Schema
 from transport.shm import Mapping, Segment
-from transport.window import Window
 
 ROOT = Path(__file__).resolve().parents[2]
 SCHEMA = Schema((ArraySpec("value", "int64", (3,)), ArraySpec("image", "uint8", (5, 7))))
@@ -150,42 +147,6 @@ TestRing = RingMachine.TestCase
 TestRing.settings = settings(max_examples=60, stateful_step_count=40, deadline=None)
 
 
-class WindowMachine(RuleBasedStateMachine):
-    """``tail`` is the first sequence that was not released; it never goes back."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.window = Window(4)
-        self.released = [False] * 0
-        self.before = 0
-
-    @precondition(lambda self: not self.window.full)
-    @rule()
-    def take(self) -> None:
-        assert self.window.take() == len(self.released)
-        self.released.append(False)
-
-    @rule(data=st.data())
-    def release(self, data: st.DataObject) -> None:
-        open_ones = [n for n, released in enumerate(self.released) if not released]
-        if open_ones:
-            sequence = data.draw(st.sampled_from(open_ones))
-            self.released[sequence] = True
-            moved = self.window.release(sequence)
-            assert moved == (self.window.tail != self.before)
-
-    @invariant()
-    def tail(self) -> None:
-        expected = self.released.index(False) if False in self.released else len(self.released)
-        assert self.window.tail == expected >= self.before
-        assert self.window.full == (len(self.released) - expected == 4)
-        self.before = self.window.tail
-
-
-TestWindow = WindowMachine.TestCase
-TestWindow.settings = settings(max_examples=50, deadline=None)
-
-
 def poke(both: Both, offset: int, data: bytes) -> None:
     """Write into the writer's segment as a writer gone wrong would."""
     both.left[0].buffer[offset : offset + len(data)] = data
@@ -264,37 +225,6 @@ def test_a_segment_of_another_layout_is_refused(both: Both) -> None:
     poke(both, 0, b"something else entirely")
     with pytest.raises(ProtocolError, match="segment identity"):
         layout.read_nonce(both.right[1].buffer)
-
-
-def test_words_are_read_as_they_were_stored() -> None:
-    words = np.zeros(3, np.int64)
-    address = words.ctypes.data + 8
-    for value in (0, 1, 2**63 - 1, -1):
-        atomics.store_release(address, value)
-        assert atomics.load_acquire(address) == words[1] == value
-        assert atomics.spin(address, value - 1 if value > -(2**62) else 0, 10) == value
-    assert atomics.spin(address, -1, 1000) == -1
-    atomics.fence()
-    assert words[0] == words[2] == 0
-
-
-def test_a_spinning_reader_sees_another_threads_store() -> None:
-    """Spinning holds no lock of the interpreter's: the storing thread gets to run."""
-    words = np.zeros(1, np.int64)
-    address = words.ctypes.data
-    started = threading.Event()
-
-    def store() -> None:
-        started.wait()
-        atomics.store_release(address, 5)
-
-    thread = threading.Thread(target=store)
-    thread.start()
-    started.set()
-    while atomics.spin(address, 0, 1000) == 0:
-        pass
-    thread.join()
-    assert words[0] == 5
 
 
 PUBLISH = "from test_transport_ring import publish_frames; publish_frames()"
