@@ -14,7 +14,7 @@ SIM = [
     "tqdm>=4.60",
     "matplotlib>=3.8",
 ]
-TRAIN = ["h5py>=3.10", "mink>=0.0.11"]
+TRAIN = ["h5py>=3.10"]
 DEV = [
     "pytest>=8",
     "pytest-benchmark>=4",

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import importlib.util
 from pathlib import Path
-from types import TracebackType
 from typing import Any
 
 import numpy as np
@@ -204,12 +203,7 @@ class AlohaSim:
     def __enter__(self) -> AlohaSim:
         return self
 
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None:
+    def __exit__(self, *_: object) -> None:
         self.close()
 
     def _forward_without_actuation(self) -> None:

@@ -10,7 +10,7 @@ from __future__ import annotations
 import re
 import socket
 from collections.abc import Mapping
-from types import MappingProxyType, TracebackType
+from types import MappingProxyType
 from typing import Any
 
 from transport.base import BaseChannel
@@ -122,12 +122,7 @@ class Dialer:
     def __enter__(self) -> Dialer:
         return self
 
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None:
+    def __exit__(self, *_: object) -> None:
         self.close()
 
     def _open(self, link: Link, hello: Hello, transport: str) -> tuple[BaseChannel, Welcome]:

@@ -19,7 +19,6 @@ import abc
 from collections.abc import Mapping
 from dataclasses import dataclass
 from enum import IntEnum
-from types import TracebackType
 from typing import Any
 
 import numpy as np
@@ -87,12 +86,7 @@ class Message(abc.ABC):
     def __enter__(self) -> Message:
         return self
 
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None:
+    def __exit__(self, *_: object) -> None:
         self.release()
 
 
@@ -179,10 +173,5 @@ class Channel(abc.ABC):
     def __enter__(self) -> Channel:
         return self
 
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None:
+    def __exit__(self, *_: object) -> None:
         self.close()
