@@ -184,10 +184,13 @@ def run_realtime(
 
 
 class LatencyEstimate:
-    """How many ticks an answer is expected to take: the worst of the newest requests, rounded up.
+    """How many ticks ahead to ask: twice the worst latency of the newest requests, rounded up.
 
-    Used only to decide when to ask. With this few samples the p99 is the maximum.
+    Used only to decide when to ask. Asking early costs a little age, asking late stops the arm, so
+    the margin is generous; with this few samples the worst stands for the p99.
     """
+
+    MARGIN = 2.0
 
     def __init__(self, dt_s: float, window: int = 100) -> None:
         self._dt_ns = dt_s * 1e9
@@ -197,8 +200,8 @@ class LatencyEstimate:
         self._samples_ns.append(latency_ns)
 
     def ticks(self) -> int:
-        """Ticks, at least 1; one more than measured, since an answer is seen at the next tick."""
-        return math.ceil(max(self._samples_ns, default=0) / self._dt_ns) + 1
+        """Ticks, at least 1: an answer is seen at the tick after it came."""
+        return math.ceil(self.MARGIN * max(self._samples_ns, default=0) / self._dt_ns) + 1
 
 
 def _observe(world: World, policy: Policy, tick: int) -> MetaObs:

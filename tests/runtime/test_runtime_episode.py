@@ -1,0 +1,88 @@
+"""Episodes on the fake world: what is asked when, and what happens in ticks that were missed."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+
+from envs.fake import FakeWorld
+from policies.errors import ContractMismatch
+from policies.types import ActionChunk, MetaObs
+from runtime.blending import make_strategy
+from runtime.episode import LatencyEstimate, check_world, run_lockstep
+from runtime.errors import RuntimeFault
+from runtime.executor import ChunkExecutor
+from tests.runtime.toy_policy import CHUNK, CONTRACT, ToyPolicy
+
+
+class Oracle(ToyPolicy):
+    """Knows the target and goes there; notes which ticks it was asked at."""
+
+    def __init__(self, world: FakeWorld) -> None:
+        super().__init__()
+        self._world = world
+        self.ticks: list[int] = []
+
+    def infer(self, obs: MetaObs) -> ActionChunk:
+        self.ticks.append(obs.timestep)
+        actions = np.tile(self._world.target.astype(np.float32), (CHUNK, 1))
+        return ActionChunk(actions, obs.timestep, obs.t_capture_ns)
+
+
+def world(max_timesteps: int = 60) -> FakeWorld:
+    return FakeWorld(camera_hw={"top": (24, 32)}, max_timesteps=max_timesteps)
+
+
+def executor(stride: int) -> ChunkExecutor:
+    strategy = make_strategy("sequential", chunk_size=CHUNK, n_action_steps=CHUNK, stride=stride)
+    return ChunkExecutor(CONTRACT, strategy)
+
+
+def test_lockstep_reaches_the_target_and_stops_there() -> None:
+    there = world()
+    oracle = Oracle(there)
+    seen: list[object] = []
+    episode = run_lockstep(there, oracle, executor(3), 5, lambda w: seen.append(w.snapshot()))
+    assert episode.success
+    assert episode.reward == 4.0
+    assert oracle.ticks == list(range(0, episode.horizon, 3))
+    assert len(seen) == episode.horizon < 60
+    assert episode.missed_ticks == episode.executor.starved_ticks == 0
+    # Asked every third tick: no command is older than two of them.
+    assert episode.action_age_s.max() == pytest.approx(0.04)
+
+
+def test_a_failure_lasts_to_the_end() -> None:
+    episode = run_lockstep(world(25), ToyPolicy(), executor(10), 5)
+    assert (episode.success, episode.horizon) == (False, 25)
+
+
+def test_the_same_seed_is_the_same_episode() -> None:
+    def poses(seed: int) -> list[object]:
+        there = world()
+        seen: list[object] = []
+        run_lockstep(there, Oracle(there), executor(4), seed, lambda w: seen.append(w.snapshot()))
+        return [pose.tolist() for pose in seen]
+
+    assert poses(1) == poses(1)
+    assert poses(1) != poses(2)
+
+
+def test_asking_ahead_allows_for_twice_the_worst() -> None:
+    estimate = LatencyEstimate(0.02, window=2)
+    assert estimate.ticks() == 1
+    estimate.add(30_000_000)
+    assert estimate.ticks() == 4
+    estimate.add(1_000_000)
+    assert estimate.ticks() == 4
+    estimate.add(1_000_000)  # the worst has left the window
+    assert estimate.ticks() == 2
+
+
+def test_a_world_that_does_not_fit_is_refused_before_the_first_episode() -> None:
+    check_world(world(), ToyPolicy(), None)
+    with pytest.raises(RuntimeFault, match="1/25 s apart, the world runs at 50 Hz"):
+        check_world(world(), ToyPolicy(), 25)
+    other = FakeWorld(camera_hw={"top": (9, 9)})
+    with pytest.raises(ContractMismatch, match=r"images.top: got uint8 \(9, 9, 3\)"):
+        check_world(other, ToyPolicy(), None)
