@@ -43,6 +43,7 @@ class AlohaWorld:
     dt_s = DT_S
     action_dim = ACTION_DIM
     state_dim = STATE_DIM
+    control = ("joint", "abs")
 
     def __init__(
         self,

@@ -45,6 +45,7 @@ class FakeWorld:
 
     DT_S = 0.02
     action_dim = state_dim = len(START)
+    control = ("joint", "abs")
 
     def __init__(
         self,

@@ -37,6 +37,8 @@ class GymWorld:
             vector cannot stand for, a picture of another size.
     """
 
+    control = None
+
     def __init__(self, config: EnvConfig, camera_hw: Mapping[str, tuple[int, int] | None]) -> None:
         import gymnasium
 

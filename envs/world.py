@@ -42,6 +42,7 @@ class World(Protocol):
         dt_s: Simulated seconds per tick.
         max_timesteps: Ticks after which an episode is truncated.
         action_dim, state_dim: Lengths of the action and the state.
+        control: (space, type) of the actions it takes, as a contract names them; None: any.
         camera_names: As the policy calls them, in the policy's order.
         camera_hw: Their (height, width), by the policy's name.
         task: What is to be done, a name.
@@ -56,6 +57,8 @@ class World(Protocol):
     def action_dim(self) -> int: ...
     @property
     def state_dim(self) -> int: ...
+    @property
+    def control(self) -> tuple[str, str] | None: ...
     @property
     def camera_names(self) -> tuple[str, ...]: ...
     @property

@@ -33,8 +33,11 @@ class ServerChild:
     def __init__(self, flags: Sequence[str], *, start_within_s: float = 300.0) -> None:
         command = [sys.executable, "-m", "runtime.server", *flags]
         command += ["--host", "127.0.0.1", "--port", "0", "--log_level", "WARNING"]
+        # The child stops when this pipe closes, however its parent ended.
+        command.append("--stop_with_stdin")
         self._process = subprocess.Popen(
             command,
+            stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             stderr=subprocess.STDOUT,
             text=True,
@@ -44,6 +47,11 @@ class ServerChild:
         giving_up.start()
         try:
             self.address = self._read_address()
+        except BaseException:
+            self._process.kill()
+            self._process.wait()
+            self._close_pipes()
+            raise
         finally:
             giving_up.cancel()
         self._log = threading.Thread(target=self._pass_on_output, daemon=True)
@@ -63,8 +71,6 @@ class ServerChild:
                 return match[1]
             said.append(line)
         status = self._process.wait()
-        if self._process.stdout is not None:
-            self._process.stdout.close()
         raise RuntimeFault(f"the policy server did not start (status {status}): {''.join(said)}")
 
     def _pass_on_output(self) -> None:
@@ -82,8 +88,12 @@ class ServerChild:
                 self._process.kill()
                 self._process.wait()
         self._log.join()
-        if self._process.stdout is not None:
-            self._process.stdout.close()
+        self._close_pipes()
+
+    def _close_pipes(self) -> None:
+        for pipe in (self._process.stdin, self._process.stdout):
+            if pipe is not None:
+                pipe.close()
 
     def __enter__(self) -> ServerChild:
         return self

@@ -15,11 +15,12 @@ Not thread-safe. Needs neither torch nor mujoco.
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import logging
 import os
 import time
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Literal
 
@@ -29,16 +30,19 @@ from numpy.typing import NDArray
 from policies.errors import ContractMismatch
 from policies.types import ActionChunk, MetaObs, PolicyContract, PolicyInfo
 from runtime import messages
-from runtime.errors import RequestTimeout, ServerLost
+from runtime.errors import RequestTimeout, ServerBusy, ServerLost
 from transport.auto import Dialer, parse_address
+from transport.base import SLOTS
 from transport.channel import Channel, Kind, Loan, Message
-from transport.errors import PeerGone, TransportError, TransportTimeout
+from transport.errors import PeerGone, TransportError, TransportTimeout, WouldBlock
 from transport.schema import Schema
 
 logger = logging.getLogger(__name__)
 
 SessionKind = Literal["robot", "sim"]
 FIRST_BACKOFF_S, LAST_BACKOFF_S = 0.05, 1.0
+MAX_IN_FLIGHT = SLOTS - 1
+"""One of a direction's slots is for the observation that waits."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -66,6 +70,7 @@ class ClientStatistics:
 class _Request:
     began_ns: int
     packed_ns: int
+    budget_ns: int = 0
     published_ns: int = 0
     wanted: bool = True
 
@@ -79,10 +84,11 @@ class PolicyClient:
     Args:
         address: ``"HOST:PORT"`` or ``"[V6]:PORT"``.
         transport: ``"auto"``, or ``"shm"`` or ``"zmq"`` to force one.
-        kind: ``"robot"`` or ``"sim"``; a busy server puts robots first.
-        deterministic: Ask for answers that are bit-equal wherever the policy runs.
+        kind: ``"robot"`` or ``"sim"``; the server logs it and reports it.
+        deterministic: Ask for answers that are bit-equal wherever the policy runs; whether they
+            are is ``deterministic`` once the session is open.
         timeout_s: For the handshake, and for ``infer`` unless told otherwise.
-        max_in_flight: Requests that may be unanswered at a time.
+        max_in_flight: Requests that may be unanswered at a time, 1 to ``MAX_IN_FLIGHT``.
         name: What the server calls this client in its log.
 
     Raises:
@@ -102,8 +108,8 @@ class PolicyClient:
         max_in_flight: int = 2,
         name: str = "",
     ) -> None:
-        if max_in_flight < 1:
-            raise ValueError(f"max_in_flight: got {max_in_flight}, expected 1 or more")
+        if not 1 <= max_in_flight <= MAX_IN_FLIGHT:
+            raise ValueError(f"max_in_flight: got {max_in_flight}, expected 1 to {MAX_IN_FLIGHT}")
         self.address = address
         self.timeout_s = timeout_s
         self._wish, self._kind, self._deterministic = transport, kind, deterministic
@@ -114,6 +120,8 @@ class PolicyClient:
         self._loan: Loan | None = None
         self._waiting: int | None = None  # the request whose observation sits in self._loan
         self._in_flight: dict[int, _Request] = {}
+        self._reset_due = False
+        self._granted = False
         self._last_id = 0
         self._lost = ""
         self._counts = dict.fromkeys(ClientStatistics.__slots__, 0)
@@ -145,6 +153,11 @@ class PolicyClient:
         """Why this transport."""
         return str(getattr(self._channel, "transport_reason", ""))
 
+    @property
+    def deterministic(self) -> bool:
+        """Whether the server grants that answers are bit-equal wherever the policy runs."""
+        return self._granted
+
     def statistics(self) -> ClientStatistics:
         return ClientStatistics(**self._counts)
 
@@ -163,13 +176,20 @@ class PolicyClient:
             raise ValueError("open: the session is already open")
         # The same check as the server's, so that the answer needs no round trip.
         messages.check_observation_schema(schema, self._contract)
-        self._channel, _ = self._dialer.open(
+        channel, welcome = self._dialer.open(
             schema,
             client=self._name,
             transport=self._wish,
             attributes={"kind": self._kind, "deterministic": self._deterministic},
         )
-        self._schema = schema
+        theirs, ours = welcome.attributes.get("contract"), messages.contract_hash(self._contract)
+        if theirs != ours or welcome.schema != messages.reply_schema(self._contract):
+            channel.close("this client was made for another policy")
+            raise ContractMismatch(
+                "contract", f"{theirs!r}, another server's at {self.address}", f"{ours!r}"
+            )
+        self._channel, self._schema = channel, schema
+        self._granted = welcome.attributes.get("deterministic") is True
         self._counts["sessions"] += 1
         logger.info(
             "session with %s over %s: %s", self.address, self.transport, self.transport_reason
@@ -179,34 +199,36 @@ class PolicyClient:
         """Start a new session after ``ServerLost``, trying with back-off for ``timeout_s``.
 
         Everything in flight is forgotten. The contract must be the one this client started with.
+        A server that refuses is asked again: it may not have noticed yet that the old session died.
 
         Raises:
-            ServerLost: No server answered in time.
+            ServerLost: No server took us in time; says what the last one said.
             ContractMismatch: A server with another policy answered.
         """
         schema = self._schema
         self._drop_session()
+        self._lost = f"no session with {self.address} since reconnect() failed"
         deadline_s = time.monotonic() + timeout_s
         backoff_s = FIRST_BACKOFF_S
         while True:
             self._dialer.close()
             remaining_s = deadline_s - time.monotonic()
-            dialer = Dialer(
-                *parse_address(self.address), timeout_s=max(0.1, min(self.timeout_s, remaining_s))
-            )
-            self._dialer = dialer
             try:
-                contract, self._info = messages.read_description(dialer.describe())
+                self._dialer = Dialer(
+                    *parse_address(self.address),
+                    timeout_s=max(0.1, min(self.timeout_s, remaining_s)),
+                )
+                contract, self._info = messages.read_description(self._dialer.describe())
                 if contract != self._contract:
                     raise ContractMismatch("contract", f"{contract}", f"{self._contract}")
                 if schema is not None:
                     self.open(schema)
                 self._lost = ""
                 return
-            except (TransportTimeout, PeerGone) as error:
+            except TransportError as error:
                 if time.monotonic() + backoff_s >= deadline_s:
                     raise ServerLost(
-                        f"no server at {self.address} within {timeout_s:g} s"
+                        f"no server at {self.address} within {timeout_s:g} s: {error}"
                     ) from error
             time.sleep(backoff_s)
             backoff_s = min(2 * backoff_s, LAST_BACKOFF_S)
@@ -218,7 +240,13 @@ class PolicyClient:
 
         Give an observation with these very arrays to the next ``submit`` or ``infer`` and the
         pictures are not copied on the way out.
+
+        Raises:
+            ServerLost: The server is gone.
+            ServerBusy: As ``submit``.
+            ValueError: The session is not open.
         """
+        self._require_server()
         self._supersede_waiting()
         loan = self._take_loan()
         start = len(messages.IMAGE)
@@ -229,24 +257,27 @@ class PolicyClient:
 
         Raises:
             ServerLost: The server is gone.
+            ServerBusy: It has not looked at any of the last requests yet; nothing was sent.
             ContractMismatch: Not an observation of this session's kind.
-            Refused, TransportUnavailable: At the opening, as ``open``.
+            Refused, TransportUnavailable, RequestTimeout: At the opening, as ``open``.
         """
+        return self._submit(obs, 0)
+
+    def _submit(self, obs: MetaObs, budget_ns: int) -> int:
         self._require_server()
         if self._channel is None:
             try:
                 self.open(messages.observation_schema(obs))
-            except (PeerGone, TransportTimeout) as error:
+            except TransportTimeout as error:
+                raise RequestTimeout(f"the session did not open: {error}") from error
+            except PeerGone as error:
                 raise self._server_lost(str(error)) from error
         began_ns = time.monotonic_ns()  # opening the session is not part of any request
         self._supersede_waiting()
-        try:
-            loan = self._take_loan()
-            messages.write_observation(obs, loan.arrays)
-        except PeerGone as error:
-            raise self._server_lost(str(error)) from error
+        loan = self._take_loan()
+        messages.write_observation(obs, loan.arrays)
         self._last_id += 1
-        self._in_flight[self._last_id] = _Request(began_ns, time.monotonic_ns())
+        self._in_flight[self._last_id] = _Request(began_ns, time.monotonic_ns(), budget_ns)
         self._waiting = self._last_id
         self._publish_waiting()
         return self._last_id
@@ -277,13 +308,16 @@ class PolicyClient:
             RequestTimeout: No answer within ``timeout_s``.
             PolicyError, ServerLost: As ``poll``.
         """
-        self.cancel()
-        request_id = self.submit(obs)
         timeout_s = self.timeout_s if timeout_s is None else timeout_s
         deadline_ns = time.monotonic_ns() + round(timeout_s * 1e9)
+        self.cancel()
+        request_id: int | None = None
         while True:
             remaining_s = (deadline_ns - time.monotonic_ns()) / 1e9
             try:
+                if request_id is None:
+                    with contextlib.suppress(ServerBusy):
+                        request_id = self._submit(obs, max(1, round(remaining_s * 1e9)))
                 answered_id, chunk = self._take(self._open_channel().recv(max(0.0, remaining_s)))
             except TransportTimeout as error:
                 self.cancel()
@@ -305,13 +339,10 @@ class PolicyClient:
         """Start a new episode: cancel, and tell the server to forget this session's episode."""
         self.cancel()
         self._require_server()
-        if self._channel is not None:
-            self._drop_loan()
-            try:
-                self._last_id += 1
-                self._channel.send_body(Kind.RESET, self._last_id)
-            except PeerGone as error:
-                raise self._server_lost(str(error)) from error
+        self._drop_loan()
+        self._reset_due = self._channel is not None
+        with contextlib.suppress(ServerBusy):  # then it goes before the next observation
+            self._send_reset()
 
     def fork(self) -> PolicyClient:
         """A client with a session of its own at the same server."""
@@ -346,21 +377,43 @@ class PolicyClient:
 
     def _take_loan(self) -> Loan:
         if self._loan is None:
-            self._loan = self._open_channel().loan()
+            self._send_reset()
+            channel = self._open_channel()
+            with self._mapped_errors():
+                self._loan = channel.loan()
         return self._loan
 
+    def _send_reset(self) -> None:
+        if self._reset_due:
+            self._last_id += 1
+            channel = self._open_channel()
+            with self._mapped_errors():
+                channel.send_body(Kind.RESET, self._last_id)
+            self._reset_due = False
+
+    @contextlib.contextmanager
+    def _mapped_errors(self) -> Iterator[None]:
+        try:
+            yield
+        except PeerGone as error:
+            raise self._server_lost(str(error)) from error
+        except WouldBlock as error:
+            raise ServerBusy(f"the server at {self.address} is busy: {error}") from error
+
     def _publish_waiting(self) -> None:
-        """Publish the waiting observation if the bound allows."""
+        """Publish the waiting observation if the bound allows.
+
+        Only requests that are still wanted count: an answer that was given up, or that a server
+        lost, must not hold up the ones after it. The ring bounds them all the same.
+        """
         if self._waiting is None or self._loan is None:
             return
-        if len(self._in_flight) > self._max_in_flight:
+        if sum(r.wanted for r in self._in_flight.values()) > self._max_in_flight:
             return
         request, loan = self._in_flight[self._waiting], self._loan
         self._loan = None
-        try:
-            loan.publish(self._waiting)
-        except PeerGone as error:
-            raise self._server_lost(str(error)) from error
+        with self._mapped_errors():
+            loan.publish(self._waiting, budget_ns=request.budget_ns)
         request.published_ns = time.monotonic_ns()
         self._waiting = None
         self._counts["requests"] += 1
@@ -376,6 +429,10 @@ class PolicyClient:
         received_ns = time.monotonic_ns()
         with message:
             request = self._in_flight.pop(message.request_id, None)
+            # Answers come in order: what was asked before and is not wanted needs none any more.
+            for earlier in [i for i, r in self._in_flight.items() if i < message.request_id]:
+                if not self._in_flight[earlier].wanted:
+                    del self._in_flight[earlier]
             try:
                 if request is None or not request.wanted:
                     self._counts["dropped_late"] += 1
@@ -390,7 +447,8 @@ class PolicyClient:
                     raise messages.decode_error(message.body)
                 return message.request_id, None
             finally:
-                self._publish_waiting()
+                with contextlib.suppress(ServerLost, ServerBusy):  # the next call will say so
+                    self._publish_waiting()
 
     def _require_server(self) -> None:
         if self._lost:
@@ -410,6 +468,7 @@ class PolicyClient:
         self._drop_loan()
         self._waiting = None
         self._in_flight.clear()
+        self._reset_due = False
         if self._channel is not None:
             channel, self._channel = self._channel, None
             try:

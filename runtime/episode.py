@@ -18,7 +18,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from envs.meta import World
-from policies.types import MetaObs, Policy
+from policies.types import MetaObs, Policy, PolicyContract
 from runtime import messages
 from runtime.client import PolicyClient
 from runtime.clock import ManualClock, MonotonicClock
@@ -104,9 +104,13 @@ def run_lockstep(
             executor.requested(tick)
             chunk = policy.infer(obs)
             progress.stages.add(chunk.stages_ns)
-            executor.accept(chunk)
+            if not executor.accept(chunk):
+                raise RuntimeFault(
+                    f"the policy answered for tick {chunk.obs_timestep}, asked for {tick}: it must "
+                    "pass obs.timestep on"
+                )
         command = executor.command(tick)
-        progress.ages_s.append((tick - executor.observation_of(tick)) * world.dt_s)
+        progress.ages_s.append((tick - executor.last_source) * world.dt_s)
         return progress.step(command)
 
     loop = ControlLoop(ManualClock(), world.dt_s)
@@ -138,6 +142,7 @@ def run_realtime(
     captured_ns: dict[int, int] = {}
     latency = LatencyEstimate(world.dt_s)
     last_tick = -1
+    ended = False
 
     def observe(tick: int) -> MetaObs:
         obs = _observe(world, policy, tick)
@@ -156,30 +161,38 @@ def run_realtime(
             latency.add(time.monotonic_ns() - chunk.t_capture_ns)
             progress.stages.add(chunk.stages_ns)
             executor.accept(chunk)
-        if last_tick >= 0:
-            for _ in range(last_tick + 1, tick):  # missed: the world went on with the last command
-                if not progress.step(executor.last_command):
-                    return False
+        if not missed_until(tick):
+            return False
         last_tick = tick
         command = executor.command(tick)
-        source = executor.observation_of(tick)
-        if source >= 0:
-            progress.ages_s.append((time.monotonic_ns() - captured_ns[source]) / 1e9)
+        source_ns = captured_ns[executor.last_source]
+        progress.ages_s.append((time.monotonic_ns() - source_ns) / 1e9)
         return progress.step(command)
+
+    def missed_until(tick: int) -> bool:
+        """Play the ticks that were missed: the world went on with the last command."""
+        return all(progress.step(executor.last_command) for _ in range(last_tick + 1, tick))
 
     def slack(tick: int) -> None:
         if executor.wants_chunk(tick + 1, latency.ticks()):
             policy.submit(observe(tick + 1))
+
+    def end() -> bool:
+        nonlocal ended
+        ended = True
+        return False
 
     loop = ControlLoop(MonotonicClock(), world.dt_s)
     gc.collect()
     gc.freeze()
     gc.disable()
     try:
-        loop.run(step, world.max_timesteps, slack=slack)
+        loop.run(lambda tick: step(tick) or end(), world.max_timesteps, slack=slack)
     finally:
         gc.enable()
         gc.unfreeze()
+    if not ended:  # the last ticks may have been missed
+        missed_until(world.max_timesteps)
     return _episode(seed, progress, executor, loop, began_s)
 
 
@@ -234,20 +247,19 @@ def _episode(
     )
 
 
-def check_world(world: World, policy: Policy, fps: float | None) -> None:
-    """Check what a server checks at the handshake, and what it cannot see: rate, action length.
+def check_world(world: World, policy: Policy, contract: PolicyContract) -> None:
+    """Check what a server checks at the handshake, and what it cannot see.
 
     Ends with one request that nobody counts: it opens the session and warms everything up.
 
     Args:
-        fps: The policy's rate, for a checkpoint that does not say its own.
+        contract: The policy's, with the rate that the user gave where it does not say its own.
 
     Raises:
         ContractMismatch: Cameras, sizes, dtypes or state length.
-        RuntimeFault: The world's tick or its action is not the policy's; names both.
+        RuntimeFault: The world's tick or action is not the policy's; names both.
         PolicyError, ServerLost, RequestTimeout: From the request.
     """
-    contract = policy.contract
     world.reset(0)
     obs = world.observe()
     messages.check_observation_schema(messages.observation_schema(obs), contract)
@@ -256,7 +268,17 @@ def check_world(world: World, policy: Policy, fps: float | None) -> None:
             f"action_dim: the world has {world.action_dim}, the policy was trained with "
             f"{contract.action_dim}"
         )
-    policy_hz, world_hz = fps or 1 / contract.dt_s, 1 / world.dt_s
+    control = (contract.ctrl_space, contract.ctrl_type)
+    if world.control is not None and control != world.control:
+        raise RuntimeFault(
+            f"control: the policy commands {control}, the world takes {world.control}"
+        )
+    if contract.first_action_offset:
+        raise RuntimeFault(
+            f"first_action_offset: got {contract.first_action_offset}, expected 0: a simulated "
+            "episode starts with the first observation's own tick"
+        )
+    policy_hz, world_hz = 1 / contract.dt_s, 1 / world.dt_s
     if not math.isclose(policy_hz, world_hz, rel_tol=1e-6):
         raise RuntimeFault(
             f"control rate: the policy's actions are 1/{policy_hz:g} s apart, the world runs at "

@@ -15,5 +15,9 @@ class ServerLost(RuntimeFault):
     """The server ended the session or died. ``PolicyClient.reconnect`` starts a new one."""
 
 
+class ServerBusy(RuntimeFault):
+    """The server has not looked at any of the last requests yet; nothing more can be sent."""
+
+
 class RequestTimeout(RuntimeFault):
     """The answer did not come in time. It will be dropped if it still comes."""

@@ -11,6 +11,7 @@ import argparse
 import dataclasses
 import json
 import logging
+import signal
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -159,6 +160,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     except (ConfigError, EnvError, RuntimeFault, ValueError) as error:
         print(f"error: {error}", file=sys.stderr)
         return BAD_INPUT
+    signal.signal(signal.SIGTERM, signal.default_int_handler)  # ends as Ctrl-C does
     logging.basicConfig(level=args.log_level, format="%(levelname)s %(name)s: %(message)s")
     if isinstance(plan.model, ServerAddress) and plan.checkpoint != CheckpointOptions():
         print("note: the checkpoint's options are the server's to choose; ignored", file=sys.stderr)
@@ -177,7 +179,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             bar.set_postfix_str(f"{sum(e.success for e in episodes)} of {len(episodes)} succeeded")
             _save(path, plan, setting, episodes, "")
     except WorkerFailed as error:
-        failure, status = str(error), LOST if error.server_lost else BAD_INPUT
+        failure, status = str(error), BAD_INPUT if error.bad_input else LOST
     except RuntimeFault as error:
         failure, status = str(error), BAD_INPUT
     except KeyboardInterrupt:

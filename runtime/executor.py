@@ -23,6 +23,9 @@ from numpy.typing import NDArray
 from policies.types import ActionChunk, PolicyContract
 from runtime.blending import Strategy
 
+NEVER = -(2**62)
+"""A tick that is never asked for."""
+
 
 @dataclass(frozen=True, slots=True)
 class ExecutorStatistics:
@@ -32,10 +35,11 @@ class ExecutorStatistics:
         chunks: Chunks accepted.
         dropped_stale: Chunks dropped because a newer one had been accepted.
         discarded_actions: Actions that came after their tick.
-        starved_ticks: Ticks asked for that no chunk covered; the last command was repeated.
+        starved_ticks: Ticks asked for that no chunk covered; the last command was repeated, or,
+            where actions are not absolute, zero was commanded.
         seam_jump: Largest |Δ| of any joint that a new chunk made at its first tick, against the
             plan it replaced or else the last command (radians, or the gripper's unit).
-        staleness_ticks: Largest age of a played action's newest observation, in ticks.
+        staleness_ticks: Largest age of the newest observation behind a command, in ticks.
     """
 
     chunks: int
@@ -67,16 +71,18 @@ class ChunkExecutor:
         self._source = np.zeros(self._capacity, np.int64)
         self._command = np.zeros(contract.action_dim, np.float32)
         self._chunk_size, self._action_dim = contract.chunk_size, contract.action_dim
+        self._absolute = contract.ctrl_type == "abs"
         self.reset()
 
     def reset(self) -> None:
         """Forget the episode: the next tick is 0 and nothing is planned."""
-        self._tick_of.fill(-1)
+        self._tick_of.fill(NEVER)
         self._count.fill(0)
         self._next_tick = 0
         self._newest_obs = -1
         self._window_end = 0
         self._requested = -1
+        self._last_source = -1
         self._started = False
         self._chunks = self._stale = self._discarded = self._starved = self._staleness = 0
         self._seam_jump = 0.0
@@ -90,19 +96,16 @@ class ChunkExecutor:
         """
         if self._requested < 0:
             return True
+        answered = self._newest_obs >= self._requested
         if self.strategy.windowed:
-            if self._newest_obs < self._requested:  # asked, not answered yet
-                return False
-            return tick + latency_ticks >= self._window_end
-        return tick >= self._requested + self.strategy.stride
+            return answered and tick + latency_ticks >= self._window_end
+        if tick >= self._requested + self.strategy.stride:
+            return True
+        return answered and not self.covers(tick + latency_ticks)
 
     def requested(self, tick: int) -> None:
         """Note that the observation of ``tick`` was sent."""
         self._requested = tick
-
-    def request_lost(self) -> None:
-        """Note that the last request will not be answered, so that ``wants_chunk`` asks again."""
-        self._requested = self._newest_obs
 
     def accept(self, chunk: ActionChunk) -> bool:
         """Blend ``chunk`` into the plan; False if it was dropped because it is not newer.
@@ -149,15 +152,21 @@ class ChunkExecutor:
         count = np.where(self._tick_of[slots] == ticks, self._count[slots], 0)
         planned = self._plan[slots]
         new = actions[start - first :].astype(np.float64)
-        before = planned[0].copy() if count[0] else self._command
+        before = planned[0].copy() if count[0] else self._just_before(start)
         self.strategy.blend(planned, new, count, self.strategy.coefficient)
-        if count[0] or self._started:
+        if before is not None:
             self._seam_jump = max(self._seam_jump, float(np.abs(planned[0] - before).max()))
         self._plan[slots] = planned
         self._count[slots] = count + 1
         self._tick_of[slots] = ticks
         self._source[slots] = chunk.obs_timestep
         return True
+
+    def _just_before(self, tick: int) -> NDArray[np.float64] | NDArray[np.float32] | None:
+        """What is played in the tick before ``tick``, where that is known."""
+        if self.covers(tick - 1):
+            return self._plan[(tick - 1) % self._capacity]  # type: ignore[no-any-return]
+        return self._command if self._started and tick == self._next_tick else None
 
     def covers(self, tick: int) -> bool:
         """Whether the plan has an action for ``tick``."""
@@ -166,7 +175,8 @@ class ChunkExecutor:
     def command(self, tick: int) -> NDArray[np.float32]:
         """The command for ``tick``, (A,) float32; valid until the next call.
 
-        A tick that no chunk covers repeats the last command and counts as starved.
+        A tick that no chunk covers counts as starved: the last command is repeated, so that an
+        arm holds where it is. Actions that are not absolute become zero, for the same reason.
 
         Raises:
             ValueError: ``tick`` was already emitted.
@@ -177,12 +187,15 @@ class ChunkExecutor:
         slot = tick % self._capacity
         if self._tick_of[slot] == tick:
             self._command[:] = self._plan[slot]
-            self._staleness = max(self._staleness, tick - int(self._source[slot]))
+            self._last_source = int(self._source[slot])
             self._started = True
         elif self._started:
             self._starved += 1
+            if not self._absolute:
+                self._command.fill(0)
         else:
             raise LookupError(f"no chunk has come yet, at tick {tick}")
+        self._staleness = max(self._staleness, tick - self._last_source)
         self._next_tick = tick + 1
         return self._command
 
@@ -191,10 +204,10 @@ class ChunkExecutor:
         """The command emitted last, (A,) float32; zeros before the first."""
         return self._command
 
-    def observation_of(self, tick: int) -> int:
-        """Timestep of the newest observation behind the action of ``tick``, -1 if not covered."""
-        slot = tick % self._capacity
-        return int(self._source[slot]) if self._tick_of[slot] == tick else -1
+    @property
+    def last_source(self) -> int:
+        """Timestep of the newest observation behind the last command, -1 before the first."""
+        return self._last_source
 
     def statistics(self) -> ExecutorStatistics:
         return ExecutorStatistics(

@@ -43,27 +43,36 @@ class Percentiles:
         )
 
 
+REQUEST = "request"
+"""The sum of a request's stages, kept beside them."""
+
+
 class StageTimes:
-    """Collects the stage durations of many requests."""
+    """Collects the stage durations of many requests, and each request's total."""
 
     def __init__(self) -> None:
-        self._samples_ns: dict[str, list[int]] = {stage: [] for stage in STAGES}
+        self._samples_ns: dict[str, list[int]] = {name: [] for name in (*STAGES, REQUEST)}
 
     def add(self, stages_ns: Mapping[str, int]) -> None:
-        for stage, duration_ns in stages_ns.items():
-            self._samples_ns[stage].append(duration_ns)
+        """One request. Stages of somebody's own count towards its total only."""
+        for stage in STAGES:
+            if stage in stages_ns:
+                self._samples_ns[stage].append(stages_ns[stage])
+        self._samples_ns[REQUEST].append(sum(stages_ns.values()))
 
     def extend(self, samples_ns: Mapping[str, list[int]]) -> None:
-        for stage, durations_ns in samples_ns.items():
-            self._samples_ns[stage].extend(durations_ns)
+        """What another one's ``samples_ns`` said."""
+        for name, durations_ns in samples_ns.items():
+            self._samples_ns[name].extend(durations_ns)
 
     def samples_ns(self) -> dict[str, list[int]]:
-        """Raw durations by stage; only the stages that occurred."""
-        return {stage: list(values) for stage, values in self._samples_ns.items() if values}
+        """Raw durations by stage, and ``REQUEST``; only what occurred."""
+        return {name: list(values) for name, values in self._samples_ns.items() if values}
 
     def percentiles(self) -> dict[str, Percentiles]:
+        """Seconds, by the names of ``samples_ns``."""
         return {
-            stage: Percentiles.of(np.asarray(values) / 1e9)
-            for stage, values in self._samples_ns.items()
+            name: Percentiles.of(np.asarray(values) / 1e9)
+            for name, values in self._samples_ns.items()
             if values
         }

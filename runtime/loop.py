@@ -3,9 +3,9 @@
 Guaranteed, whatever a tick costs and however late the machine wakes us:
 
 * Tick k is due at t0 + k·dt, computed from t0 each time, so nothing drifts.
-* Ticks are strictly increasing. One that cannot start before the next one is due is skipped and
-  counted as missed; late ticks are never bunched to catch up, because a robot that gets two
-  commands at once has been given a jump.
+* Ticks are strictly increasing. One that cannot start within half a period of its deadline is
+  skipped and counted as missed; so two steps never start closer than half a period. Late ticks are
+  not bunched to catch up, because a robot that gets two commands at once has been given a jump.
 
 Rejected: sleeping dt after each tick (drifts by the tick's cost), deadline = last wake-up + dt
 (drifts by the wake-up latency), running missed ticks back to back (bunches).
@@ -73,7 +73,7 @@ class ControlLoop:
         they raise ends the loop and is the caller's. Lateness is taken when ``step`` returns.
         """
         clock, period_ns, lateness_ns = self._clock, self._period_ns, self._lateness_ns
-        capacity = len(lateness_ns)
+        capacity, tolerance_ns = len(lateness_ns), period_ns // 2
         self._stopping = False
         t0_ns = clock.now_ns()
         tick = 0
@@ -89,8 +89,10 @@ class ControlLoop:
             if slack is not None:
                 slack(tick)
                 done_ns = clock.now_ns()
-            # The next tick is the first one whose deadline has not passed yet.
-            next_tick = max(tick + 1, -(-(done_ns - t0_ns) // period_ns))
+            # The next tick is the first one that can still start in time.
+            next_tick = max(tick + 1, -(-(done_ns - t0_ns - tolerance_ns) // period_ns))
+            if max_ticks is not None:
+                next_tick = min(next_tick, max_ticks)
             self._missed += next_tick - tick - 1
             tick = next_tick
 

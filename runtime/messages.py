@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 from collections.abc import Mapping
 from typing import Any
@@ -17,6 +18,8 @@ from transport.schema import ArraySpec, Schema
 IMAGE, DEPTH = "images/", "depth/"
 MAX_LANG_BYTES = 1024
 """Room for ``raw_lang`` in a message, UTF-8."""
+MAX_STATE_BYTES = 4096
+"""Of each of the optional states."""
 SERVER_STAGES = ("server_wait", "preprocess", "infer", "postprocess")
 
 _OPTIONAL_STATES = ("state_ee", "state_joint")
@@ -120,12 +123,22 @@ def check_observation_schema(schema: Schema, contract: PolicyContract) -> None:
         _need(specs.pop(name, None), ArraySpec(name, "int64", ()))
     if "raw_lang" in specs:
         _need(specs.pop("raw_lang"), ArraySpec("raw_lang", "uint8", (MAX_LANG_BYTES,)))
-    for name, spec in specs.items():
-        known = name in _OPTIONAL_STATES or name.startswith(DEPTH)
-        if not known:
+    for name in _OPTIONAL_STATES:
+        spec = specs.pop(name, ArraySpec(name, "float32", (1,)))
+        if spec.dtype != "float32" or len(spec.shape) != 1 or spec.nbytes > MAX_STATE_BYTES:
             raise ContractMismatch(
-                name, str(spec), f"one of {sorted(schema.specs.keys() - {name})}"
+                name, str(spec), f"float32 (n,), at most {MAX_STATE_BYTES} bytes"
             )
+    for camera in contract.cameras:
+        spec = specs.pop(DEPTH + camera.name, ArraySpec("none", "uint16", camera.source_hw))
+        if spec.dtype not in ("uint16", "float32") or spec.shape not in camera.accepted_hw:
+            sizes = " or ".join(map(str, camera.accepted_hw))
+            raise ContractMismatch(f"depth.{camera.name}", str(spec), f"uint16 or float32 {sizes}")
+    if specs:
+        name, spec = next(iter(specs.items()))
+        raise ContractMismatch(
+            name, str(spec), f"images, depth of {contract.camera_names}, state, {_OPTIONAL_STATES}"
+        )
 
 
 def _need(got: ArraySpec | None, expected: ArraySpec) -> None:
@@ -217,6 +230,19 @@ def decode_error(body: bytes) -> PolicyError:
         return _ERRORS.get(kind, PolicyError)(*args[:1])
     except (ValueError, KeyError, TypeError):
         return InferenceError(f"the server reported a failure: {body[:200]!r}")
+
+
+def contract_hash(contract: PolicyContract) -> str:
+    """Tells two contracts apart."""
+    return hashlib.sha256(contract.to_json().encode()).hexdigest()[:16]
+
+
+def is_deterministic(info: PolicyInfo) -> bool:
+    """Whether the same observation gives the same bits in any process of one machine.
+
+    One engine, precision and number of threads do so on a CPU; on a GPU nobody has shown it yet.
+    """
+    return info.device == "cpu"
 
 
 def describe(contract: PolicyContract, info: PolicyInfo) -> dict[str, Any]:

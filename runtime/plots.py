@@ -9,7 +9,6 @@ import numpy as np
 
 from runtime.episode import Episode
 from runtime.latency import StageTimes
-from runtime.results import request_latency_s
 
 
 def write_timing_plot(path: Path, episodes: Sequence[Episode], title: str) -> None:
@@ -26,8 +25,7 @@ def write_timing_plot(path: Path, episodes: Sequence[Episode], title: str) -> No
     stages = StageTimes()
     for episode in episodes:
         stages.extend(episode.stages_ns)
-    curves = {"request": request_latency_s(stages)}
-    curves |= {name: np.asarray(v) / 1e9 for name, v in stages.samples_ns().items()}
+    curves = {name: np.asarray(values) / 1e9 for name, values in stages.samples_ns().items()}
     for name in ("lateness_s", "action_age_s"):
         samples = np.concatenate([getattr(episode, name) for episode in episodes])
         curves[name.removesuffix("_s").replace("_", " ")] = samples

@@ -14,9 +14,9 @@ from typing import Any
 
 import numpy as np
 
-from policies.types import STAGES, PolicyContract, PolicyInfo
+from policies.types import PolicyContract, PolicyInfo
 from runtime.episode import Episode
-from runtime.latency import Percentiles, StageTimes
+from runtime.latency import REQUEST, Percentiles, StageTimes
 
 PACKAGES = ("metronome", "numpy", "torch", "mujoco", "gymnasium", "gym-aloha", "pyzmq", "numba")
 
@@ -67,11 +67,12 @@ def timing(episodes: Sequence[Episode]) -> dict[str, Any]:
     stages = StageTimes()
     for episode in episodes:
         stages.extend(episode.stages_ns)
-    latency_s = request_latency_s(stages)
+    percentiles = stages.percentiles()
+    request = percentiles.pop(REQUEST, Percentiles.of(()))
     return {
         "unit": "s",
-        "stages": {name: p.as_dict() for name, p in stages.percentiles().items()},
-        "request": Percentiles.of(latency_s).as_dict(),
+        "stages": {name: p.as_dict() for name, p in percentiles.items()},
+        "request": request.as_dict(),
         "action_age": Percentiles.of(_all(episodes, "action_age_s")).as_dict(),
         "lateness": Percentiles.of(_all(episodes, "lateness_s")).as_dict(),
         "ticks": sum(episode.horizon for episode in episodes),
@@ -83,13 +84,6 @@ def timing(episodes: Sequence[Episode]) -> dict[str, Any]:
         "seam_jump": max((episode.executor.seam_jump for episode in episodes), default=0.0),
         "staleness": max((episode.executor.staleness_ticks for episode in episodes), default=0),
     }
-
-
-def request_latency_s(stages: StageTimes) -> np.ndarray[Any, np.dtype[np.float64]]:
-    """Per request: the sum of its stages."""
-    samples = stages.samples_ns()
-    columns = [np.asarray(samples[stage], np.float64) for stage in STAGES if stage in samples]
-    return np.sum(columns, axis=0) / 1e9 if columns else np.empty(0)
 
 
 def _all(episodes: Sequence[Episode], name: str) -> np.ndarray[Any, np.dtype[np.float64]]:

@@ -21,12 +21,13 @@ from envs.meta import EnvConfig, World, make_world
 from policies.errors import PolicyError
 from policies.types import Policy
 from policies.yaml_config import ConfigError
+from runtime import messages
 from runtime.blending import make_strategy
 from runtime.checkpoint_options import CheckpointOptions
 from runtime.child import ServerChild
 from runtime.client import PolicyClient
 from runtime.episode import Episode, check_world, run_lockstep, run_realtime
-from runtime.errors import RequestTimeout, RuntimeFault, ServerLost
+from runtime.errors import RequestTimeout, RuntimeFault, ServerBusy, ServerLost
 from runtime.executor import ChunkExecutor
 from runtime.model_name import LocalModel, ServerAddress
 from runtime.video import write_still, write_video
@@ -89,12 +90,12 @@ class WorkerFailed(RuntimeFault):
     """A process could not go on.
 
     Attributes:
-        server_lost: Whether it was for want of a server, rather than for bad input.
+        bad_input: Whether the user asked for what cannot be; else a server or process was lost.
     """
 
-    def __init__(self, message: str, *, server_lost: bool) -> None:
+    def __init__(self, message: str, *, bad_input: bool) -> None:
         super().__init__(message)
-        self.server_lost = server_lost
+        self.bad_input = bad_input
 
 
 @dataclass(frozen=True, slots=True)
@@ -102,7 +103,7 @@ class _Failure:
     """A ``WorkerFailed`` on its way between processes."""
 
     message: str
-    server_lost: bool
+    bad_input: bool
 
 
 def run(plan: Plan) -> Iterator[Report]:
@@ -127,22 +128,24 @@ def run(plan: Plan) -> Iterator[Report]:
 def _guarded(plan: Plan, seeds: tuple[int, ...]) -> Iterator[Report]:
     try:
         yield from _episodes(plan, seeds)
-    except (ServerLost, RequestTimeout) as error:
-        raise WorkerFailed(str(error), server_lost=True) from error
+    except (ServerLost, ServerBusy, RequestTimeout) as error:
+        raise WorkerFailed(str(error), bad_input=False) from error
     except EXPECTED_FAILURES as error:
-        raise WorkerFailed(str(error), server_lost=False) from error
+        raise WorkerFailed(str(error), bad_input=True) from error
 
 
 def _episodes(plan: Plan, seeds: tuple[int, ...]) -> Iterator[Report]:
     with contextlib.ExitStack() as stack:
         policy = stack.enter_context(contextlib.closing(_policy(plan)))
         contract = policy.contract
+        if plan.fps is not None:
+            contract = dataclasses.replace(contract, dt_s=1 / plan.fps)
         world = stack.enter_context(
             contextlib.closing(
                 make_world(plan.env, cameras=contract.cameras, rendering=contract.rendering)
             )
         )
-        check_world(world, policy, plan.fps)
+        check_world(world, policy, contract)
         strategy = make_strategy(
             plan.action_manager,
             chunk_size=contract.chunk_size,
@@ -219,7 +222,7 @@ def _setting(plan: Plan, world: World, policy: Policy) -> Setting:
             if isinstance(policy, PolicyClient)
             else "-m is a checkpoint: no server is needed"
         ),
-        deterministic=not plan.realtime,
+        deterministic=not plan.realtime and messages.is_deterministic(info),
         world=world.info(),
     )
 
@@ -255,12 +258,12 @@ def _collect(workers: dict[Connection, Any]) -> Iterator[Report]:
                 process.join()
                 raise WorkerFailed(
                     f"an evaluation process died (exit status {process.exitcode})",
-                    server_lost=False,
+                    bad_input=False,
                 ) from None
             if report is None:
                 workers.pop(connection).join()
             elif isinstance(report, _Failure):
-                raise WorkerFailed(report.message, server_lost=report.server_lost)
+                raise WorkerFailed(report.message, bad_input=report.bad_input)
             elif not isinstance(report, Setting) or not said:
                 said = said or isinstance(report, Setting)
                 yield report
@@ -274,7 +277,7 @@ def _work(plan: Plan, seeds: tuple[int, ...], reports: Connection) -> None:
             send(report)
         send(None)
     except WorkerFailed as error:
-        send(_Failure(str(error), error.server_lost))
+        send(_Failure(str(error), error.bad_input))
     except KeyboardInterrupt:
         pass
 

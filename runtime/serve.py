@@ -6,8 +6,10 @@ import argparse
 import dataclasses
 import ipaddress
 import logging
+import os
 import signal
 import sys
+import threading
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -42,13 +44,14 @@ def parser() -> argparse.ArgumentParser:
     add("--transport", choices=TRANSPORTS, help="what clients are offered (auto: both)")
     add("--max_sessions", type=int, help="clients at a time (64)")
     add("--config", default="default", help="name under configs/server, or a YAML's path")
+    add("--stop_with_stdin", action="store_true", help="stop when standard input closes")
     add_flags(cli)
     add("--log_level", default="INFO", choices=("DEBUG", "INFO", "WARNING", "ERROR"))
     return cli
 
 
-def read_config(argv: Sequence[str] | None) -> tuple[ServerConfig, str]:
-    """The configuration that file and flags make together, and the log level.
+def read_config(argv: Sequence[str] | None) -> tuple[ServerConfig, argparse.Namespace]:
+    """The configuration that file and flags make together, and the flags.
 
     Raises:
         ConfigError, ValueError: The file or a flag says something that cannot be.
@@ -58,16 +61,20 @@ def read_config(argv: Sequence[str] | None) -> tuple[ServerConfig, str]:
     names = ("model_name_or_path", "host", "port", "transport", "max_sessions")
     given = {name: getattr(args, name) for name in names if getattr(args, name) is not None}
     checkpoint = from_flags(args, config.checkpoint)
-    return dataclasses.replace(config, checkpoint=checkpoint, **given), args.log_level
+    return dataclasses.replace(config, checkpoint=checkpoint, **given), args
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the server until SIGINT or SIGTERM. Returns the exit status."""
     try:
-        config, log_level = read_config(argv)
+        config, args = read_config(argv)
     except (ConfigError, ValueError) as error:
         return _fail(error)
-    logging.basicConfig(level=log_level, format="%(asctime)s %(levelname)s %(name)s: %(message)s")
+    if args.stop_with_stdin:
+        threading.Thread(target=_stop_at_end_of_stdin, daemon=True).start()
+    logging.basicConfig(
+        level=args.log_level, format="%(asctime)s %(levelname)s %(name)s: %(message)s"
+    )
     try:
         policy = config.checkpoint.load(config.model_name_or_path)
     except PolicyError as error:
@@ -91,6 +98,13 @@ def main(argv: Sequence[str] | None = None) -> int:
         policy.close()
     logger.info("stopped; %s", server.statistics())
     return 0
+
+
+def _stop_at_end_of_stdin() -> None:
+    """For a server that somebody's process started for itself: it must not outlive that."""
+    while os.read(sys.stdin.fileno(), 4096):
+        pass
+    os.kill(os.getpid(), signal.SIGTERM)
 
 
 def _stop_on_signals(server: PolicyServer) -> None:

@@ -16,16 +16,15 @@ from __future__ import annotations
 
 import logging
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
-from typing import Any
 
 from policies.errors import ContractMismatch, InferenceError, PolicyError
-from policies.types import Policy
+from policies.types import ActionChunk, Policy
 from runtime import messages
 from transport.channel import Kind, Message
 from transport.control import Hello, Welcome
-from transport.errors import PeerGone, Refused, TransportError, WouldBlock
+from transport.errors import PeerGone, Refused, TransportError
 from transport.listener import Listener
 from transport.sessions import ServerSession
 
@@ -116,7 +115,8 @@ class PolicyServer:
         pending: dict[int, ServerSession] = {}  # sessions with a request waiting, oldest first
         while self._stopping is None:
             for session in self._listener.wait(0.0 if pending else None):
-                self._drain(session)
+                if session.ended is None or session.attachment is not None:
+                    self._drain(session)
                 state = session.attachment
                 if session.ended is not None:
                     self._end(session)
@@ -151,24 +151,17 @@ class PolicyServer:
             messages.check_observation_schema(hello.schema, self._policy.contract)
         except ContractMismatch as error:
             raise Refused(error.field, error.got, error.expected) from error
-        # One model, one precision, one request at a time: every session is deterministic today.
-        attributes = {"kind": kind, "deterministic": True}
+        attributes = {
+            "kind": kind,
+            "deterministic": messages.is_deterministic(self._policy.info),
+            "contract": messages.contract_hash(self._policy.contract),
+        }
         return Welcome(schema=self._reply_schema, attributes=attributes)
 
     def _drain(self, session: ServerSession) -> None:
         """Take everything the session has sent; keep the newest observation."""
-        if session.attachment is None:
-            policy = self._policy if self._exclusive else self._policy.fork()
-            session.attachment = _State(policy)
-            policy.reset()
-            logger.info(
-                "session %d: %s (%s) over %s: %s",
-                session.id,
-                session.hello.client,
-                session.hello.attributes.get("kind", "sim"),
-                session.channel.transport,
-                session.transport_reason,
-            )
+        if session.attachment is None and not self._begin(session):
+            return
         state: _State = session.attachment
         try:
             while (message := session.channel.poll()) is not None:
@@ -182,10 +175,41 @@ class PolicyServer:
                         if state.waiting is not None:
                             self._pass_over(session, state.waiting, message.request_id)
                             state.waiting = None
-                        state.policy.reset()
                         self._counts["resets"] += 1
+                        if not self._reset(session, state.policy):
+                            return
         except PeerGone as error:
             logger.debug("session %d: %s", session.id, error)
+
+    def _begin(self, session: ServerSession) -> bool:
+        """Give the session a policy of its own; whether it has one now."""
+        logger.info(
+            "session %d: %s (%s) over %s: %s",
+            session.id,
+            session.hello.client,
+            session.hello.attributes.get("kind", "sim"),
+            session.channel.transport,
+            session.transport_reason,
+        )
+        try:
+            policy = self._policy if self._exclusive else self._policy.fork()
+        except Exception as error:
+            logger.exception("session %d: the policy could not be forked", session.id)
+            session.channel.close(f"the policy could not be forked: {error!r}")
+            return False
+        session.attachment = _State(policy)
+        return self._reset(session, policy)
+
+    def _reset(self, session: ServerSession, policy: Policy) -> bool:
+        """Start an episode; a policy that fails to costs its session only."""
+        try:
+            policy.reset()
+        except Exception as error:
+            logger.exception("session %d: the policy failed to reset", session.id)
+            session.channel.close(f"the policy failed to reset: {error!r}")
+            self._end(session)
+            return False
+        return True
 
     def _pass_over(self, session: ServerSession, message: Message, by: int) -> None:
         self._counts["superseded"] += 1
@@ -202,30 +226,45 @@ class PolicyServer:
         if message is None:
             return
         with message:
-            began_ns = time.monotonic_ns()
+            waited_ns = time.monotonic_ns() - state.since_ns
+            if 0 < message.budget_ns < waited_ns:
+                self._fail(session, message, InferenceError("the request's time was up"))
+                return
             try:
                 obs = messages.read_observation(message.arrays)
                 chunk = state.policy.infer(obs)
-                self._reply(session, message, chunk, began_ns - state.since_ns)
+                if chunk.obs_timestep != obs.timestep:
+                    raise InferenceError(
+                        f"the policy answered for tick {chunk.obs_timestep}, asked for "
+                        f"{obs.timestep}: it must pass obs.timestep on"
+                    )
             except PolicyError as error:
                 self._fail(session, message, error)
-            except TransportError as error:
-                logger.warning("session %d: the answer was not sent: %s", session.id, error)
             except Exception as error:
                 # Anyone's policy runs here. Its bug costs this request, not the other robots.
                 logger.exception("session %d: the policy failed", session.id)
                 self._fail(session, message, InferenceError(f"the policy failed: {error!r}"))
+            else:
+                self._reply(session, message, chunk, waited_ns)
 
     def _reply(
-        self, session: ServerSession, message: Message, chunk: Any, server_wait_ns: int
+        self, session: ServerSession, message: Message, chunk: ActionChunk, waited_ns: int
     ) -> None:
-        loan = session.channel.loan()
         try:
-            messages.write_chunk(chunk, server_wait_ns, loan.arrays)
+            loan = session.channel.loan()
+        except TransportError as error:
+            logger.warning("session %d: the answer was not sent: %s", session.id, error)
+            return
+        try:
+            messages.write_chunk(chunk, waited_ns, loan.arrays)
+        except InferenceError as error:
+            loan.cancel()
+            self._fail(session, message, error)
+            return
         except BaseException:
             loan.cancel()
             raise
-        loan.publish(message.request_id)
+        self._send(session, lambda: loan.publish(message.request_id))
         self._counts["answered"] += 1
         session.attachment.counts["answered"] += 1
 
@@ -236,19 +275,24 @@ class PolicyServer:
         body = messages.encode_error(error)
         self._send(session, lambda: session.channel.send_body(Kind.ERROR, message.request_id, body))
 
-    def _send(self, session: ServerSession, send: Any) -> None:
+    def _send(self, session: ServerSession, send: Callable[[], None]) -> None:
         try:
             send()
-        except (PeerGone, WouldBlock) as error:
+        except TransportError as error:
             logger.warning("session %d: the answer was not sent: %s", session.id, error)
 
     def _end(self, session: ServerSession) -> None:
-        state: _State = session.attachment
+        state: _State | None = session.attachment
+        if state is None:
+            return
+        session.attachment = None
         if state.waiting is not None:
             state.waiting.release()
-            state.waiting = None
         if state.policy is not self._policy:
-            state.policy.close()
+            try:
+                state.policy.close()
+            except Exception:
+                logger.exception("session %d: the policy failed to close", session.id)
         logger.info("session %d ended: %s; %s", session.id, session.ended, state.counts)
 
 

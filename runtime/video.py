@@ -17,6 +17,7 @@ def write_video(path: Path, frames: Iterable[NDArray[np.uint8]], fps: int) -> No
     """
     import av
 
+    fps = max(1, fps)
     path.parent.mkdir(parents=True, exist_ok=True)
     with av.open(str(path), "w") as container:
         stream = None

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import dataclasses
+
 import numpy as np
 import pytest
 
@@ -80,9 +82,34 @@ def test_asking_ahead_allows_for_twice_the_worst() -> None:
 
 
 def test_a_world_that_does_not_fit_is_refused_before_the_first_episode() -> None:
-    check_world(world(), ToyPolicy(), None)
-    with pytest.raises(RuntimeFault, match="1/25 s apart, the world runs at 50 Hz"):
-        check_world(world(), ToyPolicy(), 25)
+    check_world(world(), ToyPolicy(), CONTRACT)
     other = FakeWorld(camera_hw={"top": (9, 9)})
     with pytest.raises(ContractMismatch, match=r"images.top: got uint8 \(9, 9, 3\)"):
-        check_world(other, ToyPolicy(), None)
+        check_world(other, ToyPolicy(), CONTRACT)
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"dt_s": 0.04}, "1/25 s apart, the world runs at 50 Hz"),
+        ({"action_dim": 7}, "action_dim: the world has 14, the policy was trained with 7"),
+        (
+            {"ctrl_type": "delta"},
+            r"commands \('joint', 'delta'\), the world takes \('joint', 'abs'\)",
+        ),
+        ({"ctrl_space": "ee"}, r"commands \('ee', 'abs'\)"),
+        ({"first_action_offset": 2}, "first_action_offset: got 2, expected 0"),
+    ],
+)
+def test_a_contract_that_the_world_cannot_serve(changes: dict[str, object], message: str) -> None:
+    with pytest.raises(RuntimeFault, match=message):
+        check_world(world(), ToyPolicy(), dataclasses.replace(CONTRACT, **changes))
+
+
+def test_a_policy_that_answers_for_another_tick_is_found_out() -> None:
+    class Forgetful(ToyPolicy):
+        def infer(self, obs: MetaObs) -> ActionChunk:
+            return dataclasses.replace(super().infer(obs), obs_timestep=0)
+
+    with pytest.raises(RuntimeFault, match="answered for tick 0, asked for 10"):
+        run_lockstep(world(), Forgetful(), executor(10), 0)

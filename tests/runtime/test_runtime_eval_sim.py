@@ -4,7 +4,11 @@ from __future__ import annotations
 
 import json
 import os
+import socket
+import subprocess
+import sys
 import tarfile
+import time
 from pathlib import Path
 from typing import Any
 
@@ -97,6 +101,45 @@ def test_a_lost_server_keeps_the_finished_episodes(
     assert result["requested"] == 5
     assert "is gone" in result["failure"]
     assert "2 of 5 episodes were finished and kept" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("transport", ["shm", "zmq"])
+def test_a_server_lost_between_two_requests(tmp_path: Path, transport: str) -> None:
+    # The tenth request, the first of the fourth episode, is answered; the next is never sent.
+    policy = "python:tests.runtime.toy_policy:make_leaving"
+    with ServerChild(["-m", policy]) as server:
+        flags = ["-m", server.address, "--transport", transport, "-n", "5", "--videos", "0"]
+        result = evaluate(tmp_path, *flags, status=eval_sim.LOST)
+    assert result["total"] == 3
+
+
+def test_a_process_that_dies_keeps_the_finished_episodes(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    policy = "python:tests.runtime.toy_policy:make_mortal"  # lives in the evaluation's processes
+    flags = ["-m", policy, "-n", "6", "--num_envs", "2", "--videos", "0"]
+    result = evaluate(tmp_path, *flags, status=eval_sim.LOST)
+    assert 0 < result["total"] < 6
+    error = capsys.readouterr().err
+    assert "an evaluation process died (exit status -9)" in error
+    assert "episodes were finished and kept" in error
+
+
+def test_a_private_server_does_not_outlive_its_parent() -> None:
+    code = (
+        "from runtime.child import ServerChild; import os, signal\n"
+        f"child = ServerChild(['-m', {TOY!r}])\n"
+        "print(child.address, flush=True)\n"
+        "os.kill(os.getpid(), signal.SIGKILL)\n"
+    )
+    parent = subprocess.run(
+        [sys.executable, "-c", code], stdout=subprocess.PIPE, text=True, check=False
+    )
+    host, port = parent.stdout.strip().split(":")
+    deadline_s = time.monotonic() + 30
+    with pytest.raises(ConnectionRefusedError):
+        while time.monotonic() < deadline_s:
+            socket.create_connection((host, int(port))).close()
 
 
 @pytest.mark.parametrize("name", ["temporal_ensemble", "latest", "overlap", "OlderFirstManager"])

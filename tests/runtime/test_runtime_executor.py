@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import os
 from pathlib import Path
 
@@ -188,12 +189,32 @@ def test_reset_forgets_the_episode() -> None:
     assert executor.statistics().chunks == 1
 
 
-def test_a_lost_request_is_asked_again() -> None:
-    executor = ChunkExecutor(contract(), strategy("sequential"))
+def test_a_plan_that_ends_before_the_answer_can_come_is_asked_for_early() -> None:
+    executor = ChunkExecutor(contract(), strategy("TemporalOlderManager"))  # every 8th tick
     executor.requested(0)
-    assert not executor.wants_chunk(1)
-    executor.request_lost()
-    assert executor.wants_chunk(1)
+    executor.accept(chunk(0))
+    assert not executor.wants_chunk(6, latency_ticks=3)
+    assert executor.wants_chunk(7, latency_ticks=3)  # the plan ends with tick 9
+    executor.requested(7)
+    assert not executor.wants_chunk(7, latency_ticks=3)
+
+
+def test_starving_with_deltas_commands_no_motion() -> None:
+    delta = dataclasses.replace(contract(), ctrl_type="delta")
+    executor = ChunkExecutor(delta, strategy("sequential"))
+    executor.accept(chunk(0, 0.5))
+    assert played(executor, T - 1) == 0.5
+    assert played(executor, T) == 0.0
+
+
+def test_a_command_is_as_old_as_its_observation_also_when_starving() -> None:
+    executor = ChunkExecutor(contract(), strategy("latest"))
+    executor.accept(chunk(2))
+    executor.command(5)
+    assert executor.last_source == 2
+    executor.command(40)
+    assert executor.last_source == 2
+    assert executor.statistics().staleness_ticks == 38
 
 
 def test_seam_jump_is_what_the_robot_sees() -> None:
@@ -202,6 +223,17 @@ def test_seam_jump_is_what_the_robot_sees() -> None:
     executor.command(0)
     executor.accept(chunk(1, 1.5))
     assert executor.statistics().seam_jump == pytest.approx(0.5)
+
+
+def test_a_ramp_without_a_seam_has_no_jump_but_its_own_step() -> None:
+    executor = ChunkExecutor(contract(), strategy("sequential", stride=T))
+    ramp = np.repeat(np.arange(3 * T, dtype=np.float32)[:, None], A, axis=1)
+    executor.requested(0)
+    executor.accept(ActionChunk(ramp[:T], 0))
+    for tick in range(T - 2):
+        executor.command(tick)
+    executor.accept(ActionChunk(ramp[T - 2 : 2 * T - 2], T - 2))  # early; takes over at tick T
+    assert executor.statistics().seam_jump == pytest.approx(1.0)
 
 
 # blending

@@ -159,6 +159,36 @@ def test_a_schema_that_does_not_fit_is_refused_by_field(
     assert caught.value.field == field
 
 
+@pytest.mark.parametrize(
+    ("spec", "message"),
+    [
+        (ArraySpec("depth/elsewhere", "float32", (24, 32)), "depth/elsewhere: got float32"),
+        (
+            ArraySpec("depth/top", "float32", (10_000_000,)),
+            r"expected uint16 or float32 \(24, 32\)",
+        ),
+        (ArraySpec("depth/top", "uint8", (24, 32)), "depth.top: got uint8"),
+        (
+            ArraySpec("state_ee", "float32", (100_000,)),
+            "state_ee: got float32 .*at most 4096 bytes",
+        ),
+        (ArraySpec("state_joint", "uint8", (1, 2)), r"state_joint: got uint8 \(1, 2\)"),
+        (ArraySpec("raw_lang", "uint8", (10**6,)), "raw_lang: got uint8"),
+    ],
+)
+def test_what_is_optional_is_bounded_all_the_same(spec: ArraySpec, message: str) -> None:
+    specs = tuple(messages.observation_schema(observation()).specs.values())
+    with pytest.raises(ContractMismatch, match=message):
+        messages.check_observation_schema(Schema((*specs, spec)), CONTRACT)
+
+
+def test_depth_of_a_known_camera_is_welcome() -> None:
+    obs = observation(
+        depth={"top": np.zeros((24, 32), np.float32)}, state_ee=np.zeros(7, np.float32)
+    )
+    messages.check_observation_schema(messages.observation_schema(obs), CONTRACT)
+
+
 def test_an_unknown_array_is_refused() -> None:
     specs = tuple(messages.observation_schema(observation()).specs.values())
     schema = Schema((*specs, ArraySpec("mood", "float32", (1,))))

@@ -26,7 +26,7 @@ def episode(seed: int, success: bool) -> Episode:
         executor=ExecutorStatistics(2, 0, 3, 4, 0.5 * seed, 7),
         action_age_s=np.array([0.1, 0.2]),
         lateness_s=np.empty(0),
-        stages_ns={"preprocess": [10, 20], "infer": [100, 200], "postprocess": [1, 2]},
+        stages_ns={"infer": [100, 200], "postprocess": [1, 2], "request": [111, 222]},
         wall_s=1.0,
     )
 
@@ -59,9 +59,9 @@ def test_percentiles_of_known_samples() -> None:
 def test_only_stages_that_occurred_are_reported() -> None:
     times = StageTimes()
     times.add({"infer": 5})
-    assert list(times.percentiles()) == ["infer"]
-    with pytest.raises(KeyError):
-        times.add({"teleport": 5})
+    times.add({"infer": 7, "tokenize": 3})  # somebody's own stage
+    assert times.samples_ns() == {"infer": [5, 7], "request": [5, 10]}
+    assert list(times.percentiles()) == ["infer", "request"]
 
 
 def test_a_summary_is_ordered_by_seed_and_counts_everything() -> None:

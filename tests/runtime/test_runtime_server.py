@@ -15,10 +15,10 @@ import pytest
 
 from policies.checkpoint.load import load_policy
 from policies.errors import ContractMismatch, InferenceError, ObservationError
-from policies.types import STAGES, MetaObs, Policy
+from policies.types import STAGES, ActionChunk, MetaObs, Policy
 from runtime import messages
 from runtime.client import PolicyClient
-from runtime.errors import RequestTimeout, ServerLost
+from runtime.errors import RequestTimeout, ServerBusy, ServerLost
 from runtime.server import PolicyServer
 from runtime.warmup import synthetic_observation, warm_up
 from tests.runtime.toy_policy import CONTRACT, ToyPolicy, observation
@@ -90,11 +90,17 @@ def test_the_stages_add_up_to_the_request(transport: str) -> None:
     with serving(ToyPolicy()) as server, connect(server, transport) as client:
         client.infer(observation())
         began_ns = time.monotonic_ns()
-        chunk = client.infer(observation())
+        request = client.submit(observation())
+        submitted_ns = polled_ns = time.monotonic_ns()
+        while (chunk := client.poll()) is None:
+            polled_ns = time.monotonic_ns()
         total_ns = time.monotonic_ns() - began_ns
+        assert request == client.statistics().requests
         assert list(chunk.stages_ns) == list(STAGES)
         assert min(chunk.stages_ns.values()) >= 0
-        assert sum(chunk.stages_ns.values()) <= total_ns
+        assert [chunk.stages_ns[s] for s in ("preprocess", "infer", "postprocess")] == [1, 2, 3]
+        # It had not come when it was last looked for, and was there when the loop ended.
+        assert polled_ns - submitted_ns <= sum(chunk.stages_ns.values()) <= total_ns
 
 
 def test_rendering_into_the_loan_is_what_arrives() -> None:
@@ -218,6 +224,75 @@ def test_an_observation_of_another_shape_in_mid_session() -> None:
         client.infer(observation())
 
 
+class Failing(ToyPolicy):
+    """Fails where it is told to."""
+
+    def __init__(self, where: str) -> None:
+        super().__init__()
+        self.where = where
+
+    def reset(self) -> None:
+        if self.where == "reset" and self.asked:
+            raise RuntimeError("no more episodes")
+
+    def infer(self, obs: MetaObs) -> ActionChunk:
+        if self.where == "transport":
+            raise TransportTimeout("a policy that asks another server")
+        chunk = super().infer(obs)
+        return dataclasses.replace(chunk, obs_timestep=99) if self.where == "tick" else chunk
+
+    def fork(self) -> Failing:
+        if self.where == "fork later":
+            self.where = "fork"
+        elif self.where == "fork":
+            raise RuntimeError("no more forks")
+        return Failing(self.where)
+
+    def close(self) -> None:
+        if self.where == "close" and self.asked:
+            raise RuntimeError("cannot close")
+
+
+@pytest.mark.parametrize("transport", TRANSPORTS)
+def test_a_policy_that_fails_to_reset_costs_its_own_session_only(transport: str) -> None:
+    with serving(Failing("reset")) as server, connect(server, transport) as other:
+        other.infer(observation())
+        with connect(server, transport) as client:
+            client.infer(observation())
+            client.reset()
+            with pytest.raises(ServerLost, match=r"failed to reset.*no more episodes"):
+                client.infer(observation())
+        other.infer(observation())
+
+
+def test_a_policy_that_cannot_be_forked_any_more() -> None:
+    with serving(Failing("fork later")) as server, connect(server) as client:
+        with pytest.raises(ServerLost, match=r"could not be forked.*no more forks"):
+            client.infer(observation())
+        assert server.statistics().answered == 0
+
+
+def test_a_policy_that_fails_to_close_is_survived() -> None:
+    with serving(Failing("close")) as server:
+        for _ in range(2):
+            with connect(server) as client:
+                client.infer(observation())
+
+
+@pytest.mark.parametrize(
+    ("where", "message"),
+    [
+        ("transport", "a policy that asks another server"),
+        ("tick", "answered for tick 99, asked for 0"),
+    ],
+)
+def test_whatever_a_policy_raises_is_answered(where: str, message: str) -> None:
+    with serving(Failing(where)) as server, connect(server) as client:
+        for _ in range(4):  # more often than requests may be in flight
+            with pytest.raises(InferenceError, match=message):
+                client.infer(observation())
+
+
 # freshness
 
 
@@ -273,7 +348,73 @@ def test_a_late_answer_is_never_given_out(transport: str) -> None:
         assert client.infer(observation(timestep=4)).obs_timestep == 4
 
 
+@pytest.mark.parametrize("transport", TRANSPORTS)
+def test_a_busy_server_is_busy_and_not_lost(transport: str) -> None:
+    gate = threading.Semaphore(0)
+    with serving(ToyPolicy(gate)) as server, connect(server, transport) as client:
+        for tick in range(8):
+            with pytest.raises(RequestTimeout):
+                client.infer(observation(timestep=tick), timeout_s=0.02)
+            client.reset()
+        with pytest.raises(ServerBusy, match="is busy"):
+            for tick in range(8):
+                client.submit(observation(timestep=tick))
+                client.cancel()
+        gate.release(100)
+        assert client.infer(observation(timestep=50)).obs_timestep == 50
+        # Whose time was up was not computed: not all of those that were sent.
+        assert server.statistics().answered < client.statistics().requests
+
+
+def test_in_flight_is_bounded_by_the_slots() -> None:
+    with (
+        serving(ToyPolicy()) as server,
+        pytest.raises(ValueError, match="max_in_flight: got 4, expected 1 to 3"),
+    ):
+        connect(server, max_in_flight=4)
+
+
 # loss
+
+
+@pytest.mark.parametrize("transport", TRANSPORTS)
+def test_a_loss_is_noticed_by_whatever_is_called_next(transport: str) -> None:
+    calls = [
+        lambda client: client.loan_images(),
+        lambda client: client.submit(observation()),
+        lambda client: client.reset(),
+        lambda client: poll_until(client, 1),
+    ]
+    for call in calls:
+        with serving(ToyPolicy()) as server:
+            client = connect(server, transport)
+            client.infer(observation())
+        with client:
+            with pytest.raises(ServerLost, match="the test is over"):
+                call(client)
+            with pytest.raises(ServerLost):
+                client.loan_images()
+
+
+def test_another_servers_policy_is_not_mistaken_for_the_one_asked_for() -> None:
+    class Other(ToyPolicy):
+        def __init__(self) -> None:
+            super().__init__()
+            self.contract = dataclasses.replace(CONTRACT, normalizer_hash="another")
+
+    with serving(ToyPolicy()) as server:
+        port = server.port
+        early, late = connect(server), connect(server)
+        late.infer(observation())
+    with serving(Other(), port=port), early, late:
+        with pytest.raises(ContractMismatch, match="another server's"):
+            early.infer(observation())
+        with pytest.raises(ServerLost):
+            late.infer(observation())
+        with pytest.raises(ContractMismatch, match="normalizer_hash='another'"):
+            late.reconnect()
+        with pytest.raises(ServerLost):  # and stays lost
+            late.infer(observation())
 
 
 @pytest.mark.parametrize("transport", TRANSPORTS)
