@@ -1,52 +1,41 @@
 """Reads a checkpoint's statistics, which others write as pickle, without trusting it.
 
-A pickle is a program. This unpickler lets it build numpy arrays, numpy scalars and plain containers
-and refuses to look up anything else, before anything of it has run.
+A pickle is a program. This unpickler answers the few names of numpy that arrays are pickled with by
+stand-ins of our own, refuses to look up anything else, and hands out only what it has looked over.
 """
 
 from __future__ import annotations
 
 import io
 import pickle
+import pickletools
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-
+from policies.checkpoint.standins import NAMES, Array, Name
 from policies.errors import CheckpointError
 
 MAX_BYTES = 64 * 2**20
-
-_ALLOWED = {
-    ("numpy", "ndarray"),
-    ("numpy", "dtype"),
-    *(
-        (f"numpy.{core}.{name}", function)
-        for core in ("core", "_core")
-        for name, function in (
-            ("multiarray", "_reconstruct"),
-            ("multiarray", "scalar"),
-            ("numeric", "_frombuffer"),
-        )
-    ),
-}
+MAX_ITEMS = 1_000_000
+"""Instructions in the file, and values in what it gives: a small file can name one value often."""
+MAX_TUPLES = 10_000
+"""Python hashes nested tuples by recursion in C without a limit: deep ones overflow the stack."""
+MAX_DEPTH = 32
 
 
 class _Unpickler(pickle.Unpickler):
-    def find_class(self, module: str, name: str) -> Any:
-        if (module, name) not in _ALLOWED:
+    def find_class(self, module: str, name: str) -> Name:
+        if (module, name) not in NAMES:
             raise pickle.UnpicklingError(f"it asks for {module}.{name}")
-        # numpy 1 and 2 renamed the module; either one's pickles are read under either.
-        if module.startswith("numpy.core") and not hasattr(np, "core"):
-            module = module.replace("numpy.core", "numpy._core")
-        return super().find_class(module, name)
+        return NAMES[module, name]
 
     def persistent_load(self, pid: Any) -> Any:
-        raise pickle.UnpicklingError(f"it asks for the object {pid!r} from outside")
+        raise pickle.UnpicklingError(f"it asks for the object {pid!r:.40} from outside")
 
 
 def read_pickle(path: Path) -> Any:
-    """What ``path`` holds: dicts, lists, tuples, strings, numbers and numpy arrays.
+    """What ``path`` holds: dicts, lists, tuples, strings, numbers and (read-only) numpy arrays.
 
     Raises:
         CheckpointError: No such file, too large, not a pickle, or one that asks for anything else.
@@ -55,7 +44,9 @@ def read_pickle(path: Path) -> Any:
         size = path.stat().st_size
         if size > MAX_BYTES:
             raise CheckpointError(f"{path}: {size} bytes, expected at most {MAX_BYTES}")
-        return _Unpickler(io.BytesIO(path.read_bytes())).load()
+        content = path.read_bytes()
+        _check_instructions(content)
+        return _plain(_Unpickler(io.BytesIO(content)).load(), iter(range(MAX_ITEMS)), 0)
     except OSError as error:
         raise CheckpointError(f"{path}: {error}") from error
     except pickle.UnpicklingError as error:
@@ -65,4 +56,38 @@ def read_pickle(path: Path) -> Any:
     except CheckpointError:
         raise
     except Exception as error:  # a broken pickle may raise anything at all
-        raise CheckpointError(f"{path}: not a readable pickle ({error!r})") from error
+        raise CheckpointError(f"{path}: not a readable pickle ({error!r:.200})") from error
+
+
+def _check_instructions(content: bytes) -> None:
+    """Refuses what would take the unpickler itself down; reads the file without executing it."""
+    tuples = 0
+    for count, (opcode, argument, _) in enumerate(pickletools.genops(content)):
+        tuples += opcode.name in ("TUPLE", "TUPLE1", "TUPLE2", "TUPLE3")
+        if count >= MAX_ITEMS or tuples > MAX_TUPLES:
+            raise pickle.UnpicklingError(
+                f"it has more than {MAX_ITEMS} instructions or {MAX_TUPLES} tuples"
+            )
+        # The memo is a list as long as the largest place that is named.
+        if opcode.name in ("PUT", "BINPUT", "LONG_BINPUT") and int(argument or 0) > len(content):
+            raise pickle.UnpicklingError(f"it remembers something at place {argument}")
+
+
+def _plain(value: Any, budget: Iterator[int], depth: int) -> Any:
+    """``value`` with its arrays in place of their stand-ins."""
+    if next(budget, None) is None or depth > MAX_DEPTH:
+        raise pickle.UnpicklingError(f"it holds over {MAX_ITEMS} values, or {MAX_DEPTH} levels")
+    if isinstance(value, Array):
+        return value.array()
+    if type(value) in (list, tuple):
+        return type(value)(_plain(item, budget, depth + 1) for item in value)
+    if type(value) is dict:
+        for key in value:
+            if type(key) not in (str, int):
+                raise pickle.UnpicklingError(f"it has a {type(key).__name__} for a key")
+        return {key: _plain(item, budget, depth + 1) for key, item in value.items()}
+    if type(value) is int and not -(2**63) <= value < 2**64:
+        raise pickle.UnpicklingError(f"it has a number of {value.bit_length()} bits")
+    if value is None or type(value) in (bool, int, float, str, bytes):
+        return value
+    raise pickle.UnpicklingError(f"it holds a {type(value).__name__}")

@@ -1,0 +1,154 @@
+"""What a pickle gets instead of numpy: it can describe arrays of plain numbers, and nothing else.
+
+numpy's own ``dtype.__setstate__`` and ``ndarray.__setstate__`` believe what a pickle says about its
+memory; a field of objects that is flagged as plain bytes makes pointers of the file's bytes. So
+numpy is given only what was checked here: a number format by name, and bytes of just its size.
+"""
+
+from __future__ import annotations
+
+import math
+import re
+from collections.abc import Callable
+from pickle import UnpicklingError
+from typing import Any, Literal
+
+import numpy as np
+from numpy.typing import NDArray
+
+MAX_DIMENSIONS = 32
+
+_NUMBER = re.compile(r"[<>=|]?(b1|[iu][1248]|f[248])")
+_ORDERS = ("<", ">", "=", "|")
+
+
+class Name:
+    """A function under a name that a pickle may ask for; nothing about it can be changed."""
+
+    __slots__ = ("_function",)
+
+    def __init__(self, function: Callable[..., Any]) -> None:
+        self._function = function
+
+    def __call__(self, *arguments: Any) -> Any:
+        return self._function(*arguments)
+
+    def __setstate__(self, state: object) -> None:
+        raise UnpicklingError("it changes what it asked for")
+
+
+class NumberFormat:
+    """A dtype of plain numbers; of what is told later, only the byte order is believed."""
+
+    __slots__ = ("_code", "_order")
+
+    def __init__(self, code: object) -> None:
+        if not isinstance(code, str) or not _NUMBER.fullmatch(code):
+            raise UnpicklingError(f"it has the dtype {code!r:.40}")
+        self._code = code.lstrip("".join(_ORDERS))
+        self._order = code[0] if code[0] in _ORDERS else "="
+
+    def __setstate__(self, state: object) -> None:
+        plain = isinstance(state, tuple) and len(state) >= 5 and state[2:5] == (None, None, None)
+        if not isinstance(state, tuple) or not plain or state[1] not in _ORDERS:
+            raise UnpicklingError(f"it has a {self._code} with the state {state!r:.60}")
+        self._order = state[1]
+
+    def dtype(self) -> np.dtype[Any]:
+        return np.dtype(self._order + self._code)
+
+
+class Array:
+    """An array whose content follows, as pickles have it."""
+
+    __slots__ = ("_array",)
+
+    def __init__(self) -> None:
+        self._array: NDArray[Any] | None = None
+
+    def __setstate__(self, state: object) -> None:
+        if not isinstance(state, tuple) or len(state) != 5:
+            raise UnpicklingError("it has an array without shape, dtype and content")
+        _, shape, number, fortran, content = state
+        self._array = _build(shape, number, content, "F" if fortran else "C")
+
+    def array(self) -> NDArray[Any]:
+        """Read-only: a view of the pickle's own bytes."""
+        if self._array is None:
+            raise UnpicklingError("it has an array without content")
+        return self._array
+
+
+def _dtype(code: object, *_align_and_copy: object) -> NumberFormat:
+    return NumberFormat(code)
+
+
+def _ndarray(*_arguments: object) -> Array:
+    raise UnpicklingError("it makes an array without content")
+
+
+def _reconstruct(kind: object, *_shape_and_code: object) -> Array:
+    if kind is not NAMES["numpy", "ndarray"]:
+        raise UnpicklingError("it asks for a kind of array of its own")
+    return Array()
+
+
+def _scalar(number: object, content: object) -> bool | int | float:
+    value: bool | int | float = _build((), number, content, "C").item()
+    return value
+
+
+def _frombuffer(
+    content: object, number: object, shape: object, order: object, axes: object = None
+) -> Array:
+    if order not in ("C", "F", "K"):
+        raise UnpicklingError(f"it has an array in the order {order!r:.40}")
+    found = Array()
+    flat = _build(shape, number, content, "F" if order == "F" else "C")
+    if order == "K":
+        if not isinstance(axes, tuple) or sorted(axes) != list(range(flat.ndim)):
+            raise UnpicklingError("it has an array whose axes are no permutation")
+        flat = flat.transpose(axes)
+    found._array = flat
+    return found
+
+
+def _build(
+    shape: object, number: object, content: object, order: Literal["C", "F"]
+) -> NDArray[Any]:
+    """The array, read-only, without a copy: one content may be shared by very many."""
+    if not isinstance(number, NumberFormat) or not isinstance(content, bytes | bytearray):
+        raise UnpicklingError("it has an array of other things than numbers")
+    if (
+        not isinstance(shape, tuple)
+        or len(shape) > MAX_DIMENSIONS
+        or not all(type(n) is int and n >= 0 for n in shape)
+    ):
+        raise UnpicklingError(f"it has an array of shape {shape!r:.60}")
+    dtype = number.dtype()
+    if math.prod(shape) * dtype.itemsize != len(content):
+        raise UnpicklingError(
+            f"it has an array of shape {shape} and dtype {dtype} in {len(content)} bytes"
+        )
+    if dtype.kind == "b" and content.strip(b"\0\1"):
+        raise UnpicklingError("it has a bool that is neither 0 nor 1")
+    array: NDArray[Any] = np.ndarray(shape, dtype, content, order=order)
+    array.flags.writeable = False
+    return array
+
+
+NAMES: dict[tuple[str, str], Name] = {
+    ("numpy", "dtype"): Name(_dtype),
+    ("numpy", "ndarray"): Name(_ndarray),
+    # numpy 2 renamed the modules; either one's pickles are read under either.
+    **{
+        (f"numpy.{core}.{module}", name): Name(function)
+        for core in ("core", "_core")
+        for module, name, function in (
+            ("multiarray", "_reconstruct", _reconstruct),
+            ("multiarray", "scalar", _scalar),
+            ("numeric", "_frombuffer", _frombuffer),
+        )
+    },
+}
+"""All that a pickle may ask for, by module and name."""
