@@ -172,7 +172,10 @@ class GymWorld:
         return picture
 
     def _rendered(self) -> NDArray[np.uint8]:
-        picture = self._env.render()
+        try:
+            picture = self._env.render()
+        except Exception as error:  # anyone's environment; often a renderer that is not installed
+            raise EnvError(f"gym:{self.task}: render() failed: {error}") from error
         if picture is None:
             raise EnvError(f"gym:{self.task}: render() returned nothing; it needs a render_mode")
         return np.asarray(picture)

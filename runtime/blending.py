@@ -119,6 +119,8 @@ def make_strategy(
     """
     if stride is not None and not 1 <= stride <= chunk_size:
         raise ValueError(f"n_action_steps: got {stride}, expected 1 to chunk_size = {chunk_size}")
+    if coefficient is not None and name in ("sequential", "latest", "BasicActionManager"):
+        raise ValueError(f"coefficient: got {coefficient}, expected none: {name} has no use for it")
     if coefficient is not None and not (math.isfinite(coefficient) and coefficient >= 0):
         raise ValueError(f"coefficient: got {coefficient}, expected a finite number >= 0")
 

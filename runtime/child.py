@@ -54,6 +54,7 @@ class ServerChild:
             raise
         finally:
             giving_up.cancel()
+            giving_up.join()
         self._log = threading.Thread(target=self._pass_on_output, daemon=True)
         self._log.start()
 

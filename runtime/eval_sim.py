@@ -11,8 +11,10 @@ import argparse
 import dataclasses
 import json
 import logging
+import math
 import signal
 import sys
+import tempfile
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -94,6 +96,7 @@ def read_plan(argv: Sequence[str] | None) -> tuple[Plan, argparse.Namespace]:
     """
     args, rest = parser().parse_known_args(argv)
     overrides = _env_overrides(rest)
+    mapped = [pair.partition("=")[0] for pair in args.camera_map]
     for pair in args.camera_map:
         policy_name, equals, world_name = pair.partition("=")
         if not equals:
@@ -103,6 +106,10 @@ def read_plan(argv: Sequence[str] | None) -> tuple[Plan, argparse.Namespace]:
         raise ValueError(f"--num_rollout: got {args.num_rollout}, expected 1 or more")
     if args.num_envs < 1:
         raise ValueError(f"--num_envs: got {args.num_envs}, expected 1 or more")
+    if args.videos < 0:
+        raise ValueError(f"--videos: got {args.videos}, expected 0 or more")
+    if args.fps is not None and not (math.isfinite(args.fps) and args.fps > 0):
+        raise ValueError(f"--fps: got {args.fps}, expected a positive number")
     if args.realtime and args.num_envs > 1:
         raise ValueError(
             "--realtime with --num_envs > 1: one world by the wall clock at a time on one machine"
@@ -119,6 +126,7 @@ def read_plan(argv: Sequence[str] | None) -> tuple[Plan, argparse.Namespace]:
         action_manager=args.action_manager,
         manager_coef=args.manager_coef,
         n_action_steps=args.n_action_steps,
+        camera_names=tuple(mapped),
         fps=args.fps,
         video_dir=_result_path(args, env).parent / "video" / env.task.replace("/", "_"),
         videos=args.videos,
@@ -157,6 +165,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Run the evaluation. Returns the exit status."""
     try:
         plan, args = read_plan(argv)
+        path = _result_path(args, plan.env)
+        _must_be_writable(path.parent)
     except (ConfigError, EnvError, RuntimeFault, ValueError) as error:
         print(f"error: {error}", file=sys.stderr)
         return BAD_INPUT
@@ -164,7 +174,6 @@ def main(argv: Sequence[str] | None = None) -> int:
     logging.basicConfig(level=args.log_level, format="%(levelname)s %(name)s: %(message)s")
     if isinstance(plan.model, ServerAddress) and plan.checkpoint != CheckpointOptions():
         print("note: the checkpoint's options are the server's to choose; ignored", file=sys.stderr)
-    path = _result_path(args, plan.env)
     episodes: list[Episode] = []
     setting: Setting | None = None
     failure, status = "", 0
@@ -182,22 +191,46 @@ def main(argv: Sequence[str] | None = None) -> int:
         failure, status = str(error), BAD_INPUT if error.bad_input else LOST
     except RuntimeFault as error:
         failure, status = str(error), BAD_INPUT
+    except OSError as error:
+        failure, status = f"the result cannot be written: {error}", LOST
     except KeyboardInterrupt:
         failure, status = "interrupted", INTERRUPTED
     finally:
         bar.close()
     if episodes:
-        print(report(_save(path, plan, setting, episodes, failure)))
-        print(f"result       {path}")
-        picture = path.with_name(f"{path.stem}_timing.png")
-        write_timing_plot(picture, episodes, f"{plan.env.task}, {len(episodes)} episodes")
-        print(f"timing       {picture}")
-        if plan.video_dir is not None and plan.videos:
-            print(f"videos       {plan.video_dir}/")
+        try:
+            _conclude(path, plan, setting, episodes, failure)
+        except OSError as error:
+            failure, status = failure or f"the result cannot be written: {error}", status or LOST
+        except KeyboardInterrupt:
+            failure, status = "interrupted", INTERRUPTED
     if failure:
         kept = f"; {len(episodes)} of {len(plan.seeds)} episodes were finished and kept"
         print(f"error: {failure}{kept if status != BAD_INPUT else ''}", file=sys.stderr)
     return status
+
+
+def _must_be_writable(folder: Path) -> None:
+    """Find out before the first episode rather than after it. Raises ``ValueError``."""
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=folder) as probe:
+            probe.write(b"room for at least this")
+            probe.flush()
+    except OSError as error:
+        raise ValueError(f"--output_dir: {folder} cannot be written: {error}") from error
+
+
+def _conclude(
+    path: Path, plan: Plan, setting: Setting | None, episodes: Sequence[Episode], failure: str
+) -> None:
+    print(report(_save(path, plan, setting, episodes, failure)))
+    print(f"result       {path}")
+    picture = path.with_name(f"{path.stem}_timing.png")
+    write_timing_plot(picture, episodes, f"{plan.env.task}, {len(episodes)} episodes")
+    print(f"timing       {picture}")
+    if plan.video_dir is not None and plan.videos:
+        print(f"videos       {plan.video_dir}/")
 
 
 def _save(

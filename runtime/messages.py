@@ -40,6 +40,7 @@ def observation_schema(obs: MetaObs) -> Schema:
 
 
 def _observation_arrays(obs: MetaObs) -> dict[str, NDArray[Any]]:
+    _need_arrays(obs)
     arrays: dict[str, NDArray[Any]] = {IMAGE + name: a for name, a in obs.images.items()}
     arrays |= {DEPTH + name: a for name, a in obs.depth.items()}
     arrays["state"] = obs.state
@@ -47,6 +48,17 @@ def _observation_arrays(obs: MetaObs) -> dict[str, NDArray[Any]]:
         if (value := getattr(obs, name)) is not None:
             arrays[name] = value
     return arrays
+
+
+def _need_arrays(obs: MetaObs) -> None:
+    fields = [("state", obs.state), *((n, getattr(obs, n)) for n in _OPTIONAL_STATES)]
+    for kind, pictures in (("images", obs.images), ("depth", obs.depth)):
+        fields += [(f"{kind}.{name}", picture) for name, picture in pictures.items()]
+    for name, value in fields:
+        if not isinstance(value, np.ndarray) and (
+            name not in _OPTIONAL_STATES or value is not None
+        ):
+            raise ContractMismatch(name, type(value).__name__, "a numpy array")
 
 
 def write_observation(obs: MetaObs, views: Mapping[str, NDArray[Any]]) -> None:
@@ -65,16 +77,18 @@ def write_observation(obs: MetaObs, views: Mapping[str, NDArray[Any]]) -> None:
     elif obs.raw_lang:
         raise ContractMismatch("raw_lang", "text", "none, as in the session's first observation")
     if arrays.keys() != views.keys():
-        odd = sorted(arrays.keys() ^ views.keys())[0]
+        odd = min(arrays.keys() ^ views.keys())
         got, expected = ("an array", "none") if odd in arrays else ("nothing", "an array")
-        raise ContractMismatch(odd, got, f"{expected}, as in the session's first observation")
+        raise ContractMismatch(
+            odd.replace("/", "."), got, f"{expected}, as in the session's first observation"
+        )
     for name, array in arrays.items():
         view = views[name]
         if array is view:
             continue
         if array.shape != view.shape or array.dtype != view.dtype:
             raise ContractMismatch(
-                name, f"{array.dtype} {array.shape}", f"{view.dtype} {view.shape}"
+                name.replace("/", "."), f"{array.dtype} {array.shape}", f"{view.dtype} {view.shape}"
             )
         np.copyto(view, array, casting="no")
 
@@ -159,19 +173,33 @@ def reply_schema(contract: PolicyContract) -> Schema:
     )
 
 
-def write_chunk(chunk: ActionChunk, server_wait_ns: int, views: Mapping[str, NDArray[Any]]) -> None:
-    """Copy ``chunk`` into the arrays of an answer.
+def check_chunk(chunk: object, contract: PolicyContract) -> None:
+    """Whether a policy's answer is what its own contract says.
 
     Raises:
-        InferenceError: The policy gave a chunk that its own contract does not allow.
+        InferenceError: It is not; or it holds a NaN or infinity, which must never reach an arm.
     """
+    if not isinstance(chunk, ActionChunk) or not isinstance(chunk.actions, np.ndarray):
+        raise InferenceError(
+            f"the policy answered a {type(chunk).__name__}, expected an ActionChunk over an array"
+        )
+    shape, (most, width) = chunk.actions.shape, (contract.chunk_size, contract.action_dim)
+    if len(shape) != 2 or not 0 < shape[0] <= most or shape[1] != width:
+        raise InferenceError(
+            f"the policy answered actions of shape {shape}, expected (1 to {most}, {width})"
+        )
+    if chunk.actions.dtype != np.float32:
+        raise InferenceError(
+            f"the policy answered actions of dtype {chunk.actions.dtype}, expected float32"
+        )
+    if not np.isfinite(chunk.actions).all():
+        raise InferenceError("the policy answered NaN or infinity among its actions")
+
+
+def write_chunk(chunk: ActionChunk, server_wait_ns: int, views: Mapping[str, NDArray[Any]]) -> None:
+    """Copy ``chunk``, which ``check_chunk`` passed, into the arrays of an answer."""
     actions = views["actions"]
     count = len(chunk)
-    if chunk.actions.shape[1:] != actions.shape[1:] or not 0 < count <= len(actions):
-        raise InferenceError(
-            f"the policy answered actions of shape {chunk.actions.shape}, "
-            f"expected (1 to {len(actions)}, {actions.shape[1]})"
-        )
     actions[:count] = chunk.actions
     actions[count:] = 0
     views["count"][...] = count

@@ -127,8 +127,11 @@ def write_result(path: Path, result: Mapping[str, Any], episodes: Sequence[Episo
 
 def _replace(path: Path, content: bytes) -> None:
     partial = path.with_name(f".{path.name}.{os.getpid()}.partial")
-    partial.write_bytes(content)
-    partial.replace(path)
+    try:
+        partial.write_bytes(content)
+        partial.replace(path)
+    finally:
+        partial.unlink(missing_ok=True)
 
 
 def report(result: Mapping[str, Any]) -> str:

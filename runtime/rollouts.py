@@ -10,6 +10,7 @@ import contextlib
 import dataclasses
 import logging
 import multiprocessing
+import signal
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from multiprocessing.connection import Connection, wait
@@ -52,6 +53,7 @@ class Plan:
         num_envs: Processes side by side.
         realtime: By the wall clock, or lockstep.
         action_manager, manager_coef, n_action_steps: The strategy; see ``make_strategy``.
+        camera_names: The policy's cameras that the user mapped; all must be the policy's.
         fps: Overrides the policy's rate, for checkpoints that do not say theirs.
         video_dir: Where videos go, and ``videos``: of how many of the first episodes.
     """
@@ -66,6 +68,7 @@ class Plan:
     action_manager: str = "sequential"
     manager_coef: float | None = None
     n_action_steps: int | None = None
+    camera_names: tuple[str, ...] = ()
     fps: float | None = None
     video_dir: Path | None = None
     videos: int = 0
@@ -138,6 +141,11 @@ def _episodes(plan: Plan, seeds: tuple[int, ...]) -> Iterator[Report]:
     with contextlib.ExitStack() as stack:
         policy = stack.enter_context(contextlib.closing(_policy(plan)))
         contract = policy.contract
+        unknown = sorted(set(plan.camera_names) - set(contract.camera_names))
+        if unknown:
+            raise ValueError(
+                f"--camera_map: got {unknown}, expected some of {list(contract.camera_names)}"
+            )
         if plan.fps is not None:
             contract = dataclasses.replace(contract, dt_s=1 / plan.fps)
         world = stack.enter_context(
@@ -184,7 +192,10 @@ def _one(plan: Plan, world: World, policy: Policy, executor: ChunkExecutor, seed
         episode = run_lockstep(world, policy, executor, seed, on_tick)
     if recorder and plan.video_dir:
         outcome = "success" if episode.success else "failure"
-        recorder.write(plan.video_dir / f"seed{seed}_{outcome}")
+        try:
+            recorder.write(plan.video_dir / f"seed{seed}_{outcome}")
+        except OSError as error:  # a full disk costs the video, not the episode
+            logger.warning("no video of seed %d: %s", seed, error)
     return episode
 
 
@@ -238,7 +249,8 @@ def _side_by_side(plan: Plan) -> Iterator[Report]:
             process = context.Process(
                 target=_work, args=(plan, plan.seeds[index :: plan.num_envs], theirs), daemon=True
             )
-            process.start()
+            with _ignoring_interrupts():
+                process.start()
             theirs.close()
             stack.callback(_end, process)
             workers[ours] = process
@@ -277,9 +289,20 @@ def _work(plan: Plan, seeds: tuple[int, ...], reports: Connection) -> None:
             send(report)
         send(None)
     except WorkerFailed as error:
-        send(_Failure(str(error), error.bad_input))
-    except KeyboardInterrupt:
-        pass
+        with contextlib.suppress(BrokenPipeError):
+            send(_Failure(str(error), error.bad_input))
+    except BrokenPipeError:
+        pass  # whoever wanted the reports is gone
+
+
+@contextlib.contextmanager
+def _ignoring_interrupts() -> Iterator[None]:
+    """What is started meanwhile ignores Ctrl-C: its parent hears it, and ends its children."""
+    before = signal.signal(signal.SIGINT, signal.SIG_IGN)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGINT, before)
 
 
 def _end(process: Any) -> None:

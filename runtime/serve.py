@@ -18,14 +18,16 @@ from policies.types import Policy
 from policies.yaml_config import ConfigError, load_config
 from runtime.checkpoint_options import add_flags, from_flags
 from runtime.config import DEFAULT_CHECKPOINT, TRANSPORTS, ServerConfig
+from runtime.errors import ModelNameError
 from runtime.latency import Percentiles
+from runtime.model_name import LocalModel, read_model_name
 from runtime.server import PolicyServer
 from runtime.warmup import warm_up
 from transport.errors import TransportError
 
 logger = logging.getLogger(__name__)
 
-BAD_INPUT = 2
+BAD_INPUT, INTERRUPTED = 2, 130
 
 
 def parser() -> argparse.ArgumentParser:
@@ -76,8 +78,20 @@ def main(argv: Sequence[str] | None = None) -> int:
         level=args.log_level, format="%(asctime)s %(levelname)s %(name)s: %(message)s"
     )
     try:
-        policy = config.checkpoint.load(config.model_name_or_path)
-    except PolicyError as error:
+        return _serve(config)
+    except KeyboardInterrupt:
+        print("interrupted before the server was ready", file=sys.stderr)
+        return INTERRUPTED
+
+
+def _serve(config: ServerConfig) -> int:
+    signal.signal(signal.SIGTERM, signal.default_int_handler)  # until the server is there
+    try:
+        model = read_model_name(config.model_name_or_path)
+        if not isinstance(model, LocalModel):
+            raise ModelNameError(f"-m {model}: got a server's address, expected a checkpoint")
+        policy = config.checkpoint.load(model.name)
+    except (PolicyError, ModelNameError) as error:
         return _fail(error, _hint(config))
     try:
         warm = warm_up(policy)
@@ -95,9 +109,16 @@ def main(argv: Sequence[str] | None = None) -> int:
     except (PolicyError, TransportError) as error:
         return _fail(error)
     finally:
-        policy.close()
+        _close(policy)
     logger.info("stopped; %s", server.statistics())
     return 0
+
+
+def _close(policy: Policy) -> None:
+    try:
+        policy.close()
+    except Exception:  # anyone's policy; there is nothing left to lose
+        logger.exception("the policy failed to close")
 
 
 def _stop_at_end_of_stdin() -> None:

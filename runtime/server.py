@@ -233,6 +233,7 @@ class PolicyServer:
             try:
                 obs = messages.read_observation(message.arrays)
                 chunk = state.policy.infer(obs)
+                messages.check_chunk(chunk, self._policy.contract)
                 if chunk.obs_timestep != obs.timestep:
                     raise InferenceError(
                         f"the policy answered for tick {chunk.obs_timestep}, asked for "
@@ -255,15 +256,7 @@ class PolicyServer:
         except TransportError as error:
             logger.warning("session %d: the answer was not sent: %s", session.id, error)
             return
-        try:
-            messages.write_chunk(chunk, waited_ns, loan.arrays)
-        except InferenceError as error:
-            loan.cancel()
-            self._fail(session, message, error)
-            return
-        except BaseException:
-            loan.cancel()
-            raise
+        messages.write_chunk(chunk, waited_ns, loan.arrays)
         self._send(session, lambda: loan.publish(message.request_id))
         self._counts["answered"] += 1
         session.attachment.counts["answered"] += 1

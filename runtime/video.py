@@ -14,6 +14,7 @@ def write_video(path: Path, frames: Iterable[NDArray[np.uint8]], fps: int) -> No
 
     Raises:
         ValueError: There is no frame.
+        OSError: It cannot be written.
     """
     import av
 

@@ -6,7 +6,9 @@ import time
 
 import numpy as np
 
+from policies.errors import InferenceError, PolicyError
 from policies.types import MetaObs, Policy, PolicyContract
+from runtime import messages
 from runtime.latency import Percentiles
 
 MIN_REQUESTS, MAX_REQUESTS, LONG_ENOUGH_S = 3, 30, 2.0
@@ -28,6 +30,9 @@ def warm_up(policy: Policy) -> Percentiles:
     """Infer until the time per request no longer falls; the latency of the warm half, seconds.
 
     At least ``MIN_REQUESTS``, at most ``MAX_REQUESTS``, and no new one after ``LONG_ENOUGH_S``.
+
+    Raises:
+        InferenceError: The policy fails, or does not answer what its contract says.
     """
     obs = synthetic_observation(policy.contract)
     began_s = time.monotonic()
@@ -36,7 +41,16 @@ def warm_up(policy: Policy) -> Percentiles:
         if len(durations_s) >= MIN_REQUESTS and time.monotonic() - began_s > LONG_ENOUGH_S:
             break
         start_s = time.monotonic()
-        policy.infer(obs)
+        try:
+            chunk = policy.infer(obs)
+        except PolicyError:
+            raise
+        except Exception as error:  # anyone's policy
+            raise InferenceError(f"the policy failed while warming up: {error!r}") from error
         durations_s.append(time.monotonic() - start_s)
-    policy.reset()
+        messages.check_chunk(chunk, policy.contract)
+    try:
+        policy.reset()
+    except Exception as error:
+        raise InferenceError(f"the policy failed to reset: {error!r}") from error
     return Percentiles.of(durations_s[len(durations_s) // 2 :])

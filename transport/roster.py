@@ -51,7 +51,7 @@ class Roster:
 
     def start(self, pending: Pending, transport: str, reason: str) -> None:
         """Make a confirmed session run."""
-        _log.info("session %d (%s): %s, %s", pending.id, pending.hello.client, transport, reason)
+        _log.debug("session %d (%s): %s, %s", pending.id, pending.hello.client, transport, reason)
         self._counts["opened"] += 1
         start = self._start_shm if transport == "shm" else self._start_zmq
         self.sessions[pending.id] = start(pending, reason)
@@ -179,7 +179,7 @@ class Roster:
         for epoch, carrier in list(self._carriers.items()):
             if carrier.session is session:
                 del self._carriers[epoch]
-        _log.info("session %d ended: %s", session.id, reason)
+        _log.debug("session %d ended: %s", session.id, reason)
 
 
 class RouterCarrier:

@@ -50,7 +50,7 @@ class Router:
             self._context.destroy(linger=0)
             if error.errno == errno.EADDRINUSE:
                 raise AddressInUse(
-                    f"{host}:{port} is taken: another server runs there; choose another port"
+                    f"{host}:{port} is taken: another program listens there; choose another port"
                 ) from error
             raise TransportError(f"cannot listen at {host}:{port}: {error.strerror}") from error
         endpoint = self._socket.getsockopt_string(zmq.LAST_ENDPOINT)

@@ -64,11 +64,15 @@ def load_factory(source: str) -> Policy:
         raise CheckpointError(f"{source!r}: expected {PREFIX}package.module:factory")
     try:
         module = importlib.import_module(module_name)
-    except ImportError as error:
-        raise CheckpointError(f"{source}: {error}") from error
+    except Exception as error:  # somebody else's code: anything
+        raise CheckpointError(f"{source}: the module cannot be imported: {error!r}") from error
     factory = getattr(module, name, None)
     if not callable(factory):
-        callables = sorted(n for n, v in vars(module).items() if callable(v) and n[0] != "_")
+        callables = sorted(
+            n
+            for n, v in vars(module).items()
+            if callable(v) and n[0] != "_" and getattr(v, "__module__", "") == module.__name__
+        )
         raise CheckpointError(f"{source}: no function {name!r} there, got {callables}")
     try:
         policy = factory()

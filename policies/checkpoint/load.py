@@ -90,7 +90,9 @@ def load_weights(
         config = read_json(config_path)
         if "input_features" in config or "type" in config:
             _only_known("LeRobot", path, dataset_id=dataset_id)
+            _says_itself(path, camera_names, n_heads)
             return load_lerobot(folder, extras, image_hw=image_hw)
+        _says_itself(path, camera_names, n_heads)
         return load_ilstudio(folder, extras, dataset_id=dataset_id, image_hw=image_hw)
     if find_weights(folder) is not None:
         _only_known("the original ACT", path, dataset_id=dataset_id)
@@ -127,3 +129,11 @@ def _only_known(layout: str, path: str, *, dataset_id: str | None) -> None:
             f"{path}: dataset_id: got {dataset_id!r}, expected none: {layout}'s layout has one "
             "unnamed set of normalizers"
         )
+
+
+def _says_itself(path: str, camera_names: Sequence[str] | None, n_heads: int | None) -> None:
+    for name, value in (("camera_names", camera_names), ("n_heads", n_heads)):
+        if value is not None:
+            raise CheckpointError(
+                f"{path}: {name}: got {value}, expected none: this layout says its own"
+            )

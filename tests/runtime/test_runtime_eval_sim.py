@@ -161,6 +161,12 @@ def test_every_strategy_runs(tmp_path: Path, name: str) -> None:
         (["-m", TOY, "-n", "0"], "--num_rollout: got 0, expected 1 or more"),
         (["-m", TOY, "--num_envs", "0"], "--num_envs: got 0"),
         (["-m", TOY, "--camera_map", "top"], "--camera_map: got 'top', expected POLICY=WORLD"),
+        (["-m", TOY, "--camera_map", "nope=top"], "--camera_map: got ['nope'], expected some of"),
+        (["-m", TOY, "--videos", "-1"], "--videos: got -1, expected 0 or more"),
+        (["-m", TOY, "--fps", "0"], "--fps: got 0.0, expected a positive number"),
+        (["-m", TOY, "--fps", "nan"], "--fps: got nan"),
+        (["-m", TOY, "--manager_coef", "3"], "got 3.0, expected none: sequential"),
+        (["-m", "python:tests.runtime.toy_policy_broken:f"], "cannot be imported"),
         (["-m", TOY, "--env.taks", "x"], "taks"),
         (["-m", TOY, "--evn.task", "x"], "got '--evn.task'"),
         (["-m", TOY, "--env.task"], "expected a value"),
@@ -180,6 +186,29 @@ def test_bad_input_is_said_in_a_line(
     assert "Traceback" not in error
 
 
+def test_a_folder_that_cannot_be_written_is_found_out_first(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "file").write_text("")
+    evaluate(tmp_path / "file", "-m", TOY, status=eval_sim.BAD_INPUT)
+    assert "cannot be written" in capsys.readouterr().err
+
+
+def test_a_disk_that_fills_up_is_said_and_not_a_traceback(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    saved = []
+
+    def full(path: Path, *rest: object) -> None:
+        saved.append(path)
+        if len(saved) == 2:
+            raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(eval_sim, "write_result", full)
+    evaluate(tmp_path, "-m", TOY, "-n", "4", "--videos", "0", status=eval_sim.LOST)
+    assert "No space left on device" in capsys.readouterr().err
+
+
 def test_an_unknown_environment_lists_what_there_is(capsys: pytest.CaptureFixture[str]) -> None:
     assert eval_sim.main(["-m", TOY, "-e", "mars"]) == eval_sim.BAD_INPUT
     assert "aloha" in capsys.readouterr().err
@@ -195,7 +224,7 @@ def test_any_gymnasium_environment_by_its_id(tmp_path: Path) -> None:
 
 
 def test_a_server_that_cannot_start_says_why() -> None:
-    with pytest.raises(RuntimeFault, match="nowhere/at/all: no such checkpoint"):
+    with pytest.raises(RuntimeFault, match=r"nowhere/at/all.*read as a path, which does not exist"):
         ServerChild(["-m", "nowhere/at/all"])
 
 

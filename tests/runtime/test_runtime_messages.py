@@ -92,9 +92,12 @@ def test_pictures_rendered_in_place_are_not_copied() -> None:
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"images": {"top": np.zeros((24, 32, 3), np.uint8)}}, "images/wrist: got nothing"),
+        ({"images": {"top": np.zeros((24, 32, 3), np.uint8)}}, "images.wrist: got nothing"),
         ({"state": np.zeros(6, np.float32)}, r"state: got float32 \(6,\), expected float32 \(5,\)"),
         ({"state": np.zeros(5)}, r"state: got float64 \(5,\)"),
+        ({"state": [0.0] * 5}, "state: got list, expected a numpy array"),
+        ({"state": None}, "state: got NoneType, expected a numpy array"),
+        ({"images": {"top": "a file", "wrist": None}}, "images.top: got str"),
         ({"raw_lang": "go"}, "raw_lang: got text, expected none"),
         ({"state_ee": np.zeros(3, np.float32)}, "state_ee: got an array, expected none"),
     ],
@@ -215,11 +218,23 @@ def test_a_chunk_survives_the_way(length: int) -> None:
     assert got[0].action.tolist() == chunk.actions[0].tolist()
 
 
-@pytest.mark.parametrize("shape", [(5, 3), (0, 3), (4, 2), (4,)])
-def test_a_policy_that_breaks_its_contract_is_an_inference_error(shape: tuple[int, ...]) -> None:
-    views = buffer_for(messages.reply_schema(CONTRACT))
-    with pytest.raises(InferenceError, match="the policy answered actions of shape"):
-        messages.write_chunk(ActionChunk(np.zeros(shape, np.float32)), 0, views)
+@pytest.mark.parametrize(
+    ("answer", "message"),
+    [
+        (None, "answered a NoneType, expected an ActionChunk"),
+        (np.zeros((4, 3), np.float32), "answered a ndarray"),
+        (ActionChunk([[0.0] * 3]), "answered a ActionChunk, expected an ActionChunk over an array"),
+        (ActionChunk(np.zeros((5, 3), np.float32)), r"shape \(5, 3\), expected \(1 to 4, 3\)"),
+        (ActionChunk(np.zeros((0, 3), np.float32)), r"shape \(0, 3\)"),
+        (ActionChunk(np.zeros((4, 2), np.float32)), r"shape \(4, 2\)"),
+        (ActionChunk(np.zeros(4, np.float32)), r"shape \(4,\)"),
+        (ActionChunk(np.zeros((4, 3))), "dtype float64, expected float32"),
+        (ActionChunk(np.full((4, 3), np.nan, np.float32)), "NaN or infinity"),
+    ],
+)
+def test_a_policy_that_breaks_its_contract_is_found_out(answer: object, message: str) -> None:
+    with pytest.raises(InferenceError, match=message):
+        messages.check_chunk(answer, CONTRACT)
 
 
 @pytest.mark.parametrize("count", [0, 5, -1])
