@@ -128,6 +128,21 @@ def cpu_multiplies_bf16(cpuinfo: Path = Path("/proc/cpuinfo")) -> bool:
     return bool(words & {"amx_bf16", "avx512_bf16"})
 
 
+def set_exact(device: torch.device, dtype: torch.dtype) -> None:
+    """Make CUDA give the same bits every time, and float32 be float32; all of this process's torch.
+
+    By default torch computes float32 convolutions in TF32, with 10 bits of mantissa, and may
+    choose another algorithm in every process.
+    """
+    if device.type != "cuda":
+        return
+    torch.backends.cudnn.deterministic = True
+    torch.backends.cudnn.benchmark = False
+    if dtype == torch.float32:
+        torch.backends.cudnn.allow_tf32 = False
+        torch.backends.cuda.matmul.allow_tf32 = False
+
+
 def set_threads(threads: int | None) -> int:
     """Use ``threads`` CPU threads (default: half the cores) in all of this process's torch.
 
@@ -146,6 +161,7 @@ def make_engine(weights: ActWeights, device: str, precision: str) -> tuple[Engin
     """The engine for ``weights``, and what was chosen: ``device``, ``precision``."""
     chosen = choose_device(device)
     dtype = choose_dtype(precision, chosen)
+    set_exact(chosen, dtype)
     engine = TorchEngine(weights, chosen, dtype)
     return engine, {
         "device": str(chosen),

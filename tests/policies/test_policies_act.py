@@ -149,6 +149,44 @@ def test_bf16_is_near_fp32(tiny, monkeypatch):
     np.testing.assert_allclose(rough.infer(obs).actions, exact.infer(obs).actions, atol=0.02)
 
 
+@pytest.fixture
+def cuda_flags():
+    """torch's global switches as a fresh process has them; put back afterwards."""
+    cudnn, matmul = torch.backends.cudnn, torch.backends.cuda.matmul
+    defaults = {
+        (cudnn, "allow_tf32"): True,
+        (cudnn, "deterministic"): False,
+        (cudnn, "benchmark"): True,
+        (matmul, "allow_tf32"): True,
+    }
+    before = {switch: getattr(*switch) for switch in defaults}
+    for switch, value in defaults.items():
+        setattr(*switch, value)
+    yield lambda: [getattr(*switch) for switch in defaults]
+    for switch, value in before.items():
+        setattr(*switch, value)
+
+
+@pytest.mark.parametrize(
+    ("device", "dtype", "expected"),
+    [
+        ("cuda", torch.float32, [False, True, False, False]),
+        ("cuda:1", torch.bfloat16, [True, True, False, True]),
+        ("cpu", torch.float32, [True, False, True, True]),
+    ],
+)
+def test_float32_on_cuda_is_no_tf32_and_its_bits_repeat(cuda_flags, device, dtype, expected):
+    engine.set_exact(torch.device(device), dtype)
+    assert cuda_flags() == expected
+
+
+def test_every_engine_is_made_exact(tiny, monkeypatch):
+    asked = []
+    monkeypatch.setattr(engine, "set_exact", lambda *arguments: asked.append(arguments))
+    load_policy(str(tiny), device="cpu", precision="fp32", threads=1)
+    assert asked == [(torch.device("cpu"), torch.float32)]
+
+
 def test_bf16_units_are_read_from_the_kernels_list(tmp_path):
     (tmp_path / "cpuinfo").write_text("flags : sse2 avx512_bf16 avx2")
     assert engine.cpu_multiplies_bf16(tmp_path / "cpuinfo")
