@@ -81,7 +81,7 @@ def parse_config(
         raise ConfigError(f"{source}: got {_show(raw)}, expected a mapping of keys to values")
     merged = dict(raw)
     for key, text in (overrides or {}).items():
-        _put(merged, key, text)
+        _put(merged, key, text, source)
     return typing.cast("T", _convert(cls, merged, source, ""))
 
 
@@ -122,20 +122,32 @@ def _plain(value: Any) -> Any:
     return str(value) if isinstance(value, Path) else value
 
 
-def _put(raw: dict[str, Any], dotted: str, text: str) -> None:
+def _put(raw: dict[str, Any], dotted: str, text: str, source: str) -> None:
     """Set ``dotted`` in ``raw``, copying the mappings on the way."""
     *parents, last = dotted.split(".")
     for key in parents:
         inner = raw.get(key)
         if isinstance(inner, _Override):
-            inner = _parse(inner)
+            inner = _parse(inner, source, dotted)
         raw[key] = dict(inner) if isinstance(inner, dict) else {}
         raw = raw[key]
     raw[last] = _Override(text)
 
 
-def _parse(override: _Override) -> Any:
-    return yaml.load(override.text, Loader=_Loader)  # noqa: S506 (a SafeLoader)
+def _parse(override: _Override, source: str, path: str) -> Any:
+    try:
+        return yaml.load(override.text, Loader=_Loader)  # noqa: S506 (a SafeLoader)
+    except (yaml.YAMLError, ConfigError) as error:
+        raise ConfigError(f"{source}: {path}: {error}") from error
+
+
+def _resolve(value: Any, source: str, path: str) -> Any:
+    """``value`` with what overrides put into it; ``_put`` makes only mappings on its way."""
+    if isinstance(value, _Override):
+        return _parse(value, source, path)
+    if isinstance(value, dict):
+        return {k: _resolve(v, source, _join(path, str(k))) for k, v in value.items()}
+    return value
 
 
 def _convert(hint: Any, value: Any, source: str, path: str) -> Any:
@@ -143,12 +155,9 @@ def _convert(hint: Any, value: Any, source: str, path: str) -> Any:
     if isinstance(value, _Override):
         if hint is str:
             return value.text
-        try:
-            value = _parse(value)
-        except (yaml.YAMLError, ConfigError) as error:
-            raise ConfigError(f"{source}: {path}: {error}") from error
+        value = _parse(value, source, path)
     if hint is Any:
-        return value
+        return _resolve(value, source, path)
     if dataclasses.is_dataclass(hint) and isinstance(hint, type):
         return _convert_dataclass(hint, value, source, path)
     origin = typing.get_origin(hint)

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 import pytest
 from hypothesis import given
@@ -96,6 +96,34 @@ def test_an_override_can_replace_a_whole_list_or_mapping() -> None:
     config = parse({"task": "a"}, cameras="[{name: a}, {name: b}]", camera_map="{x: y}")
     assert [camera.name for camera in config.cameras] == ["a", "b"]
     assert config.camera_map == {"x": "y"}
+
+
+@dataclass(frozen=True)
+class Free:
+    kwargs: Mapping[str, Any] = field(default_factory=dict)
+
+
+def test_overrides_go_down_where_anything_is_allowed() -> None:
+    raw = {"kwargs": {"a": {"kept": [1], 2: "x"}}}
+    overrides = {"kwargs.a.b": "3", "kwargs.c.d.e": "[x, 4]", "kwargs.a.f": "text"}
+    config = parse_config(Free, raw, source="x.yaml", overrides=overrides)
+    assert config.kwargs == {
+        "a": {"kept": [1], 2: "x", "b": 3, "f": "text"},
+        "c": {"d": {"e": ["x", 4]}},
+    }
+    assert raw == {"kwargs": {"a": {"kept": [1], 2: "x"}}}
+
+
+@pytest.mark.parametrize(
+    ("overrides", "message"),
+    [
+        ({"kwargs.a.b": "["}, r"x\.yaml: kwargs\.a\.b: while parsing"),
+        ({"kwargs.a": "[", "kwargs.a.b": "3"}, r"x\.yaml: kwargs\.a.*: while parsing"),
+    ],
+)
+def test_an_override_that_is_no_yaml_is_named(overrides: dict[str, str], message: str) -> None:
+    with pytest.raises(ConfigError, match=message):
+        parse_config(Free, {}, source="x.yaml", overrides=overrides)
 
 
 def test_an_unknown_override_is_refused_by_its_path() -> None:
