@@ -122,6 +122,7 @@ def from_stats(
     stats: Mapping[str, Any],
     *,
     mask: Sequence[int] | Sequence[bool] | None = None,
+    min_sigma: float = MIN_SIGMA,
     source: str = "stats",
 ) -> Normalizer:
     """A normalizer of ``kind`` from a table with ``mean, std, min, max, q01, q99``.
@@ -130,6 +131,7 @@ def from_stats(
         kind: One of ``KINDS``; for "identity", ``stats`` only gives the dimension.
         mask: Dimensions that are left alone (indices, negative ones from the end), or one bool for
             each dimension, True where it is normalized.
+        min_sigma: As for ``zscore``.
         source: Names the file in errors.
 
     Raises:
@@ -145,7 +147,7 @@ def from_stats(
         raise CheckpointError(f"{source}: {names[kind]} differ in length")
     try:
         if kind == "zscore":
-            return zscore(first, second, mask=mask)
+            return zscore(first, second, min_sigma=min_sigma, mask=mask)
         return (minmax if kind == "minmax" else percentile)(first, second, mask=mask)
     except CheckpointError as error:
         raise CheckpointError(f"{source}: {error}") from error
@@ -158,7 +160,9 @@ def normalizer_hash(state: Normalizer, action: Normalizer) -> str:
 
 def _vector(stats: Mapping[str, Any], name: str, source: str) -> Array:
     if name not in stats:
-        raise CheckpointError(f"{source}: statistic {name!r} is missing, got {sorted(stats)}")
+        raise CheckpointError(
+            f"{source}: statistic {name!r} is missing, got {sorted(map(str, stats))}"
+        )
     try:
         vector = np.asarray(stats[name], dtype=np.float64)
     except (TypeError, ValueError) as error:

@@ -429,6 +429,24 @@ def test_wrong_original_checkpoints_are_refused_by_name(tmp_path):
         load_weights(str(folder), **arguments)
 
 
+def test_the_originals_deviations_are_taken_as_they_are(tmp_path):
+    folder = tmp_path / "original"
+    write_original(folder, saved())
+    stats = folder / "dataset_stats.pkl"
+    table = pickle.loads(stats.read_bytes())
+    arguments = {"camera_names": ["top", "wrist"], "n_heads": 2, "image_hw": (32, 64)}
+    for smallest in (0.001, 0.01):
+        table["qpos_std"][1] = table["action_std"][0] = smallest
+        stats.write_bytes(pickle.dumps(table))
+        weights = load_weights(str(folder), **arguments)
+        assert weights.state_normalizer.scale[1] == np.float32(smallest)
+        assert weights.action_normalizer.scale[0] == np.float32(smallest)
+    table["qpos_std"][1] = 0
+    stats.write_bytes(pickle.dumps(table))
+    with pytest.raises(CheckpointError, match=r"stats.pkl: qpos: .* in dimensions \[1\], expected"):
+        load_weights(str(folder), **arguments)
+
+
 def test_minmax_statistics_of_lerobot(tmp_path):
     save_lerobot(tmp_path / "c", saved())
     for name in ("pre", "post"):
