@@ -67,8 +67,10 @@ def _checked(path: Path, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
     return checked
 
 
-def need(table: Mapping[str, Any], key: str, kind: type | tuple[type, ...], path: Path) -> Any:
+def need(table: Any, key: str, kind: type | tuple[type, ...], path: Path) -> Any:
     """``table[key]``, which has to be a ``kind``; else ``CheckpointError`` with file and key."""
+    if not isinstance(table, Mapping):
+        raise CheckpointError(f"{path}: got {table!r:.80}, expected an object with {key!r}")
     if key not in table:
         raise CheckpointError(f"{path}: key {key!r} is missing")
     value = table[key]

@@ -101,24 +101,31 @@ class _Features:
 def _features(raw: Mapping[str, Any], path: Path) -> _Features:
     cameras, state_dim = {}, 0
     for name, feature in need(raw, "input_features", dict, path).items():
-        kind, shape = need(feature, "type", str, path), need(feature, "shape", list, path)
+        kind, shape = need(feature, "type", str, path), _shape(feature, path)
         if kind == "VISUAL" and len(shape) == 3 and shape[0] == 3:
-            cameras[name] = (int(shape[1]), int(shape[2]))
+            cameras[name] = (shape[1], shape[2])
         elif kind == "STATE" and name == STATE and len(shape) == 1:
-            state_dim = int(shape[0])
+            state_dim = shape[0]
         else:
             raise CheckpointError(
                 f"{path}: input_features: got {name!r} ({kind} {shape}), expected {STATE!r} and "
                 f"{IMAGES}* (VISUAL [3, H, W])"
             )
     outputs = need(raw, "output_features", dict, path)
-    action = need(need(outputs, ACTION, dict, path), "shape", list, path)
+    action = _shape(need(outputs, ACTION, dict, path), path)
     if not cameras or not state_dim or len(action) != 1:
         raise CheckpointError(f"{path}: expected at least one camera, {STATE!r} and {ACTION!r}")
     sizes = set(cameras.values())
     if len(sizes) > 1:
         raise CheckpointError(f"{path}: cameras of sizes {sorted(sizes)}, expected one for all")
-    return _Features(tuple(cameras), sizes.pop(), state_dim, int(action[0]))
+    return _Features(tuple(cameras), sizes.pop(), state_dim, action[0])
+
+
+def _shape(feature: Any, path: Path) -> list[int]:
+    shape: list[Any] = need(feature, "shape", list, path)
+    if not all(type(size) is int for size in shape):
+        raise CheckpointError(f"{path}: shape: got {shape}, expected integers")
+    return shape
 
 
 def _config(
@@ -146,7 +153,9 @@ def _config(
             feedforward=need(raw, "dim_feedforward", int, path),
             n_encoder_layers=need(raw, "n_encoder_layers", int, path),
             n_decoder_layers=need(raw, "n_decoder_layers", int, path),
-            n_style_layers=raw.get("n_vae_encoder_layers", 4),
+            n_style_layers=need(
+                {"n_vae_encoder_layers": 4, **raw}, "n_vae_encoder_layers", int, path
+            ),
             latent_dim=need(raw, "latent_dim", int, path),
             backbone=need(raw, "vision_backbone", str, path),
             activation=raw.get("feedforward_activation", "relu"),
@@ -191,7 +200,7 @@ def _from_processor(path: Path, wanted: str) -> _Norms:
     found: _Norms | None = None
     for step in need(read_json(path), "steps", list, path):
         name = need(step, "registry_name", str, path)
-        config = step.get("config", {})
+        config = need({"config": {}, **step}, "config", dict, path)
         if name not in HARMLESS_STEPS:
             raise CheckpointError(
                 f"{path}: step {name!r} is not supported, expected {sorted(HARMLESS_STEPS)}"
@@ -218,9 +227,8 @@ def _processor_norms(state_path: Path, config: Mapping[str, Any], path: Path) ->
             raise CheckpointError(f"{state_path}: key {key!r} is missing")
         return stats[key]
 
-    return _Norms(
-        need(config, "norm_map", dict, path), stat, state_path, float(config.get("eps", EPS))
-    )
+    eps = need({"eps": EPS, **config}, "eps", (int, float), path)
+    return _Norms(need(config, "norm_map", dict, path), stat, state_path, float(eps))
 
 
 def _normalizer(
@@ -231,7 +239,7 @@ def _normalizer(
     pairs = {"MEAN_STD": ("mean", "std"), "MIN_MAX": ("min", "max"), "QUANTILES": ("q01", "q99")}
     if mode == "IDENTITY":
         return identity(dim)
-    if mode not in pairs:
+    if not isinstance(mode, str) or mode not in pairs:
         raise CheckpointError(
             f"{norms.source}: {group}: got {mode!r}, expected one of {(*pairs, 'IDENTITY')}"
         )

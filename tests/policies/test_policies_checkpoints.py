@@ -393,6 +393,34 @@ LEROBOT_REFUSALS = {
                                                   {"type": "ENV", "shape": [3]}}),
         "input_features: got 'observation.environment_state'",
     ),
+    "a feature that is none": (
+        edit_json("config.json", input_features={"observation.state": 3}),
+        "config.json: got 3, expected an object with 'type'",
+    ),
+    "a shape of words": (
+        edit_json("config.json", output_features={"action": {"shape": ["two"]}}),
+        r"config.json: shape: got \['two'\], expected integers",
+    ),
+    "layers in words": (
+        edit_json("config.json", n_vae_encoder_layers="x"),
+        "n_vae_encoder_layers: got 'x', expected int",
+    ),
+    "a step that is none": (
+        edit_json("policy_preprocessor.json", steps=[3]),
+        "policy_preprocessor.json: got 3, expected an object with 'registry_name'",
+    ),
+    "a step's list of settings": (
+        lambda f: edit_processor(f, lambda s: s[-1].update(config=[])),
+        r"policy_preprocessor.json: config: got \[\], expected dict",
+    ),
+    "an eps in words": (
+        lambda f: edit_processor(f, lambda s: s[-1]["config"].update(eps="x")),
+        "eps: got 'x', expected int or float",
+    ),
+    "a list of modes": (
+        lambda f: edit_processor(f, lambda s: s[-1]["config"]["norm_map"].update(STATE=[])),
+        r"STATE: got \[\], expected one of",
+    ),
     "a mean is missing": (
         lambda f: save_file({"action.std": torch.ones(2)}, next(f.glob("*_0_unnorm*.safetensors"))),
         "key 'action.mean' is missing",
