@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 import json
 import os
 import pickle
@@ -97,10 +98,15 @@ def test_the_original_reads_its_yaml(reference, tmp_path):
 # --- round trips -------------------------------------------------------------------------------
 
 
+@functools.cache
+def weights_of(config):
+    """Weights in which every tensor counts; not to be changed."""
+    return {k: v + 0.1 * torch.rand_like(v) for k, v in fresh_weights(config, 3).items()}
+
+
 def saved(config=TINY, extras=None):
-    """Weights in which every tensor counts, and their statistics."""
-    tensors = {k: v + 0.1 * torch.rand_like(v) for k, v in fresh_weights(config, 3).items()}
-    return Saved(config, tensors, STATS, "d", extras or Extras(cameras=CAMERAS))
+    """Weights and their statistics."""
+    return Saved(config, weights_of(config), STATS, "d", extras or Extras(cameras=CAMERAS))
 
 
 def write_original(folder, given):

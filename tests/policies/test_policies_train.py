@@ -157,6 +157,7 @@ def test_it_learns(demonstrations, tmp_path):
         demonstrations,
         tmp_path / "run",
         steps=25,
+        save_every=25,
         batch_size=8,
         learning_rate=2e-3,
         dropout=0.0,
@@ -172,7 +173,7 @@ def test_it_learns(demonstrations, tmp_path):
 
 def test_an_interrupted_run_goes_on_as_if_it_had_not_been(demonstrations, tmp_path):
     data = load(demonstrations)
-    whole = Trainer(config(demonstrations, tmp_path / "whole"), data)
+    whole = Trainer(config(demonstrations, tmp_path / "whole", save_every=4), data)
     whole.run()
 
     class Stop(Exception):
@@ -198,7 +199,7 @@ def test_an_interrupted_run_goes_on_as_if_it_had_not_been(demonstrations, tmp_pa
 
 def test_a_state_of_another_net_is_refused(demonstrations, tmp_path):
     data = load(demonstrations)
-    Trainer(config(demonstrations, tmp_path / "run"), data).run()
+    Trainer(config(demonstrations, tmp_path / "run", steps=1), data).run()
     with pytest.raises(CheckpointError, match=r"state.pt: not a state of this configuration"):
         Trainer(config(demonstrations, tmp_path / "run", width=32), data)
 
@@ -210,7 +211,9 @@ def test_what_is_exported_is_what_was_trained(demonstrations, tmp_path):
         asked.append(load_policy(str(folder), device="cpu", threads=1).contract.n_action_steps)
         return 0.5
 
-    settings = config(demonstrations, tmp_path / "run", evaluate_every=3, n_action_steps=2)
+    settings = config(
+        demonstrations, tmp_path / "run", save_every=4, evaluate_every=3, n_action_steps=2
+    )
     trainer = Trainer(settings, load(demonstrations), evaluate)
     reports: list[Progress] = []
     trainer.run(reports.append)
