@@ -32,12 +32,14 @@ check: $(VENV)/.dev
 bench: $(VENV)/.dev gl
 	$(BIN)/python -m pytest bench -q
 
-TASK ?= sim_transfer_cube
+TASK     ?= sim_transfer_cube
+EPISODES ?= 200
+TRAIN    ?=
 train: | $(VENV)/.train gl data/$(TASK)
-	$(BIN)/python -m runtime.train --config act_$(TASK)
+	$(BIN)/python -m runtime.train --config act_$(TASK) $(TRAIN)
 
 data/$(TASK): | $(VENV)/.train gl
-	$(BIN)/python -m envs.demonstrations --task $(TASK) --num 200 --out $@.partial
+	$(BIN)/python -m envs.demonstrations --task $(TASK) --num $(EPISODES) --out $@.partial
 	mv $@.partial $@
 
 format: $(VENV)/.dev
