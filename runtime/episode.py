@@ -72,6 +72,7 @@ class _Progress:
     ticks: int = 0
     ages_s: list[float] = field(default_factory=list)
     stages: StageTimes = field(default_factory=StageTimes)
+    began_s: float = field(default_factory=time.monotonic)
 
     def step(self, command: NDArray[np.float32]) -> bool:
         """Step the world; whether the episode goes on."""
@@ -84,6 +85,17 @@ class _Progress:
         return not (result.success or result.terminated or result.truncated)
 
 
+def _begin(
+    world: World, policy: Policy, executor: ChunkExecutor, seed: int, on_tick: OnTick | None
+) -> _Progress:
+    """Put everything at the start of the episode ``seed``."""
+    progress = _Progress(world, on_tick)
+    world.reset(seed)
+    policy.reset()
+    executor.reset()
+    return progress
+
+
 def run_lockstep(
     world: World, policy: Policy, executor: ChunkExecutor, seed: int, on_tick: OnTick | None = None
 ) -> Episode:
@@ -92,11 +104,7 @@ def run_lockstep(
     Raises:
         PolicyError, ServerLost, RequestTimeout: From the policy.
     """
-    began_s = time.monotonic()
-    world.reset(seed)
-    policy.reset()
-    executor.reset()
-    progress = _Progress(world, on_tick)
+    progress = _begin(world, policy, executor, seed, on_tick)
 
     def step(tick: int) -> bool:
         if executor.wants_chunk(tick):
@@ -115,7 +123,7 @@ def run_lockstep(
 
     loop = ControlLoop(ManualClock(), world.dt_s)
     loop.run(step, world.max_timesteps)
-    return _episode(seed, progress, executor, None, began_s)
+    return _episode(seed, progress, executor, None)
 
 
 def run_realtime(
@@ -134,11 +142,7 @@ def run_realtime(
     Raises:
         PolicyError, ServerLost, RequestTimeout: From the policy.
     """
-    began_s = time.monotonic()
-    world.reset(seed)
-    policy.reset()
-    executor.reset()
-    progress = _Progress(world, on_tick)
+    progress = _begin(world, policy, executor, seed, on_tick)
     captured_ns: dict[int, int] = {}
     latency = LatencyEstimate(world.dt_s)
     last_tick = -1
@@ -193,7 +197,7 @@ def run_realtime(
         gc.unfreeze()
     if not ended:  # the last ticks may have been missed
         missed_until(world.max_timesteps)
-    return _episode(seed, progress, executor, loop, began_s)
+    return _episode(seed, progress, executor, loop)
 
 
 class LatencyEstimate:
@@ -231,7 +235,6 @@ def _episode(
     progress: _Progress,
     executor: ChunkExecutor,
     loop: ControlLoop | None,
-    began_s: float,
 ) -> Episode:
     return Episode(
         seed=seed,
@@ -243,7 +246,7 @@ def _episode(
         action_age_s=np.asarray(progress.ages_s),
         lateness_s=loop.lateness_ns() / 1e9 if loop else np.empty(0),
         stages_ns=progress.stages.samples_ns(),
-        wall_s=time.monotonic() - began_s,
+        wall_s=time.monotonic() - progress.began_s,
     )
 
 

@@ -162,13 +162,9 @@ def _episodes(plan: Plan, seeds: tuple[int, ...]) -> Iterator[Report]:
             coefficient=plan.manager_coef,
         )
         executor = ChunkExecutor(contract, strategy)
-        said = False
+        yield _setting(plan, world, policy)
         for seed in seeds:
-            episode = _one(plan, world, policy, executor, seed)
-            if not said:  # the transport is known only after the first request
-                yield _setting(plan, world, policy)
-                said = True
-            yield episode
+            yield _one(plan, world, policy, executor, seed)
 
 
 def _policy(plan: Plan) -> Policy:
