@@ -1,0 +1,91 @@
+"""From a configuration to a ``Robot``; its driver is imported then, and no other.
+
+``configs/robot/*.yaml`` have ILStudio's layout: which driver, and the driver's own arguments.
+ILStudio's class paths and its newer key names (``target``, ``config``) are accepted.
+"""
+
+from __future__ import annotations
+
+import importlib
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+from policies import yaml_config
+from robots.base import Robot
+from robots.errors import ConfigError
+
+DRIVERS = {
+    "dummy": "robots.dummy",
+    "sim_twin": "robots.sim_twin",
+    "agilex_aloha": "robots.agilex_aloha",
+}
+"""Driver to the module whose ``make(args, name, source, overrides)`` builds it."""
+ILSTUDIO = {
+    "deploy.robot.dummy_robot.DummyRobot": "dummy",
+    "deploy.robot.dummy.DummyRobot": "dummy",
+    "deploy.robot.agilex_aloha.AgilexAloha": "agilex_aloha",
+}
+LEROBOT_PREFIX = "lerobot:"
+
+Make = Callable[[Mapping[str, Any], str, str, Mapping[str, str]], Robot]
+
+
+@dataclass(frozen=True)
+class RobotFile:
+    """The layout of ``configs/robot/*.yaml``.
+
+    Attributes:
+        type, target: The driver: one of ``DRIVERS``, ``lerobot:<type>``, or a class of ILStudio's
+            that one of ours stands for. Exactly one of the two keys.
+        name: What the robot is called in results; the driver's name if empty.
+        args, config: The driver's own keys. At most one of the two.
+    """
+
+    type: str = ""
+    target: str = ""
+    name: str = ""
+    args: Mapping[str, Any] = field(default_factory=dict)
+    config: Mapping[str, Any] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        if bool(self.type) == bool(self.target):
+            raise ValueError(f"type: got {self.type or self.target!r}, expected either the key "
+                             "'type' or 'target'")  # fmt: skip
+        if self.args and self.config:
+            raise ValueError("args: got both 'args' and 'config', expected one of them")
+
+
+def make_robot(name: str, overrides: Mapping[str, str] | None = None) -> Robot:
+    """The robot that ``name`` means, not connected.
+
+    Args:
+        name: A name in ``configs/robot``, or a path to a YAML file.
+        overrides: Dotted keys below ``args`` to YAML text.
+
+    Raises:
+        ConfigError: No such configuration or driver, an unknown key, limits that are inverted or of
+            the wrong count. (Of ``robots.errors``, which is one of ``policies.yaml_config`` too.)
+    """
+    try:
+        path = yaml_config.find_config(name, kind="robot")
+        file = yaml_config.load_config(RobotFile, str(path), kind="robot")
+        wanted = file.type or file.target
+        driver = ILSTUDIO.get(wanted, wanted)
+        kind, _, lerobot_type = driver.partition(":")
+        args = dict(file.args or file.config)
+        if driver.startswith(LEROBOT_PREFIX) and lerobot_type:
+            module, args = "robots.lerobot_adapter", {**args, "type": lerobot_type}
+        elif kind == driver and driver in DRIVERS:
+            module = DRIVERS[driver]
+        else:
+            raise ConfigError(
+                f"{path}: type: got {wanted!r}, expected one of {list(DRIVERS)}, "
+                f"'{LEROBOT_PREFIX}<type>', or ILStudio's {list(ILSTUDIO)}"
+            )
+        make: Make = importlib.import_module(module).make
+        return make(args, file.name or path.stem, f"{path}: args", overrides or {})
+    except ConfigError:
+        raise
+    except yaml_config.ConfigError as error:
+        raise ConfigError(str(error)) from error
