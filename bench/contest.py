@@ -1,0 +1,128 @@
+"""Contestants measured side by side: in alternating blocks of one run, on the same two cores.
+
+A machine's speed drifts by more than the differences that matter; alternation gives every
+contestant the same share of every phase, so that a ratio of medians means something where a time
+does not.
+"""
+
+from __future__ import annotations
+
+import gc
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass, field
+
+import numpy as np
+from numpy.typing import NDArray
+
+from bench.contestant import Absent, Exchange, find
+from bench.payload import PAYLOADS, Payload, Source
+from bench.process import ServerProcess, cores, pinned
+
+WARM_UP = 20
+Samples = Mapping[str, NDArray[np.float64]]
+"""Microseconds per exchange, by contestant."""
+
+
+@dataclass(slots=True)
+class Pair:
+    """A contestant at work: its server, and one exchange with it."""
+
+    server: ServerProcess
+    source: Source
+    exchange: Exchange
+
+
+@dataclass
+class Contest:
+    """Open contestants of one payload.
+
+    Attributes:
+        pairs: Those that run, by name.
+        absent: Those that do not, with the reason.
+    """
+
+    payload: Payload
+    pairs: dict[str, Pair] = field(default_factory=dict)
+    absent: dict[str, str] = field(default_factory=dict)
+
+    @contextmanager
+    def turn(self, name: str, *, warm_up: int = WARM_UP) -> Iterator[Exchange]:
+        """``name``'s exchange, verified and warm; the others' servers do not run meanwhile."""
+        pair = self.pairs[name]
+        pair.server.resume()
+        try:
+            pair.source.verify(pair.exchange)
+            for _ in range(warm_up):
+                pair.exchange()
+            yield pair.exchange
+        finally:
+            pair.server.pause()
+
+    def rounds(self, *, blocks: int, block: int, block_s: float) -> Samples:
+        """Every contestant in turn, ``blocks`` times.
+
+        Args:
+            block: Exchanges in a block, and
+            block_s: how long one may take: whichever ends first.
+        """
+        samples: dict[str, list[float]] = {name: [] for name in self.pairs}
+        names = list(self.pairs)
+        for number in range(blocks):
+            # Whoever is second profits from what the first did to the clock rate: take turns.
+            for name in names[number % len(names) :] + names[: number % len(names)]:
+                with self.turn(name, warm_up=min(WARM_UP, block)) as exchange:
+                    samples[name].extend(timed(exchange, block, block_s))
+        return {name: np.array(values) for name, values in samples.items()}
+
+
+def timed(exchange: Exchange, count: int, limit_s: float) -> list[float]:
+    """Microseconds of each of up to ``count`` exchanges within ``limit_s`` (three at least)."""
+    clock, samples = time.perf_counter_ns, []
+    until = clock() + round(limit_s * 1e9)
+    before = clock()
+    for number in range(count):
+        exchange()
+        after = clock()
+        samples.append((after - before) / 1000)
+        before = after
+        if after > until and number >= 2:
+            break
+    return samples
+
+
+@contextmanager
+def contest(names: Sequence[str], payload: str, *, gc_on: bool = True) -> Iterator[Contest]:
+    """Start every contestant that can run here."""
+    opened = Contest(PAYLOADS[payload])
+    with ExitStack() as stack:
+        stack.enter_context(pinned(cores()[0]))
+        stack.enter_context(_collector(gc_on))
+        for name in names:
+            with ExitStack() as one:
+                try:
+                    contestant = find(name)
+                    server = ServerProcess(contestant, opened.payload, gc_on=gc_on)
+                except Absent as error:
+                    opened.absent[name] = str(error)
+                    continue
+                one.callback(server.close)
+                source = Source(opened.payload)
+                exchange = one.enter_context(contestant.connect(source, server.link))
+                source.verify(exchange)
+                server.pause()
+                opened.pairs[name] = Pair(server, source, exchange)
+                stack.push(one.pop_all())
+        yield opened
+
+
+@contextmanager
+def _collector(on: bool) -> Iterator[None]:
+    was_on = gc.isenabled()
+    gc.collect()
+    (gc.enable if on else gc.disable)()
+    try:
+        yield
+    finally:
+        (gc.enable if was_on else gc.disable)()

@@ -1,0 +1,115 @@
+"""Our channels: what comes is copied out of its slot, what goes is written into its slot."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from multiprocessing.connection import Connection
+
+import numpy as np
+
+from bench.contestant import Exchange
+from bench.payload import Sink, Source
+from transport import shm_channel
+from transport.auto import Dialer
+from transport.channel import Channel, Message
+from transport.control import Welcome
+from transport.listener import Listener
+
+_PATIENCE_S = 3600.0
+
+
+def set_spin_us(spin_us: float) -> None:
+    """How long channels of this process watch before they sleep."""
+    shm_channel.SPIN_NS = round(spin_us * 1000)
+
+
+def _receive(channel: Channel) -> Message:
+    return channel.recv(_PATIENCE_S)
+
+
+def _watch(channel: Channel) -> Message:
+    """Never sleep: what a core of one's own is for."""
+    while (message := channel.poll()) is None:
+        pass
+    return message
+
+
+class ChannelContestant:
+    """A session's two channels, without a policy.
+
+    Args:
+        spin_us: Of both sides, or None for the default.
+        watch: Poll without end instead of waiting.
+    """
+
+    def __init__(
+        self, name: str, transport: str, *, spin_us: float | None = None, watch: bool = False
+    ) -> None:
+        self.name, self.busy = name, watch
+        self._transport, self._spin_us = transport, spin_us
+        self._next: Callable[[Channel], Message] = _watch if watch else _receive
+
+    def serve(self, sink: Sink, link: Connection) -> None:
+        if self._spin_us is not None:
+            set_spin_us(self._spin_us)
+        reply = sink.payload.reply
+        with Listener(
+            "127.0.0.1", 0, describe=dict, accept=lambda hello: Welcome(reply)
+        ) as listener:
+            link.send(listener.port)
+            sessions = []
+            while not sessions:
+                sessions = listener.wait(None)
+            if self._transport == "zmq":
+                self._serve_all(sink, listener)
+            else:
+                self._serve_one(sink, sessions[0].channel)
+
+    def _serve_one(self, sink: Sink, channel: Channel) -> None:
+        receive = self._next
+        while True:
+            with receive(channel) as message:
+                self._answer(sink, channel, message)
+
+    def _serve_all(self, sink: Sink, listener: Listener) -> None:
+        """A session's ZMQ messages arrive on the listener's socket."""
+        while True:
+            for session in listener.wait(None):
+                while (message := session.channel.poll()) is not None:
+                    with message:
+                        self._answer(sink, session.channel, message)
+
+    @staticmethod
+    def _answer(sink: Sink, channel: Channel, message: Message) -> None:
+        actions = sink.take(message.arrays)
+        loan = channel.loan()
+        np.copyto(loan.arrays["actions"], actions)
+        loan.publish(message.request_id)
+
+    @contextmanager
+    def connect(self, source: Source, link: Connection) -> Iterator[Exchange]:
+        if self._spin_us is not None:
+            set_spin_us(self._spin_us)
+        receive, schema = self._next, source.payload.observation
+        with Dialer("127.0.0.1", link.recv()) as dialer:
+            channel, _ = dialer.open(schema, client="bench", transport=self._transport)
+        with channel:
+
+            def exchange() -> None:
+                loan = channel.loan()
+                for name, view in loan.arrays.items():
+                    np.copyto(view, source.arrays[name])
+                loan.publish(1)
+                with receive(channel) as message:
+                    source.take(message.arrays["actions"])
+
+            yield exchange
+
+
+CONTESTANTS = (
+    ChannelContestant("shm spin", "shm", watch=True),
+    ChannelContestant("shm default", "shm"),
+    ChannelContestant("shm block", "shm", spin_us=0),
+    ChannelContestant("zmq", "zmq"),
+)
