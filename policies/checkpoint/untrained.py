@@ -9,9 +9,11 @@ import torch
 from torch import Tensor
 
 from policies.act.config import ActConfig
-from policies.act.model import ActModel
+from policies.act.model import IMAGENET_MEAN, IMAGENET_STD, ActModel
+from policies.act.weights import ActWeights
 from policies.checkpoint.extras import Extras
 from policies.checkpoint.save import Saved, StoredAs, save_ilstudio
+from policies.normalize import zscore
 from policies.types import CameraContract, Rendering
 
 START_ARM = (0.0, -0.96, 1.16, 0.0, -0.3, 0.0, 0.1)
@@ -81,6 +83,39 @@ def fresh_weights(config: ActConfig, seed: int) -> dict[str, Tensor]:
         torch.manual_seed(seed)
         state = ActModel(config).state_dict()
     return {k: v for k, v in state.items() if not k.endswith(".num_batches_tracked")}
+
+
+def random_weights(config: ActConfig, seed: int = 0) -> ActWeights:
+    """Weights of that size in which every tensor counts, without a checkpoint around them.
+
+    Fresh weights have zero biases and residual blocks that do nothing; these have biases, and
+    statistics that batch-norm has to divide by. For measuring and comparing engines.
+    """
+    random = torch.Generator().manual_seed(seed)
+    tensors = {}
+    for name, tensor in fresh_weights(config, seed).items():
+        noise = torch.randn(tensor.shape, generator=random)
+        if name.endswith("running_var"):
+            tensors[name] = (0.3 * noise).exp()
+        elif name.startswith("backbone.") and name.endswith("bn2.weight"):
+            tensors[name] = 0.3 + 0.05 * noise
+        else:
+            tensors[name] = tensor + 0.1 * noise if tensor.ndim == 1 else tensor
+    start = np.resize(np.array(START_ARM), max(config.state_dim, config.action_dim))
+    return ActWeights(
+        config=config,
+        tensors=tensors,
+        state_normalizer=zscore(start[: config.state_dim], np.full(config.state_dim, SIGMA)),
+        action_normalizer=zscore(start[: config.action_dim], np.full(config.action_dim, SIGMA)),
+        image_mean=(IMAGENET_MEAN,) * config.n_cameras,
+        image_std=(IMAGENET_STD,) * config.n_cameras,
+        cameras=tuple(
+            CameraContract(f"camera_{i}", config.image_hw, config.image_hw)
+            for i in range(config.n_cameras)
+        ),
+        n_action_steps=config.chunk_size,
+        trained=False,
+    )
 
 
 def _stats(mean: np.ndarray) -> dict[str, list[float]]:
