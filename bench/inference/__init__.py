@@ -1,0 +1,1 @@
+"""How fast the network runs: contestants in processes of their own, in turns, and their limits."""
