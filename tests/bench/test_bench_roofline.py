@@ -1,4 +1,4 @@
-"""The counts that the roofline is drawn from, against torch's own counter and against hand counts."""
+"""What the roofline is drawn from, against torch's own counter and against hand counts."""
 
 from __future__ import annotations
 
