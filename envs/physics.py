@@ -97,8 +97,11 @@ class AlohaSim:
         self._forward_without_actuation()
         self._warnings[:] = self._warning_counts()
 
-    def step(self, action: NDArray[np.floating[Any]]) -> int:
+    def step(self, action: NDArray[np.floating[Any]], *, substeps: int | None = None) -> int:
         """One control step (10 substeps of 2 ms) towards ``action``, (14,); returns the reward.
+
+        Args:
+            substeps: Fewer of them, for who follows commands more often than once per ``DT_S``.
 
         Raises:
             EnvError: Another shape, or a value that is not finite.
@@ -115,7 +118,7 @@ class AlohaSim:
         # The first half of a step was taken at the end of the last one, so that contacts and
         # pictures belong to the positions they are read with.
         self._mj.mj_step2(self.model, self.data)
-        self._mj.mj_step(self.model, self.data, self._substeps - 1)
+        self._mj.mj_step(self.model, self.data, (substeps or self._substeps) - 1)
         self._mj.mj_step1(self.model, self.data)
         counts = self._warning_counts()
         if (counts > self._warnings).any():
