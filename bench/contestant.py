@@ -50,7 +50,7 @@ _MODULES: Mapping[str, tuple[str, ...]] = {
     "bench.peers.remote_call": ("grpc LeRobot", "grpc"),
     "bench.peers.iceoryx": ("iceoryx2",),
     "bench.peers.pipe": ("pipe",),
-    "bench.peers.zenoh_queryable": ("zenoh", "zenoh shm"),
+    "bench.peers.zenoh_topics": ("zenoh", "zenoh shm"),
 }
 HOMES: Mapping[str, str] = {name: module for module, names in _MODULES.items() for name in names}
 """Where each contestant is."""

@@ -22,7 +22,8 @@ from transport.atomics import spin, store_release
 
 _PAGE = 4096
 _ASKED, _ANSWERED, _REPLY = 0, 128, _PAGE
-_FOREVER = 2**62
+_ROUNDS = 100_000
+"""A few milliseconds; then Python looks whether it was interrupted."""
 
 
 class _Shared:
@@ -51,7 +52,8 @@ class Floor:
         shared = _Shared(fd, sink.payload)
         number = 0
         while True:
-            spin(shared.asked, number, _FOREVER)
+            while spin(shared.asked, number, _ROUNDS) == number:
+                pass
             np.copyto(shared.actions, sink.take(shared.arrays))
             number += 1
             store_release(shared.answered, number)
@@ -69,7 +71,8 @@ class Floor:
             for name, array in source.arrays.items():
                 np.copyto(shared.arrays[name], array)
             store_release(shared.asked, number + 1)
-            spin(shared.answered, number, _FOREVER)
+            while spin(shared.answered, number, _ROUNDS) == number:
+                pass
             number += 1
             source.take(shared.actions)
 

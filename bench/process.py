@@ -14,7 +14,7 @@ import socket
 import subprocess
 import sys
 from collections.abc import Iterator
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from multiprocessing.connection import Connection
 from pathlib import Path
 
@@ -96,9 +96,8 @@ class ServerProcess:
             self._process.send_signal(signal.SIGCONT)
 
     def close(self) -> None:
-        """Kill it; it owns nothing that outlives it. Idempotent."""
-        with suppress(ProcessLookupError):
-            self._process.kill()
+        """Kill it; what it leaves behind is its contestant's to remove. Idempotent."""
+        self._process.kill()
         self._process.wait()
         self.link.close()
 

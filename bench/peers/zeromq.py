@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 from multiprocessing.connection import Connection
@@ -51,6 +52,6 @@ class ZeroMq:
 
 CONTESTANTS = (
     ZeroMq("pyzmq tcp", "tcp://127.0.0.1:*"),
-    # "*" binds an abstract-like name that ZMQ makes up and removes.
-    ZeroMq("pyzmq ipc", "ipc://*"),
+    # An abstract name: no file that could stay.
+    ZeroMq("pyzmq ipc", f"ipc://@bench-{os.getpid()}"),
 )
