@@ -66,6 +66,39 @@ def overlap(
     planned += (1.0 - coefficient) * (new - planned)
 
 
+def crossfade(
+    planned: NDArray[np.float64],
+    new: NDArray[np.float64],
+    count: NDArray[np.int64],
+    coefficient: float,
+) -> None:
+    """From the planned to the new within the first ``coefficient`` ticks, where both exist."""
+    np.copyto(planned, new, where=(count == 0)[:, None])
+    planned += _fade_in(len(new), coefficient)[:, None] * (new - planned)
+
+
+def align(planned: NDArray[np.float64], before: NDArray[np.floating], fade: float) -> None:
+    """Cancel a seam's offset and fade it out, in place: position and velocity go on as they were.
+
+    The offset is what separates ``before`` from where the plan would have been a tick earlier, its
+    first step continued backwards; so the motion goes on from ``before`` at the plan's own speed.
+
+    Args:
+        planned: (n, A) from the first tick after ``before`` on.
+        before: (A,) what is commanded in the tick before.
+        fade: Ticks until nothing of the offset is left; no more than n.
+    """
+    step = planned[1] - planned[0] if len(planned) > 1 else 0.0
+    offset = before - (planned[0] - step)
+    planned += (1.0 - _fade_in(len(planned), min(fade, len(planned))))[:, None] * offset
+
+
+def _fade_in(length: int, ticks: float) -> NDArray[np.float64]:
+    """(length,) weights from above 0 to 1 at index ``ticks``, with no slope at either end."""
+    x = np.minimum(1.0, np.arange(1, length + 1) / (ticks + 1.0))
+    return x * x * (3.0 - 2.0 * x)
+
+
 @dataclass(frozen=True, slots=True)
 class Strategy:
     """How chunks are asked for and combined.
@@ -74,9 +107,11 @@ class Strategy:
         name: As the user gave it.
         blend: Combines a new chunk with the plan.
         stride: Ticks from one observation that is sent to the next.
-        coefficient: m of ``ensemble``, c of ``overlap``; unused by ``replace``.
+        coefficient: m of ``ensemble``, c of ``overlap``, ticks of ``crossfade`` and ``align``;
+            unused by ``replace``.
         windowed: The next chunk takes over only when ``stride`` ticks of this one were played.
         step_s: Seconds between a chunk's actions, None for the contract's dt.
+        aligned: Every seam goes through ``align``.
     """
 
     name: str
@@ -85,9 +120,20 @@ class Strategy:
     coefficient: float = 0.0
     windowed: bool = False
     step_s: float | None = None
+    aligned: bool = False
 
 
-STRATEGIES = ("sequential", "temporal_ensemble", "overlap", "latest")
+DEFAULT_FADE_TICKS = 10.0
+"""0.2 s at 50 Hz: long against a joint's response, short against a chunk."""
+
+STRATEGIES = (
+    "sequential",
+    "temporal_ensemble",
+    "overlap",
+    "crossfade",
+    "align_fade",
+    "latest",
+)
 ANCESTORS = (
     "OlderFirstManager",
     "TemporalAggManager",
@@ -112,7 +158,8 @@ def make_strategy(
         chunk_size: Actions per chunk, T.
         n_action_steps: The contract's; ``sequential``'s stride unless ``stride`` is given.
         stride: Ticks between re-plannings; the blending strategies default to 1.
-        coefficient: m for ``temporal_ensemble`` (default 0.01), c for the others (see each).
+        coefficient: m for ``temporal_ensemble`` (default 0.01), ticks for ``crossfade`` and
+            ``align_fade`` (default 10), c for the others (see each).
 
     Raises:
         ValueError: Unknown name, or a stride or coefficient out of range.
@@ -123,6 +170,10 @@ def make_strategy(
         raise ValueError(f"coefficient: got {coefficient}, expected none: {name} has no use for it")
     if coefficient is not None and not (math.isfinite(coefficient) and coefficient >= 0):
         raise ValueError(f"coefficient: got {coefficient}, expected a finite number >= 0")
+
+    if coefficient == 0 and name in ("crossfade", "align_fade"):
+        raise ValueError(f"coefficient: got 0, expected ticks to fade over for {name}")
+    fade = DEFAULT_FADE_TICKS if coefficient is None else coefficient
 
     def fraction(default: float) -> float:
         value = default if coefficient is None else coefficient
@@ -138,6 +189,13 @@ def make_strategy(
             return Strategy(name, ensemble, stride or 1, m)
         case "overlap" | "TemporalAggManager":
             return Strategy(name, overlap, stride or 1, fraction(0.1))
+        case "crossfade":
+            # Half of a chunk is played and the rest is there to fade from, unless told otherwise.
+            played = stride or min(n_action_steps, max(1, chunk_size // 2))
+            return Strategy(name, crossfade, played, fade, windowed=True)
+        case "align_fade":
+            steps = stride or n_action_steps
+            return Strategy(name, replace, steps, fade, windowed=True, aligned=True)
         case "latest" | "BasicActionManager":
             return Strategy(name, replace, stride or 1)
         case "OlderFirstManager":

@@ -2,8 +2,24 @@
 
 from __future__ import annotations
 
+import ctypes
+import errno
+import os
 import time
 from typing import Protocol
+
+NS_PER_S = 1_000_000_000
+_TIMER_ABSTIME = 1
+
+
+class _Timespec(ctypes.Structure):
+    _fields_ = (("tv_sec", ctypes.c_long), ("tv_nsec", ctypes.c_long))
+
+
+# Through ctypes.CDLL the GIL is released for the length of the call.
+_clock_nanosleep = ctypes.CDLL(None).clock_nanosleep
+_clock_nanosleep.argtypes = (ctypes.c_int, ctypes.c_int, ctypes.c_void_p, ctypes.c_void_p)
+_clock_nanosleep.restype = ctypes.c_int
 
 
 class Clock(Protocol):
@@ -19,24 +35,45 @@ class Clock(Protocol):
 class MonotonicClock:
     """CLOCK_MONOTONIC. Sleeps to ``spin_ns`` before the deadline and spins the rest.
 
-    The sleep overshoots by the kernel's wake-up latency (tens of microseconds); the spin hides it
-    at the price of that much CPU per tick. An endless spin would be throttled under SCHED_FIFO.
+    The kernel is given the absolute deadline, so neither being preempted before the call nor a
+    signal during it makes the sleep longer. It wakes late by its own latency (tens of
+    microseconds); the spin hides that at the price of so much CPU per tick. The spin is bounded: an
+    endless one would be throttled under SCHED_FIFO. Signal handlers run during the wait, and what
+    they raise ends it.
+
+    One thread waits on one clock.
+
+    Args:
+        spin_ns: At least the machine's usual wake-up latency, or 0 for none.
+
+    Raises:
+        ValueError: ``spin_ns`` is negative.
     """
 
     def __init__(self, spin_ns: int = 100_000) -> None:
         if spin_ns < 0:
             raise ValueError(f"spin_ns: got {spin_ns}, expected 0 or more")
         self._spin_ns = spin_ns
+        self._until = _Timespec()
+        self._until_address = ctypes.addressof(self._until)
 
     def now_ns(self) -> int:
         return time.monotonic_ns()
 
     def wait_until_ns(self, deadline_ns: int) -> None:
-        # time.sleep is clock_nanosleep on an absolute CLOCK_MONOTONIC deadline (CPython >= 3.11).
-        remaining_ns = deadline_ns - self._spin_ns - time.monotonic_ns()
-        if remaining_ns > 0:
-            time.sleep(remaining_ns * 1e-9)
-        while time.monotonic_ns() < deadline_ns:
+        wake_ns = deadline_ns - self._spin_ns
+        now_ns = time.monotonic_ns
+        if wake_ns > now_ns():
+            self._until.tv_sec, self._until.tv_nsec = divmod(wake_ns, NS_PER_S)
+            while True:
+                failed = _clock_nanosleep(
+                    time.CLOCK_MONOTONIC, _TIMER_ABSTIME, self._until_address, None
+                )
+                if not failed:
+                    break
+                if failed != errno.EINTR:
+                    raise OSError(failed, f"clock_nanosleep: {os.strerror(failed)}")
+        while now_ns() < deadline_ns:
             pass
 
 

@@ -6,8 +6,12 @@ Guaranteed:
   never. What a chunk says about ticks that were already emitted is discarded; that delay is
   measured by the tick counter, never estimated.
 * Chunks only get newer: one whose observation is not newer than the newest accepted is dropped and
-  counted, so a late or repeated answer cannot pull the arm back.
+  counted, so a late or repeated answer cannot pull the arm back. One of another epoch, that is from
+  before the last ``reset``, is dropped and counted likewise.
 * ``command`` allocates nothing: the plan is a ring of ticks, made once.
+
+A simulated world is commanded from here, a robot through ``runtime.stream``, which keeps its
+limits.
 
 Rejected: a queue of actions popped per tick (it plays late chunks from their start, so latency
 turns into a shift in time, and it cannot blend).
@@ -21,7 +25,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from policies.types import ActionChunk, PolicyContract
-from runtime.blending import Strategy
+from runtime.blending import DEFAULT_FADE_TICKS, Strategy, align
 
 NEVER = -(2**62)
 """A tick that is never asked for."""
@@ -34,6 +38,7 @@ class ExecutorStatistics:
     Attributes:
         chunks: Chunks accepted.
         dropped_stale: Chunks dropped because a newer one had been accepted.
+        dropped_epoch: Chunks dropped because they were asked for before the last ``reset``.
         discarded_actions: Actions that came after their tick.
         starved_ticks: Ticks asked for that no chunk covered; the last command was repeated, or,
             where actions are not absolute, zero was commanded.
@@ -48,6 +53,7 @@ class ExecutorStatistics:
     starved_ticks: int
     seam_jump: float
     staleness_ticks: int
+    dropped_epoch: int = 0
 
 
 class ChunkExecutor:
@@ -72,10 +78,18 @@ class ChunkExecutor:
         self._command = np.zeros(contract.action_dim, np.float32)
         self._chunk_size, self._action_dim = contract.chunk_size, contract.action_dim
         self._absolute = contract.ctrl_type == "abs"
+        if strategy.aligned and not self._absolute:
+            raise ValueError(
+                f"action manager: got {strategy.name!r} for actions that are "
+                f"{contract.ctrl_type!r}, expected one without a seam to align"
+            )
+        self._epoch = -1
         self.reset()
 
-    def reset(self) -> None:
-        """Forget the episode: the next tick is 0 and nothing is planned."""
+    def reset(self) -> int:
+        """Forget the episode: the next tick is 0 and nothing is planned. Returns the new epoch."""
+        self._epoch += 1
+        self._dropped_epoch = 0
         self._tick_of.fill(NEVER)
         self._count.fill(0)
         self._next_tick = 0
@@ -84,8 +98,24 @@ class ChunkExecutor:
         self._requested = -1
         self._last_source = -1
         self._started = False
+        self._covered_to = -1
         self._chunks = self._stale = self._discarded = self._starved = self._staleness = 0
         self._seam_jump = 0.0
+        return self._epoch
+
+    @property
+    def epoch(self) -> int:
+        """How many resets there were before this one; goes with every request."""
+        return self._epoch
+
+    def flush(self) -> None:
+        """Drop what is planned and asked for; ticks go on. Older observations count no more."""
+        self._tick_of.fill(NEVER)
+        self._covered_to = self._next_tick - 1
+        # An observation made after the last emitted tick may carry that tick's number.
+        self._newest_obs = max(self._newest_obs, self._next_tick - 2)
+        self._window_end = self._next_tick
+        self._requested = -1
 
     def wants_chunk(self, tick: int, latency_ticks: int = 0) -> bool:
         """Whether to observe and ask at ``tick``, so that the answer is there when it is due.
@@ -107,8 +137,19 @@ class ChunkExecutor:
         """Note that the observation of ``tick`` was sent."""
         self._requested = tick
 
-    def accept(self, chunk: ActionChunk) -> bool:
+    def accept(
+        self,
+        chunk: ActionChunk,
+        *,
+        epoch: int | None = None,
+        aligned_to: NDArray[np.floating] | None = None,
+    ) -> bool:
         """Blend ``chunk`` into the plan; False if it was dropped because it is not newer.
+
+        Args:
+            epoch: The ``epoch`` at which it was asked for; None for the present one.
+            aligned_to: (A,) where the robot was last sent, where that is not what the plan says:
+                the chunk takes over at once, whatever the window, and its offset is faded out.
 
         Raises:
             ValueError: The chunk's shape is not the contract's, or it holds a NaN or infinity.
@@ -125,6 +166,9 @@ class ChunkExecutor:
             raise ValueError(
                 "chunk: got NaN or infinity among its actions, expected finite numbers"
             )
+        if epoch is not None and epoch != self._epoch:
+            self._dropped_epoch += 1
+            return False
         if chunk.obs_timestep <= self._newest_obs:
             self._stale += 1
             return False
@@ -141,7 +185,8 @@ class ChunkExecutor:
         end = first + len(actions)
         start = max(first, self._next_tick)
         if self.strategy.windowed:
-            start = max(start, self._window_end)
+            if aligned_to is None:
+                start = max(start, self._window_end)
             self._window_end = max(self._window_end, min(start + self.strategy.stride, end))
         self._discarded += max(0, min(end, self._next_tick) - first)
         if start >= end:
@@ -154,6 +199,13 @@ class ChunkExecutor:
         new = actions[start - first :].astype(np.float64)
         before = planned[0].copy() if count[0] else self._just_before(start)
         self.strategy.blend(planned, new, count, self.strategy.coefficient)
+        if aligned_to is not None:
+            before = np.array(aligned_to, np.float64)
+            align(planned, before, DEFAULT_FADE_TICKS)
+        elif self.strategy.aligned:
+            earlier = self._just_before(start)
+            if earlier is not None:
+                align(planned, earlier, self.strategy.coefficient)
         if before is not None:
             self._seam_jump = max(self._seam_jump, float(np.abs(planned[0] - before).max()))
         self._plan[slots] = planned
@@ -171,6 +223,23 @@ class ChunkExecutor:
     def covers(self, tick: int) -> bool:
         """Whether the plan has an action for ``tick``."""
         return bool(self._tick_of[tick % self._capacity] == tick)
+
+    def covered_to(self, tick: int) -> int:
+        """The last tick of the plan without a gap from ``tick`` on; ``tick`` − 1 if it has none."""
+        end = max(self._covered_to, tick - 1)
+        while self._tick_of[(end + 1) % self._capacity] == end + 1:
+            end += 1
+        self._covered_to = end
+        return end
+
+    def copy_planned(self, tick: int, out: NDArray[np.float64]) -> None:
+        """Copy the action planned for ``tick``, which the plan must cover, into ``out`` (A,)."""
+        out[:] = self._plan[tick % self._capacity]
+
+    @property
+    def next_tick(self) -> int:
+        """The first tick that was not emitted yet."""
+        return self._next_tick
 
     def command(self, tick: int) -> NDArray[np.float32]:
         """The command for ``tick``, (A,) float32; valid until the next call.
@@ -199,6 +268,10 @@ class ChunkExecutor:
         self._next_tick = tick + 1
         return self._command
 
+    def pass_by(self, tick: int) -> None:
+        """Note that ``tick`` was spent without a command from here: its actions are discarded."""
+        self._next_tick = max(self._next_tick, tick + 1)
+
     @property
     def last_command(self) -> NDArray[np.float32]:
         """The command emitted last, (A,) float32; zeros before the first."""
@@ -217,4 +290,5 @@ class ChunkExecutor:
             starved_ticks=self._starved,
             seam_jump=self._seam_jump,
             staleness_ticks=self._staleness,
+            dropped_epoch=self._dropped_epoch,
         )

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from typing import Any
@@ -41,6 +42,78 @@ class Percentiles:
         return (
             f"p50 {p50:.2f}  p99 {p99:.2f}  p99.9 {p999:.2f}  max {worst:.2f} ms (n={self.count})"
         )
+
+
+class RequestLatency:
+    """How long an answer takes, as the newest requests say: when to ask for the next one.
+
+    The p99 of the newest ``window`` answers, by nearest rank from above; with fewer than 100 it is
+    the worst. The first ``warmup`` answers do not count, once there are others: they stand for what
+    starts up only once. An estimate: it decides when to ask, never where an answer is played.
+
+    Args:
+        warmup: Answers not counted.
+        window: Answers remembered.
+    """
+
+    def __init__(self, warmup: int = 3, window: int = 1000) -> None:
+        self._skipped, self._warmup = 0, warmup
+        self._samples_ns = np.zeros(window, np.int64)
+        self._sorted_ns = np.zeros(window, np.int64)
+        self._count = 0
+        self._p99_ns = 0
+
+    def add(self, latency_ns: int) -> None:
+        """One answer: from the capture of its observation until it could be played."""
+        if self._skipped < self._warmup:
+            self._skipped += 1
+            self._p99_ns = max(self._p99_ns, latency_ns)
+            return
+        self._samples_ns[self._count % len(self._samples_ns)] = latency_ns
+        self._count += 1
+        held = min(self._count, len(self._samples_ns))
+        ordered = self._sorted_ns[:held]
+        ordered[:] = self._samples_ns[:held]
+        ordered.sort()
+        self._p99_ns = int(ordered[min(held - 1, math.ceil(0.99 * held))])
+
+    @property
+    def p99_s(self) -> float:
+        """Seconds; 0 before the first answer."""
+        return self._p99_ns / 1e9
+
+    def ticks(self, dt_s: float) -> int:
+        """Ticks ahead to ask: p99 in whole ticks, and one, since an answer is seen at a tick."""
+        return math.ceil(self._p99_ns / (dt_s * 1e9)) + 1
+
+
+def reach_warning(
+    *, chunk_size: int, stride: int, latency_s: float, dt_s: float, lead_ticks: int = 0
+) -> str | None:
+    """What to say before anything moves, where chunks do not reach far enough; None if they do.
+
+    No tick starves while stride + ⌈latency/dt⌉ <= chunk length (and the lead a stop needs).
+
+    Args:
+        stride: Ticks from one observation that is sent to the next.
+        latency_s: Measured.
+        lead_ticks: Ticks of the plan that must be left for a stop to follow it.
+    """
+    ticks = math.ceil(latency_s / dt_s)
+    if stride + ticks + lead_ticks <= chunk_size:
+        return None
+    longest = chunk_size - ticks - lead_ticks
+    stop = f" + {lead_ticks} for a stop" if lead_ticks else ""
+    need = f"{stride} played + {ticks} of latency ({latency_s * 1e3:.0f} ms){stop}"
+    if longest < 1:
+        return (
+            f"chunks of {chunk_size} ticks are too short: {need}; every chunk will starve. "
+            "A faster policy or longer chunks are needed"
+        )
+    return (
+        f"chunks of {chunk_size} ticks are shorter than {need}: the next one is asked for early, "
+        f"and about {longest} ticks of each are played"
+    )
 
 
 REQUEST = "request"

@@ -6,6 +6,7 @@ Guaranteed, whatever a tick costs and however late the machine wakes us:
 * Ticks are strictly increasing. One that cannot start within half a period of its deadline is
   skipped and counted as missed; so two steps never start closer than half a period. Late ticks are
   not bunched to catch up, because a robot that gets two commands at once has been given a jump.
+* A pause takes a whole number of periods: the grid of deadlines stays where it was.
 
 Rejected: sleeping dt after each tick (drifts by the tick's cost), deadline = last wake-up + dt
 (drifts by the wake-up latency), running missed ticks back to back (bunches).
@@ -26,6 +27,8 @@ Step = Callable[[int], bool | None]
 """Called with the tick; a False return ends the loop. None goes on."""
 Slack = Callable[[int], None]
 """Called with the tick after its step: work that may use up what is left of the period."""
+Idle = Callable[[], bool | None]
+"""Called once per period while the loop is paused; a False return ends the loop. None goes on."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -35,21 +38,28 @@ class LoopStatistics:
     Attributes:
         ticks: Ticks run.
         missed_ticks: Ticks skipped because the one before them overran.
-        lateness: Time at which the step had returned − its deadline, over all ticks run.
+        lateness: Time at which the step had returned − its deadline, over all ticks run; seconds.
+        paused_periods: Periods spent paused; no ticks, and none missed.
     """
 
     ticks: int
     missed_ticks: int
     lateness: Percentiles
+    paused_periods: int = 0
 
 
 class ControlLoop:
     """Runs a step once per period on absolute deadlines of an injected clock.
 
+    A tick allocates nothing that outlives it.
+
     Args:
         clock: Where time comes from.
         period_s: Seconds per tick.
         capacity: Lateness samples kept, the newest ones; allocated here, not in the loop.
+
+    Raises:
+        ValueError: ``period_s`` is not positive.
     """
 
     def __init__(self, clock: Clock, period_s: float, *, capacity: int = 100_000) -> None:
@@ -60,17 +70,31 @@ class ControlLoop:
         self._lateness_ns = np.zeros(capacity, np.int64)
         self._ticks = 0
         self._missed = 0
+        self._paused_periods = 0
         self._stopping = False
+        self._paused = False
 
     @property
     def period_ns(self) -> int:
         return self._period_ns
 
-    def run(self, step: Step, max_ticks: int | None = None, *, slack: Slack | None = None) -> None:
+    def run(
+        self,
+        step: Step,
+        max_ticks: int | None = None,
+        *,
+        slack: Slack | None = None,
+        idle: Idle | None = None,
+    ) -> None:
         """Call ``step(k)`` at t0 + k·dt, k from 0, t0 being now, and ``slack(k)`` after it.
 
-        Ends before tick ``max_ticks``, when ``step`` returns False, or after ``stop()``. What
-        they raise ends the loop and is the caller's. Lateness is taken when ``step`` returns.
+        Ends before tick ``max_ticks``, when ``step`` or ``idle`` returns False, or after
+        ``stop()``. What they raise ends the loop and is the caller's. Lateness is taken when
+        ``step`` returns.
+
+        Args:
+            idle: Called once per period instead of ``step`` while paused, where a robot wants to be
+                told to hold still. The tick does not advance.
         """
         clock, period_ns, lateness_ns = self._clock, self._period_ns, self._lateness_ns
         capacity, tolerance_ns = len(lateness_ns), period_ns // 2
@@ -80,6 +104,14 @@ class ControlLoop:
         while (max_ticks is None or tick < max_ticks) and not self._stopping:
             deadline_ns = t0_ns + tick * period_ns
             clock.wait_until_ns(deadline_ns)
+            if self._paused:
+                if idle is not None and idle() is False:
+                    break
+                late_ns = clock.now_ns() - deadline_ns
+                periods = max(1, -(-(late_ns - tolerance_ns) // period_ns))
+                self._paused_periods += periods
+                t0_ns += periods * period_ns
+                continue
             going_on = step(tick)
             done_ns = clock.now_ns()
             lateness_ns[self._ticks % capacity] = done_ns - deadline_ns
@@ -100,9 +132,33 @@ class ControlLoop:
         """End ``run`` after the tick in progress. Safe from a signal handler or another thread."""
         self._stopping = True
 
+    def pause(self) -> None:
+        """Run no ticks from the next deadline on, until ``resume``. Safe like ``stop``.
+
+        The loop does not know what it drives: bring a robot to rest first.
+        """
+        self._paused = True
+
+    def resume(self) -> None:
+        """Go on with the tick that is next, at the next deadline. Safe like ``stop``."""
+        self._paused = False
+
+    @property
+    def paused(self) -> bool:
+        return self._paused
+
     def lateness_ns(self) -> NDArray[np.int64]:
-        """Raw lateness samples, (n,) nanoseconds, oldest first while fewer than ``capacity``."""
-        return self._lateness_ns[: min(self._ticks, len(self._lateness_ns))].copy()
+        """Raw lateness samples, (n,) nanoseconds, the newest ``capacity`` ones, oldest first."""
+        capacity = len(self._lateness_ns)
+        if self._ticks <= capacity:
+            return self._lateness_ns[: self._ticks].copy()
+        return np.roll(self._lateness_ns, -(self._ticks % capacity))
 
     def statistics(self) -> LoopStatistics:
-        return LoopStatistics(self._ticks, self._missed, Percentiles.of(self.lateness_ns() / 1e9))
+        """The counts so far, of all runs; a frozen value."""
+        return LoopStatistics(
+            ticks=self._ticks,
+            missed_ticks=self._missed,
+            lateness=Percentiles.of(self.lateness_ns() / 1e9),
+            paused_periods=self._paused_periods,
+        )

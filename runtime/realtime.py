@@ -1,0 +1,191 @@
+"""What the kernel can do for a loop that must keep time: asked for once, never required.
+
+Every option is tried by itself. What could not be had (usually for lack of privilege) is said in
+one line and the loop runs without it: a loop that keeps time a little worse beats none.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import ctypes
+import gc
+import logging
+import os
+import resource
+import struct
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from types import TracebackType
+
+logger = logging.getLogger(__name__)
+
+_PR_SET_TIMERSLACK = 29
+_MCL_CURRENT, _MCL_FUTURE = 1, 2
+DMA_LATENCY = Path("/dev/cpu_dma_latency")
+
+_libc = ctypes.CDLL(None, use_errno=True)
+
+
+@dataclass(frozen=True, slots=True)
+class RealtimeOptions:
+    """What to ask for. The default is everything that harms nobody else.
+
+    Attributes:
+        priority: Of SCHED_FIFO, 1 to 99; 0 leaves the scheduling as it is. Interrupt threads have
+            50; a loop whose driver needs them to make progress stays below.
+        lock_memory: Keep every page in memory, present and future, so that no tick waits for one.
+        timer_slack_ns: How late the kernel may batch this thread's timers; its default is 50 µs.
+            0 leaves it. Without meaning under SCHED_FIFO.
+        forbid_deep_idle: Keep the machine's CPUs out of idle states that take long to wake from,
+            until closed.
+        cpus: The CPUs to run on; empty for any.
+    """
+
+    priority: int = 80
+    lock_memory: bool = True
+    timer_slack_ns: int = 1
+    forbid_deep_idle: bool = True
+    cpus: frozenset[int] = frozenset()
+
+    def __post_init__(self) -> None:
+        if not 0 <= self.priority <= 99:
+            raise ValueError(f"priority: got {self.priority}, expected 0 (none) to 99")
+        if self.timer_slack_ns < 0:
+            raise ValueError(f"timer_slack_ns: got {self.timer_slack_ns}, expected 0 or more")
+
+
+UNPRIVILEGED = RealtimeOptions(priority=0, lock_memory=False, forbid_deep_idle=False)
+"""What any user may have."""
+
+
+class Realtime:
+    """The options in force for the calling thread, until closed or the process ends.
+
+    Scheduling, timer slack and affinity are the thread's own: make this in the thread that runs
+    the loop. Threads and processes started later do not inherit the scheduling. A context manager.
+
+    Attributes:
+        granted: What was had, in words.
+        refused: What was not, each with its reason.
+    """
+
+    def __init__(self, options: RealtimeOptions) -> None:
+        self._undo: list[Callable[[], None]] = []
+        self.granted: tuple[str, ...] = ()
+        self.refused: tuple[str, ...] = ()
+        if options.cpus:
+            self._try(f"CPU {_listed(options.cpus)}", lambda: self._affinity(options.cpus))
+        if options.timer_slack_ns:
+            slack_ns = options.timer_slack_ns
+            self._try(f"timer slack {slack_ns} ns", lambda: _prctl_timer_slack(slack_ns))
+        if options.lock_memory:
+            self._try("locked memory", self._lock_memory)
+        if options.forbid_deep_idle:
+            self._try("no deep idle states", self._hold_dma_latency)
+        if options.priority:
+            self._try(
+                f"SCHED_FIFO priority {options.priority}",
+                lambda: self._scheduler(options.priority),
+            )
+
+    def _try(self, name: str, ask: Callable[[], None]) -> None:
+        try:
+            ask()
+        except (OSError, ValueError) as error:
+            reason = error.strerror if isinstance(error, OSError) else str(error)
+            self.refused += (f"{name} ({reason})",)
+        else:
+            self.granted += (name,)
+
+    def report(self) -> str:
+        """One line: what was granted, and what was refused and why."""
+        line = f"real time: {', '.join(self.granted) or 'nothing asked for'}"
+        return f"{line}; not had: {', '.join(self.refused)}" if self.refused else line
+
+    def log(self) -> None:
+        """Log ``report``: a warning where something was refused."""
+        logger.log(logging.WARNING if self.refused else logging.INFO, "%s", self.report())
+
+    def close(self) -> None:
+        """Give everything back, but the timer slack, which costs nobody anything. Idempotent."""
+        while self._undo:
+            with contextlib.suppress(OSError):
+                self._undo.pop()()
+
+    def __enter__(self) -> Realtime:
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        self.close()
+
+    def _affinity(self, cpus: frozenset[int]) -> None:
+        before = os.sched_getaffinity(0)
+        os.sched_setaffinity(0, cpus)
+        self._undo.append(lambda: os.sched_setaffinity(0, before))
+
+    def _scheduler(self, priority: int) -> None:
+        policy, parameter = os.sched_getscheduler(0), os.sched_getparam(0)
+        # A child that computes for seconds at this priority would stop the machine.
+        os.sched_setscheduler(0, os.SCHED_FIFO | os.SCHED_RESET_ON_FORK, os.sched_param(priority))
+        self._undo.append(lambda: os.sched_setscheduler(0, policy, parameter))
+
+    def _lock_memory(self) -> None:
+        # Under a finite limit, locking the future would turn a later allocation into a failure.
+        soft, _ = resource.getrlimit(resource.RLIMIT_MEMLOCK)
+        unlimited = soft == resource.RLIM_INFINITY or _has_capability(_CAP_IPC_LOCK)
+        _check(_libc.mlockall(_MCL_CURRENT | _MCL_FUTURE if unlimited else _MCL_CURRENT))
+        self._undo.append(lambda: _check(_libc.munlockall()))
+
+    def _hold_dma_latency(self) -> None:
+        # The request lasts as long as the descriptor is open.
+        descriptor = os.open(DMA_LATENCY, os.O_WRONLY | os.O_CLOEXEC)
+        self._undo.append(lambda: os.close(descriptor))
+        os.write(descriptor, struct.pack("=i", 0))
+
+
+@contextlib.contextmanager
+def no_garbage_collection() -> Iterator[None]:
+    """Collect now, and not again until the block ends; for an episode.
+
+    What exists is frozen, so that the collection after it does not walk through all of it.
+    """
+    was_enabled = gc.isenabled()
+    gc.collect()
+    gc.freeze()
+    gc.disable()
+    try:
+        yield
+    finally:
+        gc.unfreeze()
+        if was_enabled:
+            gc.enable()
+
+
+_CAP_IPC_LOCK = 14
+
+
+def _has_capability(number: int) -> bool:
+    for line in Path("/proc/self/status").read_text(encoding="ascii").splitlines():
+        if line.startswith("CapEff:"):
+            return bool(int(line.split()[1], 16) >> number & 1)
+    return False
+
+
+def _prctl_timer_slack(slack_ns: int) -> None:
+    _check(_libc.prctl(_PR_SET_TIMERSLACK, ctypes.c_ulong(slack_ns), 0, 0, 0))
+
+
+def _check(result: int) -> None:
+    if result != 0:
+        number = ctypes.get_errno()
+        raise OSError(number, os.strerror(number))
+
+
+def _listed(cpus: frozenset[int]) -> str:
+    return ",".join(map(str, sorted(cpus)))

@@ -1,0 +1,279 @@
+"""The laws of the motion limits, from every state that commands can reach."""
+
+from __future__ import annotations
+
+import math
+import sys
+
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from robots.errors import UnsafeCommand
+from robots.limits import Limits
+from robots.safety import MotionLimiter, StopPlanner
+
+RELATIVE = 1e-9
+"""Of a velocity or acceleration limit, for float64 rounding."""
+
+
+def make_limits(
+    lower: float = -1.0, upper: float = 1.0, velocity: float = 1.0, acceleration: float = 5.0
+) -> Limits:
+    return Limits.from_config(
+        ("joint",),
+        position_lower=(lower,),
+        position_upper=(upper,),
+        velocity=(velocity,),
+        acceleration=(acceleration,),
+        source="test",
+    )
+
+
+def check(limiter: MotionLimiter, before: np.ndarray, velocity_before: np.ndarray) -> None:
+    """The command just let out keeps to the limits, and a stop from there would too."""
+    limits, period_s = limiter.limits, limiter.period_s
+    position, velocity = limiter.position, limiter.velocity
+    tolerance = RELATIVE * limits.velocity
+    assert (np.abs(velocity) <= limits.velocity + tolerance).all()
+    change = np.abs(velocity - velocity_before)
+    quantum = limits.acceleration * period_s
+    assert (change <= quantum + tolerance + RELATIVE * quantum).all()
+    np.testing.assert_allclose(position - before, velocity * period_s, rtol=1e-6, atol=1e-9)
+    assert (position >= limits.position_lower).all()
+    assert (position <= limits.position_upper).all()
+    sent = limiter.command.astype(np.float64)
+    assert (sent >= limits.position_lower).all()
+    assert (sent <= limits.position_upper).all()
+    # The stop, summed up as its definition says.
+    for p, v, u, lower, upper in zip(
+        position, velocity, quantum, limits.position_lower, limits.position_upper, strict=True
+    ):
+        steps = math.ceil(abs(v) / u) if math.isfinite(u) else 0
+        distance = period_s * sum(max(0.0, abs(v) - i * u) for i in range(1, steps + 1))
+        ends = p + math.copysign(distance, v)
+        assert lower - 1e-9 * (upper - lower) <= ends <= upper + 1e-9 * (upper - lower)
+
+
+def step(limiter: MotionLimiter, target: float | np.ndarray | None) -> np.ndarray:
+    """One checked command towards ``target``, or of a stop."""
+    before, velocity = limiter.position.copy(), limiter.velocity.copy()
+    if target is None:
+        sent = limiter.brake()
+    else:
+        sent = limiter.limit(np.broadcast_to(np.asarray(target, np.float64), before.shape))
+    check(limiter, before, velocity)
+    return sent.copy()
+
+
+machines = st.builds(
+    make_limits,
+    lower=st.floats(-5, -0.01),
+    upper=st.floats(0.01, 5),
+    velocity=st.floats(0.01, 20),
+    acceleration=st.floats(0.05, 500),
+)
+periods = st.sampled_from((0.001, 0.002, 1 / 150, 0.02, 0.1))
+wishes = st.lists(st.one_of(st.none(), st.floats(-8, 8)), min_size=1, max_size=60)
+
+
+@given(limits=machines, period_s=periods, targets=wishes, start=st.floats(0, 1))
+def test_every_command_keeps_the_limits_and_can_stop_inside_them(
+    limits: Limits, period_s: float, targets: list[float | None], start: float
+) -> None:
+    limiter = MotionLimiter(limits, period_s)
+    low, high = limits.position_lower[0], limits.position_upper[0]
+    limiter.reset([min(high, low + start * (high - low))])
+    for target in targets:
+        for _ in range(7):  # held for some ticks, so that speed builds up
+            step(limiter, target)
+
+
+@given(limits=machines, period_s=periods, targets=wishes)
+def test_a_stop_ends_after_the_ticks_that_were_computed(
+    limits: Limits, period_s: float, targets: list[float | None]
+) -> None:
+    limiter = MotionLimiter(limits, period_s)
+    limiter.reset([0.0])
+    for target in targets:
+        step(limiter, target)
+    ticks = limiter.ticks_to_rest()
+    assert ticks <= limiter.worst_ticks_to_rest()
+    for _ in range(ticks):
+        step(limiter, None)
+    assert limiter.at_rest
+    rest = limiter.command.copy()
+    np.testing.assert_array_equal(limiter.brake(), rest)
+
+
+@given(limits=machines, period_s=periods, start=st.floats(0, 1), end=st.floats(0, 1))
+def test_a_step_is_met_without_overshoot_and_kept(
+    limits: Limits, period_s: float, start: float, end: float
+) -> None:
+    low, high = limits.position_lower[0], limits.position_upper[0]
+    start, end = (min(high, low + x * (high - low)) for x in (start, end))
+    limiter = MotionLimiter(limits, period_s)
+    limiter.reset([start])
+    lowest, highest = min(start, end), max(start, end)
+    # Accelerating and braking over the whole range, and cruising through it.
+    worst_s = 2 * math.sqrt(2 * 10 / limits.acceleration[0]) + 10 / limits.velocity[0]
+    for _ in range(min(20_000, math.ceil(worst_s / period_s) + 5)):
+        step(limiter, end)
+        assert lowest - 1e-9 <= limiter.position[0] <= highest + 1e-9
+        if limiter.position[0] == end and limiter.at_rest:
+            break
+    else:
+        pytest.fail(f"at {limiter.position[0]}, not {end}")
+    assert limiter.command[0] == np.float32(end)
+
+
+@given(
+    period_s=periods,
+    coefficients=st.lists(st.floats(-1, 1), min_size=4, max_size=4),
+)
+def test_a_motion_within_the_limits_passes_bit_for_bit(
+    period_s: float, coefficients: list[float]
+) -> None:
+    limits = make_limits(-9, 9, 30, 300)
+    limiter = MotionLimiter(limits, period_s)
+    times = np.arange(300) * period_s
+    wanted = sum(c * (1 - np.cos((i + 1) * times)) for i, c in enumerate(coefficients)).astype(
+        np.float32
+    )
+    limiter.reset(wanted[:1])
+    for value in wanted:
+        assert limiter.limit(np.array([value])).tobytes() == value.tobytes()
+    assert limiter.statistics().clamped_ticks == 0
+
+
+@given(limits=machines, period_s=periods, outside=st.floats(1e-3, 1), targets=wishes)
+def test_a_joint_that_starts_outside_only_comes_inside(
+    limits: Limits, period_s: float, outside: float, targets: list[float | None]
+) -> None:
+    limiter = MotionLimiter(limits, period_s)
+    upper = limits.position_upper[0]
+    limiter.reset([upper + outside])
+    last = limiter.position[0]
+    for target in targets:
+        if target is None:
+            limiter.brake()
+        else:
+            limiter.limit(np.array([target]))
+        assert limiter.position[0] <= max(last, upper)
+        last = limiter.position[0]
+
+
+def test_what_was_clamped_is_counted_by_joint_and_limit() -> None:
+    limits = Limits.from_config(
+        ("a", "b", "c"),
+        position_lower=(-1, -1, -1),
+        position_upper=(1, 1, 1),
+        velocity=(1, 1, 100),
+        acceleration=(math.inf, 5, math.inf),
+        source="test",
+    )
+    limiter = MotionLimiter(limits, 0.02)
+    limiter.reset(np.zeros(3))
+    limiter.limit(np.array([0.5, 0.02, 2.0]))
+    said = limiter.statistics()
+    assert (said.commands, said.clamped_ticks) == (1, 1)
+    assert said.velocity == (1, 0, 0)
+    assert said.acceleration == (0, 1, 0)
+    assert said.position == (0, 0, 1)
+    np.testing.assert_allclose(limiter.command, [0.02, 0.002, 1.0], rtol=1e-6)
+
+
+@pytest.mark.parametrize("poison", [math.nan, math.inf, -math.inf])
+def test_nan_is_refused_by_joint_and_changes_nothing(poison: float) -> None:
+    limits = Limits.from_config(
+        ("a", "b"),
+        position_lower=(-1, -1),
+        position_upper=(1, 1),
+        velocity=(1, 1),
+        acceleration=(5, 5),
+        source="test",
+    )
+    limiter = MotionLimiter(limits, 0.02)
+    limiter.reset(np.zeros(2))
+    limiter.limit(np.array([0.5, 0.5]))
+    before = limiter.position.copy()
+    with pytest.raises(UnsafeCommand, match=f"joint 1: got {poison} for a command, expected a fin"):
+        limiter.limit(np.array([0.6, poison]))
+    np.testing.assert_array_equal(limiter.position, before)
+    assert limiter.statistics().commands == 1
+    limiter.brake()
+    assert limiter.at_rest
+
+
+def test_the_planner_stops_what_somebody_else_set_in_motion() -> None:
+    limiter = MotionLimiter(make_limits(), 0.02)
+    limiter.reset([-1.0])
+    last = before = limiter.command.copy()
+    for _ in range(40):
+        before, last = last, limiter.limit(np.array([1.0])).copy()
+    planner = StopPlanner(limiter.limits, 0.02, last, before)
+    ticks = planner.ticks_to_rest
+    assert ticks == pytest.approx(limiter.ticks_to_rest(), abs=1)  # from float32 commands
+    for _ in range(ticks):
+        assert not planner.at_rest
+        pose = planner.step().copy()
+        assert -1 <= pose[0] <= 1
+    assert planner.at_rest
+    np.testing.assert_array_equal(planner.step(), pose)
+    for _ in range(ticks):
+        limiter.brake()
+    np.testing.assert_allclose(pose, limiter.command, atol=1e-4)
+
+
+@given(last=st.floats(-1.2, 1.2), before=st.floats(-1.2, 1.2), limits=machines, period_s=periods)
+def test_from_any_state_the_planner_rests_in_time_and_goes_no_further_out(
+    last: float, before: float, limits: Limits, period_s: float
+) -> None:
+    planner = StopPlanner(limits, period_s, [last], [before])
+    low = min(last, float(limits.position_lower[0]))
+    high = max(last, float(limits.position_upper[0]))
+    for _ in range(min(planner.ticks_to_rest, 10_000)):
+        assert low - 1e-6 <= planner.step()[0] <= high + 1e-6
+        if planner.at_rest:
+            break
+    else:
+        assert planner.ticks_to_rest > 0 or planner.at_rest
+
+
+def test_a_joint_without_limits_passes_everything() -> None:
+    limits = make_limits(-math.inf, math.inf, math.inf, math.inf)
+    limiter = MotionLimiter(limits, 0.02)
+    limiter.reset([0.0])
+    for target in (5.0, -1e6, 0.0, 3e7):
+        assert limiter.limit(np.array([target]))[0] == target
+    limiter.brake()
+    assert limiter.at_rest
+    assert limiter.statistics().clamped_ticks == 0
+
+
+def test_a_command_allocates_nothing_that_stays() -> None:
+    limiter = MotionLimiter(make_limits(), 0.002)
+    targets = np.sin(np.arange(2000))[:, None]
+    for target in targets[:1000]:
+        limiter.limit(target)
+        limiter.brake()
+    blocks = sys.getallocatedblocks()
+    for target in targets[1000:]:
+        limiter.limit(target)
+        limiter.brake()
+    assert sys.getallocatedblocks() - blocks <= 2  # the loop's own variables
+
+
+@pytest.mark.parametrize(
+    ("period_s", "start", "message"),
+    [
+        (0.0, [0.0], "period_s: got 0.0, expected a positive"),
+        (math.nan, [0.0], "period_s: got nan"),
+        (0.02, [0.0, 0.0], "expected 1 finite numbers"),
+        (0.02, [math.nan], "position: got"),
+    ],
+)
+def test_nonsense_is_refused(period_s: float, start: list[float], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        MotionLimiter(make_limits(), period_s).reset(start)
