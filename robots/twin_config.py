@@ -1,0 +1,112 @@
+"""What a twin is told: the keys of ``configs/robot/sim_twin.yaml``."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+from policies.yaml_config import parse_config
+
+SUBSTEP_HZ = 500
+"""Of the simulation."""
+JOINTS = tuple(
+    f"{side}_{joint}"
+    for side in ("left", "right")
+    for joint in (
+        "waist",
+        "shoulder",
+        "elbow",
+        "forearm_roll",
+        "wrist_angle",
+        "wrist_rotate",
+        "gripper",
+    )
+)
+GRIPPERS = (6, 13)
+
+
+@dataclass(frozen=True)
+class TwinCamera:
+    """One picture: ``camera`` of the simulation, (height, width)."""
+
+    camera: str
+    hw: tuple[int, int]
+
+    def __post_init__(self) -> None:
+        if min(self.hw) < 1:
+            raise ValueError(f"hw: got {self.hw}, expected a positive height and width")
+
+
+@dataclass(frozen=True)
+class TwinLimits:
+    """Per arm, 7 numbers each: six joints (rad) and the gripper (0 closed to 1 open)."""
+
+    position_lower: tuple[float, ...]
+    position_upper: tuple[float, ...]
+    velocity: tuple[float, ...]
+    acceleration: tuple[float, ...]
+
+
+@dataclass(frozen=True)
+class TwinConfig:
+    """A simulated robot's keys.
+
+    Attributes:
+        task: ``sim_transfer_cube`` or ``sim_insertion``.
+        cameras: The policy's camera name to the simulation's.
+        limits: Of either arm.
+        camera_hz: Pictures of each camera per second.
+        control_hz: How often the arms look at the newest command, a divisor of 500.
+        shadows, msaa: How to render.
+        success_reward: Reward from which on the job is done.
+        start_velocity: Per arm, 7 numbers: the most that the move to the start pose may use.
+        sensor_timeout_s: After how long a silent sensor is lost.
+        address: Of a running simulator; None until ``companion`` starts one.
+    """
+
+    task: str
+    cameras: Mapping[str, TwinCamera]
+    limits: TwinLimits
+    start_velocity: tuple[float, ...]
+    camera_hz: float = 50.0
+    control_hz: int = 100
+    shadows: bool = False
+    msaa: int = 0
+    success_reward: float = 4.0
+    sensor_timeout_s: float = 0.5
+    address: str | None = None
+
+    def __post_init__(self) -> None:
+        if self.control_hz < 1 or SUBSTEP_HZ % self.control_hz:
+            raise ValueError(
+                f"control_hz: got {self.control_hz}, expected a divisor of {SUBSTEP_HZ}"
+            )
+        if not self.camera_hz > 0:
+            raise ValueError(f"camera_hz: got {self.camera_hz}, expected a positive rate")
+        if not self.sensor_timeout_s > 0:
+            raise ValueError(
+                f"sensor_timeout_s: got {self.sensor_timeout_s}, expected a positive time"
+            )
+        if len(self.start_velocity) != 7 or not min(self.start_velocity) > 0:
+            raise ValueError(
+                f"start_velocity: got {self.start_velocity}, expected 7 positive numbers"
+            )
+
+    @property
+    def camera_hw(self) -> dict[str, tuple[int, int]]:
+        return {name: camera.hw for name, camera in self.cameras.items()}
+
+    @property
+    def max_hw(self) -> tuple[int, int]:
+        """The largest height and width of any camera."""
+        sizes = list(self.camera_hw.values()) or [(1, 1)]
+        return max(height for height, _ in sizes), max(width for _, width in sizes)
+
+    def to_json(self) -> str:
+        return json.dumps(dataclasses.asdict(self))
+
+    @classmethod
+    def from_json(cls, text: str) -> TwinConfig:
+        return parse_config(cls, json.loads(text), source="twin")

@@ -1,0 +1,133 @@
+"""How a process talks to a twin: one AF_UNIX connection of whole messages.
+
+A message is one kind byte and a body. ``ACTION`` has no answer; ``CALL`` carries JSON and is
+answered by JSON. The first call is ``hello``, and its answer carries the board's descriptor.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import select
+import socket
+import struct
+import time
+from collections.abc import Mapping
+from typing import Any, Self
+
+import numpy as np
+from numpy.typing import NDArray
+
+from robots.errors import ConnectFailed, RobotError, RobotLost
+
+ACTION, CALL = b"A", b"C"
+ACTION_HEAD = struct.Struct("<cq")
+"""Kind, and the sender's monotonic clock."""
+MAX_MESSAGE = 65_536
+
+
+def encode_action(action: NDArray[np.float32]) -> bytes:
+    return ACTION_HEAD.pack(ACTION, time.monotonic_ns()) + action.astype("<f4").tobytes()
+
+
+def decode_action(message: bytes) -> tuple[int, NDArray[np.float32]]:
+    _, sent_ns = ACTION_HEAD.unpack_from(message)
+    return sent_ns, np.frombuffer(message, "<f4", offset=ACTION_HEAD.size)
+
+
+def abstract(address: str) -> str:
+    """``address`` in the namespace of sockets that are no files and cannot be left behind."""
+    return "\0" + address
+
+
+class Link:
+    """The client's end.
+
+    Args:
+        address: Of the twin, as its companion tells it.
+        timeout_s: For connecting.
+
+    Attributes:
+        hello: What the twin said of itself.
+        board_fd: The board's descriptor, owned by this object.
+
+    Raises:
+        ConnectFailed: Nobody listens there, or it is another user's.
+    """
+
+    def __init__(self, address: str, *, role: str, timeout_s: float) -> None:
+        self._socket = socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+        self._poll = select.poll()
+        self.board_fd = -1
+        try:
+            self._socket.settimeout(timeout_s)
+            self._socket.connect(abstract(address))
+            self._send(CALL + json.dumps({"call": "hello", "role": role}).encode())
+            answer, fds, _, _ = socket.recv_fds(self._socket, MAX_MESSAGE, 1)
+            self.board_fd = fds[0] if fds else -1
+            self.hello = _answer(answer)
+        except OSError as error:
+            self.close()
+            raise ConnectFailed(
+                f"no simulator answers at {address!r} within {timeout_s:g} s: {error}"
+            ) from error
+        except BaseException:
+            self.close()
+            raise
+        self._socket.setblocking(False)
+        self._poll.register(self._socket, select.POLLHUP | select.POLLERR)
+
+    def check_alive(self) -> None:
+        """Raises ``RobotLost`` if the twin has hung up."""
+        if self.board_fd < 0 or self._poll.poll(0):
+            raise RobotLost("the simulator has ended")
+
+    def send_action(self, action: NDArray[np.float32]) -> None:
+        try:
+            self._send(encode_action(action))
+        except BlockingIOError as error:
+            raise RobotLost("the simulator does not take commands: its queue is full") from error
+        except OSError as error:
+            raise RobotLost(f"the simulator has ended: {error}") from error
+
+    def call(self, name: str, *, timeout_s: float, **arguments: Any) -> Mapping[str, Any]:
+        """Ask the twin for something and wait.
+
+        Raises:
+            RobotLost: It has ended, or does not answer.
+            RobotError: It refuses; carries its reason.
+        """
+        message = CALL + json.dumps({"call": name, **arguments}).encode()
+        try:
+            self._socket.settimeout(timeout_s)
+            try:
+                self._send(message)
+                return _answer(self._socket.recv(MAX_MESSAGE))
+            finally:
+                self._socket.setblocking(False)
+        except OSError as error:
+            raise RobotLost(f"the simulator does not answer {name!r}: {error}") from error
+
+    def close(self) -> None:
+        self._socket.close()
+        if self.board_fd >= 0:
+            os.close(self.board_fd)
+            self.board_fd = -1
+
+    def _send(self, message: bytes) -> None:
+        self._socket.send(message)
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+
+def _answer(message: bytes) -> Mapping[str, Any]:
+    if not message:
+        raise RobotLost("the simulator has ended")
+    answer: Mapping[str, Any] = json.loads(message)
+    if "error" in answer:
+        raise RobotError(f"the simulator refuses: {answer['error']}")
+    return answer
