@@ -1,0 +1,63 @@
+"""What the machine can do at best: the limits that a roofline is drawn from.
+
+They take their turns among the contestants, so that they meet the same clock frequency and the same
+neighbours.
+"""
+
+from __future__ import annotations
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+
+from bench.inference.contestants import (
+    CONVOLUTION_SHAPE,
+    COPY_BYTES,
+    GEMM_SIDE,
+    Run,
+    Setting,
+)
+from policies.act.weights import ActWeights
+
+_NOTHING = np.zeros((0, 0), np.float32)
+
+
+def matrix_product(_weights: ActWeights, setting: Setting) -> Run:
+    """One square float32 product that fits the caches."""
+    torch.set_num_threads(setting.threads)
+    a, b = (torch.rand(GEMM_SIDE, GEMM_SIDE) for _ in range(2))
+    out = torch.empty_like(a)
+
+    def run(_images: NDArray[np.uint8], _state: NDArray[np.float32]) -> NDArray[np.float32]:
+        torch.mm(a, b, out=out)
+        return _NOTHING
+
+    return run
+
+
+def convolution(_weights: ActWeights, setting: Setting) -> Run:
+    """A 3x3 convolution of the backbone, channels last: most of the network is that."""
+    torch.set_num_threads(setting.threads)
+    channels, height, width = CONVOLUTION_SHAPE
+    x = torch.rand(1, channels, height, width).to(memory_format=torch.channels_last)
+    weight = torch.rand(channels, channels, 3, 3).to(memory_format=torch.channels_last)
+
+    def run(_images: NDArray[np.uint8], _state: NDArray[np.float32]) -> NDArray[np.float32]:
+        with torch.inference_mode():
+            torch.conv2d(x, weight, padding=1)
+        return _NOTHING
+
+    return run
+
+
+def copy(_weights: ActWeights, setting: Setting) -> Run:
+    """Memory to memory, beyond any cache; each byte is read once and written once."""
+    torch.set_num_threads(setting.threads)
+    source = torch.ones(COPY_BYTES, dtype=torch.uint8)
+    target = torch.empty_like(source)
+
+    def run(_images: NDArray[np.uint8], _state: NDArray[np.float32]) -> NDArray[np.float32]:
+        target.copy_(source)
+        return _NOTHING
+
+    return run
