@@ -2,33 +2,34 @@
 
 from __future__ import annotations
 
-import numpy as np
-
+from bench.payload import CHUNK, HEIGHT, PAYLOADS, STATE, WIDTH, Sink
 from policies.types import ActionChunk, CameraContract, MetaObs, PolicyContract, PolicyInfo
-
-HEIGHT, WIDTH, DIM, CHUNK = 480, 640, 14, 100
 
 
 class NullPolicy:
-    """Touches every byte of the observation and answers zeros."""
+    """Touches every byte of the observation and answers the same actions.
 
-    def __init__(self, cameras: int) -> None:
-        hw = (HEIGHT, WIDTH)
+    Args:
+        sink: Where the observation is copied to; a payload of pictures.
+    """
+
+    def __init__(self, sink: Sink) -> None:
+        size = (HEIGHT, WIDTH)
+        cameras = [name for name in sink.mirror if name != "state"]
         self.contract = PolicyContract(
             policy_type="null",
-            cameras=tuple(CameraContract(f"camera{i}", hw, hw) for i in range(cameras)),
-            state_dim=DIM,
-            action_dim=DIM,
+            cameras=tuple(CameraContract(name, size, size) for name in cameras),
+            state_dim=STATE,
+            action_dim=STATE,
             chunk_size=CHUNK,
             n_action_steps=CHUNK,
         )
         self.info = PolicyInfo("null", engine="numpy", trained=False)
-        self._frames = np.empty((cameras, HEIGHT, WIDTH, 3), np.uint8)
+        self._sink = sink
 
     def infer(self, obs: MetaObs) -> ActionChunk:
-        for i, frame in enumerate(obs.images.values()):
-            np.copyto(self._frames[i], frame)
-        return ActionChunk(np.zeros((CHUNK, DIM), np.float32), obs.timestep, obs.t_capture_ns)
+        actions = self._sink.take({**obs.images, "state": obs.state})
+        return ActionChunk(actions, obs.timestep, obs.t_capture_ns)
 
     def reset(self) -> None:
         pass
@@ -41,8 +42,8 @@ class NullPolicy:
 
 
 def one_camera() -> NullPolicy:
-    return NullPolicy(1)
+    return NullPolicy(Sink(PAYLOADS["1"]))
 
 
 def four_cameras() -> NullPolicy:
-    return NullPolicy(4)
+    return NullPolicy(Sink(PAYLOADS["4"]))

@@ -5,23 +5,18 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from multiprocessing.connection import Connection
+from typing import Any
 
 import numpy as np
 
 from bench.contestant import Exchange
 from bench.payload import Sink, Source
-from transport import shm_channel
 from transport.auto import Dialer
 from transport.channel import Channel, Message
 from transport.control import Welcome
 from transport.listener import Listener
 
 _PATIENCE_S = 3600.0
-
-
-def set_spin_us(spin_us: float) -> None:
-    """How long channels of this process watch before they sleep."""
-    shm_channel.SPIN_NS = round(spin_us * 1000)
 
 
 def _receive(channel: Channel) -> Message:
@@ -47,15 +42,14 @@ class ChannelContestant:
         self, name: str, transport: str, *, spin_us: float | None = None, watch: bool = False
     ) -> None:
         self.name, self.busy = name, watch
-        self._transport, self._spin_us = transport, spin_us
+        self._transport = transport
+        self._spin: dict[str, Any] = {} if spin_us is None else {"spin_us": spin_us}
         self._next: Callable[[Channel], Message] = _watch if watch else _receive
 
     def serve(self, sink: Sink, link: Connection) -> None:
-        if self._spin_us is not None:
-            set_spin_us(self._spin_us)
         reply = sink.payload.reply
         with Listener(
-            "127.0.0.1", 0, describe=dict, accept=lambda hello: Welcome(reply)
+            "127.0.0.1", 0, describe=dict, accept=lambda hello: Welcome(reply), **self._spin
         ) as listener:
             link.send(listener.port)
             sessions = []
@@ -89,10 +83,8 @@ class ChannelContestant:
 
     @contextmanager
     def connect(self, source: Source, link: Connection) -> Iterator[Exchange]:
-        if self._spin_us is not None:
-            set_spin_us(self._spin_us)
         receive, schema = self._next, source.payload.observation
-        with Dialer("127.0.0.1", link.recv()) as dialer:
+        with Dialer("127.0.0.1", link.recv(), **self._spin) as dialer:
             channel, _ = dialer.open(schema, client="bench", transport=self._transport)
         with channel:
 
