@@ -16,25 +16,28 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 
 import numpy as np
-from numpy.typing import NDArray
+import torch
 
 from bench.inference.contestants import (
     CONTESTANTS,
     CONVOLUTION,
     COPY,
+    CUDA_COPY,
+    CUDA_GEMM,
     GEMM,
-    PLAIN,
     Absent,
     Contestant,
     Setting,
 )
-from bench.inference.nets import checkpoint_of, load
+from bench.inference.nets import checkpoint_of, load, observations
 from bench.inference.roofline import Machine
 from bench.inference.worker import Started, Worker
 from policies.act.config import ActConfig
 from policies.act.weights import ActWeights
 
-LIMITS = (GEMM, CONVOLUTION, COPY)
+_LIMITS = {"cpu": ((GEMM, CONVOLUTION), COPY), "cuda": ((CUDA_GEMM,), CUDA_COPY)}
+"""What says how fast each device computes, and how fast it moves."""
+LIMITS = tuple(name for products, copy in _LIMITS.values() for name in (*products, copy))
 LIMIT_CALLS = 10
 BLOCK_S, WARM_S, LONG_S = 0.4, 0.05, 0.25
 """A block takes about this long; calls before it are not counted for this long, but where one call
@@ -81,6 +84,7 @@ class Comparison:
     net: str
     config: ActConfig
     threads: int
+    device: str
     entries: dict[str, Entry]
     absent: dict[str, str]
     machine: Machine
@@ -108,7 +112,8 @@ def compare(
         weights = load(checkpoint)
         entries: dict[str, Entry] = {}
         workers: dict[str, Worker] = {}
-        for name in (*LIMITS, PLAIN, *(n for n in names if n != PLAIN)):
+        products, copy = _LIMITS[device]
+        for name in (*products, copy, *names):
             try:
                 starting = _started(name, checkpoint, threads, cores, device)
                 workers[name], entries[name] = stack.enter_context(starting)
@@ -116,11 +121,12 @@ def compare(
                 absent[name] = str(reason)
         _check(entries, weights)
         _take_turns(workers, entries, calls, budget_s)
-        machine = _machine(entries)
+        machine = _machine(entries, device)
     return Comparison(
         net=net,
         config=weights.config,
         threads=threads,
+        device=device,
         entries={n: e for n, e in entries.items() if n not in LIMITS},
         absent=absent,
         machine=machine,
@@ -145,20 +151,22 @@ def _started(
 
 
 def _check(entries: Mapping[str, Entry], weights: ActWeights) -> None:
-    """Fill in each one's error."""
-    normalizer = weights.action_normalizer
-
-    def normalized(entry: Entry) -> NDArray[np.float64]:
-        started = next(reversed(entry.starts.values()))
-        actions = started.outputs.astype(np.float64)
-        inner: NDArray[np.float64] = (actions - normalizer.shift) / normalizer.scale
-        return inner
-
-    expected = normalized(entries[PLAIN])
+    """Fill in each one's error, against the plain module here and now on the CPU."""
+    normalizer, model = weights.action_normalizer, weights.inference_model()
+    with torch.inference_mode():
+        expected = np.stack(
+            [
+                model(torch.from_numpy(images)[None], torch.from_numpy(state)[None])[0].numpy()
+                for images, state in observations(weights.config)
+            ]
+        )
     for name, entry in entries.items():
-        if name not in LIMITS:
-            difference = np.abs(normalized(entry) - expected).max()
-            entry.error = float(difference / np.abs(expected).max())
+        if name in LIMITS:
+            continue
+        actions = next(reversed(entry.starts.values())).outputs.astype(np.float64)
+        # In the network's units, where no shift hides a difference.
+        normalized = (actions - normalizer.shift) / normalizer.scale
+        entry.error = float(np.abs(normalized - expected).max() / np.abs(expected).max())
 
 
 def _take_turns(
@@ -194,8 +202,9 @@ def _block_size(entry: Entry) -> tuple[int, int]:
     return calls, 0 if call_s > LONG_S else math.ceil(WARM_S / call_s)
 
 
-def _machine(entries: Mapping[str, Entry]) -> Machine:
+def _machine(entries: Mapping[str, Entry], device: str) -> Machine:
     def best(name: str) -> float:
-        return entries[name].contestant.work / min(entries[name].samples_s)
+        return entries[name].contestant.work / float(min(entries[name].samples_s))
 
-    return Machine(flops_per_s=max(best(GEMM), best(CONVOLUTION)), bytes_per_s=best(COPY))
+    products, copy = _LIMITS[device]
+    return Machine(flops_per_s=max(map(best, products)), bytes_per_s=best(copy))

@@ -83,6 +83,8 @@ GEMM_SIDE = 1024
 CONVOLUTION_SHAPE = (128, 60, 80)
 """Channels in and out, height, width: the second stage of ResNet at 480x640."""
 COPY_BYTES = 2**28
+CUDA_GEMM, CUDA_COPY = "matrix product bf16, CUDA", "copy, CUDA"
+CUDA_GEMM_SIDE, CUDA_COPY_BYTES = 8192, 2**32
 
 
 _HERE = "bench.inference"
@@ -126,5 +128,16 @@ _ALL = (
         work=2.0 * 9 * CONVOLUTION_SHAPE[0] ** 2 * CONVOLUTION_SHAPE[1] * CONVOLUTION_SHAPE[2],
     ),
     Contestant(COPY, f"{_HERE}.limits", "copy", "limit", "fp32", work=2.0 * COPY_BYTES),
+    Contestant(
+        CUDA_GEMM,
+        f"{_HERE}.limits",
+        "cuda_matrix_product",
+        "limit",
+        "bf16",
+        work=2.0 * CUDA_GEMM_SIDE**3,
+    ),
+    Contestant(
+        CUDA_COPY, f"{_HERE}.limits", "cuda_copy", "limit", "fp32", work=2.0 * CUDA_COPY_BYTES
+    ),
 )
 CONTESTANTS: Mapping[str, Contestant] = {each.name: each for each in _ALL}

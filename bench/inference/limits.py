@@ -13,6 +13,8 @@ from numpy.typing import NDArray
 from bench.inference.contestants import (
     CONVOLUTION_SHAPE,
     COPY_BYTES,
+    CUDA_COPY_BYTES,
+    CUDA_GEMM_SIDE,
     GEMM_SIDE,
     Run,
     Setting,
@@ -58,6 +60,33 @@ def copy(_weights: ActWeights, setting: Setting) -> Run:
 
     def run(_images: NDArray[np.uint8], _state: NDArray[np.float32]) -> NDArray[np.float32]:
         target.copy_(source)
+        return _NOTHING
+
+    return run
+
+
+def cuda_matrix_product(_weights: ActWeights, setting: Setting) -> Run:
+    """One square bfloat16 product on the tensor cores."""
+    sides = (CUDA_GEMM_SIDE, CUDA_GEMM_SIDE)
+    a, b = (torch.rand(sides, dtype=torch.bfloat16, device=setting.device) for _ in range(2))
+    out = torch.empty_like(a)
+
+    def run(_images: NDArray[np.uint8], _state: NDArray[np.float32]) -> NDArray[np.float32]:
+        torch.mm(a, b, out=out)
+        torch.cuda.synchronize()
+        return _NOTHING
+
+    return run
+
+
+def cuda_copy(_weights: ActWeights, setting: Setting) -> Run:
+    """The device's memory to itself."""
+    source = torch.ones(CUDA_COPY_BYTES, dtype=torch.uint8, device=setting.device)
+    target = torch.empty_like(source)
+
+    def run(_images: NDArray[np.uint8], _state: NDArray[np.float32]) -> NDArray[np.float32]:
+        target.copy_(source)
+        torch.cuda.synchronize()
         return _NOTHING
 
     return run

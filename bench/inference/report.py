@@ -1,0 +1,251 @@
+"""A comparison as a table, as goals met or not, and as files."""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import platform
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from bench.inference.arena import CACHED, COLD, Comparison, Entry
+from bench.inference.contestants import LEROBOT, PLAIN
+from bench.inference.nets import SMALL
+from bench.inference.roofline import necessary_work
+
+RESULTS = Path(__file__).parents[1] / "results"
+BYTES = {"fp32": 4, "bf16": 2, "fp16": 2}
+FEWEST = {99.0: 100, 99.9: 500}
+"""Calls below which that percentile says nothing."""
+BEST, BEST_FP32 = "ours, best", "ours, best fp32"
+OPENVINO = "OpenVINO of plain"
+COMPILED = "torch.compile of plain fp32"
+
+
+@dataclass(frozen=True, slots=True)
+class Goal:
+    """The median of ``ours`` by that of ``theirs``, at most ``at_most``."""
+
+    net: str
+    ours: str
+    theirs: str
+    at_most: float
+    threads: tuple[int, ...] = (1, 2)
+    device: str = "cpu"
+
+
+_FULL, _FULL_4 = "full, 1 camera", "full, 4 cameras"
+GOALS = (
+    Goal(_FULL, BEST, LEROBOT, 0.15),
+    Goal(_FULL_4, BEST, LEROBOT, 0.14),
+    *(Goal(net, BEST, f"{OPENVINO} bf16", 0.9) for net in (_FULL, _FULL_4, SMALL)),
+    *(Goal(net, BEST_FP32, LEROBOT, 0.65) for net in (_FULL, _FULL_4)),
+    Goal(SMALL, BEST, PLAIN, 0.12, threads=(1,)),
+    *(Goal(net, BEST, PLAIN, 0.15, device="cuda") for net in (_FULL, _FULL_4)),
+    *(Goal(net, BEST, COMPILED, 0.7, device="cuda") for net in (_FULL, _FULL_4)),
+)
+
+
+def case_name(comparison: Comparison) -> str:
+    """e.g. ``full, 1 camera, 2 threads``; of a GPU, the network alone."""
+    if comparison.device != "cpu":
+        return comparison.net
+    plural = "s" if comparison.threads > 1 else ""
+    return f"{comparison.net}, {comparison.threads} thread{plural}"
+
+
+def ratio(comparison: Comparison, ours: str, theirs: str) -> float:
+    """Of medians; NaN where either did not run."""
+    return _median_s(comparison, ours) / _median_s(comparison, theirs)
+
+
+def ratios(comparison: Comparison) -> dict[str, float]:
+    """All that a budget may be given for, by ``OURS / THEIRS``."""
+    theirs = [n for n, e in comparison.entries.items() if e.contestant.side != "ours"]
+    found = {
+        f"{ours} / {their}": ratio(comparison, ours, their)
+        for ours in (BEST, BEST_FP32)
+        for their in theirs
+    }
+    return {name: value for name, value in found.items() if math.isfinite(value)}
+
+
+def bound_s(comparison: Comparison, precision: str) -> float:
+    """What the measured float32 peak and this precision's bytes allow."""
+    return comparison.machine.bound_s(necessary_work(comparison.config, BYTES[precision]))
+
+
+def table(comparison: Comparison) -> Iterator[str]:
+    """Lines: the machine, a row for each contestant, and why some are not there."""
+    machine, work = comparison.machine, necessary_work(comparison.config, 4)
+    yield f"{case_name(comparison)}: ms"
+    yield (
+        f"  measured peak {machine.flops_per_s / 1e9:.1f} GFLOP/s, "
+        f"{machine.bytes_per_s / 1e9:.1f} GB/s; one inference needs "
+        f"{work.flops / 1e9:.2f} GFLOP, {work.n_bytes / 1e6:.1f} MB in fp32: "
+        f"at least {1e3 * bound_s(comparison, 'fp32'):.2f} ms"
+    )
+    yield (
+        f"  {'':28}{'n':>5}{'p50':>9}{'p99':>9}{'p99.9':>9}{'max':>9}{'jitter':>8}{'first':>8}"
+        f"{'cold':>8}{'cached':>8}{'MB':>6}{'error':>9}{'cores':>7}{'roofline':>10}"
+    )
+    for name, entry in comparison.entries.items():
+        yield f"  {name:28}{_row(comparison, entry)}"
+    for name, reason in comparison.absent.items():
+        yield f"  {name:28}not measurable here: {reason}"
+
+
+def goals(comparison: Comparison) -> Iterator[str]:
+    """A line for each goal of this case: the ratio, or why there is none and what bounds it."""
+    for goal in GOALS:
+        if (goal.net, goal.device) != (comparison.net, comparison.device) or (
+            goal.device == "cpu" and comparison.threads not in goal.threads
+        ):
+            continue
+        what = f"  {goal.ours} / {goal.theirs} (goal {goal.at_most:g}): "
+        value = ratio(comparison, goal.ours, goal.theirs)
+        if math.isfinite(value):
+            bound = bound_s(comparison, "fp32") / _median_s(comparison, goal.theirs)
+            verdict = "met" if value <= goal.at_most else "not met"
+            limit = f", the fp32 roofline is {bound:.3f}" if comparison.device == "cpu" else ""
+            yield f"{what}{value:.3f}, {verdict}{limit}"
+        else:
+            yield what + _unmeasurable(comparison, goal)
+
+
+def record(comparison: Comparison) -> dict[str, Any]:
+    """Everything but the samples, as JSON has it."""
+    return {
+        "case": case_name(comparison),
+        "device": comparison.device,
+        "threads": comparison.threads,
+        "peak_flops_per_s": comparison.machine.flops_per_s,
+        "peak_bytes_per_s": comparison.machine.bytes_per_s,
+        "bound_s": bound_s(comparison, "fp32"),
+        "ratios": ratios(comparison),
+        "absent": comparison.absent,
+        "rows": {name: _record(comparison, e) for name, e in comparison.entries.items()},
+        "versions": versions(),
+        "cpu": cpu_name(),
+        "cores": os.cpu_count(),
+    }
+
+
+def save(comparison: Comparison, folder: Path = RESULTS) -> Path:
+    """The record as JSON, and beside it the samples in µs, float32, in an ``.npz``."""
+    folder.mkdir(exist_ok=True)
+    stem = "inference_" + case_name(comparison).replace(", ", "_").replace(" ", "-")
+    path = folder / f"{stem}.json"
+    path.write_text(json.dumps(record(comparison), indent=1) + "\n", encoding="utf-8")
+    samples = {
+        name: np.asarray(e.samples_s, np.float32) * 1e6 for name, e in comparison.entries.items()
+    }
+    np.savez_compressed(path.with_suffix(".npz"), allow_pickle=False, **samples)
+    return path
+
+
+def versions() -> dict[str, str]:
+    """Of what computes."""
+    found = {"python": platform.python_version()}
+    for name in ("torch", "openvino", "lerobot", "numpy"):
+        try:
+            found[name] = version(name)
+        except PackageNotFoundError:
+            continue
+    return found
+
+
+def cpu_name(cpuinfo: Path = Path("/proc/cpuinfo")) -> str:
+    """As the kernel has it; empty where it does not say."""
+    try:
+        lines = cpuinfo.read_text(encoding="utf-8", errors="replace").splitlines()
+    except OSError:
+        return ""
+    names = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
+    return names[0] if names else ""
+
+
+def _median_s(comparison: Comparison, name: str) -> float:
+    if name not in (BEST, BEST_FP32):
+        entry = comparison.entries.get(name)
+        return entry.percentile_s(50) if entry else math.nan
+    ours = [
+        entry.percentile_s(50)
+        for entry in comparison.entries.values()
+        if entry.contestant.side == "ours"
+        and (name == BEST or entry.contestant.precision == "fp32")
+    ]
+    return min(ours, default=math.nan)
+
+
+def _unmeasurable(comparison: Comparison, goal: Goal) -> str:
+    if goal.theirs not in comparison.absent:
+        return "not measurable here: ours did not run"
+    said = f"not measurable here: {comparison.absent[goal.theirs]}"
+    narrow = necessary_work(comparison.config, BYTES["bf16"])
+    said += (
+        f"; bf16 reads at least {narrow.n_bytes / 1e6:.1f} MB, "
+        f"{1e3 * narrow.n_bytes / comparison.machine.bytes_per_s:.2f} ms at the measured bandwidth"
+    )
+    wide = ratio(comparison, BEST_FP32, f"{OPENVINO} fp32")
+    return said + (f"; both in fp32: {wide:.3f}" if math.isfinite(wide) else "")
+
+
+def _row(comparison: Comparison, entry: Entry) -> str:
+    def ms(seconds: float) -> str:
+        return f"{1e3 * seconds:9.2f}"
+
+    def start(kind: str) -> str:
+        return f"{entry.starts[kind].ready_s:7.1f}s" if kind in entry.starts else f"{'-':>8}"
+
+    count, last = len(entry.samples_s), next(reversed(entry.starts.values()))
+    tails = "".join(
+        ms(entry.percentile_s(percent)) if count >= fewest else f"{'-':>9}"
+        for percent, fewest in FEWEST.items()
+    )
+    return (
+        f"{count:5}{ms(entry.percentile_s(50))}{tails}{ms(max(entry.samples_s))}"
+        f"{1e3 * entry.jitter_s:8.2f}{1e3 * last.first_s:8.1f}{start(COLD)}{start(CACHED)}"
+        f"{(last.resident_bytes - last.base_bytes) / 1e6:6.0f}{entry.error:9.1e}"
+        f"{np.mean(entry.cores):7.2f}{_attained(comparison, entry):10.2f}"
+    )
+
+
+def _attained(comparison: Comparison, entry: Entry) -> float:
+    """Roofline by time: 1 is the limit. Always the fp32 peak on a CPU: no other was measured."""
+    return bound_s(comparison, entry.contestant.precision) / entry.percentile_s(50)
+
+
+def _record(comparison: Comparison, entry: Entry) -> Mapping[str, Any]:
+    return {
+        "side": entry.contestant.side,
+        "precision": entry.contestant.precision,
+        "count": len(entry.samples_s),
+        **{
+            f"p{percent:g}_s": entry.percentile_s(percent)
+            for percent in (50.0, 99.0, 99.9)
+            if len(entry.samples_s) >= FEWEST.get(percent, 1)
+        },
+        "max_s": max(entry.samples_s),
+        "jitter_s": entry.jitter_s,
+        "error": entry.error,
+        "cores": float(np.mean(entry.cores)),
+        "roofline": _attained(comparison, entry),
+        "starts": {
+            kind: {
+                "imported_s": each.imported_s,
+                "built_s": each.built_s,
+                "first_s": each.first_s,
+                "ready_s": each.ready_s,
+                "base_bytes": each.base_bytes,
+                "resident_bytes": each.resident_bytes,
+            }
+            for kind, each in entry.starts.items()
+        },
+    }
