@@ -214,8 +214,8 @@ class Robot(ABC):
     def get_observation(self) -> MetaObs:
         """The newest pictures and the joint state that belongs to the oldest of them, by stamps.
 
-        ``t_capture_ns`` is when the oldest of these pictures was received (without cameras: the
-        joint state). ``timestep`` is the caller's to fill in.
+        ``t_capture_ns`` is when the first of all this was received: a joint state takes less time
+        to arrive than the picture that it belongs to. ``timestep`` is the caller's to fill in.
 
         Raises:
             NotConnected, SensorLost, RobotLost: As ``get_joints``.
@@ -223,14 +223,11 @@ class Robot(ABC):
         cameras = self.get_cameras()
         oldest = min(cameras.values(), key=lambda sample: sample.stamp_ns, default=None)
         joints = self.get_joints() if oldest is None else self.get_joints_at(oldest.stamp_ns)
-        received_ns = min(
-            (sample.received_ns for sample in cameras.values()), default=joints.received_ns
-        )
         return MetaObs(
             images={name: sample.image for name, sample in cameras.items()},
             state=joints.position,
             depth={name: s.depth for name, s in cameras.items() if s.depth is not None},
-            t_capture_ns=received_ns,
+            t_capture_ns=min(s.received_ns for s in (joints, *cameras.values())),
         )
 
     def get_joints_at(self, stamp_ns: int) -> JointSample:

@@ -1,0 +1,207 @@
+"""``dummy``: a robot of which only the shapes are real, in ILStudio's configuration format.
+
+For trying a policy's plumbing without hardware. Joints are where they were last commanded, pictures
+are noise that changes ``camera_hz`` times a second. What it does *not* guarantee: dynamics, limits
+that mean something, an outcome; and two processes that connect see two different robots.
+"""
+
+from __future__ import annotations
+
+import re
+import time
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from policies.types import CtrlSpace, CtrlType
+from policies.yaml_config import parse_config
+from robots.base import CameraSample, JointSample, Robot, RobotContract, Role
+from robots.errors import ConfigError
+from robots.limits import Limits
+
+_SHAPE = re.compile(r"\(\s*\d+\s*(,\s*\d+\s*)*,?\s*\)")
+
+
+@dataclass(frozen=True)
+class ArrayConfig:
+    """One array. ``shape`` is a list, or text as ILStudio writes it: ``(480, 640, 3)``."""
+
+    shape: tuple[int, ...] | str
+    dtype: str = "float32"
+
+    def __post_init__(self) -> None:
+        sizes = self.sizes
+        if not sizes or min(sizes) < 1:
+            raise ValueError(f"shape: got {self.shape!r}, expected positive sizes: (480, 640, 3)")
+
+    @property
+    def sizes(self) -> tuple[int, ...]:
+        if isinstance(self.shape, tuple):
+            return self.shape
+        if not _SHAPE.fullmatch(self.shape.strip()):
+            return ()
+        return tuple(int(number) for number in re.findall(r"\d+", self.shape))
+
+
+@dataclass(frozen=True)
+class ObsConfig:
+    """What it senses.
+
+    Attributes:
+        qpos: Joint positions, (S,) float32.
+        image: By the policy's camera name, (H, W, 3) uint8.
+        qvel: ILStudio's configurations have it; no policy here takes velocities.
+    """
+
+    qpos: ArrayConfig
+    image: Mapping[str, ArrayConfig] = field(default_factory=dict)
+    qvel: ArrayConfig | None = None
+
+
+@dataclass(frozen=True)
+class DummyConfig:
+    """ILStudio's keys, and after them ours, which may be left out.
+
+    Attributes:
+        obs_config, action_config: Shapes.
+        ctrl_type, ctrl_space: Of the commands.
+        camera_hz: New pictures per second.
+        position_limit, velocity_limit, acceleration_limit: Of every joint, either way.
+    """
+
+    obs_config: ObsConfig
+    action_config: ArrayConfig
+    ctrl_type: CtrlType = "abs"
+    ctrl_space: CtrlSpace = "joint"
+    camera_hz: float = 30.0
+    position_limit: float = float("inf")
+    velocity_limit: float = float("inf")
+    acceleration_limit: float = float("inf")
+
+    def __post_init__(self) -> None:
+        if not self.camera_hz > 0:
+            raise ValueError(f"camera_hz: got {self.camera_hz}, expected a positive rate")
+
+
+class DummyRobot(Robot):
+    """See the module.
+
+    Args:
+        config: Its keys.
+        name: What it is called in results.
+        source: Where the keys come from, for errors.
+
+    Raises:
+        ConfigError: Shapes or dtypes of something else than a robot; limits that cannot be.
+    """
+
+    def __init__(self, config: DummyConfig, *, name: str = "dummy", source: str = "") -> None:
+        arrays = {
+            "obs_config.qpos": (config.obs_config.qpos, "float32", 1),
+            "action_config": (config.action_config, "float32", 1),
+            **{
+                f"obs_config.image.{camera}": (array, "uint8", 3)
+                for camera, array in config.obs_config.image.items()
+            },
+        }
+        for key, (array, dtype, dimensions) in arrays.items():
+            if array.dtype != dtype or len(array.sizes) != dimensions:
+                shape = "(height, width, 3)" if dimensions == 3 else "(n,)"
+                raise ConfigError(
+                    f"{source}: {key}: got {array.dtype} {array.sizes}, expected {dtype} {shape}"
+                )
+            if dimensions == 3 and array.sizes[2] != 3:
+                raise ConfigError(
+                    f"{source}: {key}: got {array.sizes}, expected 3 colours: (height, width, 3)"
+                )
+        (state_dim,), (action_dim,) = config.obs_config.qpos.sizes, config.action_config.sizes
+        if action_dim > state_dim:
+            raise ConfigError(
+                f"{source}: action_config: got {action_dim} commands, expected at most the "
+                f"{state_dim} joints of obs_config.qpos"
+            )
+        self._name = name
+        self._period_ns = round(1e9 / config.camera_hz)
+        self._contract = RobotContract(
+            joint_names=tuple(f"joint_{index}" for index in range(state_dim)),
+            action_dim=action_dim,
+            cameras={
+                camera: (array.sizes[0], array.sizes[1])
+                for camera, array in config.obs_config.image.items()
+            },
+            ctrl_space=config.ctrl_space,
+            ctrl_type=config.ctrl_type,
+        )
+        self._limits = Limits.from_config(
+            self._contract.joint_names[:action_dim],
+            position_lower=(-config.position_limit,) * action_dim,
+            position_upper=(config.position_limit,) * action_dim,
+            velocity=(config.velocity_limit,) * action_dim,
+            acceleration=(config.acceleration_limit,) * action_dim,
+            source=source,
+        )
+        self._position = np.zeros(state_dim, np.float32)
+        self._pictures: dict[str, CameraSample] = {}
+
+    @property
+    def name(self) -> str:
+        return self._name
+
+    @property
+    def contract(self) -> RobotContract:
+        return self._contract
+
+    @property
+    def limits(self) -> Limits:
+        return self._limits
+
+    @property
+    def start_pose(self) -> NDArray[np.float32]:
+        return np.zeros(self.contract.action_dim, np.float32)
+
+    def _connect(self, role: Role, timeout_s: float) -> None:
+        del role, timeout_s
+        self._pictures.clear()
+
+    def _get_joints(self) -> JointSample:
+        now_ns = time.monotonic_ns()
+        return JointSample(self._position.copy(), now_ns, now_ns)
+
+    def _get_joints_at(self, stamp_ns: int) -> JointSample:
+        return JointSample(self._position.copy(), stamp_ns, stamp_ns)
+
+    def _get_cameras(self) -> dict[str, CameraSample]:
+        now_ns = time.monotonic_ns()
+        stamp_ns = now_ns - now_ns % self._period_ns
+        for camera, hw in self.contract.cameras.items():
+            shown = self._pictures.get(camera)
+            if shown is None or shown.stamp_ns != stamp_ns:
+                generator = np.random.default_rng(stamp_ns)
+                noise = generator.integers(0, 256, (*hw, 3), np.uint8)
+                self._pictures[camera] = CameraSample(noise, stamp_ns, now_ns)
+        return dict(self._pictures)
+
+    def _send_action(self, action: NDArray[np.float32]) -> None:
+        moved = self._position[: len(action)]
+        if self.contract.ctrl_type == "abs":
+            moved[:] = action
+        else:
+            moved += action
+
+    def _reset(self, seed: int) -> bool:
+        del seed
+        self._position.fill(0.0)
+        return True
+
+    def _disconnect(self) -> None:
+        self._pictures.clear()
+
+
+def make(
+    args: Mapping[str, Any], name: str, source: str, overrides: Mapping[str, str]
+) -> DummyRobot:
+    config = parse_config(DummyConfig, args, source=source, overrides=overrides)
+    return DummyRobot(config, name=name, source=source)
