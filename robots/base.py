@@ -223,11 +223,12 @@ class Robot(ABC):
         cameras = self.get_cameras()
         oldest = min(cameras.values(), key=lambda sample: sample.stamp_ns, default=None)
         joints = self.get_joints() if oldest is None else self.get_joints_at(oldest.stamp_ns)
+        received_ns = min([joints.received_ns, *(s.received_ns for s in cameras.values())])
         return MetaObs(
             images={name: sample.image for name, sample in cameras.items()},
             state=joints.position,
             depth={name: s.depth for name, s in cameras.items() if s.depth is not None},
-            t_capture_ns=min(s.received_ns for s in (joints, *cameras.values())),
+            t_capture_ns=received_ns,
         )
 
     def get_joints_at(self, stamp_ns: int) -> JointSample:
