@@ -74,7 +74,7 @@ def crossfade(
 ) -> None:
     """From the planned to the new within the first ``coefficient`` ticks, where both exist."""
     np.copyto(planned, new, where=(count == 0)[:, None])
-    planned += _fade_in(len(new), coefficient)[:, None] * (new - planned)
+    planned += fade_in(len(new), coefficient)[:, None] * (new - planned)
 
 
 def align(planned: NDArray[np.float64], before: NDArray[np.floating], fade: float) -> None:
@@ -90,10 +90,10 @@ def align(planned: NDArray[np.float64], before: NDArray[np.floating], fade: floa
     """
     step = planned[1] - planned[0] if len(planned) > 1 else 0.0
     offset = before - (planned[0] - step)
-    planned += (1.0 - _fade_in(len(planned), min(fade, len(planned))))[:, None] * offset
+    planned += (1.0 - fade_in(len(planned), min(fade, len(planned))))[:, None] * offset
 
 
-def _fade_in(length: int, ticks: float) -> NDArray[np.float64]:
+def fade_in(length: int, ticks: float) -> NDArray[np.float64]:
     """(length,) weights from above 0 to 1 at index ``ticks``, with no slope at either end."""
     x = np.minimum(1.0, np.arange(1, length + 1) / (ticks + 1.0))
     return x * x * (3.0 - 2.0 * x)

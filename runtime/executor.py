@@ -25,7 +25,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from policies.types import ActionChunk, PolicyContract
-from runtime.blending import DEFAULT_FADE_TICKS, Strategy, align
+from runtime.blending import Strategy, align
 
 NEVER = -(2**62)
 """A tick that is never asked for."""
@@ -138,18 +138,14 @@ class ChunkExecutor:
         self._requested = tick
 
     def accept(
-        self,
-        chunk: ActionChunk,
-        *,
-        epoch: int | None = None,
-        aligned_to: NDArray[np.floating] | None = None,
+        self, chunk: ActionChunk, *, epoch: int | None = None, at_once: bool = False
     ) -> bool:
         """Blend ``chunk`` into the plan; False if it was dropped because it is not newer.
 
         Args:
             epoch: The ``epoch`` at which it was asked for; None for the present one.
-            aligned_to: (A,) where the robot was last sent, where that is not what the plan says:
-                the chunk takes over at once, whatever the window, and its offset is faded out.
+            at_once: It takes over at the next tick, whatever the window: the robot is not where
+                the plan says.
 
         Raises:
             ValueError: The chunk's shape is not the contract's, or it holds a NaN or infinity.
@@ -185,7 +181,7 @@ class ChunkExecutor:
         end = first + len(actions)
         start = max(first, self._next_tick)
         if self.strategy.windowed:
-            if aligned_to is None:
+            if not at_once:
                 start = max(start, self._window_end)
             self._window_end = max(self._window_end, min(start + self.strategy.stride, end))
         self._discarded += max(0, min(end, self._next_tick) - first)
@@ -199,10 +195,7 @@ class ChunkExecutor:
         new = actions[start - first :].astype(np.float64)
         before = planned[0].copy() if count[0] else self._just_before(start)
         self.strategy.blend(planned, new, count, self.strategy.coefficient)
-        if aligned_to is not None:
-            before = np.array(aligned_to, np.float64)
-            align(planned, before, DEFAULT_FADE_TICKS)
-        elif self.strategy.aligned:
+        if self.strategy.aligned:
             earlier = self._just_before(start)
             if earlier is not None:
                 align(planned, earlier, self.strategy.coefficient)
@@ -235,6 +228,11 @@ class ChunkExecutor:
     def copy_planned(self, tick: int, out: NDArray[np.float64]) -> None:
         """Copy the action planned for ``tick``, which the plan must cover, into ``out`` (A,)."""
         out[:] = self._plan[tick % self._capacity]
+
+    @property
+    def started(self) -> bool:
+        """Whether an action was ever played."""
+        return self._started
 
     @property
     def next_tick(self) -> int:

@@ -28,7 +28,7 @@ from policies.types import ActionChunk, PolicyContract
 from robots.errors import UnsafeCommand
 from robots.limits import Limits
 from robots.safety import ClampStatistics, MotionLimiter
-from runtime.blending import Strategy
+from runtime.blending import DEFAULT_FADE_TICKS, Strategy, fade_in
 from runtime.executor import ChunkExecutor, ExecutorStatistics
 from runtime.interpolation import Interpolation, Interpolator
 
@@ -117,6 +117,10 @@ class CommandStream:
         self._fault_after = max(1, math.ceil(fault_after_s / self.period_s))
         self._interpolator = Interpolator(contract.action_dim, interpolation or Interpolation())
         self._target = np.zeros(contract.action_dim)
+        self._offset = np.zeros(contract.action_dim)
+        self._residual = np.zeros(contract.action_dim)
+        fade_ticks = round(DEFAULT_FADE_TICKS * ratio)
+        self._fade_out = 1.0 - fade_in(fade_ticks + 1, fade_ticks)
         self._worst_ticks = self.limiter.worst_ticks_to_rest()
         self.stop_lead_ticks = max(0, math.ceil((self._worst_ticks - 1) / 2 / ratio))
         """Policy ticks of the plan that the longest stop along it takes up."""
@@ -133,7 +137,9 @@ class CommandStream:
         self.limiter.reset(position)
         self._motion = Motion.WAITING
         self._fault: str | None = None
-        self._aligns = self._brakes = False
+        self._aligns = self._brakes = self._on_plan = False
+        self._fading = len(self._fade_out)
+        self._residual.fill(0.0)
         self._stops = self._faults = self._refused = 0
         self._starved_for = self._slow_ticks = 0
         self._phase = 0.0
@@ -186,9 +192,8 @@ class CommandStream:
         if self._motion is Motion.FAULT:
             self._refused += 1
             return False
-        aligned_to = self.limiter.command if self._aligns else None
         try:
-            accepted = self.executor.accept(chunk, epoch=epoch, aligned_to=aligned_to)
+            accepted = self.executor.accept(chunk, epoch=epoch, at_once=self._aligns)
         except ValueError as error:
             self.fail(str(error))
             return False
@@ -239,8 +244,9 @@ class CommandStream:
         )
 
     def _run(self) -> None:
-        self._motion = Motion.RUNNING
-        self._aligns = self._brakes = False
+        if self._motion is not Motion.RUNNING:
+            self._motion = Motion.RUNNING
+            self._on_plan = self._brakes = False
 
     def _latch(self, reason: str) -> None:
         if self._motion is Motion.FAULT:
@@ -256,9 +262,28 @@ class CommandStream:
             self._starve()
             return self._slow_down(policy_tick)
         self._emit(policy_tick)
+        if self._aligns:
+            self._align(policy_tick, part)
         self._phase = policy_tick + part / self.ratio
+        self._on_plan = True
+        if self._fading < len(self._fade_out):
+            np.multiply(self._offset, self._fade_out[self._fading], out=self._residual)
+            self._fading += 1
         self._sample(policy_tick, part / self.ratio)
         return self._limited()
+
+    def _align(self, policy_tick: int, part: int) -> None:
+        """The plan goes on from where the robot is, at its own speed, and the offset fades out."""
+        self._aligns = False
+        self._residual.fill(0.0)
+        self._sample(policy_tick, part / self.ratio)
+        np.subtract(self.limiter.position, self._target, out=self._offset)
+        following = policy_tick + (part + 1) // self.ratio
+        if self.executor.covered_to(policy_tick) > following:
+            self._offset -= self._target
+            self._sample(following, (part + 1) % self.ratio / self.ratio)
+            self._offset += self._target
+        self._fading = 0
 
     def _starve(self) -> None:
         """From here on the plan is played more slowly with every tick."""
@@ -267,8 +292,10 @@ class CommandStream:
         self._stops += 1
         self._starved_for = 0
         self._slow_ticks = max(1, self.limiter.ticks_to_rest())
-        self._path_end = int(self._phase)
-        while self.executor.covers(self._path_end + 1):
+        # A plan of which nothing was played is no path to stop along.
+        self._brakes = not self._on_plan
+        self._path_end = int(self._phase) if self._on_plan else -1
+        while self._on_plan and self.executor.covers(self._path_end + 1):
             self._path_end += 1
 
     def _slow_down(self, policy_tick: int) -> NDArray[np.float32]:
@@ -277,17 +304,20 @@ class CommandStream:
         if self._starved_for > self._fault_after:
             self._latch(f"no chunk for {self._starved_for * self.period_s:.2f} s")
         rate = 1.0 - self._starved_for / self._slow_ticks
-        if rate > 0.0:
+        if rate > 0.0 and not self._brakes:
             self._phase = min(self._phase + rate / self.ratio, float(self._path_end))
             base = int(self._phase)
             self._sample(base, self._phase - base)
         # A path too winding for its limits is left rather than followed for ever.
-        self._brakes = self._starved_for > self._slow_ticks + self._worst_ticks
+        self._brakes = self._brakes or self._starved_for > self._slow_ticks + self._worst_ticks
         return self.limiter.brake() if self._brakes else self._limited()
 
     def _emit(self, policy_tick: int) -> None:
-        if policy_tick >= self.executor.next_tick:
-            self.executor.command(policy_tick)
+        executor = self.executor
+        if not executor.started and not executor.covers(policy_tick):
+            executor.pass_by(policy_tick)
+        elif policy_tick >= executor.next_tick:
+            executor.command(policy_tick)
 
     def _sample(self, base: int, fraction: float) -> None:
         """The plan at policy time ``base`` + ``fraction`` becomes the target."""
@@ -297,7 +327,7 @@ class CommandStream:
             executor.copy_planned(base - 1 if executor.covers(base - 1) else base, points[0])
             executor.copy_planned(base + 1, points[2])
             executor.copy_planned(base + 2 if executor.covers(base + 2) else base + 1, points[3])
-        self._target[:] = self._interpolator.at(fraction)
+        np.add(self._interpolator.at(fraction), self._residual, out=self._target)
 
     def _limited(self) -> NDArray[np.float32]:
         try:

@@ -14,7 +14,7 @@ from hypothesis import event, given
 from hypothesis import strategies as st
 
 from policies.types import ActionChunk, PolicyContract
-from runtime.blending import DEFAULT_FADE_TICKS, Strategy, make_strategy
+from runtime.blending import Strategy, make_strategy
 from runtime.clock import ManualClock
 from runtime.executor import ChunkExecutor
 from runtime.loop import ControlLoop
@@ -203,13 +203,17 @@ def test_a_flush_waits_for_a_new_observation() -> None:
     assert not executor.covers(3)
     assert executor.wants_chunk(3)
     assert not executor.accept(ActionChunk(chunk.actions, 1))  # it was on its way
-    assert executor.accept(ActionChunk(chunk.actions, 2), aligned_to=np.array([5.0]))
-    assert 4 < executor.command(3)[0] < 5
-    for tick in range(4, 2 + T):
-        value = executor.command(tick)[0]
-    assert value < 1.2
-    assert executor.statistics().starved_ticks == 0
-    assert DEFAULT_FADE_TICKS > T  # or the last assertion would say nothing
+    assert executor.accept(ActionChunk(chunk.actions, 2))
+    assert executor.covers(3)
+
+
+def test_a_chunk_takes_over_at_once_where_that_is_asked_for() -> None:
+    strategy = make_strategy("sequential", chunk_size=T, n_action_steps=T)
+    executor = ChunkExecutor(CONTRACT, strategy)
+    executor.accept(ActionChunk(np.zeros((T, 1), np.float32), 0))
+    executor.command(0)
+    executor.accept(ActionChunk(np.ones((T, 1), np.float32), 1), at_once=True)
+    assert executor.command(1)[0] == 1
 
 
 def test_a_seam_that_is_aligned_goes_on_at_the_new_chunks_speed() -> None:
