@@ -28,9 +28,10 @@ from policies.types import ActionChunk, PolicyContract
 from robots.errors import UnsafeCommand
 from robots.limits import Limits
 from robots.safety import ClampStatistics, MotionLimiter
-from runtime.blending import DEFAULT_FADE_TICKS, Strategy, fade_in
+from runtime.blending import Strategy
 from runtime.executor import ChunkExecutor, ExecutorStatistics
-from runtime.interpolation import Interpolation, Interpolator
+from runtime.interpolation import Interpolation
+from runtime.playback import Playback
 
 logger = logging.getLogger(__name__)
 
@@ -115,12 +116,9 @@ class CommandStream:
         self.executor = ChunkExecutor(contract, strategy)
         self.limiter = MotionLimiter(limits, self.period_s)
         self._fault_after = max(1, math.ceil(fault_after_s / self.period_s))
-        self._interpolator = Interpolator(contract.action_dim, interpolation or Interpolation())
-        self._target = np.zeros(contract.action_dim)
-        self._offset = np.zeros(contract.action_dim)
-        self._residual = np.zeros(contract.action_dim)
-        fade_ticks = round(DEFAULT_FADE_TICKS * ratio)
-        self._fade_out = 1.0 - fade_in(fade_ticks + 1, fade_ticks)
+        self._playback = Playback(
+            self.executor, interpolation or Interpolation(), contract.action_dim, ratio
+        )
         self._worst_ticks = self.limiter.worst_ticks_to_rest()
         self.stop_lead_ticks = max(0, math.ceil((self._worst_ticks - 1) / 2 / ratio))
         """Policy ticks of the plan that the longest stop along it takes up."""
@@ -138,8 +136,7 @@ class CommandStream:
         self._motion = Motion.WAITING
         self._fault: str | None = None
         self._aligns = self._brakes = self._on_plan = False
-        self._fading = len(self._fade_out)
-        self._residual.fill(0.0)
+        self._playback.forget()
         self._stops = self._faults = self._refused = 0
         self._starved_for = self._slow_ticks = 0
         self._phase = 0.0
@@ -263,27 +260,13 @@ class CommandStream:
             return self._slow_down(policy_tick)
         self._emit(policy_tick)
         if self._aligns:
-            self._align(policy_tick, part)
+            self._playback.align(policy_tick, part, self.limiter.position)
+            self._aligns = False
         self._phase = policy_tick + part / self.ratio
         self._on_plan = True
-        if self._fading < len(self._fade_out):
-            np.multiply(self._offset, self._fade_out[self._fading], out=self._residual)
-            self._fading += 1
-        self._sample(policy_tick, part / self.ratio)
+        self._playback.fade()
+        self._playback.read(policy_tick, part / self.ratio)
         return self._limited()
-
-    def _align(self, policy_tick: int, part: int) -> None:
-        """The plan goes on from where the robot is, at its own speed, and the offset fades out."""
-        self._aligns = False
-        self._residual.fill(0.0)
-        self._sample(policy_tick, part / self.ratio)
-        np.subtract(self.limiter.position, self._target, out=self._offset)
-        following = policy_tick + (part + 1) // self.ratio
-        if self.executor.covered_to(policy_tick) > following:
-            self._offset -= self._target
-            self._sample(following, (part + 1) % self.ratio / self.ratio)
-            self._offset += self._target
-        self._fading = 0
 
     def _starve(self) -> None:
         """From here on the plan is played more slowly with every tick."""
@@ -307,7 +290,7 @@ class CommandStream:
         if rate > 0.0 and not self._brakes:
             self._phase = min(self._phase + rate / self.ratio, float(self._path_end))
             base = int(self._phase)
-            self._sample(base, self._phase - base)
+            self._playback.read(base, self._phase - base)
         # A path too winding for its limits is left rather than followed for ever.
         self._brakes = self._brakes or self._starved_for > self._slow_ticks + self._worst_ticks
         return self.limiter.brake() if self._brakes else self._limited()
@@ -319,19 +302,9 @@ class CommandStream:
         elif policy_tick >= executor.next_tick:
             executor.command(policy_tick)
 
-    def _sample(self, base: int, fraction: float) -> None:
-        """The plan at policy time ``base`` + ``fraction`` becomes the target."""
-        executor, points = self.executor, self._interpolator.points
-        executor.copy_planned(base, points[1])
-        if fraction:
-            executor.copy_planned(base - 1 if executor.covers(base - 1) else base, points[0])
-            executor.copy_planned(base + 1, points[2])
-            executor.copy_planned(base + 2 if executor.covers(base + 2) else base + 1, points[3])
-        np.add(self._interpolator.at(fraction), self._residual, out=self._target)
-
     def _limited(self) -> NDArray[np.float32]:
         try:
-            return self.limiter.limit(self._target)
+            return self.limiter.limit(self._playback.target)
         except UnsafeCommand as error:
             self.fail(str(error))
             return self.limiter.brake()
