@@ -20,7 +20,7 @@ from bench.contestant import Absent, Exchange, find
 from bench.payload import PAYLOADS, Payload, Source
 from bench.process import ServerProcess, cores, pinned
 
-WARM_UP = 20
+WARM_UP, WARM_UP_S = 20, 0.05
 Samples = Mapping[str, NDArray[np.float64]]
 """Microseconds per exchange, by contestant."""
 
@@ -39,23 +39,24 @@ class Contest:
     """Open contestants of one payload.
 
     Attributes:
+        group: What it is called in records.
         pairs: Those that run, by name.
         absent: Those that do not, with the reason.
     """
 
     payload: Payload
+    group: str = ""
     pairs: dict[str, Pair] = field(default_factory=dict)
     absent: dict[str, str] = field(default_factory=dict)
 
     @contextmanager
-    def turn(self, name: str, *, warm_up: int = WARM_UP) -> Iterator[Exchange]:
+    def turn(self, name: str) -> Iterator[Exchange]:
         """``name``'s exchange, verified and warm; the others' servers do not run meanwhile."""
         pair = self.pairs[name]
         pair.server.resume()
         try:
             pair.source.verify(pair.exchange)
-            for _ in range(warm_up):
-                pair.exchange()
+            timed(pair.exchange, WARM_UP, WARM_UP_S)
             yield pair.exchange
         finally:
             pair.server.pause()
@@ -70,9 +71,9 @@ class Contest:
         samples: dict[str, list[float]] = {name: [] for name in self.pairs}
         names = list(self.pairs)
         for number in range(blocks):
-            # Whoever is second profits from what the first did to the clock rate: take turns.
+            # Whoever is next inherits the clock rate of whoever was before: take turns in that.
             for name in names[number % len(names) :] + names[: number % len(names)]:
-                with self.turn(name, warm_up=min(WARM_UP, block)) as exchange:
+                with self.turn(name) as exchange:
                     samples[name].extend(timed(exchange, block, block_s))
         return {name: np.array(values) for name, values in samples.items()}
 

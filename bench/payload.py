@@ -88,8 +88,10 @@ class Source:
 
     def _fill(self) -> None:
         for array in self.arrays.values():
-            values = self._random.integers(0, 256, array.shape)
-            np.copyto(array, values, casting="unsafe")
+            if array.dtype == np.uint8:
+                array.reshape(-1)[:] = np.frombuffer(self._random.bytes(array.nbytes), np.uint8)
+            else:
+                array[...] = self._random.random(array.shape)
         self.arrays["state"][0] = 1.0
 
 

@@ -1,129 +1,125 @@
-"""Round trips of one observation and one chunk between two processes, everything in Python.
+"""Every way to hand over an observation and get a chunk back, side by side, in this run.
 
-Both sides touch every byte: the client copies its pictures in, the server copies them out, the
-client copies the chunk. What is compared alternates in blocks within one run, so a ratio means
-something on a machine where a number does not.
+Public interfaces, Python on both sides, every byte touched on both sides and verified to be the
+same; one process per core. ``docs/transport.md`` says what is measured and why so; the tables and
+the budgets are printed at the end, raw samples land in ``bench/results/``.
 """
 
 from __future__ import annotations
 
-import subprocess
-import sys
 import time
-from collections.abc import Callable, Iterator
-from contextlib import ExitStack, contextmanager
-from pathlib import Path
+from collections.abc import Iterator
+from contextlib import nullcontext
 
 import numpy as np
 import pytest
-import zmq
-from echo import observation_schema
 
-from transport.auto import Dialer
+from bench.contest import Contest, contest
+from bench.contestant import HOMES
+from bench.paced import busy_core, cpu_seconds, paced, realtime, throttle
+from bench.records import Records
 
-ECHO = Path(__file__).with_name("echo.py")
-BLOCKS, ROUNDS, WARMUP = 10, 100, 50
-WAYS = ("shm", "zmq", "bare pyzmq")
-CAMERAS = (1, 4)
+pytestmark = pytest.mark.timeout(600)
 
-
-@contextmanager
-def echo(kind: str) -> Iterator[int]:
-    """The other process; its port."""
-    process = subprocess.Popen([sys.executable, ECHO, kind], stdout=subprocess.PIPE)
-    try:
-        assert process.stdout is not None
-        yield int(process.stdout.readline())
-    finally:
-        process.kill()  # it owns nothing that would outlive it
-        process.wait()
-        process.stdout.close()
-
-
-def make_observation(cameras: int) -> dict[str, np.ndarray]:
-    generator = np.random.default_rng(0)
-    observation = {
-        name: generator.integers(0, 256, spec.shape).astype(spec.dtype)
-        for name, spec in observation_schema(cameras).specs.items()
-    }
-    return observation
+SPEECH = {"64B": "64 B", "1": "1 image", "2": "2 images", "4": "4 images"}
+POLICIES = tuple(name for name in HOMES if name.startswith("policy"))
+NAMES = {
+    "64B": tuple(name for name in HOMES if name not in POLICIES),
+    **dict.fromkeys(("1", "2", "4"), tuple(name for name in HOMES if name != "ring")),
+}
+COLLECTOR_OFF = ("floor", "ring", "shm spin", "shm default", "shm block", "zmq")
+COLLECTOR_OFF += ("policy shm", "iceoryx2", "pyzmq tcp")
+PACED = ("shm default", "shm block", "policy shm", "zmq", "policy zmq", "pyzmq tcp", "pipe")
+PACED += ("pickle tcp", "websocket", "grpc", "iceoryx2", "zenoh shm")
+BLOCKS, BLOCK, BLOCK_S = 10, 150, 0.12
+PEDANTIC_ROUNDS, PEDANTIC_S = 100, 0.3
+STEADY_HZ, STEADY_COUNT = 50, 10_000
+IDLE_S = 5.0
 
 
-@contextmanager
-def metronome(transport: str, cameras: int) -> Iterator[Callable[[], None]]:
-    """One round trip over a session of ours."""
-    observation = make_observation(cameras)
-    chunk = np.empty((100, 14), np.float32)
-    with echo("metronome") as port, Dialer("127.0.0.1", port) as dialer:
-        channel, _ = dialer.open(observation_schema(cameras), client="bench", transport=transport)
-        with channel:
-
-            def round_trip() -> None:
-                channel.send(observation, 1)
-                with channel.recv(10.0) as message:
-                    np.copyto(chunk, message.arrays["actions"])
-
-            yield round_trip
+@pytest.fixture(
+    scope="module",
+    params=[(payload, gc_on) for payload in SPEECH for gc_on in (True, False)],
+    ids=lambda param: f"{SPEECH[param[0]].replace(' ', '-')}-gc-{'on' if param[1] else 'off'}",
+)
+def opened(request: pytest.FixtureRequest, records: Records) -> Iterator[Contest]:
+    payload, gc_on = request.param
+    group = SPEECH[payload] + ("" if gc_on else ", collector off")
+    names = [name for name in NAMES[payload] if gc_on or name in COLLECTOR_OFF]
+    with contest(names, payload, gc_on=gc_on) as running:
+        running.group = group
+        records.absent |= {f"{group}/{name}": why for name, why in running.absent.items()}
+        yield running
 
 
-@contextmanager
-def bare(cameras: int) -> Iterator[Callable[[], None]]:
-    """The same bytes through a plain REQ socket, without copies where pyzmq can avoid them."""
-    source = make_observation(cameras)
-    staged = {name: np.empty_like(array) for name, array in source.items()}
-    chunk = np.empty((100, 14), np.float32)
-    with echo("zmq") as port, zmq.Context() as context, context.socket(zmq.REQ) as socket:
-        socket.linger = 0
-        socket.connect(f"tcp://127.0.0.1:{port}")
-
-        def round_trip() -> None:
-            for name, array in source.items():
-                np.copyto(staged[name], array)
-            socket.send_multipart(list(staged.values()), copy=False)
-            answer = socket.recv(copy=False)
-            np.copyto(chunk, np.frombuffer(answer, np.float32).reshape(100, 14))
-
-        yield round_trip
+@pytest.mark.parametrize("name", HOMES)
+def test_exchange(opened: Contest, name: str, benchmark) -> None:
+    """Each by itself, for pytest-benchmark's table and history."""
+    if name in opened.absent:
+        pytest.skip(f"absent: {opened.absent[name]}")
+    if name not in opened.pairs:
+        pytest.skip("not in this line-up")
+    benchmark.group = opened.group
+    with opened.turn(name) as exchange:
+        began_s = time.perf_counter()
+        exchange()
+        each_s = time.perf_counter() - began_s
+        rounds = max(5, min(PEDANTIC_ROUNDS, round(PEDANTIC_S / each_s)))
+        benchmark.pedantic(exchange, rounds=rounds, iterations=1)
 
 
-def way(name: str, cameras: int):
-    return bare(cameras) if name == "bare pyzmq" else metronome(name, cameras)
+def test_side_by_side(opened: Contest, records: Records) -> None:
+    """In turns: what ratios are taken from."""
+    samples = opened.rounds(blocks=BLOCKS, block=BLOCK, block_s=BLOCK_S)
+    records.add(opened.group, samples)
+    records.save("transport", opened.group)
+    assert samples.keys() == opened.pairs.keys()
 
 
-def row(name: str, samples_us: np.ndarray) -> str:
-    p50, p99, p999 = np.percentile(samples_us, [50, 99, 99.9])
-    return f"{name:12}{p50:10.0f}{p99:10.0f}{p999:10.0f}{samples_us.max():10.0f}{samples_us.size:9}"
+@pytest.mark.parametrize(
+    ("rate_hz", "count", "busy"),
+    [(50, 100, False), (500, 500, False), (50, 100, True)],
+    ids=["50-Hz", "500-Hz", "50-Hz-other-core-busy"],
+)
+def test_paced(rate_hz: int, count: int, busy: bool, records: Records) -> None:
+    """One image, open-loop arrivals, in two turns each."""
+    group = f"1 image at {rate_hz} Hz" + (", the server's core busy" if busy else "")
+    with contest(PACED, "1") as running, busy_core() if busy else nullcontext():
+        samples: dict[str, list[np.ndarray]] = {name: [] for name in running.pairs}
+        for _ in range(2):
+            for name, turns in samples.items():
+                with running.turn(name) as exchange:
+                    turns.append(paced(exchange, rate_hz, count))
+        records.absent |= {f"{group}/{name}": why for name, why in running.absent.items()}
+        records.add(group, {name: np.concatenate(turns) for name, turns in samples.items()})
+        records.save("transport", group)
 
 
-@pytest.mark.parametrize("name", WAYS)
-@pytest.mark.parametrize("cameras", CAMERAS)
-def test_round_trip(benchmark, name: str, cameras: int) -> None:
-    """Each way by itself, for pytest-benchmark's own table and history."""
-    with way(name, cameras) as round_trip:
-        benchmark.pedantic(round_trip, rounds=BLOCKS * ROUNDS, warmup_rounds=WARMUP)
+def test_idle_server(records: Records) -> None:
+    """Processor time of a policy server whose sessions say nothing."""
+    names = ("policy shm 7 idle", "policy zmq")
+    measured = []
+    with contest(names, "1") as running:
+        for name, pair in running.pairs.items():
+            before = cpu_seconds(pair.server.pid)
+            time.sleep(IDLE_S)
+            share = (cpu_seconds(pair.server.pid) - before) / IDLE_S
+            records.values[f"{name}: idle, % of a core"] = 100 * share
+            measured.append(name)
+    assert measured == list(names)
+    records.save("transport", "idle")
 
 
-@pytest.mark.parametrize("cameras", CAMERAS)
-def test_round_trips_side_by_side(benchmark, capsys, cameras: int) -> None:
-    """All ways in alternating blocks; prints p50, p99, p99.9 and max in µs."""
-    samples: dict[str, list[float]] = {name: [] for name in WAYS}
-    with ExitStack() as stack:
-        trips = {name: stack.enter_context(way(name, cameras)) for name in WAYS}
-
-        def block() -> None:
-            for name, trip in trips.items():
-                for number in range(WARMUP + ROUNDS):
-                    began_ns = time.perf_counter_ns()
-                    trip()
-                    if number >= WARMUP:
-                        samples[name].append((time.perf_counter_ns() - began_ns) / 1000)
-
-        benchmark.pedantic(block, rounds=BLOCKS)
-    arrays = {name: np.array(values) for name, values in samples.items()}
-    with capsys.disabled():
-        print(f"\nround trip, {cameras} x 480x640x3, µs")
-        print(f"{'':12}{'p50':>10}{'p99':>10}{'p99.9':>10}{'max':>10}{'count':>9}")
-        for name, values in arrays.items():
-            print(row(name, values))
-        ratio = np.median(arrays["bare pyzmq"]) / np.median(arrays["shm"])
-        print(f"shm is {ratio:.1f} times as fast as bare pyzmq over TCP (medians, this run)")
+@pytest.mark.timeout(900)
+def test_steady_50_hz(pytestconfig: pytest.Config, records: Records) -> None:
+    """The tail that a control loop feels, under SCHED_FIFO: 200 s, with ``--long``."""
+    if not pytestconfig.getoption("--long"):
+        pytest.skip("takes 200 s: --long")
+    group = f"steady {STEADY_HZ} Hz"
+    with contest(("shm default",), "1") as running:
+        pair = running.pairs["shm default"]
+        with running.turn("shm default") as exchange, realtime(pair.server):
+            latencies = paced(exchange, STEADY_HZ, STEADY_COUNT)
+    records.facts[group] = {"scheduler": "SCHED_FIFO", **throttle()}
+    records.add(group, {"shm default": latencies})
+    records.save("transport", group)
