@@ -8,7 +8,7 @@ from __future__ import annotations
 import warnings
 
 import numpy as np
-import openvino as ov  # type: ignore[import-untyped]
+import openvino as ov
 import torch
 from numpy.typing import NDArray
 
