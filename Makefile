@@ -81,7 +81,7 @@ $(VENV)/.dev: setup.py $(VENV)/.sim
 
 # A peer that cannot be installed takes its own rows away, and the tables say so.
 $(VENV)/.peers-inference: bench/requirements-inference.txt $(VENV)/.dev
-	$(PIP) --no-deps -r $< && touch $@ || echo "peers of the inference benchmark are missing"
+	@$(PIP) --no-deps -r $< && touch $@ || echo "peers of the inference benchmark are missing"
 
 clean:
 	rm -rf $(VENV) build *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis .benchmarks

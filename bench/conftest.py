@@ -43,7 +43,7 @@ def pytest_terminal_summary(
     for group in records.groups:
         terminalreporter.write_line("")
         terminalreporter.write_line(records.table(group, to="floor"))
-    if records.samples:
+    if records.samples or records.values:
         table, exceeded = budgets.report(budgets.load(), records)
         terminalreporter.write_line("")
         terminalreporter.write_line(table)

@@ -20,7 +20,8 @@ import pytest
 from bench.inference.arena import LIMITS, Comparison, compare
 from bench.inference.contestants import CONTESTANTS
 from bench.inference.nets import NETS
-from bench.inference.report import goals, save, table
+from bench.inference.report import case_name, goals, ratios, save, table
+from bench.records import Records
 
 SECONDS = float(os.environ.get("INFERENCE_SECONDS", "40"))
 CALLS = int(os.environ.get("INFERENCE_CALLS", "500"))
@@ -38,12 +39,17 @@ def _fits(threads: int) -> None:
 @pytest.mark.timeout(1800)
 @pytest.mark.parametrize("threads", (1, 2), ids=("1-thread", "2-threads"))
 @pytest.mark.parametrize("net", NETS)
-def test_inference(net: str, threads: int, capsys: pytest.CaptureFixture[str]) -> None:
+def test_inference(
+    net: str, threads: int, capsys: pytest.CaptureFixture[str], records: Records
+) -> None:
     _fits(threads)
     result = compare(
         net, CPU_CONTESTANTS, threads=threads, calls=CALLS, budget_s=SECONDS, device="cpu"
     )
     path = save(result)
+    records.values |= {
+        f"inference, {case_name(result)}/{what}": value for what, value in ratios(result).items()
+    }
     with capsys.disabled():
         print()
         for line in (*table(result), *goals(result)):

@@ -20,6 +20,7 @@ from numpy.typing import NDArray
 
 from bench.inference.nets import SHIPPED
 from bench.inference.report import RESULTS, cpu_name, versions
+from bench.records import Records
 from runtime.child import ServerChild
 from runtime.client import PolicyClient
 from runtime.latency import Percentiles
@@ -49,7 +50,7 @@ def _ready_s() -> float:
 
 @pytest.mark.timeout(900)
 @pytest.mark.usefixtures("empty_cache")
-def test_start_to_ready(capsys: pytest.CaptureFixture[str]) -> None:
+def test_start_to_ready(capsys: pytest.CaptureFixture[str], records: Records) -> None:
     """From the command to the line that says where the server is: first start, then cached."""
     cold_s, cached_s = _ready_s(), [_ready_s() for _ in range(3)]
     with capsys.disabled():
@@ -57,12 +58,13 @@ def test_start_to_ready(capsys: pytest.CaptureFixture[str]) -> None:
             f"\nserver, start to ready: {cold_s:.1f} s cold, cached "
             f"{', '.join(f'{s:.1f}' for s in cached_s)} s (goal {READY_WITHIN_S:g} s)"
         )
+    records.values["served/start to ready, cached, s"] = max(cached_s)
     _save("served_start", {"cold_s": cold_s, "cached_s": cached_s}, {})
 
 
 @pytest.mark.timeout(900)
 @pytest.mark.usefixtures("empty_cache")
-def test_paced_requests(capsys: pytest.CaptureFixture[str]) -> None:
+def test_paced_requests(capsys: pytest.CaptureFixture[str], records: Records) -> None:
     """One thread, over shared memory: the whole request, and the inference in it."""
     with ServerChild(FLAGS) as server, PolicyClient(server.address, transport="shm") as client:
         info = client.info
@@ -74,6 +76,7 @@ def test_paced_requests(capsys: pytest.CaptureFixture[str]) -> None:
         print(f"  inference  {inside.in_ms()}, p99 / p50 {inside.p99 / inside.p50:.2f}")
         print(f"  sent late  {Percentiles.of(late_s).in_ms()}")
         print(f"  goal: p99 / p50 of a request at most {UNSTEADY:g}")
+    records.values["served/request p99 ÷ p50"] = whole.p99 / whole.p50
     _save(
         "served_paced",
         {
