@@ -5,7 +5,7 @@ from pathlib import Path
 from setuptools import find_namespace_packages, find_packages, setup
 
 PACKAGES = ("runtime", "transport", "policies", "envs", "robots")
-SERVER = ["torch>=2.11", "safetensors>=0.4"]
+SERVER = ["torch>=2.11", "safetensors>=0.4", "openvino>=2025.0"]
 SIM = [
     "mujoco>=3.1,<3.9",
     "gymnasium>=1.0",

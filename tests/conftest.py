@@ -38,6 +38,12 @@ def _segments() -> set[str]:
     return found
 
 
+@pytest.fixture(autouse=True, scope="session")
+def _own_engine_cache(tmp_path_factory: pytest.TempPathFactory) -> None:
+    """Compiled engines are kept for one run of the tests, and not in the user's folder."""
+    os.environ["METRONOME_CACHE"] = str(tmp_path_factory.getbasetemp() / "engines")
+
+
 @pytest.fixture(autouse=True)
 def _nothing_left_behind() -> Iterator[None]:
     """Fails a test that leaks a shared-memory segment, a thread or a child process."""

@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 import time
+from collections.abc import Sequence
 
 import numpy as np
+from numpy.typing import NDArray
 
-from policies.act.engine import make_engine, set_threads
+from policies.act.choose import make_engine
+from policies.act.engine import MAX_BATCH, EngineOptions, Frames
 from policies.act.weights import ActWeights
-from policies.errors import ContractMismatch, InferenceError, ObservationError
-from policies.images import prepare
+from policies.errors import ContractMismatch, InferenceError, ObservationError, PolicyError
+from policies.images import check_image, is_source, prepare
 from policies.types import ActionChunk, MetaObs, PolicyContract, PolicyInfo
 
 
@@ -17,13 +20,12 @@ class ActPolicy:
     """Stateless: every chunk depends on its own observation only. One thread at a time.
 
     The same observation gives the same bits in any process of one machine with the same device,
-    precision and threads.
+    engine, precision and threads.
 
     Args:
         checkpoint: Where ``weights`` came from, for ``info``.
-        device, precision: See ``policies.act.engine``.
+        device, engine, precision, threads: See ``policies.act.engine.EngineOptions``.
         chunk_size: Cut every chunk to this many actions; all that were trained where None.
-        threads: CPU threads of one inference, half the cores where None. Process-wide.
 
     Raises:
         ContractMismatch: What was asked for, this machine or the checkpoint does not have.
@@ -35,6 +37,7 @@ class ActPolicy:
         *,
         checkpoint: str = "",
         device: str = "auto",
+        engine: str = "auto",
         precision: str = "auto",
         chunk_size: int | None = None,
         threads: int | None = None,
@@ -45,14 +48,14 @@ class ActPolicy:
         self._contract = weights.contract(chunk_size)
         self._state_normalizer = weights.state_normalizer
         self._action_normalizer = weights.action_normalizer
-        count = set_threads(threads)
-        self._engine, chosen = make_engine(weights, device, precision)
+        self._engine = make_engine(weights, EngineOptions(device, engine, precision, threads))
         self._info = PolicyInfo(
             checkpoint=checkpoint,
+            device=self._engine.device,
+            precision=self._engine.precision,
             engine=self._engine.name,
-            threads=count,
+            threads=self._engine.threads,
             trained=weights.trained,
-            **chosen,
         )
 
     @property
@@ -72,31 +75,35 @@ class ActPolicy:
             InferenceError: The network failed or gave NaN or infinity.
         """
         start = time.monotonic_ns()
-        self._check(obs)
-        for camera, buffer in zip(self._contract.cameras, self._engine.images, strict=True):
-            prepare(obs.images[camera.name], camera, out=buffer)
-        np.copyto(self._engine.state, self._state_normalizer.normalize(obs.state))
+        frames = self._prepare(obs, 0)
         prepared = time.monotonic_ns()
-        raw = self._engine.run()
+        actions = self._engine.run([frames])[0]
         inferred = time.monotonic_ns()
-        actions = self._action_normalizer.denormalize(raw[: self._contract.chunk_size])
-        if not np.isfinite(actions).all():
-            raise InferenceError(f"{self._engine.name}: NaN or infinity among the actions")
-        done = time.monotonic_ns()
-        return ActionChunk(
-            actions,
-            obs_timestep=obs.timestep,
-            t_capture_ns=obs.t_capture_ns,
-            first_action_offset=self._contract.first_action_offset,
-            ctrl_space=self._contract.ctrl_space,
-            ctrl_type=self._contract.ctrl_type,
-            gripper_continuous=self._contract.gripper_continuous,
-            stages_ns={
-                "preprocess": prepared - start,
-                "infer": inferred - prepared,
-                "postprocess": done - inferred,
-            },
-        )
+        return self._chunk(obs, actions, prepared - start, inferred - prepared)
+
+    def infer_batch(self, observations: Sequence[MetaObs]) -> list[ActionChunk | PolicyError]:
+        """The chunk for each, or what ``infer`` would have raised: one bad one costs no other.
+
+        On a GPU those of one batch are computed together; the batch sizes that are ready are
+        ``batch_sizes``. ``preprocess`` and ``infer`` of the stages are the whole batch's.
+        """
+        answers: list[ActionChunk | PolicyError] = []
+        for first in range(0, len(observations), MAX_BATCH):
+            answers += self._infer_some(observations[first : first + MAX_BATCH])
+        return answers
+
+    @property
+    def batch_sizes(self) -> tuple[int, ...]:
+        """Sizes that ``infer_batch`` computes at once; (1,) where it takes one after another."""
+        return self._engine.sizes
+
+    def register_host(self, address: int, nbytes: int) -> bool:
+        """Let the device read pictures where they lie in this memory; see ``Engine``."""
+        return self._engine.register_host(address, nbytes)
+
+    def unregister_host(self, address: int) -> None:
+        """Before that memory is unmapped."""
+        self._engine.unregister_host(address)
 
     def reset(self) -> None:
         """Nothing to forget."""
@@ -106,7 +113,76 @@ class ActPolicy:
         return self
 
     def close(self) -> None:
-        """Nothing is held that outlives the object."""
+        """Release the engine. Idempotent."""
+        self._engine.close()
+
+    def _infer_some(self, observations: Sequence[MetaObs]) -> list[ActionChunk | PolicyError]:
+        """At most ``MAX_BATCH``."""
+        start = time.monotonic_ns()
+        answers: list[ActionChunk | PolicyError | None] = [None] * len(observations)
+        places: list[int] = []
+        batch: list[Frames] = []
+        for place, obs in enumerate(observations):
+            try:
+                batch.append(self._prepare(obs, len(batch)))
+                places.append(place)
+            except PolicyError as error:
+                answers[place] = error
+        prepared = time.monotonic_ns()
+        if batch:
+            try:
+                results = self._engine.run(batch)
+            except InferenceError as error:
+                return [error if answer is None else answer for answer in answers]
+            inferred = time.monotonic_ns()
+            for place, actions in zip(places, results, strict=True):
+                try:
+                    answers[place] = self._chunk(
+                        observations[place], actions, prepared - start, inferred - prepared
+                    )
+                except PolicyError as error:
+                    answers[place] = error
+        return [answer for answer in answers if answer is not None]
+
+    def _prepare(self, obs: MetaObs, slot: int) -> Frames:
+        """``obs`` as the engine takes it: a picture of the model's size where it lies, any other
+        cropped and resized into the engine's own memory.
+        """
+        self._check(obs)
+        staging = self._engine.staging(slot)
+        images = []
+        for camera, own in zip(self._contract.cameras, staging.images, strict=True):
+            image = obs.images[camera.name]
+            check_image(image, camera)
+            as_is = image.shape == own.shape and (
+                camera.crop is None or not is_source(image, camera)
+            )
+            images.append(image if as_is else prepare(image, camera, out=own))
+        np.copyto(staging.state, self._state_normalizer.normalize(obs.state))
+        return Frames(images, staging.state)
+
+    def _chunk(
+        self, obs: MetaObs, actions: NDArray[np.float32], preprocess_ns: int, infer_ns: int
+    ) -> ActionChunk:
+        """``actions`` (T, A) belong to the engine and are copied."""
+        start = time.monotonic_ns()
+        own = actions[: self._contract.chunk_size].copy()
+        if not np.isfinite(own).all():
+            raise InferenceError(f"{self._engine.name}: NaN or infinity among the actions")
+        return ActionChunk(
+            own,
+            obs_timestep=obs.timestep,
+            t_capture_ns=obs.t_capture_ns,
+            first_action_offset=self._contract.first_action_offset,
+            ctrl_space=self._contract.ctrl_space,
+            ctrl_type=self._contract.ctrl_type,
+            gripper_continuous=self._contract.gripper_continuous,
+            stages_ns={
+                "preprocess": preprocess_ns,
+                "infer": infer_ns,
+                "postprocess": time.monotonic_ns() - start,
+            },
+        )
 
     def _check(self, obs: MetaObs) -> None:
         names = self._contract.camera_names

@@ -19,6 +19,7 @@ def load_policy(
     path: str,
     *,
     device: str = "auto",
+    engine: str = "auto",
     precision: str = "auto",
     dataset_id: str | None = None,
     chunk_size: int | None = None,
@@ -34,13 +35,14 @@ def load_policy(
             weights itself), of LeRobot's (or with ``pretrained_model`` in it), or of the original
             ACT's; or ``python:package.module:factory``.
         device: "auto", "cpu", "cuda" or "cuda:N".
-        precision: "auto", "fp32" or "bf16".
+        engine: "auto", "torch", "openvino" or "cuda-graph".
+        precision: "auto", "fp32", "bf16" or "fp16".
         dataset_id: Whose normalizers to use, where the checkpoint has several.
         chunk_size: Cut chunks to this many actions.
         camera_names, n_heads: What the original's layout does not say.
         image_hw: (height, width) of the pictures, where the checkpoint doesn't say or another size
             is wanted.
-        threads: CPU threads of one inference; half the cores where None.
+        threads: CPU threads of one inference; all cores but one where None.
 
     Raises:
         CheckpointError: The checkpoint cannot be loaded; names file, key, got and expected.
@@ -62,6 +64,7 @@ def load_policy(
         weights,
         checkpoint=path,
         device=device,
+        engine=engine,
         precision=precision,
         chunk_size=chunk_size,
         threads=threads,

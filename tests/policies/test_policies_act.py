@@ -9,9 +9,10 @@ import sys
 import numpy as np
 import pytest
 import torch
-from tiny_act import observation
+from tiny_act import needs_openvino, observation
 
-from policies.act import engine
+from policies.act import hardware
+from policies.act.torch_engine import TorchEngine
 from policies.checkpoint.load import load_policy
 from policies.errors import CheckpointError, ContractMismatch, InferenceError, ObservationError
 from policies.types import MetaObs, Policy
@@ -19,7 +20,7 @@ from policies.types import MetaObs, Policy
 
 @pytest.fixture
 def policy(tiny):
-    return load_policy(str(tiny), device="cpu", precision="fp32", threads=1)
+    return load_policy(str(tiny), device="cpu", engine="torch", precision="fp32", threads=1)
 
 
 def test_it_is_a_policy(policy):
@@ -66,18 +67,24 @@ import sys
 import numpy as np
 from policies.checkpoint.load import load_policy
 from policies.types import MetaObs
-for threads in (1, 2):
-    policy = load_policy(sys.argv[1], device="cpu", precision="fp32", threads=threads)
+for threads, engine in ((1, "torch"), (2, "torch"), (1, "openvino"), (2, "openvino")):
+    policy = load_policy(
+        sys.argv[1], device="cpu", engine=engine, precision="fp32", threads=threads
+    )
     with np.load(sys.argv[2]) as data:
         obs = MetaObs({k: data[k] for k in policy.contract.camera_names}, data["state"])
     sys.stdout.buffer.write(policy.infer(obs).actions.tobytes())
 """
 
 
+@needs_openvino
 def test_the_same_bits_in_any_process(tiny, tmp_path):
+    """Here the compiled engine comes from the compiler, and there from the cache."""
     here = b""
-    for threads in (1, 2):
-        policy = load_policy(str(tiny), device="cpu", precision="fp32", threads=threads)
+    for threads, engine in ((1, "torch"), (2, "torch"), (1, "openvino"), (2, "openvino")):
+        policy = load_policy(
+            str(tiny), device="cpu", engine=engine, precision="fp32", threads=threads
+        )
         obs = observation(policy.contract)
         here += policy.infer(obs).actions.tobytes()
     np.savez(tmp_path / "obs.npz", state=obs.state, **obs.images)
@@ -117,20 +124,22 @@ def test_other_observations_are_refused_by_field(policy, change, error, message)
 
 
 def test_a_nan_among_the_actions_is_a_failure(policy, monkeypatch):
-    broken = np.full((5, 2), np.nan, np.float32)
-    monkeypatch.setattr(engine.TorchEngine, "run", lambda self: broken)
+    broken = np.full((1, 5, 2), np.nan, np.float32)
+    monkeypatch.setattr(TorchEngine, "run", lambda self, batch: broken)
     with pytest.raises(InferenceError, match=r"NaN or infinity among the actions"):
         policy.infer(observation(policy.contract))
 
 
 def test_what_this_machine_lacks_is_said(tiny, monkeypatch):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
-    monkeypatch.setattr(engine, "cpu_multiplies_bf16", lambda: False)
+    monkeypatch.setattr(hardware, "cpu_flags", frozenset)
     with pytest.raises(ContractMismatch, match=r"device: got 'cuda', expected 'cpu' or one of 0"):
         load_policy(str(tiny), device="cuda")
     with pytest.raises(ContractMismatch, match=r"device: got 'tpu', expected one of"):
         load_policy(str(tiny), device="tpu")
-    with pytest.raises(ContractMismatch, match=r"precision: got 'bf16', expected 'fp32' or 'auto'"):
+    with pytest.raises(
+        ContractMismatch, match=r"precision: got 'bf16', expected one of .*'fp32'.*no un"
+    ):
         load_policy(str(tiny), device="cpu", precision="bf16")
     with pytest.raises(ContractMismatch, match=r"precision: got 'fp8', expected one of"):
         load_policy(str(tiny), precision="fp8")
@@ -140,9 +149,10 @@ def test_what_this_machine_lacks_is_said(tiny, monkeypatch):
 
 
 def test_bf16_is_near_fp32(tiny, monkeypatch):
-    monkeypatch.setattr(engine, "cpu_multiplies_bf16", lambda: True)
+    monkeypatch.setattr(hardware, "cpu_flags", lambda: frozenset({"avx512_bf16"}))
     exact, rough = (
-        load_policy(str(tiny), device="cpu", precision=p, threads=1) for p in ("fp32", "auto")
+        load_policy(str(tiny), device="cpu", engine="torch", precision=p, threads=1)
+        for p in ("fp32", "auto")
     )
     assert rough.info.precision == "bf16"
     obs = observation(exact.contract)
@@ -176,23 +186,30 @@ def cuda_flags():
     ],
 )
 def test_float32_on_cuda_is_no_tf32_and_its_bits_repeat(cuda_flags, device, dtype, expected):
-    engine.set_exact(torch.device(device), dtype)
+    hardware.set_exact(torch.device(device), dtype)
     assert cuda_flags() == expected
 
 
 def test_every_engine_is_made_exact(tiny, monkeypatch):
     asked = []
-    monkeypatch.setattr(engine, "set_exact", lambda *arguments: asked.append(arguments))
-    load_policy(str(tiny), device="cpu", precision="fp32", threads=1)
+    monkeypatch.setattr(hardware, "set_exact", lambda *arguments: asked.append(arguments))
+    load_policy(str(tiny), device="cpu", engine="torch", precision="fp32", threads=1)
     assert asked == [(torch.device("cpu"), torch.float32)]
 
 
-def test_bf16_units_are_read_from_the_kernels_list(tmp_path):
-    (tmp_path / "cpuinfo").write_text("flags : sse2 avx512_bf16 avx2")
-    assert engine.cpu_multiplies_bf16(tmp_path / "cpuinfo")
-    (tmp_path / "cpuinfo").write_text("flags : sse2 avx512f avx2")
-    assert not engine.cpu_multiplies_bf16(tmp_path / "cpuinfo")
-    assert not engine.cpu_multiplies_bf16(tmp_path / "gone")
+def test_the_cpus_units_are_read_from_the_kernels_list(tmp_path, monkeypatch):
+    cpuinfo = tmp_path / "cpuinfo"
+    cpuinfo.write_text("model name : avx512_bf16\ncpu MHz : 2445.4\nflags : sse2 amx_bf16 avx2\n")
+    assert hardware.cpu_flags(cpuinfo) == {"sse2", "amx_bf16", "avx2"}
+    assert hardware.cpu_flags(tmp_path / "gone") == set()
+    for flag, formats in (
+        ("amx_bf16", ("fp32", "bf16")),
+        ("avx512_bf16", ("fp32", "bf16")),
+        ("avx512_fp16", ("fp32", "fp16")),
+        ("avx512f", ("fp32",)),
+    ):
+        monkeypatch.setattr(hardware, "cpu_flags", lambda flag=flag: frozenset({flag}))
+        assert hardware.precisions(torch.device("cpu")) == formats
 
 
 @pytest.fixture

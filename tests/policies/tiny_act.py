@@ -2,10 +2,17 @@
 
 from __future__ import annotations
 
+import importlib.util
+
 import numpy as np
+import pytest
 
 from policies.act.config import ActConfig
 from policies.types import CameraContract, MetaObs, PolicyContract
+
+needs_openvino = pytest.mark.skipif(
+    importlib.util.find_spec("openvino") is None, reason="openvino is not installed"
+)
 
 TINY = ActConfig(
     state_dim=3,

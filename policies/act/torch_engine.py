@@ -1,0 +1,51 @@
+"""The fused network in eager torch: runs wherever torch does."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+
+from policies.act.engine import MAX_BATCH, Frames, HostEngine
+from policies.act.fused import FusedAct
+from policies.act.hardware import DTYPES, set_threads
+from policies.errors import InferenceError
+
+
+class TorchEngine(HostEngine):
+    """One observation after another, so that an action never depends on who else asked.
+
+    Args:
+        fused: Becomes this engine's own: it is moved and converted.
+        device: Where to run.
+        precision: A key of ``DTYPES``.
+        threads: CPU threads, in all of this process's torch.
+    """
+
+    def __init__(self, fused: FusedAct, device: torch.device, precision: str, threads: int) -> None:
+        super().__init__(fused.config)
+        set_threads(threads)
+        self.name = f"torch {torch.__version__}"
+        self.device, self.precision = str(device), precision
+        self.threads = threads
+        self._device = device
+        self._fused = fused.set_dtype(DTYPES[precision]).to(device)
+        config = fused.config
+        self._images = torch.zeros((1, config.n_cameras, *config.image_hw, 3), dtype=torch.uint8)
+        self._host_images = self._images.numpy()[0]
+        self._actions = np.empty((MAX_BATCH, config.chunk_size, config.action_dim), np.float32)
+
+    def run(self, batch: Sequence[Frames]) -> NDArray[np.float32]:
+        for i, frames in enumerate(batch):
+            for camera, image in enumerate(frames.images):
+                np.copyto(self._host_images[camera], image)
+            try:
+                with torch.inference_mode():
+                    images = self._images.to(self._device)
+                    state = torch.tensor(frames.state)[None].to(self._device)
+                    self._actions[i] = self._fused(images, state)[0].cpu().numpy()
+            except (RuntimeError, torch.OutOfMemoryError) as error:
+                raise InferenceError(f"{self.name} on {self.device}: {error}") from error
+        return self._actions[: len(batch)]
