@@ -62,6 +62,10 @@ class ServerChild:
     def pid(self) -> int:
         return self._process.pid
 
+    @property
+    def alive(self) -> bool:
+        return self._process.poll() is None
+
     def _lines(self) -> Iterable[str]:
         return self._process.stdout or ()
 

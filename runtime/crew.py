@@ -1,0 +1,195 @@
+"""The processes beside the parent: how they are started, what they say, how their end is seen.
+
+A member is ``python -m runtime.<name>`` with the mailbox's descriptor and the mission on its
+command line. It says one JSON object per line on its standard output and hears lines on its input.
+It is in a session of its own, so that Ctrl-C reaches the parent alone, which then ends things in
+order.
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import json
+import logging
+import os
+import queue
+import signal
+import subprocess
+import sys
+import threading
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any
+
+from policies.errors import PolicyError
+from policies.yaml_config import ConfigError
+from robots.errors import RobotError
+from runtime.errors import RuntimeFault
+from runtime.mailbox import Mailbox
+from runtime.mission import Mission
+from transport.errors import TransportError
+
+logger = logging.getLogger(__name__)
+
+EXPECTED_FAILURES = (ConfigError, RobotError, PolicyError, RuntimeFault, TransportError, ValueError)
+"""What a user can act on: reported by message alone, without a traceback."""
+FAILED = 1
+
+
+class MemberFailed(RuntimeFault):
+    """A process did not come up; says which and why."""
+
+
+# In the child
+
+
+def say(event: str, **fields: Any) -> None:
+    """Tell the parent; whether it still listens is not this process' concern."""
+    line = json.dumps({"event": event, **fields}) + "\n"
+    with contextlib.suppress(OSError):
+        os.write(sys.stdout.fileno(), line.encode())
+
+
+def child_main(
+    module: str, work: Callable[[Mission, Mailbox], int], argv: Sequence[str] | None
+) -> int:
+    """What every member's ``main`` does: open what it was given, work, report a failure."""
+    cli = argparse.ArgumentParser(prog=f"python -m {module}", description="Started by eval_real.py")
+    cli.add_argument("--mailbox", type=int, required=True, help="inherited descriptor")
+    cli.add_argument("--mission", required=True, help="JSON")
+    args = cli.parse_args(argv)
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    try:
+        mission = Mission.from_json(args.mission)
+        dims = mission.dims(mission.make_robot())
+        with Mailbox(args.mailbox, dims) as mailbox:
+            return work(mission, mailbox)
+    except EXPECTED_FAILURES as error:
+        say("failed", error=str(error), kind=type(error).__name__)
+        return FAILED
+    except OSError as error:
+        say("failed", error=f"{error!r}", kind="OSError")
+        return FAILED
+
+
+# In the parent
+
+
+class Member:
+    """One process, running.
+
+    Args:
+        name: ``control``, ``guardian`` or ``sensing``.
+        mission: For its command line.
+        mailbox_fd: Inherited by it.
+        pass_fds: Further descriptors that it inherits, and ``arguments`` that say which.
+    """
+
+    def __init__(
+        self,
+        name: str,
+        mission: Mission,
+        mailbox_fd: int,
+        *,
+        pass_fds: Sequence[int] = (),
+        arguments: Sequence[str] = (),
+    ) -> None:
+        self.name = name
+        self.process = subprocess.Popen(
+            [
+                *(sys.executable, "-m", f"runtime.{name}", "--mailbox", str(mailbox_fd)),
+                *("--mission", mission.to_json(), *arguments),
+            ],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            pass_fds=[mailbox_fd, *pass_fds],
+            start_new_session=True,
+        )
+        # Opened while the child cannot have been reaped, so it means this very process.
+        self.pidfd = os.pidfd_open(self.process.pid)
+        self._said: queue.SimpleQueue[dict[str, Any]] = queue.SimpleQueue()
+        self._listener = threading.Thread(target=self._listen, name=f"{name} says", daemon=True)
+        self._listener.start()
+
+    @property
+    def alive(self) -> bool:
+        return self.process.poll() is None
+
+    @property
+    def status(self) -> str:
+        """How it ended, in words."""
+        code = self.process.poll()
+        if code is None:
+            return "alive"
+        return f"killed by {signal.Signals(-code).name}" if code < 0 else f"exit status {code}"
+
+    def wait_ready(self, timeout_s: float) -> dict[str, Any]:
+        """What it says when it is ready.
+
+        Raises:
+            MemberFailed: It failed, ended, or took longer.
+        """
+        try:
+            said = self._said.get(timeout=timeout_s)
+        except queue.Empty:
+            raise MemberFailed(
+                f"the {self.name} process was not ready within {timeout_s:g} s"
+            ) from None
+        if said["event"] == "ready":
+            return said
+        if said["event"] == "failed":
+            raise MemberFailed(said["error"])
+        self.process.wait()
+        raise MemberFailed(f"the {self.name} process ended before it was ready ({self.status})")
+
+    def heard(self) -> Iterator[dict[str, Any]]:
+        """What it has said since, without waiting."""
+        with contextlib.suppress(queue.Empty):
+            while True:
+                yield self._said.get_nowait()
+
+    def expect(self, event: str, timeout_s: float) -> dict[str, Any] | None:
+        """The next thing it says that is ``event``; None when it ends or takes longer."""
+        with contextlib.suppress(queue.Empty):
+            while True:
+                said = self._said.get(timeout=timeout_s)
+                if said["event"] == event:
+                    return said
+                if said["event"] in ("ended", "failed"):
+                    return None
+        return None
+
+    def tell(self, line: str) -> None:
+        """Say a line to it; a dead one does not hear."""
+        if self.process.stdin is not None:
+            with contextlib.suppress(OSError, ValueError):
+                self.process.stdin.write(f"{line}\n".encode())
+                self.process.stdin.flush()
+
+    def close(self, grace_s: float) -> None:
+        """Wait so long for it to end, then kill it. Idempotent."""
+        if self.process.stdin is not None:
+            with contextlib.suppress(OSError):
+                self.process.stdin.close()
+        try:
+            self.process.wait(grace_s)
+        except subprocess.TimeoutExpired:
+            logger.error("the %s process did not end within %g s: killed", self.name, grace_s)
+            self.process.kill()
+            self.process.wait()
+        self._listener.join()
+        if self.process.stdout is not None:
+            self.process.stdout.close()
+        if self.pidfd >= 0:
+            os.close(self.pidfd)
+            self.pidfd = -1
+
+    def _listen(self) -> None:
+        for line in self.process.stdout or ():
+            try:
+                said = json.loads(line)
+            except ValueError:
+                logger.info("%s: %s", self.name, line.decode(errors="replace").rstrip())
+                continue
+            self._said.put(said)
+        self._said.put({"event": "ended"})

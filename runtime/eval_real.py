@@ -1,0 +1,316 @@
+"""Evaluate a policy on a robot: ``eval_real.py``.
+
+Writes ``<save_dir>/<robot>/<task>.json`` after every rollout; recordings and videos lie beside it,
+and ``python -m runtime.replay`` plays a recording again.
+Exit status: 0 done, 1 the server, the robot or a process was lost (finished rollouts are kept),
+2 bad input, before anything moved, 130 interrupted.
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import dataclasses
+import json
+import logging
+import signal
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from envs.meta import TaskConfig
+from policies.types import PolicyContract, PolicyInfo
+from policies.yaml_config import load_config
+from robots.base import Robot
+from robots.factory import make_robot
+from runtime.blending import ANCESTORS, STRATEGIES
+from runtime.checkpoint_options import CheckpointOptions, add_flags, from_flags
+from runtime.child import ServerChild
+from runtime.client import PolicyClient
+from runtime.config import TRANSPORTS
+from runtime.crew import EXPECTED_FAILURES
+from runtime.errors import ModelNameError
+from runtime.fitting import check_fit
+from runtime.mission import Body, Mission
+from runtime.model_name import LocalModel, ServerAddress, read_model_name
+from runtime.operator import Operator
+from runtime.results import policy_record, report, summarize, versions, write_result
+from runtime.session import Interrupted, Rollout, Session, SessionOver
+from runtime.supervisor import Supervisor
+
+logger = logging.getLogger(__name__)
+
+LOST, BAD_INPUT, INTERRUPTED = 1, 2, 130
+
+
+def parser() -> argparse.ArgumentParser:
+    cli = argparse.ArgumentParser(
+        prog="eval_real.py",
+        description="Evaluate a policy on a robot.",
+        epilog="--robot.KEY VALUE overrides KEY of the robot's configuration. While the arm moves, "
+        "any key stops it.",
+    )
+    add = cli.add_argument
+    add(
+        "-m",
+        "--model_name_or_path",
+        default="127.0.0.1:5000",
+        help="HOST:PORT, or a checkpoint or python:MODULE:FACTORY for a server of our own "
+        "(127.0.0.1:5000)",
+    )
+    add("-c", "--robot_config", required=True, help="name under configs/robot, or a YAML")
+    add("--task", default="sim_transfer_cube", help="name under configs/task (sim_transfer_cube)")
+    add("--publish_rate", type=float, help="commands per second (the policy's rate)")
+    add("--sensing_rate", type=float, help="looks at the cameras per second (the policy's rate)")
+    add("-n", "--num_rollout", type=int, default=1, help="(1)")
+    add("--max_timesteps", type=int, help="policy ticks per rollout (the task's)")
+    add(
+        "--action_manager",
+        default="sequential",
+        help=f"one of {', '.join(STRATEGIES)}; or {', '.join(ANCESTORS)} (sequential)",
+    )
+    add("--manager_coef", type=float, help="the strategy's coefficient")
+    add("--n_action_steps", type=int, help="ticks between re-plannings (the policy's)")
+    add("-o", "--save_dir", default="results", help="(results)")
+    add("-s", "--seed", type=int, default=0, help="of the first rollout, for robots that take one")
+    add("--fps", type=float, help="the policy's rate, where its checkpoint does not say")
+    add("--yes", action="store_true", help="do not wait for Enter; a fault ends the evaluation")
+    add("--transport", choices=TRANSPORTS, default="auto", help="to the server (auto)")
+    add("--near", type=float, default=0.1, help="how far off the policy may begin; rad (0.1)")
+    add("--fault_after_s", type=float, default=1.0, help="without chunks, then latched (1)")
+    add("--max_chunk_age_s", type=float, help="of what a command rests on (a chunk and 1 s)")
+    add("--max_sensing_age_s", type=float, default=0.5, help="of the newest picture (0.5)")
+    add("--priority", type=int, default=0, help="SCHED_FIFO priority of the control loop (0: none)")
+    add("--video_fps", type=float, default=10.0, help="pictures per second of videos, 0: none (10)")
+    add_flags(cli)
+    add("--log_level", default="WARNING", choices=("DEBUG", "INFO", "WARNING", "ERROR"))
+    return cli
+
+
+def robot_overrides(rest: Sequence[str]) -> dict[str, str]:
+    """``--robot.KEY VALUE`` and ``--robot.KEY=VALUE`` pairs.
+
+    Raises:
+        ValueError: Anything else.
+    """
+    overrides: dict[str, str] = {}
+    tokens = iter(rest)
+    for token in tokens:
+        key, equals, value = token.partition("=")
+        if not key.startswith("--robot."):
+            raise ValueError(
+                f"got {token!r}, expected a flag of `eval_real.py --help` or --robot.KEY"
+            )
+        if not equals:
+            following = next(tokens, None)
+            if following is None:
+                raise ValueError(f"{token}: expected a value after it")
+            value = following
+        overrides[key.removeprefix("--robot.")] = value
+    return overrides
+
+
+@dataclasses.dataclass(slots=True)
+class Evaluation:
+    """What the command line asks for, and what is known of it by now."""
+
+    args: argparse.Namespace
+    overrides: dict[str, str]
+    model: LocalModel | ServerAddress
+    checkpoint: CheckpointOptions
+    task: TaskConfig
+    robot: Robot
+    rollouts: list[Rollout] = dataclasses.field(default_factory=list)
+    setting: dict[str, Any] = dataclasses.field(default_factory=dict)
+    contract: PolicyContract | None = None
+    server: ServerChild | None = None
+
+    @property
+    def path(self) -> Path:
+        return Path(self.args.save_dir) / self.robot.name / f"{Path(self.args.task).stem}.json"
+
+    def start_server(self) -> str:
+        """A private server; its address."""
+        if not isinstance(self.model, LocalModel):
+            return str(self.model)
+        if self.server is not None:
+            self.server.close()
+        self.server = ServerChild(["-m", self.model.name, *self.checkpoint.flags()])
+        return self.server.address
+
+    def new_server(self) -> str | None:
+        """The address of a new private server, where that died; None where there is nothing new."""
+        dead = self.server is not None and not self.server.alive
+        return self.start_server() if dead else None
+
+
+def read_evaluation(argv: Sequence[str] | None) -> Evaluation:
+    """What the command line asks for.
+
+    Raises:
+        ConfigError, RuntimeFault, ValueError: It asks for what cannot be.
+    """
+    args, rest = parser().parse_known_args(argv)
+    if args.num_rollout < 1:
+        raise ValueError(f"--num_rollout: got {args.num_rollout}, expected 1 or more")
+    overrides = robot_overrides(rest)
+    return Evaluation(
+        args=args,
+        overrides=overrides,
+        model=read_model_name(args.model_name_or_path),
+        checkpoint=from_flags(args),
+        task=load_config(TaskConfig, args.task, kind="task"),
+        robot=make_robot(args.robot_config, overrides),
+    )
+
+
+def make_mission(
+    evaluation: Evaluation, address: str, contract: PolicyContract, found: dict[str, str]
+) -> Mission:
+    """What the processes are told.
+
+    Args:
+        address: Of the policy server.
+        found: Overrides by which the robot's companion is found.
+    """
+    args = evaluation.args
+    if args.fps is not None:
+        contract = dataclasses.replace(contract, dt_s=1 / args.fps)
+    rate = 1 / contract.dt_s
+    longest_s = contract.chunk_size * contract.dt_s + 1.0
+    return Mission(
+        robot=args.robot_config,
+        overrides={**evaluation.overrides, **found},
+        contract_json=contract.to_json(),
+        address=address,
+        transport=args.transport,
+        language=evaluation.task.language,
+        action_manager=args.action_manager,
+        manager_coef=args.manager_coef,
+        n_action_steps=args.n_action_steps,
+        publish_rate=args.publish_rate or rate,
+        sensing_rate=args.sensing_rate or rate,
+        max_timesteps=args.max_timesteps or evaluation.task.max_timesteps,
+        near=args.near,
+        fault_after_s=args.fault_after_s,
+        max_chunk_age_s=args.max_chunk_age_s or longest_s,
+        max_sensing_age_s=args.max_sensing_age_s,
+        priority=args.priority,
+        video_fps=args.video_fps,
+    )
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run the evaluation. Returns the exit status."""
+    try:
+        evaluation = read_evaluation(argv)
+        evaluation.path.parent.mkdir(parents=True, exist_ok=True)
+    except (*EXPECTED_FAILURES, ModelNameError, OSError) as error:
+        return _fail(error)
+    logging.basicConfig(
+        level=evaluation.args.log_level, format="%(levelname)s %(name)s: %(message)s"
+    )
+    signal.signal(signal.SIGTERM, signal.default_int_handler)  # ends as Ctrl-C does
+    failure, status = "", 0
+    try:
+        _evaluate(evaluation)
+    except SessionOver as over:
+        failure, status = str(over), LOST
+    except Interrupted:
+        failure, status = "interrupted", INTERRUPTED
+    except KeyboardInterrupt:
+        failure, status = "interrupted before anything moved", INTERRUPTED
+    except EXPECTED_FAILURES as error:
+        return _fail(error)
+    finally:
+        if evaluation.server is not None:
+            evaluation.server.close()
+    if evaluation.rollouts:
+        _conclude(evaluation, failure)
+    if failure:
+        kept = f"; {len(evaluation.rollouts)} of {evaluation.args.num_rollout} rollouts were kept"
+        print(f"error: {failure}{kept}", file=sys.stderr)
+    return status
+
+
+def _evaluate(evaluation: Evaluation) -> None:
+    args, robot = evaluation.args, evaluation.robot
+    with contextlib.ExitStack() as stack:
+        found = dict(stack.enter_context(robot.companion()))
+        address = evaluation.start_server()
+        with PolicyClient(address, transport=args.transport) as client:
+            evaluation.contract = client.contract
+        mission = make_mission(evaluation, address, evaluation.contract, found)
+        check_fit(mission, robot)
+        supervisor = stack.enter_context(Supervisor(mission, robot, _tell))
+        _tell(supervisor.realtime)
+        evaluation.setting = supervisor.setting
+        operator = stack.enter_context(Operator(_tell))
+        session = Session(
+            supervisor,
+            Body.of(robot),
+            operator,
+            folder=evaluation.path.with_suffix(""),
+            unattended=args.yes,
+            new_server=evaluation.new_server,
+            tell=_tell,
+        )
+        for rollout in session.run(range(args.seed, args.seed + args.num_rollout)):
+            evaluation.rollouts.append(rollout)
+            _save(evaluation, "")
+
+
+def _tell(line: str) -> None:
+    print(line, file=sys.stderr, flush=True)
+
+
+def _fail(error: BaseException) -> int:
+    print(f"error: {error}", file=sys.stderr)
+    return BAD_INPUT
+
+
+def _save(evaluation: Evaluation, failure: str) -> dict[str, Any]:
+    rollouts = evaluation.rollouts
+    judged = [rollout.episode for rollout in rollouts if rollout.judged]
+    result = summarize(judged)
+    details = {rollout.episode.seed: rollout.details() for rollout in rollouts}
+    result["episodes"] = [entry | details[entry["seed"]] for entry in result["episodes"]]
+    args, contract, setting = evaluation.args, evaluation.contract, evaluation.setting
+    if contract is not None:
+        result |= {
+            "transport": setting["transport"],
+            "transport_reason": setting["transport_reason"],
+            "deterministic": False,
+            "policy": policy_record(contract, PolicyInfo(**setting["info"])),
+        }
+    result |= {
+        "requested": args.num_rollout,
+        "skipped": len(rollouts) - len(judged),
+        "failure": failure,
+        "mode": "real",
+        "clamped_ticks": sum(rollout.clamped_ticks for rollout in rollouts),
+        "faults": [fault for rollout in rollouts for fault in rollout.faults],
+        "action_manager": {
+            "name": args.action_manager,
+            "coefficient": args.manager_coef,
+            "n_action_steps": args.n_action_steps,
+        },
+        "robot": {"name": evaluation.robot.name, "config": args.robot_config},
+        "task": dataclasses.asdict(evaluation.task),
+        "versions": versions(),
+    }
+    write_result(evaluation.path, json.loads(json.dumps(result, default=str)), judged)
+    return result
+
+
+def _conclude(evaluation: Evaluation, failure: str) -> None:
+    result = _save(evaluation, failure)
+    print(report(result))
+    print(f"  clamped {result['clamped_ticks']}, faults {len(result['faults'])}")
+    print(f"result       {evaluation.path}")
+    print(f"recordings   {evaluation.path.with_suffix('')}/")
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())

@@ -1,0 +1,208 @@
+"""The guardian brings the arm to rest when the control process cannot.
+
+``python -m runtime.guardian``, started by ``eval_real.py``.
+
+It is connected to the robot beforehand and sleeps until the control process ends, which the kernel
+tells it at once, or until that has not commanded a moving arm for too long. Then
+
+* it kills the control process: one that was merely held up must not wake and command a moment of
+  the past;
+* it sends the last command again. Control writes a command down before it sends it, so either this
+  changes nothing or the arm gets what it was owed;
+* from the next deadline of control's own grid on it brakes within the robot's limits, and then
+  commands that pose until it is told to go, or for a while if there is nobody left to tell it.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+import os
+import select
+import signal
+import sys
+import time
+from collections.abc import Sequence
+
+import numpy as np
+from numpy.typing import NDArray
+
+from robots.base import Robot, Role
+from robots.safety import MotionLimiter
+from runtime.cells import Views
+from runtime.clock import MonotonicClock
+from runtime.control import ORPHAN_HOLD_S, EventLog
+from runtime.crew import child_main, say
+from runtime.mailbox import MOVING, Mailbox, Phase, Signal, put_text
+from runtime.mission import Mission
+from runtime.realtime import UNPRIVILEGED, Realtime, RealtimeOptions
+
+logger = logging.getLogger(__name__)
+
+LOOK_S = 0.005
+"""How often it looks whether control still commands; an end is told by the kernel at once."""
+STALLED_PERIODS, STALLED_S = 5, 0.1
+"""Control has stalled when it is late by the longer of the two with the arm in motion."""
+
+
+class Guardian:
+    """Watches one control process.
+
+    Args:
+        mission, mailbox: Shared with control.
+        robot: Connected, or to be connected when needed where two processes cannot be at once.
+        pidfd: Of the control process.
+    """
+
+    def __init__(self, mission: Mission, mailbox: Mailbox, robot: Robot, pidfd: int) -> None:
+        self._mission, self._mailbox, self._robot = mission, mailbox, robot
+        self._pidfd = pidfd
+        self._progress = mailbox.latest_reader("progress")
+        self._commands = mailbox.latest_reader("commands")
+        self._beat = mailbox.guardian_beat
+        self._stall_ns = round(1e9 * max(STALLED_S, STALLED_PERIODS * mission.period_s))
+        self._parent = os.getppid()
+        self._why = "the control process died"
+
+    def watch(self) -> bool:
+        """Wait for control's end; whether somebody has to take over."""
+        poller = select.poll()
+        poller.register(self._pidfd, select.POLLIN)
+        while not poller.poll(LOOK_S * 1e3):
+            self._beat.store(time.monotonic_ns())
+            if self._stalled():
+                self._why = "the control process had stalled and was killed"
+                with contextlib.suppress(ProcessLookupError):
+                    signal.pidfd_send_signal(self._pidfd, signal.SIGKILL)
+                poller.poll()
+        self._progress.refresh()
+        return bool(self._progress.sequence) and self._phase is not Phase.ENDED
+
+    @property
+    def _phase(self) -> Phase:
+        return Phase(int(self._progress.values["phase"]))
+
+    def _stalled(self) -> bool:
+        self._progress.refresh()
+        if not self._progress.sequence or self._phase not in MOVING:
+            return False
+        self._commands.refresh()
+        return time.monotonic_ns() - int(self._commands.values["deadline_ns"]) > self._stall_ns
+
+    def take_over(self) -> None:
+        """Stop the arm, then hold it until released."""
+        if self._robot.role is None:
+            self._robot.connect(Role.CONTROL, self._mission.connect_timeout_s)
+        if not self._commands.refresh() and not self._commands.sequence:
+            return  # it never commanded anything
+        period_s, period_ns = self._mission.period_s, round(self._mission.period_s * 1e9)
+        intent = self._commands.values
+        last = intent["command"].astype(np.float64)
+        planner = MotionLimiter(self._robot.limits, period_s)
+        planner.reset(last, last - intent["velocity"] * period_s)
+        recorder = _Recorder(self._mailbox, intent, self._progress.values)
+        self._robot.send_action(intent["command"])
+        recorder.note_last()
+        logger.error("%s: the guardian brings the arm to rest", self._why)
+        clock, deadline_ns = MonotonicClock(), int(intent["deadline_ns"])
+        rested, left_ns = False, 0
+        while not self._released(left_ns):
+            now_ns = time.monotonic_ns()
+            self._beat.store(now_ns)
+            deadline_ns += max(1, -((deadline_ns - now_ns) // period_ns)) * period_ns
+            clock.wait_until_ns(deadline_ns)
+            command = planner.brake()
+            recorder.intend(command, planner.velocity, deadline_ns)
+            self._robot.send_action(command)
+            recorder.note_last()
+            if planner.at_rest and not rested:
+                rested = True
+                logger.error("at rest after a fault, held by the guardian")
+                recorder.latch(self._why)
+            if os.getppid() != self._parent and not left_ns and rested:
+                left_ns = now_ns + round(1e9 * ORPHAN_HOLD_S)
+
+    def _released(self, left_ns: int) -> bool:
+        """Told to go; or left alone, and it has held for long enough."""
+        if left_ns:
+            return time.monotonic_ns() > left_ns
+        if os.getppid() != self._parent:
+            return False
+        readable, _, _ = select.select([sys.stdin], [], [], 0)
+        return bool(readable)
+
+
+class _Recorder:
+    """Goes on with what control wrote, in its place."""
+
+    def __init__(self, mailbox: Mailbox, intent: Views, progress: Views) -> None:
+        self._ticks = mailbox.queue_writer("ticks")
+        self._commands = mailbox.latest_writer("commands")
+        self._progress = mailbox.latest_writer("progress")
+        self._row = {name: value.copy() for name, value in intent.items()}
+        self._before = {name: value.copy() for name, value in progress.items()}
+
+    def intend(
+        self, command: NDArray[np.float32], velocity: NDArray[np.float64], deadline_ns: int
+    ) -> None:
+        """Write down what is about to be sent; a successor of the guardian may need it."""
+        row = self._row
+        row["row"] += 1
+        row["played"][...] = 0
+        row["phase"][...], row["signals"][...] = Phase.STOP, Signal.GUARDIAN
+        row["advance"][...], row["deadline_ns"][...] = 1, deadline_ns
+        row["command"][:], row["velocity"][:] = command, velocity
+        views = self._commands.claim()
+        for name, value in row.items():
+            np.copyto(views[name], value)
+        self._commands.publish()
+
+    def note_last(self) -> None:
+        """Record the command just sent. Control may have done so already: the row is the same."""
+        views = self._ticks.claim()
+        if views is not None:
+            for name, value in views.items():
+                if name != "sent_ns":
+                    np.copyto(value, self._row[name])
+            views["sent_ns"][...] = time.monotonic_ns()
+            self._ticks.publish()
+
+    def latch(self, why: str) -> None:
+        """Tell everybody that the arm is at rest after a fault."""
+        views = self._progress.claim()
+        for name, value in self._before.items():
+            views[name][...] = value
+        views["phase"][...] = Phase.FAULT
+        put_text(views["fault"], why)
+        self._progress.publish()
+
+
+def _work(mission: Mission, mailbox: Mailbox, pidfd: int) -> int:
+    robot = mission.make_robot()
+    with robot:
+        if robot.shareable:
+            robot.connect(Role.CONTROL, mission.connect_timeout_s)
+        options = RealtimeOptions(priority=mission.priority) if mission.priority else UNPRIVILEGED
+        with Realtime(options):
+            guardian = Guardian(mission, mailbox, robot, pidfd)
+            say("ready")
+            if guardian.watch():
+                # One writer at a time: the queue of events was control's until it died.
+                log = EventLog(mailbox.queue_writer("events"))
+                logging.basicConfig(level=logging.INFO, handlers=[log], force=True)
+                guardian.take_over()
+    return 0
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    arguments = list(sys.argv[1:] if argv is None else argv)
+    at = arguments.index("--control")
+    pidfd = int(arguments[at + 1])
+    del arguments[at : at + 2]
+    return child_main(
+        "runtime.guardian", lambda mission, mailbox: _work(mission, mailbox, pidfd), arguments
+    )
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())

@@ -1,0 +1,181 @@
+"""What every process of a robot's evaluation has to know, as one line of JSON."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass, fields
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from policies.types import PolicyContract
+from robots.base import Robot
+from robots.factory import make_robot
+from robots.limits import Limits
+from runtime.blending import Strategy, make_strategy
+from runtime.interpolation import Interpolation, control_ratio
+from runtime.mailbox import Dims
+from runtime.pilot import Pilot
+from runtime.stream import CommandStream
+
+
+@dataclass(frozen=True, slots=True)
+class Mission:
+    """The same in all processes; the parent makes it.
+
+    Attributes:
+        robot: Name or path of the robot's configuration.
+        overrides: Of its keys, e.g. where its companion is to be found.
+        contract_json: The policy's.
+        address: The policy server's.
+        transport: ``auto``, ``shm`` or ``zmq``.
+        language: The instruction.
+        action_manager, manager_coef, n_action_steps: The strategy; see ``make_strategy``.
+        publish_rate: Commands per second.
+        sensing_rate: Looks at the cameras per second.
+        max_timesteps: Policy ticks per rollout.
+        near: How far the first action may be from the arm, in the command's units.
+        fault_after_s: How long chunks may stay away once the arm slows down for lack of them.
+        max_chunk_age_s: Of the observation behind a command; older, and the arm stops.
+        max_sensing_age_s: Of the newest picture, and of the sensing process' own sign of life.
+        connect_timeout_s: For the robot's sensors to speak at the start.
+        priority: Of SCHED_FIFO for the control process and its guardian, 0 for none.
+        video_fps: Frames per second kept for videos, 0 for none.
+    """
+
+    robot: str
+    overrides: Mapping[str, str]
+    contract_json: str
+    address: str
+    transport: str = "auto"
+    language: str = ""
+    action_manager: str = "sequential"
+    manager_coef: float | None = None
+    n_action_steps: int | None = None
+    publish_rate: float = 50.0
+    sensing_rate: float = 50.0
+    max_timesteps: int = 400
+    near: float = 0.1
+    fault_after_s: float = 1.0
+    max_chunk_age_s: float = 5.0
+    max_sensing_age_s: float = 0.5
+    connect_timeout_s: float = 15.0
+    priority: int = 0
+    video_fps: float = 10.0
+
+    def to_json(self) -> str:
+        return json.dumps(dataclasses.asdict(self))
+
+    @classmethod
+    def from_json(cls, text: str) -> Mission:
+        return cls(**json.loads(text))
+
+    @property
+    def contract(self) -> PolicyContract:
+        return PolicyContract.from_json(self.contract_json)
+
+    @property
+    def ratio(self) -> int:
+        """Control ticks per policy tick.
+
+        Raises:
+            ValueError: The publish rate is no integer multiple of the policy's.
+        """
+        return control_ratio(1 / self.contract.dt_s, self.publish_rate)
+
+    @property
+    def period_s(self) -> float:
+        """Between two commands."""
+        return self.contract.dt_s / self.ratio
+
+    def strategy(self) -> Strategy:
+        """Raises ``ValueError``: an unknown name, or a coefficient out of range."""
+        contract = self.contract
+        return make_strategy(
+            self.action_manager,
+            chunk_size=contract.chunk_size,
+            n_action_steps=contract.n_action_steps,
+            stride=self.n_action_steps,
+            coefficient=self.manager_coef,
+        )
+
+    def make_robot(self) -> Robot:
+        """The robot, not connected."""
+        return make_robot(self.robot, self.overrides)
+
+    def make_pilot(self, body: Body) -> Pilot:
+        """What commands ``body``.
+
+        Raises:
+            ValueError: The policy's actions are not this robot's.
+        """
+        contract = self.contract
+        stream = CommandStream(
+            contract,
+            self.strategy(),
+            body.limits,
+            ratio=self.ratio,
+            interpolation=Interpolation(hold=body.grippers),
+            fault_after_s=self.fault_after_s,
+        )
+        return Pilot(
+            stream,
+            max_ticks=self.max_timesteps * self.ratio,
+            start_pose=body.start_pose,
+            start_velocity=body.start_velocity,
+            near=np.full(contract.action_dim, self.near),
+        )
+
+    def dims(self, robot: Robot) -> Dims:
+        contract = self.contract
+        return Dims(robot.contract.state_dim, contract.action_dim, contract.chunk_size)
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Body:
+    """What a pilot has to know of a robot; kept with a recording.
+
+    Attributes:
+        limits: Of its A actuators.
+        start_pose: (A,) float32, or None.
+        start_velocity: (A,) per second, for approaches.
+        grippers: Entries that are not interpolated.
+    """
+
+    limits: Limits
+    start_pose: NDArray[np.float32] | None
+    start_velocity: NDArray[np.float64]
+    grippers: tuple[int, ...]
+
+    @classmethod
+    def of(cls, robot: Robot) -> Body:
+        given = robot.start_velocity
+        return cls(
+            robot.limits,
+            robot.start_pose,
+            robot.limits.velocity if given is None else given,
+            robot.contract.gripper_indices,
+        )
+
+    def to_dict(self) -> dict[str, Any]:
+        """As JSON has it; floats come back as they were."""
+        return {
+            **{f.name: getattr(self.limits, f.name).tolist() for f in fields(Limits)},
+            "start_pose": None if self.start_pose is None else self.start_pose.tolist(),
+            "start_velocity": self.start_velocity.tolist(),
+            "grippers": list(self.grippers),
+        }
+
+    @classmethod
+    def from_dict(cls, raw: Mapping[str, Any]) -> Body:
+        """What ``to_dict`` gave. Raises ``KeyError`` where something is missing."""
+        pose = raw["start_pose"]
+        return cls(
+            Limits(*(np.array(raw[f.name], np.float64) for f in fields(Limits))),
+            None if pose is None else np.array(pose, np.float32),
+            np.array(raw["start_velocity"], np.float64),
+            tuple(raw["grippers"]),
+        )

@@ -1,0 +1,280 @@
+"""The parent's view of the processes that drive a robot: started, ordered, watched, replaced."""
+
+from __future__ import annotations
+
+import logging
+import os
+import time
+from collections.abc import Callable
+from dataclasses import replace
+from typing import Any
+
+from robots.base import Robot
+from runtime.crew import Member, MemberFailed
+from runtime.mailbox import (
+    MOVING,
+    Mailbox,
+    Order,
+    Phase,
+    Server,
+    create_segment,
+    encode_order,
+    get_text,
+)
+from runtime.mission import Mission
+from runtime.recording import Recorder
+
+logger = logging.getLogger(__name__)
+
+READY_WITHIN_S = 60.0
+STOP_WITHIN_S = 10.0
+"""For the arm to come to rest before the processes are killed: far more than any limit implies."""
+
+
+class Supervisor:
+    """Runs the control process, its guardian and the sensing process.
+
+    Args:
+        mission: What they are told.
+        robot: The same robot, not connected; for its dimensions.
+        tell: Called with a line for everything that happens.
+
+    Attributes:
+        setting: What sensing said when it was ready: transport, its reason, the policy's info.
+        realtime: What the control process could have of the kernel, in words.
+
+    Raises:
+        MemberFailed: One did not come up; says why. Nothing has moved.
+    """
+
+    def __init__(self, mission: Mission, robot: Robot, tell: Callable[[str], None]) -> None:
+        self.mission = mission
+        self._tell = tell
+        dims = mission.dims(robot)
+        self._fd = create_segment(dims)
+        self._mailbox = Mailbox(self._fd, dims)
+        self._progress = self._mailbox.latest_reader("progress")
+        self._senses = self._mailbox.latest_reader("senses")
+        self._events = self._mailbox.queue_reader("events")
+        self.recorder = Recorder(
+            self._mailbox.queue_reader("ticks"), self._mailbox.queue_reader("accepted")
+        )
+        self._orders = 0
+        self._control: Member | None = None
+        self._guardian: Member | None = None
+        self._sensing: Member | None = None
+        self._reported: set[int] = set()
+        self.lost = ""
+        self.setting: dict[str, Any] = {}
+        self.realtime = ""
+        try:
+            self._start_control()
+            self._start_sensing()
+        except BaseException:
+            self.close()
+            raise
+
+    # What it sees
+
+    @property
+    def phase(self) -> Phase:
+        self._progress.refresh()
+        return Phase(int(self._progress.values["phase"]))
+
+    @property
+    def leg(self) -> int:
+        """Counts starts and resumptions."""
+        return int(self._progress.values["leg"])
+
+    @property
+    def obeyed(self) -> bool:
+        """Whether the last order was seen."""
+        self._progress.refresh()
+        return int(self._progress.values["obeyed"]) == self._orders
+
+    @property
+    def played(self) -> int:
+        """Control ticks of the rollout."""
+        return int(self._progress.values["tick"])
+
+    def senses(self) -> dict[str, Any]:
+        """What the sensing process published last."""
+        self._senses.refresh()
+        return {n: v.item() for n, v in self._senses.values.items() if v.size == 1}
+
+    @property
+    def fault(self) -> str:
+        """Why the arm was stopped."""
+        self._progress.refresh()
+        return get_text(self._progress.values["fault"])
+
+    @property
+    def dead(self) -> list[str]:
+        """Members that ended although nobody told them to."""
+        crew = (self._control, self._guardian, self._sensing)
+        return [member.name for member in crew if member is not None and not member.alive]
+
+    def poll(self) -> None:
+        """Record what came, tell what happened. To be called a hundred times a second or more."""
+        self.recorder.drain()
+        while (views := self._events.peek()) is not None:
+            self._tell(get_text(views["text"]))
+            self._events.release()
+        if self._sensing is not None:
+            for said in self._sensing.heard():
+                self._hear(said)
+        for member in (self._control, self._guardian, self._sensing):
+            if member is None or member.alive or member.process.pid in self._reported:
+                continue
+            self._reported.add(member.process.pid)
+            self._tell(f"the {member.name} process ended: {member.status}")
+
+    def _hear(self, said: dict[str, Any]) -> None:
+        event = said["event"]
+        if event == "lost":
+            self.lost = said["reason"]
+            self._tell(f"server lost: {said['reason']}")
+        elif event == "connected":
+            self.lost = ""
+            self._tell(f"server connected again, over {said['transport']}")
+        elif event == "wrong_policy":
+            self._tell(f"another policy answered: {said['reason']}")
+
+    # What it does
+
+    def order(self, order: Order, argument: int = 0) -> None:
+        self._orders += 1
+        self._mailbox.order.store(encode_order(self._orders, order, argument))
+
+    def wait_for(self, condition: Callable[[], bool], timeout_s: float) -> bool:
+        """Poll until ``condition``; whether it came true in time."""
+        deadline_s = time.monotonic() + timeout_s
+        while not condition():
+            if time.monotonic() > deadline_s:
+                return False
+            self.poll()
+            time.sleep(0.005)
+        self.poll()
+        return True
+
+    def stop(self) -> bool:
+        """Bring the arm to rest; whether it is."""
+        self.order(Order.STOP)
+        return self.wait_for(lambda: self.phase not in (*MOVING, Phase.WAIT), STOP_WITHIN_S)
+
+    def restore(self, address: str | None = None) -> None:
+        """Replace whoever died. The arm is at rest and stays there.
+
+        Args:
+            address: Of the server that is to be asked from now on, where that has changed.
+
+        Raises:
+            MemberFailed: A successor did not come up, or the server is still lost.
+        """
+        if self._control is not None and not (self._control.alive and self._guardian_alive):
+            self._start_control()
+        if address is not None and address != self.mission.address:
+            self.mission = replace(self.mission, address=address)
+            self._end_sensing()
+        if self._sensing is None or not self._sensing.alive:
+            self._end_sensing()
+            self._start_sensing()
+        if not self.wait_for(self._connected, READY_WITHIN_S):
+            raise MemberFailed(f"the server is still lost: {self.lost}")
+
+    def _connected(self) -> bool:
+        senses = self.senses()
+        recent = time.monotonic_ns() - senses["beat_ns"] < 1e8
+        return bool(recent and senses["server"] == Server.CONNECTED)
+
+    @property
+    def _guardian_alive(self) -> bool:
+        return self._guardian is not None and self._guardian.alive
+
+    def _start_control(self) -> None:
+        """A control process and its guardian; the guardian of a dead one holds until then."""
+        before = (self._control, self._guardian)
+        control = Member("control", self.mission, self._fd)
+        guardian = None
+        try:
+            self.realtime = control.wait_ready(READY_WITHIN_S)["realtime"]
+            guardian = Member(
+                "guardian",
+                self.mission,
+                self._fd,
+                pass_fds=[control.pidfd],
+                arguments=["--control", str(control.pidfd)],
+            )
+            guardian.wait_ready(READY_WITHIN_S)
+        except BaseException:
+            for member in (control, guardian):
+                if member is not None:
+                    member.close(1.0)
+            raise
+        for member in before:
+            if member is not None:
+                if member.name == "control" and member.alive:
+                    member.process.terminate()  # its guardian died; it comes to rest first
+                member.close(STOP_WITHIN_S)
+        self._control, self._guardian = control, guardian
+        self._progress.refresh()
+        obeyed = int(self._progress.values["obeyed"])
+        control.tell("go")
+        self._orders = max(self._orders, obeyed)
+        alive = self.wait_for(self._commands_flow, READY_WITHIN_S)
+        if not alive:
+            raise MemberFailed(f"the control process does not command ({control.status})")
+
+    def _commands_flow(self) -> bool:
+        """Whether the control process has published since it was told to go."""
+        if self._control is not None and not self._control.alive:
+            return False
+        return self._progress.refresh()
+
+    def _start_sensing(self) -> None:
+        self._sensing = Member("sensing", self.mission, self._fd)
+        self.setting = self._sensing.wait_ready(READY_WITHIN_S)
+        self.lost = ""
+
+    def _end_sensing(self) -> None:
+        if self._sensing is not None:
+            self._sensing.close(STOP_WITHIN_S)
+            self._sensing = None
+
+    def record_video(self) -> None:
+        if self._sensing is not None:
+            self._sensing.tell("record")
+
+    def save_video(self, stem: str, timeout_s: float) -> list[str]:
+        """Have what was recorded written; which files there are."""
+        if self._sensing is None:
+            return []
+        self._sensing.tell(f"save {stem}")
+        said = self._sensing.expect("saved", timeout_s)
+        if said is None:
+            return []
+        if said["problem"]:
+            self._tell(said["problem"])
+        return list(said["paths"])
+
+    def close(self) -> None:
+        """Bring the arm to rest and end everybody. Idempotent."""
+        if self._fd < 0:
+            return
+        self.order(Order.QUIT)
+        if self._control is not None and self._control.alive:
+            self.wait_for(lambda: not (self._control and self._control.alive), STOP_WITHIN_S)
+        for member in (self._sensing, self._control, self._guardian):
+            if member is not None:
+                member.close(STOP_WITHIN_S)
+        self.poll()
+        self._sensing = self._control = self._guardian = None
+        self._mailbox.close()
+        os.close(self._fd)
+        self._fd = -1
+
+    def __enter__(self) -> Supervisor:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
