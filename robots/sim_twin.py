@@ -94,6 +94,9 @@ class SimTwin(Robot):
         Raises:
             ConnectFailed: It did not start; carries the reason.
         """
+        if self.config.address is not None:
+            yield {}  # one is running already, somebody else's
+            return
         before = self.config
         with Child("robots.twin_host", ["--config", before.to_json()]) as host:
             self.config = dataclasses.replace(before, address=host.said["address"])
