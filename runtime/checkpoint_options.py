@@ -5,9 +5,8 @@ from __future__ import annotations
 import argparse
 from dataclasses import dataclass, fields
 
+from policies.act.engine import ENGINES, PRECISIONS
 from policies.types import Policy
-
-PRECISIONS = ("auto", "fp32", "bf16")
 
 
 @dataclass(frozen=True, slots=True)
@@ -16,15 +15,17 @@ class CheckpointOptions:
 
     Attributes:
         device: ``auto``, ``cpu``, ``cuda`` or ``cuda:N``.
+        engine: One of ``ENGINES``.
         precision: One of ``PRECISIONS``.
         dataset_id: Whose normalizers; the checkpoint's first.
         chunk_size: Truncate every chunk to this many actions.
-        threads: CPU threads of one inference.
+        threads: CPU threads of one inference; all cores but one where None.
         camera_names, n_heads: For the original ACT's layout, which does not say.
         image_hw: (height, width) of the pictures, for layouts that do not say.
     """
 
     device: str = "auto"
+    engine: str = "auto"
     precision: str = "auto"
     dataset_id: str | None = None
     chunk_size: int | None = None
@@ -34,8 +35,11 @@ class CheckpointOptions:
     image_hw: tuple[int, int] | None = None
 
     def __post_init__(self) -> None:
-        if self.precision not in PRECISIONS:
-            raise ValueError(f"precision: got {self.precision!r}, expected one of {PRECISIONS}")
+        for name, choices in (("engine", ENGINES), ("precision", PRECISIONS)):
+            if getattr(self, name) not in choices:
+                raise ValueError(f"{name}: got {getattr(self, name)!r}, expected one of {choices}")
+        if self.threads is not None and self.threads < 1:
+            raise ValueError(f"threads: got {self.threads}, expected at least 1")
 
     def load(self, model: str) -> Policy:
         """The policy at ``model``; raises as ``load_policy``."""
@@ -44,6 +48,7 @@ class CheckpointOptions:
         return load_policy(
             model,
             device=self.device,
+            engine=self.engine,
             precision=self.precision,
             dataset_id=self.dataset_id,
             chunk_size=self.chunk_size,
@@ -69,10 +74,15 @@ def add_flags(cli: argparse.ArgumentParser) -> None:
     group = cli.add_argument_group("a checkpoint's options")
     add = group.add_argument
     add("--device", help="auto, cpu, cuda or cuda:N (auto)")
-    add("--precision", choices=PRECISIONS, help="(auto)")
+    add("--engine", choices=ENGINES, help="what runs the network (auto: the fastest there is)")
+    add(
+        "--precision",
+        choices=PRECISIONS,
+        help="(auto: bf16 where the hardware has it and errs little, else fp32)",
+    )
     add("--dataset_id", help="whose normalizers to use (the checkpoint's first)")
     add("-ck", "--chunk_size", type=int, help="truncate chunks to this many actions (-1: all)")
-    add("--threads", type=int, help="CPU threads of one inference (half the cores)")
+    add("--threads", type=int, help="CPU threads of one inference (all cores but one)")
     add("--camera_names", nargs="+", help="in the network's order; for the original ACT's layout")
     add("--n_heads", type=int, help="attention heads; for the original ACT's layout")
     add("--image_hw", nargs=2, type=int, metavar=("H", "W"), help="size of the pictures")

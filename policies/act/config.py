@@ -18,6 +18,23 @@ BLOCKS: dict[str, tuple[int, int, int, int]] = {
 CHANNELS = (64, 128, 256, 512)
 STRIDE = 32
 """Image pixels per feature, along one side."""
+LARGEST_SIDE = 8192
+LARGEST_LAYERS = 64
+LARGEST = {
+    "state_dim": 4096,
+    "action_dim": 4096,
+    "chunk_size": 16384,
+    "n_cameras": 32,
+    "width": 16384,
+    "n_heads": 1024,
+    "feedforward": 65536,
+    "n_encoder_layers": LARGEST_LAYERS,
+    "n_decoder_layers": LARGEST_LAYERS,
+    "n_style_layers": LARGEST_LAYERS,
+    "latent_dim": 4096,
+}
+"""Far above any network there is. A damaged file's number must not become an allocation, a loop of
+hours, or an overflow deep inside torch."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -47,16 +64,13 @@ class ActConfig:
     dropout: float = 0.1
 
     def __post_init__(self) -> None:
-        sizes = (
-            "state_dim action_dim chunk_size n_cameras width n_heads feedforward "
-            "n_encoder_layers n_decoder_layers n_style_layers latent_dim"
-        )
-        for name in sizes.split():
-            if getattr(self, name) < 1:
-                raise CheckpointError(f"{name}: got {getattr(self, name)}, expected at least 1")
-        if min(self.image_hw) < STRIDE:
+        for name, largest in LARGEST.items():
+            size = getattr(self, name)
+            if not 1 <= size <= largest:
+                raise CheckpointError(f"{name}: got {size}, expected 1 to {largest}")
+        if not STRIDE <= min(self.image_hw) <= max(self.image_hw) <= LARGEST_SIDE:
             raise CheckpointError(
-                f"image_hw: got {self.image_hw}, expected at least {STRIDE} pixels each way"
+                f"image_hw: got {self.image_hw}, expected {STRIDE} to {LARGEST_SIDE} pixels a side"
             )
         if self.width % self.n_heads or self.width % 4:
             raise CheckpointError(

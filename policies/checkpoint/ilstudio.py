@@ -4,14 +4,15 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, cast
 
-from policies.act.config import ActConfig
-from policies.act.model import IMAGENET_MEAN, IMAGENET_STD
+from policies.act.config import LARGEST_LAYERS, ActConfig
 from policies.act.weights import ActWeights
+from policies.checkpoint.assemble import assemble
 from policies.checkpoint.extras import Extras
 from policies.checkpoint.files import need, read_json, read_safetensors
 from policies.checkpoint.keys import detr_dead_keys, detr_keys, translate
@@ -63,7 +64,7 @@ def load_ilstudio(
     tensors = translate(
         read_safetensors(folder / WEIGHTS),
         detr_keys(config),
-        detr_dead_keys(need(raw, "dec_layers", int, path)),
+        detr_dead_keys(_decoder_layers(raw, path)),
         config,
         folder / WEIGHTS,
     )
@@ -77,22 +78,15 @@ def load_ilstudio(
                 f"{folder}: {name} statistics of {dataset.dataset_id!r}: got {normalizer.dim} "
                 f"dimensions, expected {dim} ({CONFIG})"
             )
-    return ActWeights(
-        config=config,
-        tensors=tensors,
-        state_normalizer=dataset.state,
-        action_normalizer=dataset.action,
-        image_mean=(IMAGENET_MEAN,) * len(cameras),
-        image_std=(IMAGENET_STD,) * len(cameras),
-        cameras=cameras,
-        n_action_steps=extras.n_action_steps or config.chunk_size,
-        dt_s=extras.dt_s,
+    weights = assemble(
+        config, tensors, extras, state=dataset.state, action=dataset.action, cameras=cameras
+    )
+    return dataclasses.replace(
+        weights,
         ctrl_space=dataset.ctrl_space,
         ctrl_type=dataset.ctrl_type,
         dataset_id=dataset.dataset_id,
         dataset_ids=dataset.known,
-        rendering=extras.rendering,
-        trained=extras.trained,
     )
 
 
@@ -129,6 +123,13 @@ def _config(
     except CheckpointError as error:
         text = str(error)
         raise CheckpointError(text if str(path) in text else f"{path}: {text}") from error
+
+
+def _decoder_layers(raw: Mapping[str, Any], path: Path) -> int:
+    layers: int = need(raw, "dec_layers", int, path)
+    if not 1 <= layers <= LARGEST_LAYERS:
+        raise CheckpointError(f"{path}: dec_layers: got {layers}, expected 1 to {LARGEST_LAYERS}")
+    return layers
 
 
 def _dataset(folder: Path, dataset_id: str | None) -> _Dataset:

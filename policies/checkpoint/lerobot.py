@@ -13,6 +13,7 @@ from torch import Tensor
 
 from policies.act.config import ActConfig
 from policies.act.weights import ActWeights, Triples
+from policies.checkpoint.assemble import assemble
 from policies.checkpoint.extras import Extras
 from policies.checkpoint.files import need, read_json, read_safetensors
 from policies.checkpoint.keys import LEROBOT_DEAD_KEYS, lerobot_keys, translate
@@ -72,21 +73,15 @@ def load_lerobot(
     tensors = read_safetensors(folder / WEIGHTS)
     inputs, outputs = _norms(folder, raw, tensors, path)
     weights = {k: v for k, v in tensors.items() if not k.startswith(BUFFERS)}
-    image_mean, image_std = _image_norm(inputs, features.cameras)
-    return ActWeights(
-        config=config,
-        tensors=translate(
-            weights, lerobot_keys(config), LEROBOT_DEAD_KEYS, config, folder / WEIGHTS
-        ),
-        state_normalizer=_normalizer(inputs, STATE, "STATE", config.state_dim),
-        action_normalizer=_normalizer(outputs, ACTION, "ACTION", config.action_dim, output=True),
-        image_mean=image_mean,
-        image_std=image_std,
+    return assemble(
+        config,
+        translate(weights, lerobot_keys(config), LEROBOT_DEAD_KEYS, config, folder / WEIGHTS),
+        extras,
+        state=_normalizer(inputs, STATE, "STATE", config.state_dim),
+        action=_normalizer(outputs, ACTION, "ACTION", config.action_dim, output=True),
         cameras=cameras,
-        n_action_steps=extras.n_action_steps or need(raw, "n_action_steps", int, path),
-        dt_s=extras.dt_s,
-        rendering=extras.rendering,
-        trained=extras.trained,
+        image_norm=_image_norm(inputs, features.cameras),
+        n_action_steps=need(raw, "n_action_steps", int, path),
     )
 
 

@@ -13,8 +13,8 @@ from typing import Any
 from torch import Tensor
 
 from policies.act.config import ActConfig
-from policies.act.model import IMAGENET_MEAN, IMAGENET_STD
 from policies.act.weights import ActWeights
+from policies.checkpoint.assemble import assemble
 from policies.checkpoint.extras import Extras
 from policies.checkpoint.files import read_torch
 from policies.checkpoint.keys import detr_dead_keys, detr_keys, translate
@@ -65,18 +65,13 @@ def load_original(
     stats = read_pickle(folder / STATS)
     if not isinstance(stats, dict):
         raise CheckpointError(f"{folder / STATS}: got {type(stats).__name__}, expected a dict")
-    return ActWeights(
-        config=config,
-        tensors=translate(tensors, detr_keys(config), detr_dead_keys(layers), config, path),
-        state_normalizer=_normalizer(stats, "qpos", folder / STATS, config.state_dim),
-        action_normalizer=_normalizer(stats, "action", folder / STATS, config.action_dim),
-        image_mean=(IMAGENET_MEAN,) * len(cameras),
-        image_std=(IMAGENET_STD,) * len(cameras),
+    return assemble(
+        config,
+        translate(tensors, detr_keys(config), detr_dead_keys(layers), config, path),
+        extras,
+        state=_normalizer(stats, "qpos", folder / STATS, config.state_dim),
+        action=_normalizer(stats, "action", folder / STATS, config.action_dim),
         cameras=cameras,
-        n_action_steps=extras.n_action_steps or config.chunk_size,
-        dt_s=extras.dt_s,
-        rendering=extras.rendering,
-        trained=extras.trained,
     )
 
 

@@ -309,6 +309,14 @@ REFUSALS = {
         edit_json("config.json", hidden_dim="16"),
         "config.json: hidden_dim: got '16', expected int",
     ),
+    "a size beyond all reason": (
+        edit_json("config.json", hidden_dim=10**30),
+        "config.json: width: got 1000000000000000000000000000000, expected 1 to",
+    ),
+    "layers beyond all reason": (
+        edit_json("config.json", dec_layers=10**9),
+        "config.json: dec_layers: got 1000000000, expected 1 to 64",
+    ),
     "not json": (write("config.json", "{"), "config.json: Expecting property name"),
     "unused key": (
         edit_weights(lambda t: t.update(extra=torch.zeros(1))),
@@ -406,6 +414,17 @@ LEROBOT_REFUSALS = {
     "a shape of words": (
         edit_json("config.json", output_features={"action": {"shape": ["two"]}}),
         r"config.json: shape: got \['two'\], expected integers",
+    ),
+    "a size beyond all reason": (
+        edit_json("config.json", dim_feedforward=10**30),
+        "config.json: feedforward: got 1000000000000000000000000000000, expected 1 to",
+    ),
+    "a camera beyond all reason": (
+        lambda f: edit_json("config.json", input_features={
+            "observation.state": {"type": "STATE", "shape": [3]},
+            "observation.images.top": {"type": "VISUAL", "shape": [3, 10**30, 64]}})(f)
+        or (f / "metronome.yaml").unlink(),
+        "config.json: image_hw: got .*expected 32 to 8192",
     ),
     "layers in words": (
         edit_json("config.json", n_vae_encoder_layers="x"),

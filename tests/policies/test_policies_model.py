@@ -108,10 +108,13 @@ def test_resnet34_is_deeper():
     ("change", "message"),
     [
         ({"n_heads": 3}, "n_heads: got 3 for width 16, expected a divisor"),
-        ({"image_hw": (31, 64)}, r"image_hw: got \(31, 64\), expected at least 32"),
+        ({"image_hw": (31, 64)}, r"image_hw: got \(31, 64\), expected 32 to 8192"),
         ({"backbone": "vit"}, "backbone: got 'vit', expected one of"),
         ({"activation": "glu"}, "activation: got 'glu', expected one of"),
-        ({"chunk_size": 0}, "chunk_size: got 0, expected at least 1"),
+        ({"image_hw": (32, 10**6)}, r"image_hw: got \(32, 1000000\), expected 32 to 8192"),
+        ({"width": 10**30}, "width: got 1000000000000000000000000000000, expected 1 to"),
+        ({"n_encoder_layers": 10**9}, "n_encoder_layers: got 1000000000, expected 1 to 64"),
+        ({"chunk_size": 0}, "chunk_size: got 0, expected 1 to 16384"),
     ],
 )
 def test_impossible_sizes_are_refused(change, message):
