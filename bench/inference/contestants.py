@@ -10,7 +10,7 @@ import importlib
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal, TypeAlias
+from typing import Any, Literal, TypeAlias
 
 import numpy as np
 from numpy.typing import NDArray
@@ -41,6 +41,8 @@ class Setting:
 
 
 Build: TypeAlias = Callable[[ActWeights, Setting], Run]
+BuildLimit: TypeAlias = Callable[[Setting], Run]
+"""What a limit runs takes no notice of its observation, and needs no weights."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -68,12 +70,18 @@ class Contestant:
         Raises:
             Absent: Its package is not installed.
         """
+        return self._import()  # type: ignore[no-any-return]
+
+    def load_limit(self) -> BuildLimit:
+        """As ``load``, for a limit."""
+        return self._import()  # type: ignore[no-any-return]
+
+    def _import(self) -> Any:
         try:
             module = importlib.import_module(self.module)
         except ImportError as error:
             raise Absent(f"not installed: {error}") from error
-        build: Build = getattr(module, self.build)
-        return build
+        return getattr(module, self.build)
 
 
 PLAIN = "plain, torch fp32"

@@ -19,12 +19,11 @@ from bench.inference.contestants import (
     Run,
     Setting,
 )
-from policies.act.weights import ActWeights
 
 _NOTHING = np.zeros((0, 0), np.float32)
 
 
-def matrix_product(_weights: ActWeights, setting: Setting) -> Run:
+def matrix_product(setting: Setting) -> Run:
     """One square float32 product that fits the caches."""
     torch.set_num_threads(setting.threads)
     a, b = (torch.rand(GEMM_SIDE, GEMM_SIDE) for _ in range(2))
@@ -37,7 +36,7 @@ def matrix_product(_weights: ActWeights, setting: Setting) -> Run:
     return run
 
 
-def convolution(_weights: ActWeights, setting: Setting) -> Run:
+def convolution(setting: Setting) -> Run:
     """A 3x3 convolution of the backbone, channels last: most of the network is that."""
     torch.set_num_threads(setting.threads)
     channels, height, width = CONVOLUTION_SHAPE
@@ -52,7 +51,7 @@ def convolution(_weights: ActWeights, setting: Setting) -> Run:
     return run
 
 
-def copy(_weights: ActWeights, setting: Setting) -> Run:
+def copy(setting: Setting) -> Run:
     """Memory to memory, beyond any cache; each byte is read once and written once."""
     torch.set_num_threads(setting.threads)
     source = torch.ones(COPY_BYTES, dtype=torch.uint8)
@@ -65,7 +64,7 @@ def copy(_weights: ActWeights, setting: Setting) -> Run:
     return run
 
 
-def cuda_matrix_product(_weights: ActWeights, setting: Setting) -> Run:
+def cuda_matrix_product(setting: Setting) -> Run:
     """One square bfloat16 product on the tensor cores."""
     sides = (CUDA_GEMM_SIDE, CUDA_GEMM_SIDE)
     a, b = (torch.rand(sides, dtype=torch.bfloat16, device=setting.device) for _ in range(2))
@@ -79,7 +78,7 @@ def cuda_matrix_product(_weights: ActWeights, setting: Setting) -> Run:
     return run
 
 
-def cuda_copy(_weights: ActWeights, setting: Setting) -> Run:
+def cuda_copy(setting: Setting) -> Run:
     """The device's memory to itself."""
     source = torch.ones(CUDA_COPY_BYTES, dtype=torch.uint8, device=setting.device)
     target = torch.empty_like(source)

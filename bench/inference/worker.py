@@ -19,7 +19,7 @@ from dataclasses import dataclass
 from multiprocessing.connection import Connection
 from pathlib import Path
 from types import TracebackType
-from typing import Any
+from typing import Any, TypeAlias
 
 import numpy as np
 from numpy.typing import NDArray
@@ -30,6 +30,8 @@ ROOT = Path(__file__).resolve().parents[2]
 START_WITHIN_S = 300.0
 ANSWER_WITHIN_S = 120.0
 _PR_SET_PDEATHSIG = 1
+
+Inputs: TypeAlias = list[tuple[NDArray[np.uint8], NDArray[np.float32]]]
 
 
 @dataclass(frozen=True, slots=True)
@@ -160,15 +162,20 @@ def main(fd: int) -> None:
 
     imported_s = _since_s(task.born_ns)
     base_bytes = _resident_bytes()
+    contestant = CONTESTANTS[task.contestant]
+    inputs: Inputs = [(np.zeros((0, 0, 0, 3), np.uint8), np.zeros(0, np.float32))]
     try:
-        weights = load(task.checkpoint)
-        run = CONTESTANTS[task.contestant].load()(weights, task.setting)
+        if contestant.side == "limit":
+            run = contestant.load_limit()(task.setting)
+        else:
+            weights = load(task.checkpoint)
+            inputs = observations(weights.config)
+            run = contestant.load()(weights, task.setting)
+            del weights
     except Absent as reason:
         link.send(str(reason))
         return
     built_s = _since_s(task.born_ns)
-    inputs = observations(weights.config)
-    del weights
     began_s = time.perf_counter()
     run(*inputs[0])
     first_s = time.perf_counter() - began_s
@@ -182,12 +189,7 @@ def main(fd: int) -> None:
             link.send(_block(run, inputs, calls, uncounted))
 
 
-def _block(
-    run: Run,
-    inputs: list[tuple[NDArray[np.uint8], NDArray[np.float32]]],
-    calls: int,
-    uncounted: int,
-) -> Block:
+def _block(run: Run, inputs: Inputs, calls: int, uncounted: int) -> Block:
     for number in range(uncounted):
         run(*inputs[number % len(inputs)])
     samples_s = np.empty(calls)
