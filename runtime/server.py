@@ -22,9 +22,10 @@ from dataclasses import dataclass, field
 from policies.errors import ContractMismatch, InferenceError, PolicyError
 from policies.types import ActionChunk, Policy
 from runtime import messages
+from transport.adaptive import DEFAULT_SPIN_US
 from transport.channel import Kind, Message
 from transport.control import Hello, Welcome
-from transport.errors import PeerGone, Refused, TransportError
+from transport.errors import PeerGone, Refused, TransportError, ViewsHeld
 from transport.listener import Listener
 from transport.sessions import ServerSession
 
@@ -70,6 +71,8 @@ class PolicyServer:
         host, port: Where to listen; port 0 takes a free one (``port`` says which).
         transports: What may be offered to clients.
         max_sessions: Sessions open at a time.
+        spin_us: How long to watch for the next request of a client in a tight exchange before
+            sleeping, 0 to 200.
 
     Raises:
         AddressInUse, TransportError: The address cannot be had.
@@ -83,6 +86,7 @@ class PolicyServer:
         port: int = 0,
         transports: Sequence[str] = ("shm", "zmq"),
         max_sessions: int = 64,
+        spin_us: float = DEFAULT_SPIN_US,
     ) -> None:
         self._policy = policy
         self._exclusive = not _can_fork(policy)
@@ -97,6 +101,7 @@ class PolicyServer:
             accept=self._accept,
             transports=transports,
             max_sessions=1 if self._exclusive else max_sessions,
+            spin_us=spin_us,
         )
 
     @property
@@ -225,28 +230,42 @@ class PolicyServer:
         message, state.waiting = state.waiting, None
         if message is None:
             return
-        with message:
-            waited_ns = time.monotonic_ns() - state.since_ns
-            if 0 < message.budget_ns < waited_ns:
-                self._fail(session, message, InferenceError("the request's time was up"))
-                return
-            try:
-                obs = messages.read_observation(message.arrays)
-                chunk = state.policy.infer(obs)
-                messages.check_chunk(chunk, self._policy.contract)
-                if chunk.obs_timestep != obs.timestep:
-                    raise InferenceError(
-                        f"the policy answered for tick {chunk.obs_timestep}, asked for "
-                        f"{obs.timestep}: it must pass obs.timestep on"
-                    )
-            except PolicyError as error:
-                self._fail(session, message, error)
-            except Exception as error:
-                # Anyone's policy runs here. Its bug costs this request, not the other robots.
-                logger.exception("session %d: the policy failed", session.id)
-                self._fail(session, message, InferenceError(f"the policy failed: {error!r}"))
-            else:
-                self._reply(session, message, chunk, waited_ns)
+        waited_ns = time.monotonic_ns() - state.since_ns
+        try:
+            with message:
+                self._serve_one(session, message, waited_ns)
+        except ViewsHeld as error:
+            # Its next observations could not be sent. Better now, with the reason, than silence.
+            logger.error("session %d: the policy keeps what it was given: %s", session.id, error)
+            session.channel.close(f"the policy keeps what it was given: {error}")
+            self._end(session)
+
+    def _serve_one(self, session: ServerSession, message: Message, waited_ns: int) -> None:
+        if 0 < message.budget_ns < waited_ns:
+            self._fail(session, message, InferenceError("the request's time was up"))
+            return
+        try:
+            chunk = self._infer(session.attachment.policy, message)
+        except PolicyError as error:
+            self._fail(session, message, error)
+        except Exception as error:
+            # Anyone's policy runs here. Its bug costs this request, not the other robots.
+            logger.exception("session %d: the policy failed", session.id)
+            self._fail(session, message, InferenceError(f"the policy failed: {error!r}"))
+        else:
+            self._reply(session, message, chunk, waited_ns)
+
+    def _infer(self, policy: Policy, message: Message) -> ActionChunk:
+        """A call of its own, so that the observation's views end with it, before the release."""
+        obs = messages.read_observation(message.arrays)
+        chunk = policy.infer(obs)
+        messages.check_chunk(chunk, self._policy.contract)
+        if chunk.obs_timestep != obs.timestep:
+            raise InferenceError(
+                f"the policy answered for tick {chunk.obs_timestep}, asked for "
+                f"{obs.timestep}: it must pass obs.timestep on"
+            )
+        return chunk
 
     def _reply(
         self, session: ServerSession, message: Message, chunk: ActionChunk, waited_ns: int

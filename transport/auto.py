@@ -13,6 +13,7 @@ from collections.abc import Mapping
 from types import MappingProxyType
 from typing import Any
 
+from transport.adaptive import DEFAULT_SPIN_US
 from transport.base import BaseChannel
 from transport.control import (
     NO_EPOCH,
@@ -57,10 +58,14 @@ class Dialer:
 
     Args:
         timeout_s: For each answer of the server's.
+        spin_us: How long a channel over shared memory may watch before it sleeps.
     """
 
-    def __init__(self, host: str, port: int, *, timeout_s: float = 5.0) -> None:
+    def __init__(
+        self, host: str, port: int, *, timeout_s: float = 5.0, spin_us: float = DEFAULT_SPIN_US
+    ) -> None:
         self.host, self.port, self._timeout_s = host, port, timeout_s
+        self._spin_us = spin_us
         self._address = f"[{host}]:{port}" if ":" in host else f"{host}:{port}"
         self._link: Link | None = None
 
@@ -182,7 +187,7 @@ class Dialer:
         try:
             from transport.shm_channel import ShmChannel
 
-            return ShmChannel(mine, theirs, epoch, parts)
+            return ShmChannel(mine, theirs, epoch, parts, spin_us=self._spin_us)
         except BaseException as error:
             parts.close()
             if isinstance(error, ImportError):

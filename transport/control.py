@@ -17,7 +17,7 @@ from typing import Any
 from transport.errors import ProtocolError, TransportError
 from transport.schema import Schema
 
-PROTOCOL_VERSION = 1
+PROTOCOL_VERSION = 2
 MAGIC = b"MTRN"
 PREFIX = struct.Struct("<4sHH16s")
 """Magic, protocol version, opcode, epoch."""
@@ -145,14 +145,16 @@ def encode(opcode: Opcode, epoch: bytes, body: Mapping[str, Any] | None = None) 
     return frames
 
 
-def decode_prefix(head: bytes) -> tuple[int, int, bytes]:
+def decode_prefix(head: bytes | memoryview) -> tuple[int, int, bytes]:
     """(version, opcode, epoch) of a frame 0; the opcode may be one of a later version.
 
     Raises:
         ProtocolError: Not a frame of this protocol.
     """
     if len(head) < PREFIX.size or head[: len(MAGIC)] != MAGIC:
-        raise ProtocolError(f"frame: got {head[:16]!r} ({len(head)} bytes), expected {MAGIC!r}...")
+        raise ProtocolError(
+            f"frame: got {bytes(head[:16])!r} ({len(head)} bytes), expected {MAGIC!r}..."
+        )
     _, version, opcode, epoch = PREFIX.unpack_from(head)
     return version, opcode, epoch
 

@@ -57,3 +57,7 @@ class PeerGone(TransportError):
 
 class ChannelClosed(TransportError):
     """Used after ``close``, or a message's arrays after ``release``."""
+
+
+class ViewsHeld(TransportError):
+    """Arrays of too many released messages are still held; the message says how many."""

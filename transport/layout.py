@@ -1,4 +1,9 @@
-"""Where things are in a segment: identity, counters, slots."""
+"""Where things are in a segment: identity, flags and counters, slot headers, payloads.
+
+The first page holds what is small, every word that the peer watches on cache lines of its own.
+Payloads start on pages: a copy runs along whole cache lines, and a driver that wants pages
+(``cudaHostRegister``) gets them.
+"""
 
 from __future__ import annotations
 
@@ -15,12 +20,14 @@ from transport.errors import ProtocolError
 from transport.schema import Schema
 
 NONCE_BYTES = 16
-_MAGIC = b"METRNM01"
+_MAGIC = b"METRNM02"
 _IDENTITY = struct.Struct(f"<8s{NONCE_BYTES}sIQ")
 _LINE = 128
 """Counters are this far apart: processors fetch cache lines in pairs."""
-_FIRST_SLOT = 4096
-_HEADER_BYTES = 64
+_HEADERS = 1024
+HEADER_BYTES = 64
+"""Eight words, of which seven are used: see ``transport.ring``."""
+PAGE = 4096
 
 
 @dataclass(frozen=True, slots=True)
@@ -51,25 +58,32 @@ class Layout:
         return 2 * _LINE
 
     @property
+    def asleep_offset(self) -> int:
+        """Of the flag by which the same process says that it sleeps until its bell is rung."""
+        return 3 * _LINE
+
+    @property
+    def closed_offset(self) -> int:
+        """Of the flag by which the same process says that it has closed the session."""
+        return 4 * _LINE
+
+    @property
     def slot_bytes(self) -> int:
-        return _HEADER_BYTES + -(-self.payload_bytes // _HEADER_BYTES) * _HEADER_BYTES
+        return -(-self.payload_bytes // PAGE) * PAGE
 
     @property
     def nbytes(self) -> int:
-        return _FIRST_SLOT + self.slots * self.slot_bytes
+        return PAGE + self.slots * self.slot_bytes
 
     def header_offset(self, slot: int) -> int:
-        return _FIRST_SLOT + slot * self.slot_bytes
+        return _HEADERS + slot * HEADER_BYTES
 
     def payload_offset(self, slot: int) -> int:
-        return self.header_offset(slot) + _HEADER_BYTES
+        return PAGE + slot * self.slot_bytes
 
     def payload(self, segment: NDArray[np.uint8], slot: int) -> NDArray[np.uint8]:
-        """The payload of one slot, without copying.
-
-        An array, not a memoryview: numpy looks through that to its owner, and a view of it would
-        not keep the segment mapped.
-        """
+        """The payload of one slot, without copying: an array, whose views keep the segment mapped
+        (those of a memoryview would not)."""
         start = self.payload_offset(slot)
         return segment[start : start + self.payload_bytes]
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import math
+import select
 import time
 from collections.abc import Callable, Mapping
 from typing import Any
@@ -35,9 +36,12 @@ SILENCE_MS = 5000
 """A peer whose network is silent for this long is gone; it need not call anything to stay."""
 LINGER_MS = 200
 """How long a goodbye may take to leave."""
-QUEUE = 64
-"""Messages that ZMQ may queue per peer; the slots of a session are far fewer."""
-_EVENTS, _POLLIN = int(zmq.EVENTS), int(zmq.POLLIN)  # asked per message; an enum costs more
+QUEUE = 16
+"""Messages that ZMQ may queue per peer and direction. A session that keeps to its slots never has
+more than half of them there; from one that does not, ZMQ stops reading at this many, and TCP makes
+it wait."""
+# Asked per message; an enum costs more.
+_EVENTS, _POLLIN, _DONTWAIT = int(zmq.EVENTS), int(zmq.POLLIN), int(zmq.DONTWAIT)
 _FAILURES = (
     zmq.Event.HANDSHAKE_FAILED_NO_DETAIL
     | zmq.Event.HANDSHAKE_FAILED_PROTOCOL
@@ -61,6 +65,19 @@ def has_input(socket: zmq.Socket[bytes]) -> bool:
     return bool(int(socket.get(_EVENTS)) & _POLLIN)
 
 
+def alarm(socket: zmq.Socket[bytes]) -> select.poll:
+    """A poll of ``socket``'s descriptor, for one that is seldom spoken to: a third of the cost of
+    ``has_input``, which need only be asked, until it says no, when this is readable.
+
+    Holds only for a socket that nothing is sent on: sending takes in the descriptor's signal.
+    """
+    # Whoever has never looked is not signalled either.
+    has_input(socket)
+    poll = select.poll()
+    poll.register(int(socket.get(zmq.FD)), select.POLLIN)
+    return poll
+
+
 class Link:
     """A DEALER connected to ``endpoint``, with its own context.
 
@@ -72,7 +89,7 @@ class Link:
         self.address = address
         self._context = zmq.Context()
         self._socket: zmq.Socket[bytes] = self._context.socket(zmq.DEALER)
-        self._deliver: Callable[[bytes, Any | None], None] | None = None
+        self._deliver: Callable[[memoryview], None] | None = None
         self._epoch = NO_EPOCH
         self._gone: str | None = None
         self._connected = self._rejected = self._shut = False
@@ -83,6 +100,10 @@ class Link:
                 zmq.Event.HANDSHAKE_SUCCEEDED | zmq.Event.DISCONNECTED | _FAILURES
             )
             self._socket.connect(endpoint)
+            self._alarm = alarm(self._monitor)
+            self._sleep = select.poll()
+            for socket in (self._monitor, self._socket):
+                self._sleep.register(int(socket.get(zmq.FD)), select.POLLIN)
         except zmq.ZMQError as error:
             self._context.destroy(linger=0)
             raise TransportError(f"cannot dial {address}: {error}") from error
@@ -113,7 +134,7 @@ class Link:
             frames = self._receive()
             if frames is None:
                 continue
-            version, number, came_epoch = decode_prefix(frames[0].bytes)
+            version, number, came_epoch = decode_prefix(frames[0].buffer)
             if version != PROTOCOL_VERSION:
                 raise ProtocolError(
                     f"{self.address} speaks protocol version {version}, "
@@ -134,36 +155,32 @@ class Link:
         except zmq.Again as error:
             raise WouldBlock(f"nothing has taken what was sent to {self.address}") from error
 
-    def carry(self, epoch: bytes, deliver: Callable[[bytes, Any | None], None]) -> None:
+    def carry(self, epoch: bytes, deliver: Callable[[memoryview], None]) -> None:
         """From now on be the ``Carrier`` of the session ``epoch``."""
         self._epoch, self._deliver = epoch, deliver
 
     # --- Carrier
 
-    def send(self, head: bytes, payload: Any | None) -> bool:
+    def send(self, frame: Any) -> bool:
         try:
-            if payload is None:
-                self._socket.send(head, zmq.DONTWAIT)
-            else:
-                self._socket.send(head, zmq.DONTWAIT | zmq.SNDMORE)
-                self._socket.send(payload, zmq.DONTWAIT, copy=False)
+            self._socket.send(frame, _DONTWAIT, copy=False)
         except zmq.Again:
             return False
         return True
 
     def pump(self, timeout_s: float) -> str | None:
-        if timeout_s > 0 and self._gone is None:
-            poller = zmq.Poller()
-            poller.register(self._socket, zmq.POLLIN)
-            poller.register(self._monitor, zmq.POLLIN)
-            poller.poll(math.ceil(timeout_s * 1000))
+        # Asked right before sleeping: what was sent meanwhile may have taken in the descriptor's
+        # signal, and would then leave it silent with a message there.
+        if timeout_s > 0 and self._gone is None and not has_input(self._socket):
+            self._sleep.poll(math.ceil(timeout_s * 1000))
         while has_input(self._socket):
             self._dispatch()
-        self._watch()
-        if self._gone is not None:
-            # The connection broke after its last messages were handed over; those are in time.
-            while has_input(self._socket):
-                self._dispatch()
+        if self._alarm.poll(0):
+            self._watch()
+            if self._gone is not None:
+                # The connection broke after its last messages were handed over; those are in time.
+                while has_input(self._socket):
+                    self._dispatch()
         return self._gone
 
     def close(self, reason: str = "") -> None:
@@ -181,8 +198,10 @@ class Link:
 
     def _receive(self) -> list[zmq.Frame] | None:
         """All frames of one message, whatever their number; None when nothing was there."""
+        frames: list[zmq.Frame] = []
         try:
-            frames = self._socket.recv_multipart(zmq.DONTWAIT, copy=False)
+            while not frames or frames[-1].more:
+                frames.append(self._socket.recv(_DONTWAIT, copy=False))
         except zmq.Again:
             return None
         return frames
@@ -191,7 +210,7 @@ class Link:
         frames = self._receive()
         if frames is None:
             return
-        head = frames[0].bytes
+        head = frames[0].buffer
         try:
             _, number, epoch = decode_prefix(head)
         except ProtocolError:
@@ -199,7 +218,8 @@ class Link:
         if number == Opcode.BYE and epoch == self._epoch:
             self._gone = self._gone or farewell(frames)
         elif number != Opcode.PING and self._deliver is not None:
-            self._deliver(head, frames[1] if len(frames) == 2 else None)
+            # What is of more frames than a message has is let in as none, to be counted.
+            self._deliver(head if len(frames) == 1 else head[:0])
 
     def _watch(self) -> None:
         """Read what the monitor saw happen to the connection."""

@@ -1,7 +1,9 @@
 """A server's side of every session: one wait for all of them.
 
 Single-threaded, all descriptors in one epoll, nothing looked at by the clock: an idle listener
-sleeps until a client speaks, hangs up, or lets a deadline of the handshake pass.
+sleeps until a client speaks, hangs up, or lets a deadline of the handshake pass. Clients that have
+just spoken over shared memory are looked at there first (``transport.awake``), and for a bounded
+moment before it sleeps.
 
 Whatever a peer sends is checked before anything is made for it, answered or counted, and never
 ends the server.
@@ -17,6 +19,7 @@ from collections.abc import Callable, Mapping, Sequence
 from types import MappingProxyType
 from typing import Any
 
+from transport.adaptive import DEFAULT_SPIN_US, AdaptiveSpin
 from transport.control import (
     PROTOCOL_VERSION,
     TRANSPORTS,
@@ -38,6 +41,8 @@ MAX_CONTROL_QUEUE = 1024
 """Control messages that may wait until ``wait`` is called again; further ones are dropped."""
 _PROBE_AFTER_S = (0.0, 0.05, 0.5)
 """A lost connection is announced a little before its sessions can be told from the others."""
+_LOOK_EVERY_S = 0.001
+"""A server that is never idle looks away from shared memory this often."""
 _log = logging.getLogger(__name__)
 
 
@@ -49,6 +54,8 @@ class Listener:
         describe: What a client is told that asks; JSON values.
         accept: Grants a session or raises ``Refused``; nothing was allocated before it.
         transports: Which may be used, of ``TRANSPORTS``.
+        spin_us: How long to watch the shared memory of a client in a tight exchange before
+            sleeping; see ``AdaptiveSpin``.
 
     Raises:
         AddressInUse: As it says.
@@ -64,14 +71,16 @@ class Listener:
         accept: Callable[[Hello], Welcome],
         transports: Sequence[str] = TRANSPORTS,
         max_sessions: int = 64,
+        spin_us: float = DEFAULT_SPIN_US,
     ) -> None:
         if not transports or any(name not in TRANSPORTS for name in transports):
             raise TransportError(f"transports: got {transports}, expected some of {TRANSPORTS}")
+        self._adaptive = AdaptiveSpin(spin_us)
         self._router = Router(host, port)
         self.host, self.port = host, self._router.port
         self._reactor = Reactor()
         try:
-            self._open(describe, accept, tuple(transports), max_sessions)
+            self._open(describe, accept, tuple(transports), max_sessions, spin_us)
         except BaseException:
             self._reactor.close()
             self._router.close()
@@ -83,9 +92,11 @@ class Listener:
         accept: Callable[[Hello], Welcome],
         transports: tuple[str, ...],
         max_sessions: int,
+        spin_us: float,
     ) -> None:
         self._counts: Counter[str] = Counter()
-        self._roster = Roster(self._reactor, self._router, self._receive, self._counts)
+        self._roster = Roster(self._reactor, self._router, self._receive, self._counts, spin_us)
+        self._look_at = 0.0
         self._control: deque[tuple[bytes, int, int, bytes, bytes]] = deque()
         self._probes: list[float] = []
         self._closed = False
@@ -125,18 +136,25 @@ class Listener:
         if self._closed:
             raise TransportError("the listener is closed")
         self._roster.bury()
-        deadline = None if timeout_s is None else time.monotonic() + timeout_s
-        patience: float | None = 0.0
+        began = time.monotonic()
+        until = None if timeout_s is None else began + timeout_s
+        woken = False
         while True:
             # First what has arrived, then what is overdue: whoever serves may have been busy for
             # longer than a client's patience, and that is not the client's fault.
-            woken = self._reactor.run(patience)
-            self._serve()
+            if time.monotonic() >= self._look_at:
+                woken = self._look(0.0)
             ready = self._roster.collect()
             now = time.monotonic()
-            if ready or woken or (deadline is not None and now >= deadline):
+            if ready or woken or (until is not None and now >= until):
+                if ready and now > began:
+                    self._adaptive.waited(round((now - began) * 1e9))
                 return ready
-            patience = self._patience(now, deadline)
+            awake = self._roster.awake
+            if awake and self._adaptive.watch(awake.look):
+                continue
+            if awake.fall_asleep():
+                woken = self._look(self._patience(time.monotonic(), until))
 
     def wake(self) -> None:
         """Make ``wait`` return. The one method for other threads and signal handlers."""
@@ -164,6 +182,13 @@ class Listener:
         self.close()
 
     # --- inside
+
+    def _look(self, patience_s: float | None) -> bool:
+        """Handle what the descriptors say, waiting that long; whether ``wake`` was called."""
+        woken = self._reactor.run(patience_s)
+        self._serve()
+        self._look_at = time.monotonic() + _LOOK_EVERY_S
+        return woken
 
     def _nothing(self) -> None:
         """ZMQ's descriptors only say that it is worth looking; ``_serve`` always looks."""
@@ -206,7 +231,7 @@ class Listener:
             try:
                 if not frames:
                     raise ProtocolError("a message of no or too many frames")
-                version, number, epoch = decode_prefix(frames[0].bytes)
+                version, number, epoch = decode_prefix(frames[0].buffer)
             except ProtocolError:
                 self._counts["malformed"] += 1
                 continue

@@ -8,15 +8,14 @@ from __future__ import annotations
 
 import threading
 from collections import deque
-from types import MappingProxyType
 from typing import Any
 
-import numpy as np
 from numpy.typing import NDArray
 
 from transport.base import SLOTS, BaseChannel, Record
 from transport.channel import Kind
 from transport.schema import Schema
+from transport.views import Views
 from transport.window import Window
 
 
@@ -24,9 +23,9 @@ class _Lane:
     """One direction: slots, what is published, what is released. Guarded by the pair's lock."""
 
     def __init__(self, schema: Schema) -> None:
-        self.slots = [np.zeros(max(1, schema.nbytes), np.uint8) for _ in range(SLOTS)]
-        self.writable = [schema.views(slot, writable=True) for slot in self.slots]
-        self.readable = [MappingProxyType(schema.views(slot)) for slot in self.slots]
+        slots = [bytearray(max(1, schema.nbytes)) for _ in range(SLOTS)]
+        self.writable = [schema.views(slot, writable=True) for slot in slots]
+        self.readable = [Views(schema, slot) for slot in slots]
         self.published: deque[tuple[Kind, int, int, bytes | None]] = deque()
         self.head = 0
         self.window = Window(SLOTS)
@@ -77,8 +76,8 @@ class MemoryChannel(BaseChannel):
                 return None
             kind, request_id, budget_ns, body = self._in.published.popleft()
             sequence = self._in.window.take()
-        arrays = self._in.readable[sequence % SLOTS] if body is None else None
-        return Record(kind, request_id, budget_ns, sequence, arrays, body or b"")
+        views = self._in.readable[sequence % SLOTS] if body is None else None
+        return Record(kind, request_id, budget_ns, sequence, views, body or b"")
 
     def _release(self, sequence: int) -> None:
         with self._changed:

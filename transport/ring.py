@@ -1,99 +1,125 @@
 """A ring of fixed slots from one process to one other, without a lock.
 
 Two segments, one per direction of writing: each side writes its own and maps the other's
-read-only. A direction's slots and ``head`` (messages published) are in the writer's segment, its
-``tail`` (messages released) is in the reader's; every counter has cache lines of its own.
+read-only. A direction's headers, payloads and ``head`` (messages published) are in the writer's
+segment, its ``tail`` (messages released) is in the reader's; every counter has cache lines of its
+own.
 
-Order is the whole protocol. Writer: payload, slot header, store-release ``head``. Reader:
-load-acquire ``head``, copy the slot header, believe the copy only when it fits, store-release
-``tail``. A death at any instruction leaves a slot unpublished or unreleased; nothing to repair.
+Order is the whole protocol. Writer: payload, header, store-release ``head``. Reader: load-acquire
+``head``, copy the header, believe the copy only when it fits, store-release ``tail``. A death at
+any instruction leaves a slot unpublished or unreleased; nothing to repair.
 
-Rejected: a lock or a semaphore around the slots (its owner's death would hold it for ever), and
-one segment for both directions (a reader that runs wild could then overwrite what it reads).
+Sleeping needs one thing more. A reader that is about to sleep stores ``asleep``, then looks at
+``head`` again; a writer stores ``head``, then looks at ``asleep``; both with a full fence in
+between. Whatever the interleaving, one of the two sees the other: either the reader does not go to
+sleep, or the writer rings its bell. Acquire and release alone allow both to miss.
+
+Headers go round by sequence; a header says where its payload is, and the writer takes the lowest
+place that is free. So an exchange of one question and one answer stays in one payload, warm in the
+caches, and the others cost nothing until they are needed.
+
+Rejected: a lock or a semaphore around the slots (its owner's death would hold it for ever); one
+segment for both directions (a reader that runs wild could then overwrite what it reads); ringing
+the bell always (a system call per message, the dearest part of it, mostly for nobody). What runs
+once per message is compiled, in ``transport.steps``: in Python the same few loads and stores cost
+ten times as much.
 """
 
 from __future__ import annotations
 
-import struct
-from types import MappingProxyType
+from collections.abc import Mapping as Words
 from typing import Any
 
+import numpy as np
 from numpy.typing import NDArray
 
+from transport import steps
 from transport.atomics import load_acquire, spin, store_release
 from transport.base import KINDS, Record
-from transport.channel import MAX_BODY_BYTES, Arrays, Kind
+from transport.channel import Kind
 from transport.errors import ProtocolError
 from transport.layout import Layout
 from transport.schema import Schema
 from transport.shm import Mapping
-from transport.window import Window
+from transport.views import Views
 
-_HEADER = struct.Struct("<16sqqqIi")
-"""Epoch, sequence, request id, budget_ns, kind, length of the payload."""
+
+def _state(epoch: bytes, layout: Layout, schema: Schema, words: Words[int, int]) -> NDArray[Any]:
+    state = np.zeros(steps.PLACES + layout.slots, np.int64)
+    state[steps.EPOCH_0 : steps.EPOCH_1 + 1] = np.frombuffer(epoch, np.int64)
+    state[steps.SLOT_COUNT], state[steps.LENGTH] = layout.slots, schema.nbytes
+    for word, value in words.items():
+        state[word] = value
+    return state
 
 
 class RingWriter:
-    """The sending end. ``own`` is written, ``peer`` only read."""
+    """The sending end. ``own`` is written, ``peer`` only read.
+
+    Attributes:
+        reader_sleeps: Whether the last ``publish`` found a reader whose bell must be rung.
+    """
 
     def __init__(
         self, own: Mapping, peer: Mapping, epoch: bytes, schema: Schema, layout: Layout
     ) -> None:
-        self._own, self._layout, self._epoch = own, layout, epoch
-        self._head_at = own.address + layout.head_offset
+        self._own, self._layout, self._length = own, layout, schema.nbytes
         self._tail_at = peer.address + layout.tail_offset
-        self._length = schema.nbytes
-        self._head = load_acquire(self._head_at)
+        self._closed_at = own.address + layout.closed_offset
+        head_at = own.address + layout.head_offset
+        self._head = load_acquire(head_at)
         self._tail = 0
+        words = {
+            steps.HEAD_AT: head_at,
+            steps.HEADERS_AT: own.address + layout.header_offset(0),
+            steps.ASLEEP_AT: peer.address + layout.asleep_offset,
+            steps.COUNT: self._head,
+        }
+        self._words = _state(epoch, layout, schema, words)
+        self._state: int = self._words.ctypes.data
+        self.reader_sleeps = False
         self._views: list[dict[str, NDArray[Any]]] = [
-            schema.views(layout.payload(own.bytes, slot), writable=True)
-            for slot in range(layout.slots)
+            schema.views(layout.payload(own.bytes, place), writable=True)
+            for place in range(layout.slots)
         ]
+        self._claimed = steps.NO_PLACE
 
     def claim(self) -> dict[str, NDArray[Any]] | None:
-        """Views of the next slot, or None while the reader still holds it.
+        """Views of where the next payload goes, or None while the reader holds every place.
 
         Raises:
             ProtocolError: The reader's tail is impossible.
         """
-        return self._views[self._head % self._layout.slots] if self._free() else None
+        if self._claimed == steps.NO_PLACE:
+            tail = load_acquire(self._tail_at)
+            if not self._tail <= tail <= self._head:
+                raise ProtocolError(f"tail: got {tail}, expected {self._tail} to {self._head}")
+            self._tail = tail
+            self._claimed = steps.claim(self._state, tail)
+            if self._claimed == steps.NO_PLACE:
+                return None
+        return self._views[self._claimed]
 
     def publish(self, kind: Kind, request_id: int, budget_ns: int, body: bytes | None) -> bool:
-        """Make the next slot visible, DATA as it is or with ``body``; False while it is taken."""
-        if not self._free():
+        """Make the next message visible, DATA as it is or with ``body``; False without a place."""
+        if self._claimed == steps.NO_PLACE and self.claim() is None:
             return False
-        slot = self._head % self._layout.slots
-        length = self._length
+        number, length = steps.DATA, self._length
         if body is not None:
-            length = len(body)
-            start = self._layout.payload_offset(slot)
+            number, length = int(kind), len(body)
+            start = self._layout.payload_offset(self._claimed)
             self._own.buffer[start : start + length] = body
-        _HEADER.pack_into(
-            self._own.buffer,
-            self._layout.header_offset(slot),
-            self._epoch,
-            self._head,
-            request_id,
-            budget_ns,
-            kind,
-            length,
-        )
+        said = steps.publish(self._state, request_id, budget_ns, number, length)
+        self._claimed = steps.NO_PLACE
         self._head += 1
-        store_release(self._head_at, self._head)
+        self.reader_sleeps = said == steps.PUBLISHED_TO_A_SLEEPER
         return True
 
     def close(self) -> None:
-        """Let go of the memory; the mappings are the channel's to close."""
-        self._views.clear()
-
-    def _free(self) -> bool:
-        if self._head - self._tail < self._layout.slots:
-            return True
-        tail = load_acquire(self._tail_at)
-        if not self._tail <= tail <= self._head:
-            raise ProtocolError(f"tail: got {tail}, expected {self._tail} to {self._head}")
-        self._tail = tail
-        return self._head - tail < self._layout.slots
+        """Say that nothing will follow; let go of the memory. The mappings are the channel's."""
+        if self._views:
+            store_release(self._closed_at, 1)
+            self._views.clear()
 
 
 class RingReader:
@@ -101,31 +127,40 @@ class RingReader:
 
     Attributes:
         dropped_epoch, dropped_malformed: Slots passed over, by cause.
+        closed: Whether the writer has said that nothing will follow.
     """
 
     def __init__(
         self, own: Mapping, peer: Mapping, epoch: bytes, schema: Schema, layout: Layout
     ) -> None:
-        self._peer, self._layout, self._epoch = peer, layout, epoch
+        self._peer, self._layout = peer, layout
         self._head_at = peer.address + layout.head_offset
-        self._tail_at = own.address + layout.tail_offset
-        self._length = schema.nbytes
-        self._window = Window(layout.slots)
-        self._views: list[Arrays] = [
-            MappingProxyType(schema.views(layout.payload(peer.bytes, slot)))
-            for slot in range(layout.slots)
+        self._asleep_at = own.address + layout.asleep_offset
+        words = {
+            steps.HEAD_AT: self._head_at,
+            steps.TAIL_AT: own.address + layout.tail_offset,
+            steps.HEADERS_AT: peer.address + layout.header_offset(0),
+            steps.ASLEEP_AT: self._asleep_at,
+            steps.CLOSED_AT: peer.address + layout.closed_offset,
+        }
+        self._words = _state(epoch, layout, schema, words)
+        self._state: int = self._words.ctypes.data
+        self._cursor = 0
+        self._views: list[Views] = [
+            Views(schema, peer.buffer, layout.payload_offset(place))
+            for place in range(layout.slots)
         ]
         self.dropped_epoch = self.dropped_malformed = 0
+        self.closed = False
 
     @property
     def unread(self) -> bool:
         """Whether something is published that was not taken."""
-        return load_acquire(self._head_at) != self._window.cursor
+        return bool(load_acquire(self._head_at) != self._cursor)
 
     def spin(self, rounds: int) -> bool:
         """As ``unread``, but watch for that many rounds (tens of nanoseconds each)."""
-        cursor = self._window.cursor
-        return spin(self._head_at, cursor, rounds) != cursor
+        return bool(spin(self._head_at, self._cursor, rounds) != self._cursor)
 
     def take(self) -> Record | None:
         """The next valid message, held until ``release``; None when there is none.
@@ -133,46 +168,42 @@ class RingReader:
         Raises:
             ProtocolError: The writer's head is impossible.
         """
-        window = self._window
         while True:
-            head = load_acquire(self._head_at)
-            if head == window.cursor:
+            found, sequence, request_id, budget_ns, number, length, place = steps.take(self._state)
+            if found == steps.TAKEN:
+                self._cursor = sequence + 1
+                if number == steps.DATA:
+                    views = self._views[place]
+                    return Record(Kind.DATA, request_id, budget_ns, sequence, views, b"")
+                start = self._layout.payload_offset(place)
+                body = bytes(self._peer.buffer[start : start + length])
+                return Record(KINDS[number], request_id, budget_ns, sequence, None, body)
+            if found <= steps.CLOSED:
+                self.closed = found == steps.CLOSED
                 return None
-            if not window.cursor < head <= window.tail + window.slots:
-                raise ProtocolError(
-                    f"head: got {head}, expected {window.cursor} to {window.tail + window.slots}"
-                )
-            sequence = window.take()
-            record = self._read(sequence)
-            if record is not None:
-                return record
+            if found == steps.IMPOSSIBLE:
+                first = int(self._words[steps.TAIL]) + self._layout.slots
+                raise ProtocolError(f"head: got {sequence}, expected {self._cursor} to {first}")
+            if found == steps.OTHER_EPOCH:
+                self.dropped_epoch += 1
+            else:
+                self.dropped_malformed += 1
+            self._cursor = sequence + 1
             self.release(sequence)
 
     def release(self, sequence: int) -> None:
-        if self._views and self._window.release(sequence):
-            store_release(self._tail_at, self._window.tail)
+        """Give a slot back. Does nothing after ``close``."""
+        if self._views:
+            steps.release(self._state, sequence)
+
+    def fall_asleep(self) -> bool:
+        """From now on the writer rings; False when something came first: then do not sleep."""
+        return bool(steps.fall_asleep(self._state))
+
+    def wake_up(self) -> None:
+        """The writer need not ring any more."""
+        store_release(self._asleep_at, 0)
 
     def close(self) -> None:
         """Let go of the memory; releases that come later do nothing."""
         self._views.clear()
-
-    def _read(self, sequence: int) -> Record | None:
-        slot = sequence % self._layout.slots
-        start = self._layout.header_offset(slot)
-        # A copy first: the slot belongs to the peer, and what was checked must be what is used.
-        header = bytes(self._peer.buffer[start : start + _HEADER.size])
-        epoch, written, request_id, budget_ns, number, length = _HEADER.unpack(header)
-        if epoch != self._epoch:
-            self.dropped_epoch += 1
-            return None
-        kind = KINDS.get(number)
-        valid = kind is not None and written == sequence and request_id >= 0 and budget_ns >= 0
-        if kind is Kind.DATA:
-            if valid and length == self._length:
-                return Record(kind, request_id, budget_ns, sequence, self._views[slot], b"")
-        elif kind is not None and valid and 0 <= length <= MAX_BODY_BYTES:
-            start = self._layout.payload_offset(slot)
-            body = bytes(self._peer.buffer[start : start + length])
-            return Record(kind, request_id, budget_ns, sequence, None, body)
-        self.dropped_malformed += 1
-        return None

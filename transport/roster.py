@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 import zmq
 
+from transport.awake import Awake
 from transport.control import NO_EPOCH, Opcode, encode
 from transport.errors import PeerGone, TransportError
 from transport.link import farewell
@@ -32,6 +33,7 @@ class Roster:
 
     Attributes:
         sessions: Those that run, by id.
+        awake: Those over shared memory that are looked at without their ringing.
     """
 
     def __init__(
@@ -40,10 +42,12 @@ class Roster:
         router: Router,
         receive: Callable[[float], None],
         counts: Counter[str],
+        spin_us: float,
     ) -> None:
         self._reactor, self._router, self._receive = reactor, router, receive
-        self._counts = counts
+        self._counts, self._spin_us = counts, spin_us
         self.sessions: dict[int, ServerSession] = {}
+        self.awake = Awake()
         self._carriers: dict[bytes, RouterCarrier] = {}
         self._ready: dict[int, ServerSession] = {}
         self._over: list[ServerSession] = []
@@ -62,7 +66,9 @@ class Roster:
         if carrier is None or carrier.identity != identity:
             return False
         if number in (Opcode.MESSAGE, Opcode.CREDIT):
-            carrier.channel.deliver(frames[0].bytes, frames[1] if len(frames) == 2 else None)
+            # What is of more frames than a message has is let in as none, to be counted.
+            head = frames[0].buffer
+            carrier.channel.deliver(head if len(frames) == 1 else head[:0])
             self._ready[carrier.session.id] = carrier.session
         elif number == Opcode.BYE:
             self._end(carrier.session, farewell(frames))
@@ -80,6 +86,8 @@ class Roster:
 
     def collect(self) -> list[ServerSession]:
         """Those with something to read, and those that have ended since the last call."""
+        for session in self.awake.telling():
+            self._ready[session.id] = session
         for number, session in list(self._ready.items()):
             if session.channel.gone is not None:
                 # Found out by whoever reads or writes it: no descriptor would tell.
@@ -131,31 +139,28 @@ class Roster:
             pending.hello.schema,
             pending.epoch,
             pending.offer.take(),
+            spin_us=self._spin_us,
             on_close=lambda why: self._leave(session, channel, why),
         )
         channel.transport_reason = reason
         session = ServerSession(pending.id, pending.hello, channel, reason)
-        self._reactor.watch(channel.bell, lambda: self._rung(session, channel))
+        self._reactor.watch(channel.bell, lambda: self.awake.wake(session, channel))
         self._reactor.watch(channel.link.fileno(), lambda: self._spoke(session, channel))
-        self._rung(session, channel)
+        self.awake.wake(session, channel)
         return session
-
-    def _rung(self, session: ServerSession, channel: ShmChannel) -> None:
-        # First the bell, then the ring: a message published in between rings again.
-        channel.silence()
-        self._ready[session.id] = session
 
     def _spoke(self, session: ServerSession, channel: ShmChannel) -> None:
         reason = channel.look_for_peer()
         if reason is not None:
-            self._unwatch(channel)
+            self._unwatch(session, channel)
             self._end(session, reason)
 
     def _leave(self, session: ServerSession, channel: ShmChannel, reason: str) -> None:
-        self._unwatch(channel)
+        self._unwatch(session, channel)
         self._forget(session, reason)
 
-    def _unwatch(self, channel: ShmChannel) -> None:
+    def _unwatch(self, session: ServerSession, channel: ShmChannel) -> None:
+        self.awake.discard(session)
         self._reactor.forget(channel.bell)
         self._reactor.forget(channel.link.fileno())
 
@@ -202,9 +207,9 @@ class RouterCarrier:
         self._router, self._epoch, self._receive = router, epoch, receive
         self._on_close, self._on_gone = on_close, on_gone
 
-    def send(self, head: bytes, payload: Any | None) -> bool:
+    def send(self, frame: Any) -> bool:
         try:
-            return self._router.send(self.identity, [head] if payload is None else [head, payload])
+            return self._router.send(self.identity, (frame,))
         except PeerGone as error:
             self._on_gone(str(error))
             raise

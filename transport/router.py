@@ -12,8 +12,9 @@ import zmq
 from zmq.utils.monitor import recv_monitor_message
 
 from transport.errors import AddressInUse, PeerGone, TransportError
-from transport.link import LINGER_MS, SILENCE_MS, configure, has_input
+from transport.link import LINGER_MS, SILENCE_MS, alarm, configure, has_input
 
+_DONTWAIT, _MORE = int(zmq.DONTWAIT), int(zmq.DONTWAIT | zmq.SNDMORE)  # an enum costs more
 MAX_FRAMES = 2
 """Frames of a message beyond the identity; what has more is nobody's."""
 _FAILURES = (
@@ -57,28 +58,30 @@ class Router:
         self.port = int(endpoint.rstrip("\0").rpartition(":")[2])
         self.fd = int(self._socket.get(zmq.FD))
         self.monitor_fd = int(self._monitor.get(zmq.FD))
+        self._alarm = alarm(self._monitor)
 
     @property
     def waiting(self) -> bool:
         """Whether ``receive`` or ``observe`` has something."""
-        return has_input(self._socket) or has_input(self._monitor)
+        return has_input(self._socket) or bool(self._alarm.poll(0))
 
     def receive(self) -> tuple[bytes, list[zmq.Frame]] | None:
         """Identity and frames of the next message; no frames if it has too many. Never blocks."""
         if not has_input(self._socket):
             return None
         try:
-            identity = self._socket.recv(zmq.DONTWAIT)
+            identity = self._socket.recv(_DONTWAIT, copy=False)
         except zmq.Again:
             return None
         frames: list[zmq.Frame] = []
-        surplus = False
-        while self._socket.get(zmq.RCVMORE):
-            frame = self._socket.recv(copy=False)
+        surplus, more = False, identity.more
+        while more:
+            frame = self._socket.recv(_DONTWAIT, copy=False)
+            more = frame.more
             surplus = surplus or len(frames) == MAX_FRAMES
             if not surplus:
                 frames.append(frame)
-        return identity, [] if surplus else frames
+        return identity.bytes, [] if surplus else frames
 
     def send(self, identity: bytes, frames: Sequence[Any]) -> bool:
         """Queue for one peer, large frames without a copy; False when its queue is full.
@@ -87,7 +90,10 @@ class Router:
             PeerGone: No connection has this identity.
         """
         try:
-            self._socket.send_multipart([identity, *frames], zmq.DONTWAIT, copy=False)
+            self._socket.send(identity, _MORE)
+            for frame in frames[:-1]:
+                self._socket.send(frame, _MORE)
+            self._socket.send(frames[-1], _DONTWAIT, copy=False)
         except zmq.Again:
             return False
         except zmq.ZMQError as error:
@@ -101,6 +107,8 @@ class Router:
     def observe(self) -> tuple[int, int]:
         """(connections lost, connections that never spoke ZMQ) since the last call."""
         lost = noise = 0
+        if not self._alarm.poll(0):
+            return 0, 0
         while has_input(self._monitor):
             event = recv_monitor_message(self._monitor, zmq.DONTWAIT)["event"]
             if event == zmq.Event.DISCONNECTED:

@@ -3,8 +3,10 @@
 The rings carry the messages, an eventfd per direction ends the peer's sleep, and the AF_UNIX
 socket says goodbye: with a reason when a side closes, by hanging up when it dies.
 
-The eventfd is signalled after every publish, whether anybody sleeps or not: the write costs about
-as much as the fence and the flag that would tell, and there is no window to get wrong.
+A bell is rung only for a peer that has said it sleeps (``transport.ring`` has the protocol), so in
+a tight exchange, where both sides watch for a moment before they sleep, a message costs no system
+call at all. Whether the peer has died is asked of the socket, which is one, at most every
+millisecond by a caller that never waits; a peer that closed says so in memory.
 """
 
 from __future__ import annotations
@@ -20,6 +22,7 @@ from typing import Any
 
 from numpy.typing import NDArray
 
+from transport.adaptive import DEFAULT_SPIN_US, AdaptiveSpin
 from transport.base import BaseChannel, Record
 from transport.channel import MAX_BODY_BYTES, ChannelStatistics, Kind
 from transport.errors import ProtocolError
@@ -28,9 +31,8 @@ from transport.ring import RingReader, RingWriter
 from transport.schema import Schema
 from transport.shm import Parts
 
-SPIN_NS = 50_000
-"""How long a receiver watches before it sleeps: more than a wake-up costs, and bounded."""
-_ROUNDS = 200
+_LOOK_EVERY_NS = 1_000_000
+"""How often ``poll`` and ``loan`` ask the socket whether the peer lives."""
 
 
 class ShmChannel(BaseChannel):
@@ -38,7 +40,11 @@ class ShmChannel(BaseChannel):
 
     Args:
         parts: The channel's from now on.
+        spin_us: How long ``recv`` may watch before it sleeps; see ``AdaptiveSpin``.
         on_close: Called before the descriptors are closed.
+
+    Attributes:
+        timeouts: Sleeps that ended by the clock, neither by the bell nor by the peer's end.
     """
 
     transport = "shm"
@@ -50,6 +56,7 @@ class ShmChannel(BaseChannel):
         epoch: bytes,
         parts: Parts,
         *,
+        spin_us: float = DEFAULT_SPIN_US,
         on_close: Callable[[str], None] = lambda reason: None,
     ) -> None:
         super().__init__(send_schema, recv_schema)
@@ -59,31 +66,44 @@ class ShmChannel(BaseChannel):
         self._reader = RingReader(own, peer, epoch, recv_schema, Layout.of(recv_schema))
         self._on_close = on_close
         self._broken = False
+        self._adaptive = AdaptiveSpin(spin_us)
+        self._look_at_ns = 0
+        self.timeouts = 0
         self._poller = select.poll()
         self._poller.register(parts.own_bell, select.POLLIN)
         self._poller.register(parts.link, select.POLLIN)
 
     @property
     def bell(self) -> int:
-        """The eventfd that says there may be something to take; ``silence`` it before looking."""
+        """The eventfd that a peer rings for whoever has fallen asleep."""
         return self._parts.own_bell
 
     @property
     def link(self) -> socket.socket:
-        """Readable when the peer has said goodbye or died; ``_look_for_peer`` then knows."""
+        """Readable when the peer has said goodbye or died; ``look_for_peer`` then knows."""
         return self._parts.link
 
     @property
     def unread(self) -> bool:
         return self._closed is None and not self._broken and self._reader.unread
 
-    def silence(self) -> None:
-        """Take the signals so far. What is published later signals again."""
+    def watch(self, rounds: int) -> bool:
+        """As ``unread``, but look so many times, some tens of nanoseconds apart."""
+        return self._reader.spin(rounds)
+
+    def fall_asleep(self) -> bool:
+        """Ask for the bell from now on; False when something came first: then do not sleep."""
+        return self._reader.fall_asleep()
+
+    def wake_up(self) -> None:
+        """The bell is not needed any more; what it rang until now is taken."""
+        self._reader.wake_up()
         with contextlib.suppress(BlockingIOError):
             os.eventfd_read(self._parts.own_bell)
 
     def look_for_peer(self) -> str | None:
         """``gone``, after a look."""
+        self._look_at_ns = 0
         if self._closed is None and self.gone is None:
             self._look_for_peer()
         return self.gone
@@ -108,9 +128,10 @@ class ShmChannel(BaseChannel):
         except ProtocolError as error:
             self._give_up(error)
             self._require_peer()
-        # A full counter is still a signal.
-        with contextlib.suppress(BlockingIOError):
-            os.eventfd_write(self._parts.peer_bell, 1)
+        if self._writer.reader_sleeps:
+            # A full counter is still a signal.
+            with contextlib.suppress(BlockingIOError):
+                os.eventfd_write(self._parts.peer_bell, 1)
         return True
 
     def _take(self) -> Record | None:
@@ -126,6 +147,10 @@ class ShmChannel(BaseChannel):
         self._reader.release(sequence)
 
     def _look_for_peer(self) -> None:
+        now_ns = time.monotonic_ns()
+        if now_ns < self._look_at_ns and not self._reader.closed:
+            return
+        self._look_at_ns = now_ns + _LOOK_EVERY_NS
         try:
             said = self._parts.link.recv(MAX_BODY_BYTES)
         except (BlockingIOError, InterruptedError):
@@ -136,21 +161,26 @@ class ShmChannel(BaseChannel):
         self.gone = reason or "the peer is gone: it died, or closed without a word"
 
     def _spin(self) -> bool:
-        until = time.perf_counter_ns() + SPIN_NS
-        while time.perf_counter_ns() < until:
-            if self._reader.spin(_ROUNDS):
-                return True
-        return False
+        return self._adaptive.watch(self._reader.spin)
 
     def _wait(self, timeout_s: float) -> None:
-        self._poller.poll(math.ceil(timeout_s * 1000))
-        self.silence()
+        if self._broken or not self._reader.fall_asleep():
+            return
+        happened = self._poller.poll(math.ceil(timeout_s * 1000))
+        self.wake_up()
+        if not happened:
+            self.timeouts += 1
+        self._look_at_ns = 0
+
+    def _waited(self, duration_ns: int) -> None:
+        self._adaptive.waited(duration_ns)
 
     def _close(self, reason: str) -> None:
         self._on_close(reason)
         said = f"the peer closed: {reason}" if reason else "the peer closed"
         with contextlib.suppress(OSError):
             self._parts.link.send(said.encode()[:MAX_BODY_BYTES])
+        # After the reason: whoever sees the flag finds it.
         self._writer.close()
         self._reader.close()
         self._parts.close()

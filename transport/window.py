@@ -16,11 +16,11 @@ class Window:
         tail: Everything below is released; what the writer is told.
     """
 
-    __slots__ = ("_held", "cursor", "slots", "tail")
+    __slots__ = ("_early", "cursor", "slots", "tail")
 
     def __init__(self, slots: int) -> None:
         self.slots, self.cursor, self.tail = slots, 0, 0
-        self._held: set[int] = set()
+        self._early: set[int] = set()  # released before one below them
 
     @property
     def full(self) -> bool:
@@ -30,14 +30,18 @@ class Window:
     def take(self) -> int:
         """Hold the next message; its sequence."""
         sequence = self.cursor
-        self._held.add(sequence)
-        self.cursor += 1
+        self.cursor = sequence + 1
         return sequence
 
     def release(self, sequence: int) -> bool:
         """Let go of one, in any order; whether ``tail`` moved."""
-        self._held.discard(sequence)
-        tail = min(self._held, default=self.cursor)
-        moved = tail != self.tail
+        if sequence != self.tail or sequence >= self.cursor:
+            if self.tail < sequence < self.cursor:
+                self._early.add(sequence)
+            return False
+        tail = sequence + 1
+        while tail in self._early:
+            self._early.remove(tail)
+            tail += 1
         self.tail = tail
-        return moved
+        return True

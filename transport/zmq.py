@@ -1,10 +1,17 @@
 """A channel over ZMQ frames, with the slots of a ring.
 
-Frame 0 is a fixed header, frame 1 the payload in the schema's layout. Every header carries how
-many messages its sender has released, so both ends know without asking how many of the four slots
-are free: ``send`` says ``WouldBlock`` exactly where a shared-memory ring would, and a peer that
-stopped reading costs four messages of memory, not a queue. A credit message of its own is only
-sent when half of the slots were released and nothing else was there to carry the news.
+A message is one frame: a fixed header, then the payload in the schema's layout. One frame and not
+two, because each costs a call, a lookup and an allocation on either side. The sender writes header
+and payload into one buffer of its own, which ZMQ sends from there; the receiver looks at the frame
+where ZMQ put it. So the only copies are the caller's and the kernel's.
+
+Every header says two counts of its sender: messages released, and messages received. The first
+tells how many of the four slots are free: ``send`` says ``WouldBlock`` exactly where a
+shared-memory ring would, and a peer that stopped reading costs four messages of memory, not a
+queue. The second tells which buffers ZMQ is done with, as soon as an answer says that the question
+arrived: an exchange of one request and one answer stays in one buffer, warm in the cache. A credit
+message of its own is only sent when half of the slots were released and nothing else was there to
+carry the news.
 
 ZMQ delivers whole messages in order while a connection lasts. When it breaks the session is over:
 a client sees the disconnect, and what an earlier epoch left under way is dropped and counted.
@@ -24,10 +31,14 @@ from transport.channel import MAX_BODY_BYTES, Kind
 from transport.control import EPOCH_BYTES, MAGIC, PROTOCOL_VERSION, Opcode
 from transport.errors import PeerGone
 from transport.schema import Schema
+from transport.staging import Staging
+from transport.views import Views
 from transport.window import Window
 
-_HEADER = struct.Struct(f"<4sHH{EPOCH_BYTES}sqqqqIi")
-"""The control prefix; then sequence, released, request id, budget_ns, kind, length of frame 1."""
+_HEADER = struct.Struct(f"<4sHH{EPOCH_BYTES}sqqqqqI")
+"""The control prefix; then sequence, released, received, request id, budget_ns, kind."""
+PAYLOAD_OFFSET = 128
+"""Where the payload begins in a frame that has one: on a cache line, behind the header's two."""
 _WORD_BYTES = 8
 
 
@@ -35,8 +46,8 @@ class Carrier(Protocol):
     """Brings frames to the peer and hands back what came: a client's own socket, or the server's
     one socket that all its sessions share."""
 
-    def send(self, head: bytes, payload: Any | None) -> bool:
-        """Queue both frames; False when the queue is full. ``payload`` is not copied.
+    def send(self, frame: Any) -> bool:
+        """Queue one frame; False when the queue is full. A large one is not copied.
 
         Raises:
             PeerGone: As it says.
@@ -59,10 +70,7 @@ class ZmqChannel(BaseChannel):
     ) -> None:
         super().__init__(send_schema, recv_schema)
         self._epoch, self._carrier = epoch, carrier
-        # ZMQ sends large payloads from here without a copy. A buffer's turn comes again when the
-        # peer has released what it held, so ZMQ has long been done with it.
-        self._staging = [np.empty(max(1, send_schema.nbytes), np.uint8) for _ in range(SLOTS)]
-        self._views = [send_schema.views(buffer, writable=True) for buffer in self._staging]
+        self._staging = Staging(send_schema, PAYLOAD_OFFSET)
         self._head = self._peer_tail = self._told = 0
         self._window = Window(SLOTS)
         self._inbox: deque[Record] = deque()
@@ -71,29 +79,28 @@ class ZmqChannel(BaseChannel):
     def unread(self) -> bool:
         return self._closed is None and bool(self._inbox)
 
-    def deliver(self, head: bytes, payload: Any | None) -> None:
-        """Take in a MESSAGE or a CREDIT; ``payload`` is a ``zmq.Frame`` or None.
-
-        What does not belong here is counted and dropped.
-        """
-        if len(head) != _HEADER.size:
+    def deliver(self, frame: memoryview) -> None:
+        """Take in a MESSAGE or a CREDIT. What does not belong here is counted and dropped."""
+        if len(frame) < _HEADER.size:
             self.dropped_malformed += 1
             return
-        fields = _HEADER.unpack(head)
-        _, _, opcode, epoch, sequence, released, *_ = fields
+        _, _, opcode, epoch, sequence, released, received, request_id, budget, number = (
+            _HEADER.unpack_from(frame)
+        )
         if epoch != self._epoch:
             self.dropped_epoch += 1
             return
         window = self._window
         expected = opcode == Opcode.CREDIT or (sequence == window.cursor and not window.full)
-        if not self._peer_tail <= released <= self._head or not expected:
+        if not self._peer_tail <= released <= received <= self._head or not expected:
             self.dropped_malformed += 1
             return
         self._peer_tail = released
+        self._staging.reclaim(received)
         if opcode == Opcode.CREDIT:
             return
         window.take()
-        record = self._record(fields, payload)
+        record = self._record(frame, sequence, request_id, budget, number)
         if record is None:
             self.dropped_malformed += 1
             self._release(sequence)
@@ -105,46 +112,52 @@ class ZmqChannel(BaseChannel):
         if self.gone is None:
             self.gone = reason
 
-    def _record(self, fields: tuple[Any, ...], payload: Any | None) -> Record | None:
+    def _record(
+        self, frame: memoryview, sequence: int, request_id: int, budget: int, number: int
+    ) -> Record | None:
         """The message, if it is what its header says; no payload is believed without."""
-        sequence, _, request_id, budget, number, length = fields[4:]
         kind = KINDS.get(number)
-        came = 0 if payload is None else len(payload)
-        if kind is None or request_id < 0 or budget < 0 or length != came:
+        if kind is None or request_id < 0 or budget < 0:
             return None
         if kind is Kind.DATA:
-            if length != self.recv_schema.nbytes:
+            if len(frame) != PAYLOAD_OFFSET + self.recv_schema.nbytes:
                 return None
-            arrays = self.recv_schema.views(_aligned(payload))
-            return Record(kind, request_id, budget, sequence, arrays, b"")
-        if length > MAX_BODY_BYTES:
+            views = Views(self.recv_schema, *_aligned(frame))
+            return Record(kind, request_id, budget, sequence, views, b"")
+        if len(frame) > _HEADER.size + MAX_BODY_BYTES:
             return None
-        body = b"" if payload is None else bytes(payload)
-        return Record(kind, request_id, budget, sequence, None, body)
+        return Record(kind, request_id, budget, sequence, None, bytes(frame[_HEADER.size :]))
 
     def _claim(self) -> dict[str, NDArray[Any]] | None:
-        return self._views[self._head % SLOTS] if self._free() else None
+        return self._staging.claim().arrays if self._free() else None
 
     def _publish(self, kind: Kind, request_id: int, budget_ns: int, body: bytes | None) -> bool:
         if not self._free():
             return False
+        frame: Any
         if body is None:
-            payload: Any = self._staging[self._head % SLOTS][: self.send_schema.nbytes]
+            frame = self._staging.claim().frame
+            self._write_header(frame, Opcode.MESSAGE, request_id, budget_ns, kind)
         else:
-            payload = body
-        head = self._header(Opcode.MESSAGE, request_id, budget_ns, kind=kind, length=len(payload))
+            frame = bytearray(_HEADER.size)
+            self._write_header(frame, Opcode.MESSAGE, request_id, budget_ns, kind)
+            frame += body
         try:
-            if not self._carrier.send(head, payload if len(payload) else None):
+            if not self._carrier.send(frame):
                 return False
         except PeerGone as error:
             self.end(str(error))
             raise
+        if body is None:
+            self._staging.sent(self._head)
         self._head += 1
         self._told = self._window.tail
         return True
 
     def _take(self) -> Record | None:
         self._give_credit()
+        if not self._inbox and self.gone is None:
+            self._pump(0.0)
         return self._inbox.popleft() if self._inbox else None
 
     def _release(self, sequence: int) -> None:
@@ -152,6 +165,7 @@ class ZmqChannel(BaseChannel):
             self._give_credit()
 
     def _look_for_peer(self) -> None:
+        """Whoever receives looks; ``_take`` does."""
         self._pump(0.0)
 
     def _wait(self, timeout_s: float) -> None:
@@ -173,39 +187,39 @@ class ZmqChannel(BaseChannel):
 
     def _give_credit(self) -> None:
         """Say what was released, once it is worth a message of its own."""
-        if self.gone is not None or self._window.tail - self._told < SLOTS // 2:
+        if self._window.tail - self._told < SLOTS // 2 or self.gone is not None:
             return
+        frame = bytearray(_HEADER.size)
+        self._write_header(frame, Opcode.CREDIT)
         try:
-            if self._carrier.send(self._header(Opcode.CREDIT), None):
+            if self._carrier.send(frame):
                 self._told = self._window.tail
         except PeerGone as error:
             self.end(str(error))
 
-    def _header(
-        self,
-        opcode: Opcode,
-        request_id: int = 0,
-        budget_ns: int = 0,
-        *,
-        kind: int = 0,
-        length: int = 0,
-    ) -> bytes:
-        return _HEADER.pack(
+    def _write_header(
+        self, frame: Any, opcode: Opcode, request_id: int = 0, budget_ns: int = 0, kind: int = 0
+    ) -> None:
+        _HEADER.pack_into(
+            frame,
+            0,
             MAGIC,
             PROTOCOL_VERSION,
             opcode,
             self._epoch,
             self._head,
             self._window.tail,
+            self._window.cursor,
             request_id,
             budget_ns,
             kind,
-            length,
         )
 
 
-def _aligned(payload: Any) -> NDArray[np.uint8]:
-    """The frame's memory, or a copy where ZMQ put it (a small frame) at an odd address."""
-    data = np.frombuffer(payload, np.uint8)
-    misaligned = data.__array_interface__["data"][0] % _WORD_BYTES
-    return data.copy() if misaligned else data
+def _aligned(frame: memoryview) -> tuple[Any, int]:
+    """The payload's memory and its offset there; a copy where ZMQ put a small frame at an odd
+    address."""
+    address: int = np.frombuffer(frame, np.uint8).__array_interface__["data"][0]
+    if (address + PAYLOAD_OFFSET) % _WORD_BYTES == 0:
+        return frame, PAYLOAD_OFFSET
+    return bytes(frame[PAYLOAD_OFFSET:]), 0

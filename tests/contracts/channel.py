@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import threading
+from collections.abc import Mapping
 from dataclasses import dataclass
 
 import numpy as np
@@ -17,6 +18,7 @@ from transport.errors import (
     SchemaMismatch,
     TransportError,
     TransportTimeout,
+    ViewsHeld,
     WouldBlock,
 )
 
@@ -145,6 +147,46 @@ class ChannelContract:
             pair.client.send(observation(number), number)
             pair.server.recv(PATIENCE_S).release()
         assert same(first.arrays, observation(0))
+
+    def test_a_view_kept_after_release_stays_as_it_was(self, pair: Pair) -> None:
+        """Whatever is kept: an array, a slice of one, the mapping. Only a copy frees the slot."""
+        for keep in (
+            lambda arrays: arrays,
+            lambda arrays: arrays["image"],
+            lambda arrays: arrays["image"][1:],
+            lambda arrays: memoryview(arrays["image"])[1:],
+        ):
+            pair.client.send(observation(1), 1)
+            message = pair.server.recv(PATIENCE_S)
+            kept = keep(message.arrays)
+            before = np.array(kept["image"] if isinstance(kept, Mapping) else kept)
+            message.release()
+            for number in range(2, SLOTS):
+                pair.client.send(observation(number), number)
+                with pair.server.recv(PATIENCE_S) as message:
+                    assert message.request_id == number
+            assert (np.array(kept["image"] if isinstance(kept, Mapping) else kept) == before).all()
+            del kept
+            for number in range(SLOTS):
+                assert pair.server.poll() is None
+                send_when_possible(pair.client, observation(number), number)
+                pair.server.recv(PATIENCE_S).release()
+
+    def test_a_reader_that_keeps_too_much_is_told(self, pair: Pair) -> None:
+        kept = []
+        with pytest.raises(ViewsHeld, match="still held 3 messages after its release"):
+            for number in range(SLOTS):
+                send_when_possible(pair.client, observation(number), number)
+                with pair.server.recv(PATIENCE_S) as message:
+                    kept.append(message.arrays["image"])
+        for number, image in enumerate(kept):
+            assert same({"image": image}, {"image": observation(number)["image"]})
+        kept.clear()
+        del image
+        assert pair.server.poll() is None
+        send_when_possible(pair.client, observation(9), 9)
+        with pair.server.recv(PATIENCE_S) as message:
+            assert message.request_id == 9
 
     def test_a_released_message_is_out_of_reach(self, pair: Pair) -> None:
         pair.client.send(observation(1), 1)

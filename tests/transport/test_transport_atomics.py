@@ -1,12 +1,19 @@
-"""Atomic words: what is stored is what is read, and spinning lets others run."""
+"""Atomic words: what is stored is what is read, and ARM gets the instructions that make it so."""
 
 from __future__ import annotations
 
+import re
 import threading
+from typing import Any
 
+import llvmlite.binding as llvm
 import numpy as np
+import pytest
+from numba import njit
 
-from transport import atomics
+from transport import atomics, steps
+
+ARM = "aarch64-unknown-linux-gnu"
 
 
 def test_words_are_read_as_they_were_stored() -> None:
@@ -17,12 +24,11 @@ def test_words_are_read_as_they_were_stored() -> None:
         assert atomics.load_acquire(address) == words[1] == value
         assert atomics.spin(address, value - 1 if value > -(2**62) else 0, 10) == value
     assert atomics.spin(address, -1, 1000) == -1
-    atomics.fence()
     assert words[0] == words[2] == 0
 
 
 def test_a_spinning_reader_sees_another_threads_store() -> None:
-    """Spinning holds no lock of the interpreter's: the storing thread gets to run."""
+    """A spin is bounded, so the storing thread gets to run between two of them."""
     words = np.zeros(1, np.int64)
     address = words.ctypes.data
     started = threading.Event()
@@ -38,3 +44,52 @@ def test_a_spinning_reader_sees_another_threads_store() -> None:
         pass
     thread.join()
     assert words[0] == 5
+
+
+def arm_instructions(function: Any) -> list[str]:
+    """What ``function`` is on ARM: this machine's intermediate code, with the one intrinsic that
+    belongs to a processor replaced by ARM's, compiled for it."""
+    (signature,) = function.signatures
+    fresh = njit(signature)(function.py_func)  # a function from the cache shows no code
+    code = fresh.inspect_llvm(fresh.signatures[0])
+    code = re.sub(r"target (triple|datalayout) = .*", "", code)
+    (x86, _), (arm, operand) = atomics.PAUSE["x86_64"], atomics.PAUSE["aarch64"]
+    code = code.replace(f"declare void @{x86}()", f"declare void @{arm}(i32)")
+    code = code.replace(f"@{x86}()", f"@{arm}(i32 {operand})")
+    llvm.initialize_all_targets()
+    llvm.initialize_all_asmprinters()
+    machine = llvm.Target.from_triple(ARM).create_target_machine(opt=3)
+    module = llvm.parse_assembly(code)
+    module.triple = ARM
+    assembly = machine.emit_assembly(module)
+    return re.findall(r"^\s+(ldar|ldapr|stlr|dmb|isb)\b", assembly, re.MULTILINE)
+
+
+@pytest.mark.parametrize(
+    ("function", "needs"),
+    [
+        (atomics.load_acquire, {"ldar|ldapr"}),
+        (atomics.store_release, {"stlr"}),
+        (atomics.spin, {"ldar|ldapr", "isb"}),
+        (steps.publish, {"stlr", "dmb"}),
+        (steps.take, {"ldar|ldapr"}),
+        (steps.fall_asleep, {"stlr", "dmb", "ldar|ldapr"}),
+    ],
+    ids=lambda value: getattr(value, "__name__", ""),
+)
+def test_arm_gets_acquiring_loads_and_releasing_stores(function: Any, needs: set[str]) -> None:
+    found = arm_instructions(function)
+    for need in needs:
+        assert set(need.split("|")) & set(found), f"{need} is not among {found}"
+
+
+def test_a_publisher_on_arm_looks_for_a_sleeper_only_after_its_fence() -> None:
+    """store head, fence, load asleep: without the fence both sides may miss each other."""
+    found = arm_instructions(steps.publish)
+    fence = found.index("dmb")
+    assert found[fence - 1] == "stlr"
+    assert set(found[fence + 1 :]) & {"ldar", "ldapr"}
+    sleeper = arm_instructions(steps.fall_asleep)
+    fence = sleeper.index("dmb")
+    assert sleeper[fence - 1] == "stlr"
+    assert set(sleeper[fence + 1 :]) & {"ldar", "ldapr"}

@@ -14,7 +14,7 @@ from contracts.frames import CHUNK, OBSERVATION, chunk, observation
 from transport_rig import make_listener, pumped
 
 from transport.auto import PROVEN, Dialer, parse_address
-from transport.control import MAGIC, NO_EPOCH, PREFIX, Opcode, Welcome
+from transport.control import MAGIC, NO_EPOCH, PREFIX, PROTOCOL_VERSION, Opcode, Welcome
 from transport.errors import (
     AddressInUse,
     PeerGone,
@@ -25,7 +25,7 @@ from transport.errors import (
     TransportUnavailable,
 )
 from transport.listener import Listener
-from transport.zmq import ZmqChannel
+from transport.zmq import PAYLOAD_OFFSET, ZmqChannel
 
 
 def dial(listener: Listener) -> Dialer:
@@ -145,7 +145,8 @@ def test_a_server_of_another_version_is_named_with_ours() -> None:
             identity, *_ = server.recv_multipart()
             refused = PREFIX.pack(MAGIC, 9, Opcode.REFUSED, NO_EPOCH)
             server.send_multipart([identity, refused, b"{}"])
-            with pytest.raises(ProtocolError, match="version 9, this client speaks 1"):
+            ours = f"version 9, this client speaks {PROTOCOL_VERSION}"
+            with pytest.raises(ProtocolError, match=ours):
                 dialer.describe()
 
 
@@ -233,8 +234,10 @@ def test_an_old_epoch_is_dropped_and_counted() -> None:
             sessions = {s.hello.client: s for s in listener.sessions.values()}
             with sessions["new"].channel.recv(PATIENCE_S) as message:
                 assert message.request_id == 2
-            head, _ = old._header(Opcode.MESSAGE), new.deliver(old._header(Opcode.MESSAGE), None)
-            assert head and new.statistics().dropped_epoch == 1
+            frame = bytearray(PAYLOAD_OFFSET + OBSERVATION.nbytes)
+            old._write_header(frame, Opcode.MESSAGE)
+            new.deliver(memoryview(frame))
+            assert new.statistics().dropped_epoch == 1
             while not listener.statistics().dropped_epoch:
                 listener.wait(0.01)
             assert listener.statistics().dropped_epoch == 1

@@ -127,10 +127,10 @@ class RingMachine(RuleBasedStateMachine):
         for record, (kind, request_id, content) in self.held.values():
             assert (record.kind, record.request_id) == (kind, request_id)
             if kind is Kind.DATA:
-                assert record.arrays["value"].tobytes() == content * 3
-                assert (record.arrays["image"] == struct.unpack("<q", content)[0] % 251).all()
+                assert record.views.arrays["value"].tobytes() == content * 3
+                assert (record.views.arrays["image"] == struct.unpack("<q", content)[0] % 251).all()
             else:
-                assert record.body == content
+                assert record.content == content
 
     @invariant()
     def unread_is_what_was_not_taken(self) -> None:
@@ -171,13 +171,17 @@ def test_an_impossible_tail_is_not_believed(both: Both, tail: int) -> None:
         writer.claim()
 
 
-HEADER = struct.Struct("<16sqqqIi")
-GOOD = (EPOCH, 0, 7, 0, int(Kind.DATA), SCHEMA.nbytes)
+HEADER = struct.Struct("<16s6q")
+GOOD = (EPOCH, 0, 7, 0, int(Kind.DATA), SCHEMA.nbytes, 0)
 
 
 @pytest.mark.parametrize(
     ("position", "value"),
-    [(1, 3), (2, -1), (3, -1), (4, 0), (4, 99), (5, SCHEMA.nbytes - 1), (5, 2**31 - 1), (5, -1)],
+    [
+        *((1, 3), (2, -1), (3, -1), (4, 0), (4, 99)),
+        *((5, SCHEMA.nbytes - 1), (5, 2**31 - 1), (5, -1)),
+        *((6, -1), (6, 4), (6, 2**40)),
+    ],
 )
 def test_a_slot_that_is_not_what_it_should_be_is_dropped(both: Both, position, value) -> None:
     writer, reader = both.writer(), both.reader()
@@ -194,7 +198,7 @@ def test_a_slot_that_is_not_what_it_should_be_is_dropped(both: Both, position, v
 def test_a_body_of_an_impossible_length_is_dropped(both: Both, length: int) -> None:
     writer, reader = both.writer(), both.reader()
     writer.publish(Kind.ERROR, 7, 0, b"text")
-    header = HEADER.pack(EPOCH, 0, 7, 0, int(Kind.ERROR), length)
+    header = HEADER.pack(EPOCH, 0, 7, 0, int(Kind.ERROR), length, 0)
     poke(both, Layout.of(SCHEMA).header_offset(0), header)
     assert reader.take() is None
     assert reader.dropped_malformed == 1
@@ -271,7 +275,7 @@ def test_no_frame_is_torn_between_two_processes() -> None:
                 assert reader.spin(1000) or child.poll() is None or reader.unread
                 continue
             assert record.request_id == got
-            assert zlib.crc32(record.arrays["frame"]) == int(record.arrays["crc"])
+            assert zlib.crc32(record.views.arrays["frame"]) == int(record.views.arrays["crc"])
             reader.release(record.sequence)
             got += 1
         assert child.wait(60) == 0

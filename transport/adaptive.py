@@ -1,0 +1,73 @@
+"""Whether to watch memory for a moment before sleeping, decided by how long waits have been."""
+
+from __future__ import annotations
+
+import os
+import time
+from collections.abc import Callable
+
+MAX_SPIN_US = 200
+"""No wait burns more than this."""
+DEFAULT_SPIN_US = 100
+"""Twice what a wake-up costs: watching for longer gains less than it takes."""
+_SLICE_ROUNDS = 100
+"""Looks per compiled call: some microseconds, after which the clock is asked."""
+_CONVINCED = 8
+"""Waits in a row."""
+_WAKE_UP_NS = 50_000
+
+
+class AdaptiveSpin:
+    """A bounded spin that stops where it does not help.
+
+    A spin in vain turns spinning off; so many waits in a row that a spin would have ended turn it
+    on again. So a client that asks 50 times a second, or whose policy takes milliseconds, sleeps
+    at once; one in a tight exchange never sleeps; and where both sides share one core, so that
+    neither can come while the other watches, a spin is wasted once in ``_CONVINCED`` waits.
+
+    Args:
+        limit_us: At most so long, 0 to ``MAX_SPIN_US``; 0 turns it off, and so does a machine of
+            one core.
+
+    Raises:
+        ValueError: Out of that range.
+    """
+
+    __slots__ = ("_score", "_tried", "limit_ns")
+
+    def __init__(self, limit_us: float = DEFAULT_SPIN_US) -> None:
+        if not 0 <= limit_us <= MAX_SPIN_US:
+            raise ValueError(f"spin_us: got {limit_us}, expected 0 to {MAX_SPIN_US}")
+        alone = (os.cpu_count() or 1) < 2
+        self.limit_ns = 0 if alone else round(limit_us * 1000)
+        self._score = _CONVINCED
+        self._tried = False
+
+    @property
+    def worthwhile(self) -> bool:
+        """Whether the next wait will begin by watching."""
+        return self.limit_ns > 0 and self._score >= _CONVINCED
+
+    def watch(self, look: Callable[[int], bool]) -> bool:
+        """Look, for as long as the limit, if it is worthwhile; whether something came.
+
+        Args:
+            look: Called with a number of rounds; looks that often, and says whether it saw.
+        """
+        self._tried = self.worthwhile
+        if not self._tried:
+            return False
+        until = time.perf_counter_ns() + self.limit_ns
+        while not look(_SLICE_ROUNDS):
+            if time.perf_counter_ns() >= until:
+                self._score = 0
+                return False
+        return True
+
+    def waited(self, duration_ns: int) -> None:
+        """Learn from a wait that is over; one that slept took a wake-up longer than it had to."""
+        if self._tried and self._score:
+            return
+        short = duration_ns <= self.limit_ns + _WAKE_UP_NS
+        self._score = min(_CONVINCED, self._score + 1) if short else 0
+        self._tried = False

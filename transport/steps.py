@@ -1,0 +1,119 @@
+"""The ring's steps, compiled: what runs once per message, on the words of one end.
+
+``transport.ring`` says what they guarantee together; here is each on its own. They work on
+addresses and on integers, check what the peer wrote, and touch nothing of Python's.
+"""
+
+from __future__ import annotations
+
+from transport.atomics import compiled, fence, load, store
+from transport.channel import MAX_BODY_BYTES, Kind
+from transport.layout import HEADER_BYTES
+
+_WORD = 8
+HEAD_AT, TAIL_AT, ASLEEP_AT, CLOSED_AT, HEADERS_AT = range(5)
+SLOT_COUNT, EPOCH_0, EPOCH_1, LENGTH, COUNT, TAIL, MARKS, PLACES = range(5, 13)
+"""What one end knows, as words in memory of its own that no peer can write: addresses, constants
+(``LENGTH``: of DATA), then what changes. ``COUNT`` is the writer's ``head`` or the reader's
+cursor. ``MARKS``: a bit per slot from ``TAIL`` on, of messages released before an older one; for
+the writer, the place it claimed. ``PLACES``: where the payloads of the last messages are."""
+
+NO_PLACE = -1
+PUBLISHED, PUBLISHED_TO_A_SLEEPER = 0, 1
+NOTHING, CLOSED, TAKEN, OTHER_EPOCH, MALFORMED, IMPOSSIBLE = range(6)
+DATA, _LAST_KIND = int(Kind.DATA), int(max(Kind))
+
+
+@compiled("i8(i8, i8)")
+def claim(state: int, tail: int) -> int:
+    """The lowest place for a payload that no message from ``tail`` on is in; -1 for none."""
+    head, slots = load(state + _WORD * COUNT), load(state + _WORD * SLOT_COUNT)
+    taken = 0
+    for sequence in range(tail, head):
+        taken |= 1 << load(state + _WORD * (PLACES + sequence % slots))
+    for place in range(slots):
+        if not taken >> place & 1:
+            store(state + _WORD * MARKS, place)
+            return place
+    return NO_PLACE
+
+
+@compiled("i8(i8, i8, i8, i8, i8)")
+def publish(state: int, request_id: int, budget_ns: int, kind: int, length: int) -> int:
+    """Make the claimed place's message visible; whether the reader must be woken."""
+    head = load(state + _WORD * COUNT)
+    index = head % load(state + _WORD * SLOT_COUNT)
+    place = load(state + _WORD * MARKS)
+    header = load(state + _WORD * HEADERS_AT) + index * HEADER_BYTES
+    store(header, load(state + _WORD * EPOCH_0))
+    store(header + _WORD, load(state + _WORD * EPOCH_1))
+    store(header + 2 * _WORD, head)
+    store(header + 3 * _WORD, request_id)
+    store(header + 4 * _WORD, budget_ns)
+    store(header + 5 * _WORD, kind)
+    store(header + 6 * _WORD, length)
+    store(header + 7 * _WORD, place)
+    store(state + _WORD * (PLACES + index), place)
+    store(state + _WORD * COUNT, head + 1)
+    store(load(state + _WORD * HEAD_AT), head + 1)
+    fence()
+    if load(load(state + _WORD * ASLEEP_AT)) != 0:
+        return PUBLISHED_TO_A_SLEEPER
+    return PUBLISHED
+
+
+@compiled("UniTuple(i8, 7)(i8)")
+def take(state: int) -> tuple[int, int, int, int, int, int, int]:
+    """What came of looking for the next message, its sequence, and of its header: request id,
+    budget, kind, length, place. For ``IMPOSSIBLE``: the head.
+
+    Every word of the header is loaded once: what was checked is what is used.
+    """
+    cursor = load(state + _WORD * COUNT)
+    head = load(load(state + _WORD * HEAD_AT))
+    if head == cursor:
+        closed = load(load(state + _WORD * CLOSED_AT)) != 0
+        return (CLOSED if closed else NOTHING, 0, 0, 0, 0, 0, 0)
+    slots = load(state + _WORD * SLOT_COUNT)
+    if head < cursor or head > load(state + _WORD * TAIL) + slots:
+        return IMPOSSIBLE, head, 0, 0, 0, 0, 0
+    header = load(state + _WORD * HEADERS_AT) + cursor % slots * HEADER_BYTES
+    epoch_0, epoch_1 = load(header), load(header + _WORD)
+    sequence = load(header + 2 * _WORD)
+    request_id, budget_ns = load(header + 3 * _WORD), load(header + 4 * _WORD)
+    kind, length = load(header + 5 * _WORD), load(header + 6 * _WORD)
+    place = load(header + 7 * _WORD)
+    store(state + _WORD * COUNT, cursor + 1)
+    found = TAKEN
+    if epoch_0 != load(state + _WORD * EPOCH_0) or epoch_1 != load(state + _WORD * EPOCH_1):
+        found = OTHER_EPOCH
+    elif sequence != cursor or request_id < 0 or budget_ns < 0 or place < 0 or place >= slots:
+        found = MALFORMED
+    elif kind == DATA:
+        if length != load(state + _WORD * LENGTH):
+            found = MALFORMED
+    elif kind < DATA or kind > _LAST_KIND or length < 0 or length > MAX_BODY_BYTES:
+        found = MALFORMED
+    return found, cursor, request_id, budget_ns, kind, length, place
+
+
+@compiled("void(i8, i8)")
+def release(state: int, sequence: int) -> None:
+    """Let go of one message, in any order: the writer may go on behind the oldest that is held."""
+    tail, marks = load(state + _WORD * TAIL), load(state + _WORD * MARKS)
+    if tail <= sequence < load(state + _WORD * COUNT):
+        marks |= 1 << (sequence - tail)
+        while marks & 1:
+            marks >>= 1
+            tail += 1
+        store(state + _WORD * MARKS, marks)
+        store(state + _WORD * TAIL, tail)
+        store(load(state + _WORD * TAIL_AT), tail)
+
+
+@compiled("b1(i8)")
+def fall_asleep(state: int) -> bool:
+    """Say that the bell is needed from now on; False when there is something to take already."""
+    store(load(state + _WORD * ASLEEP_AT), 1)
+    fence()
+    return bool(load(load(state + _WORD * HEAD_AT)) == load(state + _WORD * COUNT))
