@@ -29,7 +29,7 @@ check: $(VENV)/.dev
 	$(BIN)/mypy
 	$(BIN)/lint-imports
 
-bench: $(VENV)/.dev $(VENV)/.peers-inference gl
+bench: $(VENV)/.peers $(VENV)/.peers-inference gl
 	$(BIN)/python -m pytest bench -q
 
 TASK     ?= sim_transfer_cube
@@ -82,6 +82,11 @@ $(VENV)/.dev: setup.py $(VENV)/.sim
 # A peer that cannot be installed takes its own rows away, and the tables say so.
 $(VENV)/.peers-inference: bench/requirements-inference.txt $(VENV)/.dev
 	@$(PIP) --no-deps -r $< && touch $@ || echo "peers of the inference benchmark are missing"
+
+# One by one: a peer that has no wheel for this machine is absent from the table, nothing more.
+$(VENV)/.peers: bench/requirements-peers.txt $(VENV)/.dev
+	@grep -v '^#' $< | while read -r peer; do $(PIP) "$$peer" || echo "absent: $$peer"; done
+	@touch $@
 
 clean:
 	rm -rf $(VENV) build *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis .benchmarks

@@ -52,7 +52,7 @@ _MODULES: Mapping[str, tuple[str, ...]] = {
     "bench.peers.pipe": ("pipe",),
     "bench.peers.zenoh_topics": ("zenoh", "zenoh shm"),
 }
-HOMES: Mapping[str, str] = {name: module for module, names in _MODULES.items() for name in names}
+HOMES: dict[str, str] = {name: module for module, names in _MODULES.items() for name in names}
 """Where each contestant is."""
 
 
