@@ -6,9 +6,12 @@ import ctypes
 import errno
 import os
 import time
+from collections.abc import Callable
 from typing import Protocol
 
 NS_PER_S = 1_000_000_000
+FIRST_WAKE_NS = 200_000
+"""Before the deadline, without a spin: more than a wake-up takes, too little to forget in."""
 _TIMER_ABSTIME = 1
 
 
@@ -33,18 +36,24 @@ class Clock(Protocol):
 
 
 class MonotonicClock:
-    """CLOCK_MONOTONIC. Sleeps to ``spin_ns`` before the deadline and spins the rest.
+    """CLOCK_MONOTONIC. Wakes shortly before the deadline, then spins up to it, or sleeps again.
 
-    The kernel is given the absolute deadline, so neither being preempted before the call nor a
-    signal during it makes the sleep longer. It wakes late by its own latency (tens of
-    microseconds); the spin hides that at the price of so much CPU per tick. The spin is bounded: an
-    endless one would be throttled under SCHED_FIFO. Signal handlers run during the wait, and what
-    they raise ends it.
+    After a period of others' work nothing of ours is in the caches. On a loaded machine the first
+    few lines after a wake-up then take longer than the wake-up itself. So the thread is awake
+    before the deadline in either case:
 
-    One thread waits on one clock.
+    * With a spin of at least the machine's wake-up latency, it is on time to some microseconds, at
+      the price of so much CPU per tick. The spin is bounded: an endless one would be throttled
+      under SCHED_FIFO.
+    * Without, it sleeps once more for what is left. That wake-up finds the core awake and the code
+      in its caches, and costs next to nothing.
+
+    The kernel is given absolute deadlines, so neither being preempted before the call nor a signal
+    during it makes the sleep longer. Signal handlers run during the wait, and what they raise ends
+    it. One thread waits on one clock.
 
     Args:
-        spin_ns: At least the machine's usual wake-up latency, or 0 for none.
+        spin_ns: How long before the deadline to wake up and spin; 0 for no spin.
 
     Raises:
         ValueError: ``spin_ns`` is negative.
@@ -54,27 +63,29 @@ class MonotonicClock:
         if spin_ns < 0:
             raise ValueError(f"spin_ns: got {spin_ns}, expected 0 or more")
         self._spin_ns = spin_ns
+        self._lead_ns = spin_ns or FIRST_WAKE_NS
         self._until = _Timespec()
         self._until_address = ctypes.addressof(self._until)
-
-    def now_ns(self) -> int:
-        return time.monotonic_ns()
+        # The function itself: a method of our own would be one more thing to fetch from memory.
+        self.now_ns: Callable[[], int] = time.monotonic_ns
 
     def wait_until_ns(self, deadline_ns: int) -> None:
-        wake_ns = deadline_ns - self._spin_ns
-        now_ns = time.monotonic_ns
-        if wake_ns > now_ns():
-            self._until.tv_sec, self._until.tv_nsec = divmod(wake_ns, NS_PER_S)
-            while True:
-                failed = _clock_nanosleep(
-                    time.CLOCK_MONOTONIC, _TIMER_ABSTIME, self._until_address, None
-                )
-                if not failed:
-                    break
-                if failed != errno.EINTR:
-                    raise OSError(failed, f"clock_nanosleep: {os.strerror(failed)}")
+        now_ns = self.now_ns
+        self._sleep_until_ns(deadline_ns - self._lead_ns)
+        if not self._spin_ns:
+            self._sleep_until_ns(deadline_ns)
         while now_ns() < deadline_ns:
             pass
+
+    def _sleep_until_ns(self, wake_ns: int) -> None:
+        if wake_ns <= self.now_ns():
+            return
+        self._until.tv_sec, self._until.tv_nsec = divmod(wake_ns, NS_PER_S)
+        while failed := _clock_nanosleep(
+            time.CLOCK_MONOTONIC, _TIMER_ABSTIME, self._until_address, None
+        ):
+            if failed != errno.EINTR:
+                raise OSError(failed, f"clock_nanosleep: {os.strerror(failed)}")
 
 
 class ManualClock:

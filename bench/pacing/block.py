@@ -1,0 +1,147 @@
+"""One way for some ticks on one core: ``Blocks`` runs each in a process of its own.
+
+A block is a fork of a process that has imported everything already, so that blocks are equal and
+short ones are possible. Without privileges means: as another user, with no capability left.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import io
+import os
+import re
+import signal
+import subprocess
+import time
+from dataclasses import dataclass
+
+import numpy as np
+from numpy.typing import NDArray
+
+from bench.pacing.peers import PEERS
+from bench.pacing.ways import Way
+from runtime.clock import MonotonicClock
+from runtime.loop import ControlLoop
+from runtime.realtime import UNPRIVILEGED, Realtime, RealtimeOptions, no_garbage_collection
+
+NOBODY = 65534
+SETTLE_S = 0.2
+"""Ticks not counted: what starts up (locking memory, the first page faults) is no lateness."""
+
+
+@dataclass(frozen=True)
+class Block:
+    """What one block measured.
+
+    Attributes:
+        lateness_us: (n,) when the step had returned − its deadline.
+        drift_ticks: Ticks that all of them took more than one period each.
+        missed_ticks: Skipped by a loop that skips.
+        refused: What real-time options could not be had.
+    """
+
+    lateness_us: NDArray[np.float64]
+    drift_ticks: float = 0.0
+    missed_ticks: int = 0
+    refused: str = ""
+
+
+def run_block(way: Way, hz: int, seconds: float, core: int) -> Block:
+    """Run ``way`` alone for ``seconds`` at ``hz`` ticks per second on ``core``."""
+    if way.kind == "cyclictest":
+        return _cyclictest(way, hz, seconds, core)
+    return _forked(way, hz, seconds, core)
+
+
+def _forked(way: Way, hz: int, seconds: float, core: int) -> Block:
+    reading, writing = os.pipe()
+    child = os.fork()
+    if child == 0:
+        status = 1
+        try:
+            os.close(reading)
+            with open(writing, "wb") as pipe:  # noqa: PTH123 - a descriptor
+                np.savez(pipe, **_measure(way, hz, seconds, core))
+            status = 0
+        finally:
+            os._exit(status)
+    os.close(writing)
+    try:
+        with open(reading, "rb") as pipe:  # noqa: PTH123
+            said = pipe.read()
+    except BaseException:
+        os.kill(child, signal.SIGKILL)
+        raise
+    finally:
+        _, status = os.waitpid(child, 0)
+    if status:
+        raise RuntimeError(f"a block of {way} ended with status {status}")
+    with np.load(io.BytesIO(said)) as file:
+        return Block(
+            file["lateness_us"],
+            float(file["drift_ticks"]),
+            int(file["missed_ticks"]),
+            str(file["refused"]),
+        )
+
+
+def _measure(way: Way, hz: int, seconds: float, core: int) -> dict[str, object]:
+    """In the child: become what the way is, and keep time."""
+    os.sched_setaffinity(0, {core})
+    if not way.priority and os.geteuid() == 0:
+        os.setgroups([])
+        os.setgid(NOBODY)
+        os.setuid(NOBODY)
+    settle, ticks = round(SETTLE_S * hz), round(seconds * hz)
+
+    def step(tick: int) -> None:
+        """Nothing: it is the pacing that is compared, up to the call that would do something."""
+
+    missed, refused, periods = 0, "", settle + ticks
+    if way.kind == "ours":
+        options = RealtimeOptions(way.priority) if way.priority else UNPRIVILEGED
+        with Realtime(options) as realtime, no_garbage_collection():
+            loop = ControlLoop(MonotonicClock(way.spin_ns), 1 / hz)
+            began_ns = time.monotonic_ns()
+            loop.run(step, settle + ticks)
+            ended_ns = time.monotonic_ns()
+        periods -= 1  # the peers sleep after their last tick too
+        lateness_us = loop.lateness_ns()[settle:] / 1e3
+        missed, refused = loop.statistics().missed_ticks, ", ".join(realtime.refused)
+    else:
+        lateness_s = np.zeros(settle + ticks)
+        began_ns = time.monotonic_ns()
+        PEERS[way.kind](step, settle + ticks, 1 / hz, lateness_s)
+        ended_ns = time.monotonic_ns()
+        lateness_us = lateness_s[settle:] * 1e6
+    return {
+        "lateness_us": lateness_us,
+        "drift_ticks": (ended_ns - began_ns) * hz / 1e9 - periods,
+        "missed_ticks": missed,
+        "refused": refused,
+    }
+
+
+_SAMPLE = re.compile(rb"^ *0: *(\d+): *(-?\d+)", re.MULTILINE)
+
+
+def _cyclictest(way: Way, hz: int, seconds: float, core: int) -> Block:
+    """The same wait in C: absolute clock_nanosleep, then the clock; every sample, in ns.
+
+    Raises:
+        RuntimeError: It gave other than what it was asked for; carries what it said.
+    """
+    settle, ticks = round(SETTLE_S * hz), round(seconds * hz)
+    policy = ["-p", str(way.priority)] if way.priority else ["--policy=other"]
+    command = ["cyclictest", "-t", "1", "-a", str(core), "-i", str(1_000_000 // hz), *policy]
+    said = subprocess.run(
+        [*command, "-m", "-l", str(settle + ticks), "-v", "-N"], capture_output=True, check=False
+    )
+    samples = np.array([int(ns) for _, ns in _SAMPLE.findall(said.stdout)], np.float64)
+    if samples.size < 0.99 * (settle + ticks):
+        with contextlib.suppress(UnicodeDecodeError):
+            raise RuntimeError(
+                f"cyclictest: got {samples.size} samples, expected {settle + ticks}: "
+                f"{said.stderr.decode()[-500:]}"
+            )
+    return Block(samples[settle:] / 1e3)
