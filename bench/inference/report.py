@@ -17,7 +17,7 @@ import numpy as np
 from bench.inference.arena import CACHED, COLD, Comparison, Entry
 from bench.inference.contestants import LEROBOT, PLAIN
 from bench.inference.nets import SMALL
-from bench.inference.roofline import necessary_work
+from bench.inference.roofline import layered_bound_s, necessary_work
 
 RESULTS = Path(__file__).parents[1] / "results"
 BYTES = {"fp32": 4, "bf16": 2, "fp16": 2}
@@ -89,7 +89,8 @@ def table(comparison: Comparison) -> Iterator[str]:
         f"  measured peak {machine.flops_per_s / 1e9:.1f} GFLOP/s, "
         f"{machine.bytes_per_s / 1e9:.1f} GB/s; one inference needs "
         f"{work.flops / 1e9:.2f} GFLOP, {work.n_bytes / 1e6:.1f} MB in fp32: "
-        f"at least {1e3 * bound_s(comparison, 'fp32'):.2f} ms"
+        f"at least {1e3 * bound_s(comparison, 'fp32'):.2f} ms, "
+        f"layer by layer {1e3 * layered_bound_s(comparison.config, 4, machine):.2f} ms"
     )
     yield (
         f"  {'':28}{'n':>5}{'p50':>9}{'p99':>9}{'p99.9':>9}{'max':>9}{'jitter':>8}{'first':>8}"
@@ -128,6 +129,7 @@ def record(comparison: Comparison) -> dict[str, Any]:
         "peak_flops_per_s": comparison.machine.flops_per_s,
         "peak_bytes_per_s": comparison.machine.bytes_per_s,
         "bound_s": bound_s(comparison, "fp32"),
+        "layered_bound_s": layered_bound_s(comparison.config, 4, comparison.machine),
         "ratios": ratios(comparison),
         "absent": comparison.absent,
         "rows": {name: _record(comparison, e) for name, e in comparison.entries.items()},

@@ -82,6 +82,18 @@ def necessary_work(config: ActConfig, bytes_per_weight: int) -> Work:
     )
 
 
+def layered_bound_s(config: ActConfig, bytes_per_weight: int, machine: Machine) -> float:
+    """As ``Machine.bound_s``, one operation after the other: no weight is fetched while another
+    layer computes. Nothing forbids that, but hardware prefetch does not look that far ahead; so
+    this is what an engine that runs layer by layer can come close to.
+    """
+    return sum(
+        machine.bound_s(Work(op.flops, op.weights * bytes_per_weight))
+        for op in operations(config)
+        if not op.constant
+    )
+
+
 def tokens(config: ActConfig) -> int:
     """Of the encoder: the latent, the state, and each camera's features."""
     height, width = config.features_hw

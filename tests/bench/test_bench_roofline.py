@@ -11,6 +11,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from bench.inference.roofline import (
     Machine,
     Work,
+    layered_bound_s,
     necessary_work,
     operations,
     plain_flops,
@@ -100,3 +101,13 @@ def test_halving_the_weights_halves_their_bytes_only() -> None:
 )
 def test_bound_is_the_slower_of_the_two(work: Work, bound_s: float) -> None:
     assert Machine(flops_per_s=100, bytes_per_s=50).bound_s(work) == bound_s
+
+
+def test_layer_by_layer_takes_the_slower_of_the_two_in_each(config: ActConfig) -> None:
+    work = necessary_work(config, bytes_per_weight=4)
+    weights = sum(op.weights for op in operations(config) if not op.constant)
+    computing, fetching = Machine(1e9, 1e30), Machine(1e30, 1e9)
+    assert layered_bound_s(config, 4, computing) == pytest.approx(work.flops / 1e9)
+    assert layered_bound_s(config, 4, fetching) == pytest.approx(4 * weights / 1e9)
+    both = layered_bound_s(config, 4, Machine(1e9, 1e9))
+    assert max(work.flops, 4 * weights) / 1e9 < both < (work.flops + 4 * weights) / 1e9
