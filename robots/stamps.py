@@ -103,18 +103,26 @@ class SampleStream(Generic[SampleT]):
             return min(self._samples, key=lambda sample: abs(sample.stamp_ns - stamp_ns))
 
     def wait(self, deadline_s: float) -> bool:
-        """Until there is a sample; False if ``time.monotonic()`` passes ``deadline_s`` first.
+        """Until the sensor runs: two samples with different stamps.
+
+        Returns:
+            False if ``time.monotonic()`` passes ``deadline_s`` first.
 
         Raises:
-            StampFault: Its stamps went back.
+            StampFault: Its stamps went back, or did not move until the deadline.
             RobotError: What ``fail`` was told.
         """
         with self._news:
-            while not self._samples and self._fault is None:
+            while len(self._samples) < 2 and self._fault is None:
                 if not self._news.wait(max(0.0, deadline_s - time.monotonic())):
                     break
             self._raise_fault()
-            return bool(self._samples)
+            if len(self._samples) < 2 and self._repeats:
+                raise StampFault(
+                    f"{self.name}: stamp stands still at {self._samples[-1].stamp_ns} ns, "
+                    f"{self._repeats + 1} messages carried it"
+                )
+            return len(self._samples) >= 2
 
     def _check(self) -> None:
         self._raise_fault()

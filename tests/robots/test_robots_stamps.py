@@ -90,10 +90,15 @@ def test_what_cannot_be_used_is_told_in_its_own_words() -> None:
             look()
 
 
-def test_waiting_ends_with_the_first_sample_or_the_deadline() -> None:
+def test_waiting_ends_when_the_sensor_runs_or_with_the_deadline() -> None:
     stream = SampleStream("/joints", timeout_s=NEVER_S)
     assert not stream.wait(time.monotonic())
-    speaker = threading.Thread(target=lambda: stream.add(sample(1)))
+    stream.add(sample(1))
+    assert not stream.wait(time.monotonic())
+    stream.add(sample(1))
+    with pytest.raises(StampFault, match=r"stamp stands still at 1 ns, 2 messages carried it"):
+        stream.wait(time.monotonic())
+    speaker = threading.Thread(target=lambda: stream.add(sample(2)))
     speaker.start()
     assert stream.wait(time.monotonic() + NEVER_S)
     speaker.join()

@@ -1,0 +1,132 @@
+"""What ``configs/robot/agilex_aloha*.yaml`` may say: ILStudio's keys, and ours."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Literal
+
+SIDES = ("left", "right")
+JOINTS_PER_ARM = 7
+ACTION_DIM = 2 * JOINTS_PER_ARM
+GRIPPERS = (6, 13)
+JOINT_NAMES = tuple(f"joint{index}" for index in range(JOINTS_PER_ARM))
+
+
+@dataclass(frozen=True)
+class InitPos:
+    """Where an episode begins, 7 numbers per arm."""
+
+    left: tuple[float, ...]
+    right: tuple[float, ...]
+
+
+@dataclass(frozen=True)
+class LimitPos:
+    """Position limits, 14 numbers each: the left arm, then the right."""
+
+    upper: tuple[float, ...]
+    lower: tuple[float, ...]
+
+
+@dataclass(frozen=True)
+class RosOperator:
+    """Topics and rates; ILStudio's keys.
+
+    Attributes:
+        arm_steps_length: Per arm, 7 numbers: how far the move to the start pose may go in one of
+            its own steps, of which there are ``publish_rate`` a second. It limits nothing else.
+    """
+
+    arm_steps_length: tuple[float, ...]
+    publish_rate: float = 40.0
+    img_front_topic: str = "/camera_f/color/image_raw"
+    img_left_topic: str = "/camera_l/color/image_raw"
+    img_right_topic: str = "/camera_r/color/image_raw"
+    img_front_depth_topic: str = "/camera_f/depth/image_raw"
+    img_left_depth_topic: str = "/camera_l/depth/image_raw"
+    img_right_depth_topic: str = "/camera_r/depth/image_raw"
+    puppet_arm_left_topic: str = "/puppet/joint_left"
+    puppet_arm_right_topic: str = "/puppet/joint_right"
+    puppet_arm_left_cmd_topic: str = "/master/joint_left"
+    puppet_arm_right_cmd_topic: str = "/master/joint_right"
+    robot_base_topic: str = "/odom_raw"
+    robot_base_cmd_topic: str = "/cmd_vel"
+    use_depth_image: bool = False
+    use_robot_base: bool = False
+
+    def __post_init__(self) -> None:
+        if len(self.arm_steps_length) != JOINTS_PER_ARM or not min(self.arm_steps_length) > 0:
+            raise ValueError(
+                f"arm_steps_length: got {self.arm_steps_length}, expected {JOINTS_PER_ARM} "
+                "positive numbers"
+            )
+        if not self.publish_rate > 0:
+            raise ValueError(f"publish_rate: got {self.publish_rate}, expected a positive rate")
+        if self.use_robot_base:
+            # A hold, the safe thing for an arm, would keep a base driving at its last velocity.
+            raise ValueError(
+                "use_robot_base: got true, expected false: the mobile base takes velocities, and "
+                "nothing here could stop it safely"
+            )
+
+
+@dataclass(frozen=True)
+class AgilexCamera:
+    """Which of the robot's cameras, and the (height, width) that it delivers."""
+
+    camera: Literal["front", "left", "right"]
+    hw: tuple[int, int] = (480, 640)
+
+    def __post_init__(self) -> None:
+        if min(self.hw) < 1:
+            raise ValueError(f"hw: got {self.hw}, expected a positive height and width")
+
+
+@dataclass(frozen=True)
+class TwinTopics:
+    """Where a simulated robot tells its outcome and takes resets; a real one has neither."""
+
+    outcome: str
+    reset: str
+
+
+def _ilstudios_cameras() -> dict[str, AgilexCamera]:
+    return {
+        "primary": AgilexCamera("front"),
+        "wrist_left": AgilexCamera("left"),
+        "wrist_right": AgilexCamera("right"),
+    }
+
+
+@dataclass(frozen=True)
+class AgilexConfig:
+    """ILStudio's ``init_pos``, ``limit_pos`` and ``ros_operator``, and after them our keys.
+
+    Attributes:
+        limit_vel, limit_acc: Of the commands, 14 numbers each; per second, per second squared.
+        cameras: The policy's camera name to the robot's.
+        joint_names: Of one arm, as its messages name them.
+        sensor_timeout_s: After how long a silent or frozen topic is lost.
+        twin: For a simulated robot.
+    """
+
+    init_pos: InitPos
+    limit_pos: LimitPos
+    ros_operator: RosOperator
+    limit_vel: tuple[float, ...]
+    limit_acc: tuple[float, ...]
+    cameras: Mapping[str, AgilexCamera] = field(default_factory=_ilstudios_cameras)
+    joint_names: tuple[str, ...] = JOINT_NAMES
+    sensor_timeout_s: float = 0.5
+    twin: TwinTopics | None = None
+
+    def __post_init__(self) -> None:
+        if len(self.joint_names) != JOINTS_PER_ARM or len(set(self.joint_names)) != JOINTS_PER_ARM:
+            raise ValueError(
+                f"joint_names: got {self.joint_names}, expected {JOINTS_PER_ARM} different names"
+            )
+        if not self.sensor_timeout_s > 0:
+            raise ValueError(
+                f"sensor_timeout_s: got {self.sensor_timeout_s}, expected a positive time"
+            )
