@@ -231,7 +231,8 @@ class Control:
         if self._signals & (Signal.START | Signal.RESUME):
             return  # what it says of now is yet to come
         silent_ns = now_ns - int(senses["beat_ns"])
-        if silent_ns > longest_ns:
+        picture_ns = now_ns - int(senses["frame_ns"])
+        if silent_ns > longest_ns or min(2 * silent_ns, picture_ns) > longest_ns:
             self._fail(f"the sensing process has been silent for {silent_ns / 1e9:.2f} s")
         elif now_ns - self._guardian_beat.load() > longest_ns:
             self._fail("the guardian is silent: nobody would stop the arm for this process")
@@ -239,9 +240,8 @@ class Control:
             self._fail(text)
         elif senses["server"] == Server.LOST:
             self._fail("the policy server is lost")
-        elif now_ns - int(senses["frame_ns"]) > longest_ns:
-            age_s = (now_ns - int(senses["frame_ns"])) / 1e9
-            self._fail(f"the newest picture is {age_s:.2f} s old")
+        elif picture_ns > longest_ns:
+            self._fail(f"the newest picture is {picture_ns / 1e9:.2f} s old")
         elif phase is Phase.RUN:
             age_ns = now_ns - self._source_ns()
             if self._source_ns() and age_ns > self._mission.max_chunk_age_s * 1e9:

@@ -1,0 +1,233 @@
+"""Anything dies in mid-motion: the arm comes to rest within its limits, in time, and stays latched.
+
+Everything is a real process. ``METRONOME_SOAK=1`` kills the server 50 times and the others 20 times
+each (``METRONOME_SERVER_KILLS``, ``METRONOME_KILLS``, ``METRONOME_STALLS`` say otherwise);
+``METRONOME_SEED`` chooses other moments.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import random
+import signal
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from tests.faults.rig import (
+    PERIOD_S,
+    Motion,
+    Program,
+    Server,
+    Twin,
+    evaluation,
+    stop_s,
+    twin,
+    watchdog_s,
+)
+
+SOAK = bool(os.environ.get("METRONOME_SOAK"))
+SEED = int(os.environ.get("METRONOME_SEED", "0"))
+FOR_EVER = ("--max_timesteps", "1000000", "-n", "1")
+KILLS_OF_THE_SERVER = int(os.environ.get("METRONOME_SERVER_KILLS", "50" if SOAK else "2"))
+KILLS_OF_OURS = int(os.environ.get("METRONOME_KILLS", "20" if SOAK else "1"))
+STALLS = int(os.environ.get("METRONOME_STALLS", "10" if SOAK else "1"))
+soak_only = pytest.mark.skipif(not SOAK, reason="METRONOME_SOAK is not set")
+STALL_S = 0.1 + 2 * PERIOD_S
+"""What the guardian allows a control process that says nothing."""
+
+pytestmark = pytest.mark.timeout(3600 if SOAK else 300)
+
+
+class Ride:
+    """A rollout under way, with faults in it."""
+
+    def __init__(self, arm: Twin, server: Server, program: Program) -> None:
+        self.arm, self.server, self.program = arm, server, program
+        self.rng = random.Random(SEED)
+        self.longest_s: dict[str, float] = {}
+
+    def start(self) -> None:
+        self.program.expect("rollout 0")
+        self.program.press("\n")
+        self.program.expect("^run$")
+
+    def into_motion(self) -> None:
+        """Wait for a random moment at which the arm is being moved."""
+        until_s = time.monotonic() + self.rng.uniform(0.3, 1.5)
+        while True:
+            time.sleep(0.002)
+            if time.monotonic() > until_s:
+                motion = Motion.of(self.arm.record())
+                if motion.moving_at(time.monotonic_ns()):
+                    return
+
+    def fault(self, name: str, number: int, pid: int, within_s: float, said: str) -> None:
+        """Signal ``pid`` in mid-motion; the arm must be at rest ``within_s``, and latched."""
+        self.arm.robot.clear_record()
+        self.into_motion()
+        at_ns = time.monotonic_ns()
+        os.kill(pid, number)
+        self.stopped(name, at_ns, within_s, said)
+
+    def stopped(self, name: str, at_ns: int, within_s: float, said: str) -> None:
+        self.program.expect(f"stopped: .*{said}")
+        motion = Motion.of(self.arm.record())
+        motion.check(self.arm.limits)
+        rest_s = motion.rest_s(at_ns)
+        assert rest_s <= within_s, f"{name}: at rest after {rest_s:.3f} s, allowed {within_s:.3f}"
+        self.longest_s[name] = max(self.longest_s.get(name, 0.0), rest_s)
+        # Latched: nobody asked for more, so nothing moves.
+        self.arm.robot.clear_record()
+        time.sleep(0.2)
+        held = self.arm.record()["step_target"]
+        assert len(held) and (held == held[0]).all(), f"{name}: moved although latched"
+
+    def resume(self) -> None:
+        self.arm.robot.clear_record()
+        self.program.press("r")
+        self.program.expect("^run$")
+        self.into_motion()
+        Motion.of(self.arm.record()).check(self.arm.limits)
+
+    def replace_server(self) -> None:
+        """The server is dead: another one at the same address."""
+        self.server.close()
+        self.server = Server("make_short", self.server.port)
+        self.program.expect("server connected again")
+
+
+@pytest.fixture(scope="module")
+def arm() -> Iterator[Twin]:
+    with twin() as running:
+        yield running
+
+
+@contextlib.contextmanager
+def ride(arm: Twin, folder: Path) -> Iterator[Ride]:
+    with contextlib.ExitStack() as stack:
+        server = stack.enter_context(Server("make_short"))
+        program = stack.enter_context(evaluation(arm, server.address, folder, *FOR_EVER))
+        riding = Ride(arm, server, program)
+        stack.callback(lambda: riding.server.close())  # noqa: PLW0108  not the one of now
+        riding.start()
+        yield riding
+        program.press("q")
+        program.expect("stopped: ")
+        program.press("q")
+        assert program.wait() == 130
+        print(f"longest times to rest: {riding.longest_s}")  # noqa: T201
+
+
+def test_the_server_dies(arm: Twin, tmp_path: Path) -> None:
+    times = KILLS_OF_THE_SERVER
+    with ride(arm, tmp_path) as riding:
+        for _ in range(times):
+            riding.fault(
+                "server",
+                signal.SIGKILL,
+                riding.server.pid,
+                watchdog_s() + stop_s(arm.limits),
+                "lost",
+            )
+            riding.replace_server()
+            riding.resume()
+
+
+def test_a_process_of_ours_dies(arm: Twin, tmp_path: Path) -> None:
+    times = KILLS_OF_OURS
+    with ride(arm, tmp_path) as riding:
+        for _ in range(times):
+            pid = riding.program.child("runtime.sensing")
+            allowed_s = watchdog_s() + stop_s(arm.limits)
+            riding.fault("sensing", signal.SIGKILL, pid, allowed_s, "sensing process")
+            riding.resume()
+            pid = riding.program.child("runtime.control")
+            allowed_s = STALL_S + stop_s(arm.limits)
+            riding.fault("control", signal.SIGKILL, pid, allowed_s, "control process died")
+            riding.resume()
+        if not SOAK:
+            return
+        pid = riding.program.child("runtime.guardian")
+        allowed_s = watchdog_s() + stop_s(arm.limits)
+        riding.fault("guardian", signal.SIGKILL, pid, allowed_s, "guardian")
+        riding.resume()
+        pid = riding.program.child("runtime.control")
+        riding.fault("stalled", signal.SIGSTOP, pid, STALL_S + stop_s(arm.limits), "stalled")
+        riding.resume()
+
+
+@soak_only
+def test_the_server_stalls_and_a_person_presses_a_key(arm: Twin, tmp_path: Path) -> None:
+    times = STALLS
+    with ride(arm, tmp_path) as riding:
+        for _ in range(times):
+            arm.robot.clear_record()
+            riding.into_motion()
+            os.kill(riding.server.pid, signal.SIGSTOP)
+            time.sleep(0.1)
+            os.kill(riding.server.pid, signal.SIGCONT)
+            riding.into_motion()
+            motion = Motion.of(arm.record())
+            motion.check(arm.limits)
+            assert not any("at rest" in line for line in riding.program.said[-2:])
+            at_ns = time.monotonic_ns()
+            os.kill(riding.server.pid, signal.SIGSTOP)
+            time.sleep(2.0)
+            os.kill(riding.server.pid, signal.SIGCONT)
+            # Half a chunk is played before the last one; then it starves and is latched.
+            riding.stopped("server stalled", at_ns, 30 * PERIOD_S + stop_s(arm.limits), "no chunk")
+            riding.resume()
+            arm.robot.clear_record()
+            riding.into_motion()
+            at_ns = time.monotonic_ns()
+            riding.program.press(" ")
+            riding.stopped("key", at_ns, 0.1 + stop_s(arm.limits), "emergency")
+            riding.resume()
+
+
+@pytest.mark.parametrize(
+    "number",
+    [
+        pytest.param(signal.SIGINT, marks=soak_only),
+        pytest.param(signal.SIGTERM, marks=soak_only),
+        signal.SIGKILL,
+    ],
+)
+def test_the_parent_is_told_to_end_or_dies(arm: Twin, tmp_path: Path, number: int) -> None:
+    with (
+        Server("make_short") as server,
+        evaluation(arm, server.address, tmp_path, *FOR_EVER) as program,
+    ):
+        riding = Ride(arm, server, program)
+        riding.start()
+        control = program.child("runtime.control")
+        arm.robot.clear_record()
+        riding.into_motion()
+        at_ns = time.monotonic_ns()
+        program.signal(number)
+        assert program.wait() == (-signal.SIGKILL if number == signal.SIGKILL else 130)
+        while Path(f"/proc/{control}").exists():
+            time.sleep(0.01)
+        motion = Motion.of(arm.record())
+        motion.check(arm.limits)
+        assert motion.rest_s(at_ns) <= 0.1 + stop_s(arm.limits)
+        if number != signal.SIGKILL:
+            assert (tmp_path / "sim_twin" / "sim_transfer_cube.json").exists()
+
+
+@soak_only
+def test_what_is_outside_the_limits_is_clamped(arm: Twin, tmp_path: Path) -> None:
+    with Server("make_reaching") as server:
+        arm.robot.clear_record()
+        flags = ("--yes", "-n", "1", "--max_timesteps", "80")
+        with evaluation(arm, server.address, tmp_path, *flags) as program:
+            assert program.wait() == 0
+        assert any("clamped" in line for line in program.said)
+        motion = Motion.of(arm.record())
+        motion.check(arm.limits)
+        assert np.abs(motion.action[:, 0]).max() > 1.0  # it went as far as it could in that time

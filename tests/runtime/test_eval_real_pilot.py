@@ -1,0 +1,271 @@
+"""Whatever happens to a pilot: its commands keep the limits, and a recording makes them again."""
+
+from __future__ import annotations
+
+import dataclasses
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from policies.types import ActionChunk, PolicyContract
+from robots.limits import Limits
+from runtime.mailbox import MOVING, Phase, Signal
+from runtime.mission import Body, Mission
+from runtime.pilot import MOST_APPROACHES, Pilot
+from runtime.recording import Recording
+from runtime.replay import main, replay, weights
+
+CONTRACT = PolicyContract("toy", (), 3, 3, chunk_size=20, n_action_steps=10)
+LIMITS = Limits(
+    np.array([-1.0, -2.0, 0.0]),
+    np.array([1.0, 2.0, 1.0]),
+    np.array([1.0, 2.0, 3.0]),
+    np.array([10.0, 8.0, 30.0]),
+)
+START = np.array([0.2, -0.3, 0.5], np.float32)
+BODY = Body(LIMITS, START, np.array([0.5, 0.5, 0.5]), (2,))
+
+
+def mission(**changes: object) -> Mission:
+    made = Mission(
+        "toy", {}, CONTRACT.to_json(), "127.0.0.1:1", max_timesteps=60, fault_after_s=0.2
+    )
+    return dataclasses.replace(made, **changes)  # type: ignore[arg-type]
+
+
+class Flight:
+    """A pilot, and what a control process would write down of it."""
+
+    def __init__(self, plan: Mission) -> None:
+        self.plan = plan
+        self.pilot = plan.make_pilot(BODY)
+        self.rows: list[dict[str, object]] = []
+        self.chunks: list[dict[str, object]] = []
+        self.signals = Signal.NONE
+        self.pose = np.zeros(3, np.float32)
+
+    def reset(self, pose: np.ndarray) -> None:
+        self.pose = np.asarray(pose, np.float32)
+        self.signals |= Signal.RESET
+        self.pilot.reset(self.pose)
+
+    def signal(self, signal: Signal) -> None:
+        """As the control process: what does not apply now is not done, and not written down."""
+        pilot = self.pilot
+        rests = pilot.phase in (Phase.HOLD, Phase.FAULT)
+        if signal is Signal.START and rests:
+            self.reset(pilot.stream.last_command.copy())
+            pilot.start()
+        elif signal is Signal.RESUME and rests:
+            pilot.resume()
+        elif signal is Signal.STOP:
+            pilot.stop()
+        elif signal is Signal.FAIL and not pilot.fault and pilot.phase is not Phase.FAULT:
+            pilot.fail("a test")
+        else:
+            return
+        self.signals |= signal
+
+    def give(self, chunk: ActionChunk) -> None:
+        if self.pilot.phase not in (Phase.WAIT, Phase.RUN):
+            return
+        actions = np.zeros((CONTRACT.chunk_size, 3), np.float32)
+        actions[: len(chunk)] = chunk.actions
+        self.pilot.accept(chunk)
+        self.chunks.append(
+            {"row": len(self.rows), "actions": actions, "count": len(chunk),
+             "obs_timestep": chunk.obs_timestep, "first_action_offset": 0,
+             "t_capture_ns": 0, "stages_ns": np.zeros(8, np.int64)}
+        )  # fmt: skip
+
+    def command(self, advance: int = 1) -> np.ndarray:
+        tick = self.pilot.tick
+        command = self.pilot.command(advance).copy()
+        played = self.pilot.tick != tick
+        self.rows.append(
+            {"row": len(self.rows), "tick": self.pilot.tick - played, "played": int(played),
+             "signals": int(self.signals), "advance": advance, "command": command,
+             "pose": self.pose.copy()}
+        )  # fmt: skip
+        self.signals = Signal.NONE
+        return command
+
+    def recording(self) -> Recording:
+        rows, chunks = (
+            {name: np.stack([row[name] for row in table]) for name in table[0]} if table else {}
+            for table in (self.rows, self.chunks)
+        )
+        return Recording(rows, chunks, self.plan, BODY, {"seed": 0})
+
+    def until(self, phase: Phase, most: int = 500) -> list[np.ndarray]:
+        commands = []
+        while self.pilot.phase is not phase:
+            commands.append(self.command())
+            assert len(commands) < most, f"still {self.pilot.phase.name}"
+        return commands
+
+
+def check_limits(commands: np.ndarray, period_s: float) -> None:
+    commands = commands.astype(np.float64)
+    speed = np.diff(commands, axis=0) / period_s
+    force = np.diff(speed, axis=0) / period_s
+    assert (commands >= LIMITS.position_lower).all()
+    assert (commands <= LIMITS.position_upper).all()
+    assert (np.abs(speed) <= LIMITS.velocity + 1e-5 / period_s).all()
+    assert (np.abs(force) <= LIMITS.acceleration + 1e-6 / period_s**2).all()
+
+
+def chunk(timestep: int, values: np.ndarray | float, length: int = 20) -> ActionChunk:
+    actions = np.zeros((length, 3), np.float32) + np.asarray(values, np.float32)
+    return ActionChunk(actions, timestep)
+
+
+finite = st.floats(-3, 3, width=32)
+events = st.one_of(
+    st.tuples(st.just("signal"), st.sampled_from([*Signal][:-1])),
+    st.tuples(
+        st.just("chunk"),
+        st.tuples(st.integers(-3, 3), st.lists(finite, min_size=6, max_size=6)),
+    ),
+    st.tuples(st.just("nan"), st.just(0)),
+    st.tuples(st.just("command"), st.integers(1, 4)),
+    st.tuples(st.just("many"), st.integers(1, 40)),
+)
+
+
+@settings(max_examples=60)
+@given(
+    st.lists(events, max_size=60),
+    st.sampled_from(["sequential", "temporal_ensemble", "latest"]),
+    st.sampled_from([50.0, 100.0]),
+)
+def test_limits_hold_and_the_recording_replays(
+    steps: list[tuple[str, object]], manager: str, rate: float
+) -> None:
+    flight = Flight(mission(action_manager=manager, publish_rate=rate))
+    flight.reset(np.array([0.5, 1.0, 0.2]))
+    commands = [np.array([0.5, 1.0, 0.2], np.float32)] * 2
+    commands.append(flight.command())
+    for kind, value in steps:
+        if kind == "signal":
+            flight.signal(value)
+        elif kind in ("chunk", "nan"):
+            ahead, ends = value if kind == "chunk" else (0, [np.nan] * 6)
+            path = np.linspace(ends[:3], ends[3:], 20)
+            tick = flight.pilot.tick // flight.pilot.stream.ratio
+            flight.give(chunk(max(0, tick + ahead), path))
+        else:
+            for _ in range(value if kind == "many" else 1):
+                commands.append(flight.command(value if kind == "command" else 1))
+    check_limits(np.stack(commands), flight.plan.period_s)
+    recording = flight.recording()
+    assert replay(recording).first_difference(recording) is None
+
+
+def test_a_rollout_from_far_away_is_approached_slowly_and_ends_by_itself(tmp_path: Path) -> None:
+    flight = Flight(mission())
+    flight.reset(np.array([-0.9, 1.8, 1.0]))
+    flight.signal(Signal.START)
+    approach = np.stack(flight.until(Phase.WAIT)).astype(np.float64)
+    assert np.array_equal(approach[-1].astype(np.float32), START)
+    assert np.abs(np.diff(approach, axis=0)).max() <= 0.5 * flight.plan.period_s + 1e-6
+    # The policy wants to begin elsewhere: there too only slowly, and then it is asked again.
+    flight.give(chunk(0, START + np.float32(0.4)))
+    assert flight.pilot.phase is Phase.APPROACH
+    flight.until(Phase.WAIT)
+    assert flight.pilot.tick == 0
+    for tick in range(0, 60, 10):
+        flight.give(chunk(tick, START + np.float32(0.4)))
+        for _ in range(10):
+            flight.command()
+    flight.until(Phase.HOLD)
+    assert flight.pilot.finished
+    recording = flight.recording()
+    shares = weights(recording)
+    assert shares.shape == (60, 7)  # the first one only said where to begin
+    np.testing.assert_allclose(shares.sum(axis=1), 1.0)
+
+    recording.save(tmp_path / "rollout_000", shares)
+    loaded = Recording.load(tmp_path / "rollout_000")
+    assert replay(loaded).first_difference(loaded) is None
+    assert main([str(tmp_path)]) == 0
+    changed = dict(loaded.rows)
+    changed["command"] = changed["command"].copy()
+    changed["command"][-1, 0] = np.nextafter(changed["command"][-1, 0], np.float32(9))
+    dataclasses.replace(loaded, rows=changed).save(tmp_path / "rollout_001", shares)
+    assert main([str(tmp_path / "rollout_001")]) == 1
+    assert main([str(tmp_path / "nothing")]) == 2
+
+
+def test_a_policy_that_never_begins_where_it_said_is_a_fault() -> None:
+    flight = Flight(mission())
+    flight.reset(START)
+    flight.signal(Signal.START)
+    for attempt in range(MOST_APPROACHES + 1):
+        flight.until(Phase.WAIT)
+        flight.give(chunk(0, START + np.float32(0.3 * (-1) ** attempt)))
+    flight.until(Phase.FAULT)
+    assert "the policy begins" in flight.pilot.fault
+
+
+def test_a_fault_is_latched_until_it_is_resumed_and_ticks_go_on() -> None:
+    flight = Flight(mission())
+    flight.reset(START)
+    flight.signal(Signal.START)
+    flight.until(Phase.WAIT)
+    flight.give(chunk(0, START))
+    for _ in range(5):
+        flight.command()
+    flight.signal(Signal.FAIL)
+    flight.until(Phase.FAULT)
+    assert flight.pilot.phase not in MOVING
+    flight.give(chunk(9, START + np.float32(0.1)))
+    rest = [flight.command() for _ in range(5)]
+    assert np.ptp(rest, axis=0).max() == 0
+    flight.signal(Signal.RESUME)
+    assert flight.pilot.phase is Phase.WAIT
+    tick = flight.pilot.tick
+    assert tick >= 5
+    flight.give(chunk(tick, START + np.float32(0.05)))
+    flight.command()
+    assert flight.pilot.phase is Phase.RUN
+    assert flight.pilot.tick == tick + 1
+
+
+def test_without_chunks_it_stops_and_latches_by_itself() -> None:
+    flight = Flight(mission())
+    flight.reset(START)
+    flight.signal(Signal.START)
+    flight.until(Phase.WAIT)
+    flight.give(chunk(0, np.linspace(START, START + 0.3, 20)))
+    flight.until(Phase.FAULT)
+    assert "no chunk" in flight.pilot.fault
+
+
+@pytest.mark.parametrize("module", ["runtime.control", "runtime.guardian"])
+def test_what_commands_the_robot_imports_no_heavy_thing(module: str) -> None:
+    """Nor does the twin's driver in it: a page fault or a thread of theirs would cost a tick."""
+    code = (
+        f"import sys, {module}\n"
+        "from robots.factory import make_robot\n"
+        "make_robot('sim_twin')\n"
+        "print([m for m in ('torch', 'zmq', 'mujoco', 'envs', 'av') if m in sys.modules])"
+    )
+    said = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert said.stdout.strip() == "[]"
+
+
+def test_a_pilot_cannot_be_started_in_motion() -> None:
+    pilot: Pilot = mission().make_pilot(BODY)
+    pilot.reset(START + np.float32(0.3))
+    pilot.start()
+    assert pilot.phase is Phase.APPROACH
+    with pytest.raises(ValueError, match="got phase APPROACH, expected HOLD"):
+        pilot.start()
+    with pytest.raises(ValueError, match="got phase APPROACH, expected HOLD or FAULT"):
+        pilot.resume()
