@@ -121,11 +121,19 @@ class Program:
 class Server(Program):
     """A policy server; on ``port``, or one of its own choice."""
 
-    def __init__(self, factory: str = "make", port: int = 0) -> None:
+    def __init__(
+        self,
+        factory: str = "make",
+        port: int = 0,
+        *,
+        host: str = "127.0.0.1",
+        prefix: tuple[str, ...] = (),
+    ) -> None:
         super().__init__(
             "-m", "runtime.server",
             "-m", f"python:tests.faults.sine_policy:{factory}",
-            "--port", str(port), "--log_level", "ERROR",
+            "--host", host, "--port", str(port), "--log_level", "ERROR",
+            prefix=prefix,
         )  # fmt: skip
         try:
             self.address = self.expect(r"Policy Server started on (\S+)")[1]
