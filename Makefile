@@ -8,13 +8,14 @@ CAN_RENDER := $(BIN)/python -c 'from envs.gl import make_context; make_context(6
 # No thread pools fighting the tests for two cores.
 export OMP_NUM_THREADS ?= 1
 
-.PHONY: help demo test check bench train format gl clean
+.PHONY: help demo test check bench soak train format gl clean
 
 help:
 	@echo "make demo    start a server, evaluate 2 episodes against it"
 	@echo "make test    every test"
 	@echo "make check   lint, types, import rules"
 	@echo "make bench   latency tables"
+	@echo "make soak    a simulated robot, with everything killed in mid-motion again and again: 30 minutes"
 	@echo "make train   demonstrations, then a policy of your own: under an hour on two cores"
 
 demo: $(VENV)/.sim gl
@@ -31,6 +32,9 @@ check: $(VENV)/.dev
 
 bench: $(VENV)/.peers $(VENV)/.peers-inference gl
 	$(BIN)/python -m pytest bench -q
+
+soak: $(VENV)/.dev gl
+	METRONOME_SOAK=1 $(BIN)/python -m pytest tests/faults -q -s
 
 TASK     ?= sim_transfer_cube
 EPISODES ?= 200

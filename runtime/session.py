@@ -11,7 +11,6 @@ from typing import Any
 
 import numpy as np
 
-from runtime.crew import MemberFailed
 from runtime.episode import Episode
 from runtime.errors import RuntimeFault
 from runtime.latency import StageTimes
@@ -123,6 +122,8 @@ class Session:
 
     def _play(self, seed: int) -> None:
         supervisor = self._supervisor
+        if supervisor.dead:
+            self._restore()
         supervisor.recorder.rest()
         self._faults.clear()
         self._began_s = time.monotonic()
@@ -133,9 +134,9 @@ class Session:
         while True:
             supervisor.poll()
             phase = supervisor.phase
-            if phase is Phase.HOLD:
+            if phase is Phase.HOLD and supervisor.obeyed:
                 return
-            if phase is Phase.FAULT:
+            if phase in (Phase.FAULT, Phase.ENDED):
                 self._on_fault()
                 waiting_since_s = time.monotonic()
                 continue
@@ -151,7 +152,7 @@ class Session:
     def _until_obeyed(self) -> None:
         supervisor = self._supervisor
         if not supervisor.wait_for(
-            lambda: supervisor.obeyed or bool(supervisor.dead), OBEYED_WITHIN_S
+            lambda: supervisor.obeyed or "control" in supervisor.dead, OBEYED_WITHIN_S
         ):
             raise SessionOver("the control process does not obey")
 
@@ -163,7 +164,7 @@ class Session:
             Interrupted: The person wants no more.
         """
         supervisor = self._supervisor
-        reason = supervisor.fault or "the control process died"
+        reason = supervisor.fault or "the control process ended"
         self._faults.append(reason)
         if self._unattended:
             raise SessionOver(reason)
@@ -172,12 +173,15 @@ class Session:
         )
         if answer == QUIT:
             raise Interrupted
-        try:
-            supervisor.restore(self._new_server())
-        except MemberFailed as error:
-            raise SessionOver(str(error)) from error
+        self._restore()
         supervisor.order(Order.RESUME if answer == "r" else Order.RELEASE)
         self._until_obeyed()
+
+    def _restore(self) -> None:
+        try:
+            self._supervisor.restore(self._new_server())
+        except RuntimeFault as error:
+            raise SessionOver(str(error)) from error
 
     def _stop(self) -> None:
         with contextlib.suppress(KeyboardInterrupt):  # once is enough: it is stopping

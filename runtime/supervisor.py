@@ -64,6 +64,7 @@ class Supervisor:
         self._guardian: Member | None = None
         self._sensing: Member | None = None
         self._reported: set[int] = set()
+        self._closing = False
         self.lost = ""
         self.setting: dict[str, Any] = {}
         self.realtime = ""
@@ -127,7 +128,8 @@ class Supervisor:
             if member is None or member.alive or member.process.pid in self._reported:
                 continue
             self._reported.add(member.process.pid)
-            self._tell(f"the {member.name} process ended: {member.status}")
+            if not self._closing or member.process.returncode:
+                self._tell(f"the {member.name} process ended: {member.status}")
 
     def _hear(self, said: dict[str, Any]) -> None:
         event = said["event"]
@@ -261,6 +263,7 @@ class Supervisor:
         """Bring the arm to rest and end everybody. Idempotent."""
         if self._fd < 0:
             return
+        self._closing = True
         self.order(Order.QUIT)
         if self._control is not None and self._control.alive:
             self.wait_for(lambda: not (self._control and self._control.alive), STOP_WITHIN_S)

@@ -1,0 +1,142 @@
+"""Sensing, guardian and control one at a time, in this process, around a robot made up here."""
+
+from __future__ import annotations
+
+import dataclasses
+import os
+import time
+from collections.abc import Iterator
+
+import numpy as np
+import pytest
+
+from policies.types import CameraContract, PolicyContract
+from robots.base import CameraSample, JointSample, Robot, RobotContract, Role
+from robots.errors import RobotError
+from robots.limits import Limits
+from runtime.guardian import Guardian
+from runtime.mailbox import Dims, Mailbox, Phase, Signal, create_segment, get_text
+from runtime.mission import Mission
+from runtime.sensing import Sensing
+
+CONTRACT = PolicyContract("toy", (CameraContract("top", (4, 4), (4, 4)),), 3, 3, 20, 10)
+MISSION = Mission("toy", {}, CONTRACT.to_json(), "127.0.0.1:1")
+LIMITS = Limits(np.full(3, -2.0), np.full(3, 2.0), np.full(3, 1.0), np.full(3, 5.0))
+
+
+class Lonely(Robot):
+    """A robot whose bus belongs to one process at a time."""
+
+    name = "lonely"
+    contract = RobotContract(("a", "b", "c"), 3, {"top": (4, 4)})
+    limits = LIMITS
+    shareable = False
+
+    def __init__(self) -> None:
+        self.frame_stamp_ns = 0
+        self.sent: list[np.ndarray] = []
+
+    def _connect(self, role: Role, timeout_s: float) -> None:
+        pass
+
+    def _get_joints(self) -> JointSample:
+        return JointSample(np.zeros(3, np.float32), 0, time.monotonic_ns())
+
+    def _get_joints_at(self, stamp_ns: int) -> JointSample:
+        raise AssertionError("the bus is control's")
+
+    def _get_cameras(self) -> dict[str, CameraSample]:
+        picture = np.zeros((4, 4, 3), np.uint8)
+        return {"top": CameraSample(picture, self.frame_stamp_ns, time.monotonic_ns())}
+
+    def _send_action(self, action: np.ndarray) -> None:
+        self.sent.append(action.copy())
+
+    def _disconnect(self) -> None:
+        pass
+
+
+@pytest.fixture
+def box() -> Iterator[Mailbox]:
+    dims = Dims(3, 3, 20)
+    fd = create_segment(dims)
+    with Mailbox(fd, dims) as mailbox:
+        yield mailbox
+    os.close(fd)
+
+
+def test_pictures_are_paired_with_the_states_of_their_stamps(box: Mailbox) -> None:
+    """Joints come through the mailbox where two processes cannot share the bus."""
+    robot = Lonely()
+    robot.connect(Role.SENSING)
+    sensing = Sensing(MISSION, box, robot, client=None)
+    joints = box.queue_writer("joints")
+    for number in range(10):
+        views = joints.claim()
+        views["position"][:] = number
+        views["stamp_ns"][...], views["received_ns"][...] = 1000 * number, 7_000 + number
+        joints.publish()
+    for stamp_ns, expected in ((3400, 3), (3600, 4), (99_999, 9), (-5, 0)):
+        robot.frame_stamp_ns = stamp_ns
+        obs = sensing.first_observation()
+        assert (obs.state == expected).all()
+        assert obs.t_capture_ns == 7_000 + expected  # our clock, of the earlier of the two
+
+
+def test_without_joints_there_is_no_observation(box: Mailbox) -> None:
+    robot = Lonely()
+    robot.connect(Role.SENSING)
+    sensing = Sensing(dataclasses.replace(MISSION, connect_timeout_s=0.05), box, robot, client=None)
+    with pytest.raises(RobotError, match=r"no joint state from the control process within 0\.05 s"):
+        sensing.first_observation()
+
+
+def test_a_guardian_goes_on_where_control_stopped(
+    box: Mailbox, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It sends what control owed, brakes on the same grid, says that it latched, and records."""
+    commands, progress = box.latest_writer("commands"), box.latest_writer("progress")
+    speed = np.array([1.0, -0.5, 0.0])
+    due_ns = time.monotonic_ns()
+    views = commands.claim()
+    views["row"][...], views["leg"][...], views["tick"][...] = 41, 3, 17
+    views["deadline_ns"][...] = due_ns
+    views["command"][:], views["velocity"][:] = (0.5, 0.5, 0.5), speed
+    views["signals"][...] = Signal.NONE
+    commands.publish()
+    views = progress.claim()
+    views["phase"][...], views["leg"][...] = Phase.RUN, 3
+    progress.publish()
+
+    robot = Lonely()
+    made = Guardian(MISSION, box, robot, pidfd=-1)
+    made._progress.refresh()
+    monkeypatch.setattr(
+        Guardian, "_released", lambda self, left_ns: len(robot.sent) > 30, raising=True
+    )
+    made.take_over()
+
+    assert robot.role is Role.CONTROL  # it connected when the bus was free
+    sent = np.stack(robot.sent).astype(np.float64)
+    period_s = MISSION.period_s
+    np.testing.assert_array_equal(sent[0], (0.5, 0.5, 0.5))
+    path = np.vstack([sent[0] - speed * period_s, sent])
+    force = np.diff(path, n=2, axis=0) / period_s**2
+    assert np.abs(force).max() <= LIMITS.acceleration.max() + 1e-2
+    assert (sent[-1] == sent[-2]).all()
+    assert (sent[-1] - sent[0])[0] > 0 > (sent[-1] - sent[0])[1]  # on, in the same direction
+
+    ticks = box.queue_reader("ticks")
+    rows = []
+    while (views := ticks.peek()) is not None:
+        rows.append({name: value.copy() for name, value in views.items()})
+        ticks.release()
+    assert [int(row["row"]) for row in rows] == list(range(41, 41 + len(rows)))
+    assert rows[0]["signals"] == Signal.NONE  # control's own
+    assert all(row["signals"] == Signal.GUARDIAN for row in rows[1:])
+    deadlines = np.array([int(row["deadline_ns"]) for row in rows])
+    assert ((deadlines - due_ns) % round(period_s * 1e9) == 0).all()
+    now = box.latest_reader("progress")
+    now.refresh()
+    assert now.values["phase"] == Phase.FAULT
+    assert get_text(now.values["fault"]) == "the control process died"
