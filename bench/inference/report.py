@@ -23,7 +23,8 @@ RESULTS = Path(__file__).parents[1] / "results"
 BYTES = {"fp32": 4, "bf16": 2, "fp16": 2}
 FEWEST = {99.0: 100, 99.9: 500}
 """Calls below which that percentile says nothing."""
-BEST, BEST_FP32 = "ours, best", "ours, best fp32"
+BEST, BEST_FP32, BEST_BF16 = "ours, best", "ours, best fp32", "ours, best bf16"
+_OURS = {BEST: ("fp32", "bf16", "fp16"), BEST_FP32: ("fp32",), BEST_BF16: ("bf16",)}
 OPENVINO = "OpenVINO of plain"
 COMPILED = "torch.compile of plain fp32"
 
@@ -69,9 +70,7 @@ def ratios(comparison: Comparison) -> dict[str, float]:
     """All that a budget may be given for, by ``OURS / THEIRS``."""
     theirs = [n for n, e in comparison.entries.items() if e.contestant.side != "ours"]
     found = {
-        f"{ours} / {their}": ratio(comparison, ours, their)
-        for ours in (BEST, BEST_FP32)
-        for their in theirs
+        f"{ours} / {their}": ratio(comparison, ours, their) for ours in _OURS for their in theirs
     }
     return {name: value for name, value in found.items() if math.isfinite(value)}
 
@@ -174,14 +173,13 @@ def cpu_name(cpuinfo: Path = Path("/proc/cpuinfo")) -> str:
 
 
 def _median_s(comparison: Comparison, name: str) -> float:
-    if name not in (BEST, BEST_FP32):
+    if name not in _OURS:
         entry = comparison.entries.get(name)
         return entry.percentile_s(50) if entry else math.nan
     ours = [
         entry.percentile_s(50)
         for entry in comparison.entries.values()
-        if entry.contestant.side == "ours"
-        and (name == BEST or entry.contestant.precision == "fp32")
+        if entry.contestant.side == "ours" and entry.contestant.precision in _OURS[name]
     ]
     return min(ours, default=math.nan)
 

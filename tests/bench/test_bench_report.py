@@ -12,6 +12,7 @@ from bench.inference.contestants import CONTESTANTS, LEROBOT, PLAIN
 from bench.inference.nets import FULL
 from bench.inference.report import (
     BEST,
+    BEST_BF16,
     BEST_FP32,
     case_name,
     goals,
@@ -54,7 +55,13 @@ def test_a_ratio_is_of_medians_and_of_the_best_of_ours() -> None:
     assert ratio(found, BEST_FP32, LEROBOT) == pytest.approx(0.8)
     assert ratio(found, BEST_FP32, PLAIN) == pytest.approx(0.5)
     assert math.isnan(ratio(found, BEST, PEER))
-    assert set(ratios(found)) == {f"{o} / {t}" for o in (BEST, BEST_FP32) for t in (LEROBOT, PLAIN)}
+    ours = (BEST, BEST_FP32, BEST_BF16)
+    assert set(ratios(found)) == {f"{o} / {t}" for o in ours for t in (LEROBOT, PLAIN)}
+
+
+def test_a_precision_that_did_not_run_has_no_ratio() -> None:
+    found = comparison(entry(LEROBOT, 0.5), entry(OURS, 0.4))
+    assert set(ratios(found)) == {f"{o} / {LEROBOT}" for o in (BEST, BEST_FP32)}
 
 
 def test_jitter_is_the_mean_change_between_calls() -> None:
