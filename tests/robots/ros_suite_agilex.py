@@ -102,7 +102,7 @@ class TestRefusals:
     def test_on_connecting(self, topic: str, mode: str, kind: type, message: str) -> None:
         with self.node.spoilt(topic, mode), impatient() as robot:
             with pytest.raises(kind, match=message) as refused:
-                robot.connect(timeout_s=1.5)
+                robot.connect(timeout_s=1.0)
             assert type(refused.value) is kind
             assert robot.role is None
         with impatient() as robot:
