@@ -54,7 +54,7 @@ class Entry:
         error: Of its actions against the plain module's: max|a - b| / max|b|, in the network's
             units, over all observations.
         samples_s: One for each counted call, in order.
-        cores: Of each block, as ``worker.Block``.
+        cores, waited: Of each block, as ``worker.Block``.
     """
 
     contestant: Contestant
@@ -62,6 +62,7 @@ class Entry:
     error: float = math.nan
     samples_s: list[float] = field(default_factory=list)
     cores: list[float] = field(default_factory=list)
+    waited: list[float] = field(default_factory=list)
 
     def percentile_s(self, percent: float) -> float:
         return float(np.percentile(self.samples_s, percent))
@@ -189,6 +190,7 @@ def _take_turns(
             result = workers[name].run(block, uncounted)
             entries[name].samples_s.extend(result.samples_s)
             entries[name].cores.append(result.cores)
+            entries[name].waited.append(result.waited)
         order.append(order.pop(0))
 
 

@@ -93,7 +93,8 @@ def table(comparison: Comparison) -> Iterator[str]:
     )
     yield (
         f"  {'':28}{'n':>5}{'p50':>9}{'p99':>9}{'p99.9':>9}{'max':>9}{'jitter':>8}{'first':>8}"
-        f"{'cold':>8}{'cached':>8}{'MB':>6}{'error':>9}{'cores':>7}{'roofline':>10}"
+        f"{'cold':>8}{'cached':>8}{'MB':>6}{'error':>9}{'cores':>7}{'waited':>8}"
+        f"{'roofline':>10}"
     )
     for name, entry in comparison.entries.items():
         yield f"  {name:28}{_row(comparison, entry)}"
@@ -213,7 +214,8 @@ def _row(comparison: Comparison, entry: Entry) -> str:
         f"{count:5}{ms(entry.percentile_s(50))}{tails}{ms(max(entry.samples_s))}"
         f"{1e3 * entry.jitter_s:8.2f}{1e3 * last.first_s:8.1f}{start(COLD)}{start(CACHED)}"
         f"{(last.resident_bytes - last.base_bytes) / 1e6:6.0f}{entry.error:9.1e}"
-        f"{np.mean(entry.cores):7.2f}{_attained(comparison, entry):10.2f}"
+        f"{np.mean(entry.cores):7.2f}{np.mean(entry.waited):8.2f}"
+        f"{_attained(comparison, entry):10.2f}"
     )
 
 
@@ -236,6 +238,7 @@ def _record(comparison: Comparison, entry: Entry) -> Mapping[str, Any]:
         "jitter_s": entry.jitter_s,
         "error": entry.error,
         "cores": float(np.mean(entry.cores)),
+        "waited": float(np.mean(entry.waited)),
         "roofline": _attained(comparison, entry),
         "starts": {
             kind: {

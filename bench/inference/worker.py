@@ -83,10 +83,13 @@ class Block:
     Attributes:
         samples_s: One for each call.
         cores: Processor time of all its threads by time elapsed.
+        waited: Time in which a thread of it could have run and had no processor, by time elapsed:
+            processes of others took it; the benchmark's own sleep then.
     """
 
     samples_s: NDArray[np.float64]
     cores: float
+    waited: float
 
 
 class Worker:
@@ -193,17 +196,27 @@ def _block(run: Run, inputs: Inputs, calls: int, uncounted: int) -> Block:
     for number in range(uncounted):
         run(*inputs[number % len(inputs)])
     samples_s = np.empty(calls)
-    worked_s, began_s = time.process_time(), time.perf_counter()
+    waited_s, worked_s, began_s = _waited_s(), time.process_time(), time.perf_counter()
     for number in range(calls):
         start_s = time.perf_counter()
         run(*inputs[number % len(inputs)])
         samples_s[number] = time.perf_counter() - start_s
     elapsed_s = time.perf_counter() - began_s
-    return Block(samples_s, (time.process_time() - worked_s) / elapsed_s)
+    worked_s, waited_s = time.process_time() - worked_s, _waited_s() - waited_s
+    return Block(samples_s, worked_s / elapsed_s, waited_s / elapsed_s)
 
 
 def _since_s(born_ns: int) -> float:
     return (time.monotonic_ns() - born_ns) / 1e9
+
+
+def _waited_s() -> float:
+    """Of all threads, on the kernel's run queues; 0 where it keeps no account."""
+    waited_ns = 0
+    for thread in Path("/proc/self/task").iterdir():
+        with suppress(OSError):
+            waited_ns += int((thread / "schedstat").read_text(encoding="ascii").split()[1])
+    return waited_ns / 1e9
 
 
 def _resident_bytes() -> int:

@@ -31,7 +31,7 @@ PEER, PEER_BF16 = "OpenVINO of plain fp32", "OpenVINO of plain bf16"
 def entry(name: str, *samples_s: float, starts: tuple[str, ...] = (COLD,)) -> Entry:
     started = Started(1.0, 2.0, 0.5, 10_000_000, 30_000_000, np.zeros((1, 1, 1), np.float32))
     made = Entry(CONTESTANTS[name], dict.fromkeys(starts, started), error=1e-6)
-    made.samples_s, made.cores = list(samples_s), [1.0]
+    made.samples_s, made.cores, made.waited = list(samples_s), [1.0], [0.0]
     return made
 
 
