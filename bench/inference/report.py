@@ -1,4 +1,14 @@
-"""A comparison as a table, as goals met or not, and as files."""
+"""A comparison as a table, as goals met or not, and as files.
+
+Columns of the table, in ms where nothing else is said: ``n`` counted calls, their percentiles and
+maximum; ``jitter``, by how much two calls in a row differ on average; ``first``, the first call of
+the process; ``cold`` and ``cached``, from the start of the process to its first answer, torch's
+import included, with an empty cache and with what the first start left; ``MB``, memory that the
+network and its engine hold beyond the imports; ``error``, max|a - b| / max|b| against the plain
+module; ``cores``, processor time by time elapsed; ``waited``, time spent waiting for a processor
+that other processes had, which should be 0.00 where anything but medians is read; ``roofline``, the
+bound by the median.
+"""
 
 from __future__ import annotations
 
