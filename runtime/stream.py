@@ -37,16 +37,12 @@ logger = logging.getLogger(__name__)
 
 
 class Motion(enum.StrEnum):
-    """What a ``CommandStream`` is doing."""
+    """What a ``CommandStream`` is doing; rest means coming to rest, and staying there."""
 
-    WAITING = "waiting"
-    """Holding a pose until a chunk comes."""
-    RUNNING = "running"
-    """Playing the plan."""
-    STARVED = "starved"
-    """Coming to rest along what is left of the plan, or resting, until a chunk comes."""
-    FAULT = "fault"
-    """Coming to rest, or resting, until ``resume``."""
+    WAITING = "waiting"  # holding a pose until a chunk comes
+    RUNNING = "running"  # playing the plan
+    STARVED = "starved"  # rest along what is left of the plan, until a chunk comes
+    FAULT = "fault"  # rest, until ``resume``
 
 
 @dataclass(frozen=True, slots=True)
@@ -100,15 +96,11 @@ class CommandStream:
             raise ValueError(
                 f"ctrl_type: got {contract.ctrl_type!r}, expected 'abs': the limits are positions"
             )
-        if len(limits.velocity) != contract.action_dim:
-            raise ValueError(
-                f"limits: got {len(limits.velocity)} joints, expected the policy's "
-                f"{contract.action_dim}"
-            )
+        joints, actions = len(limits), contract.action_dim
+        if joints != actions:
+            raise ValueError(f"limits: got {joints} joints, expected the policy's {actions}")
         if ratio < 1:
-            raise ValueError(
-                f"ratio: got {ratio}, expected at least 1 control tick per policy tick"
-            )
+            raise ValueError(f"ratio: got {ratio}, expected at least 1 per policy tick")
         if not fault_after_s > 0:
             raise ValueError(f"fault_after_s: got {fault_after_s}, expected a positive number")
         self.ratio = ratio
@@ -212,7 +204,7 @@ class CommandStream:
         return self._slow_down(policy_tick)
 
     def hold(self) -> NDArray[np.float32]:
-        """The command of a period without a tick: rest, or a step nearer to it. (A,) float32."""
+        """The command, (A,) float32, of a period without a tick: rest, or a step nearer to it."""
         return self.limiter.brake()
 
     def fail(self, reason: str) -> None:

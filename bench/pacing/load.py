@@ -41,12 +41,14 @@ def load(name: str) -> Iterator[None]:
     model = DEFAULT_CHECKPOINT if Path(DEFAULT_CHECKPOINT).exists() else _NULL
     with ExitStack() as stack:
         server = stack.enter_context(ServerChild(["-m", model]))
-        parts = [["client", server.address]] * CLIENTS + [["hog"]]
-        running = [stack.enter_context(_running(part)) for part in parts]
-        for process in running:
+        # One after the other: a handshake has two seconds, and all at once would starve it.
+        running = []
+        for part in [["client", server.address]] * CLIENTS + [["hog"]]:
+            process = stack.enter_context(_running(part))
             assert process.stdout is not None
             if process.stdout.readline() != b"working\n":
                 raise RuntimeError(f"a part of the load did not start: {process.args}")
+            running.append(process)
         yield
         ended = [process.args for process in running if process.poll() is not None]
         if ended:

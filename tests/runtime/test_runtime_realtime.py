@@ -45,17 +45,17 @@ def test_what_is_refused_is_said_in_one_line_and_never_fatal(
 
 
 def test_nothing_asked_for_is_nothing_refused(caplog: pytest.LogCaptureFixture) -> None:
-    options = RealtimeOptions(0, lock_memory=False, timer_slack_ns=0, forbid_deep_idle=False)
+    options = RealtimeOptions(0, False, timer_slack_ns=0, slice_ns=0, forbid_deep_idle=False)
     with caplog.at_level(logging.INFO), Realtime(options) as held:
         held.log()
     assert held.report() == "real time: nothing asked for"
     assert caplog.records[0].levelno == logging.INFO
 
 
-def test_anybody_may_have_the_timer_slack() -> None:
+def test_anybody_may_have_fine_timers_and_a_short_slice() -> None:
     with Realtime(UNPRIVILEGED) as held:
         assert realtime._libc.prctl(PR_GET_TIMERSLACK, 0, 0, 0, 0) == 1
-        assert held.granted == ("timer slack 1 ns",)
+        assert held.granted == ("timer slack 1 ns", "slice 1 ms")
         assert held.refused == ()
 
 
@@ -81,7 +81,7 @@ def test_under_a_finite_limit_only_what_exists_is_locked(monkeypatch: pytest.Mon
     monkeypatch.setattr(realtime._libc, "mlockall", lambda flags: asked.append(flags) or 0)
     monkeypatch.setattr(realtime._libc, "munlockall", lambda: 0)
     monkeypatch.setattr(realtime.resource, "getrlimit", lambda _: (8 << 20, 8 << 20))
-    options = RealtimeOptions(0, timer_slack_ns=0, forbid_deep_idle=False)
+    options = RealtimeOptions(0, timer_slack_ns=0, slice_ns=0, forbid_deep_idle=False)
     for privileged in (False, True):
         monkeypatch.setattr(realtime, "_has_capability", lambda _, p=privileged: p)
         with Realtime(options) as held:
@@ -109,6 +109,7 @@ def test_garbage_is_collected_before_a_block_and_never_in_it() -> None:
     ("options", "message"),
     [
         ({"priority": 100}, "priority: got 100, expected 0 .none. to 99"),
+        ({"slice_ns": 5}, "slice_ns: got 5, expected 0, or 100 µs to 100 ms"),
         ({"timer_slack_ns": -1}, "timer_slack_ns: got -1, expected 0 or more"),
     ],
 )
