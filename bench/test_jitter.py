@@ -16,7 +16,7 @@ from bench.pacing.measure import RATES, STEM, group_of, measure
 from bench.pacing.picture import PICTURE, draw
 from bench.records import Records
 
-SHORT_BLOCK_S, LONG_BLOCK_S, LONG_ROUNDS = 0.8, 60.0, 4
+SHORT_BLOCK_S, LONG_BLOCK_S, LONG_ROUNDS = 0.6, 60.0, 4
 
 
 @pytest.fixture(scope="module", params=LOADS)

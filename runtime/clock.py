@@ -6,7 +6,6 @@ import ctypes
 import errno
 import os
 import time
-from collections.abc import Callable
 from typing import Protocol
 
 NS_PER_S = 1_000_000_000
@@ -66,8 +65,9 @@ class MonotonicClock:
         self._lead_ns = spin_ns or FIRST_WAKE_NS
         self._until = _Timespec()
         self._until_address = ctypes.addressof(self._until)
-        # The function itself: a method of our own would be one more thing to fetch from memory.
-        self.now_ns: Callable[[], int] = time.monotonic_ns
+
+    # The function itself: a method of our own would be one more thing to fetch from memory.
+    now_ns = staticmethod(time.monotonic_ns)
 
     def wait_until_ns(self, deadline_ns: int) -> None:
         now_ns = self.now_ns
