@@ -151,13 +151,13 @@ class AgilexAloha(Robot):
             self._joints[side] = stream
             self._subscribe(rospy, stream, self._messages.JointState, self._decode_joints)
             if role is not Role.SENSING:
-                self._publishers[side] = rospy.Publisher(
+                # Sent by a thread of its own, the newest only: one that does not read its messages,
+                # a recorder perhaps, must not be able to hold up the arm.
+                self._publishers[side] = ros.publisher(
+                    rospy,
                     getattr(topics, f"puppet_arm_{side}_cmd_topic"),
                     self._messages.JointState,
-                    # Sent by a thread of its own, the newest only: one that does not read its
-                    # messages, a recorder perhaps, must not be able to hold up the arm.
                     queue_size=1,
-                    tcp_nodelay=True,
                 )
         if role is not Role.CONTROL:
             self._subscribe_to_cameras(rospy)
@@ -288,8 +288,8 @@ class AgilexAloha(Robot):
         return True
 
     def _disconnect(self) -> None:
-        for topic in [*self._subscribers, *self._publishers.values()]:
-            topic.unregister()
+        for subscriber in self._subscribers:
+            subscriber.unregister()
         if self._twin is not None:
             self._twin.close()
         self._twin = self._messages = self._time = None

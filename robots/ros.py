@@ -27,6 +27,7 @@ DIST_PACKAGES = "/usr/lib/python3/dist-packages"
 PACKAGES = "python3-rospy python3-sensor-msgs python3-std-msgs"
 DEFAULT_MASTER = "http://localhost:11311"
 _lock = threading.Lock()
+_publishers: dict[str, Any] = {}
 
 
 class _TimedTransport(xmlrpc.client.Transport):
@@ -121,3 +122,17 @@ def start_node(name: str, timeout_s: float) -> Any:
     if rospy.is_shutdown():
         raise ConnectFailed("this process's ROS node has been shut down and cannot start again")
     return rospy
+
+
+def publisher(rospy: Any, topic: str, kind: Any, *, queue_size: int) -> Any:
+    """This process's publisher of ``topic``, which stays registered until the process ends.
+
+    Unregistering one and registering another soon after makes rospy's subscribers miss it now and
+    then: they dial while there is none, are turned away and do not dial again.
+    """
+    with _lock:
+        if topic not in _publishers:
+            _publishers[topic] = rospy.Publisher(
+                topic, kind, queue_size=queue_size, tcp_nodelay=True
+            )
+        return _publishers[topic]

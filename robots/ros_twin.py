@@ -17,7 +17,7 @@ from typing import Any
 from robots.agilex_config import TwinTopics
 from robots.base import Outcome
 from robots.errors import RobotError, RobotLost, SensorLost
-from robots.ros import import_ros
+from robots.ros import import_ros, publisher
 from robots.stamps import SampleStream
 
 RESET_TIMEOUT_S = 10.0
@@ -32,7 +32,7 @@ class TwinChannel:
         self._topics = topics
         self._news = threading.Condition()
         self._report: Mapping[str, Any] = {}
-        self._requests = rospy.Publisher(topics.reset, self._string, queue_size=4)
+        self._requests = publisher(rospy, topics.reset, self._string, queue_size=4)
         self._reports = rospy.Subscriber(
             topics.outcome, self._string, self._receive, queue_size=1, tcp_nodelay=True
         )
@@ -82,7 +82,6 @@ class TwinChannel:
 
     def close(self) -> None:
         self._reports.unregister()
-        self._requests.unregister()
 
     def _receive(self, message: Any) -> None:
         with self._news:

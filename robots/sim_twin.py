@@ -22,7 +22,7 @@ from robots.base import CameraSample, JointSample, Outcome, Robot, RobotContract
 from robots.errors import ConfigError, ConnectFailed, NotConnected, SensorLost
 from robots.limits import Limits
 from robots.processes import Child
-from robots.twin_board import Board, Stream
+from robots.twin_board import WATCHING, Board, Stream
 from robots.twin_config import GRIPPERS, JOINTS, SUBSTEP_HZ, TwinConfig
 from robots.twin_link import Link
 
@@ -165,12 +165,12 @@ class SimTwin(Robot):
         return Outcome(bool(state["success"]), float(state["reward"]), int(state["step"]))
 
     def _reset(self, seed: int) -> bool:
-        """As in simulation with the same seed. Returns once pictures show it, where looked at."""
+        """As in simulation with the same seed. Returns once pictures show it, if anybody looks."""
         stamp_ns = self._call("reset", seed=seed)["stamp_ns"]
-        if self.role is not Role.CONTROL:
-            cameras = self._connected()[1].cameras
+        _, board = self._connected()
+        if board.head[WATCHING]:
             self._wait_for(
-                cameras, lambda sample: bool(sample["stamp_ns"] >= stamp_ns), CALL_TIMEOUT_S
+                board.cameras, lambda sample: bool(sample["stamp_ns"] >= stamp_ns), CALL_TIMEOUT_S
             )
         return True
 
