@@ -27,7 +27,7 @@ from robots import ros
 from robots.agilex_aloha import AgilexAloha
 from robots.agilex_config import ACTION_DIM, JOINTS_PER_ARM, SIDES, TwinTopics
 from robots.base import CameraSample, Role
-from robots.errors import ConfigError, RobotError
+from robots.errors import ConfigError, RobotError, SensorLost
 from robots.factory import make_robot
 from robots.sim_twin import SimTwin
 
@@ -212,7 +212,11 @@ def main(arguments: list[str] | None = None) -> None:
             )
             due_s = time.monotonic()
             while not select.select(watched, [], [], max(0.0, due_s - time.monotonic()))[0]:
-                node.spin()
+                try:
+                    node.spin()
+                except SensorLost as error:
+                    # A robot that is held up says nothing for a while; who listens notices.
+                    logger.warning("%s", error)
                 due_s = max(due_s + PERIOD_S, time.monotonic())
     except RobotError as error:
         sys.exit(f"twin_ros_node: {error}")
