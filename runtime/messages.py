@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import functools
 import hashlib
 import json
+import math
 from collections.abc import Mapping
 from typing import Any
 
@@ -104,10 +106,11 @@ def _padded(text: str) -> NDArray[np.uint8]:
 
 def read_observation(arrays: Mapping[str, NDArray[Any]]) -> MetaObs:
     """The observation in a message: views of its arrays, valid until the message's release."""
+    images, depth = _pictures(tuple(arrays))
     lang = arrays.get("raw_lang")
     return MetaObs(
-        images={n[len(IMAGE) :]: a for n, a in arrays.items() if n.startswith(IMAGE)},
-        depth={n[len(DEPTH) :]: a for n, a in arrays.items() if n.startswith(DEPTH)},
+        images={camera: arrays[name] for camera, name in images},
+        depth={camera: arrays[name] for camera, name in depth},
         state=arrays["state"],
         state_ee=arrays.get("state_ee"),
         state_joint=arrays.get("state_joint"),
@@ -115,6 +118,16 @@ def read_observation(arrays: Mapping[str, NDArray[Any]]) -> MetaObs:
         timestep=int(arrays["timestep"]),
         t_capture_ns=int(arrays["t_capture_ns"]),
     )
+
+
+@functools.lru_cache(maxsize=64)
+def _pictures(names: tuple[str, ...]) -> tuple[list[tuple[str, str]], list[tuple[str, str]]]:
+    """(camera, name of the array) of a schema's pictures, and of its depth pictures."""
+    images, depth = (
+        [(name[len(kind) :], name) for name in names if name.startswith(kind)]
+        for kind in (IMAGE, DEPTH)
+    )
+    return images, depth
 
 
 def check_observation_schema(schema: Schema, contract: PolicyContract) -> None:
@@ -192,21 +205,26 @@ def check_chunk(chunk: object, contract: PolicyContract) -> None:
         raise InferenceError(
             f"the policy answered actions of dtype {chunk.actions.dtype}, expected float32"
         )
-    if not np.isfinite(chunk.actions).all():
+    # 0 times anything finite is 0, and times a NaN or an infinity is a NaN: one pass, no array.
+    if not math.isfinite(np.vdot(chunk.actions, _zeros(chunk.actions.size))):
         raise InferenceError("the policy answered NaN or infinity among its actions")
+
+
+@functools.lru_cache(maxsize=64)
+def _zeros(size: int) -> NDArray[np.float32]:
+    return np.zeros(size, np.float32)
 
 
 def write_chunk(chunk: ActionChunk, server_wait_ns: int, views: Mapping[str, NDArray[Any]]) -> None:
     """Copy ``chunk``, which ``check_chunk`` passed, into the arrays of an answer."""
-    actions = views["actions"]
-    count = len(chunk)
+    actions, count = views["actions"], len(chunk.actions)
     actions[:count] = chunk.actions
     actions[count:] = 0
-    views["count"][...] = count
-    views["obs_timestep"][...] = chunk.obs_timestep
-    views["t_capture_ns"][...] = chunk.t_capture_ns
-    stages = {**chunk.stages_ns, "server_wait": server_wait_ns}
-    views["stages_ns"][:] = [stages.get(stage, 0) for stage in SERVER_STAGES]
+    views["count"][()] = count
+    views["obs_timestep"][()] = chunk.obs_timestep
+    views["t_capture_ns"][()] = chunk.t_capture_ns
+    stages = chunk.stages_ns
+    views["stages_ns"][:] = (server_wait_ns, *(stages.get(name, 0) for name in SERVER_STAGES[1:]))
 
 
 def read_chunk(arrays: Mapping[str, NDArray[Any]], contract: PolicyContract) -> ActionChunk:

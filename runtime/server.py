@@ -169,7 +169,8 @@ class PolicyServer:
             return
         state: _State = session.attachment
         try:
-            while (message := session.channel.poll()) is not None:
+            channel = session.channel
+            while (message := channel.poll()) is not None:
                 if message.kind is Kind.DATA:
                     if state.waiting is not None:
                         self._pass_over(session, state.waiting, message.request_id)

@@ -8,13 +8,14 @@ from collections.abc import Callable
 
 MAX_SPIN_US = 200
 """No wait burns more than this."""
-DEFAULT_SPIN_US = 100
-"""Twice what a wake-up costs: watching for longer gains less than it takes."""
+DEFAULT_SPIN_US = MAX_SPIN_US
+"""A client that copies a picture or two between an answer and its next question is still caught."""
 _SLICE_ROUNDS = 100
 """Looks per compiled call: some microseconds, after which the clock is asked."""
 _CONVINCED = 8
 """Waits in a row."""
-_WAKE_UP_NS = 50_000
+_WAKE_UP_NS = 100_000
+"""A sleeper's peer is slower, too, while it rings; this is for both."""
 
 
 class AdaptiveSpin:

@@ -163,7 +163,8 @@ class BaseChannel(Channel):
 
     @abc.abstractmethod
     def _look_for_peer(self) -> None:
-        """Set ``gone`` if the peer has ended the session or died. Never blocks."""
+        """Set ``gone`` if the peer has ended the session or died. Never blocks, and is called for
+        every message: what is dear is done now and then."""
 
     @abc.abstractmethod
     def _wait(self, timeout_s: float) -> None:
@@ -183,6 +184,8 @@ class BaseChannel(Channel):
     # --- Channel
 
     def loan(self) -> Loan:
+        if self.gone is None and self._closed is None:
+            self._look_for_peer()
         if self._lent or self._closed is not None or self.gone is not None:
             self._require_free()
         views = self._claim()

@@ -18,6 +18,7 @@ from transport.base import SLOTS
 from transport.channel import MAX_BODY_BYTES
 from transport.errors import ProtocolError
 from transport.schema import Schema
+from transport.steps import HEADER_BYTES
 
 NONCE_BYTES = 16
 _MAGIC = b"METRNM02"
@@ -25,8 +26,6 @@ _IDENTITY = struct.Struct(f"<8s{NONCE_BYTES}sIQ")
 _LINE = 128
 """Counters are this far apart: processors fetch cache lines in pairs."""
 _HEADERS = 1024
-HEADER_BYTES = 64
-"""Eight words, of which seven are used: see ``transport.ring``."""
 PAGE = 4096
 
 

@@ -36,7 +36,7 @@ from numpy.typing import NDArray
 from transport import steps
 from transport.atomics import load_acquire, spin, store_release
 from transport.base import KINDS, Record
-from transport.channel import Kind
+from transport.channel import MAX_BODY_BYTES, Kind
 from transport.errors import ProtocolError
 from transport.layout import Layout
 from transport.schema import Schema
@@ -127,7 +127,6 @@ class RingReader:
 
     Attributes:
         dropped_epoch, dropped_malformed: Slots passed over, by cause.
-        closed: Whether the writer has said that nothing will follow.
     """
 
     def __init__(
@@ -136,12 +135,12 @@ class RingReader:
         self._peer, self._layout = peer, layout
         self._head_at = peer.address + layout.head_offset
         self._asleep_at = own.address + layout.asleep_offset
+        self._closed_at = peer.address + layout.closed_offset
         words = {
             steps.HEAD_AT: self._head_at,
             steps.TAIL_AT: own.address + layout.tail_offset,
             steps.HEADERS_AT: peer.address + layout.header_offset(0),
             steps.ASLEEP_AT: self._asleep_at,
-            steps.CLOSED_AT: peer.address + layout.closed_offset,
         }
         self._words = _state(epoch, layout, schema, words)
         self._state: int = self._words.ctypes.data
@@ -151,7 +150,11 @@ class RingReader:
             for place in range(layout.slots)
         ]
         self.dropped_epoch = self.dropped_malformed = 0
-        self.closed = False
+
+    @property
+    def closed(self) -> bool:
+        """Whether the writer has said that nothing will follow."""
+        return bool(load_acquire(self._closed_at))
 
     @property
     def unread(self) -> bool:
@@ -171,15 +174,16 @@ class RingReader:
         while True:
             found, sequence, request_id, budget_ns, number, length, place = steps.take(self._state)
             if found == steps.TAKEN:
-                self._cursor = sequence + 1
                 if number == steps.DATA:
+                    self._cursor = sequence + 1
                     views = self._views[place]
                     return Record(Kind.DATA, request_id, budget_ns, sequence, views, b"")
-                start = self._layout.payload_offset(place)
-                body = bytes(self._peer.buffer[start : start + length])
-                return Record(KINDS[number], request_id, budget_ns, sequence, None, body)
-            if found <= steps.CLOSED:
-                self.closed = found == steps.CLOSED
+                if number in KINDS and length <= MAX_BODY_BYTES:
+                    self._cursor = sequence + 1
+                    start = self._layout.payload_offset(place)
+                    body = bytes(self._peer.buffer[start : start + length])
+                    return Record(KINDS[number], request_id, budget_ns, sequence, None, body)
+            if found == steps.NOTHING:
                 return None
             if found == steps.IMPOSSIBLE:
                 first = int(self._words[steps.TAIL]) + self._layout.slots

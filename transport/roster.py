@@ -86,8 +86,11 @@ class Roster:
 
     def collect(self) -> list[ServerSession]:
         """Those with something to read, and those that have ended since the last call."""
-        for session in self.awake.telling():
-            self._ready[session.id] = session
+        telling = self.awake.telling()
+        calm = all(session.channel.gone is None for session in telling)
+        if calm and not self._ready and not self._over:
+            return telling
+        self._ready.update((session.id, session) for session in telling)
         for number, session in list(self._ready.items()):
             if session.channel.gone is not None:
                 # Found out by whoever reads or writes it: no descriptor would tell.
@@ -100,6 +103,8 @@ class Roster:
 
     def bury(self) -> None:
         """Close the channels of the ended sessions that were handed out before."""
+        if not self._told:
+            return
         told, self._told = self._told, []
         for session in told:
             session.channel.close(session.ended or "")

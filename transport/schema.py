@@ -24,6 +24,9 @@ MAX_NAME_CHARS = 128
 MAX_DIMENSIONS = 8
 MAX_MESSAGE_BYTES = 256 * 2**20
 """Hard cap on one message, checked before anything is allocated."""
+USED = "/used"
+"""An int64 scalar ``X/used`` says how many items of ``X``, the schema's last array, count. The rest
+of ``X`` has no meaning, and a network does not carry it."""
 DTYPES = ("uint8", "uint16", "int32", "int64", "float32", "float64")
 """dtypes that may cross, little-endian."""
 
@@ -62,10 +65,11 @@ class Schema:
     Attributes:
         specs: The arrays by name, in order.
         offsets: Byte offset of each, a multiple of ``ALIGNMENT``.
-        nbytes: Length of one message.
+        nbytes: Length of one message, the longest where it varies.
+        tail: Name of the last array, where another says how much of it is used (``USED``).
 
     Raises:
-        SchemaMismatch: A name twice, too many arrays, or too many bytes.
+        SchemaMismatch: A name twice, too many arrays or bytes, or ``USED`` of what is not the last.
     """
 
     def __init__(self, specs: tuple[ArraySpec, ...]) -> None:
@@ -82,6 +86,45 @@ class Schema:
         self.nbytes = end
         if end > MAX_MESSAGE_BYTES:
             raise SchemaMismatch("schema", f"{end} bytes", f"<= {MAX_MESSAGE_BYTES}")
+        self.tail = self._find_tail()
+
+    def _find_tail(self) -> str | None:
+        counted = [name.removesuffix(USED) for name in self.specs if name.endswith(USED)]
+        if not counted:
+            return None
+        last = list(self.specs.values())[-1]
+        expected = ArraySpec(last.name + USED, "int64", ())
+        if counted != [last.name] or self.specs[expected.name] != expected or len(last.shape) != 1:
+            raise SchemaMismatch(
+                counted[0] + USED, "how much of it counts", "an int64, of the last array, a flat one"
+            )
+        return last.name
+
+    def length(self, arrays: Mapping[str, NDArray[Any]]) -> int:
+        """Bytes of a message that count, up to the last used item.
+
+        Raises:
+            SchemaMismatch: The number of items is none that the last array can have.
+        """
+        if self.tail is None:
+            return self.nbytes
+        used, spec = int(arrays[self.tail + USED]), self.specs[self.tail]
+        if not 1 <= used <= spec.shape[0]:
+            raise SchemaMismatch(self.tail + USED, str(used), f"1 to {spec.shape[0]}")
+        return self.offsets[self.tail] + used * np.dtype(spec.dtype).itemsize
+
+    def cut(self, nbytes: int) -> Schema | None:
+        """The layout of a message of this length; None where a message cannot have it."""
+        if nbytes == self.nbytes:
+            return self
+        if self.tail is None or not self.offsets[self.tail] < nbytes < self.nbytes:
+            return None
+        last = self.specs[self.tail]
+        used, rest = divmod(nbytes - self.offsets[self.tail], np.dtype(last.dtype).itemsize)
+        if rest:
+            return None
+        fixed = tuple(self.specs.values())[:-1]
+        return Schema((*fixed, ArraySpec(last.name, last.dtype, (used,))))
 
     def __eq__(self, other: object) -> bool:
         return isinstance(other, Schema) and list(self.specs.values()) == list(other.specs.values())

@@ -2,17 +2,23 @@
 
 ``transport.ring`` says what they guarantee together; here is each on its own. They work on
 addresses and on integers, check what the peer wrote, and touch nothing of Python's.
+
+Compiled code is cached by this file's time and size: numba does not see that another file changed.
+So no constant comes from elsewhere, and ``transport.layout`` takes the header's size from here.
 """
 
 from __future__ import annotations
 
 from transport.atomics import compiled, fence, load, store
-from transport.channel import MAX_BODY_BYTES, Kind
-from transport.layout import HEADER_BYTES
+
+HEADER_BYTES = 64
+"""Of a message's header: eight words, in the order in which ``publish`` stores them."""
+DATA = 1
+"""The number of the kind of message whose length is given beforehand."""
 
 _WORD = 8
-HEAD_AT, TAIL_AT, ASLEEP_AT, CLOSED_AT, HEADERS_AT = range(5)
-SLOT_COUNT, EPOCH_0, EPOCH_1, LENGTH, COUNT, TAIL, MARKS, PLACES = range(5, 13)
+HEAD_AT, TAIL_AT, ASLEEP_AT, HEADERS_AT = range(4)
+SLOT_COUNT, EPOCH_0, EPOCH_1, LENGTH, COUNT, TAIL, MARKS, PLACES = range(4, 12)
 """What one end knows, as words in memory of its own that no peer can write: addresses, constants
 (``LENGTH``: of DATA), then what changes. ``COUNT`` is the writer's ``head`` or the reader's
 cursor. ``MARKS``: a bit per slot from ``TAIL`` on, of messages released before an older one; for
@@ -20,8 +26,7 @@ the writer, the place it claimed. ``PLACES``: where the payloads of the last mes
 
 NO_PLACE = -1
 PUBLISHED, PUBLISHED_TO_A_SLEEPER = 0, 1
-NOTHING, CLOSED, TAKEN, OTHER_EPOCH, MALFORMED, IMPOSSIBLE = range(6)
-DATA, _LAST_KIND = int(Kind.DATA), int(max(Kind))
+NOTHING, TAKEN, OTHER_EPOCH, MALFORMED, IMPOSSIBLE = range(5)
 
 
 @compiled("i8(i8, i8)")
@@ -72,8 +77,7 @@ def take(state: int) -> tuple[int, int, int, int, int, int, int]:
     cursor = load(state + _WORD * COUNT)
     head = load(load(state + _WORD * HEAD_AT))
     if head == cursor:
-        closed = load(load(state + _WORD * CLOSED_AT)) != 0
-        return (CLOSED if closed else NOTHING, 0, 0, 0, 0, 0, 0)
+        return NOTHING, 0, 0, 0, 0, 0, 0
     slots = load(state + _WORD * SLOT_COUNT)
     if head < cursor or head > load(state + _WORD * TAIL) + slots:
         return IMPOSSIBLE, head, 0, 0, 0, 0, 0
@@ -87,12 +91,12 @@ def take(state: int) -> tuple[int, int, int, int, int, int, int]:
     found = TAKEN
     if epoch_0 != load(state + _WORD * EPOCH_0) or epoch_1 != load(state + _WORD * EPOCH_1):
         found = OTHER_EPOCH
-    elif sequence != cursor or request_id < 0 or budget_ns < 0 or place < 0 or place >= slots:
-        found = MALFORMED
-    elif kind == DATA:
-        if length != load(state + _WORD * LENGTH):
-            found = MALFORMED
-    elif kind < DATA or kind > _LAST_KIND or length < 0 or length > MAX_BODY_BYTES:
+    elif (
+        sequence != cursor
+        or min(request_id, budget_ns, place, length) < 0
+        or place >= slots
+        or (kind == DATA and length != load(state + _WORD * LENGTH))
+    ):
         found = MALFORMED
     return found, cursor, request_id, budget_ns, kind, length, place
 
@@ -113,7 +117,12 @@ def release(state: int, sequence: int) -> None:
 
 @compiled("b1(i8)")
 def fall_asleep(state: int) -> bool:
-    """Say that the bell is needed from now on; False when there is something to take already."""
-    store(load(state + _WORD * ASLEEP_AT), 1)
+    """Say that the bell is needed from now on; False when there is something to take already:
+    then it is not, or a reader that never sleeps again would be rung for at every message."""
+    asleep = load(state + _WORD * ASLEEP_AT)
+    store(asleep, 1)
     fence()
-    return bool(load(load(state + _WORD * HEAD_AT)) == load(state + _WORD * COUNT))
+    if load(load(state + _WORD * HEAD_AT)) == load(state + _WORD * COUNT):
+        return True
+    store(asleep, 0)
+    return False

@@ -30,7 +30,7 @@ from transport.base import KINDS, SLOTS, BaseChannel, Record
 from transport.channel import MAX_BODY_BYTES, Kind
 from transport.control import EPOCH_BYTES, MAGIC, PROTOCOL_VERSION, Opcode
 from transport.errors import PeerGone
-from transport.schema import Schema
+from transport.schema import USED, Schema
 from transport.staging import Staging
 from transport.views import Views
 from transport.window import Window
@@ -120,9 +120,14 @@ class ZmqChannel(BaseChannel):
         if kind is None or request_id < 0 or budget < 0:
             return None
         if kind is Kind.DATA:
-            if len(frame) != PAYLOAD_OFFSET + self.recv_schema.nbytes:
+            schema = self.recv_schema.cut(len(frame) - PAYLOAD_OFFSET)
+            if schema is None:
                 return None
-            views = Views(self.recv_schema, *_aligned(frame))
+            views = Views(schema, *_aligned(frame))
+            if schema.tail is not None and views.arrays[schema.tail + USED] != (
+                schema.specs[schema.tail].shape[0]
+            ):
+                return None
             return Record(kind, request_id, budget, sequence, views, b"")
         if len(frame) > _HEADER.size + MAX_BODY_BYTES:
             return None
@@ -136,7 +141,10 @@ class ZmqChannel(BaseChannel):
             return False
         frame: Any
         if body is None:
-            frame = self._staging.claim().frame
+            buffer = self._staging.claim()
+            frame = buffer.frame
+            if self.send_schema.tail is not None:
+                frame = frame[: PAYLOAD_OFFSET + self.send_schema.length(buffer.arrays)]
             self._write_header(frame, Opcode.MESSAGE, request_id, budget_ns, kind)
         else:
             frame = bytearray(_HEADER.size)
