@@ -8,6 +8,8 @@ does not.
 from __future__ import annotations
 
 import gc
+import signal
+import threading
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
@@ -21,8 +23,14 @@ from bench.payload import PAYLOADS, Payload, Source
 from bench.process import ServerProcess, cores, pinned
 
 WARM_UP, WARM_UP_S = 20, 0.05
+TURN_S = 60.0
+"""No turn takes this long, unless a message was lost and somebody waits for it."""
 Samples = Mapping[str, NDArray[np.float64]]
 """Microseconds per exchange, by contestant."""
+
+
+class Stuck(Exception):
+    """An exchange that did not end."""
 
 
 @dataclass(slots=True)
@@ -50,14 +58,19 @@ class Contest:
     absent: dict[str, str] = field(default_factory=dict)
 
     @contextmanager
-    def turn(self, name: str) -> Iterator[Exchange]:
-        """``name``'s exchange, verified and warm; the others' servers do not run meanwhile."""
+    def turn(self, name: str, *, limit_s: float | None = None) -> Iterator[Exchange]:
+        """``name``'s exchange, verified and warm; the others' servers do not run meanwhile.
+
+        Raises:
+            Stuck: The whole turn took longer than ``limit_s``.
+        """
         pair = self.pairs[name]
         pair.server.resume()
         try:
-            pair.source.verify(pair.exchange)
-            timed(pair.exchange, WARM_UP, WARM_UP_S)
-            yield pair.exchange
+            with _patience(TURN_S if limit_s is None else limit_s):
+                pair.source.verify(pair.exchange)
+                timed(pair.exchange, WARM_UP, WARM_UP_S)
+                yield pair.exchange
         finally:
             pair.server.pause()
 
@@ -73,8 +86,15 @@ class Contest:
         for number in range(blocks):
             # Whoever is next inherits the clock rate of whoever was before: take turns in that.
             for name in names[number % len(names) :] + names[: number % len(names)]:
-                with self.turn(name) as exchange:
-                    samples[name].extend(timed(exchange, block, block_s))
+                if name not in self.pairs:
+                    continue
+                try:
+                    with self.turn(name) as exchange:
+                        samples[name].extend(timed(exchange, block, block_s))
+                except Stuck as error:
+                    # A peer that loses a message must not cost the others theirs.
+                    self.absent[name] = f"{error}, after {len(samples.pop(name))} that did"
+                    del self.pairs[name]
         return {name: np.array(values) for name, values in samples.items()}
 
 
@@ -127,3 +147,25 @@ def _collector(on: bool) -> Iterator[None]:
         yield
     finally:
         (gc.enable if was_on else gc.disable)()
+
+
+@contextmanager
+def _patience(limit_s: float) -> Iterator[None]:
+    """Raise ``Stuck`` in this, the main thread, whatever it waits for.
+
+    By a signal of its own: pytest-timeout has the alarm clock.
+    """
+
+    def give_up(*_: object) -> None:
+        raise Stuck(f"an exchange did not end within {limit_s:g} s")
+
+    before = signal.signal(signal.SIGUSR1, give_up)
+    arguments = (threading.get_ident(), signal.SIGUSR1)
+    timer = threading.Timer(limit_s, signal.pthread_kill, arguments)
+    timer.start()
+    try:
+        yield
+    finally:
+        timer.cancel()
+        timer.join()
+        signal.signal(signal.SIGUSR1, before)

@@ -34,7 +34,7 @@ class Records:
         self.values: dict[str, float] = {}
         self.facts: dict[str, Any] = {
             "processor": _processor(),
-            "system": f"{platform.system()} {platform.release()}",
+            "system": f"{platform.system()} {platform.release().partition('-')[0]}",
             "python": platform.python_version(),
         }
 

@@ -8,13 +8,14 @@ copied into the message, the policy copies them out.
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import ExitStack, closing, contextmanager
 from pathlib import Path
 
 import numpy as np
 import pytest
 
+from bench.records import Records
 from policies.checkpoint.load import load_policy
 from policies.types import Policy
 from runtime.child import ServerChild
@@ -44,19 +45,19 @@ def ways(model: str) -> Iterator[dict[str, Policy]]:
 
 
 def timed(policy: Policy, rounds: int) -> list[float]:
-    """Milliseconds of ``rounds`` requests after a few that are not counted."""
+    """Microseconds of ``rounds`` requests after a few that are not counted."""
     obs = synthetic_observation(policy.contract)
     samples = []
     for number in range(WARMUP + rounds):
         began_ns = time.perf_counter_ns()
         policy.infer(obs)
         if number >= WARMUP:
-            samples.append((time.perf_counter_ns() - began_ns) / 1e6)
+            samples.append((time.perf_counter_ns() - began_ns) / 1e3)
     return samples
 
 
 @pytest.mark.parametrize("name", MODELS)
-def test_infer(name: str, benchmark: Callable[..., None], capsys: pytest.CaptureFixture) -> None:
+def test_infer(name: str, benchmark, records: Records) -> None:
     model, rounds = MODELS[name]
     if "/" in model and not Path(model).exists():
         pytest.skip(f"{model} is not here")
@@ -68,10 +69,6 @@ def test_infer(name: str, benchmark: Callable[..., None], capsys: pytest.Capture
                 samples.setdefault(way, []).extend(timed(policy, rounds))
 
         benchmark.pedantic(block, rounds=BLOCKS)
-    with capsys.disabled():
-        print(f"\ninfer, {name}, ms")
-        print(f"{'':12}{'p50':>9}{'p99':>9}{'p99.9':>9}{'max':>9}{'count':>8}")
-        for way, values in samples.items():
-            p50, p99, p999 = np.percentile(values, (50, 99, 99.9))
-            worst = max(values)
-            print(f"{way:12}{p50:9.3f}{p99:9.3f}{p999:9.3f}{worst:9.3f}{len(values):8}")
+    group = f"infer, {name}"
+    records.add(group, {way: np.array(values) for way, values in samples.items()})
+    records.save("serving", group)
