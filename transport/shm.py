@@ -7,6 +7,7 @@ a name of ours whose lock is free belongs to nobody alive, and ``sweep`` removes
 from __future__ import annotations
 
 import contextlib
+import ctypes
 import errno
 import fcntl
 import mmap
@@ -31,12 +32,17 @@ _NAME = re.compile(rf"/{PREFIX}[0-9a-f]{{32}}")
 _MIB = 2**20
 
 
+_libc = ctypes.CDLL(None, use_errno=True)
+_libc.mlock.argtypes = (ctypes.c_void_p, ctypes.c_size_t)
+
+
 class Mapping:
-    """A mapped segment.
+    """A mapped segment, its pages there already and, where the system allows it, kept in memory.
 
     Attributes:
         address: Of its first byte, page-aligned.
         bytes: (nbytes,) uint8 view, read-only where the mapping is.
+        locked: Whether it can not be swapped out (RLIMIT_MEMLOCK, or CAP_IPC_LOCK).
     """
 
     def __init__(self, fd: int, nbytes: int, *, writable: bool) -> None:
@@ -47,6 +53,7 @@ class Mapping:
         self.bytes: NDArray[np.uint8] = np.frombuffer(self._map, np.uint8)
         self.address: int = self.bytes.ctypes.data
         self.nbytes = nbytes
+        self.locked: bool = _libc.mlock(self.address, nbytes) == 0
 
     @property
     def buffer(self) -> Any:

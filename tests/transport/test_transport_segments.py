@@ -5,7 +5,10 @@ from __future__ import annotations
 import errno
 import fcntl
 import os
+import resource
 import stat
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
@@ -133,3 +136,41 @@ def test_a_sweep_between_creation_and_lock_is_survived(monkeypatch: pytest.Monke
     assert path_of(segment).exists()
     assert path_of(segment).name not in swept
     segment.close()
+
+
+def test_a_mapping_is_there_and_locked_where_that_is_allowed() -> None:
+    """No page of it is missing before the first frame, and none beyond the limit is an error."""
+    segment = Segment.create(64 * 4096)
+    try:
+        with limited_to(resource.RLIMIT_MEMLOCK, 0):
+            mapping = segment.map(writable=True)
+            assert mapping.locked == (os.geteuid() == 0)
+            assert resident_kib(mapping.address) == 256
+            mapping.close()
+        mapping = segment.map(writable=False)
+        assert resident_kib(mapping.address) == 256
+        mapping.close()
+    finally:
+        segment.close()
+
+
+@contextmanager
+def limited_to(what: int, soft: int) -> Iterator[None]:
+    before = resource.getrlimit(what)
+    resource.setrlimit(what, (soft, before[1]))
+    try:
+        yield
+    finally:
+        resource.setrlimit(what, before)
+
+
+def resident_kib(address: int) -> int:
+    """Of the mapping that begins there."""
+    lines = iter(Path("/proc/self/smaps").read_text().splitlines())
+    for line in lines:
+        if line.startswith(f"{address:x}-"):
+            break
+    for line in lines:
+        if line.startswith("Rss:"):
+            return int(line.split()[1])
+    raise AssertionError(f"nothing is mapped at {address:x}")
