@@ -202,13 +202,22 @@ class BaseChannel(Channel):
         self._lent = False
         if self._closed is not None or self.gone is not None:
             self._require_free()
-        self._send(Kind.DATA, request_id, budget_ns, None)
+        if not 0 <= request_id <= _LARGEST or not 0 <= budget_ns <= _LARGEST:
+            _require_id(request_id)
+            # A budget that is already used up stays a limit: 0 would mean "none".
+            budget_ns = 1 if budget_ns < 0 else min(budget_ns, _LARGEST)
+        if not self._publish(Kind.DATA, request_id, budget_ns, None):
+            raise self._full()
+        self._sent += 1
 
     def send_body(self, kind: Kind, request_id: int, body: bytes = b"") -> None:
         if kind is Kind.DATA:
             raise TransportError("send_body: got DATA, expected a kind that carries a body")
+        _require_id(request_id)
         self._require_free()
-        self._send(kind, request_id, 0, body[:MAX_BODY_BYTES])
+        if not self._publish(kind, request_id, 0, body[:MAX_BODY_BYTES]):
+            raise self._full()
+        self._sent += 1
 
     def poll(self) -> Message | None:
         if self._closed is not None:
@@ -289,16 +298,6 @@ class BaseChannel(Channel):
         for record in kept:
             self.let_go(record)
 
-    def _send(self, kind: Kind, request_id: int, budget_ns: int, body: bytes | None) -> None:
-        if not 0 <= request_id <= _LARGEST:
-            raise TransportError(f"request_id: got {request_id}, expected 0 to 2**63 - 1")
-        # A budget that is already used up stays a limit: 0 would mean "none".
-        if not 0 <= budget_ns <= _LARGEST:
-            budget_ns = 1 if budget_ns < 0 else _LARGEST
-        if not self._publish(kind, request_id, budget_ns, body):
-            raise self._full()
-        self._sent += 1
-
     def _full(self) -> TransportError:
         """Why there is no slot: nobody is there to release one, or they have not yet."""
         if self.gone is None:
@@ -323,3 +322,8 @@ class BaseChannel(Channel):
     def _require_peer(self) -> None:
         if self.gone is not None:
             raise PeerGone(self.gone)
+
+
+def _require_id(request_id: int) -> None:
+    if not 0 <= request_id <= _LARGEST:
+        raise TransportError(f"request_id: got {request_id}, expected 0 to 2**63 - 1")

@@ -64,16 +64,14 @@ class RingWriter:
         self, own: Mapping, peer: Mapping, epoch: bytes, schema: Schema, layout: Layout
     ) -> None:
         self._own, self._layout, self._length = own, layout, schema.nbytes
-        self._tail_at = peer.address + layout.tail_offset
         self._closed_at = own.address + layout.closed_offset
         head_at = own.address + layout.head_offset
-        self._head = load_acquire(head_at)
-        self._tail = 0
         words = {
             steps.HEAD_AT: head_at,
+            steps.TAIL_AT: peer.address + layout.tail_offset,
             steps.HEADERS_AT: own.address + layout.header_offset(0),
             steps.ASLEEP_AT: peer.address + layout.asleep_offset,
-            steps.COUNT: self._head,
+            steps.COUNT: load_acquire(head_at),
         }
         self._words = _state(epoch, layout, schema, words)
         self._state: int = self._words.ctypes.data
@@ -90,19 +88,19 @@ class RingWriter:
         Raises:
             ProtocolError: The reader's tail is impossible.
         """
-        if self._claimed == steps.NO_PLACE:
-            tail = load_acquire(self._tail_at)
-            if not self._tail <= tail <= self._head:
-                raise ProtocolError(f"tail: got {tail}, expected {self._tail} to {self._head}")
-            self._tail = tail
-            self._claimed = steps.claim(self._state, tail)
-            if self._claimed == steps.NO_PLACE:
+        place = self._claimed
+        if place < 0:
+            place = steps.claim(self._state)
+            if place < 0:
+                if place == steps.BAD_TAIL:
+                    raise self._bad_tail()
                 return None
-        return self._views[self._claimed]
+            self._claimed = place
+        return self._views[place]
 
     def publish(self, kind: Kind, request_id: int, budget_ns: int, body: bytes | None) -> bool:
         """Make the next message visible, DATA as it is or with ``body``; False without a place."""
-        if self._claimed == steps.NO_PLACE and self.claim() is None:
+        if self._claimed < 0 and self.claim() is None:
             return False
         number, length = steps.DATA, self._length
         if body is not None:
@@ -111,7 +109,6 @@ class RingWriter:
             self._own.buffer[start : start + length] = body
         said = steps.publish(self._state, request_id, budget_ns, number, length)
         self._claimed = steps.NO_PLACE
-        self._head += 1
         self.reader_sleeps = said == steps.PUBLISHED_TO_A_SLEEPER
         return True
 
@@ -121,12 +118,18 @@ class RingWriter:
             store_release(self._closed_at, 1)
             self._views.clear()
 
+    def _bad_tail(self) -> ProtocolError:
+        tail = load_acquire(int(self._words[steps.TAIL_AT]))
+        first, last = self._words[steps.TAIL], self._words[steps.COUNT]
+        return ProtocolError(f"tail: got {tail}, expected {first} to {last}")
+
 
 class RingReader:
     """The receiving end. ``own`` is written (the tail), ``peer`` only read.
 
     Attributes:
         dropped_epoch, dropped_malformed: Slots passed over, by cause.
+        closed: Whether the writer has said that nothing will follow.
     """
 
     def __init__(
@@ -135,12 +138,12 @@ class RingReader:
         self._peer, self._layout = peer, layout
         self._head_at = peer.address + layout.head_offset
         self._asleep_at = own.address + layout.asleep_offset
-        self._closed_at = peer.address + layout.closed_offset
         words = {
             steps.HEAD_AT: self._head_at,
             steps.TAIL_AT: own.address + layout.tail_offset,
             steps.HEADERS_AT: peer.address + layout.header_offset(0),
             steps.ASLEEP_AT: self._asleep_at,
+            steps.CLOSED_AT: peer.address + layout.closed_offset,
         }
         self._words = _state(epoch, layout, schema, words)
         self._state: int = self._words.ctypes.data
@@ -150,11 +153,7 @@ class RingReader:
             for place in range(layout.slots)
         ]
         self.dropped_epoch = self.dropped_malformed = 0
-
-    @property
-    def closed(self) -> bool:
-        """Whether the writer has said that nothing will follow."""
-        return bool(load_acquire(self._closed_at))
+        self.closed = False
 
     @property
     def unread(self) -> bool:
@@ -183,7 +182,8 @@ class RingReader:
                     start = self._layout.payload_offset(place)
                     body = bytes(self._peer.buffer[start : start + length])
                     return Record(KINDS[number], request_id, budget_ns, sequence, None, body)
-            if found == steps.NOTHING:
+            if found <= steps.CLOSED:
+                self.closed = found == steps.CLOSED
                 return None
             if found == steps.IMPOSSIBLE:
                 first = int(self._words[steps.TAIL]) + self._layout.slots

@@ -17,22 +17,27 @@ DATA = 1
 """The number of the kind of message whose length is given beforehand."""
 
 _WORD = 8
-HEAD_AT, TAIL_AT, ASLEEP_AT, HEADERS_AT = range(4)
-SLOT_COUNT, EPOCH_0, EPOCH_1, LENGTH, COUNT, TAIL, MARKS, PLACES = range(4, 12)
+HEAD_AT, TAIL_AT, ASLEEP_AT, CLOSED_AT, HEADERS_AT = range(5)
+SLOT_COUNT, EPOCH_0, EPOCH_1, LENGTH, COUNT, TAIL, MARKS, PLACES = range(5, 13)
 """What one end knows, as words in memory of its own that no peer can write: addresses, constants
 (``LENGTH``: of DATA), then what changes. ``COUNT`` is the writer's ``head`` or the reader's
 cursor. ``MARKS``: a bit per slot from ``TAIL`` on, of messages released before an older one; for
 the writer, the place it claimed. ``PLACES``: where the payloads of the last messages are."""
 
-NO_PLACE = -1
+NO_PLACE, BAD_TAIL = -1, -2
 PUBLISHED, PUBLISHED_TO_A_SLEEPER = 0, 1
-NOTHING, TAKEN, OTHER_EPOCH, MALFORMED, IMPOSSIBLE = range(5)
+NOTHING, CLOSED, TAKEN, OTHER_EPOCH, MALFORMED, IMPOSSIBLE = range(6)
 
 
-@compiled("i8(i8, i8)")
-def claim(state: int, tail: int) -> int:
-    """The lowest place for a payload that no message from ``tail`` on is in; -1 for none."""
+@compiled("i8(i8)")
+def claim(state: int) -> int:
+    """The lowest place for a payload that no unreleased message is in; or ``NO_PLACE``, or
+    ``BAD_TAIL`` where what the reader says it has released cannot be."""
     head, slots = load(state + _WORD * COUNT), load(state + _WORD * SLOT_COUNT)
+    tail = load(load(state + _WORD * TAIL_AT))
+    if tail < load(state + _WORD * TAIL) or tail > head:
+        return BAD_TAIL
+    store(state + _WORD * TAIL, tail)
     taken = 0
     for sequence in range(tail, head):
         taken |= 1 << load(state + _WORD * (PLACES + sequence % slots))
@@ -77,7 +82,8 @@ def take(state: int) -> tuple[int, int, int, int, int, int, int]:
     cursor = load(state + _WORD * COUNT)
     head = load(load(state + _WORD * HEAD_AT))
     if head == cursor:
-        return NOTHING, 0, 0, 0, 0, 0, 0
+        closed = load(load(state + _WORD * CLOSED_AT)) != 0
+        return (CLOSED if closed else NOTHING, 0, 0, 0, 0, 0, 0)
     slots = load(state + _WORD * SLOT_COUNT)
     if head < cursor or head > load(state + _WORD * TAIL) + slots:
         return IMPOSSIBLE, head, 0, 0, 0, 0, 0

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import sys
+from sys import getrefcount as _count
 from types import MappingProxyType
 from typing import Any
 
@@ -36,7 +36,7 @@ class Views:
         self._arrays = schema.views(beneath)
         self._watched: list[object] = [self._arrays, beneath, *self._arrays.values()]
         del beneath
-        self._idle = self._references()
+        self._idle = sum(map(_count, self._watched))
 
     @property
     def arrays(self) -> Arrays:
@@ -46,7 +46,4 @@ class Views:
     @property
     def in_use(self) -> bool:
         """Whether an array, the mapping, or anything made from them is held by somebody."""
-        return self._references() != self._idle
-
-    def _references(self) -> int:
-        return sum(map(sys.getrefcount, self._watched))
+        return sum(map(_count, self._watched)) != self._idle
