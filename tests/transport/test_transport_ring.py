@@ -10,6 +10,7 @@ from collections import deque
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -27,6 +28,9 @@ from transport.shm import Mapping, Segment
 ROOT = Path(__file__).resolve().parents[2]
 SCHEMA = Schema((ArraySpec("value", "int64", (3,)), ArraySpec("image", "uint8", (5, 7))))
 EPOCH, OTHER_EPOCH = b"e" * 16, b"o" * 16
+LAYOUT = Layout.of(SCHEMA)
+PLACE = 56
+"""Where a header says where its payload is."""
 FRAMES = 20_000
 
 
@@ -76,6 +80,7 @@ class RingMachine(RuleBasedStateMachine):
         self.held: dict[int, tuple[object, tuple[Kind, int, bytes]]] = {}
         self.sent = 0
         self.taken = 0
+        self.asleep = False
 
     @property
     def oldest(self) -> int:
@@ -83,7 +88,21 @@ class RingMachine(RuleBasedStateMachine):
         return min(self.held, default=self.taken)
 
     def _expect_room(self, accepted: bool) -> None:
-        assert accepted == (self.sent - self.oldest < Layout.of(SCHEMA).slots)
+        assert accepted == (self.sent - self.oldest < LAYOUT.slots)
+
+    def _sent(self, *message: Any) -> None:
+        """It was published; the bell is needed exactly if the reader fell asleep before."""
+        assert self.writer.reader_sleeps == self.asleep
+        self.published.append(message)
+        self.sent += 1
+
+    @rule(scribble=st.integers(0, 255))
+    def claim_and_cancel(self, scribble: int) -> None:
+        """What was written into a place that is not published is nobody's."""
+        views = self.writer.claim()
+        self._expect_room(views is not None)
+        for view in (views or {}).values():
+            view[...] = scribble
 
     @rule(value=st.integers(0, 2**62), budget=st.integers(0, 2**62))
     def publish_data(self, value: int, budget: int) -> None:
@@ -95,16 +114,14 @@ class RingMachine(RuleBasedStateMachine):
         views["value"][...] = value
         views["image"][...] = value % 251
         assert self.writer.publish(Kind.DATA, value, budget, None)
-        self.published.append((Kind.DATA, value, struct.pack("<q", value)))
-        self.sent += 1
+        self._sent(Kind.DATA, value, struct.pack("<q", value))
 
     @rule(body=st.binary(max_size=64), kind=st.sampled_from([Kind.ERROR, Kind.RESET]))
     def publish_body(self, body: bytes, kind: Kind) -> None:
         accepted = self.writer.publish(kind, 1, 0, body)
         self._expect_room(accepted)
         if accepted:
-            self.published.append((kind, 1, body))
-            self.sent += 1
+            self._sent(kind, 1, body)
 
     @rule()
     def take(self) -> None:
@@ -121,6 +138,26 @@ class RingMachine(RuleBasedStateMachine):
         sequence = data.draw(st.sampled_from(sorted(self.held)))
         del self.held[sequence]
         self.reader.release(sequence)
+
+    @rule()
+    def fall_asleep(self) -> None:
+        """Only where nothing is left to take; and who does not sleep asks for no bell."""
+        self.asleep = self.reader.fall_asleep()
+        assert self.asleep == (not self.published)
+
+    @rule()
+    def wake_up(self) -> None:
+        self.reader.wake_up()
+        self.asleep = False
+
+    @invariant()
+    def no_two_unreleased_messages_share_a_place(self) -> None:
+        """Those that were released before an older one count: the writer does not know yet."""
+        headers = [LAYOUT.header_offset(n % LAYOUT.slots) for n in range(self.oldest, self.sent)]
+        memory = self.both.right[1].buffer
+        places = {struct.unpack_from("<q", memory, header + PLACE)[0] for header in headers}
+        assert len(places) == len(headers)
+        assert places <= set(range(LAYOUT.slots))
 
     @invariant()
     def what_is_held_is_whole(self) -> None:
