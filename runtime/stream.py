@@ -10,8 +10,8 @@ Guaranteed for every command, whatever the policy, the network and the server do
 * A latched fault ends with ``resume`` and nothing else. Until then chunks are refused.
 * After ``fail`` (NaN, a watchdog, an emergency key) every joint brakes as hard as it may.
 
-Rejected: repeating the last command (an acceleration without bound), braking at the plan's end
-(leaves the path, by as much as a stop is long).
+Rejected: repeating the last command (no bound on acceleration), braking at the plan's end (leaves
+the path).
 """
 
 from __future__ import annotations
@@ -103,8 +103,7 @@ class CommandStream:
             raise ValueError(f"ratio: got {ratio}, expected at least 1 per policy tick")
         if not fault_after_s > 0:
             raise ValueError(f"fault_after_s: got {fault_after_s}, expected a positive number")
-        self.ratio = ratio
-        self.period_s = contract.dt_s / ratio
+        self.ratio, self.period_s = ratio, contract.dt_s / ratio
         self.executor = ChunkExecutor(contract, strategy)
         self.limiter = MotionLimiter(limits, self.period_s)
         self._fault_after = max(1, math.ceil(fault_after_s / self.period_s))
@@ -129,8 +128,7 @@ class CommandStream:
         self._fault: str | None = None
         self._aligns = self._brakes = self._on_plan = False
         self._playback.forget()
-        self._stops = self._faults = self._refused = 0
-        self._starved_for = self._slow_ticks = 0
+        self._stops = self._faults = self._refused = self._starved_for = self._slow_ticks = 0
         self._phase = 0.0
         self._path_end = -1
         return self.executor.reset()
