@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import fcntl
 import gc
 import os
 import threading
@@ -10,21 +9,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-
-from transport.shm import FOLDER, PREFIX
-
-
-def orphans() -> set[str]:
-    """Names in /dev/shm that nobody alive holds; another run's handshake may be under way."""
-    found = set()
-    for path in FOLDER.glob(f"{PREFIX}*"):
-        try:
-            with path.open("rb") as file:
-                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-                found.add(path.name)
-        except OSError:
-            continue
-    return found
+from transport_forks import Nursery, orphans
 
 
 def descriptors() -> dict[str, str]:
@@ -35,6 +20,14 @@ def descriptors() -> dict[str, str]:
         except FileNotFoundError:
             continue  # the listing's own
     return found
+
+
+@pytest.fixture(scope="session")
+def nursery() -> Iterator[Nursery]:
+    """Forks children that run what these modules have."""
+    nursery = Nursery("transport_sides", "transport_streams", "transport_policies")
+    yield nursery
+    nursery.close()
 
 
 @pytest.fixture(autouse=True)

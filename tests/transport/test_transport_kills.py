@@ -1,0 +1,239 @@
+"""``kill -9`` of either side, at lines of the handshake and of the data plane.
+
+Production code has no hook for it: a victim traces itself, and kills itself at a line. After each
+death: no name is left in /dev/shm that the next server's start does not remove (after the
+handshake: none at all), whoever survives says so before its deadline, and a new session works.
+"""
+
+from __future__ import annotations
+
+import fcntl
+import logging
+import os
+import random
+import time
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from transport_forks import LONG, Forked, Nursery, isolated_if_possible, orphans
+
+from transport.shm import FOLDER, PREFIX
+
+TIMES = 50 if LONG else 1
+TIMEOUT_S = 1.0
+SLACK_S = 1.0
+"""For a machine that is busy with something else; what is measured is in the log."""
+ERRORS = ("PeerGone", "TransportTimeout", "TransportUnavailable")
+_log = logging.getLogger(__name__)
+pytestmark = pytest.mark.timeout(1800 if LONG else 120)
+
+
+@dataclass(frozen=True)
+class Point:
+    """Line ``at`` (of those that run, from 1; 0: its return) of one call of ``function``."""
+
+    module: str
+    function: str
+    at: int
+    call: int = 1
+
+    def __str__(self) -> str:
+        return f"{self.module}.{self.function}-{self.at or 'return'}"
+
+
+CLIENT_HANDSHAKE = [
+    Point("join", "join", 1),
+    Point("join", "_map", 4),
+    Point("join", "_map", 0, call=2),
+    Point("join", "_prove", 3),
+    Point("join", "_prove", 5),
+    Point("join", "_prove", 0),
+    Point("shm_channel", "ShmChannel.__init__", 3),
+]
+CLIENT_DATA = [
+    Point("base", "BaseChannel.loan", 0),
+    Point("ring", "RingWriter.claim", 3),
+    Point("ring", "RingWriter.publish", 0),
+    Point("shm_channel", "ShmChannel._publish", 3),
+    Point("ring", "RingReader.fall_asleep", 0),
+    Point("shm_channel", "ShmChannel._wait", 3),
+    Point("ring", "RingReader.wake_up", 0),
+    Point("ring", "RingReader.take", 0),
+    Point("base", "BaseChannel.let_go", 1),
+    Point("ring", "RingReader.release", 0),
+]
+CLIENT_CLOSE = [Point("shm_channel", "ShmChannel._close", 4), Point("shm", "Parts.close", 2)]
+SERVER_HANDSHAKE = [
+    Point("shm", "Segment._lock", 1),
+    Point("shm", "Segment._lock", 0),
+    Point("shm", "Segment.create", 0),
+    Point("shm", "create_all", 0),
+    Point("offer", "Offer.describe", 1),
+    Point("handshake", "Handshake._hello", 0),
+    Point("door", "Door._knock", 4),
+    Point("offer", "Offer.redeem", 3),
+    Point("offer", "Offer.redeem", 0),
+    Point("handshake", "Handshake._confirm", 0),
+]
+SERVER_DATA = [
+    Point("listener", "Listener.wait", 4, call=20),
+    Point("awake", "Awake.fall_asleep", 0, call=60),
+    Point("awake", "Awake.wake", 1, call=5),
+    Point("ring", "RingReader.take", 0),
+    Point("ring", "RingWriter.claim", 3),
+    Point("ring", "RingWriter.publish", 0),
+    Point("shm_channel", "ShmChannel._publish", 3),
+    Point("ring", "RingReader.release", 0),
+]
+
+
+@pytest.fixture(scope="module")
+def nursery() -> Iterator[Nursery]:
+    """With a /dev/shm of its own, where that can be had: a test that runs beside this one would
+    see the names of its dead before the next server removes them."""
+    nursery = Nursery("transport_sides", prefix=isolated_if_possible("64m"))
+    yield nursery
+    nursery.close()
+
+
+@pytest.fixture(scope="module")
+def delays() -> Iterator[dict[str, list[float]]]:
+    """Seconds from a death to the survivor's word, and of that word after its deadline."""
+    found: dict[str, list[float]] = {}
+    yield found
+    for what, values in found.items():
+        low, middle, high = np.percentile(values, (0, 50, 99)) * 1e3
+        _log.info(
+            "%s: %d, least %.2f, median %.2f, p99 %.2f, most %.2f ms",
+            *(what, len(values), low, middle, high, max(values) * 1e3),
+        )
+
+
+def names_of(pid: int) -> list[str]:
+    """Names in /dev/shm that this process holds open."""
+    found = []
+    for entry in Path(f"/proc/{pid}/fd").iterdir():
+        try:
+            target = os.readlink(entry)  # noqa: PTH115  a Path would resolve it
+        except FileNotFoundError:
+            continue
+        if target.startswith(f"{FOLDER}/{PREFIX}") and not target.endswith("(deleted)"):
+            found.append(target)
+    return found
+
+
+def die(victim: Forked) -> int:
+    """Wait until it has; when, on the monotonic clock."""
+    while (said := victim.next())["event"] != "dying":
+        assert said["event"] in ("open", "answered"), f"it never came to that line: {said}"
+    assert victim.next()["event"] == "end"
+    return int(said["at_ns"])
+
+
+def again(port: int, nursery: Nursery) -> None:
+    """A new client, answered."""
+    with nursery.fork("transport_sides:ask", port=port, timeout_s=20.0, count=3) as client:
+        client.until("answered")
+
+
+def calls(point: Point) -> Iterator[dict[str, Any]]:
+    """``point`` at ever other calls of its function; in the handshake there is but one."""
+    generator = random.Random(str(point))
+    for number in range(TIMES):
+        call = point.call
+        if point in (*CLIENT_DATA, *SERVER_DATA) and number:
+            call += generator.randrange(100)
+        yield {**asdict(point), "call": call}
+
+
+@pytest.mark.parametrize("point", CLIENT_HANDSHAKE + CLIENT_DATA + CLIENT_CLOSE, ids=str)
+def test_a_client_is_killed(point: Point, nursery: Nursery, delays) -> None:
+    with nursery.fork("transport_sides:serve") as server:
+        port = server.expect("listening")["port"]
+        for line in calls(point):
+            count = 5 if point in CLIENT_CLOSE else 10_000
+            what = {"port": port, "timeout_s": TIMEOUT_S, "count": count, "point": line}
+            with nursery.fork("transport_sides:ask", **what) as victim:
+                died_ns = die(victim)
+            if point not in CLIENT_HANDSHAKE:
+                said = server.expect("ended")
+                delays.setdefault("server: death to end of session", []).append(
+                    (said["at_ns"] - died_ns) / 1e9
+                )
+                assert not names_of(server.pid)
+            again(port, nursery)
+            assert "closed" in server.expect("ended")["reason"]
+        server.finish()
+    assert not orphans(nursery.shm)
+
+
+@pytest.mark.parametrize("point", SERVER_HANDSHAKE + SERVER_DATA, ids=str)
+def test_a_server_is_killed(point: Point, nursery: Nursery, delays) -> None:
+    for line in calls(point):
+        with nursery.fork("transport_sides:serve", point=line) as victim:
+            port = victim.expect("listening")["port"]
+            what = {"port": port, "timeout_s": TIMEOUT_S, "count": 10_000}
+            with nursery.fork("transport_sides:ask", **what) as client:
+                died_ns = die(victim)
+                said = client.until("failed")
+                delays.setdefault(f"client, {said['phase']}: death to error", []).append(
+                    (said["at_ns"] - died_ns) / 1e9
+                )
+                delays.setdefault(f"client, {said['phase']}: error after its deadline", []).append(
+                    said["late_ns"] / 1e9
+                )
+                assert said["late_ns"] / 1e9 < SLACK_S
+                assert said["type"] in ("PeerGone", "TransportTimeout", "TransportUnavailable"), (
+                    said
+                )
+                if point in SERVER_DATA:
+                    assert (said["phase"], orphans(nursery.shm)) == ("data", set())
+                with nursery.fork("transport_sides:serve") as server:
+                    port = server.expect("listening")["port"]
+                    assert not orphans(nursery.shm)
+                    client.tell(port)
+                    client.until("answered")
+
+
+@pytest.mark.parametrize("side", ["client", "server"])
+def test_it_is_killed_anywhere(side: str, nursery: Nursery) -> None:
+    """Compiled code has no lines: the moment is drawn, and the blow comes from outside."""
+    generator = random.Random(side)
+    for _ in range(TIMES * 10):
+        with nursery.fork("transport_sides:serve") as server:
+            port = server.expect("listening")["port"]
+            what = {"port": port, "timeout_s": TIMEOUT_S, "count": 10_000_000}
+            with nursery.fork("transport_sides:ask", **what) as client:
+                client.expect("open")
+                moment_ns = time.monotonic_ns() + generator.randrange(5_000_000)
+                while time.monotonic_ns() < moment_ns:
+                    pass
+                victim, survivor = (client, server) if side == "client" else (server, client)
+                victim.signal(9)
+                assert victim.next()["event"] == "end"
+                said = survivor.expect("ended" if side == "client" else "failed")
+                assert not orphans(nursery.shm)
+                if side == "client":
+                    assert not names_of(server.pid)
+                    again(port, nursery)
+                else:
+                    assert said["type"] == "PeerGone"
+                    assert said["late_ns"] / 1e9 < SLACK_S
+
+
+def test_a_name_whose_owner_lives_is_no_orphan() -> None:
+    """What the checks above rest on."""
+    path = FOLDER / f"{PREFIX}{'0' * 32}"
+    with path.open("wb") as file:
+        try:
+            assert path.name in orphans()
+            assert str(path) in names_of(os.getpid())
+            fcntl.flock(file, fcntl.LOCK_EX)
+            assert path.name not in orphans()
+        finally:
+            path.unlink()
+        assert str(path) not in names_of(os.getpid())

@@ -1,0 +1,50 @@
+"""Nobody sleeps through a message: with nothing watched, every hand-over is a wake-up.
+
+A wake-up that is lost leaves both sides asleep until a time-out of many seconds, which is an
+error here, and counted.
+"""
+
+from __future__ import annotations
+
+import logging
+
+import pytest
+from transport_forks import LONG, Nursery
+
+HAND_OVERS = 1_000_000 if LONG else 20_000
+_log = logging.getLogger(__name__)
+pytestmark = pytest.mark.timeout(1800 if LONG else 120)
+
+
+@pytest.mark.parametrize("bursts", [1, 3], ids=["ping-pong", "bursts-and-work"])
+def test_every_hand_over_wakes_the_sleeper(nursery: Nursery, bursts: int) -> None:
+    what = {"count": HAND_OVERS, "bursts": bursts, "seed": 1}
+    with nursery.fork("transport_streams:hand_over", port=0, **what) as server:
+        port = server.expect("listening")["port"]
+        with nursery.fork("transport_streams:hand_over", port=port, **what) as client:
+            for side in (client, server):
+                said = side.expect("done", 1800)
+                assert said["timeouts"] == 0
+                assert said["hand_overs"] >= HAND_OVERS
+                assert said["sleeps"] > HAND_OVERS // 100, "hardly anybody slept: nothing was shown"
+                _log.info("%s", said)
+
+
+@pytest.mark.parametrize("spin_us", [0, 100])
+def test_a_listener_sleeps_through_no_session_of_many(nursery: Nursery, spin_us: int) -> None:
+    """Two clients at once, four sessions each, of which one and then three are in use."""
+    each = HAND_OVERS // 4
+    with nursery.fork("transport_streams:wait_for_all", spin_us=spin_us) as server:
+        what = {"port": server.expect("listening")["port"], "sessions": 4, "count": each}
+        with (
+            nursery.fork("transport_streams:use_some", busy=1, seed=1, **what) as one,
+            nursery.fork("transport_streams:use_some", busy=3, seed=2, **what) as other,
+        ):
+            for client in (one, other):
+                said = client.expect("done", 1800)
+                assert (said["count"], said["timeouts"]) == (each, 0)
+                _log.info("%s", said)
+            server.signal(15)
+            said = server.expect("done")
+            assert (said["answered"], said["nothing"], said["timeouts"]) == (2 * each, 0, 0)
+            _log.info("%s", said)
