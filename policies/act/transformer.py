@@ -116,11 +116,12 @@ def grid_positions(height: int, width: int, dim: int) -> Tensor:
     (DETR, https://arxiv.org/abs/2005.12872, with ``normalize=True``, temperature 10000).
     """
     half = dim // 2
-    exponent = 2 * (torch.arange(half, dtype=torch.float32) // 2) / half
+    # On the CPU whatever the default device is: without memory ("meta") torch would trace this.
+    exponent = 2 * (torch.arange(half, dtype=torch.float32, device="cpu") // 2) / half
     period = 10000.0**exponent
 
     def along(n: int) -> Tensor:
-        coordinate = torch.arange(1, n + 1, dtype=torch.float32)
+        coordinate = torch.arange(1, n + 1, dtype=torch.float32, device="cpu")
         angle = (coordinate / (n + 1e-6) * (2 * math.pi))[:, None] / period
         return torch.stack((angle[:, 0::2].sin(), angle[:, 1::2].cos()), dim=-1).flatten(1)
 

@@ -4,10 +4,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 from torch import Tensor
+from torch.overrides import TorchFunctionMode
 
 from policies.act.backbone import fold_batch_norm
 from policies.act.config import ActConfig
@@ -74,9 +77,30 @@ class ActWeights:
         return model.eval().requires_grad_(False)
 
 
+class _WithoutRandom(TorchFunctionMode):
+    """Leaves random numbers out. For tensors without memory torch would trace how it draws them,
+    and loads its compiler for that: two seconds of every start.
+    """
+
+    def __torch_function__(
+        self,
+        func: Callable[..., Any],
+        types: Sequence[type],
+        args: tuple[Any, ...] = (),
+        kwargs: Mapping[str, Any] | None = None,
+    ) -> Any:
+        given = kwargs or {}
+        if getattr(func, "__module__", "") == "torch.nn.init" or func in (
+            Tensor.normal_,
+            Tensor.uniform_,
+        ):
+            return args[0] if args else given["tensor"]
+        return func(*args, **given)
+
+
 def parameter_shapes(config: ActConfig) -> dict[str, tuple[int, ...]]:
     """Names and shapes of what inference needs, in ``ActModel``'s layout; allocates nothing."""
-    with torch.device("meta"):
+    with torch.device("meta"), _WithoutRandom():
         model = ActModel(config)
     return {
         name: tuple(tensor.shape)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import logging
 import shutil
+import subprocess
 import sys
 from pathlib import Path
 
@@ -201,8 +202,6 @@ def test_what_openvino_says_while_running_is_an_inference_error(openvino_engine)
 @needs_openvino
 def test_telemetry_is_not_imported():
     """openvino reports its import over the network, and leaves a thread that does it."""
-    import subprocess
-
     code = (
         "import sys, threading; from policies.act.quiet_openvino import ov; "
         "print('openvino_telemetry' in sys.modules, threading.active_count())"
@@ -211,6 +210,18 @@ def test_telemetry_is_not_imported():
         [sys.executable, "-c", code], capture_output=True, check=True, text=True
     )
     assert output.stdout.split() == ["False", "1"]
+
+
+def test_loading_does_not_load_torchs_compiler(tiny):
+    """It is two seconds of a start, and easily loaded by accident."""
+    code = (
+        "import sys; from policies.checkpoint.load import load_policy; "
+        f"load_policy({str(tiny)!r}, threads=1); print('torch._dynamo' in sys.modules)"
+    )
+    output = subprocess.run(
+        [sys.executable, "-c", code], capture_output=True, check=True, text=True
+    )
+    assert output.stdout.split() == ["False"]
 
 
 # --- kept between starts -----------------------------------------------------------------------
