@@ -35,6 +35,8 @@ bench: $(VENV)/.peers $(VENV)/.peers-inference gl
 
 soak: $(VENV)/.dev gl
 	METRONOME_SOAK=1 $(BIN)/python -m pytest tests/faults -q -s
+	METRONOME_LONG=1 $(BIN)/python -m pytest -q -o log_cli=true --log-cli-level=INFO \
+	  $(foreach part,sleep long kills stops,tests/transport/test_transport_$(part).py)
 
 TASK     ?= sim_transfer_cube
 EPISODES ?= 200
