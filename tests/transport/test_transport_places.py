@@ -10,14 +10,8 @@ import subprocess
 from collections.abc import Iterator
 
 import pytest
+from transport_forks import Nursery, isolated
 from transport_peers import Peer, client, server
-
-OWN_SHM = 'mount -t tmpfs -o size=$0 tmpfs /dev/shm && exec "$@"'
-
-
-def isolated(size: str) -> list[str]:
-    """Run what follows with a /dev/shm of its own."""
-    return ["unshare", "-m", "sh", "-c", OWN_SHM, size]
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -65,6 +59,76 @@ def test_a_server_with_a_dev_shm_that_is_too_small() -> None:
         )
         with client(serving.port, "shm") as forced:
             assert "/dev/shm is full" in unavailable(forced)
+
+
+def test_one_mebibyte_of_dev_shm_serves_some_from_memory_and_the_others_over_zmq() -> None:
+    """Nobody dies of a page that is not there, and what is given back is used again."""
+    nursery = Nursery("transport_sides", prefix=isolated("1m"))
+    try:
+        with nursery.fork("transport_sides:serve") as serving:
+            port = serving.expect("listening")["port"]
+            what = {"port": port, "timeout_s": 20.0}
+            with nursery.fork("transport_sides:open_many", count=20, **what) as many:
+                said = many.expect("opened")
+                assert said["failure"] == ""
+                transports = [transport for transport, _ in said["how"]]
+                assert transports == sorted(transports)  # shm until it was full, then zmq
+                assert {*transports} == {"shm", "zmq"}
+                assert all(
+                    reason.startswith("server: /dev/shm is full: 0.1 MiB wanted")
+                    for transport, reason in said["how"]
+                    if transport == "zmq"
+                )
+                many.tell("close")
+                many.expect("closed")
+            for _ in range(100):
+                with nursery.fork("transport_sides:open_many", count=1, **what) as one:
+                    (how,) = one.expect("opened")["how"]
+                if how[0] == "shm":
+                    break
+            assert how[0] == "shm"
+    finally:
+        nursery.close()
+
+
+@pytest.mark.parametrize(
+    ("options", "uid", "reason"),
+    [
+        ("1m,ro", 0, "server: no shared memory: Read-only file system"),
+        ("1m,mode=0755", 65534, "server: no shared memory: Permission denied"),
+        ("1m,mode=0700", 65534, "server: no shared memory: Permission denied"),
+    ],
+    ids=["read-only", "not-writable", "not-searchable"],
+)
+def test_a_server_that_may_not_use_dev_shm(options: str, uid: int, reason: str) -> None:
+    nursery = Nursery("transport_sides", prefix=isolated(options))
+    try:
+        with nursery.fork("transport_sides:serve", uid=uid) as serving:
+            port = serving.expect("listening")["port"]
+            with nursery.fork("transport_sides:open_many", port=port, count=1) as dialing:
+                said = dialing.expect("opened")
+                assert said == {"event": "opened", "how": [["zmq", reason]], "failure": ""}
+    finally:
+        nursery.close()
+
+
+def test_a_client_that_runs_out_of_descriptors_hurts_nobody_else(nursery: Nursery) -> None:
+    """It falls back, or is told; never a crash, and the server and others go on."""
+    with nursery.fork("transport_sides:serve") as serving:
+        what = {"port": serving.expect("listening")["port"]}
+        for nofile in range(64, 70):
+            with nursery.fork(
+                "transport_sides:open_many", count=100, nofile=nofile, **what
+            ) as many:
+                said = many.expect("opened")
+                transports = [transport for transport, _ in said["how"]]
+                assert transports == sorted(transports)
+                assert "shm" in transports
+                assert "Too many open files" in said["failure"]
+                with nursery.fork("transport_sides:open_many", count=3, **what) as other:
+                    assert [how for how, _ in other.expect("opened")["how"]] == ["shm"] * 3
+                many.tell("close")
+                many.expect("closed")
 
 
 def test_another_user() -> None:
