@@ -15,6 +15,7 @@ SIM = [
     "matplotlib>=3.8",
 ]
 TRAIN = ["h5py>=3.10"]
+JPEG = ["simplejpeg>=1.8"]
 DEV = [
     "pytest>=8",
     "pytest-benchmark>=4",
@@ -47,5 +48,11 @@ setup(
     ],
     package_data={"": ["*.yaml"]},
     install_requires=["numpy>=1.26", "numba>=0.59", "posix_ipc>=1.1", "pyzmq>=26", "pyyaml>=6"],
-    extras_require={"server": SERVER, "sim": SIM, "train": TRAIN, "dev": DEV + TRAIN},
+    extras_require={
+        "server": SERVER,
+        "sim": SIM,
+        "train": TRAIN,
+        "jpeg": JPEG,
+        "dev": DEV + TRAIN + JPEG,
+    },
 )

@@ -23,6 +23,7 @@ from tqdm import tqdm
 
 from envs.errors import EnvError
 from envs.meta import EnvConfig, load_env_config
+from policies.jpeg import JpegMissing
 from policies.types import PolicyContract, PolicyInfo
 from policies.yaml_config import ConfigError
 from runtime.blending import ANCESTORS, STRATEGIES
@@ -30,10 +31,12 @@ from runtime.checkpoint_options import CheckpointOptions, add_flags, from_flags
 from runtime.config import TRANSPORTS
 from runtime.episode import Episode
 from runtime.errors import RuntimeFault
+from runtime.frames import DEFAULT_QUALITY
 from runtime.model_name import ServerAddress, read_model_name
 from runtime.plots import write_timing_plot
 from runtime.results import policy_record, report, summarize, versions, write_result
 from runtime.rollouts import Plan, Setting, WorkerFailed, run
+from runtime.service import Wishes
 
 BAD_INPUT, LOST, INTERRUPTED = 2, 1, 130
 
@@ -67,6 +70,15 @@ def parser() -> argparse.ArgumentParser:
     add("--realtime", action="store_true", help="by the wall clock, not in lockstep")
     add("--fps", type=float, help="control rate, for checkpoints that do not say theirs")
     add("--transport", choices=TRANSPORTS, default="auto", help="to a server (auto)")
+    add("--resize", action="store_true", help="send a server pictures of the model's size")
+    add(
+        "--jpeg",
+        type=int,
+        nargs="?",
+        const=DEFAULT_QUALITY,
+        metavar="QUALITY",
+        help=f"send a server pictures as JPEG, 1 to 100, over a network ({DEFAULT_QUALITY})",
+    )
     add(
         "--action_manager",
         default="sequential",
@@ -110,6 +122,10 @@ def read_plan(argv: Sequence[str] | None) -> tuple[Plan, argparse.Namespace]:
         raise ValueError(f"--videos: got {args.videos}, expected 0 or more")
     if args.fps is not None and not (math.isfinite(args.fps) and args.fps > 0):
         raise ValueError(f"--fps: got {args.fps}, expected a positive number")
+    try:
+        Wishes(args.transport, args.resize, args.jpeg)
+    except (JpegMissing, ValueError) as error:
+        raise ValueError(f"--jpeg: {error}") from error
     if args.realtime and args.num_envs > 1:
         raise ValueError(
             "--realtime with --num_envs > 1: one world by the wall clock at a time on one machine"
@@ -119,6 +135,8 @@ def read_plan(argv: Sequence[str] | None) -> tuple[Plan, argparse.Namespace]:
         model=read_model_name(args.model_name_or_path),
         checkpoint=from_flags(args),
         transport=args.transport,
+        resize=args.resize,
+        jpeg_quality=args.jpeg,
         env=env,
         seeds=tuple(range(args.seed, args.seed + args.num_rollout)),
         num_envs=args.num_envs,
@@ -242,6 +260,7 @@ def _save(
         result |= {
             "transport": setting.transport,
             "transport_reason": setting.transport_reason,
+            "pictures": setting.pictures,
             "deterministic": setting.deterministic,
             "policy": policy_record(contract, PolicyInfo(**setting.policy_info)),
             "world": setting.world,

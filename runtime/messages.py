@@ -24,6 +24,7 @@ MAX_STATE_BYTES = 4096
 """Of each of the optional states."""
 SERVER_STAGES = ("server_wait", "preprocess", "infer", "postprocess")
 
+_SCALARS = ("timestep", "t_capture_ns")
 _OPTIONAL_STATES = ("state_ee", "state_joint")
 
 
@@ -33,6 +34,7 @@ def observation_schema(obs: MetaObs) -> Schema:
     Raises:
         SchemaMismatch: An array that cannot cross, e.g. of dtype float16.
     """
+    _need_arrays(obs)
     arrays = _observation_arrays(obs)
     specs = [ArraySpec(name, str(array.dtype), array.shape) for name, array in arrays.items()]
     if obs.raw_lang:
@@ -41,14 +43,16 @@ def observation_schema(obs: MetaObs) -> Schema:
     return Schema(tuple(specs))
 
 
-def _observation_arrays(obs: MetaObs) -> dict[str, NDArray[Any]]:
-    _need_arrays(obs)
-    arrays: dict[str, NDArray[Any]] = {IMAGE + name: a for name, a in obs.images.items()}
-    arrays |= {DEPTH + name: a for name, a in obs.depth.items()}
+def _observation_arrays(obs: MetaObs) -> dict[str, Any]:
+    """Arrays, where the caller kept to the types."""
+    arrays: dict[str, Any] = {IMAGE + name: a for name, a in obs.images.items()}
+    for name, array in obs.depth.items():
+        arrays[DEPTH + name] = array
     arrays["state"] = obs.state
-    for name in _OPTIONAL_STATES:
-        if (value := getattr(obs, name)) is not None:
-            arrays[name] = value
+    if obs.state_ee is not None:
+        arrays["state_ee"] = obs.state_ee
+    if obs.state_joint is not None:
+        arrays["state_joint"] = obs.state_joint
     return arrays
 
 
@@ -72,27 +76,35 @@ def write_observation(obs: MetaObs, views: Mapping[str, NDArray[Any]]) -> None:
         ContractMismatch: Not of the kind that the schema was made from.
     """
     arrays = _observation_arrays(obs)
-    arrays["timestep"] = np.asarray(obs.timestep, np.int64)
-    arrays["t_capture_ns"] = np.asarray(obs.t_capture_ns, np.int64)
-    if "raw_lang" in views:
-        arrays["raw_lang"] = _padded(obs.raw_lang)
-    elif obs.raw_lang:
-        raise ContractMismatch("raw_lang", "text", "none, as in the session's first observation")
-    if arrays.keys() != views.keys():
-        odd = min(arrays.keys() ^ views.keys())
-        got, expected = ("an array", "none") if odd in arrays else ("nothing", "an array")
-        raise ContractMismatch(
-            odd.replace("/", "."), got, f"{expected}, as in the session's first observation"
-        )
     for name, array in arrays.items():
-        view = views[name]
-        if array is view:
+        view = views.get(name)
+        if view is array:
             continue
+        if view is None:
+            raise _other_kind(arrays, views)
+        if not isinstance(array, np.ndarray):
+            _need_arrays(obs)
         if array.shape != view.shape or array.dtype != view.dtype:
             raise ContractMismatch(
                 name.replace("/", "."), f"{array.dtype} {array.shape}", f"{view.dtype} {view.shape}"
             )
         np.copyto(view, array, casting="no")
+    if len(arrays) + len(_SCALARS) + ("raw_lang" in views) != len(views):
+        raise _other_kind(arrays, views)
+    if "raw_lang" in views:
+        views["raw_lang"][:] = _padded(obs.raw_lang)
+    elif obs.raw_lang:
+        raise ContractMismatch("raw_lang", "text", "none, as in the session's first observation")
+    views["timestep"][()] = obs.timestep
+    views["t_capture_ns"][()] = obs.t_capture_ns
+
+
+def _other_kind(arrays: Mapping[str, Any], views: Mapping[str, Any]) -> ContractMismatch:
+    odd = min(arrays.keys() ^ (views.keys() - {*_SCALARS, "raw_lang"}))
+    got, expected = ("an array", "none") if odd in arrays else ("nothing", "an array")
+    return ContractMismatch(
+        odd.replace("/", "."), got, f"{expected}, as in the session's first observation"
+    )
 
 
 def _padded(text: str) -> NDArray[np.uint8]:

@@ -70,6 +70,8 @@ class Plan:
     n_action_steps: int | None = None
     camera_names: tuple[str, ...] = ()
     fps: float | None = None
+    resize: bool = False
+    jpeg_quality: int | None = None
     video_dir: Path | None = None
     videos: int = 0
 
@@ -82,6 +84,7 @@ class Setting:
     policy_info: dict[str, Any]
     transport: str
     transport_reason: str
+    pictures: str
     deterministic: bool
     world: dict[str, Any]
 
@@ -170,7 +173,11 @@ def _episodes(plan: Plan, seeds: tuple[int, ...]) -> Iterator[Report]:
 def _policy(plan: Plan) -> Policy:
     if isinstance(plan.model, ServerAddress):
         return PolicyClient(
-            str(plan.model), transport=plan.transport, deterministic=not plan.realtime
+            str(plan.model),
+            transport=plan.transport,
+            deterministic=not plan.realtime,
+            resize=plan.resize,
+            jpeg_quality=plan.jpeg_quality,
         )
     return plan.checkpoint.load(plan.model.name)
 
@@ -220,6 +227,7 @@ class _Recorder:
 
 def _setting(plan: Plan, world: World, policy: Policy) -> Setting:
     info = policy.info
+    lossy = isinstance(policy, PolicyClient) and policy.lossy
     return Setting(
         contract_json=policy.contract.to_json(),
         policy_info={name: getattr(info, name) for name in type(info).__slots__},
@@ -229,7 +237,8 @@ def _setting(plan: Plan, world: World, policy: Policy) -> Setting:
             if isinstance(policy, PolicyClient)
             else "-m is a checkpoint: no server is needed"
         ),
-        deterministic=not plan.realtime and messages.is_deterministic(info),
+        pictures=policy.pictures if isinstance(policy, PolicyClient) else "as they are",
+        deterministic=not plan.realtime and messages.is_deterministic(info) and not lossy,
         world=world.info(),
     )
 

@@ -21,7 +21,7 @@ from dataclasses import dataclass, field
 
 from policies.errors import ContractMismatch, InferenceError, PolicyError
 from policies.types import ActionChunk, Policy
-from runtime import messages
+from runtime import frames, messages
 from transport.adaptive import DEFAULT_SPIN_US
 from transport.channel import Kind, Message
 from transport.control import Hello, Welcome
@@ -58,6 +58,7 @@ class _State:
     """What the server keeps of one session."""
 
     policy: Policy
+    read: frames.Read
     waiting: Message | None = None
     since_ns: int = 0
     counts: dict[str, int] = field(default_factory=lambda: {"answered": 0, "failed": 0})
@@ -153,12 +154,13 @@ class PolicyServer:
         if kind not in SESSION_KINDS:
             raise Refused("kind", repr(kind)[:80], f"one of {SESSION_KINDS}")
         try:
-            messages.check_observation_schema(hello.schema, self._policy.contract)
+            frames.reader(hello.schema, hello.attributes, self._policy.contract)
         except ContractMismatch as error:
             raise Refused(error.field, error.got, error.expected) from error
+        lossy = frames.JPEG in hello.attributes
         attributes = {
             "kind": kind,
-            "deterministic": messages.is_deterministic(self._policy.info),
+            "deterministic": messages.is_deterministic(self._policy.info) and not lossy,
             "contract": messages.contract_hash(self._policy.contract),
         }
         return Welcome(schema=self._reply_schema, attributes=attributes)
@@ -203,7 +205,8 @@ class PolicyServer:
             logger.exception("session %d: the policy could not be forked", session.id)
             session.channel.close(f"the policy could not be forked: {error!r}")
             return False
-        session.attachment = _State(policy)
+        read = frames.reader(session.hello.schema, session.hello.attributes, self._policy.contract)
+        session.attachment = _State(policy, read)
         return self._reset(session, policy)
 
     def _reset(self, session: ServerSession, policy: Policy) -> bool:
@@ -246,7 +249,7 @@ class PolicyServer:
             self._fail(session, message, InferenceError("the request's time was up"))
             return
         try:
-            chunk = self._infer(session.attachment.policy, message)
+            chunk = self._infer(session.attachment, message)
         except PolicyError as error:
             self._fail(session, message, error)
         except Exception as error:
@@ -256,10 +259,10 @@ class PolicyServer:
         else:
             self._reply(session, message, chunk, waited_ns)
 
-    def _infer(self, policy: Policy, message: Message) -> ActionChunk:
+    def _infer(self, state: _State, message: Message) -> ActionChunk:
         """A call of its own, so that the observation's views end with it, before the release."""
-        obs = messages.read_observation(message.arrays)
-        chunk = policy.infer(obs)
+        obs = state.read(message.arrays)
+        chunk = state.policy.infer(obs)
         messages.check_chunk(chunk, self._policy.contract)
         if chunk.obs_timestep != obs.timestep:
             raise InferenceError(

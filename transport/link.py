@@ -37,6 +37,8 @@ SILENCE_MS = 5000
 """A peer whose network is silent for this long is gone; it need not call anything to stay."""
 LINGER_MS = 200
 """How long a goodbye may take to leave."""
+COPY_BELOW = 65536
+"""Bytes up to which a copy is cheaper than having ZMQ report that it is done with the original."""
 QUEUE = 16
 """Messages that ZMQ may queue per peer and direction. A session that keeps to its slots never has
 more than half of them there; from one that does not, ZMQ stops reading at this many, and TCP makes
@@ -167,7 +169,7 @@ class Link:
 
     def send(self, frame: Any) -> bool:
         try:
-            self._socket.send(frame, _DONTWAIT, copy=False)
+            self._socket.send(frame, _DONTWAIT, copy=len(frame) < COPY_BELOW)
         except zmq.Again:
             return False
         return True
@@ -177,6 +179,8 @@ class Link:
         # signal, and would then leave it silent with a message there.
         if timeout_s > 0 and self._gone is None and not has_input(self._socket):
             self._sleep.poll(math.ceil(timeout_s * 1000))
+            if self._dispatch():
+                return self._gone  # whoever waited has it; the rest when they look again
         while has_input(self._socket):
             self._dispatch()
         if self._alarm.poll(0):
@@ -210,10 +214,11 @@ class Link:
             return None
         return frames
 
-    def _dispatch(self) -> None:
+    def _dispatch(self) -> bool:
+        """Hand on the next message; whether there was one."""
         frames = self._receive()
         if frames is None:
-            return
+            return False
         head = frames[0].buffer
         try:
             _, number, epoch = decode_prefix(head)
@@ -224,6 +229,7 @@ class Link:
         elif number != Opcode.PING and self._deliver is not None:
             # What is of more frames than a message has is let in as none, to be counted.
             self._deliver(head if len(frames) == 1 else head[:0])
+        return True
 
     def _watch(self) -> None:
         """Read what the monitor saw happen to the connection."""

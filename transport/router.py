@@ -12,7 +12,7 @@ import zmq
 from zmq.utils.monitor import recv_monitor_message
 
 from transport.errors import AddressInUse, PeerGone, TransportError
-from transport.link import LINGER_MS, SILENCE_MS, alarm, configure, has_input
+from transport.link import COPY_BELOW, LINGER_MS, SILENCE_MS, alarm, configure, has_input
 
 _DONTWAIT, _MORE = int(zmq.DONTWAIT), int(zmq.DONTWAIT | zmq.SNDMORE)  # an enum costs more
 MAX_FRAMES = 2
@@ -93,7 +93,7 @@ class Router:
             self._socket.send(identity, _MORE)
             for frame in frames[:-1]:
                 self._socket.send(frame, _MORE)
-            self._socket.send(frames[-1], _DONTWAIT, copy=False)
+            self._socket.send(frames[-1], _DONTWAIT, copy=len(frames[-1]) < COPY_BELOW)
         except zmq.Again:
             return False
         except zmq.ZMQError as error:

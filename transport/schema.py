@@ -84,6 +84,7 @@ class Schema:
             self.offsets[spec.name] = start = -(-end // ALIGNMENT) * ALIGNMENT
             end = start + spec.nbytes
         self.nbytes = end
+        self._layout = [(s.name, s.shape, np.dtype(s.dtype), self.offsets[s.name]) for s in specs]
         if end > MAX_MESSAGE_BYTES:
             raise SchemaMismatch("schema", f"{end} bytes", f"<= {MAX_MESSAGE_BYTES}")
         self.tail = self._find_tail()
@@ -96,7 +97,9 @@ class Schema:
         expected = ArraySpec(last.name + USED, "int64", ())
         if counted != [last.name] or self.specs[expected.name] != expected or len(last.shape) != 1:
             raise SchemaMismatch(
-                counted[0] + USED, "how much of it counts", "an int64, of the last array, a flat one"
+                counted[0] + USED,
+                "how much of it counts",
+                "an int64, of the last array, a flat one",
             )
         return last.name
 
@@ -137,14 +140,13 @@ class Schema:
 
     def views(self, buffer: Any, *, writable: bool = False) -> dict[str, NDArray[Any]]:
         """Arrays over ``buffer`` (at least ``nbytes`` long), without copying."""
-        arrays = {}
-        for name, spec in self.specs.items():
-            view: NDArray[Any] = np.ndarray(
-                spec.shape, spec.dtype, buffer=buffer, offset=self.offsets[name]
-            )
-            if not writable:
+        arrays: dict[str, NDArray[Any]] = {
+            name: np.ndarray(shape, dtype, buffer, offset)
+            for name, shape, dtype, offset in self._layout
+        }
+        if not writable:
+            for view in arrays.values():
                 view.flags.writeable = False
-            arrays[name] = view
         return arrays
 
     def check(self, arrays: Mapping[str, NDArray[Any]]) -> None:

@@ -39,7 +39,6 @@ _HEADER = struct.Struct(f"<4sHH{EPOCH_BYTES}sqqqqqI")
 """The control prefix; then sequence, released, received, request id, budget_ns, kind."""
 PAYLOAD_OFFSET = 128
 """Where the payload begins in a frame that has one: on a cache line, behind the header's two."""
-_WORD_BYTES = 8
 
 
 class Carrier(Protocol):
@@ -72,6 +71,7 @@ class ZmqChannel(BaseChannel):
         self._epoch, self._carrier = epoch, carrier
         self._staging = Staging(send_schema, PAYLOAD_OFFSET)
         self._head = self._peer_tail = self._told = 0
+        self._looked = False
         self._window = Window(SLOTS)
         self._inbox: deque[Record] = deque()
 
@@ -124,8 +124,9 @@ class ZmqChannel(BaseChannel):
             if schema is None:
                 return None
             views = Views(schema, *_aligned(frame))
-            if schema.tail is not None and views.arrays[schema.tail + USED] != (
-                schema.specs[schema.tail].shape[0]
+            if (
+                schema.tail is not None
+                and views.arrays[schema.tail + USED] != (schema.specs[schema.tail].shape[0])
             ):
                 return None
             return Record(kind, request_id, budget, sequence, views, b"")
@@ -166,6 +167,7 @@ class ZmqChannel(BaseChannel):
         self._give_credit()
         if not self._inbox and self.gone is None:
             self._pump(0.0)
+            self._looked = True
         return self._inbox.popleft() if self._inbox else None
 
     def _release(self, sequence: int) -> None:
@@ -173,8 +175,10 @@ class ZmqChannel(BaseChannel):
             self._give_credit()
 
     def _look_for_peer(self) -> None:
-        """Whoever receives looks; ``_take`` does."""
-        self._pump(0.0)
+        """Not again right after ``_take`` did: the socket's thread waits for this processor."""
+        if not self._looked:
+            self._pump(0.0)
+        self._looked = False
 
     def _wait(self, timeout_s: float) -> None:
         self._pump(timeout_s)
@@ -227,7 +231,7 @@ class ZmqChannel(BaseChannel):
 def _aligned(frame: memoryview) -> tuple[Any, int]:
     """The payload's memory and its offset there; a copy where ZMQ put a small frame at an odd
     address."""
-    address: int = np.frombuffer(frame, np.uint8).__array_interface__["data"][0]
-    if (address + PAYLOAD_OFFSET) % _WORD_BYTES == 0:
+    short = len(frame) < PAYLOAD_OFFSET + np.dtype(np.int64).itemsize
+    if not short and np.frombuffer(frame, np.int64, 1, PAYLOAD_OFFSET).flags.aligned:
         return frame, PAYLOAD_OFFSET
     return bytes(frame[PAYLOAD_OFFSET:]), 0
