@@ -21,9 +21,8 @@ from collections.abc import Iterator, Sequence
 import numpy as np
 from numpy.typing import NDArray
 
-from policies.types import STAGES, ActionChunk
 from robots.base import JointSample, Robot, Role
-from robots.errors import RobotError
+from robots.errors import RobotError, SensorLost
 from runtime.cells import QueueWriter, Views
 from runtime.clock import MonotonicClock
 from runtime.crew import child_main, say
@@ -39,6 +38,7 @@ from runtime.mailbox import (
     decode_order,
     get_text,
     put_text,
+    read_chunk,
 )
 from runtime.mission import Body, Mission
 from runtime.realtime import UNPRIVILEGED, Realtime, RealtimeOptions, no_garbage_collection
@@ -121,7 +121,6 @@ class Control:
         self._loop = ControlLoop(self._clock, mission.period_s)
         self._latency = RequestLatency()
         self._captured_ns = np.zeros(1 << 16, np.int64)
-        self._captured_leg = np.zeros(1 << 16, np.int64)
         self._waited = self._submitted = 0
         self._last_k = -1
         self._parent = os.getppid()
@@ -144,8 +143,7 @@ class Control:
         advance, self._last_k = k - self._last_k, k
         self._senses.refresh()
         self._obey()
-        self._sample = self._robot.get_joints()
-        self._pass_joints_on(self._sample)
+        self._look()
         self._watch(time.monotonic_ns())
         self._take_chunks()
         tick = self._pilot.tick
@@ -236,8 +234,8 @@ class Control:
             self._fail(f"the sensing process has been silent for {silent_ns / 1e9:.2f} s")
         elif now_ns - self._guardian_beat.load() > longest_ns:
             self._fail("the guardian is silent: nobody would stop the arm for this process")
-        elif text := get_text(senses["fault"]) if senses["fault"][0] else "":
-            self._fail(text)
+        elif senses["fault"][0] and int(senses["leg"]) == self._leg:
+            self._fail(get_text(senses["fault"]))
         elif senses["server"] == Server.LOST:
             self._fail("the policy server is lost")
         elif picture_ns > longest_ns:
@@ -303,7 +301,15 @@ class Control:
         if acknowledged and pilot.wants_chunk(self._latency.ticks(self._contract.dt_s)):
             self._ask += 1
 
-    # What the others see
+    # What it sees, and what the others see
+
+    def _look(self) -> None:
+        """The joints; without them it stops as it is told to by any other sense."""
+        try:
+            self._sample = self._robot.get_joints()
+        except SensorLost as error:
+            self._fail(str(error))
+        self._pass_joints_on(self._sample)
 
     def _pass_joints_on(self, sample: JointSample) -> None:
         views = self._joints.claim()
@@ -381,20 +387,6 @@ class Control:
         views["obeyed"][...] = self._obeyed
         self._progress.publish()
         return True
-
-
-def read_chunk(views: Views) -> ActionChunk:
-    """The chunk in the mailbox, copied out of it."""
-    count = int(views["count"])
-    return ActionChunk(
-        actions=views["actions"][:count].copy(),
-        obs_timestep=int(views["obs_timestep"]),
-        t_capture_ns=int(views["t_capture_ns"]),
-        first_action_offset=int(views["first_action_offset"]),
-        stages_ns={
-            name: int(ns) for name, ns in zip(STAGES, views["stages_ns"], strict=True) if ns
-        },
-    )
 
 
 @contextlib.contextmanager

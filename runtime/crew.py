@@ -148,17 +148,6 @@ class Member:
             while True:
                 yield self._said.get_nowait()
 
-    def expect(self, event: str, timeout_s: float) -> dict[str, Any] | None:
-        """The next thing it says that is ``event``; None when it ends or takes longer."""
-        with contextlib.suppress(queue.Empty):
-            while True:
-                said = self._said.get(timeout=timeout_s)
-                if said["event"] == event:
-                    return said
-                if said["event"] in ("ended", "failed"):
-                    return None
-        return None
-
     def tell(self, line: str) -> None:
         """Say a line to it; a dead one does not hear."""
         if self.process.stdin is not None:

@@ -41,6 +41,8 @@ from runtime.supervisor import Supervisor
 
 logger = logging.getLogger(__name__)
 
+MOST_SEEDS = 2**24
+"""A seed is told to the control process in 24 bits."""
 LOST, BAD_INPUT, INTERRUPTED = 1, 2, 130
 
 
@@ -154,6 +156,8 @@ def read_evaluation(argv: Sequence[str] | None) -> Evaluation:
     args, rest = parser().parse_known_args(argv)
     if args.num_rollout < 1:
         raise ValueError(f"--num_rollout: got {args.num_rollout}, expected 1 or more")
+    if not 0 <= args.seed <= MOST_SEEDS - args.num_rollout:
+        raise ValueError(f"--seed: got {args.seed}, expected 0 to {MOST_SEEDS - args.num_rollout}")
     overrides = robot_overrides(rest)
     return Evaluation(
         args=args,

@@ -28,6 +28,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from robots.base import Robot, Role
+from robots.errors import RobotLost
 from robots.safety import MotionLimiter
 from runtime.cells import Views
 from runtime.clock import MonotonicClock
@@ -43,6 +44,10 @@ LOOK_S = 0.005
 """How often it looks whether control still commands; an end is told by the kernel at once."""
 STALLED_PERIODS, STALLED_S = 5, 0.1
 """Control has stalled when it is late by the longer of the two with the arm in motion."""
+
+
+GIVE_UP_S = 5.0
+"""For a robot that takes no commands."""
 
 
 class Guardian:
@@ -63,6 +68,7 @@ class Guardian:
         self._stall_ns = round(1e9 * max(STALLED_S, STALLED_PERIODS * mission.period_s))
         self._parent = os.getppid()
         self._why = "the control process died"
+        self._refused_ns = 0
 
     def watch(self) -> bool:
         """Wait for control's end; whether somebody has to take over."""
@@ -101,8 +107,10 @@ class Guardian:
         planner = MotionLimiter(self._robot.limits, period_s)
         planner.reset(last, last - intent["velocity"] * period_s)
         recorder = _Recorder(self._mailbox, intent, self._progress.values)
-        self._robot.send_action(intent["command"])
-        recorder.note_last()
+        command = intent["command"]
+        sent = self._send(command)
+        if sent:
+            recorder.note_last()
         logger.error("%s: the guardian brings the arm to rest", self._why)
         clock, deadline_ns = MonotonicClock(), int(intent["deadline_ns"])
         rested, left_ns = False, 0
@@ -111,9 +119,12 @@ class Guardian:
             self._beat.store(now_ns)
             deadline_ns += max(1, -((deadline_ns - now_ns) // period_ns)) * period_ns
             clock.wait_until_ns(deadline_ns)
-            command = planner.brake()
-            recorder.intend(command, planner.velocity, deadline_ns)
-            self._robot.send_action(command)
+            if sent:
+                command = planner.brake()
+                recorder.intend(command, planner.velocity, deadline_ns)
+            sent = self._send(command)
+            if not sent:
+                continue
             recorder.note_last()
             if planner.at_rest and not rested:
                 rested = True
@@ -121,6 +132,19 @@ class Guardian:
                 recorder.latch(self._why)
             if os.getppid() != self._parent and not left_ns and rested:
                 left_ns = now_ns + round(1e9 * ORPHAN_HOLD_S)
+
+    def _send(self, command: NDArray[np.float32]) -> bool:
+        """Whether it left. What a robot that is held up does not take is owed, and goes first."""
+        try:
+            self._robot.send_action(command)
+        except RobotLost:
+            now_ns = time.monotonic_ns()
+            self._refused_ns = self._refused_ns or now_ns
+            if now_ns - self._refused_ns > GIVE_UP_S * 1e9:
+                raise
+            return False
+        self._refused_ns = 0
+        return True
 
     def _released(self, left_ns: int) -> bool:
         """Told to go; or left alone, and it has held for long enough."""

@@ -24,7 +24,7 @@ from enum import IntEnum, IntFlag
 import numpy as np
 from numpy.typing import NDArray
 
-from policies.types import STAGES
+from policies.types import STAGES, ActionChunk
 from runtime.cells import (
     LATEST_SLOTS,
     LINE,
@@ -32,6 +32,7 @@ from runtime.cells import (
     LatestWriter,
     QueueReader,
     QueueWriter,
+    Views,
     Word,
     slots_nbytes,
 )
@@ -238,3 +239,29 @@ def put_text(view: NDArray[np.uint8], text: str) -> None:
 
 def get_text(view: NDArray[np.uint8]) -> str:
     return view.tobytes().rstrip(b"\0").decode(errors="replace")
+
+
+def write_chunk(chunk: ActionChunk, leg: int, ask: int, views: Views) -> None:
+    """Copy ``chunk`` into a message of the mailbox."""
+    count = len(chunk)
+    views["actions"][:count] = chunk.actions
+    views["actions"][count:] = 0
+    views["leg"][...], views["ask"][...], views["count"][...] = leg, ask, count
+    views["obs_timestep"][...] = chunk.obs_timestep
+    views["first_action_offset"][...] = chunk.first_action_offset
+    views["t_capture_ns"][...] = chunk.t_capture_ns
+    views["stages_ns"][:] = [chunk.stages_ns.get(stage, 0) for stage in STAGES]
+
+
+def read_chunk(views: Views) -> ActionChunk:
+    """The chunk in the mailbox, copied out of it."""
+    count = int(views["count"])
+    return ActionChunk(
+        actions=views["actions"][:count].copy(),
+        obs_timestep=int(views["obs_timestep"]),
+        t_capture_ns=int(views["t_capture_ns"]),
+        first_action_offset=int(views["first_action_offset"]),
+        stages_ns={
+            name: int(ns) for name, ns in zip(STAGES, views["stages_ns"], strict=True) if ns
+        },
+    )

@@ -108,6 +108,8 @@ class Pilot:
         if self.phase is Phase.HOLD or not self.stream.resume():
             self.stream.reset(self.stream.last_command)
             self.tick = 0
+        # An observation is for a whole policy tick; what is left of a part of one is skipped.
+        self.tick = -(-self.tick // self.stream.ratio) * self.stream.ratio
         self._fault = ""
         self._approaches = 0
         self.phase = Phase.WAIT

@@ -21,20 +21,18 @@ from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
-from numpy.typing import NDArray
 
 from policies.errors import ContractMismatch, PolicyError
-from policies.types import STAGES, ActionChunk, MetaObs
+from policies.types import MetaObs
 from robots.base import CameraSample, JointSample, Robot, Role
 from robots.errors import RobotError
-from runtime.cells import Views
 from runtime.client import PolicyClient
 from runtime.crew import child_main, say
 from runtime.errors import RuntimeFault, ServerBusy, ServerLost
-from runtime.mailbox import Mailbox, Phase, Server, put_text
+from runtime.footage import Footage
+from runtime.mailbox import Mailbox, Phase, Server, put_text, write_chunk
 from runtime.messages import check_observation_schema, observation_schema
 from runtime.mission import Mission
-from runtime.video import write_video
 from transport.errors import TransportError
 
 logger = logging.getLogger(__name__)
@@ -78,11 +76,11 @@ class Sensing:
         self._obs_timestep = -1
         self._asked_ns = 0
         self._unanswered = False
-        self._fault = ""
+        self._fault = self._refusal = ""
         self._success, self._reward, self._steps, self._tells = False, 0.0, 0, False
         self._reconnecting: threading.Thread | None = None
         self._lost = False
-        self._video: _Video | None = None
+        self._video: Footage | None = None
         self._parent = os.getppid()
         self._heard = b""
         self._quit = False
@@ -173,6 +171,7 @@ class Sensing:
             self._obs_timestep = -1
             self._success, self._reward, self._steps = False, 0.0, 0
             self._unanswered = False
+            self._refusal = ""
             if not self._lost:
                 with contextlib.suppress(ServerLost):
                     self._client.reset()
@@ -210,7 +209,9 @@ class Sensing:
             self._lose(str(error))
         except ServerBusy:
             pass  # asked again at the next look, with what is seen then
-        except (PolicyError, RobotError) as error:
+        except PolicyError as error:
+            self._refusal = self._refusal or str(error)
+        except RobotError as error:
             self._fault = str(error)
         except RuntimeFault as error:
             self._lose(str(error))
@@ -307,7 +308,7 @@ class Sensing:
         views["server"][...] = Server.LOST if self._lost else Server.CONNECTED
         views["success"][...], views["reward"][...] = self._success, self._reward
         views["steps"][...], views["tells"][...] = self._steps, self._tells
-        put_text(views["fault"], self._fault)
+        put_text(views["fault"], self._fault or self._refusal)
         self._senses.publish()
 
     def _listen(self, timeout_s: float) -> None:
@@ -320,53 +321,11 @@ class Sensing:
         for line in lines:
             word, _, argument = line.decode().partition(" ")
             if word == "record":
-                self._video = _Video(self._mission.video_fps)
-            elif word == "save" and self._video is not None:
-                video, self._video = self._video, None
+                self._video = Footage(self._mission.video_fps)
+            elif word == "save":
+                # A successor has nothing of what its predecessor saw; it says so by no file.
+                video, self._video = self._video or Footage(0.0), None
                 video.save(Path(argument))
-
-
-class _Video:
-    """Pictures of one rollout, thinned out as they come, encoded when it is over."""
-
-    def __init__(self, fps: float) -> None:
-        self._fps = fps
-        self._next_ns = 0
-        self._pictures: dict[str, list[NDArray[np.uint8]]] = {}
-
-    def note(self, frames: dict[str, CameraSample], now_ns: int) -> None:
-        if self._fps <= 0 or now_ns < self._next_ns:
-            return
-        self._next_ns = max(self._next_ns + round(1e9 / self._fps), now_ns)
-        for name, sample in frames.items():
-            self._pictures.setdefault(name, []).append(sample.image)
-
-    def save(self, stem: Path) -> None:
-        """Write ``<stem>_<camera>.mp4`` in a thread; says which, or why not."""
-        threading.Thread(target=self._write, args=(stem,), name="video", daemon=True).start()
-
-    def _write(self, stem: Path) -> None:
-        paths, problem = [], ""
-        try:
-            for name, pictures in self._pictures.items():
-                path = stem.with_name(f"{stem.name}_{name}.mp4")
-                write_video(path, pictures, round(self._fps))
-                paths.append(str(path))
-        except (OSError, ImportError) as error:
-            problem = f"no video: {error}"
-        say("saved", paths=paths, problem=problem)
-
-
-def write_chunk(chunk: ActionChunk, leg: int, ask: int, views: Views) -> None:
-    """Copy ``chunk`` into a message of the mailbox."""
-    count = len(chunk)
-    views["actions"][:count] = chunk.actions
-    views["actions"][count:] = 0
-    views["leg"][...], views["ask"][...], views["count"][...] = leg, ask, count
-    views["obs_timestep"][...] = chunk.obs_timestep
-    views["first_action_offset"][...] = chunk.first_action_offset
-    views["t_capture_ns"][...] = chunk.t_capture_ns
-    views["stages_ns"][:] = [chunk.stages_ns.get(stage, 0) for stage in STAGES]
 
 
 def _work(mission: Mission, mailbox: Mailbox) -> int:

@@ -23,7 +23,7 @@ from runtime.supervisor import Supervisor
 
 BEGIN_WITHIN_S = 20.0
 """For the first chunk, once the arm waits for it."""
-OBEYED_WITHIN_S = 10.0
+OBEYED_WITHIN_S = 20.0
 SAVED_WITHIN_S = 120.0
 LOOK_S = 0.005
 
@@ -133,6 +133,8 @@ class Session:
         waiting_since_s = time.monotonic()
         while True:
             supervisor.poll()
+            if {"control", "guardian"} <= set(supervisor.dead):
+                raise SessionOver("neither the control process nor its guardian reach the robot")
             phase = supervisor.phase
             if phase is Phase.HOLD and supervisor.obeyed:
                 return

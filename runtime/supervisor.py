@@ -65,6 +65,7 @@ class Supervisor:
         self._sensing: Member | None = None
         self._reported: set[int] = set()
         self._closing = False
+        self._saved: dict[str, Any] = {}
         self.lost = ""
         self.setting: dict[str, Any] = {}
         self.realtime = ""
@@ -121,10 +122,9 @@ class Supervisor:
         while (views := self._events.peek()) is not None:
             self._tell(get_text(views["text"]))
             self._events.release()
-        if self._sensing is not None:
-            for said in self._sensing.heard():
-                self._hear(said)
         for member in (self._control, self._guardian, self._sensing):
+            for said in member.heard() if member is not None else ():
+                self._hear(said)
             if member is None or member.alive or member.process.pid in self._reported:
                 continue
             self._reported.add(member.process.pid)
@@ -139,6 +139,10 @@ class Supervisor:
         elif event == "connected":
             self.lost = ""
             self._tell(f"server connected again, over {said['transport']}")
+        elif event == "failed":
+            self._tell(f"a process failed: {said['error']}")
+        elif event == "saved":
+            self._saved.update(said)
         elif event == "wrong_policy":
             self._tell(f"another policy answered: {said['reason']}")
 
@@ -251,13 +255,12 @@ class Supervisor:
         """Have what was recorded written; which files there are."""
         if self._sensing is None:
             return []
+        self._saved.clear()
         self._sensing.tell(f"save {stem}")
-        said = self._sensing.expect("saved", timeout_s)
-        if said is None:
-            return []
-        if said["problem"]:
-            self._tell(said["problem"])
-        return list(said["paths"])
+        self.wait_for(lambda: bool(self._saved) or "sensing" in self.dead, timeout_s)
+        if problem := self._saved.get("problem"):
+            self._tell(problem)
+        return list(self._saved.get("paths", ()))
 
     def close(self) -> None:
         """Bring the arm to rest and end everybody. Idempotent."""

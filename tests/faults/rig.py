@@ -200,10 +200,11 @@ class Motion:
         episode = record["command_episode"][order]
         counts = (arrived >= since_ns) & (episode == episode.max(initial=0))
         arrived, action = arrived[counts], action[counts]
-        # Whoever takes over sends the last command again, in case it was not sent.
+        # Whoever takes over sends the last command again, in case it was not sent: to an arm that
+        # holds the newest command, one that it has already changes nothing.
+        source = record["command_source"][order][counts]
         again = np.zeros(len(arrived), bool)
-        again[1:] = (action[1:] == action[:-1]).all(axis=1)
-        again[1:] &= np.diff(arrived) < 0.75 * PERIOD_S * 1e9
+        again[1:] = (source[1:] != source[:-1]) & (action[1:] == action[:-1]).all(axis=1)
         return cls(arrived[~again], action[~again])
 
     def check(self, limits: Limits) -> None:
@@ -217,6 +218,11 @@ class Motion:
         assert too_fast.max() <= rounding / PERIOD_S, f"{too_fast.max()} too fast"
         too_hard = np.abs(force) - limits.acceleration
         assert too_hard.max() <= 2 * rounding / PERIOD_S**2, f"{too_hard.max()} too hard"
+
+    @property
+    def longest_gap_s(self) -> float:
+        """Between two commands."""
+        return float(np.diff(self.arrived_ns).max(initial=0)) / 1e9
 
     def moving_at(self, stamp_ns: int) -> bool:
         """Whether the arm was being moved just then."""

@@ -43,6 +43,7 @@ def refused(capsys: pytest.CaptureFixture[str], *flags: str) -> str:
         (("-c", "nobody"), r"robot configuration 'nobody': neither a file nor a name among"),
         (("-c", "sim_twin", "--task", "nothing"), r"task configuration 'nothing'"),
         (("-c", "sim_twin", "-n", "0"), r"--num_rollout: got 0, expected 1 or more"),
+        (("-c", "sim_twin", "--seed", "-1"), r"--seed: got -1, expected 0 to"),
         (("-c", "sim_twin", "--gibberish"), r"got '--gibberish', expected a flag of"),
         (("-c", "sim_twin", "--robot.nonsense", "1"), r"nonsense"),
         (("-c", "sim_twin", "-m", "no/such/place"), r"read as a path, which does not exist"),

@@ -12,7 +12,7 @@ import pytest
 
 from policies.types import CameraContract, PolicyContract
 from robots.base import CameraSample, JointSample, Robot, RobotContract, Role
-from robots.errors import RobotError
+from robots.errors import RobotError, RobotLost
 from robots.limits import Limits
 from runtime.guardian import Guardian
 from runtime.mailbox import Dims, Mailbox, Phase, Signal, create_segment, get_text
@@ -35,6 +35,8 @@ class Lonely(Robot):
     def __init__(self) -> None:
         self.frame_stamp_ns = 0
         self.sent: list[np.ndarray] = []
+        self.attempts = 0
+        self.refuses: set[int] = set()
 
     def _connect(self, role: Role, timeout_s: float) -> None:
         pass
@@ -50,6 +52,9 @@ class Lonely(Robot):
         return {"top": CameraSample(picture, self.frame_stamp_ns, time.monotonic_ns())}
 
     def _send_action(self, action: np.ndarray) -> None:
+        self.attempts += 1
+        if self.attempts in self.refuses:
+            raise RobotLost("held up")
         self.sent.append(action.copy())
 
     def _disconnect(self) -> None:
@@ -91,10 +96,14 @@ def test_without_joints_there_is_no_observation(box: Mailbox) -> None:
         sensing.first_observation()
 
 
+@pytest.mark.parametrize("refuses", [set(), {1}, {2, 3}])
 def test_a_guardian_goes_on_where_control_stopped(
-    box: Mailbox, monkeypatch: pytest.MonkeyPatch
+    box: Mailbox, monkeypatch: pytest.MonkeyPatch, refuses: set[int]
 ) -> None:
-    """It sends what control owed, brakes on the same grid, says that it latched, and records."""
+    """It sends what control owed, brakes on the same grid, says that it latched, and records.
+
+    What a robot that was held up did not take is not skipped: that would be a jump.
+    """
     commands, progress = box.latest_writer("commands"), box.latest_writer("progress")
     speed = np.array([1.0, -0.5, 0.0])
     due_ns = time.monotonic_ns()
@@ -109,6 +118,7 @@ def test_a_guardian_goes_on_where_control_stopped(
     progress.publish()
 
     robot = Lonely()
+    robot.refuses = refuses
     made = Guardian(MISSION, box, robot, pidfd=-1)
     made._progress.refresh()
     monkeypatch.setattr(

@@ -213,8 +213,9 @@ def test_a_policy_that_never_begins_where_it_said_is_a_fault() -> None:
     assert "the policy begins" in flight.pilot.fault
 
 
-def test_a_fault_is_latched_until_it_is_resumed_and_ticks_go_on() -> None:
-    flight = Flight(mission())
+@pytest.mark.parametrize("rate", [50.0, 150.0])
+def test_a_fault_is_latched_until_it_is_resumed_and_ticks_go_on(rate: float) -> None:
+    flight = Flight(mission(publish_rate=rate))
     flight.reset(START)
     flight.signal(Signal.START)
     flight.until(Phase.WAIT)
@@ -231,7 +232,8 @@ def test_a_fault_is_latched_until_it_is_resumed_and_ticks_go_on() -> None:
     assert flight.pilot.phase is Phase.WAIT
     tick = flight.pilot.tick
     assert tick >= 5
-    flight.give(chunk(tick, START + np.float32(0.05)))
+    assert tick % flight.pilot.stream.ratio == 0
+    flight.give(chunk(tick // flight.pilot.stream.ratio, START + np.float32(0.05)))
     flight.command()
     assert flight.pilot.phase is Phase.RUN
     assert flight.pilot.tick == tick + 1
