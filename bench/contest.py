@@ -130,8 +130,13 @@ def contest(names: Sequence[str], payload: str, *, gc_on: bool = True) -> Iterat
                     continue
                 one.callback(server.close)
                 source = Source(opened.payload)
-                exchange = one.enter_context(contestant.connect(source, server.link))
-                source.verify(exchange)
+                try:
+                    with _patience(TURN_S):
+                        exchange = one.enter_context(contestant.connect(source, server.link))
+                        source.verify(exchange)
+                except Stuck as error:
+                    opened.absent[name] = str(error)
+                    continue
                 server.pause()
                 opened.pairs[name] = Pair(server, source, exchange)
                 stack.push(one.pop_all())

@@ -84,6 +84,8 @@ class Zenoh:
             publisher = _publisher(session, _ACTIONS)
             outbox = _Outbox(publisher, sink.payload.reply.nbytes, shared=self._shared)
             link.send(None)
+            _await(publisher)
+            link.send(None)
             for sample in subscriber:
                 outbox.send([sink.take(_views(sink.payload, sample.payload.to_bytes()))])
 
@@ -114,7 +116,9 @@ class Zenoh:
                 data = subscriber.recv().payload.to_bytes()
                 source.take(np.frombuffer(data, np.float32).reshape(source.actions.shape))
 
+            # What is published before the other side's subscriber is known is lost: both wait.
             _await(publisher)
+            link.recv()
             yield exchange
 
 
@@ -123,7 +127,7 @@ def _segments() -> Iterator[Path]:
 
 
 def _await(publisher: Any) -> None:
-    """Until the other side's subscriber is known here: what is published before is lost."""
+    """Until the other side's subscriber is known here."""
     deadline = time.monotonic() + 10
     while not publisher.matching_status.matching:
         if time.monotonic() > deadline:
