@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 import time
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -152,4 +151,13 @@ def with_stages(chunk: ActionChunk, request: Request, received_ns: int) -> Actio
         "reply": wire_ns - publish_ns,
         "unpack": time.monotonic_ns() - received_ns,
     }
-    return dataclasses.replace(chunk, stages_ns=stages)
+    return ActionChunk(
+        chunk.actions,
+        chunk.obs_timestep,
+        chunk.t_capture_ns,
+        chunk.first_action_offset,
+        chunk.ctrl_space,
+        chunk.ctrl_type,
+        chunk.gripper_continuous,
+        stages,
+    )

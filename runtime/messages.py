@@ -186,14 +186,12 @@ def _need(got: ArraySpec | None, expected: ArraySpec) -> None:
 
 
 def reply_schema(contract: PolicyContract) -> Schema:
-    """The layout of an answer: the chunk and the server's stage durations."""
+    """The layout of an answer: the actions; their count, tick and capture time, and the durations
+    of the server's stages."""
     return Schema(
         (
             ArraySpec("actions", "float32", (contract.chunk_size, contract.action_dim)),
-            ArraySpec("count", "int64", ()),
-            ArraySpec("obs_timestep", "int64", ()),
-            ArraySpec("t_capture_ns", "int64", ()),
-            ArraySpec("stages_ns", "int64", (len(SERVER_STAGES),)),
+            ArraySpec("numbers", "int64", (3 + len(SERVER_STAGES),)),
         )
     )
 
@@ -232,11 +230,14 @@ def write_chunk(chunk: ActionChunk, server_wait_ns: int, views: Mapping[str, NDA
     actions, count = views["actions"], len(chunk.actions)
     actions[:count] = chunk.actions
     actions[count:] = 0
-    views["count"][()] = count
-    views["obs_timestep"][()] = chunk.obs_timestep
-    views["t_capture_ns"][()] = chunk.t_capture_ns
     stages = chunk.stages_ns
-    views["stages_ns"][:] = (server_wait_ns, *(stages.get(name, 0) for name in SERVER_STAGES[1:]))
+    views["numbers"][:] = (
+        count,
+        chunk.obs_timestep,
+        chunk.t_capture_ns,
+        server_wait_ns,
+        *(stages.get(name, 0) for name in SERVER_STAGES[1:]),
+    )
 
 
 def read_chunk(arrays: Mapping[str, NDArray[Any]], contract: PolicyContract) -> ActionChunk:
@@ -245,18 +246,18 @@ def read_chunk(arrays: Mapping[str, NDArray[Any]], contract: PolicyContract) -> 
     Raises:
         InferenceError: A count that cannot be.
     """
-    count = int(arrays["count"])
+    count, obs_timestep, t_capture_ns, *stages = arrays["numbers"].tolist()
     if not 0 < count <= contract.chunk_size:
         raise InferenceError(f"answer: got {count} actions, expected 1 to {contract.chunk_size}")
     return ActionChunk(
-        actions=arrays["actions"][:count].copy(),
-        obs_timestep=int(arrays["obs_timestep"]),
-        t_capture_ns=int(arrays["t_capture_ns"]),
-        first_action_offset=contract.first_action_offset,
-        ctrl_space=contract.ctrl_space,
-        ctrl_type=contract.ctrl_type,
-        gripper_continuous=contract.gripper_continuous,
-        stages_ns=dict(zip(SERVER_STAGES, arrays["stages_ns"].tolist(), strict=True)),
+        arrays["actions"][:count].copy(),
+        obs_timestep,
+        t_capture_ns,
+        contract.first_action_offset,
+        contract.ctrl_space,
+        contract.ctrl_type,
+        contract.gripper_continuous,
+        dict(zip(SERVER_STAGES, stages, strict=True)),
     )
 
 
