@@ -1,0 +1,218 @@
+"""The documentation is true: its samples run, and what it names exists."""
+
+from __future__ import annotations
+
+import argparse
+import importlib.util
+import os
+import re
+import shlex
+import signal
+import subprocess
+import sys
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import pytest
+import yaml
+
+from runtime import eval_real, eval_sim, serve
+
+ROOT = Path(__file__).resolve().parents[2]
+GUIDES = ("serve-a-checkpoint", "add-an-environment", "add-a-robot", "safety")
+PAGES = [ROOT / "docs" / f"{name}.md" for name in GUIDES]
+CLIS: dict[str, Callable[[], argparse.ArgumentParser]] = {
+    "start_policy_server.py": serve.parser,
+    "runtime.server": serve.parser,
+    "eval_sim.py": eval_sim.parser,
+    "eval_real.py": eval_real.parser,
+}
+PACKAGES = "policies|runtime|transport|envs|robots|tests|configs|docs"
+OVERRIDES = ("--env.", "--robot.")
+OTHERS_FLAGS: frozenset[str] = frozenset()
+"""Flags of programs that are not ours."""
+
+
+def fences(page: Path, language: str) -> list[str]:
+    return re.findall(rf"^```{language}\n(.*?)^```$", page.read_text(), re.MULTILINE | re.DOTALL)
+
+
+def named(page: Path) -> dict[str, str]:
+    """Files that a page has its reader write: path, which is the first line, to content."""
+    found = {}
+    for language in ("python", "yaml"):
+        for sample in fences(page, language):
+            first, _, _ = sample.partition("\n")
+            assert re.fullmatch(r"# mine/\w+\.(py|yaml)", first), f"{page.name}: {first}"
+            found[first.removeprefix("# ")] = sample
+    return found
+
+
+def commands(page: Path) -> list[list[str]]:
+    """The words of every command line of a page."""
+    text = "\n".join(fences(page, "bash")).replace("\\\n", " ")
+    return [shlex.split(line) for line in text.splitlines() if line.startswith("python ")]
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """All files of all pages, as a reader would have written them; the driver's line included."""
+    base = tmp_path_factory.mktemp("reader")
+    (base / "mine").mkdir()
+    for page in PAGES:
+        for path, content in named(page).items():
+            (base / path).write_text(content)
+    line = re.search(r'`("my_arm": "mine.robot"),`', (ROOT / "docs/add-a-robot.md").read_text())
+    assert line is not None
+    (base / "conftest.py").write_text(
+        f"from robots.factory import DRIVERS\n\nDRIVERS.update({{{line[1]}}})\n"
+    )
+    return base
+
+
+def run(folder: Path, *words: str) -> subprocess.CompletedProcess[str]:
+    paths = os.pathsep.join((str(folder), str(ROOT), str(ROOT / "tests")))
+    return subprocess.run(
+        [sys.executable, *words],
+        cwd=folder,
+        env={**os.environ, "PYTHONPATH": paths},
+        capture_output=True,
+        text=True,
+        timeout=60,
+        check=False,
+    )
+
+
+@pytest.fixture(scope="module")
+def own_contracts(folder: Path) -> str:
+    """The reader's two test modules, run as the pages say."""
+    words = ("-m", "pytest", "-q", "-p", "no:cacheprovider", "-W", "error", "mine")
+    done = run(folder, *words, "--rootdir", str(folder))
+    return f"{done.stdout}{done.stderr}\nstatus {done.returncode}"
+
+
+def test_the_driver_and_the_environment_keep_their_contracts(own_contracts: str) -> None:
+    assert own_contracts.endswith("status 0"), own_contracts
+    passed = re.search(r"(\d+) passed", own_contracts)
+    assert passed is not None
+    assert int(passed[1]) >= 20
+
+
+def test_the_environment_is_evaluated(folder: Path) -> None:
+    (words,) = [w for w in commands(PAGES[1]) if "mine/reach.yaml" in w and "eval_sim.py" in w]
+    done = run(folder, str(ROOT / words[1]), *words[2:], "--videos", "0")
+    assert done.returncode == 0, done.stderr
+    assert "success      2/2" in done.stdout
+
+
+@pytest.fixture
+def address(folder: Path) -> Iterator[str]:
+    """A server of the page's own policy."""
+    paths = os.pathsep.join((str(folder), str(ROOT)))
+    words = ("-m", "runtime.server", "-m", "python:mine.policy:make", "--port", "0")
+    with subprocess.Popen(
+        [sys.executable, *words],
+        env={**os.environ, "PYTHONPATH": paths},
+        stdout=subprocess.PIPE,
+        stderr=subprocess.DEVNULL,
+        text=True,
+    ) as server:
+        assert server.stdout is not None
+        line = server.stdout.readline()
+        try:
+            assert "started on" in line
+            yield line.split()[-1]
+        finally:
+            server.send_signal(signal.SIGINT)
+            assert server.wait(20) == 0
+
+
+def test_the_client_is_answered_by_the_policy(folder: Path, address: str) -> None:
+    client = folder / "mine" / "client.py"
+    client.write_text(client.read_text().replace("127.0.0.1:5000", address))
+    done = run(folder, "-m", "mine.client")
+    assert done.returncode == 0, done.stderr
+    expected = (ROOT / "docs/serve-a-checkpoint.md").read_text()
+    shape, transport = done.stdout.strip().splitlines()
+    assert f"`{shape}`" in expected
+    assert f"`{transport}`" in expected
+
+
+def test_the_policies_are_what_a_server_would_load(
+    folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    import numpy as np
+
+    from policies.checkpoint.factory import load_factory
+    from policies.types import MetaObs
+
+    monkeypatch.syspath_prepend(str(folder))
+    for name in ("policy", "middle", "wave"):
+        policy = load_factory(f"python:mine.{name}:make")
+        contract = policy.contract
+        images = {c.name: np.zeros((*c.source_hw, 3), np.uint8) for c in contract.cameras}
+        chunk = policy.infer(MetaObs(images, np.zeros(contract.state_dim, np.float32)))
+        assert chunk.actions.shape == (contract.chunk_size, contract.action_dim)
+        assert chunk.actions.dtype == np.float32
+        assert policy.fork() is policy
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.stem)
+def test_yaml_samples_are_yaml(page: Path) -> None:
+    for sample in fences(page, "yaml"):
+        assert isinstance(yaml.safe_load(sample), dict)
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.stem)
+def test_every_command_is_understood(page: Path, folder: Path) -> None:
+    for words in commands(page):
+        module = words[1] == "-m"
+        program, rest = (words[2], words[3:]) if module else (words[1], words[2:])
+        if program == "pytest":
+            continue
+        if module:
+            written = (folder / f"{program.replace('.', '/')}.py").is_file()
+            assert written or importlib.util.find_spec(program) is not None, program
+        else:
+            assert (ROOT / program).is_file(), program
+        if program in CLIS:
+            _, unknown = CLIS[program]().parse_known_args(rest)
+            flags = [word for word in unknown if word.startswith("-")]
+            assert all(flag.startswith(OVERRIDES) for flag in flags), (program, flags)
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.stem)
+def test_every_flag_exists(page: Path) -> None:
+    known = {flag for make in CLIS.values() for flag in make()._option_string_actions}
+    mentioned = set(re.findall(r"(?<![\w-])--[a-z][\w.]*", page.read_text()))
+    wrong = {flag for flag in mentioned - known if not flag.startswith(OVERRIDES)}
+    assert not wrong - OTHERS_FLAGS
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.stem)
+def test_every_file_exists(page: Path, folder: Path) -> None:
+    names = re.findall(rf"`((?:(?:{PACKAGES}|mine)/)[\w./-]*|\w+\.py)`", page.read_text())
+    for name in names:
+        if "NAME" in name:
+            continue
+        assert (ROOT / name).exists() or (folder / name).exists(), name
+    for module in re.findall(rf"`((?:{PACKAGES})(?:\.\w+)+)`", page.read_text()):
+        assert importlib.util.find_spec(module) is not None, module
+
+
+@pytest.mark.parametrize("page", [*PAGES, ROOT / "README.md"], ids=lambda page: page.stem)
+def test_links_resolve(page: Path) -> None:
+    links = re.findall(r"\]\(([^)\s]+)\)", page.read_text())
+    for link in links:
+        if re.match(r"https?://", link):
+            continue
+        path, _, anchor = link.partition("#")
+        target = (page.parent / path).resolve() if path else page
+        assert target.exists(), link
+        if anchor:
+            assert anchor in headings(target), link
+
+
+def headings(page: Path) -> set[str]:
+    titles = re.findall(r"^#+ (.+)$", page.read_text(), re.MULTILINE)
+    return {re.sub(r"[^\w\- ]", "", title.lower()).replace(" ", "-") for title in titles}
