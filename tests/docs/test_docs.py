@@ -70,70 +70,66 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return base
 
 
-def run(folder: Path, *words: str) -> subprocess.CompletedProcess[str]:
+def start(folder: Path, *words: str) -> subprocess.Popen[str]:
     paths = os.pathsep.join((str(folder), str(ROOT), str(ROOT / "tests")))
-    return subprocess.run(
+    return subprocess.Popen(
         [sys.executable, *words],
         cwd=folder,
         env={**os.environ, "PYTHONPATH": paths},
-        capture_output=True,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
         text=True,
-        timeout=60,
-        check=False,
     )
 
 
-@pytest.fixture(scope="module")
-def own_contracts(folder: Path) -> str:
-    """The reader's two test modules, run as the pages say."""
-    words = ("-m", "pytest", "-q", "-p", "no:cacheprovider", "-W", "error", "mine")
-    done = run(folder, *words, "--rootdir", str(folder))
-    return f"{done.stdout}{done.stderr}\nstatus {done.returncode}"
+def end(process: subprocess.Popen[str]) -> tuple[str, str]:
+    """What it said, once it has ended well."""
+    try:
+        said, complained = process.communicate(timeout=60)
+    finally:
+        process.kill()
+        process.wait()
+    assert process.returncode == 0, f"{said}\n{complained}"
+    return said, complained
 
 
-def test_the_driver_and_the_environment_keep_their_contracts(own_contracts: str) -> None:
-    assert own_contracts.endswith("status 0"), own_contracts
-    passed = re.search(r"(\d+) passed", own_contracts)
+def test_contracts_are_kept_and_the_environment_is_evaluated(folder: Path) -> None:
+    """What the pages say one after the other, side by side: most of it is waiting for imports."""
+    (words,) = [w for w in commands(PAGES[1]) if "mine/reach.yaml" in w and "eval_sim.py" in w]
+    options = ("-q", "-p", "no:cacheprovider", "-W", "error", "--rootdir", str(folder))
+    with start(folder, "-m", "pytest", *options, "mine") as contracts:
+        try:
+            evaluation, _ = end(start(folder, str(ROOT / words[1]), *words[2:], "--videos", "0"))
+        finally:
+            verdict, _ = end(contracts)
+    assert "success      2/2" in evaluation
+    passed = re.search(r"(\d+) passed", verdict)
     assert passed is not None
     assert int(passed[1]) >= 20
-
-
-def test_the_environment_is_evaluated(folder: Path) -> None:
-    (words,) = [w for w in commands(PAGES[1]) if "mine/reach.yaml" in w and "eval_sim.py" in w]
-    done = run(folder, str(ROOT / words[1]), *words[2:], "--videos", "0")
-    assert done.returncode == 0, done.stderr
-    assert "success      2/2" in done.stdout
 
 
 @pytest.fixture
 def address(folder: Path) -> Iterator[str]:
     """A server of the page's own policy."""
-    paths = os.pathsep.join((str(folder), str(ROOT)))
-    words = ("-m", "runtime.server", "-m", "python:mine.policy:make", "--port", "0")
-    with subprocess.Popen(
-        [sys.executable, *words],
-        env={**os.environ, "PYTHONPATH": paths},
-        stdout=subprocess.PIPE,
-        stderr=subprocess.DEVNULL,
-        text=True,
+    with start(
+        folder, "-m", "runtime.server", "-m", "python:mine.policy:make", "-p", "0"
     ) as server:
         assert server.stdout is not None
-        line = server.stdout.readline()
         try:
+            line = server.stdout.readline()
             assert "started on" in line
             yield line.split()[-1]
         finally:
             server.send_signal(signal.SIGINT)
-            assert server.wait(20) == 0
+            end(server)
 
 
 def test_the_client_is_answered_by_the_policy(folder: Path, address: str) -> None:
     client = folder / "mine" / "client.py"
     client.write_text(client.read_text().replace("127.0.0.1:5000", address))
-    done = run(folder, "-m", "mine.client")
-    assert done.returncode == 0, done.stderr
+    said, _ = end(start(folder, "-m", "mine.client"))
     expected = (ROOT / "docs/serve-a-checkpoint.md").read_text()
-    shape, transport = done.stdout.strip().splitlines()
+    shape, transport = said.strip().splitlines()
     assert f"`{shape}`" in expected
     assert f"`{transport}`" in expected
 
