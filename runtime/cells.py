@@ -87,6 +87,10 @@ class LatestWriter:
         self._slots = _Slots(memory, offset, schema, LATEST_SLOTS)
         self._head = self._slots.head.load()
 
+    def take_over(self) -> None:
+        """Go on where another writer, dead by now, stopped."""
+        self._head = self._slots.head.load()
+
     def claim(self) -> Views:
         """The next value's arrays, to be filled in wholly before ``publish``."""
         # What is written from here on must not be seen before the last publication is.
@@ -136,6 +140,10 @@ class QueueWriter:
         self._slots = _Slots(memory, offset, schema, count)
         self._head = self._slots.head.load()
         self.refused = 0
+
+    def take_over(self) -> None:
+        """Go on where another writer, dead by now, stopped."""
+        self._head = self._slots.head.load()
 
     def claim(self) -> Views | None:
         """The next value's arrays; None, and counted in ``refused``, while the queue is full."""

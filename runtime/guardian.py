@@ -23,6 +23,7 @@ import signal
 import sys
 import time
 from collections.abc import Sequence
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -69,6 +70,9 @@ class Guardian:
         self._parent = os.getppid()
         self._why = "the control process died"
         self._refused_ns = 0
+        # All that takes time to make is made now: the arm would have to wait for it.
+        self._planner = MotionLimiter(robot.limits, mission.period_s)
+        self._recorder = _Recorder(mailbox)
 
     def watch(self) -> bool:
         """Wait for control's end; whether somebody has to take over."""
@@ -104,11 +108,11 @@ class Guardian:
         period_s, period_ns = self._mission.period_s, round(self._mission.period_s * 1e9)
         intent = self._commands.values
         last = intent["command"].astype(np.float64)
-        planner = MotionLimiter(self._robot.limits, period_s)
-        planner.reset(last, last - intent["velocity"] * period_s)
-        recorder = _Recorder(self._mailbox, intent, self._progress.values)
         command = intent["command"]
         sent = self._send(command)
+        planner, recorder = self._planner, self._recorder
+        planner.reset(last, last - intent["velocity"] * period_s)
+        recorder.take_over(intent, self._progress.values)
         if sent:
             recorder.note_last()
         logger.error("%s: the guardian brings the arm to rest", self._why)
@@ -159,10 +163,17 @@ class Guardian:
 class _Recorder:
     """Goes on with what control wrote, in its place."""
 
-    def __init__(self, mailbox: Mailbox, intent: Views, progress: Views) -> None:
+    def __init__(self, mailbox: Mailbox) -> None:
         self._ticks = mailbox.queue_writer("ticks")
         self._commands = mailbox.latest_writer("commands")
         self._progress = mailbox.latest_writer("progress")
+        self._row: dict[str, NDArray[Any]] = {}
+        self._before: dict[str, NDArray[Any]] = {}
+
+    def take_over(self, intent: Views, progress: Views) -> None:
+        """Control is dead: from here on these are ours to write."""
+        for writer in (self._ticks, self._commands, self._progress):
+            writer.take_over()
         self._row = {name: value.copy() for name, value in intent.items()}
         self._before = {name: value.copy() for name, value in progress.items()}
 
