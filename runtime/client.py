@@ -26,7 +26,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from policies.types import ActionChunk, MetaObs, PolicyContract, PolicyInfo
-from runtime import messages
+from runtime import messages, trace
 from runtime.errors import RequestTimeout, ServerBusy, ServerLost
 from runtime.inflight import ClientStatistics, InFlight, with_stages
 from runtime.service import Service, Session, Wishes
@@ -95,6 +95,7 @@ class PolicyClient:
         self._requests = InFlight(max_in_flight)
         self._reset_due = False
         self._lost = ""
+        self._trace_key = 0
         self._service = Service(address, timeout_s)
 
     # What it is
@@ -149,7 +150,12 @@ class PolicyClient:
         """
         if self._session is not None:
             raise ValueError("open: the session is already open")
-        attributes = {"kind": self._kind, "deterministic": self._deterministic}
+        self._trace_key = trace.new_key()
+        attributes = {
+            "kind": self._kind,
+            "deterministic": self._deterministic,
+            "trace": self._trace_key,
+        }
         self._session = self._service.open(
             schema, self._wishes, client=self._name, attributes=attributes
         )
@@ -217,6 +223,9 @@ class PolicyClient:
         self._requests.supersede()
         session.pictures.write(obs, self._take_loan(session).arrays)
         request = self._requests.begin(began_ns, budget_ns)
+        if trace.on:
+            flow = trace.flow(self._trace_key, request.id)
+            trace.add("pack", began_ns, request.packed_ns, request.id, flow=flow)
         self._publish_waiting()
         return request.id
 
@@ -338,11 +347,14 @@ class PolicyClient:
         if request is None or loan is None or not self._requests.may_publish:
             return
         self._loan = None
+        began_ns = time.monotonic_ns() if trace.on else 0
         try:
             loan.publish(request.id, budget_ns=request.budget_ns)
         except (PeerGone, WouldBlock) as error:
             raise self._mapped(error) from error
         self._requests.published(request)
+        if trace.on:
+            trace.published(began_ns, trace.flow(self._trace_key, request.id))
 
     def _take(self, message: Message) -> ActionChunk | None:
         """Account for an answer; its chunk, or None when there is none to give out."""
@@ -354,7 +366,11 @@ class PolicyClient:
                     return None
                 chunk = messages.read_chunk(message.arrays, self.contract)
                 self._requests.counts["replies"] += 1
-                return with_stages(chunk, request, received_ns)
+                chunk = with_stages(chunk, request, received_ns)
+                if trace.on:
+                    flow = trace.flow(self._trace_key, request.id)
+                    trace.answered(chunk.stages_ns, request.began_ns, received_ns, flow)
+                return chunk
             finally:
                 if self._requests.waiting is not None:
                     with contextlib.suppress(ServerLost, ServerBusy):  # the next call will say so

@@ -23,6 +23,7 @@ from numpy.typing import NDArray
 
 from robots.base import JointSample, Robot, Role
 from robots.errors import RobotError, SensorLost
+from runtime import trace
 from runtime.cells import QueueWriter, Views
 from runtime.clock import MonotonicClock
 from runtime.crew import child_main, say
@@ -145,11 +146,14 @@ class Control:
         self._obey()
         self._look()
         self._watch(time.monotonic_ns())
-        self._take_chunks()
+        with trace.span("take_chunks"):
+            self._take_chunks()
         tick = self._pilot.tick
-        command = self._pilot.command(advance)
+        with trace.span("execute", tick):
+            command = self._pilot.command(advance)
         intent = self._intend(advance, command, played=self._pilot.tick != tick)
-        self._robot.send_action(command)
+        with trace.span("send_action", tick):
+            self._robot.send_action(command)
         self._record(intent, time.monotonic_ns())
         self._note_phase()
         self._ask_for_chunk(advance)
@@ -251,6 +255,7 @@ class Control:
         if self._pilot.fault or self._pilot.phase is Phase.FAULT:
             return
         self._signals |= Signal.FAIL
+        trace.instant("fault")
         self._pilot.fail(reason)
 
     def _source_ns(self) -> int:

@@ -19,11 +19,13 @@ import subprocess
 import sys
 import threading
 from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
 from typing import Any
 
 from policies.errors import PolicyError
 from policies.yaml_config import ConfigError
 from robots.errors import RobotError
+from runtime import trace
 from runtime.errors import RuntimeFault
 from runtime.mailbox import Mailbox
 from runtime.mission import Mission
@@ -62,7 +64,12 @@ def child_main(
     try:
         mission = Mission.from_json(args.mission)
         dims = mission.dims(mission.make_robot())
-        with Mailbox(args.mailbox, dims) as mailbox:
+        member = module.rpartition(".")[2]
+        # A guardian sleeps; and whoever may have to wake for a dying arm writes no files.
+        file = Path(mission.trace) if mission.trace and member != "guardian" else None
+        # Written after the work, the robot's end included. A successor's does not replace it.
+        beside = trace.sibling(file, f"{member}-{os.getpid()}")
+        with trace.tracing(beside, member), Mailbox(args.mailbox, dims) as mailbox:
             return work(mission, mailbox)
     except EXPECTED_FAILURES as error:
         say("failed", error=str(error), kind=type(error).__name__)

@@ -19,7 +19,7 @@ from numpy.typing import NDArray
 
 from envs.meta import World
 from policies.types import MetaObs, Policy, PolicyContract
-from runtime import messages
+from runtime import messages, trace
 from runtime.client import PolicyClient
 from runtime.clock import ManualClock, MonotonicClock
 from runtime.errors import RuntimeFault
@@ -76,7 +76,8 @@ class _Progress:
 
     def step(self, command: NDArray[np.float32]) -> bool:
         """Step the world; whether the episode goes on."""
-        result = self.world.step(command)
+        with trace.span("world_step"):
+            result = self.world.step(command)
         self.ticks += 1
         self.reward = max(self.reward, result.reward)
         self.success = self.success or result.success
@@ -110,14 +111,18 @@ def run_lockstep(
         if executor.wants_chunk(tick):
             obs = _observe(world, policy, tick)
             executor.requested(tick)
+            began_ns = time.monotonic_ns()
             chunk = policy.infer(obs)
+            if trace.on and not isinstance(policy, PolicyClient):  # which says so itself
+                trace.inferred(chunk.stages_ns, began_ns, tick)
             progress.stages.add(chunk.stages_ns)
             if not executor.accept(chunk):
                 raise RuntimeFault(
                     f"the policy answered for tick {chunk.obs_timestep}, asked for {tick}: it must "
                     "pass obs.timestep on"
                 )
-        command = executor.command(tick)
+        with trace.span("execute", tick):
+            command = executor.command(tick)
         progress.ages_s.append((tick - executor.last_source) * world.dt_s)
         return progress.step(command)
 
@@ -168,7 +173,8 @@ def run_realtime(
         if not missed_until(tick):
             return False
         last_tick = tick
-        command = executor.command(tick)
+        with trace.span("execute", tick):
+            command = executor.command(tick)
         source_ns = captured_ns[executor.last_source]
         progress.ages_s.append((time.monotonic_ns() - source_ns) / 1e9)
         return progress.step(command)
@@ -225,7 +231,8 @@ def _observe(world: World, policy: Policy, tick: int) -> MetaObs:
     """Observe, rendering straight into the next message where there is one."""
     into = policy.loan_images() if isinstance(policy, PolicyClient) and policy.transport else None
     t_capture_ns = time.monotonic_ns()
-    obs = world.observe(into)
+    with trace.span("observe", tick):
+        obs = world.observe(into)
     obs.timestep, obs.t_capture_ns = tick, t_capture_ns
     return obs
 

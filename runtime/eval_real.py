@@ -24,6 +24,7 @@ from policies.types import PolicyContract, PolicyInfo
 from policies.yaml_config import load_config
 from robots.base import Robot
 from robots.factory import make_robot
+from runtime import trace
 from runtime.blending import ANCESTORS, STRATEGIES
 from runtime.checkpoint_options import CheckpointOptions, add_flags, from_flags
 from runtime.child import ServerChild
@@ -85,6 +86,7 @@ def parser() -> argparse.ArgumentParser:
     add("--max_sensing_age_s", type=float, default=0.5, help="of the newest picture (0.5)")
     add("--priority", type=int, default=0, help="SCHED_FIFO priority of the control loop (0: none)")
     add("--video_fps", type=float, default=10.0, help="pictures per second of videos, 0: none (10)")
+    add("--trace", type=Path, metavar="FILE", help="what happened when, for ui.perfetto.dev")
     add_flags(cli)
     add("--log_level", default="WARNING", choices=("DEBUG", "INFO", "WARNING", "ERROR"))
     return cli
@@ -138,7 +140,10 @@ class Evaluation:
             return str(self.model)
         if self.server is not None:
             self.server.close()
-        self.server = ServerChild(["-m", self.model.name, *self.checkpoint.flags()])
+        flags = ["-m", self.model.name, *self.checkpoint.flags()]
+        if self.args.trace is not None:
+            flags += ["--trace", str(trace.sibling(self.args.trace, "server"))]
+        self.server = ServerChild(flags)
         return self.server.address
 
     def new_server(self) -> str | None:
@@ -202,6 +207,7 @@ def make_mission(
         max_sensing_age_s=args.max_sensing_age_s,
         priority=args.priority,
         video_fps=args.video_fps,
+        trace=str(args.trace or ""),
     )
 
 
@@ -218,7 +224,10 @@ def main(argv: Sequence[str] | None = None) -> int:
     signal.signal(signal.SIGTERM, signal.default_int_handler)  # ends as Ctrl-C does
     failure, status = "", 0
     try:
-        _evaluate(evaluation)
+        with trace.tracing(evaluation.args.trace, "eval_real"):
+            _evaluate(evaluation)
+    except trace.TraceError as error:
+        return _fail(error)
     except SessionOver as over:
         failure, status = str(over), LOST
     except Interrupted:

@@ -26,6 +26,7 @@ from envs.meta import EnvConfig, load_env_config
 from policies.jpeg import JpegMissing
 from policies.types import PolicyContract, PolicyInfo
 from policies.yaml_config import ConfigError
+from runtime import trace
 from runtime.blending import ANCESTORS, STRATEGIES
 from runtime.checkpoint_options import CheckpointOptions, add_flags, from_flags
 from runtime.config import TRANSPORTS
@@ -95,6 +96,7 @@ def parser() -> argparse.ArgumentParser:
         help="which camera of the world the policy's camera is",
     )
     add("--use_spawn", action="store_true", help="accepted; processes are always spawned")
+    add("--trace", type=Path, metavar="FILE", help="what happened when, for ui.perfetto.dev")
     add_flags(cli)
     add("--log_level", default="WARNING", choices=("DEBUG", "INFO", "WARNING", "ERROR"))
     return cli
@@ -148,6 +150,7 @@ def read_plan(argv: Sequence[str] | None) -> tuple[Plan, argparse.Namespace]:
         fps=args.fps,
         video_dir=_result_path(args, env).parent / "video" / env.task.replace("/", "_"),
         videos=args.videos,
+        trace=args.trace,
     )
     return plan, args
 
@@ -190,6 +193,18 @@ def main(argv: Sequence[str] | None = None) -> int:
         return BAD_INPUT
     signal.signal(signal.SIGTERM, signal.default_int_handler)  # ends as Ctrl-C does
     logging.basicConfig(level=args.log_level, format="%(levelname)s %(name)s: %(message)s")
+    try:
+        with trace.tracing(args.trace, "eval_sim"):
+            status = _evaluate(plan, path)
+    except trace.TraceError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return BAD_INPUT
+    if args.trace is not None:
+        print(f"trace        {args.trace}")
+    return status
+
+
+def _evaluate(plan: Plan, path: Path) -> int:
     if isinstance(plan.model, ServerAddress) and plan.checkpoint != CheckpointOptions():
         print("note: the checkpoint's options are the server's to choose; ignored", file=sys.stderr)
     episodes: list[Episode] = []

@@ -14,12 +14,14 @@ Rejected: sleeping dt after each tick (drifts by the tick's cost), deadline = la
 
 from __future__ import annotations
 
+import time
 from collections.abc import Callable
 from dataclasses import dataclass
 
 import numpy as np
 from numpy.typing import NDArray
 
+from runtime import trace
 from runtime.clock import Clock
 from runtime.latency import Percentiles
 
@@ -112,11 +114,15 @@ class ControlLoop:
                 self._paused_periods += periods
                 t0_ns += periods * period_ns
                 continue
+            # Not of the loop's own clock, which may be anybody's.
+            began_ns = time.monotonic_ns() if trace.on else 0
             going_on = step(tick)
             done_ns = clock.now_ns()
             lateness_ns[self._ticks % capacity] = done_ns - deadline_ns
             self._ticks += 1
             if going_on is False:
+                if trace.on:
+                    trace.tick(tick, began_ns, done_ns - deadline_ns, 0)
                 break
             if slack is not None:
                 slack(tick)
@@ -126,6 +132,9 @@ class ControlLoop:
             if max_ticks is not None:
                 next_tick = min(next_tick, max_ticks)
             self._missed += next_tick - tick - 1
+            if trace.on:
+                late_ns = int(lateness_ns[(self._ticks - 1) % capacity])
+                trace.tick(tick, began_ns, late_ns, next_tick - tick - 1)
             tick = next_tick
 
     def stop(self) -> None:

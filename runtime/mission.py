@@ -44,6 +44,7 @@ class Mission:
         connect_timeout_s: For the robot's sensors to speak at the start.
         priority: Of SCHED_FIFO for the control process and its guardian, 0 for none.
         video_fps: Frames per second kept for videos, 0 for none.
+        trace: File beside which each process writes what happened when; none if empty.
     """
 
     robot: str
@@ -65,6 +66,7 @@ class Mission:
     connect_timeout_s: float = 15.0
     priority: int = 0
     video_fps: float = 10.0
+    trace: str = ""
 
     def to_json(self) -> str:
         return json.dumps(dataclasses.asdict(self))

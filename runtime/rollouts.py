@@ -10,6 +10,7 @@ import contextlib
 import dataclasses
 import logging
 import multiprocessing
+import os
 import signal
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -22,7 +23,7 @@ from envs.meta import EnvConfig, World, make_world
 from policies.errors import PolicyError
 from policies.types import Policy
 from policies.yaml_config import ConfigError
-from runtime import messages
+from runtime import messages, trace
 from runtime.blending import make_strategy
 from runtime.checkpoint_options import CheckpointOptions
 from runtime.child import ServerChild
@@ -56,6 +57,7 @@ class Plan:
         camera_names: The policy's cameras that the user mapped; all must be the policy's.
         fps: Overrides the policy's rate, for checkpoints that do not say theirs.
         video_dir: Where videos go, and ``videos``: of how many of the first episodes.
+        trace: Where this run is traced; its other processes write beside it.
     """
 
     model: LocalModel | ServerAddress
@@ -74,6 +76,7 @@ class Plan:
     jpeg_quality: int | None = None
     video_dir: Path | None = None
     videos: int = 0
+    trace: Path | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -120,9 +123,10 @@ def run(plan: Plan) -> Iterator[Report]:
     """
     with contextlib.ExitStack() as stack:
         if plan.realtime and isinstance(plan.model, LocalModel):
-            child = stack.enter_context(
-                ServerChild(["-m", plan.model.name, *plan.checkpoint.flags()])
-            )
+            flags = ["-m", plan.model.name, *plan.checkpoint.flags()]
+            if plan.trace is not None:
+                flags += ["--trace", str(trace.sibling(plan.trace, "server"))]
+            child = stack.enter_context(ServerChild(flags))
             host, _, port = child.address.rpartition(":")
             plan = dataclasses.replace(plan, model=ServerAddress(host.strip("[]"), int(port)))
         if plan.num_envs == 1:
@@ -187,12 +191,13 @@ def _one(plan: Plan, world: World, policy: Policy, executor: ChunkExecutor, seed
     if plan.video_dir is not None and plan.seeds.index(seed) < plan.videos:
         recorder = _Recorder(world)
     on_tick = recorder.note if recorder else None
-    if plan.realtime:
-        if not isinstance(policy, PolicyClient):
-            raise TypeError("run() gives a real-time plan a server")
-        episode = run_realtime(world, policy, executor, seed, on_tick)
-    else:
-        episode = run_lockstep(world, policy, executor, seed, on_tick)
+    with trace.span("episode", seed):
+        if plan.realtime:
+            if not isinstance(policy, PolicyClient):
+                raise TypeError("run() gives a real-time plan a server")
+            episode = run_realtime(world, policy, executor, seed, on_tick)
+        else:
+            episode = run_lockstep(world, policy, executor, seed, on_tick)
     if recorder and plan.video_dir:
         outcome = "success" if episode.success else "failure"
         try:
@@ -290,8 +295,9 @@ def _work(plan: Plan, seeds: tuple[int, ...], reports: Connection) -> None:
     """A worker process: its reports, then None; or the failure."""
     send: Callable[[Any], None] = reports.send
     try:
-        for report in _guarded(plan, seeds):
-            send(report)
+        with trace.tracing(trace.sibling(plan.trace, f"worker-{os.getpid()}"), "eval_sim worker"):
+            for report in _guarded(plan, seeds):
+                send(report)
         send(None)
     except WorkerFailed as error:
         with contextlib.suppress(BrokenPipeError):

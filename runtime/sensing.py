@@ -26,6 +26,7 @@ from policies.errors import ContractMismatch, PolicyError
 from policies.types import MetaObs
 from robots.base import CameraSample, JointSample, Robot, Role
 from robots.errors import RobotError
+from runtime import trace
 from runtime.client import PolicyClient
 from runtime.crew import child_main, say
 from runtime.errors import RuntimeFault, ServerBusy, ServerLost
@@ -93,7 +94,8 @@ class Sensing:
         while not self._quit and os.getppid() == self._parent:
             now_ns = time.monotonic_ns()
             if now_ns >= next_ns:
-                self._look(now_ns)
+                with trace.span("look"):
+                    self._look(now_ns)
                 next_ns = max(next_ns + period_ns, now_ns)
             self._follow()
             self._serve()

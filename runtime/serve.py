@@ -16,6 +16,7 @@ from pathlib import Path
 from policies.errors import PolicyError
 from policies.types import Policy
 from policies.yaml_config import ConfigError, load_config
+from runtime import trace
 from runtime.checkpoint_options import add_flags, from_flags
 from runtime.config import DEFAULT_CHECKPOINT, TRANSPORTS, ServerConfig
 from runtime.errors import ModelNameError
@@ -47,6 +48,7 @@ def parser() -> argparse.ArgumentParser:
     add("--max_sessions", type=int, help="clients at a time (64)")
     add("--config", default="default", help="name under configs/server, or a YAML's path")
     add("--stop_with_stdin", action="store_true", help="stop when standard input closes")
+    add("--trace", type=Path, metavar="FILE", help="what happened when, for ui.perfetto.dev")
     add_flags(cli)
     add("--log_level", default="INFO", choices=("DEBUG", "INFO", "WARNING", "ERROR"))
     return cli
@@ -78,7 +80,10 @@ def main(argv: Sequence[str] | None = None) -> int:
         level=args.log_level, format="%(asctime)s %(levelname)s %(name)s: %(message)s"
     )
     try:
-        return _serve(config)
+        with trace.tracing(args.trace, "policy server"):
+            return _serve(config)
+    except trace.TraceError as error:
+        return _fail(error)
     except KeyboardInterrupt:
         print("interrupted before the server was ready", file=sys.stderr)
         return INTERRUPTED

@@ -21,7 +21,7 @@ from dataclasses import dataclass, field
 
 from policies.errors import ContractMismatch, InferenceError, PolicyError
 from policies.types import ActionChunk, Policy
-from runtime import frames, messages
+from runtime import frames, messages, trace
 from transport.adaptive import DEFAULT_SPIN_US
 from transport.channel import Kind, Message
 from transport.control import Hello, Welcome
@@ -61,6 +61,7 @@ class _State:
     read: frames.Read
     waiting: Message | None = None
     since_ns: int = 0
+    trace_key: int = 0
     counts: dict[str, int] = field(default_factory=lambda: {"answered": 0, "failed": 0})
 
 
@@ -206,7 +207,9 @@ class PolicyServer:
             session.channel.close(f"the policy could not be forked: {error!r}")
             return False
         read = frames.reader(session.hello.schema, session.hello.attributes, self._policy.contract)
-        session.attachment = _State(policy, read)
+        session.attachment = _State(
+            policy, read, trace_key=trace.read_key(session.hello.attributes.get("trace"))
+        )
         return self._reset(session, policy)
 
     def _reset(self, session: ServerSession, policy: Policy) -> bool:
@@ -279,10 +282,15 @@ class PolicyServer:
         except TransportError as error:
             logger.warning("session %d: the answer was not sent: %s", session.id, error)
             return
+        state: _State = session.attachment
+        inferred_ns = time.monotonic_ns() if trace.on else 0
         messages.write_chunk(chunk, waited_ns, loan.arrays)
         self._send(session, lambda: loan.publish(message.request_id))
         self._counts["answered"] += 1
-        session.attachment.counts["answered"] += 1
+        state.counts["answered"] += 1
+        if trace.on:
+            flow, arrived_ns = trace.flow(state.trace_key, message.request_id), state.since_ns
+            trace.served(chunk.stages_ns, arrived_ns, arrived_ns + waited_ns, inferred_ns, flow)
 
     def _fail(self, session: ServerSession, message: Message, error: PolicyError) -> None:
         logger.info("session %d: request %d: %s", session.id, message.request_id, error)

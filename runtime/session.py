@@ -11,6 +11,7 @@ from typing import Any
 
 import numpy as np
 
+from runtime import trace
 from runtime.episode import Episode
 from runtime.errors import RuntimeFault
 from runtime.latency import StageTimes
@@ -108,7 +109,8 @@ class Session:
                     raise Interrupted
             over: RuntimeFault | None = None
             try:
-                self._play(seed)
+                with trace.span("rollout", seed):
+                    self._play(seed)
             except (SessionOver, Interrupted) as error:
                 over = error
             except KeyboardInterrupt:

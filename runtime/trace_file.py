@@ -119,10 +119,10 @@ def _sort_in(
         span = {**event, "ph": "X", "dur": duration_ns / 1e3, "args": args}
         spans.append((begin_ns, -duration_ns, span))
     if flow and (ph := _LINKS.get(Link(record["link"]))):
-        # In the middle of its span, so that there is no doubt which one it belongs to.
-        at_ns = begin_ns + duration_ns // 2
-        arrow = {**event, "name": "request", "ph": ph, "id": f"{flow:#x}", "ts": at_ns / 1e3}
-        others.append((at_ns, arrow if ph == "s" else {**arrow, "bp": "e"}))
+        # Where its span begins: of these moments each is the cause of the next, whichever ends
+        # first. A server may be at work before the call that woke it has returned.
+        arrow = {**event, "name": "request", "ph": ph, "id": f"{flow:#x}"}
+        others.append((begin_ns, arrow if ph == "s" else {**arrow, "bp": "e"}))
 
 
 def _name(what: str, pid: int, tid: int, name: str) -> Event:
