@@ -1,0 +1,25 @@
+"""A policy that costs next to nothing, and says how much that is."""
+
+from __future__ import annotations
+
+import dataclasses
+import time
+
+from bench.null_policy import NullPolicy
+from bench.payload import PAYLOADS, Sink
+from policies.types import ActionChunk, MetaObs
+
+
+class TimedNullPolicy(NullPolicy):
+    def infer(self, obs: MetaObs) -> ActionChunk:
+        began_ns = time.monotonic_ns()
+        chunk = super().infer(obs)
+        return dataclasses.replace(chunk, stages_ns={"infer": time.monotonic_ns() - began_ns})
+
+
+def one_camera() -> TimedNullPolicy:
+    return TimedNullPolicy(Sink(PAYLOADS["1"]))
+
+
+def four_cameras() -> TimedNullPolicy:
+    return TimedNullPolicy(Sink(PAYLOADS["4"]))
