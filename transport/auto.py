@@ -7,6 +7,7 @@ ZMQ otherwise. The choice and its reason are in ``channel.transport`` and
 
 from __future__ import annotations
 
+import contextlib
 import re
 import socket
 from collections.abc import Mapping
@@ -111,6 +112,8 @@ class Dialer:
         if transport not in ACCEPTS:
             raise TransportError(f"transport: got {transport!r}, expected one of {tuple(ACCEPTS)}")
         hello = Hello(client, schema, ACCEPTS[transport], dict(attributes or {}))
+        if "shm" in hello.transports:
+            _import_shm()
         link = self._take_link()
         try:
             return self._open(link, hello, transport)
@@ -200,6 +203,14 @@ class Dialer:
             endpoint, ipv6 = _resolve(self.host, self.port)
             link = Link(endpoint, self._address, ipv6=ipv6)
         return link
+
+
+def _import_shm() -> None:
+    """What only shared memory needs, and its compiled functions: a second, or some where nothing is
+    cached yet. Before HELLO, since an offer of segments does not wait for ever."""
+    with contextlib.suppress(ImportError):  # whoever joins will say so
+        import transport.join
+        import transport.shm_channel  # noqa: F401
 
 
 def _resolve(host: str, port: int) -> tuple[str, bool]:

@@ -15,7 +15,7 @@ from transport.shm import Mapping, Parts, Segment
 
 _ABSENT = {
     errno.ENOENT: "the server's segments are not in this /dev/shm "
-    "(another host, container or mount namespace)",
+    "(another host, container or mount namespace; or the offer was not taken up in time)",
     errno.EACCES: "the server's segments belong to another user",
 }
 _ANSWER_BYTES = 256

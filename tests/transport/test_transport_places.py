@@ -45,7 +45,7 @@ def test_a_client_with_its_own_dev_shm() -> None:
     with server() as serving, client(serving.port, prefix=isolated("64m")) as dialing:
         assert over_zmq(serving, dialing) == (
             "client: the server's segments are not in this /dev/shm "
-            "(another host, container or mount namespace)"
+            "(another host, container or mount namespace; or the offer was not taken up in time)"
         )
         with client(serving.port, "shm", prefix=isolated("64m")) as forced:
             assert "not in this /dev/shm" in unavailable(forced)
