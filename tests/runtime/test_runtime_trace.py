@@ -157,6 +157,35 @@ def test_side_by_side_and_real_time_leave_a_file_per_process(tmp_path: Path, fol
     ]
 
 
+def test_a_robots_evaluation_is_traced_in_every_process(tmp_path: Path) -> None:
+    robot = tmp_path / "robot.yaml"
+    shipped = Path("configs/robot/dummy.yaml").read_text()
+    robot.write_text(shipped.replace("(240, 320, 3)", "(24, 32, 3)"))
+    command = [
+        *(sys.executable, "eval_real.py", "-m", TOY, "-c", str(robot), "--yes", "--near", "100"),
+        *("--max_timesteps", "20", "--video_fps", "0", "-o", str(tmp_path / "results")),
+        *("--trace", str(tmp_path / "run.json")),
+    ]
+    done = subprocess.run(command, stdin=subprocess.DEVNULL, capture_output=True, check=False)
+    assert done.returncode == 0, done.stderr
+    files = sorted(tmp_path.glob("run*.json"))
+    processes = {trace_file.read(file)["otherData"]["process"]: file for file in files}
+    assert processes.keys() == {"eval_real", "control", "sensing", "policy server"}
+    assert len(named(load(processes["eval_real"]), "rollout")) == 1
+
+    control = load(processes["control"])
+    ticks = [e["args"]["tick"] for e in named(control, "tick")]
+    missed = sum(e["args"]["count"] for e in named(control, "missed", "i"))
+    assert ticks[0] == 0
+    assert ticks[-1] + 1 == len(ticks) + missed
+    assert len(named(control, "send_action")) == len(named(control, "execute")) == len(ticks)
+    asked = durations_us(load(processes["sensing"]))
+    assert asked
+    assert asked.keys() <= durations_us(load(processes["policy server"])).keys()
+    assert trace_file.main([*map(str, files), "-o", str(tmp_path / "all.json")]) == 0
+    load(tmp_path / "all.json")
+
+
 def test_without_a_trace_there_is_no_file_and_no_allocation(tmp_path: Path) -> None:
     assert not trace.on
     with trace.tracing(None, "nobody"):
