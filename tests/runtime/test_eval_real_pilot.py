@@ -58,6 +58,8 @@ class Flight:
         """As the control process: what does not apply now is not done, and not written down."""
         pilot = self.pilot
         rests = pilot.phase in (Phase.HOLD, Phase.FAULT)
+        if signal in (Signal.START, Signal.RESUME) and self.signals & ~Signal.RESET:
+            return  # one order a period, and what watches comes after it
         if signal is Signal.START and rests:
             self.reset(pilot.stream.last_command.copy())
             pilot.start()
