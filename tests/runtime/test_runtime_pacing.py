@@ -2,18 +2,19 @@
 
 from __future__ import annotations
 
-import signal
+import subprocess
 import sys
-import time
-from collections.abc import Callable, Iterator
+import textwrap
+from pathlib import Path
 
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from runtime.clock import ManualClock, MonotonicClock
+from runtime.clock import ManualClock
 from runtime.loop import ControlLoop
 
+ROOT = Path(__file__).resolve().parents[2]
 PERIOD_NS = 20_000_000
 
 
@@ -90,35 +91,51 @@ def test_a_tick_allocates_nothing_that_stays() -> None:
     assert blocks[2000] - blocks[1000] <= 5  # the dict's own
 
 
-@pytest.fixture
-def alarm() -> Iterator[Callable[[Callable[..., None]], None]]:
-    """Have a handler run every 2 ms of a wait."""
+def with_alarms(body: str) -> None:
+    """Run ``body`` in a process of its own, with SIGALRM every 2 ms once it calls ``alarm``.
 
-    def start(handler: Callable[..., None]) -> None:
-        signal.signal(signal.SIGALRM, handler)
-        signal.setitimer(signal.ITIMER_REAL, 0.002, 0.002)
+    Of its own, because a signal's handler runs on whatever stack the libraries that other tests
+    have loaded set aside for it, and that may be too small for any handler.
+    """
+    script = f"""
+import signal, time
+from runtime.clock import MonotonicClock
 
-    before = signal.getsignal(signal.SIGALRM)
-    yield start
-    signal.setitimer(signal.ITIMER_REAL, 0)
-    signal.signal(signal.SIGALRM, before)
+def alarm(handler):
+    signal.signal(signal.SIGALRM, handler)
+    signal.setitimer(signal.ITIMER_REAL, 0.002, 0.002)
+
+{textwrap.dedent(body)}
+"""
+    done = subprocess.run(
+        [sys.executable, "-c", script], cwd=ROOT, capture_output=True, text=True, timeout=60
+    )
+    assert done.returncode == 0, done.stderr
 
 
 @pytest.mark.parametrize("spin_ns", [0, 100_000])
-def test_a_signal_does_not_shorten_a_wait(alarm, spin_ns: int) -> None:
-    heard: list[int] = []
-    alarm(lambda number, frame: heard.append(number))
-    clock = MonotonicClock(spin_ns)
-    deadline_ns = clock.now_ns() + 30_000_000
-    clock.wait_until_ns(deadline_ns)
-    assert time.monotonic_ns() >= deadline_ns
-    assert heard
+def test_a_signal_does_not_shorten_a_wait(spin_ns: int) -> None:
+    with_alarms(f"""
+        heard = []
+        clock = MonotonicClock({spin_ns})
+        alarm(lambda number, frame: heard.append(number))
+        deadline_ns = clock.now_ns() + 30_000_000
+        clock.wait_until_ns(deadline_ns)
+        assert time.monotonic_ns() >= deadline_ns
+        assert heard
+    """)
 
 
-def test_what_a_handler_raises_ends_the_wait(alarm) -> None:
-    def interrupt(number: int, frame: object) -> None:
-        raise KeyboardInterrupt
+def test_what_a_handler_raises_ends_the_wait() -> None:
+    with_alarms("""
+        def interrupt(number, frame):
+            raise KeyboardInterrupt
 
-    alarm(interrupt)
-    with pytest.raises(KeyboardInterrupt):
-        MonotonicClock().wait_until_ns(time.monotonic_ns() + 60_000_000_000)
+        alarm(interrupt)
+        try:
+            MonotonicClock().wait_until_ns(time.monotonic_ns() + 60_000_000_000)
+        except KeyboardInterrupt:
+            signal.setitimer(signal.ITIMER_REAL, 0)
+        else:
+            raise AssertionError("the wait went on")
+    """)
