@@ -106,9 +106,15 @@ def alarm(handler):
     signal.setitimer(signal.ITIMER_REAL, 0.002, 0.002)
 
 {textwrap.dedent(body)}
+signal.setitimer(signal.ITIMER_REAL, 0)
 """
     done = subprocess.run(
-        [sys.executable, "-c", script], cwd=ROOT, capture_output=True, text=True, timeout=60
+        [sys.executable, "-c", script],
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+        timeout=60,
+        check=False,
     )
     assert done.returncode == 0, done.stderr
 
@@ -135,7 +141,7 @@ def test_what_a_handler_raises_ends_the_wait() -> None:
         try:
             MonotonicClock().wait_until_ns(time.monotonic_ns() + 60_000_000_000)
         except KeyboardInterrupt:
-            signal.setitimer(signal.ITIMER_REAL, 0)
+            pass
         else:
             raise AssertionError("the wait went on")
     """)
