@@ -13,8 +13,8 @@ from __future__ import annotations
 
 import os
 import time
-from collections.abc import Iterator, Mapping
-from contextlib import ExitStack, closing, contextmanager
+from collections.abc import Mapping
+from contextlib import ExitStack, closing
 from pathlib import Path
 
 import numpy as np
@@ -23,11 +23,9 @@ from numpy.typing import NDArray
 
 from bench.end_to_end.robot import RobotProcess
 from bench.records import Records
-from policies.checkpoint.load import load_policy
+from bench.ways import ways
 from policies.types import STAGES, Policy, PolicyContract
 from runtime.blending import make_strategy
-from runtime.child import ServerChild
-from runtime.client import PolicyClient
 from runtime.config import DEFAULT_CHECKPOINT
 from runtime.executor import ChunkExecutor
 
@@ -43,19 +41,6 @@ MODELS = {
 }
 Samples = Mapping[str, NDArray[np.float64]]
 """Microseconds by stage, and the ``total``."""
-
-
-@contextmanager
-def ways(model: str) -> Iterator[dict[str, Policy]]:
-    """The same policy here, and in one other process over either transport."""
-    with ExitStack() as stack:
-        local = stack.enter_context(closing(load_policy(model)))
-        server = stack.enter_context(ServerChild(["-m", model]))
-        served = {
-            name: stack.enter_context(PolicyClient(server.address, transport=name))
-            for name in ("shm", "zmq")
-        }
-        yield {"in process": local, **served}
 
 
 def executor_for(contract: PolicyContract) -> ChunkExecutor:

@@ -8,18 +8,14 @@ copied into the message, the policy copies them out.
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator
-from contextlib import ExitStack, closing, contextmanager
 from pathlib import Path
 
 import numpy as np
 import pytest
 
 from bench.records import Records
-from policies.checkpoint.load import load_policy
+from bench.ways import ways
 from policies.types import Policy
-from runtime.child import ServerChild
-from runtime.client import PolicyClient
 from runtime.config import DEFAULT_CHECKPOINT
 from runtime.warmup import synthetic_observation
 
@@ -29,19 +25,6 @@ MODELS = {
     "null policy, 4 x 480x640": ("python:bench.null_policy:four_cameras", 50),
     "the example checkpoint": (DEFAULT_CHECKPOINT, 20),
 }
-
-
-@contextmanager
-def ways(model: str) -> Iterator[dict[str, Policy]]:
-    """The same policy three times: here, and in one other process over either transport."""
-    with ExitStack() as stack:
-        local = stack.enter_context(closing(load_policy(model)))
-        server = stack.enter_context(ServerChild(["-m", model]))
-        served = {
-            name: stack.enter_context(PolicyClient(server.address, transport=name))
-            for name in ("shm", "zmq")
-        }
-        yield {"in process": local, **served}
 
 
 def timed(policy: Policy, rounds: int) -> list[float]:

@@ -59,9 +59,8 @@ class AgilexAloha(Robot):
         self, config: AgilexConfig, *, name: str = "agilex_aloha", source: str = ""
     ) -> None:
         self.config = config
-        self._name = name
         names = tuple(f"{side}_{joint}" for side in SIDES for joint in config.joint_names)
-        self._limits = Limits.from_config(
+        limits = Limits.from_config(
             names,
             position_lower=config.limit_pos.lower,
             position_upper=config.limit_pos.upper,
@@ -69,7 +68,7 @@ class AgilexAloha(Robot):
             acceleration=config.limit_acc,
             source=source,
         )
-        self._contract = RobotContract(
+        contract = RobotContract(
             joint_names=names,
             action_dim=ACTION_DIM,
             cameras={camera: given.hw for camera, given in config.cameras.items()},
@@ -77,6 +76,7 @@ class AgilexAloha(Robot):
             control_hz=(1.0, 500.0),
             depth_cameras=tuple(config.cameras) if config.ros_operator.use_depth_image else (),
         )
+        super().__init__(name, contract, limits)
         self._start_pose = self._inside(config, source)
         self._joints: dict[str, SampleStream[JointSample]] = {}
         self._colours: dict[str, SampleStream[CameraSample]] = {}
@@ -86,18 +86,6 @@ class AgilexAloha(Robot):
         self._messages: Any = None
         self._time: Any = None
         self._twin: TwinChannel | None = None
-
-    @property
-    def name(self) -> str:
-        return self._name
-
-    @property
-    def contract(self) -> RobotContract:
-        return self._contract
-
-    @property
-    def limits(self) -> Limits:
-        return self._limits
 
     @property
     def start_pose(self) -> NDArray[np.float32]:

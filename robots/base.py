@@ -115,23 +115,31 @@ class Robot(ABC):
     Subclasses implement the underscored methods; what is public here checks and tracks state, so
     that every driver refuses the same things in the same words. Not connected, a robot can be
     pickled. Several processes each make their own and connect in their own role.
+
+    Args:
+        name: What it is called in results.
+        contract: What it takes and gives.
+        limits: Of the contract's A actuators.
     """
 
     _role: Role | None = None
 
+    def __init__(self, name: str, contract: RobotContract, limits: Limits) -> None:
+        self._name, self._contract, self._limits = name, contract, limits
+
     @property
-    @abstractmethod
     def name(self) -> str:
         """What it is called in results."""
+        return self._name
 
     @property
-    @abstractmethod
-    def contract(self) -> RobotContract: ...
+    def contract(self) -> RobotContract:
+        return self._contract
 
     @property
-    @abstractmethod
     def limits(self) -> Limits:
         """Of the contract's A actuators."""
+        return self._limits
 
     @property
     def start_pose(self) -> NDArray[np.float32] | None:

@@ -123,9 +123,8 @@ class DummyRobot(Robot):
                 f"{source}: action_config: got {action_dim} commands, expected at most the "
                 f"{state_dim} joints of obs_config.qpos"
             )
-        self._name = name
         self._period_ns = round(1e9 / config.camera_hz)
-        self._contract = RobotContract(
+        contract = RobotContract(
             joint_names=tuple(f"joint_{index}" for index in range(state_dim)),
             action_dim=action_dim,
             cameras={
@@ -135,28 +134,17 @@ class DummyRobot(Robot):
             ctrl_space=config.ctrl_space,
             ctrl_type=config.ctrl_type,
         )
-        self._limits = Limits.from_config(
-            self._contract.joint_names[:action_dim],
+        limits = Limits.from_config(
+            contract.joint_names[:action_dim],
             position_lower=(-config.position_limit,) * action_dim,
             position_upper=(config.position_limit,) * action_dim,
             velocity=(config.velocity_limit,) * action_dim,
             acceleration=(config.acceleration_limit,) * action_dim,
             source=source,
         )
+        super().__init__(name, contract, limits)
         self._position = np.zeros(state_dim, np.float32)
         self._pictures: dict[str, CameraSample] = {}
-
-    @property
-    def name(self) -> str:
-        return self._name
-
-    @property
-    def contract(self) -> RobotContract:
-        return self._contract
-
-    @property
-    def limits(self) -> Limits:
-        return self._limits
 
     @property
     def start_pose(self) -> NDArray[np.float32]:

@@ -89,7 +89,7 @@ class LeRobotRobot(Robot):
 
     def __init__(self, config: LeRobotConfig, *, name: str, source: str = "") -> None:
         self.config = config
-        self._name, self._source = name, source
+        self._source = source
         self._robot: Any = make_lerobot(config.type, config.robot, source)
         states, pictures = _features(self._robot.observation_features, source)
         actions, other = _features(self._robot.action_features, source)
@@ -109,7 +109,7 @@ class LeRobotRobot(Robot):
                 f"{source}: cameras: got {unknown}, expected some of {list(pictures)}"
             )
         self._cameras = dict(cameras)
-        self._limits = Limits.from_config(
+        limits = Limits.from_config(
             self._actions,
             **{
                 field.name: getattr(config.limits, field.name)
@@ -117,7 +117,7 @@ class LeRobotRobot(Robot):
             },
             source=source,
         )
-        self._contract = RobotContract(
+        contract = RobotContract(
             joint_names=self._states,
             action_dim=len(self._actions),
             cameras={ours: pictures[theirs] for ours, theirs in self._cameras.items()},
@@ -126,20 +126,9 @@ class LeRobotRobot(Robot):
             ),
             control_hz=(1.0, config.max_hz),
         )
+        super().__init__(name, contract, limits)
         self._start_pose = self._checked_start_pose()
         self._history: deque[JointSample] = deque(maxlen=KEPT)
-
-    @property
-    def name(self) -> str:
-        return self._name
-
-    @property
-    def contract(self) -> RobotContract:
-        return self._contract
-
-    @property
-    def limits(self) -> Limits:
-        return self._limits
 
     @property
     def start_pose(self) -> NDArray[np.float32] | None:

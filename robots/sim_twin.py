@@ -46,9 +46,8 @@ class SimTwin(Robot):
 
     def __init__(self, config: TwinConfig, *, name: str = "sim_twin", source: str = "") -> None:
         self.config = config
-        self._name = name
         given = config.limits
-        self._limits = Limits.from_config(
+        limits = Limits.from_config(
             JOINTS,
             **{
                 field.name: both_arms(getattr(given, field.name), f"{source}: limits.{field.name}")
@@ -56,28 +55,17 @@ class SimTwin(Robot):
             },
             source=source,
         )
-        self._contract = RobotContract(
+        contract = RobotContract(
             joint_names=JOINTS,
             action_dim=len(JOINTS),
             cameras=config.camera_hw,
             gripper_indices=GRIPPERS,
             control_hz=(1.0, float(SUBSTEP_HZ)),
         )
+        super().__init__(name, contract, limits)
         self._link: Link | None = None
         self._board: Board | None = None
         self._seen: dict[str, tuple[int, CameraSample]] = {}
-
-    @property
-    def name(self) -> str:
-        return self._name
-
-    @property
-    def contract(self) -> RobotContract:
-        return self._contract
-
-    @property
-    def limits(self) -> Limits:
-        return self._limits
 
     @property
     def start_pose(self) -> NDArray[np.float32]:

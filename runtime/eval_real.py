@@ -36,6 +36,7 @@ from runtime.fitting import check_fit
 from runtime.mission import Body, Mission
 from runtime.model_name import LocalModel, ServerAddress, read_model_name
 from runtime.operator import Operator
+from runtime.overrides import read_overrides
 from runtime.results import policy_record, report, summarize, versions, write_result
 from runtime.session import Interrupted, Rollout, Session, SessionOver
 from runtime.supervisor import Supervisor
@@ -92,29 +93,6 @@ def parser() -> argparse.ArgumentParser:
     return cli
 
 
-def robot_overrides(rest: Sequence[str]) -> dict[str, str]:
-    """``--robot.KEY VALUE`` and ``--robot.KEY=VALUE`` pairs.
-
-    Raises:
-        ValueError: Anything else.
-    """
-    overrides: dict[str, str] = {}
-    tokens = iter(rest)
-    for token in tokens:
-        key, equals, value = token.partition("=")
-        if not key.startswith("--robot."):
-            raise ValueError(
-                f"got {token!r}, expected a flag of `eval_real.py --help` or --robot.KEY"
-            )
-        if not equals:
-            following = next(tokens, None)
-            if following is None:
-                raise ValueError(f"{token}: expected a value after it")
-            value = following
-        overrides[key.removeprefix("--robot.")] = value
-    return overrides
-
-
 @dataclasses.dataclass(slots=True)
 class Evaluation:
     """What the command line asks for, and what is known of it by now."""
@@ -163,7 +141,7 @@ def read_evaluation(argv: Sequence[str] | None) -> Evaluation:
         raise ValueError(f"--num_rollout: got {args.num_rollout}, expected 1 or more")
     if not 0 <= args.seed <= MOST_SEEDS - args.num_rollout:
         raise ValueError(f"--seed: got {args.seed}, expected 0 to {MOST_SEEDS - args.num_rollout}")
-    overrides = robot_overrides(rest)
+    overrides = read_overrides(rest, "robot", "eval_real.py")
     return Evaluation(
         args=args,
         overrides=overrides,

@@ -34,6 +34,7 @@ from runtime.episode import Episode
 from runtime.errors import RuntimeFault
 from runtime.frames import DEFAULT_QUALITY
 from runtime.model_name import ServerAddress, read_model_name
+from runtime.overrides import read_overrides
 from runtime.plots import write_timing_plot
 from runtime.results import policy_record, report, summarize, versions, write_result
 from runtime.rollouts import Plan, Setting, WorkerFailed, run
@@ -109,7 +110,7 @@ def read_plan(argv: Sequence[str] | None) -> tuple[Plan, argparse.Namespace]:
         ConfigError, RuntimeFault, EnvError, ValueError: It asks for what cannot be.
     """
     args, rest = parser().parse_known_args(argv)
-    overrides = _env_overrides(rest)
+    overrides = read_overrides(rest, "env", "eval_sim.py")
     mapped = [pair.partition("=")[0] for pair in args.camera_map]
     for pair in args.camera_map:
         policy_name, equals, world_name = pair.partition("=")
@@ -153,27 +154,6 @@ def read_plan(argv: Sequence[str] | None) -> tuple[Plan, argparse.Namespace]:
         trace=args.trace,
     )
     return plan, args
-
-
-def _env_overrides(rest: Sequence[str]) -> dict[str, str]:
-    """``--env.KEY VALUE`` and ``--env.KEY=VALUE`` pairs.
-
-    Raises:
-        ValueError: Anything else.
-    """
-    overrides: dict[str, str] = {}
-    tokens = iter(rest)
-    for token in tokens:
-        key, equals, value = token.partition("=")
-        if not key.startswith("--env."):
-            raise ValueError(f"got {token!r}, expected a flag of `eval_sim.py --help` or --env.KEY")
-        if not equals:
-            following = next(tokens, None)
-            if following is None:
-                raise ValueError(f"{token}: expected a value after it")
-            value = following
-        overrides[key.removeprefix("--env.")] = value
-    return overrides
 
 
 def _result_path(args: argparse.Namespace, env: EnvConfig) -> Path:

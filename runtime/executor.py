@@ -66,7 +66,6 @@ class ChunkExecutor:
 
     def __init__(self, contract: PolicyContract, strategy: Strategy) -> None:
         self.strategy = strategy
-        self._dt_s = contract.dt_s
         # A chunk whose steps are longer than a tick reaches further than chunk_size ticks.
         self._stretch = (strategy.step_s or contract.dt_s) / contract.dt_s
         reach = int(np.ceil(contract.chunk_size * self._stretch)) + contract.first_action_offset

@@ -22,8 +22,7 @@ CAPABILITIES = {"fp32": "FP32", "bf16": "BF16", "fp16": "FP16"}
 class OpenVinoEngine(HostEngine):
     """Pictures are read where they lie, actions are written where they are handed out.
 
-    One observation after another: a batch would not be faster on a CPU (docs/inference.md), and so
-    an action never depends on who else asked.
+    One observation after another, so that an action never depends on who else asked.
 
     Args:
         config: Sizes.

@@ -47,7 +47,6 @@ class ActPolicy:
             raise ContractMismatch("chunk_size", str(chunk_size), f"1 to {trained}, as trained")
         self._contract = weights.contract(chunk_size)
         self._state_normalizer = weights.state_normalizer
-        self._action_normalizer = weights.action_normalizer
         self._engine = make_engine(weights, EngineOptions(device, engine, precision, threads))
         self._info = PolicyInfo(
             checkpoint=checkpoint,
