@@ -60,7 +60,8 @@ class ShmChannel(BaseChannel):
         on_close: Callable[[str], None] = lambda reason: None,
     ) -> None:
         super().__init__(send_schema, recv_schema)
-        self._parts = parts
+        self._parts, self._held = parts, [parts]
+        self._waiting = False
         own, peer = parts.own, parts.peer
         self._writer = RingWriter(own, peer, epoch, send_schema, Layout.of(send_schema))
         self._reader = RingReader(own, peer, epoch, recv_schema, Layout.of(recv_schema))
@@ -164,13 +165,19 @@ class ShmChannel(BaseChannel):
         return self._adaptive.watch(self._reader.spin)
 
     def _wait(self, timeout_s: float) -> None:
-        if self._broken or not self._reader.fall_asleep():
-            return
-        happened = self._poller.poll(math.ceil(timeout_s * 1000))
-        self.wake_up()
-        if not happened:
-            self.timeouts += 1
-        self._look_at_ns = 0
+        self._waiting = True
+        try:
+            if self._broken or not self._reader.fall_asleep():
+                return
+            happened = self._poller.poll(math.ceil(timeout_s * 1000))
+            self.wake_up()
+            if not happened:
+                self.timeouts += 1
+            self._look_at_ns = 0
+        finally:
+            self._waiting = False
+            if self._closed is not None:
+                self._let_go()
 
     def _waited(self, duration_ns: int) -> None:
         self._adaptive.waited(duration_ns)
@@ -183,7 +190,16 @@ class ShmChannel(BaseChannel):
         # After the reason: whoever sees the flag finds it.
         self._writer.close()
         self._reader.close()
-        self._parts.close()
+        if self._waiting:
+            # In another thread, against the rule of one: it gets an error, not unmapped memory.
+            with contextlib.suppress(BlockingIOError):
+                os.eventfd_write(self._parts.own_bell, 1)
+        else:
+            self._let_go()
+
+    def _let_go(self) -> None:
+        while self._held:
+            self._held.pop().close()
 
     def _give_up(self, error: ProtocolError) -> None:
         """A peer whose counters are impossible is not to be read any further."""

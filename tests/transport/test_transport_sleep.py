@@ -7,9 +7,14 @@ error here, and counted.
 from __future__ import annotations
 
 import logging
+import threading
 
 import pytest
+from contracts.channel import PATIENCE_S
 from transport_forks import LONG, Nursery
+from transport_rig import connected
+
+from transport.errors import ChannelClosed
 
 HAND_OVERS = 1_000_000 if LONG else 20_000
 _log = logging.getLogger(__name__)
@@ -48,3 +53,23 @@ def test_a_listener_sleeps_through_no_session_of_many(nursery: Nursery, spin_us:
             said = server.expect("done")
             assert (said["answered"], said["nothing"], said["timeouts"]) == (2 * each, 0, 0)
             _log.info("%s", said)
+
+
+def test_a_wait_that_another_thread_ends_by_closing_is_an_error_and_no_crash() -> None:
+    """Against the rule of one thread; but a lab's clean-up does it."""
+    said: list[BaseException] = []
+    with connected("shm") as pair:
+
+        def read() -> None:
+            try:
+                pair.server.recv(PATIENCE_S)
+            except ChannelClosed as error:
+                said.append(error)
+
+        reader = threading.Thread(target=read)
+        reader.start()
+        reader.join(0.2)  # by then it sleeps
+        pair.server.close()
+        reader.join(PATIENCE_S)
+        assert not reader.is_alive()
+    assert said
