@@ -48,7 +48,6 @@ def main() -> None:
     plan = Plan(
         model=read_model_name(args.model_name_or_path),
         checkpoint=CheckpointOptions(),
-        transport="auto",
         env=load_env_config("aloha", {"task": args.task}),
         seeds=seeds,
         num_envs=args.num_envs,

@@ -29,7 +29,8 @@ from policies.types import ActionChunk, MetaObs, PolicyContract, PolicyInfo
 from runtime import messages, trace
 from runtime.errors import RequestTimeout, ServerBusy, ServerLost
 from runtime.inflight import ClientStatistics, InFlight, with_stages
-from runtime.service import Service, Session, Wishes
+from runtime.service import Service, Session
+from runtime.wishes import Wishes
 from transport.base import SLOTS
 from transport.channel import Kind, Loan, Message
 from transport.errors import PeerGone, TransportError, TransportTimeout, WouldBlock
@@ -295,14 +296,12 @@ class PolicyClient:
         """A client with a session of its own at the same server."""
         return PolicyClient(
             self.address,
-            transport=self._wishes.transport,
             kind=self._kind,
             deterministic=self._deterministic,
             timeout_s=self.timeout_s,
             max_in_flight=self._max_in_flight,
             name=self._name,
-            resize=self._wishes.resize,
-            jpeg_quality=self._wishes.jpeg_quality,
+            **self._wishes.keywords(),
         )
 
     def close(self) -> None:

@@ -24,12 +24,11 @@ from policies.types import PolicyContract, PolicyInfo
 from policies.yaml_config import load_config
 from robots.base import Robot
 from robots.factory import make_robot
-from runtime import trace
+from runtime import trace, wishes
 from runtime.blending import ANCESTORS, STRATEGIES
 from runtime.checkpoint_options import CheckpointOptions, add_flags, from_flags
 from runtime.child import ServerChild
 from runtime.client import PolicyClient
-from runtime.config import TRANSPORTS
 from runtime.crew import EXPECTED_FAILURES
 from runtime.errors import ModelNameError
 from runtime.fitting import check_fit
@@ -40,6 +39,7 @@ from runtime.overrides import read_overrides
 from runtime.results import policy_record, report, summarize, versions, write_result
 from runtime.session import Interrupted, Rollout, Session, SessionOver
 from runtime.supervisor import Supervisor
+from runtime.wishes import Wishes
 
 logger = logging.getLogger(__name__)
 
@@ -80,7 +80,7 @@ def parser() -> argparse.ArgumentParser:
     add("-s", "--seed", type=int, default=0, help="of the first rollout, for robots that take one")
     add("--fps", type=float, help="the policy's rate, where its checkpoint does not say")
     add("--yes", action="store_true", help="do not wait for Enter; a fault ends the evaluation")
-    add("--transport", choices=TRANSPORTS, default="auto", help="to the server (auto)")
+    wishes.add_flags(cli)
     add("--near", type=float, default=0.1, help="how far off the policy may begin; rad (0.1)")
     add("--fault_after_s", type=float, default=1.0, help="without chunks, then latched (1)")
     add("--max_chunk_age_s", type=float, help="of what a command rests on (a chunk and 1 s)")
@@ -103,6 +103,7 @@ class Evaluation:
     checkpoint: CheckpointOptions
     task: TaskConfig
     robot: Robot
+    wishes: Wishes
     rollouts: list[Rollout] = dataclasses.field(default_factory=list)
     setting: dict[str, Any] = dataclasses.field(default_factory=dict)
     contract: PolicyContract | None = None
@@ -149,6 +150,7 @@ def read_evaluation(argv: Sequence[str] | None) -> Evaluation:
         checkpoint=from_flags(args),
         task=load_config(TaskConfig, args.task, kind="task"),
         robot=make_robot(args.robot_config, overrides),
+        wishes=wishes.from_flags(args),
     )
 
 
@@ -171,7 +173,7 @@ def make_mission(
         overrides={**evaluation.overrides, **found},
         contract_json=contract.to_json(),
         address=address,
-        transport=args.transport,
+        wishes=evaluation.wishes.keywords(),
         language=evaluation.task.language,
         action_manager=args.action_manager,
         manager_coef=args.manager_coef,
@@ -230,7 +232,7 @@ def _evaluate(evaluation: Evaluation) -> None:
     with contextlib.ExitStack() as stack:
         found = dict(stack.enter_context(robot.companion()))
         address = evaluation.start_server()
-        with PolicyClient(address, transport=args.transport) as client:
+        with PolicyClient(address, **evaluation.wishes.keywords()) as client:
             evaluation.contract = client.contract
         mission = make_mission(evaluation, address, evaluation.contract, found)
         check_fit(mission, robot)
@@ -272,6 +274,7 @@ def _save(evaluation: Evaluation, failure: str) -> dict[str, Any]:
         result |= {
             "transport": setting["transport"],
             "transport_reason": setting["transport_reason"],
+            "pictures": setting["pictures"],
             "deterministic": False,
             "policy": policy_record(contract, PolicyInfo(**setting["info"])),
         }

@@ -23,22 +23,18 @@ from tqdm import tqdm
 
 from envs.errors import EnvError
 from envs.meta import EnvConfig, load_env_config
-from policies.jpeg import JpegMissing
 from policies.types import PolicyContract, PolicyInfo
 from policies.yaml_config import ConfigError
-from runtime import trace
+from runtime import trace, wishes
 from runtime.blending import ANCESTORS, STRATEGIES
 from runtime.checkpoint_options import CheckpointOptions, add_flags, from_flags
-from runtime.config import TRANSPORTS
 from runtime.episode import Episode
 from runtime.errors import RuntimeFault
-from runtime.frames import DEFAULT_QUALITY
 from runtime.model_name import ServerAddress, read_model_name
 from runtime.overrides import read_overrides
 from runtime.plots import write_timing_plot
 from runtime.results import policy_record, report, summarize, versions, write_result
 from runtime.rollouts import Plan, Setting, WorkerFailed, run
-from runtime.service import Wishes
 
 BAD_INPUT, LOST, INTERRUPTED = 2, 1, 130
 
@@ -71,16 +67,7 @@ def parser() -> argparse.ArgumentParser:
     add("-s", "--seed", type=int, default=0, help="of the first episode; the next has one more (0)")
     add("--realtime", action="store_true", help="by the wall clock, not in lockstep")
     add("--fps", type=float, help="control rate, for checkpoints that do not say theirs")
-    add("--transport", choices=TRANSPORTS, default="auto", help="to a server (auto)")
-    add("--resize", action="store_true", help="send a server pictures of the model's size")
-    add(
-        "--jpeg",
-        type=int,
-        nargs="?",
-        const=DEFAULT_QUALITY,
-        metavar="QUALITY",
-        help=f"send a server pictures as JPEG, 1 to 100, over a network ({DEFAULT_QUALITY})",
-    )
+    wishes.add_flags(cli)
     add(
         "--action_manager",
         default="sequential",
@@ -125,10 +112,6 @@ def read_plan(argv: Sequence[str] | None) -> tuple[Plan, argparse.Namespace]:
         raise ValueError(f"--videos: got {args.videos}, expected 0 or more")
     if args.fps is not None and not (math.isfinite(args.fps) and args.fps > 0):
         raise ValueError(f"--fps: got {args.fps}, expected a positive number")
-    try:
-        Wishes(args.transport, args.resize, args.jpeg)
-    except (JpegMissing, ValueError) as error:
-        raise ValueError(f"--jpeg: {error}") from error
     if args.realtime and args.num_envs > 1:
         raise ValueError(
             "--realtime with --num_envs > 1: one world by the wall clock at a time on one machine"
@@ -137,9 +120,7 @@ def read_plan(argv: Sequence[str] | None) -> tuple[Plan, argparse.Namespace]:
     plan = Plan(
         model=read_model_name(args.model_name_or_path),
         checkpoint=from_flags(args),
-        transport=args.transport,
-        resize=args.resize,
-        jpeg_quality=args.jpeg,
+        wishes=wishes.from_flags(args),
         env=env,
         seeds=tuple(range(args.seed, args.seed + args.num_rollout)),
         num_envs=args.num_envs,

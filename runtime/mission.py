@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import json
 from collections.abc import Mapping
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, field, fields
 from typing import Any
 
 import numpy as np
@@ -31,7 +31,7 @@ class Mission:
         overrides: Of its keys, e.g. where its companion is to be found.
         contract_json: The policy's.
         address: The policy server's.
-        transport: ``auto``, ``shm`` or ``zmq``.
+        wishes: How to be connected to it; see ``Wishes.keywords``.
         language: The instruction.
         action_manager, manager_coef, n_action_steps: The strategy; see ``make_strategy``.
         publish_rate: Commands per second.
@@ -51,7 +51,7 @@ class Mission:
     overrides: Mapping[str, str]
     contract_json: str
     address: str
-    transport: str = "auto"
+    wishes: Mapping[str, Any] = field(default_factory=dict)
     language: str = ""
     action_manager: str = "sequential"
     manager_coef: float | None = None

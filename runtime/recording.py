@@ -32,7 +32,7 @@ from runtime.cells import QueueReader
 from runtime.mailbox import Signal
 from runtime.mission import Body, Mission
 
-FORMAT = 1
+FORMAT = 2
 
 Columns = Mapping[str, NDArray[Any]]
 

@@ -13,7 +13,7 @@ import multiprocessing
 import os
 import signal
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from multiprocessing.connection import Connection, wait
 from pathlib import Path
 from typing import Any
@@ -33,6 +33,7 @@ from runtime.errors import RequestTimeout, RuntimeFault, ServerBusy, ServerLost
 from runtime.executor import ChunkExecutor
 from runtime.model_name import LocalModel, ServerAddress
 from runtime.video import write_still, write_video
+from runtime.wishes import Wishes
 from transport.errors import TransportError
 
 logger = logging.getLogger(__name__)
@@ -48,7 +49,7 @@ class Plan:
     Attributes:
         model: Whose policy.
         checkpoint: How to load it, if it is one.
-        transport: For a server.
+        wishes: For a server.
         env: The world.
         seeds: One per episode.
         num_envs: Processes side by side.
@@ -62,7 +63,6 @@ class Plan:
 
     model: LocalModel | ServerAddress
     checkpoint: CheckpointOptions
-    transport: str
     env: EnvConfig
     seeds: tuple[int, ...]
     num_envs: int = 1
@@ -72,8 +72,7 @@ class Plan:
     n_action_steps: int | None = None
     camera_names: tuple[str, ...] = ()
     fps: float | None = None
-    resize: bool = False
-    jpeg_quality: int | None = None
+    wishes: Wishes = field(default_factory=Wishes)
     video_dir: Path | None = None
     videos: int = 0
     trace: Path | None = None
@@ -177,11 +176,7 @@ def _episodes(plan: Plan, seeds: tuple[int, ...]) -> Iterator[Report]:
 def _policy(plan: Plan) -> Policy:
     if isinstance(plan.model, ServerAddress):
         return PolicyClient(
-            str(plan.model),
-            transport=plan.transport,
-            deterministic=not plan.realtime,
-            resize=plan.resize,
-            jpeg_quality=plan.jpeg_quality,
+            str(plan.model), deterministic=not plan.realtime, **plan.wishes.keywords()
         )
     return plan.checkpoint.load(plan.model.name)
 

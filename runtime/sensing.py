@@ -333,7 +333,7 @@ class Sensing:
 def _work(mission: Mission, mailbox: Mailbox) -> int:
     logging.basicConfig(level=logging.WARNING, format="%(levelname)s %(name)s: %(message)s")
     robot = mission.make_robot()
-    with robot, PolicyClient(mission.address, transport=mission.transport, kind="robot") as client:
+    with robot, PolicyClient(mission.address, kind="robot", **mission.wishes) as client:
         if client.contract != mission.contract:
             raise ContractMismatch("contract", f"{client.contract}", f"{mission.contract}")
         robot.connect(Role.SENSING, mission.connect_timeout_s)
@@ -348,6 +348,7 @@ def _work(mission: Mission, mailbox: Mailbox) -> int:
             "ready",
             transport=client.transport,
             transport_reason=client.transport_reason,
+            pictures=client.pictures,
             info={name: getattr(info, name) for name in type(info).__slots__},
         )
         sensing.run()

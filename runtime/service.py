@@ -8,11 +8,11 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from policies import jpeg
 from policies.errors import ContractMismatch
 from policies.types import PolicyContract, PolicyInfo
 from runtime import frames, messages
 from runtime.errors import ServerLost
+from runtime.wishes import Wishes
 from transport.auto import Dialer, parse_address
 from transport.channel import Channel
 from transport.control import Welcome
@@ -22,41 +22,6 @@ from transport.schema import Schema
 logger = logging.getLogger(__name__)
 
 FIRST_BACKOFF_S, LAST_BACKOFF_S = 0.05, 1.0
-
-
-@dataclass(frozen=True, slots=True)
-class Wishes:
-    """How a client wants its pictures to cross.
-
-    Attributes:
-        transport: ``"auto"``, ``"shm"`` or ``"zmq"``.
-        resize: Bring pictures to the model's size before they are sent.
-        jpeg_quality: Send them as JPEG where the session goes over a network, 1 to 100.
-
-    Raises:
-        ValueError: A quality that is none.
-        JpegMissing: JPEG without its codec.
-    """
-
-    transport: str = "auto"
-    resize: bool = False
-    jpeg_quality: int | None = None
-
-    def __post_init__(self) -> None:
-        if self.jpeg_quality is not None:
-            if self.jpeg_quality not in jpeg.QUALITIES:
-                raise ValueError(f"jpeg_quality: got {self.jpeg_quality}, expected 1 to 100")
-            jpeg.codec()
-
-    def ways(self) -> tuple[tuple[str, int | None], ...]:
-        """(transport, JPEG quality), in the order to try. Shared memory carries pixels for
-        nothing: JPEG would only cost time and bits there."""
-        if self.jpeg_quality is None:
-            return ((self.transport, None),)
-        ways = {"shm": None, "zmq": self.jpeg_quality}
-        return tuple(
-            (name, quality) for name, quality in ways.items() if self.transport in ("auto", name)
-        ) or ((self.transport, None),)
 
 
 @dataclass(frozen=True, slots=True)

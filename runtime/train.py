@@ -40,7 +40,6 @@ def success_rate(folder: Path, config: TrainConfig) -> float:
         model=LocalModel(str(folder)),
         # The same threads as the training, for torch has one number for the whole process.
         checkpoint=CheckpointOptions(device="cpu", precision="fp32", threads=_threads(config)),
-        transport="auto",
         env=load_env_config("aloha", {"task": config.task}),
         seeds=tuple(range(SELECTION_SEED, SELECTION_SEED + config.evaluate_episodes)),
     )

@@ -18,6 +18,7 @@ from policies.types import ActionChunk, CameraContract, MetaObs, PolicyContract,
 from runtime import frames, messages
 from runtime.client import PolicyClient
 from runtime.server import PolicyServer
+from runtime.wishes import Wishes
 from transport.errors import Refused
 from transport.schema import USED, ArraySpec, Schema
 
@@ -358,6 +359,6 @@ def test_the_command_line_hands_it_on() -> None:
     from runtime.eval_sim import read_plan
 
     plan, _ = read_plan(["-m", "127.0.0.1:5000", "--jpeg", "--resize"])
-    assert (plan.jpeg_quality, plan.resize) == (frames.DEFAULT_QUALITY, True)
+    assert plan.wishes == Wishes("auto", True, frames.DEFAULT_QUALITY)
     plan, _ = read_plan(["-m", "127.0.0.1:5000"])
-    assert (plan.jpeg_quality, plan.resize) == (None, False)
+    assert plan.wishes == Wishes()

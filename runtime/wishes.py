@@ -1,0 +1,79 @@
+"""How a client wants to be connected: as flags, as a value, and across a process boundary."""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+from dataclasses import dataclass
+from typing import Any
+
+from policies import jpeg
+from policies.jpeg import JpegMissing
+from runtime.config import TRANSPORTS
+from runtime.frames import DEFAULT_QUALITY
+
+
+@dataclass(frozen=True, slots=True)
+class Wishes:
+    """How a client wants to be connected, and its pictures to cross.
+
+    Attributes:
+        transport: ``"auto"``, ``"shm"`` or ``"zmq"``.
+        resize: Bring pictures to the model's size before they are sent.
+        jpeg_quality: Send them as JPEG where the session goes over a network, 1 to 100.
+
+    Raises:
+        ValueError: A quality that is none.
+        JpegMissing: JPEG without its codec.
+    """
+
+    transport: str = "auto"
+    resize: bool = False
+    jpeg_quality: int | None = None
+
+    def __post_init__(self) -> None:
+        if self.jpeg_quality is not None:
+            if self.jpeg_quality not in jpeg.QUALITIES:
+                raise ValueError(f"jpeg_quality: got {self.jpeg_quality}, expected 1 to 100")
+            jpeg.codec()
+
+    def keywords(self) -> dict[str, Any]:
+        """What ``PolicyClient`` and ``Wishes`` take to wish the same; JSON values."""
+        return dataclasses.asdict(self)
+
+    def ways(self) -> tuple[tuple[str, int | None], ...]:
+        """(transport, JPEG quality), in the order to try. Shared memory carries pixels for
+        nothing: JPEG would only cost time and bits there."""
+        if self.jpeg_quality is None:
+            return ((self.transport, None),)
+        ways = {"shm": None, "zmq": self.jpeg_quality}
+        return tuple(
+            (name, quality) for name, quality in ways.items() if self.transport in ("auto", name)
+        ) or ((self.transport, None),)
+
+
+def add_flags(cli: argparse.ArgumentParser) -> None:
+    """The flags of every command that talks to a server."""
+    add = cli.add_argument
+    add("--transport", choices=TRANSPORTS, default="auto", help="to a server (auto)")
+    add("--resize", action="store_true", help="send a server pictures of the model's size")
+    add(
+        "--jpeg",
+        type=int,
+        nargs="?",
+        const=DEFAULT_QUALITY,
+        metavar="QUALITY",
+        help=f"send a server pictures as JPEG, 1 to 100, over a network ({DEFAULT_QUALITY})",
+    )
+
+
+def from_flags(args: argparse.Namespace) -> Wishes:
+    """What the flags ask for.
+
+    Raises:
+        ValueError: What cannot be had; names the flag.
+    """
+    try:
+        return Wishes(args.transport, args.resize, args.jpeg)
+    except (JpegMissing, ValueError) as error:
+        raise ValueError(f"--jpeg: {error}") from error
