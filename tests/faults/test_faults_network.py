@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import os
-import shutil
-import subprocess
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -13,46 +11,31 @@ from pathlib import Path
 import pytest
 
 from tests.faults.rig import PERIOD_S, Motion, Program, Server, evaluation, stop_s, twin, watchdog_s
+from tests.hosts import INSIDE, NoOtherHost, other_host
 
 SOAK = bool(os.environ.get("METRONOME_SOAK"))
-SPACE, OUTSIDE, INSIDE = "metronome-test", "10.213.7.1", "10.213.7.2"
 
 pytestmark = [
     pytest.mark.timeout(300),
     pytest.mark.skipif(not SOAK, reason="METRONOME_SOAK is not set"),
-    pytest.mark.skipif(os.geteuid() != 0 or not shutil.which("ip"), reason="needs root and ip"),
 ]
 
 
-def ip(*words: str) -> None:
-    subprocess.run(["ip", *words], check=True)
-
-
 @pytest.fixture
-def other_host() -> Iterator[tuple[str, ...]]:
-    """What to put before a command that shall run there."""
-    try:
-        ip("netns", "add", SPACE)
-    except subprocess.CalledProcessError:
-        pytest.skip("no network namespaces here")
-    try:
-        ip("link", "add", "metro0", "type", "veth", "peer", "name", "metro1", "netns", SPACE)
-        ip("addr", "add", f"{OUTSIDE}/30", "dev", "metro0")
-        ip("link", "set", "metro0", "up")
-        ip("-n", SPACE, "addr", "add", f"{INSIDE}/30", "dev", "metro1")
-        ip("-n", SPACE, "link", "set", "metro1", "up")
-        ip("-n", SPACE, "link", "set", "lo", "up")
-        yield ("ip", "netns", "exec", SPACE)
-    finally:
-        with contextlib.suppress(subprocess.CalledProcessError):
-            ip("link", "del", "metro0")
-        ip("netns", "del", SPACE)
+def elsewhere() -> Iterator[tuple[str, ...]]:
+    """What to put before a command that shall run on another host."""
+    with contextlib.ExitStack() as stack:
+        try:
+            prefix = stack.enter_context(other_host())
+        except NoOtherHost as error:
+            pytest.skip(str(error))
+        yield prefix
 
 
-def test_delay_stall_and_cut(other_host: tuple[str, ...], tmp_path: Path) -> None:
+def test_delay_stall_and_cut(elsewhere: tuple[str, ...], tmp_path: Path) -> None:
     with contextlib.ExitStack() as stack:
         arm = stack.enter_context(twin())
-        server = stack.enter_context(Server("make_short", host=INSIDE, prefix=other_host))
+        server = stack.enter_context(Server("make_short", host=INSIDE, prefix=elsewhere))
         relay = stack.enter_context(
             Program("tests/relay.py", "--to", f"{INSIDE}:{server.port}", keys=True)
         )

@@ -1,0 +1,50 @@
+"""Another host, where there is one machine: a network namespace behind a pair of virtual cables."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import shutil
+import subprocess
+from collections.abc import Iterator
+
+SPACE, OUTSIDE, INSIDE = "metronome-test", "10.213.7.1", "10.213.7.2"
+"""The namespace, this host's address on the cable, and the other's."""
+OUTER, INNER = "metro0", "metro1"
+"""The two ends of the cable."""
+
+
+class NoOtherHost(Exception):
+    """This machine cannot make one; says why."""
+
+
+def ip(*words: str) -> None:
+    """Raises ``subprocess.CalledProcessError``."""
+    subprocess.run(["ip", *words], check=True)
+
+
+@contextlib.contextmanager
+def other_host() -> Iterator[tuple[str, ...]]:
+    """What to put before a command that shall run there; it listens at ``INSIDE``.
+
+    Raises:
+        NoOtherHost: As it says.
+    """
+    if os.geteuid() != 0 or not shutil.which("ip"):
+        raise NoOtherHost("needs root and the ip command (apt-get install iproute2)")
+    try:
+        ip("netns", "add", SPACE)
+    except subprocess.CalledProcessError as error:
+        raise NoOtherHost(f"no network namespace can be made here: {error}") from error
+    try:
+        ip("link", "add", OUTER, "type", "veth", "peer", "name", INNER, "netns", SPACE)
+        ip("addr", "add", f"{OUTSIDE}/30", "dev", OUTER)
+        ip("link", "set", OUTER, "up")
+        ip("-n", SPACE, "addr", "add", f"{INSIDE}/30", "dev", INNER)
+        ip("-n", SPACE, "link", "set", INNER, "up")
+        ip("-n", SPACE, "link", "set", "lo", "up")
+        yield ("ip", "netns", "exec", SPACE)
+    finally:
+        with contextlib.suppress(subprocess.CalledProcessError):
+            ip("link", "del", OUTER)
+        ip("netns", "del", SPACE)
