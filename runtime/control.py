@@ -10,13 +10,12 @@ server is lost, when a picture or the plan gets too old, on SIGTERM, and when th
 
 from __future__ import annotations
 
-import contextlib
 import logging
 import os
 import signal
 import sys
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 
 import numpy as np
 from numpy.typing import NDArray
@@ -42,7 +41,7 @@ from runtime.mailbox import (
     read_chunk,
 )
 from runtime.mission import Body, Mission
-from runtime.realtime import UNPRIVILEGED, Realtime, RealtimeOptions, no_garbage_collection
+from runtime.realtime import Realtime, no_garbage_collection
 
 logger = logging.getLogger(__name__)
 
@@ -394,18 +393,11 @@ class Control:
         return True
 
 
-@contextlib.contextmanager
-def _realtime(priority: int) -> Iterator[Realtime]:
-    options = RealtimeOptions(priority=priority) if priority else UNPRIVILEGED
-    with Realtime(options) as realtime:
-        yield realtime
-
-
 def _work(mission: Mission, mailbox: Mailbox) -> int:
     robot = mission.make_robot()
     with robot:
         robot.connect(Role.CONTROL, mission.connect_timeout_s)
-        with _realtime(mission.priority) as realtime:
+        with Realtime(mission.realtime) as realtime:
             say("ready", realtime=realtime.report())
             if not sys.stdin.buffer.readline():
                 return 0

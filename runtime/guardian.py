@@ -37,7 +37,7 @@ from runtime.control import ORPHAN_HOLD_S, EventLog
 from runtime.crew import child_main, say
 from runtime.mailbox import MOVING, Mailbox, Phase, Signal, put_text
 from runtime.mission import Mission
-from runtime.realtime import UNPRIVILEGED, Realtime, RealtimeOptions
+from runtime.realtime import Realtime
 
 logger = logging.getLogger(__name__)
 
@@ -217,8 +217,7 @@ def _work(mission: Mission, mailbox: Mailbox, pidfd: int) -> int:
     with robot:
         if robot.shareable:
             robot.connect(Role.CONTROL, mission.connect_timeout_s)
-        options = RealtimeOptions(priority=mission.priority) if mission.priority else UNPRIVILEGED
-        with Realtime(options):
+        with Realtime(mission.realtime):
             guardian = Guardian(mission, mailbox, robot, pidfd)
             say("ready")
             if guardian.watch():

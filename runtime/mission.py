@@ -19,6 +19,7 @@ from runtime.blending import Strategy, make_strategy
 from runtime.interpolation import Interpolation, control_ratio
 from runtime.mailbox import Dims
 from runtime.pilot import Pilot
+from runtime.realtime import UNPRIVILEGED, RealtimeOptions
 from runtime.stream import CommandStream
 
 
@@ -92,6 +93,13 @@ class Mission:
     def period_s(self) -> float:
         """Between two commands."""
         return self.contract.dt_s / self.ratio
+
+    @property
+    def realtime(self) -> RealtimeOptions:
+        """Of the two processes that command the robot, whose driver may have threads."""
+        if not self.priority:
+            return UNPRIVILEGED
+        return RealtimeOptions(priority=self.priority, threads=True)
 
     def strategy(self) -> Strategy:
         """Raises ``ValueError``: an unknown name, or a coefficient out of range."""

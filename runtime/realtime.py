@@ -14,6 +14,7 @@ import os
 import platform
 import resource
 import struct
+import threading
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -48,6 +49,10 @@ class RealtimeOptions:
         forbid_deep_idle: Keep the machine's CPUs out of idle states that take long to wake from,
             until closed.
         cpus: The CPUs to run on; empty for any.
+        threads: Whether the process' other threads, and those that they start, get SCHED_FIFO too,
+            one priority below. For a driver with threads of its own: one of them that is kept
+            from the CPU by somebody ordinary, while it holds the interpreter, keeps the loop
+            from it too.
     """
 
     priority: int = 80
@@ -56,6 +61,7 @@ class RealtimeOptions:
     slice_ns: int = SLICE_NS
     forbid_deep_idle: bool = True
     cpus: frozenset[int] = frozenset()
+    threads: bool = False
 
     def __post_init__(self) -> None:
         if not 0 <= self.priority <= 99:
@@ -102,6 +108,9 @@ class Realtime:
                 f"SCHED_FIFO priority {options.priority}",
                 lambda: self._scheduler(options.priority),
             )
+        if options.priority and options.threads:
+            below = max(1, options.priority - 1)
+            self._try(f"its threads {below}", lambda: self._threads(below))
 
     def _try(self, name: str, ask: Callable[[], None]) -> None:
         try:
@@ -152,6 +161,11 @@ class Realtime:
         # A child that computes for seconds at this priority would stop the machine.
         os.sched_setscheduler(0, os.SCHED_FIFO | os.SCHED_RESET_ON_FORK, os.sched_param(priority))
         self._undo.append(lambda: os.sched_setscheduler(0, policy, parameter))
+
+    def _threads(self, priority: int) -> None:
+        # Without the reset: who starts threads here starts them for the loop's sake.
+        _schedule_others(os.SCHED_FIFO, priority)
+        self._undo.append(lambda: _schedule_others(os.SCHED_OTHER, 0))
 
     def _lock_memory(self) -> None:
         # Under a finite limit, locking the future would turn a later allocation into a failure.
@@ -224,6 +238,14 @@ def _sched_slice(slice_ns: int) -> None:
         sched_runtime=slice_ns,
     )
     _check(_libc.syscall(number, 0, ctypes.byref(attributes), 0))
+
+
+def _schedule_others(policy: int, priority: int) -> None:
+    """Every thread of this process but the calling one."""
+    for entry in Path("/proc/self/task").iterdir():
+        if (thread := int(entry.name)) != threading.get_native_id():
+            with contextlib.suppress(ProcessLookupError):  # it has ended meanwhile
+                os.sched_setscheduler(thread, policy, os.sched_param(priority))
 
 
 def _prctl_timer_slack(slack_ns: int) -> None:

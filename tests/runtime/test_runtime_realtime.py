@@ -6,6 +6,7 @@ import errno
 import gc
 import logging
 import os
+import threading
 from pathlib import Path
 
 import pytest
@@ -116,3 +117,36 @@ def test_garbage_is_collected_before_a_block_and_never_in_it() -> None:
 def test_nonsense_is_refused(options: dict[str, int], message: str) -> None:
     with pytest.raises(ValueError, match=message):
         RealtimeOptions(**options)
+
+
+def test_the_threads_of_a_driver_get_it_too_and_so_do_those_they_start() -> None:
+    """One that is preempted by anybody while it holds the interpreter would stop the loop."""
+    ask, asked, ended = threading.Event(), threading.Event(), threading.Event()
+    born: list[int] = []
+
+    def child() -> None:
+        born.append(threading.get_native_id())
+        asked.set()
+        ended.wait(10)
+
+    def driver() -> None:
+        ask.wait(10)
+        threading.Thread(target=child).start()
+        ended.wait(10)
+
+    parent = threading.Thread(target=driver)
+    parent.start()
+    try:
+        with Realtime(RealtimeOptions(priority=3, threads=True, lock_memory=False)) as held:
+            if held.refused:
+                pytest.skip(held.report())
+            ask.set()
+            assert asked.wait(10)
+            for thread in (parent.native_id, born[0]):
+                assert os.sched_getscheduler(thread) == os.SCHED_FIFO
+                assert os.sched_getparam(thread).sched_priority == 2
+        for thread in (parent.native_id, born[0]):
+            assert os.sched_getscheduler(thread) == os.SCHED_OTHER
+    finally:
+        ended.set()
+        parent.join()
