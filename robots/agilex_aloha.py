@@ -38,8 +38,10 @@ logger = logging.getLogger(__name__)
 START_TOLERANCE = 0.05
 """How far outside its limits (rad) a configured start pose may be; it is moved inside. ILStudio's
 own is, by 0.035: a pose that was measured, not chosen."""
-PICTURE_BUFFER = 2**24
-"""rospy reads a socket in pieces of this size. Smaller than a picture, it falls behind."""
+JOINTS_BUFFER, PICTURE_BUFFER = 2**14, 2**24
+"""rospy reads a socket in pieces of this size, and allocates as much each time. Smaller than a
+picture, it falls behind; in the control process, whose memory is locked, every page of it is real:
+16 MiB a hundred times a second was a core and a half."""
 LOOK_AGAIN_S = 0.005
 
 
@@ -177,7 +179,8 @@ class AgilexAloha(Robot):
     def _subscribe(
         self, rospy: Any, stream: SampleStream[Any], kind: Any, decode: Callable[[Any], Any]
     ) -> None:
-        sample: Any = JointSample if kind is self._messages.JointState else CameraSample
+        joints = kind is self._messages.JointState
+        sample: Any = JointSample if joints else CameraSample
 
         def receive(message: Any) -> None:
             received_ns = time.monotonic_ns()
@@ -194,7 +197,7 @@ class AgilexAloha(Robot):
                 kind,
                 receive,
                 queue_size=1,
-                buff_size=PICTURE_BUFFER,
+                buff_size=JOINTS_BUFFER if joints else PICTURE_BUFFER,
                 tcp_nodelay=True,
             )
         )
