@@ -7,6 +7,7 @@ import os
 import select
 import sys
 import termios
+import time
 import tty
 from collections.abc import Callable, Mapping
 
@@ -41,7 +42,10 @@ class Operator:
 
     def key(self, timeout_s: float = 0.0) -> str:
         """The next key pressed within ``timeout_s``; empty without one."""
-        if self._ended or not select.select([self._fd], [], [], timeout_s)[0]:
+        if self._ended:
+            time.sleep(timeout_s)  # a loop that waits for keys must not become a busy one
+            return ""
+        if not select.select([self._fd], [], [], timeout_s)[0]:
             return ""
         data = os.read(self._fd, 1)
         self._ended = not data
