@@ -45,7 +45,8 @@ class GymWorld:
         self.task, self.language = config.task, ""
         self.max_timesteps = config.max_timesteps or DEFAULT_MAX_TIMESTEPS
         self._keys = config.gym
-        missing = sorted(camera_hw.keys() - self._keys.images.keys())
+        self._pictures = {name: config.camera_map.get(name, name) for name in camera_hw}
+        missing = sorted(set(self._pictures.values()) - self._keys.images.keys())
         if missing:
             raise EnvError(
                 f"cameras: got {missing}, expected some of {list(self._keys.images)}; "
@@ -77,9 +78,9 @@ class GymWorld:
             height, width = self._picture(name).shape[:2]
             self.camera_hw[name] = (height, width)
             if expected is not None and (height, width) != tuple(expected):
+                key = self._keys.images[self._pictures[name]]
                 raise EnvError(
-                    f"images.{name}: got {(height, width)} from {self._keys.images[name]!r}, "
-                    f"expected {tuple(expected)}"
+                    f"images.{name}: got {(height, width)} from {key!r}, expected {tuple(expected)}"
                 )
 
     def reset(self, seed: int) -> None:
@@ -162,7 +163,7 @@ class GymWorld:
         return np.concatenate([np.ravel(np.asarray(v, np.float32)) for v in values])
 
     def _picture(self, name: str) -> NDArray[np.uint8]:
-        key = self._keys.images[name]
+        key = self._keys.images[self._pictures[name]]
         picture = self._rendered() if key == RENDER else np.asarray(self._at(key))
         if picture.ndim != 3 or picture.shape[2] != 3 or picture.dtype != np.uint8:
             raise EnvError(

@@ -27,6 +27,8 @@ ILSTUDIO = {
     "deploy.robot.agilex_aloha.AgilexAloha": "agilex_aloha",
 }
 LEROBOT_PREFIX = "lerobot:"
+PYTHON_PREFIX = "python:"
+"""``python:package.module``: anyone's own driver, a module with a ``make``."""
 
 Make = Callable[[Mapping[str, Any], str, str, Mapping[str, str]], Robot]
 
@@ -36,8 +38,8 @@ class RobotFile:
     """The layout of ``configs/robot/*.yaml``.
 
     Attributes:
-        type, target: The driver: one of ``DRIVERS``, ``lerobot:<type>``, or a class of ILStudio's
-            that one of ours stands for. Exactly one of the two keys.
+        type, target: The driver: one of ``DRIVERS``, ``lerobot:<type>``, ``python:<module>``, or a
+            class of ILStudio's that one of ours stands for. Exactly one of the two keys.
         name: What the robot is called in results; the driver's name if empty.
         args, config: The driver's own keys. At most one of the two.
     """
@@ -72,20 +74,39 @@ def make_robot(name: str, overrides: Mapping[str, str] | None = None) -> Robot:
         file = yaml_config.load_config(RobotFile, str(path), kind="robot")
         wanted = file.type or file.target
         driver = ILSTUDIO.get(wanted, wanted)
-        kind, _, lerobot_type = driver.partition(":")
+        kind, _, rest = driver.partition(":")
         args = dict(file.args or file.config)
-        if driver.startswith(LEROBOT_PREFIX) and lerobot_type:
-            module, args = "robots.lerobot_adapter", {**args, "type": lerobot_type}
-        elif kind == driver and driver in DRIVERS:
-            module = DRIVERS[driver]
+        if kind + ":" == LEROBOT_PREFIX and rest:
+            make, args = _make_of("robots.lerobot_adapter"), {**args, "type": rest}
+        elif kind + ":" == PYTHON_PREFIX and rest:
+            make = _somebodys(rest, f"{path}: type")
+        elif driver in DRIVERS:
+            make = _make_of(DRIVERS[driver])
         else:
             raise ConfigError(
                 f"{path}: type: got {wanted!r}, expected one of {list(DRIVERS)}, "
-                f"'{LEROBOT_PREFIX}<type>', or ILStudio's {list(ILSTUDIO)}"
+                f"'{LEROBOT_PREFIX}<type>', '{PYTHON_PREFIX}<module>', or ILStudio's "
+                f"{list(ILSTUDIO)}"
             )
-        make: Make = importlib.import_module(module).make
         return make(args, file.name or path.stem, f"{path}: args", overrides or {})
     except ConfigError:
         raise
     except yaml_config.ConfigError as error:
         raise ConfigError(str(error)) from error
+
+
+def _make_of(module: str) -> Make:
+    make: Make = importlib.import_module(module).make
+    return make
+
+
+def _somebodys(module: str, source: str) -> Make:
+    """Of a module that is not ours, where anything may go wrong."""
+    try:
+        return _make_of(module)
+    except AttributeError as error:
+        raise ConfigError(
+            f"{source}: {module} has no make(args, name, source, overrides)"
+        ) from error
+    except Exception as error:
+        raise ConfigError(f"{source}: {module} cannot be imported: {error!r}") from error

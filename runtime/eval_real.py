@@ -36,7 +36,14 @@ from runtime.mission import Body, Mission
 from runtime.model_name import LocalModel, ServerAddress, read_model_name
 from runtime.operator import Operator
 from runtime.overrides import read_overrides
-from runtime.results import policy_record, report, summarize, versions, write_result
+from runtime.results import (
+    policy_record,
+    report,
+    result_path,
+    summarize,
+    versions,
+    write_result,
+)
 from runtime.session import Interrupted, Rollout, Session, SessionOver
 from runtime.supervisor import Supervisor
 from runtime.wishes import Wishes
@@ -111,7 +118,7 @@ class Evaluation:
 
     @property
     def path(self) -> Path:
-        return Path(self.args.save_dir) / self.robot.name / f"{Path(self.args.task).stem}.json"
+        return result_path(self.args.save_dir, self.robot.name, Path(self.args.task).stem)
 
     def start_server(self) -> str:
         """A private server; its address."""
@@ -265,8 +272,10 @@ def _fail(error: BaseException) -> int:
 
 def _save(evaluation: Evaluation, failure: str) -> dict[str, Any]:
     rollouts = evaluation.rollouts
+    played = [rollout.episode for rollout in rollouts]
     judged = [rollout.episode for rollout in rollouts if rollout.judged]
-    result = summarize(judged)
+    everything = summarize(played)
+    result = summarize(judged) | {name: everything[name] for name in ("episodes", "timing")}
     details = {rollout.episode.seed: rollout.details() for rollout in rollouts}
     result["episodes"] = [entry | details[entry["seed"]] for entry in result["episodes"]]
     args, contract, setting = evaluation.args, evaluation.contract, evaluation.setting
@@ -294,7 +303,7 @@ def _save(evaluation: Evaluation, failure: str) -> dict[str, Any]:
         "task": dataclasses.asdict(evaluation.task),
         "versions": versions(),
     }
-    write_result(evaluation.path, json.loads(json.dumps(result, default=str)), judged)
+    write_result(evaluation.path, json.loads(json.dumps(result, default=str)), played)
     return result
 
 

@@ -22,7 +22,7 @@ from typing import Any
 from tqdm import tqdm
 
 from envs.errors import EnvError
-from envs.meta import EnvConfig, load_env_config
+from envs.meta import GYM_PREFIX, EnvConfig, load_env_config
 from policies.types import PolicyContract, PolicyInfo
 from policies.yaml_config import ConfigError
 from runtime import trace, wishes
@@ -33,7 +33,14 @@ from runtime.errors import RuntimeFault
 from runtime.model_name import ServerAddress, read_model_name
 from runtime.overrides import read_overrides
 from runtime.plots import write_timing_plot
-from runtime.results import policy_record, report, summarize, versions, write_result
+from runtime.results import (
+    policy_record,
+    report,
+    result_path,
+    summarize,
+    versions,
+    write_result,
+)
 from runtime.rollouts import Plan, Setting, WorkerFailed, run
 
 BAD_INPUT, LOST, INTERRUPTED = 2, 1, 130
@@ -117,6 +124,7 @@ def read_plan(argv: Sequence[str] | None) -> tuple[Plan, argparse.Namespace]:
             "--realtime with --num_envs > 1: one world by the wall clock at a time on one machine"
         )
     env = load_env_config(args.env, overrides)
+    path = _result_path(args, env)
     plan = Plan(
         model=read_model_name(args.model_name_or_path),
         checkpoint=from_flags(args),
@@ -130,7 +138,7 @@ def read_plan(argv: Sequence[str] | None) -> tuple[Plan, argparse.Namespace]:
         n_action_steps=args.n_action_steps,
         camera_names=tuple(mapped),
         fps=args.fps,
-        video_dir=_result_path(args, env).parent / "video" / env.task.replace("/", "_"),
+        video_dir=path.parent / "video" / path.stem,
         videos=args.videos,
         trace=args.trace,
     )
@@ -138,9 +146,8 @@ def read_plan(argv: Sequence[str] | None) -> tuple[Plan, argparse.Namespace]:
 
 
 def _result_path(args: argparse.Namespace, env: EnvConfig) -> Path:
-    world = args.env.replace("gym:", "gym_") if args.env.startswith("gym:") else Path(args.env).stem
-    # A gymnasium id may hold slashes: they are no folders here.
-    return Path(args.output_dir) / world.replace("/", "_") / f"{env.task.replace('/', '_')}.json"
+    world = args.env if args.env.startswith(GYM_PREFIX) else Path(args.env).stem
+    return result_path(args.output_dir, world, env.task)
 
 
 def main(argv: Sequence[str] | None = None) -> int:

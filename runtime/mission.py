@@ -116,8 +116,8 @@ class Mission:
         """The robot, not connected."""
         return make_robot(self.robot, self.overrides)
 
-    def make_pilot(self, body: Body) -> Pilot:
-        """What commands ``body``.
+    def make_pilot(self, body: Body, **options: Any) -> Pilot:
+        """What commands ``body``; ``options`` as ``CommandStream`` has them.
 
         Raises:
             ValueError: The policy's actions are not this robot's.
@@ -130,6 +130,7 @@ class Mission:
             ratio=self.ratio,
             interpolation=Interpolation(hold=body.grippers),
             fault_after_s=self.fault_after_s,
+            **options,
         )
         return Pilot(
             stream,

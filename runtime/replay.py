@@ -7,6 +7,7 @@ Exit status 0 when every command is the same bit for bit, 1 when one is not, 2 w
 from __future__ import annotations
 
 import argparse
+import logging
 import sys
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
@@ -24,6 +25,9 @@ from runtime.recording import Recording
 from runtime.stream import StreamStatistics
 
 DIFFERENT, BAD_INPUT = 1, 2
+_SILENT = logging.getLogger(f"{__name__}.silent")
+"""What was latched when it was recorded is no news."""
+_SILENT.disabled = True
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -55,7 +59,7 @@ def replay(recording: Recording) -> Replay:
     """
     if not recording.rows:
         raise ValueError("the recording holds no commands")
-    pilot = recording.mission.make_pilot(recording.body)
+    pilot = recording.mission.make_pilot(recording.body, log=_SILENT)
     rows = recording.rows
     commands = np.empty_like(rows["command"])
     chunks = _by_row(recording)

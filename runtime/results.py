@@ -6,6 +6,7 @@ import json
 import math
 import os
 import platform
+import re
 import tempfile
 from collections.abc import Mapping, Sequence
 from importlib import metadata
@@ -19,6 +20,12 @@ from runtime.episode import Episode
 from runtime.latency import REQUEST, Percentiles, StageTimes
 
 PACKAGES = ("metronome", "numpy", "torch", "mujoco", "gymnasium", "gym-aloha", "pyzmq", "numba")
+
+
+def result_path(folder: str, world: str, task: str) -> Path:
+    """``<folder>/<world>/<task>.json``, whatever characters a name like ``gym:a/b`` has."""
+    world, task = (re.sub(r"[^\w.+-]", "_", name) for name in (world, task))
+    return Path(folder) / world / f"{task}.json"
 
 
 def wilson_95(successes: int, total: int) -> tuple[float, float]:

@@ -60,6 +60,7 @@ class Rollout:
     def details(self) -> dict[str, Any]:
         """For the result file, beside what every episode has."""
         return {
+            "judged": self.judged,
             "clamped_ticks": self.clamped_ticks,
             "faults": list(self.faults),
             "recording": str(self.stem),
@@ -225,8 +226,9 @@ class Session:
         recording = replace(recording, facts=facts)
         recording.save(stem, weights(recording))
         episode = _episode(recording, again.statistics.executor, time.monotonic() - self._began_s)
+        verdict = ("success" if success else "failure") if judged else "not judged"
         self._tell(
-            f"rollout {index}, seed {seed}: {'success' if success else 'failure'}, "
+            f"rollout {index}, seed {seed}: {verdict}, "
             f"{episode.horizon} ticks, {episode.missed_ticks} missed, "
             f"{episode.executor.starved_ticks} starved"
         )

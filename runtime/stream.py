@@ -76,6 +76,7 @@ class CommandStream:
         ratio: Control ticks per policy tick, see ``control_ratio``.
         interpolation: Between two policy ticks.
         fault_after_s: How long chunks may stay away, from the first tick that slows down.
+        log: Where it is said that something was latched or resumed.
 
     Raises:
         ValueError: Limits for another number of joints than the policy's actions, actions that are
@@ -91,7 +92,9 @@ class CommandStream:
         ratio: int = 1,
         interpolation: Interpolation | None = None,
         fault_after_s: float = 1.0,
+        log: logging.Logger = logger,
     ) -> None:
+        self._log = log
         if contract.ctrl_type != "abs":
             raise ValueError(
                 f"ctrl_type: got {contract.ctrl_type!r}, expected 'abs': the limits are positions"
@@ -218,7 +221,7 @@ class CommandStream:
         self._path_end = self.executor.next_tick - 1
         self._motion, self._fault = Motion.WAITING, None
         self._aligns, self._brakes = True, False
-        logger.info("resumed at policy tick %d", self.executor.next_tick)
+        self._log.info("resumed at policy tick %d", self.executor.next_tick)
         return True
 
     def statistics(self) -> StreamStatistics:
@@ -240,7 +243,7 @@ class CommandStream:
             return
         self._motion, self._fault = Motion.FAULT, reason
         self._faults += 1
-        logger.error("fault at policy tick %d: %s", self.executor.next_tick, reason)
+        self._log.error("fault at policy tick %d: %s", self.executor.next_tick, reason)
 
     def _play(self, policy_tick: int, part: int) -> NDArray[np.float32]:
         left = (self.executor.covered_to(policy_tick) - policy_tick) * self.ratio - part

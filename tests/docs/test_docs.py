@@ -56,17 +56,12 @@ def commands(page: Path) -> list[list[str]]:
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """All files of all pages, as a reader would have written them; the driver's line included."""
+    """All files of all pages, as a reader would have written them."""
     base = tmp_path_factory.mktemp("reader")
     (base / "mine").mkdir()
     for page in PAGES:
         for path, content in named(page).items():
             (base / path).write_text(content)
-    line = re.search(r'`("my_arm": "mine.robot"),`', (ROOT / "docs/add-a-robot.md").read_text())
-    assert line is not None
-    (base / "conftest.py").write_text(
-        f"from robots.factory import DRIVERS\n\nDRIVERS.update({{{line[1]}}})\n"
-    )
     return base
 
 

@@ -112,3 +112,24 @@ def test_files_that_name_no_robot(tmp_path: Path, text: str, message: str) -> No
 def test_an_unknown_name_lists_the_known() -> None:
     with pytest.raises(ConfigError, match=r"robot configuration 'agilex'.*'dummy'.*'sim_twin'"):
         make_robot("agilex")
+
+
+@pytest.mark.parametrize(
+    ("content", "complaint"),
+    [
+        (None, "type: nobodys_driver cannot be imported: ModuleNotFoundError"),
+        ("1 / 0", "type: nobodys_driver cannot be imported: ZeroDivisionError"),
+        ("made = 1", r"type: nobodys_driver has no make\(args, name, source, overrides\)"),
+    ],
+)
+def test_a_driver_of_ones_own_that_is_none(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, content: str | None, complaint: str
+) -> None:
+    if content is not None:
+        (tmp_path / "nobodys_driver.py").write_text(content)
+    monkeypatch.syspath_prepend(str(tmp_path))
+    monkeypatch.delitem(sys.modules, "nobodys_driver", raising=False)
+    config = tmp_path / "arm.yaml"
+    config.write_text("type: python:nobodys_driver\n")
+    with pytest.raises(ConfigError, match=complaint):
+        make_robot(str(config))
