@@ -20,7 +20,7 @@ import logging
 import os
 import time
 from collections.abc import Mapping
-from typing import Literal
+from typing import Any, Literal
 
 import numpy as np
 from numpy.typing import NDArray
@@ -62,6 +62,12 @@ class PolicyClient:
             links that are slow, and where the server's processor is scarcer than this one's.
         jpeg_quality: Send pictures as JPEG of this quality, 1 to 100, where the session goes over
             a network. Lossy; needs ``simplejpeg`` on both sides.
+        rate_hz: How often it means to ask, and deadline_ms: how soon it needs its answers. A server
+            of many clients that cannot keep them refuses the session, with the numbers.
+
+    Attributes:
+        policy_id: Which of the server's policies gave the last answer: 1, and one more each time
+            an operator replaced it; 0 before the first.
 
     Raises:
         JpegMissing: ``jpeg_quality`` without ``simplejpeg``.
@@ -82,6 +88,8 @@ class PolicyClient:
         name: str = "",
         resize: bool = False,
         jpeg_quality: int | None = None,
+        rate_hz: float | None = None,
+        deadline_ms: float | None = None,
     ) -> None:
         if not 1 <= max_in_flight <= MAX_IN_FLIGHT:
             raise ValueError(f"max_in_flight: got {max_in_flight}, expected 1 to {MAX_IN_FLIGHT}")
@@ -89,6 +97,10 @@ class PolicyClient:
         self._wishes = Wishes(transport, resize, jpeg_quality)
         self._kind, self._deterministic = kind, deterministic
         self._max_in_flight = max_in_flight
+        asked = {"rate_hz": rate_hz, "deadline_ms": deadline_ms}
+        self._demand: dict[str, Any] = {
+            name: value for name, value in asked.items() if value is not None
+        }
         self._name = name or f"pid {os.getpid()}"
         self._schema: Schema | None = None
         self._session: Session | None = None
@@ -97,6 +109,7 @@ class PolicyClient:
         self._reset_due = False
         self._lost = ""
         self._trace_key = 0
+        self.policy_id = 0
         self._service = Service(address, timeout_s)
 
     # What it is
@@ -156,6 +169,7 @@ class PolicyClient:
             "kind": self._kind,
             "deterministic": self._deterministic,
             "trace": self._trace_key,
+            **self._demand,
         }
         self._session = self._service.open(
             schema, self._wishes, client=self._name, attributes=attributes
@@ -301,6 +315,7 @@ class PolicyClient:
             timeout_s=self.timeout_s,
             max_in_flight=self._max_in_flight,
             name=self._name,
+            **self._demand,
             **self._wishes.keywords(),
         )
 
@@ -364,6 +379,7 @@ class PolicyClient:
                 if request is None:
                     return None
                 chunk = messages.read_chunk(message.arrays, self.contract)
+                self.policy_id = messages.policy_id(message.arrays)
                 self._requests.counts["replies"] += 1
                 chunk = with_stages(chunk, request, received_ns)
                 if trace.on:

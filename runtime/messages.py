@@ -186,12 +186,12 @@ def _need(got: ArraySpec | None, expected: ArraySpec) -> None:
 
 
 def reply_schema(contract: PolicyContract) -> Schema:
-    """The layout of an answer: the actions; their count, tick and capture time, and the durations
-    of the server's stages."""
+    """The layout of an answer: the actions; their count, tick and capture time, the id of the
+    policy, and the durations of the server's stages."""
     return Schema(
         (
             ArraySpec("actions", "float32", (contract.chunk_size, contract.action_dim)),
-            ArraySpec("numbers", "int64", (3 + len(SERVER_STAGES),)),
+            ArraySpec("numbers", "int64", (4 + len(SERVER_STAGES),)),
         )
     )
 
@@ -225,7 +225,9 @@ def _zeros(size: int) -> NDArray[np.float32]:
     return np.zeros(size, np.float32)
 
 
-def write_chunk(chunk: ActionChunk, server_wait_ns: int, views: Mapping[str, NDArray[Any]]) -> None:
+def write_chunk(
+    chunk: ActionChunk, server_wait_ns: int, policy_id: int, views: Mapping[str, NDArray[Any]]
+) -> None:
     """Copy ``chunk``, which ``check_chunk`` passed, into the arrays of an answer."""
     actions, count = views["actions"], len(chunk.actions)
     actions[:count] = chunk.actions
@@ -235,6 +237,7 @@ def write_chunk(chunk: ActionChunk, server_wait_ns: int, views: Mapping[str, NDA
         count,
         chunk.obs_timestep,
         chunk.t_capture_ns,
+        policy_id,
         server_wait_ns,
         *(stages.get(name, 0) for name in SERVER_STAGES[1:]),
     )
@@ -246,7 +249,7 @@ def read_chunk(arrays: Mapping[str, NDArray[Any]], contract: PolicyContract) -> 
     Raises:
         InferenceError: A count that cannot be.
     """
-    count, obs_timestep, t_capture_ns, *stages = arrays["numbers"].tolist()
+    count, obs_timestep, t_capture_ns, _, *stages = arrays["numbers"].tolist()
     if not 0 < count <= contract.chunk_size:
         raise InferenceError(f"answer: got {count} actions, expected 1 to {contract.chunk_size}")
     return ActionChunk(
@@ -259,6 +262,11 @@ def read_chunk(arrays: Mapping[str, NDArray[Any]], contract: PolicyContract) -> 
         contract.gripper_continuous,
         dict(zip(SERVER_STAGES, stages, strict=True)),
     )
+
+
+def policy_id(arrays: Mapping[str, NDArray[Any]]) -> int:
+    """Which of the server's policies an answer is of; see ``ServedModel.generation``."""
+    return int(arrays["numbers"][3])
 
 
 _ERRORS: dict[str, type[PolicyError]] = {

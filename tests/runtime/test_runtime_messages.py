@@ -209,7 +209,8 @@ def test_a_chunk_survives_the_way(length: int) -> None:
         stages_ns={"preprocess": 1, "infer": 2, "postprocess": 3},
     )
     views = buffer_for(messages.reply_schema(CONTRACT))
-    messages.write_chunk(chunk, 42, views)
+    messages.write_chunk(chunk, 42, 7, views)
+    assert messages.policy_id(views) == 7
     got = messages.read_chunk(views, CONTRACT)
     np.testing.assert_array_equal(got.actions, chunk.actions)
     assert (got.obs_timestep, got.t_capture_ns) == (9, 77)
