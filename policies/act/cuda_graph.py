@@ -42,6 +42,7 @@ class CudaGraphEngine:
     """
 
     threads = 0
+    exact = False
 
     def __init__(
         self, fused: FusedAct, precision: str, api: CudaApi, *, sizes: tuple[int, ...] = SIZES

@@ -76,6 +76,7 @@ class Engine(Protocol):
         threads: CPU threads of one inference, 0 where that does not apply.
         sizes: Batch sizes that were prepared, ascending. A batch is computed as the next larger
             one; (1,) means one observation after another.
+        exact: Whether an observation's actions have the same bits whatever is in its batch.
     """
 
     name: str
@@ -83,6 +84,7 @@ class Engine(Protocol):
     precision: str
     threads: int
     sizes: tuple[int, ...]
+    exact: bool
 
     def staging(self, slot: int) -> Frames:
         """The engine's own arrays for observation ``slot`` < ``MAX_BATCH``, to be written into.
@@ -123,6 +125,7 @@ class HostEngine:
     """What engines on a CPU share: arrays to write into, and memory that needs no registration."""
 
     sizes: tuple[int, ...] = (1,)
+    exact = True
 
     def __init__(self, config: ActConfig) -> None:
         self._config = config

@@ -70,6 +70,11 @@ def default_threads() -> int:
     return max(1, len(_cores()) - 1)
 
 
+def streams(threads: int) -> int:
+    """Inferences of ``threads`` threads that this process has cores for at a time, at least one."""
+    return max(1, len(_cores()) // threads)
+
+
 def _cores() -> set[str]:
     """Physical cores that this process may run on, each by its hardware threads."""
     cores = set()

@@ -13,7 +13,7 @@ from numpy.typing import NDArray
 
 from policies.act import hardware
 from policies.act.blob_cache import BlobCache, Stored
-from policies.act.engine import Engine, EngineUnavailable
+from policies.act.engine import MAX_BATCH, Engine, EngineUnavailable
 from policies.act.fuse import fuse
 from policies.act.fused import FusedAct
 from policies.act.parity import LIMITS, error_of, reference_actions
@@ -79,19 +79,23 @@ def make_openvino(
     except ImportError as missing:
         raise EngineUnavailable(f"{missing} (pip install 'metronome[server]')") from missing
     hardware.set_threads(threads)
+    streams = min(MAX_BATCH, hardware.streams(threads))
     cache = BlobCache()
-    key = engine_key(weights, precision, threads, openvino_engine.version())
+    compiler = f"{openvino_engine.version()} {streams}"
+    key = engine_key(weights, precision, threads, compiler)
     stored = cache.read(key)
     if stored is not None:
         try:
-            engine = openvino_engine.import_blob(stored.blob, weights.config, precision, threads)
+            engine = openvino_engine.import_blob(
+                stored.blob, weights.config, precision, threads, streams
+            )
         except EngineUnavailable as refusal:
             logger.warning("engine cache: %s; compiling again", refusal)
             cache.remove(key)
         else:
             return engine, stored.error
     fused, reference = _fused_and_reference(weights, precision)
-    engine = openvino_engine.compile_fused(fused, precision, threads)
+    engine = openvino_engine.compile_fused(fused, precision, threads, streams)
     error = error_of(engine, weights.config, reference)
     if error <= LIMITS[precision]:
         cache.write(key, Stored(engine.export(), error))

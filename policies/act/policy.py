@@ -83,8 +83,8 @@ class ActPolicy:
     def infer_batch(self, observations: Sequence[MetaObs]) -> list[ActionChunk | PolicyError]:
         """The chunk for each, or what ``infer`` would have raised: one bad one costs no other.
 
-        On a GPU those of one batch are computed together; the batch sizes that are ready are
-        ``batch_sizes``. ``preprocess`` and ``infer`` of the stages are the whole batch's.
+        Those of one batch are computed together where ``batch_sizes`` says so. ``preprocess`` and
+        ``infer`` of the stages are the whole batch's.
         """
         answers: list[ActionChunk | PolicyError] = []
         for first in range(0, len(observations), MAX_BATCH):
@@ -95,6 +95,11 @@ class ActPolicy:
     def batch_sizes(self) -> tuple[int, ...]:
         """Sizes that ``infer_batch`` computes at once; (1,) where it takes one after another."""
         return self._engine.sizes
+
+    @property
+    def batch_is_exact(self) -> bool:
+        """Whether a chunk has the same bits whatever it is computed with."""
+        return self._engine.exact
 
     def register_host(self, address: int, nbytes: int) -> bool:
         """Let the device read pictures where they lie in this memory; see ``Engine``."""

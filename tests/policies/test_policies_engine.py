@@ -176,13 +176,35 @@ def test_pictures_are_read_where_they_lie_even_read_only_and_not_kept(openvino_e
     np.testing.assert_array_equal(engine.run([mixed]), expected)
 
 
+@needs_openvino
+@pytest.mark.parametrize(
+    ("threads", "cores", "sizes"), [(1, 4, (1, 2, 3, 4)), (2, 5, (1, 2)), (3, 2, (1,))]
+)
+def test_a_batch_is_as_large_as_there_are_cores(  # noqa: PLR0917
+    weights, monkeypatch, threads, cores, sizes, tmp_path
+):
+    monkeypatch.setenv("METRONOME_CACHE", str(tmp_path))
+    monkeypatch.setattr(hardware, "_cores", lambda: set(map(str, range(cores))))
+    options = EngineOptions("cpu", "openvino", "fp32", threads)
+    engine = make_engine(weights, options)
+    assert (engine.sizes, engine.threads) == (sizes, threads)
+    batch = [frames(TINY, seed) for seed in range(len(sizes) + 1)]
+    alone = np.stack([engine.run([one])[0].copy() for one in batch])
+    np.testing.assert_array_equal(engine.run(batch), alone)
+    # The cache knows one from the other.
+    assert make_engine(weights, options).sizes == sizes
+    engine.close()
+
+
 @pytest.mark.parametrize("options", [TORCH, pytest.param(OPENVINO, marks=needs_openvino)])
 def test_a_batch_is_its_observations_one_by_one(options, weights):
     engine = make_engine(weights, options)
     batch = [frames(TINY, seed) for seed in range(MAX_BATCH)]
     alone = np.stack([engine.run([one])[0].copy() for one in batch])
     np.testing.assert_array_equal(engine.run(batch), alone)
-    assert engine.sizes == (1,)
+    for some in ([3], [5, 0], [1, 7, 2]):  # wherever it lies, whatever lies beside it
+        np.testing.assert_array_equal(engine.run([batch[i] for i in some]), alone[some])
+    assert engine.exact
     with pytest.raises(ValueError, match="slot: got 8, expected 0 to 7"):
         engine.staging(MAX_BATCH)
     assert engine.register_host(0, 1) is False
