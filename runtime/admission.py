@@ -20,6 +20,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from runtime.costs import Costs
+from runtime.pace import Pace
 from transport.errors import Refused
 
 KINDS = ("robot", "sim")
@@ -41,6 +42,10 @@ class Limits:
     message_bytes: int = 64 << 20
     total_bytes: int = 4 << 30
     rate_hz: float = 0.0
+
+    def pace(self) -> Pace | None:
+        """For a new session."""
+        return Pace(self.rate_hz) if self.rate_hz else None
 
     def __post_init__(self) -> None:
         for name in ("message_bytes", "total_bytes"):

@@ -12,6 +12,7 @@ import numpy as np
 from policies.types import Policy
 from runtime import frames
 from runtime.admission import Demand
+from runtime.pace import Pace
 from runtime.scheduler import NEVER, Request
 
 WINDOW = 1000
@@ -25,9 +26,11 @@ class Served:
 
     Attributes:
         policy: Its own, or the one all share.
+        own: Whether it is its own, to be closed with the session.
         read: What turns its messages into observations.
         demand: What it said it wants.
         alone: Its answers must be bit-equal wherever they are computed.
+        pace: How often it may ask; None for any.
         trace_key: For flows across processes.
         generation: Of the model that ``policy`` is of.
         counts: By ``OUTCOMES``.
@@ -35,9 +38,11 @@ class Served:
     """
 
     policy: Policy
+    own: bool
     read: frames.Read
     demand: Demand
     alone: bool
+    pace: Pace | None = None
     trace_key: int = 0
     generation: int = 0
     began_ns: int = field(default_factory=time.monotonic_ns)

@@ -73,8 +73,10 @@ class ServedModel:
         described = messages.describe(self.policy.contract, self.policy.info)
         return {**described, "policy_id": self.generation}
 
-    def close(self) -> None:
-        try:
-            self.policy.close()
-        except Exception:  # anyone's policy; there is nothing left to lose
-            logger.exception("the policy failed to close")
+
+def close(policy: Policy) -> None:
+    """Anyone's policy: there is nothing left to lose."""
+    try:
+        policy.close()
+    except Exception:
+        logger.exception("a policy failed to close")

@@ -26,6 +26,7 @@ from transport.control import (
     mapping,
     string,
 )
+from transport.curve import ClientKeys
 from transport.errors import Refused, TransportError, TransportUnavailable
 from transport.link import Link
 from transport.schema import Schema
@@ -59,12 +60,20 @@ class Dialer:
 
     Args:
         timeout_s: For each answer of the server's.
+        curve: Keys, for a server that wants them.
         spin_us: How long a channel over shared memory may watch before it sleeps.
     """
 
     def __init__(
-        self, host: str, port: int, *, timeout_s: float = 5.0, spin_us: float = DEFAULT_SPIN_US
+        self,
+        host: str,
+        port: int,
+        *,
+        timeout_s: float = 5.0,
+        curve: ClientKeys | None = None,
+        spin_us: float = DEFAULT_SPIN_US,
     ) -> None:
+        self._curve = curve
         self.host, self.port, self._timeout_s = host, port, timeout_s
         self._spin_us = spin_us
         self._address = f"[{host}]:{port}" if ":" in host else f"{host}:{port}"
@@ -88,6 +97,28 @@ class Dialer:
             raise
         self._link = link
         return description
+
+    def ask(self, command: str, arguments: Mapping[str, Any] | None = None) -> dict[str, Any]:
+        """An operator's question or order, and what came of it.
+
+        Raises:
+            Refused: Not this command, or not for whoever asks.
+            TransportTimeout, ProtocolError, TransportError: As ``describe``.
+        """
+        link = self._take_link()
+        try:
+            _, answer = link.request(
+                Opcode.ASK,
+                NO_EPOCH,
+                {"command": command, "arguments": dict(arguments or {})},
+                answer=Opcode.ANSWER,
+                timeout_s=self._timeout_s,
+            )
+        except BaseException:
+            link.close()
+            raise
+        self._link = link
+        return answer
 
     def open(
         self,
@@ -201,7 +232,7 @@ class Dialer:
         link, self._link = self._link, None
         if link is None:
             endpoint, ipv6 = _resolve(self.host, self.port)
-            link = Link(endpoint, self._address, ipv6=ipv6)
+            link = Link(endpoint, self._address, ipv6=ipv6, curve=self._curve)
         return link
 
 

@@ -14,6 +14,8 @@ from dataclasses import dataclass, field
 from enum import IntEnum
 from typing import Any
 
+import zmq
+
 from transport.errors import ProtocolError, TransportError
 from transport.schema import Schema
 
@@ -41,6 +43,35 @@ class Opcode(IntEnum):
     PING = 8  # server: are you there? Never answered: that it can be sent is the answer
     MESSAGE = 9  # either: one message of a session (see transport.zmq)
     CREDIT = 10  # either: slots released, when no message was there to carry it
+    ASK = 11  # operator: a question or an order for whoever serves
+    ANSWER = 12
+
+
+@dataclass(frozen=True, slots=True)
+class Peer:
+    """Who sent a control message.
+
+    Attributes:
+        address: Numeric, as the network says; empty where it does not.
+        user: Whose key it came with; empty without encryption.
+    """
+
+    address: str = ""
+    user: str = ""
+
+    @classmethod
+    def of(cls, frame: zmq.Frame) -> Peer:
+        return cls(_metadata(frame, "Peer-Address"), _metadata(frame, "User-Id"))
+
+    def __str__(self) -> str:
+        return f"{self.user} at {self.address}" if self.user else self.address
+
+
+def _metadata(frame: zmq.Frame, name: str) -> str:
+    try:
+        return str(frame.get(name))
+    except zmq.ZMQError:  # it has none of that name
+        return ""
 
 
 @dataclass(frozen=True, slots=True)

@@ -22,9 +22,11 @@ from transport.control import (
     PROTOCOL_VERSION,
     Hello,
     Opcode,
+    Peer,
     Welcome,
     decode_body,
     encode,
+    mapping,
     string,
 )
 from transport.door import Door
@@ -42,6 +44,8 @@ from transport.sessions import Pending
 
 OFFER_S = 2.0
 PENDING_S = 10.0
+Ask = Callable[[str, Mapping[str, Any], "Peer"], dict[str, Any]]
+"""An operator's command, its arguments, who it is; the answer, JSON values."""
 _log = logging.getLogger(__name__)
 
 
@@ -61,6 +65,7 @@ class Handshake:
         *,
         describe: Callable[[], dict[str, Any]],
         accept: Callable[[Hello], Welcome],
+        ask: Ask | None,
         transports: tuple[str, ...],
         max_sessions: int,
         running: Callable[[], int],
@@ -69,6 +74,7 @@ class Handshake:
     ) -> None:
         self._router, self._door = router, door
         self._describe, self._accept, self._start = describe, accept, start
+        self._ask = ask
         self._transports, self._max_sessions, self._running = transports, max_sessions, running
         self._counts = counts
         self._pending: dict[bytes, Pending] = {}
@@ -82,7 +88,9 @@ class Handshake:
             default=None,
         )
 
-    def handle(self, identity: bytes, version: int, number: int, epoch: bytes, text: bytes) -> None:
+    def handle(  # noqa: PLR0917  what the listener has of a message
+        self, identity: bytes, version: int, number: int, epoch: bytes, text: bytes, peer: Peer
+    ) -> None:
         """One control message."""
         if version != PROTOCOL_VERSION:
             self._counts["version_mismatches"] += 1
@@ -93,9 +101,12 @@ class Handshake:
             if number == Opcode.DESCRIBE:
                 self._reply(identity, Opcode.DESCRIPTION, NO_EPOCH, self._describe())
             elif number == Opcode.HELLO:
-                self._hello(identity, body)
+                self._hello(identity, body, peer)
             elif number == Opcode.CONFIRM:
                 self._confirm(identity, epoch, string(body, "transport"), string(body, "reason"))
+            elif number == Opcode.ASK and self._ask is not None:
+                answer = self._ask(string(body, "command"), mapping(body, "arguments"), peer)
+                self._reply(identity, Opcode.ANSWER, NO_EPOCH, answer)
             elif number == Opcode.BYE:
                 self._drop(epoch, identity)
             else:
@@ -142,7 +153,7 @@ class Handshake:
             self._reply(pending.identity, Opcode.BYE, epoch, {"reason": reason})
             self._drop(epoch, pending.identity)
 
-    def _hello(self, identity: bytes, body: Mapping[str, Any]) -> None:
+    def _hello(self, identity: bytes, body: Mapping[str, Any], peer: Peer) -> None:
         hello = Hello.from_body(body)
         common = tuple(name for name in self._transports if name in hello.transports)
         if not common:
@@ -160,6 +171,7 @@ class Handshake:
             identity,
             os.urandom(EPOCH_BYTES),
             hello,
+            peer,
             welcome,
             common,
             offer,

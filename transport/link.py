@@ -22,6 +22,7 @@ from transport.control import (
     encode,
     string,
 )
+from transport.curve import ClientKeys
 from transport.errors import (
     PeerGone,
     ProtocolError,
@@ -52,6 +53,9 @@ _FAILURES = (
     | zmq.Event.HANDSHAKE_FAILED_PROTOCOL
     | zmq.Event.HANDSHAKE_FAILED_AUTH
 )
+
+
+_MECHANISM_MISMATCH = int(zmq.PROTOCOL_ERROR_ZMTP_MECHANISM_MISMATCH)
 
 
 def configure(socket: zmq.Socket[bytes]) -> None:
@@ -90,8 +94,11 @@ class Link:
         address: As a person would write it, for messages.
     """
 
-    def __init__(self, endpoint: str, address: str, *, ipv6: bool) -> None:
-        self.address = address
+    def __init__(
+        self, endpoint: str, address: str, *, ipv6: bool, curve: ClientKeys | None = None
+    ) -> None:
+        self.address, self._encrypted = address, curve is not None
+        self._refusal: Refused | None = None
         _require_descriptors(address)
         self._context = zmq.Context()
         self._socket: zmq.Socket[bytes] = self._context.socket(zmq.DEALER)
@@ -102,6 +109,8 @@ class Link:
         try:
             configure(self._socket)
             self._socket.set(zmq.IPV6, int(ipv6))
+            if curve is not None:
+                curve.apply(self._socket)
             self._monitor: zmq.Socket[bytes] = self._socket.get_monitor_socket(
                 zmq.Event.HANDSHAKE_SUCCEEDED | zmq.Event.DISCONNECTED | _FAILURES
             )
@@ -135,8 +144,13 @@ class Link:
         self.tell(opcode, epoch, body)
         while True:
             left = deadline - time.monotonic()
-            if left <= 0 or not self._socket.poll(math.ceil(left * 1000)):
+            if left <= 0:
                 raise TransportTimeout(self._silence(timeout_s))
+            if not has_input(self._socket):
+                self._sleep.poll(math.ceil(left * 1000))
+                self._watch()
+                if self._refusal is not None:
+                    raise self._refusal
             frames = self._receive()
             if frames is None:
                 continue
@@ -234,7 +248,8 @@ class Link:
     def _watch(self) -> None:
         """Read what the monitor saw happen to the connection."""
         while has_input(self._monitor):
-            event = recv_monitor_message(self._monitor, zmq.DONTWAIT)["event"]
+            said = recv_monitor_message(self._monitor, zmq.DONTWAIT)
+            event = said["event"]
             if event == zmq.Event.HANDSHAKE_SUCCEEDED:
                 self._connected = True
             elif event == zmq.Event.DISCONNECTED:
@@ -242,6 +257,21 @@ class Link:
                     self._gone = f"the connection to {self.address} broke"
             else:
                 self._rejected = True
+                self._refusal = self._refusal or self._key_refused(event, said["value"])
+
+    def _key_refused(self, event: int, value: int) -> Refused | None:
+        """What a failed handshake says about keys."""
+        wants = f"keys that the server at {self.address} lets in"
+        if event == zmq.Event.HANDSHAKE_FAILED_AUTH:
+            return Refused("key", "a key that is not on its list", wants)
+        if value == _MECHANISM_MISMATCH:
+            if self._encrypted:
+                return Refused("key", "keys", f"none: the server at {self.address} has none itself")
+            return Refused("key", "none (--server_key, --client_key)", wants)
+        if self._encrypted and event == zmq.Event.HANDSHAKE_FAILED_NO_DETAIL:
+            either = "another server's key, one not on its list, or keys where it has none itself"
+            return Refused("key", either, wants)
+        return None
 
     def _silence(self, timeout_s: float) -> str:
         self._watch()

@@ -25,12 +25,14 @@ from transport.control import (
     TRANSPORTS,
     Hello,
     Opcode,
+    Peer,
     Welcome,
     decode_prefix,
 )
+from transport.curve import ServerKeys
 from transport.door import Door
 from transport.errors import ProtocolError, TransportError
-from transport.handshake import Handshake
+from transport.handshake import Ask, Handshake
 from transport.reactor import Reactor
 from transport.roster import Roster
 from transport.router import Router
@@ -53,6 +55,8 @@ class Listener:
         port: 0 for any; ``port`` then says which.
         describe: What a client is told that asks; JSON values.
         accept: Grants a session or raises ``Refused``; nothing was allocated before it.
+        ask: Answers an operator; raises ``Refused``.
+        curve: The server's keys, and whose it lets in; without, everybody may come.
         transports: Which may be used, of ``TRANSPORTS``.
         spin_us: How long to watch the shared memory of a client in a tight exchange before
             sleeping; see ``AdaptiveSpin``.
@@ -69,6 +73,8 @@ class Listener:
         *,
         describe: Callable[[], dict[str, Any]],
         accept: Callable[[Hello], Welcome],
+        ask: Ask | None = None,
+        curve: ServerKeys | None = None,
         transports: Sequence[str] = TRANSPORTS,
         max_sessions: int = 64,
         spin_us: float = DEFAULT_SPIN_US,
@@ -76,20 +82,21 @@ class Listener:
         if not transports or any(name not in TRANSPORTS for name in transports):
             raise TransportError(f"transports: got {transports}, expected some of {TRANSPORTS}")
         self._adaptive = AdaptiveSpin(spin_us)
-        self._router = Router(host, port)
+        self._router = Router(host, port, curve)
         self.host, self.port = host, self._router.port
         self._reactor = Reactor()
         try:
-            self._open(describe, accept, tuple(transports), max_sessions, spin_us)
+            self._open(describe, accept, ask, tuple(transports), max_sessions, spin_us)
         except BaseException:
             self._reactor.close()
             self._router.close()
             raise
 
-    def _open(
+    def _open(  # noqa: PLR0917  the constructor's second half
         self,
         describe: Callable[[], dict[str, Any]],
         accept: Callable[[Hello], Welcome],
+        ask: Ask | None,
         transports: tuple[str, ...],
         max_sessions: int,
         spin_us: float,
@@ -97,7 +104,7 @@ class Listener:
         self._counts: Counter[str] = Counter()
         self._roster = Roster(self._reactor, self._router, self._receive, self._counts, spin_us)
         self._look_at = 0.0
-        self._control: deque[tuple[bytes, int, int, bytes, bytes]] = deque()
+        self._control: deque[tuple[bytes, int, int, bytes, bytes, Peer]] = deque()
         self._probes: list[float] = []
         self._closed = False
         self._door: Door | None = None
@@ -112,6 +119,7 @@ class Listener:
             self._door,
             describe=describe,
             accept=accept,
+            ask=ask,
             transports=transports,
             max_sessions=max_sessions,
             running=lambda: len(self._roster.sessions),
@@ -120,6 +128,8 @@ class Listener:
         )
         self._reactor.watch(self._router.fd, self._nothing)
         self._reactor.watch(self._router.monitor_fd, self._nothing)
+        if self._router.gatekeeper is not None:
+            self._reactor.watch(self._router.gatekeeper.fd, self._nothing)
 
     @property
     def sessions(self) -> Mapping[int, ServerSession]:
@@ -206,6 +216,8 @@ class Listener:
 
     def _serve(self) -> None:
         """Everything that is due, without waiting."""
+        if self._router.gatekeeper is not None:
+            self._router.gatekeeper.answer()
         self._receive(0.0)
         while self._control:
             self._handshake.handle(*self._control.popleft())
@@ -242,6 +254,6 @@ class Listener:
                 self._counts["dropped_epoch"] += 1
             elif len(self._control) < MAX_CONTROL_QUEUE:
                 text = frames[1].bytes if len(frames) == 2 else b""
-                self._control.append((identity, version, number, epoch, text))
+                self._control.append((identity, version, number, epoch, text, Peer.of(frames[0])))
             else:
                 self._counts["malformed"] += 1

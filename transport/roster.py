@@ -127,7 +127,7 @@ class Roster:
         )
         channel = ZmqChannel(pending.welcome.schema, pending.hello.schema, pending.epoch, carrier)
         channel.transport_reason = reason
-        session = ServerSession(pending.id, pending.hello, channel, reason)
+        session = ServerSession(pending.id, pending.hello, channel, reason, pending.peer)
         carrier.channel, carrier.session = channel, session
         self._carriers[pending.epoch] = carrier
         return session
@@ -148,7 +148,7 @@ class Roster:
             on_close=lambda why: self._leave(session, channel, why),
         )
         channel.transport_reason = reason
-        session = ServerSession(pending.id, pending.hello, channel, reason)
+        session = ServerSession(pending.id, pending.hello, channel, reason, pending.peer)
         self._reactor.watch(channel.bell, lambda: self.awake.wake(session, channel))
         self._reactor.watch(channel.link.fileno(), lambda: self._spoke(session, channel))
         self.awake.wake(session, channel)

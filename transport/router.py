@@ -11,6 +11,7 @@ from typing import Any
 import zmq
 from zmq.utils.monitor import recv_monitor_message
 
+from transport.curve import Gatekeeper, ServerKeys
 from transport.errors import AddressInUse, PeerGone, TransportError
 from transport.link import COPY_BELOW, LINGER_MS, SILENCE_MS, alarm, configure, has_input
 
@@ -29,10 +30,11 @@ class Router:
 
     Attributes:
         host, port: Where it is bound; the port is real where 0 was asked for.
+        gatekeeper: Who lets keys in; None without encryption.
         fd, monitor_fd: Edge-triggered, as ZMQ's are: look at ``waiting`` before sleeping on them.
     """
 
-    def __init__(self, host: str, port: int) -> None:
+    def __init__(self, host: str, port: int, curve: ServerKeys | None = None) -> None:
         """Raises ``AddressInUse``; ``TransportError`` for an address that cannot be had."""
         self.host = host
         numeric, ipv6 = _resolve(host, port)
@@ -40,6 +42,9 @@ class Router:
         try:
             self._socket: zmq.Socket[bytes] = self._context.socket(zmq.ROUTER)
             configure(self._socket)
+            self.gatekeeper = None if curve is None else Gatekeeper(self._context, curve)
+            if curve is not None:
+                curve.apply(self._socket)
             self._socket.set(zmq.ROUTER_MANDATORY, 1)
             self._socket.set(zmq.HANDSHAKE_IVL, SILENCE_MS)
             self._socket.set(zmq.IPV6, int(ipv6))
@@ -63,7 +68,8 @@ class Router:
     @property
     def waiting(self) -> bool:
         """Whether ``receive`` or ``observe`` has something."""
-        return has_input(self._socket) or bool(self._alarm.poll(0))
+        asked = self.gatekeeper is not None and self.gatekeeper.waiting
+        return asked or has_input(self._socket) or bool(self._alarm.poll(0))
 
     def receive(self) -> tuple[bytes, list[zmq.Frame]] | None:
         """Identity and frames of the next message; no frames if it has too many. Never blocks."""
@@ -115,6 +121,8 @@ class Router:
                 lost += 1
             else:
                 noise += 1
+                if self.gatekeeper is not None:
+                    self.gatekeeper.refused("somebody without keys, or with another server's")
         return lost, noise
 
     def close(self) -> None:

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from transport.base import BaseChannel
-from transport.control import Hello, Welcome
+from transport.control import Hello, Peer, Welcome
 
 if TYPE_CHECKING:
     from transport.offer import Offer
@@ -44,6 +44,7 @@ class Pending:
 
     Attributes:
         identity: Of its connection.
+        peer: Who it is.
         transports: What both sides accept.
         offer: Shared memory on offer; None once it is confirmed, withdrawn or was impossible.
         reason: Why there is no offer.
@@ -54,6 +55,7 @@ class Pending:
     identity: bytes
     epoch: bytes
     hello: Hello
+    peer: Peer
     welcome: Welcome
     transports: tuple[str, ...]
     offer: Offer | None
@@ -67,6 +69,7 @@ class ServerSession:
     """One client.
 
     Attributes:
+        peer: Who it is.
         channel: The server's side. Once the session has ended the listener closes it, too.
         transport_reason: Why it is this transport, as both sides were told.
         ended: Why it is over, once it is. What had arrived can still be read.
@@ -77,5 +80,6 @@ class ServerSession:
     hello: Hello
     channel: BaseChannel
     transport_reason: str
+    peer: Peer
     ended: str | None = None
     attachment: Any = None

@@ -1,0 +1,248 @@
+"""Who has a session with a policy server: let in, given a policy, reset, ended."""
+
+from __future__ import annotations
+
+import logging
+import time
+from typing import Any
+
+from policies.errors import ContractMismatch
+from policies.types import Policy
+from runtime import frames, messages, trace
+from runtime.admission import Demand, Limits, admit
+from runtime.answering import Answering
+from runtime.core import Core
+from runtime.served import Served
+from runtime.served_model import ServedModel, close
+from transport.channel import Kind, Message
+from transport.control import Hello, Welcome
+from transport.errors import PeerGone, Refused
+from transport.sessions import ServerSession
+
+logger = logging.getLogger(__name__)
+
+LOOK_EVERY_S = 1.0
+"""How often a server with a session timeout looks for sessions that have said nothing."""
+
+
+class Attendance:
+    """The sessions of a server, from their greeting to their end.
+
+    Args:
+        answering: Tells a client what became of a request that is not computed.
+        limits: On what a session may ask for.
+        timeout_s: End a session that has said nothing for so long; 0 for never.
+    """
+
+    def __init__(
+        self, core: Core, answering: Answering, limits: Limits, *, timeout_s: float
+    ) -> None:
+        self._core, self._answering = core, answering
+        self._limits, self._timeout_s = limits, timeout_s
+        self._reply_schema = messages.reply_schema(core.model.policy.contract)
+        self._look_at_s = 0.0
+        self._retired: dict[int, Policy] = {}
+
+    def welcome(self, hello: Hello) -> Welcome:
+        """What a client is granted.
+
+        Raises:
+            Refused: Why not.
+        """
+        try:
+            return self._welcome(hello)
+        except Refused:
+            self._core.counts["refused"] += 1
+            raise
+
+    def _welcome(self, hello: Hello) -> Welcome:
+        policy = self._core.model.policy
+        try:
+            frames.reader(hello.schema, hello.attributes, policy.contract)
+        except ContractMismatch as error:
+            raise Refused(error.field, error.got, error.expected) from error
+        if hello.schema.nbytes > self._limits.message_bytes:
+            most = f"at most {self._limits.message_bytes}"
+            raise Refused("message", f"{hello.schema.nbytes} bytes", most)
+        demand = self._demand(hello)
+        present = [session.attachment.demand for session in self._core.sessions.values()]
+        admit(demand, present, self._limits, self._core.costs)
+        lossy = frames.JPEG in hello.attributes
+        attributes = {
+            "kind": demand.kind,
+            "deterministic": messages.is_deterministic(policy.info) and not lossy,
+            "contract": messages.contract_hash(policy.contract),
+        }
+        return Welcome(schema=self._reply_schema, attributes=attributes)
+
+    def _demand(self, hello: Hello) -> Demand:
+        return Demand.read(hello.attributes, hello.schema.nbytes + self._reply_schema.nbytes)
+
+    def look_after(self, session: ServerSession) -> None:
+        """Take what a session has sent, or its end."""
+        if session.ended is None or session.attachment is not None:
+            self._drain(session)
+        if session.ended is not None:
+            self.end(session)
+
+    def _drain(self, session: ServerSession) -> None:
+        """Take everything the session has sent; keep the newest observation."""
+        if session.attachment is None and not self._begin(session):
+            return
+        served: Served = session.attachment
+        channel = session.channel
+        try:
+            while (message := channel.poll()) is not None:
+                if message.kind is Kind.DATA:
+                    self._take(session, served, message)
+                else:
+                    with message:
+                        if message.kind is Kind.RESET and not self._reset(session, message):
+                            return
+                if not channel.unread:
+                    return
+        except PeerGone as error:
+            logger.debug("session %d: %s", session.id, error)
+
+    def _take(self, session: ServerSession, served: Served, message: Message) -> None:
+        request = served.request(session.id, message, message.budget_ns)
+        if served.pace is not None and not served.pace.allows(request.arrived_ns):
+            self._answering.too_many(session, message, served.pace)
+            return
+        older = self._core.scheduler.offer(request)
+        if older is not None:
+            self._answering.pass_over(session, older.content, message.request_id)
+
+    def _begin(self, session: ServerSession) -> bool:
+        """Give the session a policy of its own; whether it has one now."""
+        hello, model = session.hello, self._core.model
+        logger.info(
+            "session %d: %s (%s) from %s over %s: %s",
+            session.id,
+            hello.client,
+            hello.attributes.get("kind", "sim"),
+            session.peer,
+            session.channel.transport,
+            session.transport_reason,
+        )
+        try:
+            policy = model.policy if model.exclusive else model.policy.fork()
+        except Exception as error:
+            logger.exception("session %d: the policy could not be forked", session.id)
+            session.channel.close(f"the policy could not be forked: {error!r}")
+            return False
+        served = session.attachment = Served(
+            policy,
+            policy is not model.policy,
+            frames.reader(hello.schema, hello.attributes, model.policy.contract),
+            self._demand(hello),
+            alone=hello.attributes.get("deterministic") is True and not model.exact,
+            pace=self._limits.pace(),
+            trace_key=trace.read_key(hello.attributes.get("trace")),
+            generation=model.generation,
+        )
+        self._core.sessions[session.id] = session
+        robot, budget_ns = served.demand.robot, served.budget_ns
+        self._core.scheduler.join(session.id, robot=robot, budget_ns=budget_ns)
+        return self._start_episode(session, policy)
+
+    def _reset(self, session: ServerSession, message: Message) -> bool:
+        """A new episode, which nothing that still waits belongs to."""
+        waiting = self._core.scheduler.withdraw(session.id)
+        if waiting is not None:
+            self._answering.pass_over(session, waiting.content, message.request_id)
+        self._core.counts["resets"] += 1
+        served: Served = session.attachment
+        served.heard_ns = time.monotonic_ns()
+        if served.generation != self._core.model.generation:
+            self._renew(served)
+        return self._start_episode(session, served.policy)
+
+    def _renew(self, served: Served) -> None:
+        """A fork of the model that is served now."""
+        model = self._core.model
+        fork = model.policy.fork()
+        if served.own:
+            close(served.policy)
+        served.policy, served.own = fork, fork is not model.policy
+        served.generation = model.generation
+        self._close_retired()
+
+    def _start_episode(self, session: ServerSession, policy: Policy) -> bool:
+        """A policy that fails to costs its session only."""
+        try:
+            policy.reset()
+        except Exception as error:
+            logger.exception("session %d: the policy failed to reset", session.id)
+            session.channel.close(f"the policy failed to reset: {error!r}")
+            self.end(session)
+            return False
+        return True
+
+    def end(self, session: ServerSession) -> None:
+        """Forget it. Idempotent."""
+        served: Served | None = session.attachment
+        if served is None:
+            return
+        session.attachment = None
+        self._core.sessions.pop(session.id, None)
+        waiting = self._core.scheduler.leave(session.id)
+        if waiting is not None:
+            waiting.content.release()
+        if served.own:
+            close(served.policy)
+        self._close_retired()
+        why = session.ended or "by the server"
+        logger.info("session %d ended: %s; %s", session.id, why, served.counts)
+
+    def end_silent(self) -> float | None:
+        """End those who have said nothing for too long; when to look again, seconds from now."""
+        if not self._timeout_s:
+            return None
+        now_s = time.monotonic()
+        if now_s >= self._look_at_s:
+            self._look_at_s = now_s + LOOK_EVERY_S
+            for session in list(self._core.sessions.values()):
+                if now_s - session.attachment.heard_ns / 1e9 > self._timeout_s:
+                    session.channel.close(f"nothing was said for {self._timeout_s:g} s")
+                    self.end(session)
+        return LOOK_EVERY_S
+
+    # Another model
+
+    def move_to(self, new: ServedModel) -> None:
+        """``new`` is served from now on. Sessions of a policy that keeps nothing go on with it at
+        once; one with episode state keeps its old fork until its next reset. The old policy is
+        closed when nobody needs it."""
+        core = self._core
+        old, core.model = core.model, new
+        self._retired[old.generation] = old.policy
+        for session in core.sessions.values():
+            served: Served = session.attachment
+            if old.shared and new.shared:
+                served.policy, served.generation = new.policy, new.generation
+        self._close_retired()
+
+    def _close_retired(self) -> None:
+        if self._retired:
+            needed = {session.attachment.generation for session in self._core.sessions.values()}
+            for generation in [g for g in self._retired if g not in needed]:
+                close(self._retired.pop(generation))
+
+    def status(self) -> list[dict[str, Any]]:
+        """For those who look; JSON values."""
+        return [
+            {
+                "id": session.id,
+                "client": session.hello.client,
+                "peer": str(session.peer),
+                "transport": session.channel.transport,
+                **session.attachment.status(),
+            }
+            for session in self._core.sessions.values()
+        ]
+
+    def close(self) -> None:
+        """End every session, and whatever waits for them."""
+        for session in list(self._core.sessions.values()):
+            self.end(session)
