@@ -5,7 +5,8 @@ from pathlib import Path
 from setuptools import find_namespace_packages, find_packages, setup
 
 PACKAGES = ("runtime", "transport", "policies", "envs", "robots")
-SERVER = ["torch>=2.11", "safetensors>=0.4", "openvino>=2025.0"]
+OPS = ["prometheus_client>=0.20", "rich>=13"]
+SERVER = ["torch>=2.11", "safetensors>=0.4", "openvino>=2025.0", *OPS]
 SIM = [
     "mujoco>=3.1,<3.9",
     "gymnasium>=1.0",
@@ -50,6 +51,7 @@ setup(
     install_requires=["numpy>=1.26", "numba>=0.59", "posix_ipc>=1.1", "pyzmq>=26", "pyyaml>=6"],
     extras_require={
         "server": SERVER,
+        "ops": OPS,
         "sim": SIM,
         "train": TRAIN,
         "jpeg": JPEG,

@@ -220,6 +220,14 @@ class PolicyContract:
     def camera_names(self) -> tuple[str, ...]:
         return tuple(camera.name for camera in self.cameras)
 
+    def require(self, expected: PolicyContract, *, but: Sequence[str] = ()) -> None:
+        """Raises ``ContractMismatch`` for the first field that is not as in ``expected``; those in
+        ``but`` may be."""
+        for name in (entry.name for entry in dataclasses.fields(self)):
+            got, wanted = getattr(self, name), getattr(expected, name)
+            if got != wanted and name not in but:
+                raise ContractMismatch(name, f"{got}", f"{wanted}")
+
     def to_json(self) -> str:
         return json.dumps(dataclasses.asdict(self))
 

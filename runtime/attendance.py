@@ -144,7 +144,7 @@ class Attendance:
         self._core.sessions[session.id] = session
         robot, budget_ns = served.demand.robot, served.budget_ns
         self._core.scheduler.join(session.id, robot=robot, budget_ns=budget_ns)
-        return self._start_episode(session, policy)
+        return self._start_episode(session, served)
 
     def _reset(self, session: ServerSession, message: Message) -> bool:
         """A new episode, which nothing that still waits belongs to."""
@@ -154,9 +154,7 @@ class Attendance:
         self._core.counts["resets"] += 1
         served: Served = session.attachment
         served.heard_ns = time.monotonic_ns()
-        if served.generation != self._core.model.generation:
-            self._renew(served)
-        return self._start_episode(session, served.policy)
+        return self._start_episode(session, served)
 
     def _renew(self, served: Served) -> None:
         """A fork of the model that is served now."""
@@ -168,10 +166,12 @@ class Attendance:
         served.generation = model.generation
         self._close_retired()
 
-    def _start_episode(self, session: ServerSession, policy: Policy) -> bool:
+    def _start_episode(self, session: ServerSession, served: Served) -> bool:
         """A policy that fails to costs its session only."""
         try:
-            policy.reset()
+            if served.generation != self._core.model.generation:
+                self._renew(served)
+            served.policy.reset()
         except Exception as error:
             logger.exception("session %d: the policy failed to reset", session.id)
             session.channel.close(f"the policy failed to reset: {error!r}")

@@ -62,6 +62,8 @@ class PolicyClient:
             links that are slow, and where the server's processor is scarcer than this one's.
         jpeg_quality: Send pictures as JPEG of this quality, 1 to 100, where the session goes over
             a network. Lossy; needs ``simplejpeg`` on both sides.
+        server_key, client_key: Key files (``runtime.keys``), for a server that wants keys: its
+            public one, and one's own secret one.
         rate_hz: How often it means to ask, and deadline_ms: how soon it needs its answers. A server
             of many clients that cannot keep them refuses the session, with the numbers.
 
@@ -71,6 +73,8 @@ class PolicyClient:
 
     Raises:
         JpegMissing: ``jpeg_quality`` without ``simplejpeg``.
+        KeyFileError: A key file that cannot be used.
+        Refused: The server does not let this key in.
         TransportTimeout: Nothing answered there.
         ProtocolError: What answered speaks another version.
         ContractMismatch: The server's description cannot be read.
@@ -88,13 +92,15 @@ class PolicyClient:
         name: str = "",
         resize: bool = False,
         jpeg_quality: int | None = None,
+        server_key: str = "",
+        client_key: str = "",
         rate_hz: float | None = None,
         deadline_ms: float | None = None,
     ) -> None:
         if not 1 <= max_in_flight <= MAX_IN_FLIGHT:
             raise ValueError(f"max_in_flight: got {max_in_flight}, expected 1 to {MAX_IN_FLIGHT}")
         self.address, self.timeout_s = address, timeout_s
-        self._wishes = Wishes(transport, resize, jpeg_quality)
+        self._wishes = Wishes(transport, resize, jpeg_quality, server_key, client_key)
         self._kind, self._deterministic = kind, deterministic
         self._max_in_flight = max_in_flight
         asked = {"rate_hz": rate_hz, "deadline_ms": deadline_ms}
@@ -110,7 +116,7 @@ class PolicyClient:
         self._lost = ""
         self._trace_key = 0
         self.policy_id = 0
-        self._service = Service(address, timeout_s)
+        self._service = Service(address, timeout_s, self._wishes.keys())
 
     # What it is
 

@@ -94,6 +94,18 @@ class Mission:
         """Between two commands."""
         return self.contract.dt_s / self.ratio
 
+    def demand(self) -> dict[str, Any]:
+        """What a server is told of it, as ``PolicyClient`` takes it.
+
+        An answer later than the chunk is long has no action left. A strategy that plays its chunks
+        one after another needs them at that rate; the others take what they get.
+        """
+        contract, strategy = self.contract, self.strategy()
+        demand: dict[str, Any] = {"deadline_ms": contract.chunk_size * contract.dt_s * 1e3}
+        if strategy.windowed:
+            demand["rate_hz"] = 1 / (strategy.stride * contract.dt_s)
+        return demand
+
     @property
     def realtime(self) -> RealtimeOptions:
         """Of the two processes that command the robot, whose driver may have threads."""

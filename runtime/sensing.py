@@ -333,9 +333,11 @@ class Sensing:
 def _work(mission: Mission, mailbox: Mailbox) -> int:
     logging.basicConfig(level=logging.WARNING, format="%(levelname)s %(name)s: %(message)s")
     robot = mission.make_robot()
-    with robot, PolicyClient(mission.address, kind="robot", **mission.wishes) as client:
-        if client.contract != mission.contract:
-            raise ContractMismatch("contract", f"{client.contract}", f"{mission.contract}")
+    with (
+        robot,
+        PolicyClient(mission.address, kind="robot", **mission.demand(), **mission.wishes) as client,
+    ):
+        client.contract.require(mission.contract)
         robot.connect(Role.SENSING, mission.connect_timeout_s)
         sensing = Sensing(mission, mailbox, robot, client)
         obs = sensing.first_observation()

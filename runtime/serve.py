@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import contextlib
 import dataclasses
 import ipaddress
 import logging
@@ -10,11 +11,10 @@ import os
 import signal
 import sys
 import threading
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 from policies.errors import PolicyError
-from policies.types import Policy
 from policies.yaml_config import ConfigError, load_config
 from runtime import trace
 from runtime.checkpoint_options import add_flags, from_flags
@@ -22,13 +22,31 @@ from runtime.config import DEFAULT_CHECKPOINT, TRANSPORTS, ServerConfig
 from runtime.errors import ModelNameError
 from runtime.latency import Percentiles
 from runtime.model_name import LocalModel, read_model_name
+from runtime.operator_token import OperatorToken
+from runtime.served_model import close
 from runtime.server import PolicyServer
-from runtime.warmup import warm_up
+from runtime.swap import Loader
+from runtime.warmup import measure_costs, warm_up
+from transport.curve import KeyFileError
 from transport.errors import TransportError
 
 logger = logging.getLogger(__name__)
 
 BAD_INPUT, INTERRUPTED = 2, 130
+FLAGS = (
+    "model_name_or_path",
+    "host",
+    "port",
+    "transport",
+    "max_sessions",
+    "max_batch",
+    "batch_wait_ms",
+    "session_timeout_s",
+    "curve_key",
+    "curve_allow",
+    "metrics_port",
+)
+"""Those that are keys of the configuration, too."""
 
 
 def parser() -> argparse.ArgumentParser:
@@ -46,6 +64,14 @@ def parser() -> argparse.ArgumentParser:
     add("-p", "--port", type=int, help="0 takes a free one (5000)")
     add("--transport", choices=TRANSPORTS, help="what clients are offered (auto: both)")
     add("--max_sessions", type=int, help="clients at a time (64)")
+    add("--max_batch", type=int, help="observations computed together (all the model can)")
+    add("--batch_wait_ms", type=float, help="how long a simulation waits for partners (0)")
+    add("--session_timeout_s", type=float, help="end who has said nothing for so long (0: never)")
+    add("--max_rate_hz", type=float, help="requests per second of one session (0: any)")
+    add("--curve_key", metavar="FILE", help="encrypt: the server's secret key (runtime.keys)")
+    add("--curve_allow", metavar="DIR", help="public keys of those who are let in")
+    add("--insecure", action="store_true", help="no warning for lack of encryption")
+    add("--metrics_port", "--metrics-port", type=int, help="for Prometheus (0: none)")
     add("--config", default="default", help="name under configs/server, or a YAML's path")
     add("--stop_with_stdin", action="store_true", help="stop when standard input closes")
     add("--trace", type=Path, metavar="FILE", help="what happened when, for ui.perfetto.dev")
@@ -62,8 +88,9 @@ def read_config(argv: Sequence[str] | None) -> tuple[ServerConfig, argparse.Name
     """
     args = parser().parse_args(argv)
     config = load_config(ServerConfig, args.config, kind="server")
-    names = ("model_name_or_path", "host", "port", "transport", "max_sessions")
-    given = {name: getattr(args, name) for name in names if getattr(args, name) is not None}
+    given = {name: getattr(args, name) for name in FLAGS if getattr(args, name) is not None}
+    if args.max_rate_hz is not None:
+        given["limits"] = dataclasses.replace(config.limits, rate_hz=args.max_rate_hz)
     checkpoint = from_flags(args, config.checkpoint)
     return dataclasses.replace(config, checkpoint=checkpoint, **given), args
 
@@ -81,7 +108,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     )
     try:
         with trace.tracing(args.trace, "policy server"):
-            return _serve(config)
+            return _serve(config, insecure=args.insecure)
     except trace.TraceError as error:
         return _fail(error)
     except KeyboardInterrupt:
@@ -89,17 +116,19 @@ def main(argv: Sequence[str] | None = None) -> int:
         return INTERRUPTED
 
 
-def _serve(config: ServerConfig) -> int:
+def _serve(config: ServerConfig, *, insecure: bool) -> int:
     signal.signal(signal.SIGTERM, signal.default_int_handler)  # until the server is there
     try:
         model = read_model_name(config.model_name_or_path)
         if not isinstance(model, LocalModel):
             raise ModelNameError(f"-m {model}: got a server's address, expected a checkpoint")
+        keys = config.keys()
         policy = config.checkpoint.load(model.name)
-    except (PolicyError, ModelNameError) as error:
+    except (PolicyError, ModelNameError, KeyFileError) as error:
         return _fail(error, _hint(config))
     try:
         warm = warm_up(policy)
+        costs = measure_costs(policy, warm, config.max_batch)
         transports = ("shm", "zmq") if config.transport == "auto" else (config.transport,)
         with PolicyServer(
             policy,
@@ -107,23 +136,50 @@ def _serve(config: ServerConfig) -> int:
             port=config.port,
             transports=transports,
             max_sessions=config.max_sessions,
+            limits=config.limits,
+            max_batch=config.max_batch,
+            batch_wait_ms=config.batch_wait_ms,
+            session_timeout_s=config.session_timeout_s,
+            costs=costs,
+            curve=keys,
         ) as server:
             _stop_on_signals(server)
-            _announce(server, policy, transports, warm)
-            server.serve()
+            with _offices(server, config):
+                _announce(server, config, transports, warm)
+                if keys is None and not insecure and not is_loopback(server.host):
+                    _warn(server)
+                server.serve()
+            policy = server.model.policy
     except (PolicyError, TransportError) as error:
         return _fail(error)
     finally:
-        _close(policy)
+        close(policy)
     logger.info("stopped; %s", server.statistics())
     return 0
 
 
-def _close(policy: Policy) -> None:
-    try:
-        policy.close()
-    except Exception:  # anyone's policy; there is nothing left to lose
-        logger.exception("the policy failed to close")
+@contextlib.contextmanager
+def _offices(server: PolicyServer, config: ServerConfig) -> Iterator[None]:
+    """What operators need: orders, and figures for Prometheus."""
+    with contextlib.ExitStack() as stack:
+        if config.metrics_port:
+            try:
+                from runtime.metrics import serve_metrics
+            except ImportError as error:
+                raise TransportError(
+                    f"--metrics_port: {error}: pip install prometheus_client"
+                ) from error
+
+            stack.callback(serve_metrics(server, config.metrics_host, config.metrics_port))
+        token = None
+        try:
+            token = OperatorToken(server.port)
+            stack.callback(token.close)
+        except OSError as error:
+            logger.warning("orders only with an operator's key: %s", error)
+        loader = Loader(server, config.checkpoint.load, token, max_batch=config.max_batch)
+        stack.callback(loader.close)
+        yield
 
 
 def _stop_at_end_of_stdin() -> None:
@@ -144,8 +200,9 @@ def _stop_on_signals(server: PolicyServer) -> None:
 
 
 def _announce(
-    server: PolicyServer, policy: Policy, transports: Sequence[str], warm: Percentiles
+    server: PolicyServer, config: ServerConfig, transports: Sequence[str], warm: Percentiles
 ) -> None:
+    policy, sizes = server.model.policy, server.model.sizes
     info, contract = policy.info, policy.contract
     cameras = ", ".join(f"{c.name} {c.source_hw[0]}x{c.source_hw[1]}" for c in contract.cameras)
     print(f"🚀 Policy Server started on {server.host}:{server.port}")
@@ -155,19 +212,33 @@ def _announce(
         f"{contract.dataset_id or '-'} of {list(contract.dataset_ids)}"
     )
     print(f"   observation  {cameras or 'no cameras'}; state {contract.state_dim}")
-    print(f"   device       {info.device}, {info.precision}, {info.engine}, {info.threads} threads")
-    print(f"   transports   {', '.join(transports)}")
+    threads = count(info.threads, "thread")
+    print(f"   device       {info.device}, {info.precision}, {info.engine}, {threads}")
+    secret = f"; CURVE, keys in {config.curve_allow}" if config.curve_key else ""
+    print(f"   transports   {', '.join(transports)}{secret}")
+    if sizes != (1,):
+        print(f"   batches      of {', '.join(map(str, sizes))}")
+    if config.metrics_port:
+        print(f"   metrics      http://{config.metrics_host}:{config.metrics_port}/metrics")
     print(f"   warm latency {warm.in_ms()}", flush=True)
-    if not _is_loopback(server.host):
-        logger.warning(
-            "listening on %s without encryption or keys: anybody who reaches port %d can use "
-            "this policy",
-            server.host,
-            server.port,
-        )
 
 
-def _is_loopback(host: str) -> bool:
+def _warn(server: PolicyServer) -> None:
+    logger.warning(
+        "NO ENCRYPTION, NO KEYS on %s: anybody who reaches port %d can use this policy, and "
+        "whoever is in between can read and change what a robot is told. Make keys with "
+        "`python -m runtime.keys`, give --curve_key and --curve_allow; --insecure silences this",
+        server.host,
+        server.port,
+    )
+
+
+def count(number: int, noun: str) -> str:
+    """``1 thread``, ``2 threads``."""
+    return f"{number} {noun}{'' if number == 1 else 's'}"
+
+
+def is_loopback(host: str) -> bool:
     try:
         return ipaddress.ip_address(host).is_loopback
     except ValueError:

@@ -22,7 +22,7 @@ from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import Future
 from typing import Any, TypeVar
 
-from policies.errors import ContractMismatch, PolicyError
+from policies.errors import PolicyError
 from policies.types import Policy
 from runtime.admission import Limits
 from runtime.answering import Answering
@@ -63,7 +63,6 @@ class PolicyServer:
             robot that is paused says nothing either.
         costs: What an inference takes, from the warm-up; learned otherwise.
         curve: Keys, and whose are let in; without, everybody who reaches the port is.
-        orders: What operators may ask for, by name, beside ``status``.
         spin_us: How long to watch for the next request of a client in a tight exchange before
             sleeping, 0 to 200.
 
@@ -85,7 +84,6 @@ class PolicyServer:
         session_timeout_s: float = 0.0,
         costs: Costs | None = None,
         curve: ServerKeys | None = None,
-        orders: dict[str, Order] | None = None,
         spin_us: float = DEFAULT_SPIN_US,
     ) -> None:
         model = ServedModel.of(policy, max_batch=max_batch)
@@ -97,7 +95,7 @@ class PolicyServer:
         self._attendance = Attendance(
             self._core, self._answering, limits or Limits(), timeout_s=session_timeout_s
         )
-        self._orders: dict[str, Order] = {"status": lambda *_: self.status(), **(orders or {})}
+        self._orders: dict[str, Order] = {"status": lambda *_: self.status()}
         self._errands: deque[Callable[[], None]] = deque()
         self._stopping: str | None = None
         self._began_s = time.monotonic()
@@ -170,18 +168,24 @@ class PolicyServer:
         self._listener.wake()
         try:
             return future.result(timeout_s)
-        finally:
-            future.cancel()
+        except TimeoutError:
+            if future.cancel():
+                raise
+            return future.result()  # it has begun, and is short
+
+    def add_order(self, name: str, order: Order) -> None:
+        """Let operators ask for ``name``, beside ``status``. Before ``serve``."""
+        self._orders[name] = order
 
     def check_successor(self, policy: Policy) -> None:
         """Whether ``policy`` could take the place of what is served; for any thread.
 
+        Its normalizers may be others: they are applied here, and no client sees them.
+
         Raises:
-            ContractMismatch: Its contract is another one.
+            ContractMismatch: Its contract is another one; says in which field.
         """
-        contract = self._core.model.policy.contract
-        if policy.contract != contract:
-            raise ContractMismatch("contract", f"{policy.contract}", f"{contract}")
+        policy.contract.require(self._core.model.policy.contract, but=("normalizer_hash",))
 
     def swap(self, policy: Policy, costs: Costs | None = None) -> int:
         """Serve ``policy``, already warm, from the next inference on; its id. For the serving

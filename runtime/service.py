@@ -16,6 +16,7 @@ from runtime.wishes import Wishes
 from transport.auto import Dialer, parse_address
 from transport.channel import Channel
 from transport.control import Welcome
+from transport.curve import ClientKeys
 from transport.errors import TransportError, TransportUnavailable
 from transport.schema import Schema
 
@@ -46,6 +47,7 @@ class Service:
 
     Args:
         timeout_s: For each of its answers.
+        keys: For a server that wants them.
 
     Attributes:
         contract, info: What it serves, and where.
@@ -56,9 +58,9 @@ class Service:
         ContractMismatch: Its description cannot be read.
     """
 
-    def __init__(self, address: str, timeout_s: float) -> None:
-        self.address, self._timeout_s = address, timeout_s
-        self._dialer = Dialer(*parse_address(address), timeout_s=timeout_s)
+    def __init__(self, address: str, timeout_s: float, keys: ClientKeys | None = None) -> None:
+        self.address, self._timeout_s, self._keys = address, timeout_s, keys
+        self._dialer = Dialer(*parse_address(address), timeout_s=timeout_s, curve=keys)
         self.contract, self.info = self._describe()
 
     def open(
@@ -106,10 +108,11 @@ class Service:
             remaining_s = deadline_s - time.monotonic()
             patience_s = max(0.1, min(self._timeout_s, remaining_s))
             try:
-                self._dialer = Dialer(*parse_address(self.address), timeout_s=patience_s)
+                self._dialer = Dialer(
+                    *parse_address(self.address), timeout_s=patience_s, curve=self._keys
+                )
                 contract, self.info = self._describe()
-                if contract != self.contract:
-                    raise ContractMismatch("contract", f"{contract}", f"{self.contract}")
+                contract.require(self.contract)
                 attempt()
                 return
             except TransportError as error:

@@ -9,9 +9,13 @@ import numpy as np
 from policies.errors import InferenceError, PolicyError
 from policies.types import MetaObs, Policy, PolicyContract
 from runtime import messages
+from runtime.costs import Costs
 from runtime.latency import Percentiles
+from runtime.served_model import ServedModel
 
 MIN_REQUESTS, MAX_REQUESTS, LONG_ENOUGH_S = 3, 30, 2.0
+BATCHES = 4
+"""Of each size, to know what it costs."""
 
 
 def synthetic_observation(contract: PolicyContract, seed: int = 0) -> MetaObs:
@@ -54,3 +58,28 @@ def warm_up(policy: Policy) -> Percentiles:
     except Exception as error:
         raise InferenceError(f"the policy failed to reset: {error!r}") from error
     return Percentiles.of(durations_s[len(durations_s) // 2 :])
+
+
+def measure_costs(policy: Policy, single: Percentiles, max_batch: int | None = None) -> Costs:
+    """What ``policy``, warm, takes for each batch size that it is prepared for.
+
+    Args:
+        single: As ``warm_up`` gave it.
+
+    Raises:
+        InferenceError: A batch fails.
+    """
+    costs = Costs()
+    for duration_s in (single.p50, single.p99):
+        costs.add(1, round(duration_s * 1e9))
+    model = ServedModel.of(policy, max_batch=max_batch)
+    for size in model.sizes:
+        if size > 1 and model.infer_batch is not None:
+            observations = [synthetic_observation(policy.contract, seed) for seed in range(size)]
+            for _ in range(BATCHES):
+                began_ns = time.monotonic_ns()
+                for answer in model.infer_batch(observations):
+                    if isinstance(answer, PolicyError):
+                        raise answer
+                costs.add(size, time.monotonic_ns() - began_ns)
+    return costs

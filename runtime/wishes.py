@@ -5,12 +5,14 @@ from __future__ import annotations
 import argparse
 import dataclasses
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 from policies import jpeg
 from policies.jpeg import JpegMissing
 from runtime.config import TRANSPORTS
 from runtime.frames import DEFAULT_QUALITY
+from transport.curve import ClientKeys, KeyFileError
 
 
 @dataclass(frozen=True, slots=True)
@@ -21,17 +23,25 @@ class Wishes:
         transport: ``"auto"``, ``"shm"`` or ``"zmq"``.
         resize: Bring pictures to the model's size before they are sent.
         jpeg_quality: Send them as JPEG where the session goes over a network, 1 to 100.
+        server_key, client_key: Files of ``runtime.keys``, for a server that wants keys: its public
+            key, and one's own secret one.
 
     Raises:
-        ValueError: A quality that is none.
+        ValueError: A quality that is none, or one key without the other.
         JpegMissing: JPEG without its codec.
+        KeyFileError: A key file that cannot be used.
     """
 
     transport: str = "auto"
     resize: bool = False
     jpeg_quality: int | None = None
+    server_key: str = ""
+    client_key: str = ""
 
     def __post_init__(self) -> None:
+        if bool(self.server_key) != bool(self.client_key):
+            raise ValueError("server_key, client_key: got one, expected both or neither")
+        self.keys()
         if self.jpeg_quality is not None:
             if self.jpeg_quality not in jpeg.QUALITIES:
                 raise ValueError(f"jpeg_quality: got {self.jpeg_quality}, expected 1 to 100")
@@ -40,6 +50,12 @@ class Wishes:
     def keywords(self) -> dict[str, Any]:
         """What ``PolicyClient`` and ``Wishes`` take to wish the same; JSON values."""
         return dataclasses.asdict(self)
+
+    def keys(self) -> ClientKeys | None:
+        """As the files say now; None without."""
+        if not self.server_key:
+            return None
+        return ClientKeys.load(self.server_key, self.client_key)
 
     def ways(self) -> tuple[tuple[str, int | None], ...]:
         """(transport, JPEG quality), in the order to try. Shared memory carries pixels for
@@ -65,6 +81,14 @@ def add_flags(cli: argparse.ArgumentParser) -> None:
         metavar="QUALITY",
         help=f"send a server pictures as JPEG, 1 to 100, over a network ({DEFAULT_QUALITY})",
     )
+    add_key_flags(cli)
+
+
+def add_key_flags(cli: argparse.ArgumentParser) -> None:
+    """For a server that wants keys."""
+    add = cli.add_argument
+    add("--server_key", default="", metavar="FILE", help="the server's public key (runtime.keys)")
+    add("--client_key", default="", metavar="FILE", help="one's own secret key")
 
 
 def from_flags(args: argparse.Namespace) -> Wishes:
@@ -73,7 +97,15 @@ def from_flags(args: argparse.Namespace) -> Wishes:
     Raises:
         ValueError: What cannot be had; names the flag.
     """
+    keys = tuple(str(Path(name).resolve()) if name else "" for name in key_files(args))
     try:
-        return Wishes(args.transport, args.resize, args.jpeg)
-    except (JpegMissing, ValueError) as error:
+        return Wishes(args.transport, args.resize, args.jpeg, *keys)
+    except JpegMissing as error:
         raise ValueError(f"--jpeg: {error}") from error
+    except KeyFileError as error:
+        raise ValueError(f"--server_key, --client_key: {error}") from error
+
+
+def key_files(args: argparse.Namespace) -> tuple[str, str]:
+    """As the flags name them."""
+    return args.server_key, args.client_key

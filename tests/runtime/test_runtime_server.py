@@ -2,46 +2,29 @@
 
 from __future__ import annotations
 
-import contextlib
 import dataclasses
 import subprocess
 import sys
 import threading
 import time
-from collections.abc import Iterator
 
 import numpy as np
 import pytest
 
 from policies.checkpoint.load import load_policy
 from policies.errors import ContractMismatch, InferenceError, ObservationError
-from policies.types import STAGES, ActionChunk, MetaObs, Policy
+from policies.types import STAGES, ActionChunk, MetaObs
 from runtime import messages
 from runtime.client import PolicyClient
 from runtime.errors import RequestTimeout, ServerBusy, ServerLost
 from runtime.server import PolicyServer
 from runtime.warmup import synthetic_observation, warm_up
+from tests.runtime.serving import connect, serving
 from tests.runtime.toy_policy import CONTRACT, ToyPolicy, observation
 from transport.auto import Dialer
 from transport.errors import AddressInUse, Refused, TransportTimeout
 
 TRANSPORTS = ["shm", "zmq"]
-
-
-@contextlib.contextmanager
-def serving(policy: Policy, **options: int) -> Iterator[PolicyServer]:
-    with PolicyServer(policy, **options) as server:
-        thread = threading.Thread(target=server.serve)
-        thread.start()
-        try:
-            yield server
-        finally:
-            server.stop("the test is over")
-            thread.join()
-
-
-def connect(server: PolicyServer, transport: str = "auto", **options: object) -> PolicyClient:
-    return PolicyClient(f"{server.host}:{server.port}", transport=transport, **options)
 
 
 def poll_until(client: PolicyClient, replies: int) -> list[int]:
@@ -415,7 +398,7 @@ def test_another_servers_policy_is_not_mistaken_for_the_one_asked_for() -> None:
             early.infer(observation())
         with pytest.raises(ServerLost):
             late.infer(observation())
-        with pytest.raises(ContractMismatch, match="normalizer_hash='another'"):
+        with pytest.raises(ContractMismatch, match="normalizer_hash: got another"):
             late.reconnect()
         with pytest.raises(ServerLost):  # and stays lost
             late.infer(observation())

@@ -1,0 +1,91 @@
+"""Questions and orders to a running server: ``python -m runtime.ctl HOST:PORT status | load CKPT``.
+
+Everybody who may connect may ask for the status. Orders are for whoever runs the server, on its
+machine, and for keys listed under ``operators/``.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from runtime.operator_token import read_token
+from runtime.wishes import add_key_flags, key_files
+from transport.auto import Dialer, parse_address
+from transport.curve import ClientKeys, KeyFileError
+from transport.errors import TransportError
+
+FAILED, BAD_INPUT = 1, 2
+LOOK_S = 0.2
+
+
+def dial(address: str, server_key: str, client_key: str, timeout_s: float = 5.0) -> Dialer:
+    """To the server at ``address``.
+
+    Raises:
+        TransportError: Not an address.
+        KeyFileError: A key file that cannot be used, or one without the other.
+    """
+    if bool(server_key) != bool(client_key):
+        raise KeyFileError("--server_key, --client_key: got one, expected both or neither")
+    keys = ClientKeys.load(server_key, client_key) if server_key else None
+    return Dialer(*parse_address(address), timeout_s=timeout_s, curve=keys)
+
+
+def load(dialer: Dialer, checkpoint: str, timeout_s: float) -> dict[str, Any]:
+    """Order it and wait; the last ``LoadState``.
+
+    Args:
+        checkpoint: On the server's machine; from this process' folder where it is found there.
+
+    Raises:
+        Refused: Not an operator, or another one is being loaded.
+        TransportError: The server does not answer, or it takes longer than ``timeout_s``.
+    """
+    path = Path(checkpoint)
+    name = str(path.resolve()) if path.exists() else checkpoint
+    state = dialer.ask("load", {"checkpoint": name, "token": read_token(dialer.port)})
+    until_s = time.monotonic() + timeout_s
+    while state["state"] not in ("serving", "failed"):
+        if time.monotonic() >= until_s:
+            raise TransportError(f"{name}: still {state['state']} after {timeout_s:g} s")
+        time.sleep(LOOK_S)
+        state = dialer.ask("load_state")
+    return state
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Returns the exit status."""
+    cli = argparse.ArgumentParser(prog="python -m runtime.ctl", description=__doc__)
+    cli.add_argument("address", metavar="HOST:PORT")
+    add_key_flags(cli)
+    commands = cli.add_subparsers(dest="command", required=True)
+    commands.add_parser("status", help="what it serves, to whom and how fast, as JSON")
+    loading = commands.add_parser("load", help="serve another checkpoint, without a pause")
+    loading.add_argument("checkpoint")
+    loading.add_argument("--timeout_s", type=float, default=600.0)
+    args = cli.parse_args(argv)
+    try:
+        with dial(args.address, *key_files(args)) as dialer:
+            if args.command == "status":
+                print(json.dumps(dialer.ask("status"), indent=2))
+                return 0
+            state = load(dialer, args.checkpoint, args.timeout_s)
+    except (TransportError, KeyError) as error:
+        print(f"error: {error}", file=sys.stderr)
+        return BAD_INPUT
+    if state["state"] == "failed":
+        kept = "the old policy serves on"
+        print(f"error: {state['checkpoint']}: {state['error']} ({kept})", file=sys.stderr)
+        return FAILED
+    print(f"policy {state['policy_id']}: {state['checkpoint']}, after {state['took_s']:.1f} s")
+    return 0
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())

@@ -1,0 +1,349 @@
+"""One server, many clients: batches, classes, deadlines, limits, and nobody in another's way."""
+
+from __future__ import annotations
+
+import contextlib
+import threading
+import time
+from collections.abc import Iterator
+
+import numpy as np
+import pytest
+
+from policies.checkpoint.load import load_policy
+from policies.errors import InferenceError, ObservationError
+from policies.types import ActionChunk
+from runtime.admission import Limits
+from runtime.client import PolicyClient
+from runtime.config import DEFAULT_CHECKPOINT
+from runtime.costs import Costs
+from runtime.errors import ServerLost
+from runtime.warmup import synthetic_observation
+from tests.runtime.batch_policy import BatchPolicy
+from tests.runtime.serving import connect, serving
+from tests.runtime.toy_policy import ToyPolicy, observation
+from transport.errors import Refused
+
+PATIENCE_S = 30.0
+MS = 1_000_000
+
+
+class Fixed(Costs):
+    """What is said first stays: here an inference takes as long as the test holds it."""
+
+    def __init__(self, known: dict[int, int]) -> None:
+        super().__init__()
+        for size, duration_ns in known.items():
+            super().add(size, duration_ns)
+
+    def add(self, size: int, duration_ns: int) -> None:
+        pass
+
+
+SAVING = {1: 10 * MS, 2: 14 * MS, 4: 22 * MS}
+
+
+def await_chunk(client: PolicyClient) -> ActionChunk:
+    deadline_s = time.monotonic() + PATIENCE_S
+    while time.monotonic() < deadline_s:
+        chunk = client.poll()
+        if chunk is not None:
+            return chunk
+        time.sleep(1e-4)
+    raise AssertionError("no answer")
+
+
+@contextlib.contextmanager
+def held(**options: object) -> Iterator[tuple]:
+    """A server in the middle of an inference for a client of its own, that goes on at ``gate``."""
+    gate = threading.Semaphore(0)
+    policy = BatchPolicy(gate=gate)
+    with (
+        serving(policy, **{"costs": Fixed(SAVING), **options}) as server,
+        contextlib.ExitStack() as stack,
+    ):
+
+        def client(**wishes: object) -> PolicyClient:
+            made = stack.enter_context(connect(server, **wishes))
+            gate.release()
+            made.infer(observation(-1))
+            return made
+
+        first = client()
+        policy.done.clear()
+        try:
+            yield server, policy, gate, first, client
+        finally:
+            gate.release(100)
+
+
+def occupy(policy: BatchPolicy, client: PolicyClient, value: float) -> None:
+    """Until the server computes for ``client``."""
+    while policy.entered.acquire(blocking=False):
+        pass
+    client.submit(observation(value))
+    assert policy.entered.acquire(timeout=PATIENCE_S)
+
+
+def test_simulations_are_computed_together_and_each_gets_its_own() -> None:
+    with held() as (server, policy, gate, first, client):
+        others = [client() for _ in range(3)]
+        policy.done.clear()
+        occupy(policy, first, 1)
+        for value, other in enumerate(others, 2):
+            other.submit(observation(value, timestep=value))
+        gate.release(2)
+        assert await_chunk(first).actions[0, 0] == 1
+        for value, other in enumerate(others, 2):
+            chunk = await_chunk(other)
+            assert chunk.actions[0, 0] == value
+            assert chunk.obs_timestep == value
+        assert policy.done[0] == [1]
+        assert sorted(policy.done[1]) == [2, 3, 4]
+        assert server.statistics().batches == 1
+
+
+def test_one_bad_observation_in_a_batch_costs_only_its_own_request() -> None:
+    with held() as (_, policy, gate, first, client):
+        bad, good = client(), client()
+        occupy(policy, first, 1)
+        bad.submit(observation(float("nan")))
+        good.submit(observation(7))
+        gate.release(2)
+        assert await_chunk(good).actions[0, 0] == 7
+        with pytest.raises(ObservationError, match="NaN"):
+            await_chunk(bad)
+
+
+def test_a_policy_that_fails_on_a_batch_fails_its_requests_and_serves_on() -> None:
+    class Fragile(BatchPolicy):
+        def infer_batch(self, observations):
+            answers = super().infer_batch(observations)
+            if len(observations) > 1:
+                raise RuntimeError("a bug in somebody's policy")
+            return answers
+
+    gate = threading.Semaphore(0)
+    policy = Fragile(gate=gate)
+    with serving(policy, costs=Fixed(SAVING)) as server, contextlib.ExitStack() as stack:
+        first, second, third = (stack.enter_context(connect(server)) for _ in range(3))
+        for each in (first, second, third):
+            gate.release()
+            each.infer(observation(0))
+        occupy(policy, first, 1)
+        second.submit(observation(2))
+        third.submit(observation(3))
+        gate.release(2)
+        await_chunk(first)
+        for each in (second, third):
+            with pytest.raises(InferenceError, match="somebody's policy"):
+                await_chunk(each)
+        gate.release()
+        assert second.infer(observation(4)).actions[0, 0] == 4
+
+
+def test_a_robot_goes_before_simulations_that_came_earlier() -> None:
+    with held() as (_, policy, gate, first, client):
+        simulations, robot = [client(), client()], client(kind="robot")
+        policy.done.clear()
+        occupy(policy, first, 1)
+        for value, simulation in enumerate(simulations, 10):
+            simulation.submit(observation(value))
+        robot.submit(observation(99))
+        gate.release(3)
+        await_chunk(robot)
+        for simulation in simulations:
+            await_chunk(simulation)
+        assert policy.done[:2] == [[1], [99]]
+
+
+def test_a_robot_is_computed_alone() -> None:
+    with held() as (_, policy, gate, first, client):
+        robots = [client(kind="robot") for _ in range(2)]
+        policy.done.clear()
+        occupy(policy, first, 1)
+        robots[0].submit(observation(5))
+        gate.release(1)
+        await_chunk(first)
+        gate.release(1)
+        await_chunk(robots[0])
+        assert [5] in policy.done
+
+
+def test_while_a_robot_with_a_deadline_lives_batches_are_small_enough_for_it() -> None:
+    costs = Fixed({1: 10 * MS, 2: 14 * MS, 4: 60 * MS})
+    with held(costs=costs) as (_, policy, gate, first, client):
+        client(kind="robot", deadline_ms=50)
+        simulations = [client() for _ in range(4)]
+        policy.done.clear()
+        occupy(policy, first, 1)
+        for value, simulation in enumerate(simulations, 10):
+            simulation.submit(observation(value))
+        gate.release(5)
+        for simulation in simulations:
+            await_chunk(simulation)
+        assert max(len(done) for done in policy.done) == 2
+
+
+@pytest.mark.parametrize("exact", [True, False])
+def test_deterministic_sessions_share_a_batch_only_where_it_changes_no_bit(exact: bool) -> None:
+    gate = threading.Semaphore(0)
+    policy = BatchPolicy(gate=gate)
+    policy.batch_is_exact = exact
+    with serving(policy, costs=Fixed(SAVING)) as server, contextlib.ExitStack() as stack:
+        clients = [stack.enter_context(connect(server, deterministic=True)) for _ in range(3)]
+        for each in clients:
+            gate.release()
+            each.infer(observation(0))
+        policy.done.clear()
+        occupy(policy, clients[0], 1)
+        clients[1].submit(observation(2))
+        clients[2].submit(observation(3))
+        gate.release(3)
+        for each in clients:
+            await_chunk(each)
+        assert [len(done) for done in policy.done] == ([1, 2] if exact else [1, 1, 1])
+
+
+def test_what_can_not_be_in_time_any_more_is_answered_so_and_not_computed() -> None:
+    with held(costs=Fixed({1: 10 * MS})) as (server, policy, gate, first, client):
+        hasty, robot = client(), client(kind="robot")
+        policy.done.clear()
+        occupy(policy, first, 1)
+        hasty._submit(observation(2), 30 * MS)
+        robot.submit(observation(3))
+        gate.release(1)  # now it sees both, and takes the robot's
+        await_chunk(first)
+        assert policy.entered.acquire(timeout=PATIENCE_S)
+        time.sleep(0.05)
+        gate.release(1)
+        await_chunk(robot)
+        with pytest.raises(InferenceError, match="time was up"):
+            await_chunk(hasty)
+        assert policy.done == [[1], [3]]
+        assert server.statistics().late == 1
+
+
+def test_a_session_that_asks_too_often_is_told_and_others_are_not_slowed() -> None:
+    with serving(BatchPolicy(), limits=Limits(rate_hz=20)) as server:
+        with connect(server) as eager, connect(server) as calm:
+            told = 0
+            for value in range(40):
+                try:
+                    eager.infer(observation(value))
+                except InferenceError as error:
+                    assert "at most 20 per s" in str(error)
+                    told += 1
+            assert told >= 20
+            assert calm.infer(observation(7)).actions[0, 0] == 7
+        assert server.statistics().too_many == told
+
+
+@pytest.mark.parametrize(
+    ("wishes", "says"),
+    [
+        ({"kind": "robot", "rate_hz": 91}, r"91 requests/s of 10 ms each.*91 % of the time"),
+        ({"kind": "robot", "deadline_ms": 19}, r"its own 19, where 1 robots of 10 ms each"),
+        ({"rate_hz": -1}, "a number above 0"),
+        ({"deadline_ms": 0}, "a number above 0"),
+        ({"rate_hz": float("nan")}, "a number above 0"),
+        ({"kind": "cat"}, "one of"),
+    ],
+)
+def test_who_would_break_a_budget_is_refused_with_the_numbers(wishes, says: str) -> None:
+    with (
+        serving(BatchPolicy(), costs=Fixed({1: 10 * MS})) as server,
+        connect(server, **wishes) as client,
+        pytest.raises(Refused, match=says),
+    ):
+        client.infer(observation(1))
+
+
+def test_a_newcomer_that_would_break_anothers_deadline_is_refused() -> None:
+    with serving(BatchPolicy(), costs=Fixed({1: 10 * MS})) as server:
+        with connect(server, kind="robot", deadline_ms=25) as first:
+            first.infer(observation(1))
+            with (
+                connect(server, kind="robot") as second,
+                pytest.raises(Refused, match="another robot's 25"),
+            ):
+                second.infer(observation(1))
+            with connect(server) as simulation:
+                simulation.infer(observation(1))
+        with connect(server, kind="robot") as second:  # the first has left
+            deadline_s = time.monotonic() + PATIENCE_S
+            while server.statistics().sessions > 0 and time.monotonic() < deadline_s:
+                time.sleep(0.01)
+            second.infer(observation(1))
+
+
+@pytest.mark.parametrize(
+    ("limits", "says"),
+    [
+        (Limits(message_bytes=1000), r"bytes, expected at most 1000"),
+        (Limits(total_bytes=1000), r"at most 1000 for all sessions"),
+        (Limits(rate_hz=10), r"expected at most 10"),
+    ],
+)
+def test_limits_are_said(limits: Limits, says: str) -> None:
+    with (
+        serving(BatchPolicy(), limits=limits) as server,
+        connect(server, rate_hz=11) as client,
+        pytest.raises(Refused, match=says),
+    ):
+        client.infer(observation(1))
+
+
+@pytest.mark.parametrize("transport", ["shm", "zmq"])
+def test_a_silent_session_is_ended_with_the_reason_and_a_busy_one_is_not(transport: str) -> None:
+    with (
+        serving(ToyPolicy(), session_timeout_s=0.3) as server,
+        connect(server, transport) as silent,
+        connect(server, transport) as busy,
+    ):
+        silent.infer(observation(1))
+        until_s = time.monotonic() + 2.5
+        while time.monotonic() < until_s:
+            busy.infer(observation(2))
+            time.sleep(0.05)
+        with pytest.raises(ServerLost, match=r"nothing was said for 0\.3 s"):
+            silent.infer(observation(1))
+        busy.infer(observation(2))
+
+
+@pytest.mark.parametrize("transport", ["shm", "zmq"])
+def test_a_client_that_never_reads_delays_nobody(transport: str) -> None:
+    with (
+        serving(BatchPolicy()) as server,
+        connect(server, transport, max_in_flight=3) as stuck,
+        connect(server, transport) as other,
+    ):
+        stuck.infer(observation(1))
+        session = stuck._open_session()
+        for number in range(20):  # beyond what a direction holds, and never a look at an answer
+            with contextlib.suppress(Exception):
+                loan = session.channel.loan()
+                stuck._session.pictures.write(observation(number), loan.arrays)
+                loan.publish(1000 + number)
+        for value in range(50):
+            assert other.infer(observation(value), timeout_s=2.0).actions[0, 0] == value
+
+
+def test_the_shipped_checkpoint_gives_the_same_bits_whatever_it_is_computed_with() -> None:
+    policy = load_policy(DEFAULT_CHECKPOINT, device="cpu", threads=1)
+    observations = [synthetic_observation(policy.contract, seed) for seed in range(4)]
+    try:
+        alone = [policy.infer(obs).actions.copy() for obs in observations]
+        with serving(policy) as server, contextlib.ExitStack() as stack:
+            clients = [stack.enter_context(connect(server, deterministic=True)) for _ in range(4)]
+            for client, obs in zip(clients, observations, strict=True):
+                client.infer(obs)
+            for _ in range(5):
+                for client, obs in zip(clients, observations, strict=True):
+                    client.submit(obs)
+                for client, expected in zip(clients, alone, strict=True):
+                    assert np.array_equal(await_chunk(client).actions, expected)
+            if len(server.model.sizes) > 1:
+                assert server.statistics().batches > 0
+    finally:
+        policy.close()
