@@ -128,11 +128,13 @@ class Server(Program):
         *,
         host: str = "127.0.0.1",
         prefix: tuple[str, ...] = (),
+        module: str = "tests.faults.sine_policy",
+        flags: tuple[str, ...] = (),
     ) -> None:
         super().__init__(
             "-m", "runtime.server",
-            "-m", f"python:tests.faults.sine_policy:{factory}",
-            "--host", host, "--port", str(port), "--log_level", "ERROR",
+            "-m", f"python:{module}:{factory}",
+            "--host", host, "--port", str(port), "--log_level", "ERROR", *flags,
             prefix=prefix,
         )  # fmt: skip
         try:

@@ -389,19 +389,10 @@ def test_flags_that_cannot_be_are_named(flags: list[str], says: str) -> None:
 
 
 def _start(*flags: str) -> subprocess.Popen[str]:
-    model = ["-m", "python:tests.runtime.batch_policy:make"]
+    model, everybody = "python:tests.runtime.batch_policy:make", "0.0.0.0"  # noqa: S104
+    address = ["--host", everybody, "--port", "0"]
     return subprocess.Popen(
-        [
-            sys.executable,
-            "-m",
-            "runtime.server",
-            *model,
-            "--port",
-            "0",
-            "--host",
-            "0.0.0.0",
-            *flags,
-        ],  # noqa: S104
+        [sys.executable, "-m", "runtime.server", "-m", model, *address, *flags],
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
         text=True,
