@@ -87,13 +87,13 @@ class PolicyServer:
         spin_us: float = DEFAULT_SPIN_US,
     ) -> None:
         model = ServedModel.of(policy, max_batch=max_batch)
-        costs = costs or Costs()
+        costs, limits = costs or Costs(), limits or Limits()
         scheduler = Scheduler(costs, model.sizes, max_wait_ns=round(batch_wait_ms * 1e6))
         self._max_batch = max_batch
         self._core = Core(model, costs, scheduler)
         self._answering = Answering(self._core, self._end)
         self._attendance = Attendance(
-            self._core, self._answering, limits or Limits(), timeout_s=session_timeout_s
+            self._core, self._answering, limits, timeout_s=session_timeout_s
         )
         self._orders: dict[str, Order] = {"status": lambda *_: self.status()}
         self._errands: deque[Callable[[], None]] = deque()
@@ -107,6 +107,7 @@ class PolicyServer:
             ask=self._ask,
             curve=curve,
             transports=transports,
+            max_message_bytes=limits.message_bytes,
             max_sessions=1 if model.exclusive else max_sessions,
             spin_us=spin_us,
         )

@@ -36,6 +36,7 @@ from transport.handshake import Ask, Handshake
 from transport.reactor import Reactor
 from transport.roster import Roster
 from transport.router import Router
+from transport.schema import MAX_MESSAGE_BYTES
 from transport.sessions import ListenerStatistics, ServerSession
 from transport.shm import sweep
 
@@ -58,6 +59,7 @@ class Listener:
         ask: Answers an operator; raises ``Refused``.
         curve: The server's keys, and whose it lets in; without, everybody may come.
         transports: Which may be used, of ``TRANSPORTS``.
+        max_message_bytes: What one message over ZMQ may have.
         spin_us: How long to watch the shared memory of a client in a tight exchange before
             sleeping; see ``AdaptiveSpin``.
 
@@ -77,12 +79,13 @@ class Listener:
         curve: ServerKeys | None = None,
         transports: Sequence[str] = TRANSPORTS,
         max_sessions: int = 64,
+        max_message_bytes: int = MAX_MESSAGE_BYTES,
         spin_us: float = DEFAULT_SPIN_US,
     ) -> None:
         if not transports or any(name not in TRANSPORTS for name in transports):
             raise TransportError(f"transports: got {transports}, expected some of {TRANSPORTS}")
         self._adaptive = AdaptiveSpin(spin_us)
-        self._router = Router(host, port, curve)
+        self._router = Router(host, port, curve, max_message_bytes)
         self.host, self.port = host, self._router.port
         self._reactor = Reactor()
         try:

@@ -11,9 +11,11 @@ from typing import Any
 import zmq
 from zmq.utils.monitor import recv_monitor_message
 
+from transport.control import MAX_CONTROL_BYTES
 from transport.curve import Gatekeeper, ServerKeys
 from transport.errors import AddressInUse, PeerGone, TransportError
 from transport.link import COPY_BELOW, LINGER_MS, SILENCE_MS, alarm, configure, has_input
+from transport.schema import MAX_MESSAGE_BYTES
 
 _DONTWAIT, _MORE = int(zmq.DONTWAIT), int(zmq.DONTWAIT | zmq.SNDMORE)  # an enum costs more
 MAX_FRAMES = 2
@@ -34,7 +36,13 @@ class Router:
         fd, monitor_fd: Edge-triggered, as ZMQ's are: look at ``waiting`` before sleeping on them.
     """
 
-    def __init__(self, host: str, port: int, curve: ServerKeys | None = None) -> None:
+    def __init__(
+        self,
+        host: str,
+        port: int,
+        curve: ServerKeys | None = None,
+        max_message_bytes: int = MAX_MESSAGE_BYTES,
+    ) -> None:
         """Raises ``AddressInUse``; ``TransportError`` for an address that cannot be had."""
         self.host = host
         numeric, ipv6 = _resolve(host, port)
@@ -45,6 +53,9 @@ class Router:
             self.gatekeeper = None if curve is None else Gatekeeper(self._context, curve)
             if curve is not None:
                 curve.apply(self._socket)
+            # Whoever announces more is hung up on before any of it is kept.
+            most = max(max_message_bytes, MAX_CONTROL_BYTES)
+            self._socket.set(zmq.MAXMSGSIZE, min(most, MAX_MESSAGE_BYTES))
             self._socket.set(zmq.ROUTER_MANDATORY, 1)
             self._socket.set(zmq.HANDSHAKE_IVL, SILENCE_MS)
             self._socket.set(zmq.IPV6, int(ipv6))
