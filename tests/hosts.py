@@ -24,6 +24,30 @@ def ip(*words: str) -> None:
 
 
 @contextlib.contextmanager
+def slow_cable(kbit_per_s: int) -> Iterator[None]:
+    """What crosses the cable crosses it no faster, each way, and waits its turn meanwhile."""
+    shape = ["tbf", "rate", f"{kbit_per_s}kbit", "burst", "16kb", "latency", "2s"]
+    subprocess.run(["tc", "qdisc", "add", "dev", OUTER, "root", *shape], check=True)
+    inside = ["ip", "netns", "exec", SPACE]
+    subprocess.run([*inside, "tc", "qdisc", "add", "dev", INNER, "root", *shape], check=True)
+    try:
+        yield
+    finally:
+        subprocess.run(["tc", "qdisc", "del", "dev", OUTER, "root"], check=True)
+        subprocess.run([*inside, "tc", "qdisc", "del", "dev", INNER, "root"], check=True)
+
+
+@contextlib.contextmanager
+def unplugged() -> Iterator[None]:
+    """Nothing crosses the cable, and nobody is told."""
+    ip("link", "set", OUTER, "down")
+    try:
+        yield
+    finally:
+        ip("link", "set", OUTER, "up")
+
+
+@contextlib.contextmanager
 def other_host() -> Iterator[tuple[str, ...]]:
     """What to put before a command that shall run there; it listens at ``INSIDE``.
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import time
 from collections.abc import Sequence
 
@@ -36,8 +37,8 @@ class CrowdPolicy:
     batch_sizes = (1, 2, 4, 8)
     batch_is_exact = True
 
-    def __init__(self) -> None:
-        self.contract = CONTRACT
+    def __init__(self, contract: PolicyContract = CONTRACT) -> None:
+        self.contract = contract
         self.info = PolicyInfo("crowd", engine="numpy", trained=False)
 
     def infer(self, obs: MetaObs) -> ActionChunk:
@@ -59,3 +60,9 @@ class CrowdPolicy:
 
 def make() -> CrowdPolicy:
     return CrowdPolicy()
+
+
+def make_for_a_camera() -> CrowdPolicy:
+    """With pictures of a usual size, which the model wants smaller."""
+    camera = CameraContract("top", (240, 320), (120, 160), resize="bilinear")
+    return CrowdPolicy(dataclasses.replace(CONTRACT, cameras=(camera,)))
