@@ -30,6 +30,7 @@ from runtime.checkpoint_options import CheckpointOptions, add_flags, from_flags
 from runtime.child import ServerChild
 from runtime.client import PolicyClient
 from runtime.crew import EXPECTED_FAILURES
+from runtime.episode import Episode
 from runtime.errors import ModelNameError
 from runtime.fitting import check_fit
 from runtime.mission import Body, Mission
@@ -221,13 +222,15 @@ def main(argv: Sequence[str] | None = None) -> int:
         failure, status = "interrupted", INTERRUPTED
     except KeyboardInterrupt:
         failure, status = "interrupted before anything moved", INTERRUPTED
+    except OSError as error:
+        failure, status = str(error), LOST
     except EXPECTED_FAILURES as error:
         return _fail(error)
     finally:
         if evaluation.server is not None:
             evaluation.server.close()
     if evaluation.rollouts:
-        _conclude(evaluation, failure)
+        status = _conclude(evaluation, failure) or status
     if failure:
         kept = f"; {len(evaluation.rollouts)} of {evaluation.args.num_rollout} rollouts were kept"
         print(f"error: {failure}{kept}", file=sys.stderr)
@@ -258,7 +261,7 @@ def _evaluate(evaluation: Evaluation) -> None:
         )
         for rollout in session.run(range(args.seed, args.seed + args.num_rollout)):
             evaluation.rollouts.append(rollout)
-            _save(evaluation, "")
+            write_result(evaluation.path, *_result(evaluation, ""))
 
 
 def _tell(line: str) -> None:
@@ -270,7 +273,7 @@ def _fail(error: BaseException) -> int:
     return BAD_INPUT
 
 
-def _save(evaluation: Evaluation, failure: str) -> dict[str, Any]:
+def _result(evaluation: Evaluation, failure: str) -> tuple[dict[str, Any], list[Episode]]:
     rollouts = evaluation.rollouts
     played = [rollout.episode for rollout in rollouts]
     judged = [rollout.episode for rollout in rollouts if rollout.judged]
@@ -303,16 +306,22 @@ def _save(evaluation: Evaluation, failure: str) -> dict[str, Any]:
         "task": dataclasses.asdict(evaluation.task),
         "versions": versions(),
     }
-    write_result(evaluation.path, json.loads(json.dumps(result, default=str)), played)
-    return result
+    return json.loads(json.dumps(result, default=str)), played
 
 
-def _conclude(evaluation: Evaluation, failure: str) -> None:
-    result = _save(evaluation, failure)
+def _conclude(evaluation: Evaluation, failure: str) -> int:
+    """Say what came of it, written or not; the exit status where that failed."""
+    result, played = _result(evaluation, failure)
     print(report(result))
+    try:
+        write_result(evaluation.path, result, played)
+    except OSError as error:
+        print(f"error: the result was not written: {error}", file=sys.stderr)
+        return LOST
     print(f"  clamped {result['clamped_ticks']}, faults {len(result['faults'])}")
     print(f"result       {evaluation.path}")
     print(f"recordings   {evaluation.path.with_suffix('')}/")
+    return 0
 
 
 if __name__ == "__main__":

@@ -31,6 +31,7 @@ from policies.types import STAGES, ActionChunk
 from runtime.cells import QueueReader
 from runtime.mailbox import Signal
 from runtime.mission import Body, Mission
+from runtime.results import write_arrays, write_whole
 
 FORMAT = 2
 
@@ -67,22 +68,17 @@ class Recording:
         )
 
     def save(self, stem: Path, weights: NDArray[np.float32]) -> None:
-        """Write ``<stem>.npz`` and ``<stem>.json``."""
+        """Write ``<stem>.npz`` and ``<stem>.json``, whole or not at all. Raises ``OSError``."""
         stem.parent.mkdir(parents=True, exist_ok=True)
-        np.savez_compressed(
-            stem.with_suffix(".npz"),
-            allow_pickle=False,
-            weights=weights,
-            **self.rows,
-            **{f"chunk_{name}": column for name, column in self.chunks.items()},
-        )
+        chunks = {f"chunk_{name}": column for name, column in self.chunks.items()}
+        write_arrays(stem.with_suffix(".npz"), {"weights": weights, **self.rows, **chunks})
         text = {
             "format": FORMAT,
             "mission": json.loads(self.mission.to_json()),
             "body": self.body.to_dict(),
             **self.facts,
         }
-        stem.with_suffix(".json").write_text(json.dumps(text, indent=1), encoding="utf-8")
+        write_whole(stem.with_suffix(".json"), json.dumps(text, indent=1).encode())
 
     @classmethod
     def load(cls, stem: Path) -> Recording:

@@ -2,18 +2,19 @@
 
 from __future__ import annotations
 
+import io
 import json
 import math
 import os
 import platform
 import re
-import tempfile
 from collections.abc import Mapping, Sequence
 from importlib import metadata
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+from numpy.typing import NDArray
 
 from policies.types import PolicyContract, PolicyInfo
 from runtime.episode import Episode
@@ -119,20 +120,25 @@ def policy_record(contract: PolicyContract, info: PolicyInfo) -> dict[str, Any]:
 def write_result(path: Path, result: Mapping[str, Any], episodes: Sequence[Episode]) -> None:
     """Write ``path`` (JSON) and ``<stem>_samples.npz`` beside it, each whole or not at all."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    _replace(path, json.dumps(result, indent=2, ensure_ascii=False).encode())
+    write_whole(path, json.dumps(result, indent=2, ensure_ascii=False).encode())
     stages = StageTimes()
     for episode in episodes:
         stages.extend(episode.stages_ns)
     arrays = {f"stage_{name}_ns": np.asarray(v) for name, v in stages.samples_ns().items()}
     arrays["action_age_s"] = _all(episodes, "action_age_s")
     arrays["lateness_s"] = _all(episodes, "lateness_s")
-    with tempfile.TemporaryFile() as buffer:
-        np.savez_compressed(buffer, allow_pickle=False, **arrays)
-        buffer.seek(0)
-        _replace(path.with_name(f"{path.stem}_samples.npz"), buffer.read())
+    write_arrays(path.with_name(f"{path.stem}_samples.npz"), arrays)
 
 
-def _replace(path: Path, content: bytes) -> None:
+def write_arrays(path: Path, arrays: Mapping[str, NDArray[Any]]) -> None:
+    """Write an npz, whole or not at all. Raises ``OSError``."""
+    buffer = io.BytesIO()
+    np.savez_compressed(buffer, allow_pickle=False, **dict(arrays))
+    write_whole(path, buffer.getbuffer())
+
+
+def write_whole(path: Path, content: bytes | memoryview) -> None:
+    """Write ``path``, whole or not at all. Raises ``OSError``."""
     partial = path.with_name(f".{path.name}.{os.getpid()}.partial")
     try:
         partial.write_bytes(content)

@@ -96,6 +96,7 @@ class Session:
         self._folder, self._unattended = folder, unattended
         self._new_server, self._tell = new_server, tell
         self._faults: list[str] = []
+        self._unwritten = ""
 
     def run(self, seeds: Iterable[int]) -> Iterator[Rollout]:
         """One rollout per seed, each as it ends. The arm is at rest between them.
@@ -122,6 +123,8 @@ class Session:
                 yield rollout
             if over is not None:
                 raise over
+            if self._unwritten:
+                raise SessionOver(self._unwritten)
 
     def _play(self, seed: int) -> None:
         supervisor = self._supervisor
@@ -224,7 +227,11 @@ class Session:
             "videos": supervisor.save_video(str(stem), SAVED_WITHIN_S),
         }
         recording = replace(recording, facts=facts)
-        recording.save(stem, weights(recording))
+        try:
+            recording.save(stem, weights(recording))
+        except OSError as error:  # what came of it is known all the same
+            self._unwritten = f"{stem}: not recorded: {error.strerror or error}"
+            self._faults.append(self._unwritten)
         episode = _episode(recording, again.statistics.executor, time.monotonic() - self._began_s)
         verdict = ("success" if success else "failure") if judged else "not judged"
         self._tell(
