@@ -15,10 +15,10 @@ pytestmark = pytest.mark.timeout(180)
 
 @pytest.fixture
 def tiny(tmp_path: Path) -> Iterator[Path]:
-    """A folder that holds 16 KiB."""
+    """A folder that holds 12 KiB."""
     folder = tmp_path / "tiny"
     folder.mkdir()
-    mount = ["mount", "-t", "tmpfs", "-o", "size=16k", "tmpfs", str(folder)]
+    mount = ["mount", "-t", "tmpfs", "-o", "size=12k", "tmpfs", str(folder)]
     try:
         subprocess.run(mount, check=True, capture_output=True)
     except (OSError, subprocess.CalledProcessError) as error:
@@ -29,13 +29,13 @@ def tiny(tmp_path: Path) -> Iterator[Path]:
 
 def test_a_rollout_that_cannot_be_recorded_is_still_told_and_is_the_last(tiny: Path) -> None:
     with twin() as arm, Server("make") as server:
-        flags = ("--max_timesteps", "60", "--num_rollout", "3", "--yes")
+        flags = ("--max_timesteps", "100", "--num_rollout", "3", "--yes")
         with evaluation(arm, server.address, tiny, *flags) as program:
             assert program.wait() == 1
         Motion.of(arm.record()).check(arm.limits)
     said = "\n".join(program.said)
     assert "Traceback" not in said
-    assert "rollout 0, seed 0: failure, 60 ticks" in said
+    assert "rollout 0, seed 0: failure, 100 ticks" in said
     assert "not recorded: No space left on device; 1 of 3 rollouts were kept" in said
     assert "success      0/1" in said
     for path in tiny.rglob("*"):
