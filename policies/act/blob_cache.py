@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import contextlib
 import hashlib
+import io
 import json
 import logging
 import os
@@ -20,7 +21,7 @@ from pathlib import Path
 logger = logging.getLogger(__name__)
 
 MAGIC = b"metronome engine 1\n"
-DIGEST_BYTES = 32
+DIGEST_BYTES, MAX_HEAD_BYTES = 32, 4096
 CAPACITY_BYTES = 2 << 30
 """Of all files together; the longest unused go first."""
 
@@ -60,10 +61,9 @@ class BlobCache:
             path = self._path(key)
             if not path.exists():
                 return None
-            with path.open("rb") as file:
+            with path.open("rb", buffering=0) as file:
                 _check_owner(os.fstat(file.fileno()), path)
-                content = file.read()
-            stored = _decode(content)
+                stored = _decode(file)
             os.utime(path)
         except (OSError, ValueError, RuntimeError) as error:
             logger.warning("engine cache: %s; compiling again", error)
@@ -118,15 +118,18 @@ def _encode(stored: Stored) -> list[bytes]:
     return [MAGIC, digest.digest(), body, stored.blob]
 
 
-def _decode(content: bytes) -> Stored:
-    if not content.startswith(MAGIC):
+def _decode(file: io.FileIO) -> Stored:
+    """The blob is read where it stays, and never copied: copying would keep the GIL, and a server
+    may be answering robots meanwhile."""
+    if file.read(len(MAGIC)) != MAGIC:
         raise ValueError("a file of another format")
-    start = len(MAGIC) + DIGEST_BYTES
-    digest, body = content[len(MAGIC) : start], memoryview(content)[start:]
-    if hashlib.sha256(body).digest() != digest:
+    digest, head = file.read(DIGEST_BYTES), file.readline(MAX_HEAD_BYTES)
+    blob = file.read()
+    found = hashlib.sha256(head)
+    found.update(blob)
+    if found.digest() != digest:
         raise ValueError("a file that is truncated or was changed")
-    end = content.index(b"\n", start)
-    return Stored(content[end + 1 :], float(json.loads(content[start:end])["error"]))
+    return Stored(blob, float(json.loads(head)["error"]))
 
 
 def _check_owner(status: os.stat_result, path: Path) -> None:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import io
 from collections.abc import Sequence
 
 import numpy as np
@@ -190,9 +189,7 @@ def import_blob(
         EngineUnavailable: OpenVINO does not take it.
     """
     try:
-        compiled = ov.Core().import_model(
-            io.BytesIO(blob), "CPU", _settings(precision, threads, streams)
-        )
+        compiled = ov.Core().import_model(blob, "CPU", _settings(precision, threads, streams))
         return OpenVinoEngine(config, compiled, precision, threads, streams)
     except RuntimeError as error:
         raise EngineUnavailable(f"openvino: {error}") from error

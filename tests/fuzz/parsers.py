@@ -6,10 +6,9 @@ Each is called with a fuzzer's bytes and raises only where a promise was broken.
 from __future__ import annotations
 
 import contextlib
-import dataclasses
 import json
 import math
-from typing import Any, get_args
+from typing import Any
 
 import numpy as np
 
@@ -28,7 +27,6 @@ from transport.control import (
     PREFIX,
     TRANSPORTS,
     Hello,
-    Opcode,
     ShmOffer,
     decode_body,
     decode_prefix,
@@ -254,7 +252,3 @@ def trace_key(data: bytes) -> None:
     reached["keys"] += key != 0
     flow = trace.flow(key, feed.word() & 2**63 - 1)
     assert 0 <= flow < 1 << 64
-
-
-FIELDS = tuple(field.name for field in dataclasses.fields(PolicyContract))
-OPCODES = get_args(Opcode) or tuple(int(opcode) for opcode in Opcode)

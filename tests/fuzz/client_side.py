@@ -1,0 +1,252 @@
+"""Targets that are a client of a server that answers what it likes."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import socket
+import types
+from collections import deque
+from collections.abc import Iterator
+from typing import Any
+from unittest import mock
+
+import zmq
+
+from policies.errors import PolicyError
+from policies.types import PolicyContract
+from runtime import messages
+from tests.fuzz import samples
+from tests.fuzz.channels import Target, check
+from tests.fuzz.feed import Feed, reached
+from tests.fuzz.parsers import check_contract
+from tests.fuzz.server_side import lowest_free
+from transport import join as joining
+from transport.auto import Dialer
+from transport.control import NO_EPOCH, Opcode, ShmOffer, decode_body
+from transport.errors import ProtocolError, TransportError, TransportUnavailable
+from transport.join import join
+from transport.layout import Layout
+from transport.link import Link
+from transport.offer import ACCEPTED
+from transport.shm import create_all
+
+MESSAGES = 6
+
+
+class Silence(Exception):
+    """The server says no more; a real client would wait."""
+
+
+class _Scripted:
+    """A ZMQ socket that has received what a feed makes of valid answers, and forgets the rest."""
+
+    def __init__(self, answers: list[list[bytes]]) -> None:
+        self._frames: deque[zmq.Frame] = deque()
+        for parts in answers:
+            for place, part in enumerate(parts):
+                frame = zmq.Frame(part)
+                frame.more = place < len(parts) - 1
+                self._frames.append(frame)
+
+    def get(self, option: int) -> int:
+        return int(zmq.POLLIN) if self._frames else 0
+
+    def recv(self, flags: int, copy: bool) -> zmq.Frame:
+        if not self._frames:
+            raise zmq.Again
+        return self._frames.popleft()
+
+    def send_multipart(self, frames: list[bytes], flags: int) -> None: ...
+
+    def send(self, frame: Any, flags: int, copy: bool) -> None: ...
+
+    def disable_monitor(self) -> None: ...
+
+
+class _Sleep:
+    """Nothing will come any more."""
+
+    def poll(self, timeout_ms: int) -> list[Any]:
+        if timeout_ms:
+            raise Silence
+        return []
+
+
+class _Link(Link):
+    """A link whose socket is scripted."""
+
+    def __init__(self, answers: list[list[bytes]]) -> None:
+        self.address, self._encrypted, self._refusal = "somewhere", False, None
+        self._socket: Any = _Scripted(answers)
+        self._monitor: Any = _Scripted([])
+        self._context: Any = types.SimpleNamespace(destroy=lambda linger: None)
+        self._deliver, self._epoch, self._gone = None, NO_EPOCH, None
+        self._connected, self._rejected, self._shut = True, False, False
+        self._alarm: Any = _Sleep()
+        self._sleep: Any = _Sleep()
+
+
+def dialer(data: bytes) -> None:
+    """Answers to DESCRIBE, HELLO and CONFIRM, then the session's messages."""
+    feed = Feed(data)
+    quick = feed.byte() & 1
+    answers = [] if quick else [_answer(feed, Opcode.DESCRIPTION)]
+    for opcode in (Opcode.WELCOME, Opcode.CONFIRM):
+        answers += [_answer(feed, opcode) for _ in range(1 + (feed.byte() == 255))]
+    answers += [_message(feed, place) for place in range(MESSAGES) if feed.left or not place]
+    link = _Link(answers)
+    client = Dialer("somewhere", 1)
+    client._link = link
+    contract: PolicyContract = samples.CONTRACT
+    try:
+        if not quick:
+            contract, _ = messages.read_description(client.describe())
+            check_contract(contract)
+            reached["described"] += 1
+        channel, welcome = client.open(samples.OBSERVATION, client="fuzz", transport="zmq")
+    except (TransportError, PolicyError, Silence):
+        client.close()
+        return
+    reached["opened"] += 1
+    with contextlib.suppress(TransportError):
+        while (message := channel.poll()) is not None:
+            with message:
+                check(message, welcome.schema)
+    channel.close()
+    client.close()
+    assert link._shut
+
+
+def _answer(feed: Feed, opcode: Opcode) -> list[bytes]:
+    """One control message of a server."""
+    kind = feed.byte()
+    body: dict[str, Any] = {}
+    if opcode == Opcode.DESCRIPTION:
+        body = messages.describe(samples.CONTRACT, samples.INFO)
+        if kind & 4:
+            body["contract"] = feed.json(feed.vary(decode_body(body["contract"].encode())))
+    elif opcode == Opcode.WELCOME:
+        body = samples.welcome()
+        if kind & 4:
+            schema = decode_body(f'{{"it": {body["schema"]}}}'.encode())["it"]
+            body["schema"] = feed.json(feed.vary(schema))
+        if kind & 8:
+            body["shm"] = samples.offer()
+    else:
+        body = {"transport": "zmq", "reason": ""}
+    if kind >= 224:
+        opcode = (Opcode.REFUSED, Opcode.BYE, Opcode.PING, Opcode.MESSAGE)[kind & 3]
+        body = {"field": "a", "got": "b", "expected": "c", "reason": "d"}
+    text = feed.take(feed.byte()) if kind & 3 == 3 else feed.json(feed.vary(body)).encode()
+    head = samples.control(opcode, None, samples.EPOCH)
+    if kind & 16:
+        head = feed.bytes_near(head)
+    return [head, text][: 1 + (not kind & 32 or kind >= 128)]
+
+
+def _message(feed: Feed, sequence: int) -> list[bytes]:
+    """One message of the session."""
+    kind = feed.byte()
+    if kind >= 240:
+        body = feed.json(feed.vary({"reason": "over"})).encode()
+        return [samples.control(Opcode.BYE, None, samples.EPOCH), body]
+    number = (1, 1, 2, 3)[kind & 3]
+    text = b""
+    if number == 1:
+        said = feed.take(feed.byte() & 63)
+        text = samples.payload(samples.REPLY)
+        at = samples.REPLY.offsets["numbers"]
+        text = text[:at] + bytes((1,)) + (said + bytes(64))[:63] + text[at + 64 :]
+    elif number == 2:
+        text = feed.json(feed.vary({"kind": "InferenceError", "args": ["late"]})).encode()
+    data = samples.message(sequence, number=sequence, kind=number, payload=text)
+    return [feed.bytes_near(data) if kind & 16 else data] * (1 + (kind & 224 == 224))
+
+
+# Joining
+
+
+class _Prompted(socket.socket):
+    """A client's socket whose server answers the moment it connects.
+
+    The server's end stays open until this one is closed: hanging up with a proof unread would reset
+    the connection, and the answer would never be read.
+    """
+
+    def __init__(self, listening: socket.socket, answer: list[Any], *kind: int) -> None:
+        super().__init__(*kind)
+        self._listening, self._answer = listening, answer
+        self._server: socket.socket | None = None
+
+    def connect(self, address: Any) -> None:
+        super().connect(address)
+        self._server, _ = self._listening.accept()
+        said, fds = self._answer
+        socket.send_fds(self._server, [said], fds)
+
+    def close(self) -> None:
+        if self._server is not None:
+            self._server.close()
+        super().close()
+
+
+@contextlib.contextmanager
+def side_socket() -> Iterator[Target]:
+    """An offer of shared memory, what is in its segments, and the answer at the door."""
+    mine = theirs = samples.SMALL
+    layout = Layout.of(mine)
+    created = create_all([layout.nbytes, layout.nbytes])
+    written = [segment.map(writable=True) for segment in created]
+    listening = socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+    listening.bind("")
+    listening.listen(8)
+    address = listening.getsockname()
+    name = address[1:].decode()
+    bell = os.eventfd(0)
+    answer: list[Any] = [ACCEPTED, [bell, bell]]
+    identity = layout.identity(b"n" * 16)
+    shim = types.SimpleNamespace(
+        socket=lambda *kind: _Prompted(listening, answer, *kind),
+        AF_UNIX=socket.AF_UNIX,
+        SOCK_SEQPACKET=socket.SOCK_SEQPACKET,
+        MSG_CMSG_CLOEXEC=socket.MSG_CMSG_CLOEXEC,
+        recv_fds=socket.recv_fds,
+    )
+    valid = {
+        "names": [segment.name for segment in created],
+        "sizes": [layout.nbytes, layout.nbytes],
+        "socket": name,
+    }
+
+    def target(data: bytes) -> None:
+        feed, free = Feed(data), lowest_free()
+        for mapping in written:
+            said = identity if feed.byte() < 192 else feed.bytes_near(identity)
+            mapping.bytes[: len(identity)] = bytearray((said + identity)[: len(identity)])
+        try:
+            body = decode_body(feed.json(feed.vary(valid)).encode())
+            read = ShmOffer.from_body(body)
+        except ProtocolError:
+            return
+        kind = feed.byte()
+        fds = [bell] * (2 if kind < 192 else kind & 3)
+        said = feed.bytes_near(ACCEPTED) if kind & 1 else ACCEPTED
+        answer[:] = said, fds
+        with contextlib.suppress(TransportUnavailable):
+            parts = join(read, samples.EPOCH, mine, theirs, timeout_s=0.05)
+            assert said == ACCEPTED and len(fds) == 2
+            parts.close()
+            reached["joined"] += 1
+        assert lowest_free() == free, "a descriptor was leaked"
+
+    try:
+        with mock.patch.object(joining, "socket", shim):
+            yield target
+    finally:
+        listening.close()
+        os.close(bell)
+        for mapping in written:
+            mapping.close()
+        for segment in created:
+            segment.close()

@@ -1,0 +1,453 @@
+"""Targets that are a server: nothing that a client sends may raise, pile up or leak.
+
+"An internal error" is a violation, too: a client must not be able to cause what its server calls
+one, with a traceback in the log each time.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import socket
+import tempfile
+import time
+from collections import Counter, deque
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+from unittest import mock
+
+import zmq
+from zmq import auth
+from zmq.utils import z85
+
+from policies.types import ActionChunk, MetaObs
+from runtime.admission import Limits
+from runtime.answering import Answering
+from runtime.attendance import Attendance
+from runtime.core import Core
+from runtime.costs import Costs
+from runtime.operator_token import OperatorToken
+from runtime.scheduler import Scheduler
+from runtime.served_model import ServedModel
+from tests.fuzz import samples
+from tests.fuzz.channels import Target, check
+from tests.fuzz.feed import Feed, reached
+from transport import listener as listening
+from transport.channel import Kind
+from transport.control import (
+    NO_EPOCH,
+    PROTOCOL_VERSION,
+    Opcode,
+    Peer,
+    decode_body,
+    decode_prefix,
+)
+from transport.curve import Gatekeeper, ServerKeys
+from transport.door import MAX_WAITING, Door
+from transport.errors import PeerGone, Refused, TransportError
+from transport.handshake import PENDING_S, Handshake
+from transport.listener import MAX_CONTROL_QUEUE, Listener
+from transport.offer import ACCEPTED, PROOF_BYTES
+from transport.reactor import Reactor
+from transport.sessions import Pending
+from transport.shm import Parts
+
+MESSAGES = 10
+MAX_SESSIONS = 3
+IDENTITIES = (b"one", b"two", b"gone")
+
+
+class StandIn:
+    """A policy that is only described."""
+
+    contract, info = samples.CONTRACT, samples.INFO
+
+    def infer(self, obs: MetaObs) -> ActionChunk:
+        raise NotImplementedError
+
+    def reset(self) -> None: ...
+
+    def fork(self) -> StandIn:
+        return self
+
+    def close(self) -> None: ...
+
+
+class Office:
+    """What a policy server puts behind its handshake, without the server."""
+
+    def __init__(self) -> None:
+        model, costs = ServedModel.of(StandIn()), Costs({1: 10_000_000})
+        core = Core(model, costs, Scheduler(costs, model.sizes))
+        answering = Answering(core, lambda session: None)
+        self.attendance = Attendance(core, answering, Limits(rate_hz=1000.0), timeout_s=0.0)
+        self.describe = model.describe
+        self._token = object.__new__(OperatorToken)
+        self._token._secret = "0" * 64
+
+    def ask(self, command: str, arguments: Mapping[str, Any], peer: Peer) -> dict[str, Any]:
+        if command != "load":
+            raise Refused("command", repr(command)[:80], "load")
+        if not self._token.matches(arguments.get("token")):
+            raise Refused("operator", str(peer), "whoever runs the server")
+        reached["orders"] += 1
+        return {"state": "loading"}
+
+
+class Router:
+    """A router of scripted messages; whoever is called ``gone`` is."""
+
+    gatekeeper = None
+    port = 1
+
+    def __init__(self, *_: object) -> None:
+        self.inbox: deque[tuple[bytes, list[zmq.Frame]]] = deque()
+        self.replies: list[tuple[bytes, int, bytes]] = []
+        self.lost = 0
+        self.fd, self.monitor_fd = os.eventfd(0), os.eventfd(0)
+
+    @property
+    def waiting(self) -> bool:
+        return bool(self.inbox)
+
+    def receive(self) -> tuple[bytes, list[zmq.Frame]] | None:
+        return self.inbox.popleft() if self.inbox else None
+
+    def send(self, identity: bytes, frames: Sequence[Any]) -> bool:
+        if identity == IDENTITIES[2]:
+            raise PeerGone("gone")
+        _, number, epoch = decode_prefix(memoryview(frames[0])[:64])
+        if number not in (Opcode.MESSAGE, Opcode.CREDIT):
+            assert len(frames) == 1 + (number != Opcode.PING), "an empty reply"
+            for body in frames[1:]:
+                decode_body(body)
+        self.replies.append((identity, number, epoch))
+        return True
+
+    def wait(self, timeout_s: float) -> None: ...
+
+    def observe(self) -> tuple[int, int]:
+        lost, self.lost = self.lost, 0
+        return lost, 0
+
+    def close(self) -> None:
+        for fd in (self.fd, self.monitor_fd):
+            os.close(fd)
+
+
+def lowest_free() -> int:
+    """The number of the next descriptor: higher than before where one was leaked."""
+    fd = os.eventfd(0)
+    os.close(fd)
+    return fd
+
+
+def _body(feed: Feed, number: int, epoch_seen: bool) -> bytes:
+    """Frame 1 of a message of this opcode."""
+    kind = feed.byte()
+    if kind & 7 == 7:
+        return feed.take(feed.byte())
+    bodies: dict[int, dict[str, Any]] = {
+        Opcode.HELLO: samples.hello(80 if kind & 8 else None),
+        Opcode.CONFIRM: {"transport": "shm" if kind & 8 and epoch_seen else "zmq", "reason": "so"},
+        Opcode.ASK: {"command": "load", "arguments": {"token": "0" * 64 if kind & 8 else "1"}},
+        Opcode.BYE: {"reason": "done"},
+    }
+    valid = bodies.get(number, {})
+    if number == Opcode.HELLO and kind & 16:
+        valid["transports"] = ["zmq"]
+    if number == Opcode.HELLO and kind & 32:
+        valid["schema"] = feed.json(feed.vary(decode_schema(valid["schema"])))
+    return feed.json(feed.vary(valid)).encode()
+
+
+def decode_schema(text: str) -> Any:
+    """A schema's JSON, to be changed."""
+    return decode_body(f'{{"it": {text}}}'.encode())["it"]
+
+
+# The handshake alone, with shared memory on offer
+
+
+class _NamedDoor:
+    """All that a handshake asks of its door."""
+
+    name = "metronome-" + "2" * 32
+
+
+class _Reception:
+    """One handshake and those who come to it."""
+
+    def __init__(self, office: Office) -> None:
+        self.router, self.counts = Router(), Counter[str]()
+        self.running: list[Parts | None] = []
+        self.shake = Handshake(
+            self.router,  # type: ignore[arg-type]
+            _NamedDoor(),  # type: ignore[arg-type]
+            describe=office.describe,
+            accept=office.attendance.welcome,
+            ask=office.ask,
+            transports=("shm", "zmq"),
+            max_sessions=MAX_SESSIONS,
+            running=lambda: len(self.running),
+            start=self._start,
+            counts=self.counts,
+        )
+
+    def _start(self, pending: Pending, transport: str, reason: str) -> None:
+        reached[f"sessions over {transport}"] += 1
+        assert transport in pending.transports and len(reason) <= 1024
+        self.running.append(pending.offer.take() if transport == "shm" else None)  # type: ignore[union-attr]
+
+    def epochs(self) -> list[bytes]:
+        return [*self.shake._pending, samples.OTHER_EPOCH, NO_EPOCH]
+
+    def handle(self, feed: Feed) -> None:
+        epochs = self.epochs()
+        epoch = epochs[feed.byte() % len(epochs)]
+        identity = IDENTITIES[max(0, feed.byte() - 253)]
+        said = feed.byte()
+        number = (3, 6, 1, 7, 11, 3, 6, 3)[said & 7] if said < 240 else feed.byte()
+        version = PROTOCOL_VERSION if said < 250 else feed.byte()
+        seen = epoch in self.shake._pending
+        before = len(self.router.replies)
+        self.shake.handle(identity, version, number, epoch, _body(feed, number, seen), Peer("here"))
+        assert self.counts["failures"] == 0, "an internal error was caused"
+        answered = len(self.router.replies) - before
+        if identity != IDENTITIES[2]:
+            assert answered == 1 or (number == Opcode.BYE and answered == 0), answered
+
+    def knock(self, feed: Feed) -> None:
+        """A proof at the door."""
+        epochs = self.epochs()
+        epoch = epochs[feed.byte() % len(epochs)]
+        pending = self.shake._pending.get(epoch)
+        true = b"" if pending is None or pending.offer is None else b"".join(pending.offer._nonces)
+        proof = feed.bytes_near(true)
+        ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+        if feed.byte() == 255:
+            theirs.close()
+        refusal = self.shake.admit(epoch, proof, ours)
+        if refusal is None:
+            reached["proven"] += 1
+            assert true and proof == true
+            for fd in socket.recv_fds(theirs, 8, 2)[1]:
+                os.close(fd)
+        else:
+            ours.close()
+        theirs.close()
+
+    def close(self) -> None:
+        self.shake.close("over")
+        for parts in self.running:
+            if parts is not None:
+                parts.close()
+        self.router.close()
+        assert not self.shake._pending
+
+
+@contextlib.contextmanager
+def handshake() -> Iterator[Target]:
+    """Control messages, proofs and the clock, in any order, from clients of which one is gone."""
+    office = Office()
+
+    def target(data: bytes) -> None:
+        feed, free = Feed(data), lowest_free()
+        reception = _Reception(office)
+        try:
+            for _ in range(MESSAGES):
+                what = feed.byte()
+                if what < 160:
+                    reception.handle(feed)
+                elif what < 230:
+                    reception.knock(feed)
+                else:
+                    reception.shake.expire(time.monotonic() + (what - 230) / 25 * PENDING_S)
+                assert len(reception.shake._pending) + len(reception.running) <= MAX_SESSIONS
+                if not feed.left:
+                    break
+        finally:
+            reception.close()
+        assert lowest_free() == free, "a descriptor was leaked"
+
+    yield target
+
+
+# A whole listener
+
+
+@contextlib.contextmanager
+def listener() -> Iterator[Target]:
+    """Messages of any number of frames at a listener with sessions over ZMQ."""
+    office = Office()
+
+    def target(data: bytes) -> None:
+        free = lowest_free()
+        with mock.patch.object(listening, "Router", Router):
+            served = Listener(
+                "",
+                0,
+                describe=office.describe,
+                accept=office.attendance.welcome,
+                ask=office.ask,
+                transports=("zmq",),
+                max_sessions=MAX_SESSIONS,
+                spin_us=0,
+            )
+        with served:
+            _attend(Feed(data), served)
+        assert lowest_free() == free, "a descriptor was leaked"
+
+    yield target
+
+
+def _attend(feed: Feed, served: Listener) -> None:
+    router: Any = served._router
+    for _ in range(MESSAGES):
+        for _ in range(1 + (feed.byte() & 3)):
+            router.inbox.append(_multipart(feed, served))
+        router.lost = feed.byte() == 255
+        for session in served.wait(0.0):
+            schema = session.hello.schema
+            with contextlib.suppress(TransportError):
+                while (message := session.channel.poll()) is not None:
+                    with message:
+                        check(message, schema)
+                        if feed.byte() & 1:
+                            session.channel.send_body(Kind.SUPERSEDED, message.request_id, b"1")
+        statistics = served.statistics()
+        assert statistics.failures == 0, "an internal error was caused"
+        assert statistics.running + len(served._handshake._pending) <= MAX_SESSIONS
+        assert len(served._control) <= MAX_CONTROL_QUEUE
+        del router.replies[:-32]
+        if not feed.left:
+            break
+    reached["sessions"] += served.statistics().opened
+
+
+def _multipart(feed: Feed, served: Listener) -> tuple[bytes, list[zmq.Frame]]:
+    """What a client might send next."""
+    identity = IDENTITIES[max(0, feed.byte() - 253)]
+    said = feed.byte()
+    known = [*served._handshake._pending, *served._roster._carriers, samples.OTHER_EPOCH]
+    epoch = known[feed.byte() % len(known)]
+    if said & 3 == 1 and epoch in served._roster._carriers:
+        channel = served._roster._carriers[epoch].channel
+        schema = channel.recv_schema
+        data = samples.message(
+            sequence=channel._window.cursor,
+            released=channel._peer_tail,
+            received=channel._head,
+            kind=(1, 1, 4, 2)[feed.byte() & 3],
+            payload=samples.payload(schema),
+            opcode=Opcode.CREDIT if said & 16 else Opcode.MESSAGE,
+            epoch=epoch,
+        )
+        parts = [feed.bytes_near(data) if said & 8 else data]
+    else:
+        number = (3, 6, 6, 7, 9, 10, 1, 11)[said >> 5]
+        prefix = samples.control(Opcode(number), None, epoch)
+        if said & 8:
+            prefix = feed.bytes_near(prefix)
+        parts = [prefix, _body(feed, number, epoch_seen=False)]
+    if said & 4:
+        count = feed.byte() & 3
+        parts = (parts * 2)[:count]
+        # As ``Router.receive`` says: no frames where there were too many.
+        parts = [] if count > 2 else parts
+    return identity, [zmq.Frame(part) for part in parts]
+
+
+# The door
+
+
+@contextlib.contextmanager
+def door() -> Iterator[Target]:
+    """Datagrams at the side socket, from clients that may hang up."""
+    reactor = Reactor()
+    entered: list[socket.socket] = []
+    proof = bytes(range(PROOF_BYTES))
+
+    def admit(epoch: bytes, nonces: bytes, link: socket.socket) -> str | None:
+        assert len(epoch) + len(nonces) == PROOF_BYTES
+        if epoch + nonces != proof:
+            return "not the segments on offer"
+        reached["entered"] += 1
+        link.send(ACCEPTED)
+        entered.append(link)
+        return None
+
+    guarded = Door(reactor, admit)
+
+    def target(data: bytes) -> None:
+        feed, free = Feed(data), lowest_free()
+        clients: list[socket.socket] = []
+        for _ in range(4):
+            client = socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+            clients.append(client)
+            client.connect(f"\0{guarded.name}")
+            said = feed.byte()
+            with contextlib.suppress(OSError):
+                if said < 200:
+                    client.send(feed.bytes_near(proof))
+                elif said < 220:
+                    client.send(feed.take(feed.byte()))
+                    client.send(proof)
+                elif said < 240:
+                    client.close()
+            reactor.run(0.0)
+            if said & 1:
+                reactor.run(0.0)
+            assert len(guarded._waiting) <= MAX_WAITING
+            if not feed.left:
+                break
+        guarded.expire(time.monotonic() + 3600.0)
+        assert not guarded._waiting
+        for one in (*clients, *entered):
+            one.close()
+        entered.clear()
+        assert lowest_free() == free, "a descriptor was leaked"
+
+    try:
+        yield target
+    finally:
+        guarded.close()
+        reactor.close()
+
+
+# Who is let in
+
+
+@contextlib.contextmanager
+def gatekeeper() -> Iterator[Target]:
+    """ZMQ's question whether a key may come in."""
+    with tempfile.TemporaryDirectory() as folder:
+        listed = Path(folder, "allowed")
+        listed.mkdir()
+        auth.create_certificates(listed, "robot")
+        Path(listed, "robot.key_secret").unlink()
+        Path(listed, "broken.key").write_text("no key")
+        key = auth.load_certificate(listed / "robot.key")[0]
+        keeper = object.__new__(Gatekeeper)
+        keeper._keys, keeper._quiet_until_s = ServerKeys(b"", b"", listed), 0.0
+        raw = z85.decode(key)
+
+        def target(data: bytes) -> None:
+            feed = Feed(data)
+            valid = [b"1.0", b"1", b"metronome", b"127.0.0.1", b"", b"CURVE", raw]
+            for _ in range(feed.byte() & 3):
+                place = feed.byte() % 8
+                if place == 7:
+                    valid.insert(feed.byte() % 8, feed.take(feed.byte() & 31))
+                elif place < len(valid):
+                    valid[place] = feed.bytes_near(valid[place])
+            del valid[7 + (feed.byte() & 1) - (feed.byte() % 9) :]
+            reply = keeper._reply(valid)
+            assert len(reply) == 6 and all(type(frame) is bytes for frame in reply)
+            assert reply[2] in (b"200", b"400") and reply[1] == [*valid, b"", b""][1]
+            if reply[2] == b"200":
+                reached["let in"] += 1
+                assert valid[6] == raw and reply[4] == b"robot"
+
+        yield target
