@@ -59,8 +59,7 @@ def load(dialer: Dialer, checkpoint: str, timeout_s: float) -> dict[str, Any]:
     return state
 
 
-def main(argv: Sequence[str] | None = None) -> int:
-    """Returns the exit status."""
+def parser() -> argparse.ArgumentParser:
     cli = argparse.ArgumentParser(prog="python -m runtime.ctl", description=__doc__)
     cli.add_argument("address", metavar="HOST:PORT")
     add_key_flags(cli)
@@ -69,7 +68,12 @@ def main(argv: Sequence[str] | None = None) -> int:
     loading = commands.add_parser("load", help="serve another checkpoint, without a pause")
     loading.add_argument("checkpoint")
     loading.add_argument("--timeout_s", type=float, default=600.0)
-    args = cli.parse_args(argv)
+    return cli
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Returns the exit status."""
+    args = parser().parse_args(argv)
     try:
         with dial(args.address, *key_files(args)) as dialer:
             if args.command == "status":

@@ -67,8 +67,7 @@ def allow(key: str | Path, listed: str | Path, *, operator: bool = False) -> Pat
     return entry
 
 
-def main(argv: Sequence[str] | None = None) -> int:
-    """Returns the exit status."""
+def parser() -> argparse.ArgumentParser:
     cli = argparse.ArgumentParser(prog="python -m runtime.keys", description="Keys for CURVE.")
     commands = cli.add_subparsers(dest="command", required=True)
     new = commands.add_parser("new", help="make a pair: DIR/NAME.key and DIR/NAME.key_secret")
@@ -82,7 +81,12 @@ def main(argv: Sequence[str] | None = None) -> int:
     )
     show = commands.add_parser("show", help="print a public key")
     show.add_argument("key", type=Path)
-    args = cli.parse_args(argv)
+    return cli
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Returns the exit status."""
+    args = parser().parse_args(argv)
     try:
         if args.command == "new":
             public, secret = new_keys(args.dir, args.name)

@@ -77,13 +77,18 @@ def _row(session: dict[str, Any]) -> tuple[str, ...]:
     )
 
 
-def main(argv: Sequence[str] | None = None) -> int:
-    """Until Ctrl-C. Returns the exit status."""
+def parser() -> argparse.ArgumentParser:
     cli = argparse.ArgumentParser(prog="python -m runtime.top", description=__doc__)
     cli.add_argument("address", metavar="HOST:PORT")
     cli.add_argument("--interval_s", type=float, default=1.0, help="between two looks (1)")
     cli.add_argument("--once", action="store_true", help="look once, and end")
     add_key_flags(cli)
+    return cli
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Until Ctrl-C. Returns the exit status."""
+    cli = parser()
     args = cli.parse_args(argv)
     if not args.interval_s > 0:
         cli.error(f"--interval_s: got {args.interval_s:g}, expected more than 0")

@@ -16,16 +16,27 @@ from pathlib import Path
 import pytest
 import yaml
 
-from runtime import eval_real, eval_sim, serve
+from runtime import ctl, eval_real, eval_sim, keys, serve, top
 
 ROOT = Path(__file__).resolve().parents[2]
-GUIDES = ("serve-a-checkpoint", "add-an-environment", "add-a-robot", "safety")
+GUIDES = (
+    "serve-a-checkpoint",
+    "add-an-environment",
+    "add-a-robot",
+    "safety",
+    "many-clients",
+    "security",
+    "operations",
+)
 PAGES = [ROOT / "docs" / f"{name}.md" for name in GUIDES]
 CLIS: dict[str, Callable[[], argparse.ArgumentParser]] = {
     "start_policy_server.py": serve.parser,
     "runtime.server": serve.parser,
     "eval_sim.py": eval_sim.parser,
     "eval_real.py": eval_real.parser,
+    "runtime.keys": keys.parser,
+    "runtime.ctl": ctl.parser,
+    "runtime.top": top.parser,
 }
 PACKAGES = "policies|runtime|transport|envs|robots|tests|configs|docs"
 OVERRIDES = ("--env.", "--robot.")
@@ -172,9 +183,18 @@ def test_every_command_is_understood(page: Path, folder: Path) -> None:
             assert all(flag.startswith(OVERRIDES) for flag in flags), (program, flags)
 
 
+def flags_of(cli: argparse.ArgumentParser) -> set[str]:
+    """Those of its commands, too."""
+    flags = set(cli._option_string_actions)
+    for action in cli._actions:
+        if isinstance(action, argparse._SubParsersAction):
+            flags |= {flag for command in action.choices.values() for flag in flags_of(command)}
+    return flags
+
+
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.stem)
 def test_every_flag_exists(page: Path) -> None:
-    known = {flag for make in CLIS.values() for flag in make()._option_string_actions}
+    known = {flag for make in CLIS.values() for flag in flags_of(make())}
     mentioned = set(re.findall(r"(?<![\w-])--[a-z][\w.]*", page.read_text()))
     wrong = {flag for flag in mentioned - known if not flag.startswith(OVERRIDES)}
     assert not wrong - OTHERS_FLAGS

