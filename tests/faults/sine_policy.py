@@ -59,6 +59,11 @@ def make_short() -> SinePolicy:
     return SinePolicy(dataclasses.replace(CONTRACT, chunk_size=30, n_action_steps=15))
 
 
+def make_whole() -> SinePolicy:
+    """Plays its chunks to their ends: nothing is left over when the next one is late."""
+    return SinePolicy(dataclasses.replace(CONTRACT, n_action_steps=CONTRACT.chunk_size))
+
+
 def make_for_seven_joints() -> SinePolicy:
     return SinePolicy(dataclasses.replace(CONTRACT, action_dim=7))
 

@@ -195,6 +195,45 @@ def test_the_server_stalls_and_a_person_presses_a_key(arm: Twin, tmp_path: Path)
 
 
 @pytest.mark.parametrize(
+    "factory",
+    [
+        pytest.param("make", marks=soak_only),
+        pytest.param("make_short", marks=soak_only),
+        "make_whole",
+    ],
+)
+def test_stalls_of_a_tenth_of_a_second_starve_no_tick(
+    arm: Twin, tmp_path: Path, factory: str
+) -> None:
+    """At any moment of a chunk, the end of one that is played to its end included."""
+    ticks, rollouts = (500, 3) if SOAK else (250, 1)
+    chance, stalls = random.Random(SEED), 0
+    flags = ("--max_timesteps", str(ticks), "-n", str(rollouts), "--yes")
+    with (
+        Server(factory) as server,
+        evaluation(arm, server.address, tmp_path, *flags) as program,
+    ):
+        program.expect("^run$")
+        arm.robot.clear_record()
+        end_s = time.monotonic() + rollouts * (ticks * PERIOD_S)
+        while time.monotonic() < end_s and program.process.poll() is None:
+            time.sleep(chance.uniform(0.2, 0.6))
+            server.signal(signal.SIGSTOP)
+            time.sleep(0.1)
+            server.signal(signal.SIGCONT)
+            stalls += 1
+        assert program.wait() == 0
+    Motion.of(arm.record()).check(arm.limits)
+    told = [line for line in program.said if line.startswith("rollout ")]
+    print(f"{factory}: {stalls} stalls; {told}")  # noqa: T201
+    assert len(told) == rollouts
+    assert stalls >= 5
+    for line in told:
+        assert f"{ticks} ticks" in line
+        assert line.endswith(" 0 starved")
+
+
+@pytest.mark.parametrize(
     "number",
     [
         pytest.param(signal.SIGINT, marks=soak_only),

@@ -18,10 +18,10 @@ from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
-from tests.fuzz.corpus import FOLDER
 from tests.fuzz.targets import BROKEN, TARGETS
 
 ROOT = Path(__file__).resolve().parents[2]
+CORPUS = Path(__file__).with_name("corpus")
 RESULTS = ROOT / "bench" / "results" / "fuzz.json"
 CRASHES = Path(tempfile.gettempdir()) / "metronome-fuzz"
 CRASHED, BAD_INPUT = 1, 2
@@ -74,7 +74,7 @@ def fuzz(name: str, args: argparse.Namespace) -> Outcome:
         command += [f"-{flag}={value}" for flag, value in flags.items()]
         began_s = time.monotonic()
         done = subprocess.run(
-            [*command, str(found), *([str(FOLDER / name)] if (FOLDER / name).is_dir() else [])],
+            [*command, str(found), *([str(CORPUS / name)] if (CORPUS / name).is_dir() else [])],
             cwd=ROOT,
             capture_output=True,
             text=True,
@@ -96,8 +96,14 @@ def fuzz(name: str, args: argparse.Namespace) -> Outcome:
         int((_COVERED.findall(said) or ["0"])[-1]),
         reached,
         crashes,
-        said[-TAIL:] if crashes else "",
+        _essence(said) if crashes else "",
     )
+
+
+def _essence(said: str) -> str:
+    """What libFuzzer and Python said, without the progress."""
+    lines = (line for line in said.splitlines() if not line.startswith(("INFO:", "WARNING:", "#")))
+    return "\n".join(lines)[-TAIL:]
 
 
 def main(argv: Sequence[str] | None = None) -> int:

@@ -6,7 +6,8 @@ import contextlib
 import mmap
 import os
 import socket
-from collections.abc import Callable, Iterator
+import struct
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -16,6 +17,7 @@ from policies.errors import InferenceError
 from runtime import messages
 from tests.fuzz import samples
 from tests.fuzz.feed import Feed, reached
+from tests.fuzz.targets import Target
 from transport.base import SLOTS
 from transport.channel import MAX_BODY_BYTES, Kind, Message
 from transport.errors import PeerGone, TransportError
@@ -25,8 +27,8 @@ from transport.shm import Parts
 from transport.shm_channel import ShmChannel
 from transport.zmq import ZmqChannel
 
-Target = Callable[[bytes], None]
-STEPS = 24
+STEPS = 16
+_SLOT = struct.Struct("<8q")
 PAIRS = (
     (samples.REPLY, samples.OBSERVATION),
     (samples.OBSERVATION, samples.REPLY),
@@ -220,11 +222,13 @@ class Segments:
     recv: Schema
     own: Region
     peer: Region
+    layout: Layout
+    """Of the peer's."""
 
     @classmethod
     def of(cls, send: Schema, recv: Schema) -> Segments:
-        own = Region(Layout.of(send).nbytes, writable=True)
-        return cls(send, recv, own, Region(Layout.of(recv).nbytes, writable=False))
+        own, layout = Region(Layout.of(send).nbytes, writable=True), Layout.of(recv)
+        return cls(send, recv, own, Region(layout.nbytes, writable=False), layout)
 
 
 @contextlib.contextmanager
@@ -259,9 +263,9 @@ def _ring(feed: Feed, memory: Segments) -> None:
                 break
             step = feed.byte() % 10
             if step < 3:
-                _publish(feed, memory.peer, Layout.of(memory.recv), memory.recv.nbytes)
+                _publish(feed, memory.peer, memory.layout, memory.recv.nbytes)
             elif step == 3:
-                _overwrite(feed, memory.peer, Layout.of(memory.recv))
+                _overwrite(feed, memory.peer, memory.layout)
             elif step < 7:
                 _use(feed, step, channel, None, held)
             elif step == 7:
@@ -291,8 +295,7 @@ def _publish(feed: Feed, peer: Region, layout: Layout, length: int) -> None:
     changes = feed.byte()
     for _ in range(changes & 3 if changes & 128 else 0):
         header[feed.byte() % 8] = feed.word()
-    for place, word in enumerate(header):
-        peer.put(layout.header_offset(index) + 8 * place, word)
+    _SLOT.pack_into(peer.peer, layout.header_offset(index), *header)
     peer.put(layout.head_offset, min(head + 1, 2**63 - 1))
 
 

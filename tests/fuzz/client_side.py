@@ -17,10 +17,11 @@ from policies.errors import PolicyError
 from policies.types import PolicyContract
 from runtime import messages
 from tests.fuzz import samples
-from tests.fuzz.channels import Target, check
+from tests.fuzz.channels import check
 from tests.fuzz.feed import Feed, reached
 from tests.fuzz.parsers import check_contract
 from tests.fuzz.server_side import lowest_free
+from tests.fuzz.targets import Target
 from transport import join as joining
 from transport.auto import Dialer
 from transport.control import NO_EPOCH, Opcode, ShmOffer, decode_body
@@ -31,7 +32,7 @@ from transport.link import Link
 from transport.offer import ACCEPTED
 from transport.shm import create_all
 
-MESSAGES = 6
+MESSAGES = 4
 
 
 class Silence(Exception):
@@ -123,7 +124,7 @@ def _answer(feed: Feed, opcode: Opcode) -> list[bytes]:
     kind = feed.byte()
     body: dict[str, Any] = {}
     if opcode == Opcode.DESCRIPTION:
-        body = messages.describe(samples.CONTRACT, samples.INFO)
+        body = samples.description()
         if kind & 4:
             body["contract"] = feed.json(feed.vary(decode_body(body["contract"].encode())))
     elif opcode == Opcode.WELCOME:

@@ -22,7 +22,6 @@ _SEED = 20240607
 
 def _raw() -> Mapping[str, list[bytes]]:
     """Whole messages, for the targets or modes that take bytes as they are."""
-    describe = messages.describe(samples.CONTRACT, samples.INFO)
     errors = [
         messages.encode_error(messages.ContractMismatch("state", "int32", "float32")),
         messages.encode_error(messages.InferenceError("late")),
@@ -34,7 +33,7 @@ def _raw() -> Mapping[str, list[bytes]]:
             samples.control(Opcode.HELLO, samples.hello()),
             samples.control(Opcode.HELLO, samples.hello(80)),
             samples.control(Opcode.WELCOME, samples.welcome(), samples.EPOCH),
-            samples.control(Opcode.DESCRIPTION, describe),
+            samples.control(Opcode.DESCRIPTION, samples.description()),
             samples.control(Opcode.BYE, {"reason": "done"}, samples.EPOCH),
         ],
         "error": [b"\1" + error for error in errors],
@@ -44,6 +43,8 @@ def _raw() -> Mapping[str, list[bytes]]:
         ],
         "jpeg": [b"\2" + top, b"\3" + wrist],
         "description": [b"\7\0" + samples.CONTRACT.to_json().encode()],
+        # HELLO, the proof at the door, CONFIRM of shared memory.
+        "handshake": [bytes(6) + bytes((160, 0, 0, 0)) + bytes((0, 0, 0, 0, 8, 0))],
         "broken": [bytes(8)],
     }
 

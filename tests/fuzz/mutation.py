@@ -5,7 +5,7 @@ from __future__ import annotations
 import random
 from collections.abc import Sequence
 
-from tests.fuzz.channels import Target
+from tests.fuzz.targets import Target
 
 MAX_BYTES = 4096
 _EDGES = (0, 1, 3, 7, 0x7F, 0x80, 0xFE, 0xFF)

@@ -1,11 +1,12 @@
 """One target under libFuzzer, in this process: ``python -m tests.fuzz.one TARGET TALLY [FLAG...]``.
 
-Only our own packages are instrumented. What is compiled by numba is imported before: instrumented
-bytecode is not what it can compile.
+Only our own packages are instrumented, but for what numba compiles: instrumented bytecode is not
+what it can compile.
 """
 
 from __future__ import annotations
 
+import contextlib
 import json
 import logging
 import sys
@@ -13,9 +14,12 @@ import warnings
 from pathlib import Path
 
 import atheris
-import numba  # noqa: F401  its import is long, and nothing in it is ours
+
+from tests.fuzz.feed import reached
+from tests.fuzz.targets import opened
 
 PACKAGES = ["transport", "runtime", "policies"]
+COMPILED = ["transport.atomics", "transport.steps"]
 TELL_EVERY = 1024
 
 
@@ -25,18 +29,14 @@ def main(argv: list[str]) -> None:
     Args:
         argv: Name of the target; file for how often which gate was passed; libFuzzer's flags.
     """
-    import transport.atomics
-    import transport.steps  # noqa: F401
-
-    with atheris.instrument_imports(include=PACKAGES):
-        from tests.fuzz.feed import reached
-        from tests.fuzz.targets import opened
     name, tally, *flags = argv
     logging.disable(logging.CRITICAL)
     warnings.simplefilter("error")
     last = max((int(flag[6:]) for flag in flags if flag.startswith("-runs=")), default=0)
     count = 0
-    with opened(name) as target:
+    with contextlib.ExitStack() as stack:
+        with atheris.instrument_imports(include=PACKAGES, exclude=COMPILED):
+            target = stack.enter_context(opened(name))
 
         def counted(data: bytes) -> None:
             nonlocal count

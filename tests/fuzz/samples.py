@@ -100,6 +100,16 @@ def welcome() -> dict[str, Any]:
     return {**_welcome()}
 
 
+@functools.cache
+def _description() -> dict[str, Any]:
+    return messages.describe(CONTRACT, INFO)
+
+
+def description() -> dict[str, Any]:
+    """What a server says of its policy."""
+    return {**_description()}
+
+
 def offer() -> dict[str, Any]:
     name = "/metronome-" + "0" * 32
     return {"names": [name, name], "sizes": [20480, 20480], "socket": "metronome-" + "1" * 32}

@@ -1,0 +1,131 @@
+"""The fuzzers' targets, briefly: their seeds and some seeded mutations of them, in plain Python.
+
+``make fuzz`` runs the same targets for as long as it is told, guided by coverage.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from tests.fuzz import corpus
+from tests.fuzz.feed import Feed, reached
+from tests.fuzz.mutation import Violation, hammer
+from tests.fuzz.targets import MAX_GROWTH_KB, TARGETS, bounded, opened
+
+RUNS = 250
+GATES = {
+    "control": ("prefix", "body"),
+    "hello": ("accepted",),
+    "offer": ("accepted",),
+    "schema": ("accepted", "of varying length"),
+    "description": ("accepted",),
+    "error": ("ContractMismatch", "InferenceError"),
+    "chunk": ("accepted",),
+    "demand": ("read", "admitted"),
+    "trace_key": ("keys",),
+    "pictures": ("readers", "pixels", "jpegs"),
+    "jpeg": ("given to the decoder", "decoded"),
+    "session": ("DATA", "RESET"),
+    "segments": ("DATA", "ERROR", "RESET"),
+    "handshake": ("proven", "sessions over shm", "sessions over zmq"),
+    "listener": ("sessions", "DATA"),
+    "door": ("entered",),
+    "gatekeeper": ("let in",),
+    "dialer": ("described", "opened", "chunks"),
+    "join": ("joined",),
+}
+
+
+@pytest.fixture(autouse=True)
+def _quiet() -> Iterator[None]:
+    """What is refused is logged; a thousand times, to nobody."""
+    logging.disable(logging.CRITICAL)
+    reached.clear()
+    yield
+    logging.disable(logging.NOTSET)
+
+
+def test_every_target_says_how_deep_it_reaches() -> None:
+    assert set(GATES) == set(TARGETS)
+
+
+@pytest.mark.parametrize("name", TARGETS)
+def test_no_input_breaks_a_promise(name: str) -> None:
+    with opened(name) as target:
+        hammer(target, corpus.seeds(name), RUNS, seed=1)
+    missed = [gate for gate in GATES[name] if not reached[gate]]
+    assert not missed, f"{name} never got past {missed}: {dict(reached)}"
+
+
+@pytest.mark.parametrize("name", TARGETS)
+def test_the_seeds_are_what_is_committed(name: str) -> None:
+    files = sorted((corpus.FOLDER / name).iterdir())
+    assert [file.read_bytes() for file in files] == corpus.seeds(name), (
+        "python -m tests.fuzz.corpus"
+    )
+
+
+def test_the_seeds_are_few() -> None:
+    assert sum(f.stat().st_size for f in corpus.FOLDER.rglob("*") if f.is_file()) < 200_000
+
+
+def test_a_broken_parser_is_found() -> None:
+    with opened("broken") as broken:
+        broken(bytes(8))
+        with pytest.raises(Violation, match="IndexError") as caught:
+            hammer(broken, corpus.seeds("broken"), 2000, seed=1)
+        with pytest.raises(IndexError):
+            broken(caught.value.data)
+
+
+def test_memory_out_of_proportion_is_found() -> None:
+    held = []
+
+    def greedy(data: bytes) -> None:
+        held.append(bytearray(b"x") * (len(data) * MAX_GROWTH_KB * 1024))
+
+    target = bounded(greedy)
+    target(b"")
+    with pytest.raises(AssertionError, match="one input took"):
+        for _ in range(8):  # the first may fit into what the process had before
+            target(b"xx")
+
+
+def test_the_same_seed_gives_the_same_inputs() -> None:
+    runs: list[list[bytes]] = [[], []]
+    for seen in runs:
+        hammer(seen.append, [b"seed", b"another"], 50, seed=3)
+    assert runs[0] == runs[1] and len(set(runs[0])) > 40
+
+
+def test_an_input_of_zeros_changes_nothing() -> None:
+    valid = {"a": [1, "two", None], "b": {"c": 1.5}}
+    feed = Feed(b"")
+    assert feed.vary(valid) is valid and feed.bytes_near(b"same") == b"same"
+    assert json.loads(feed.json(valid)) == valid
+
+
+def test_libfuzzer_finds_it_too_and_keeps_the_input(tmp_path: Path) -> None:
+    pytest.importorskip("atheris")
+    results, crashes = tmp_path / "fuzz.json", tmp_path / "crashes"
+    command = [sys.executable, "-m", "tests.fuzz", "broken", "--results", str(results)]
+    done = subprocess.run(
+        [*command, "--crashes", str(crashes)],
+        cwd=corpus.FOLDER.parents[2],
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    (outcome,) = json.loads(results.read_text())["targets"]
+    (kept,) = outcome["crashes"]
+    assert done.returncode == 1, done.stdout + done.stderr
+    assert Path(kept).parent == crashes / "broken" and kept in done.stdout
+    with opened("broken") as broken, pytest.raises(IndexError):
+        broken(Path(kept).read_bytes())
