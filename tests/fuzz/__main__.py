@@ -25,7 +25,9 @@ CORPUS = Path(__file__).with_name("corpus")
 RESULTS = ROOT / "bench" / "results" / "fuzz.json"
 CRASHES = Path(tempfile.gettempdir()) / "metronome-fuzz"
 CRASHED, BAD_INPUT = 1, 2
-MAX_BYTES = 2048
+MAX_BYTES, MAX_STEPS_BYTES = 2048, 256
+"""Of an input; the second for targets of several steps, which end after a few anyway."""
+STEPPED = ("session", "segments", "handshake", "listener", "door", "dialer", "join")
 _STAT = re.compile(r"^stat::(\w+):\s+(\d+)", re.MULTILINE)
 _COVERED = re.compile(r"cov: (\d+)")
 TAIL = 4000
@@ -64,9 +66,10 @@ def fuzz(name: str, args: argparse.Namespace) -> Outcome:
         flags = {
             "runs": args.runs,
             "seed": args.seed,
+            "max_total_time": args.max_s,
             "timeout": args.timeout_s,
             "rss_limit_mb": args.max_rss_mb,
-            "max_len": MAX_BYTES,
+            "max_len": MAX_STEPS_BYTES if name in STEPPED else MAX_BYTES,
             "artifact_prefix": f"{kept}/",
             "print_final_stats": 1,
         }
@@ -114,6 +117,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     cli.add_argument("--seed", type=int, default=1, help="of libFuzzer, 1 or more")
     cli.add_argument("--max_rss_mb", type=int, default=1024)
     cli.add_argument("--timeout_s", type=int, default=5, help="for one input")
+    cli.add_argument("--max_s", type=int, default=0, help="for each target; 0: as long as it takes")
     cli.add_argument("--results", type=Path, default=RESULTS, help="JSON")
     cli.add_argument("--crashes", type=Path, default=CRASHES, help="folder for what broke it")
     args = cli.parse_args(argv)

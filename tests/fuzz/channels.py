@@ -27,7 +27,7 @@ from transport.shm import Parts
 from transport.shm_channel import ShmChannel
 from transport.zmq import ZmqChannel
 
-STEPS = 16
+STEPS = 12
 _SLOT = struct.Struct("<8q")
 PAIRS = (
     (samples.REPLY, samples.OBSERVATION),
@@ -108,7 +108,7 @@ def session(data: bytes) -> None:
             dropped = channel.dropped_malformed + channel.dropped_epoch - before
             assert dropped in (0, 1) and not (fine and dropped), "a valid message was dropped"
             assert len(channel._inbox) + len(held) <= SLOTS
-            credited += not dropped and frame[6] == 10
+            credited += not dropped and frame[6:8] == b"\x0a\0"
         else:
             _use(feed, step, channel, wire, held)
         assert len(channel._staging._under_way) <= SLOTS
