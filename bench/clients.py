@@ -33,9 +33,8 @@ class Answers:
 
     Attributes:
         latency_s: Of every request, from the call to the chunk.
-        infer_s: Of the inference that each was part of, as the server says.
-        batch: Whether that inference was one of several observations cannot be seen from here;
-            requests per second can: ``per_s``.
+        infer_s: Of the inference that each was part of, batch or not, as the server says.
+        per_s: Answers per second.
         failed: Requests that ended in an error.
     """
 

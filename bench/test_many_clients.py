@@ -119,7 +119,7 @@ def test_a_stranger_every_second(
     capsys: pytest.CaptureFixture[str], records: Records, long: bool
 ) -> None:
     """A robot's p99 while a client connects every second, ÷ without."""
-    rounds, seconds = (10, 20.0) if long else (1, 4.0)
+    rounds, seconds = (6, 20.0) if long else (1, 4.0)
     alone: list[Answers] = []
     visited: list[Answers] = []
     with (

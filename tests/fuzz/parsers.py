@@ -8,6 +8,7 @@ from __future__ import annotations
 import contextlib
 import json
 import math
+import sys
 from typing import Any
 
 import numpy as np
@@ -170,7 +171,7 @@ def check_contract(contract: PolicyContract) -> None:
     for name in ("policy_type", "normalizer_hash", "dataset_id", *contract.camera_names):
         text = getattr(contract, name) if hasattr(contract, name) else name
         assert type(text) is str, f"{name}: {text!r:.80}"
-    assert math.isfinite(contract.dt_s) and contract.dt_s > 0, f"dt_s: {contract.dt_s!r}"
+    assert 0 < contract.dt_s <= sys.float_info.max, f"dt_s: {contract.dt_s!r:.80}"
     assert type(contract.gripper_continuous) is bool
     assert all(type(name) is str for name in contract.dataset_ids)
     rendering = contract.rendering

@@ -55,7 +55,7 @@ from transport.reactor import Reactor
 from transport.sessions import Pending
 from transport.shm import Parts
 
-MESSAGES = 5
+MESSAGES = 4
 MAX_SESSIONS = 3
 IDENTITIES = (b"one", b"two", b"gone")
 
@@ -115,7 +115,7 @@ class Router:
 
     gatekeeper = None
     port = 1
-    fd, monitor_fd = os.eventfd(0), os.eventfd(0)  # never readable, and nobody's to close
+    fd = monitor_fd = -1
 
     def __init__(self, *_: object) -> None:
         self.inbox: deque[tuple[bytes, list[zmq.Frame]]] = deque()
@@ -311,8 +311,16 @@ def listener() -> Iterator[Target]:
             _attend(Feed(data), served)
         assert lowest_free() == free, "a descriptor was leaked"
 
-    with mock.patch.object(listening, "Router", Router):
-        yield target
+    bells = [os.eventfd(0), os.eventfd(0)]  # never readable
+    try:
+        with (
+            mock.patch.object(listening, "Router", Router),
+            mock.patch.multiple(Router, fd=bells[0], monitor_fd=bells[1]),
+        ):
+            yield target
+    finally:
+        for bell in bells:
+            os.close(bell)
 
 
 def _attend(feed: Feed, served: Listener) -> None:
