@@ -73,16 +73,16 @@ def check(message: Message, schema: Schema) -> None:
                 assert 1 <= len(array) <= spec.shape[0]
             else:
                 assert array.shape == spec.shape
-        _sum(message)
+        _read(message, schema)
     elif message.kind is Kind.ERROR:
         messages.decode_error(message.body)
 
 
-def _sum(message: Message) -> None:
+def _read(message: Message, schema: Schema) -> None:
     """Read every byte, where a read outside of the message would be noticed."""
     for array in message.arrays.values():
         array.tobytes()
-    if list(message.arrays) == ["actions", "numbers"]:
+    if schema == samples.REPLY:
         with contextlib.suppress(InferenceError):
             messages.read_chunk(message.arrays, samples.CONTRACT)
             reached["chunks"] += 1

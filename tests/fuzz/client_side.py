@@ -20,7 +20,7 @@ from tests.fuzz import samples
 from tests.fuzz.channels import check
 from tests.fuzz.feed import Feed, reached
 from tests.fuzz.parsers import check_contract
-from tests.fuzz.server_side import lowest_free
+from tests.fuzz.server_side import descriptors
 from tests.fuzz.targets import Target
 from transport import join as joining
 from transport.auto import Dialer
@@ -221,7 +221,7 @@ def side_socket() -> Iterator[Target]:
     }
 
     def target(data: bytes) -> None:
-        feed, free = Feed(data), lowest_free()
+        feed, before = Feed(data), descriptors()
         for mapping in written:
             said = identity if feed.byte() < 192 else feed.bytes_near(identity)
             mapping.bytes[: len(identity)] = bytearray((said + identity)[: len(identity)])
@@ -239,7 +239,7 @@ def side_socket() -> Iterator[Target]:
             assert said == ACCEPTED and len(fds) >= 2  # the kernel drops what is too many
             parts.close()
             reached["joined"] += 1
-        assert lowest_free() == free, "a descriptor was leaked"
+        assert descriptors() == before, "a descriptor was leaked"
 
     try:
         with mock.patch.object(joining, "socket", shim):

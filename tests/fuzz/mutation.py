@@ -7,7 +7,7 @@ from collections.abc import Sequence
 
 from tests.fuzz.targets import Target
 
-MAX_BYTES = 4096
+MAX_BYTES, MAX_RANDOM_BYTES = 4096, 96
 _EDGES = (0, 1, 3, 7, 0x7F, 0x80, 0xFE, 0xFF)
 
 
@@ -24,15 +24,20 @@ class Violation(AssertionError):
 
 
 def hammer(target: Target, seeds: Sequence[bytes], runs: int, seed: int) -> None:
-    """Each of ``seeds`` as it is, then ``runs`` mutations; the same ones for the same ``seed``.
+    """Each of ``seeds`` as it is, then ``runs`` others: mutations of them, and noise for a third.
+    The same ones for the same ``seed``.
 
     Raises:
         Violation: What the target raised is its cause.
     """
     generator = random.Random(seed)
     for number in range(len(seeds) + runs):
-        known = number < len(seeds)
-        data = seeds[number] if known else mutated(generator.choice(seeds), generator)
+        if number < len(seeds):
+            data = seeds[number]
+        elif number % 3 == 0:
+            data = generator.randbytes(generator.randint(1, MAX_RANDOM_BYTES))
+        else:
+            data = mutated(generator.choice(seeds), generator)
         try:
             target(data)
         except Exception as error:

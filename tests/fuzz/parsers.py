@@ -140,6 +140,7 @@ def check_schema(read: Schema) -> None:
         start = read.offsets[name]
         assert start % ALIGNMENT == 0 and end <= start, "arrays overlap"
         end = start + spec.nbytes
+        assert all(type(size) is int for size in spec.shape)
     assert end == read.nbytes
     assert Schema.from_json(read.to_json()) == read
 

@@ -26,6 +26,8 @@ def jpeg_data(data: bytes) -> None:
     kind = feed.byte()
     camera = samples.CONTRACT.cameras[kind & 1]
     raw = feed.rest() if kind & 2 else feed.bytes_near(samples.jpegs()[kind & 1])
+    if kind & 4:
+        raw = _resized(feed, raw)
     height, width = camera.source_hw
     room = np.full(height * width * 3 + 2 * GUARD, _NEAR, np.uint8)
     out = room[GUARD:-GUARD].reshape(height, width, 3)
@@ -41,6 +43,13 @@ def jpeg_data(data: bytes) -> None:
         size = jpeg.codec().decode_jpeg_header(raw)[:2]
         assert size == (height, width), size
     assert (room[:GUARD] == _NEAR).all() and (room[-GUARD:] == _NEAR).all()
+
+
+def _resized(feed: Feed, raw: bytes) -> bytes:
+    """With another byte or two in the frame's header: precision, height, width or components."""
+    at = raw.find(bytes((0xFF, 0xC0))) + 4 + (feed.byte() & 7)
+    said = feed.take(1 + (feed.byte() & 1))
+    return raw[:at] + said + raw[at + len(said) :]
 
 
 def pictures(data: bytes) -> None:

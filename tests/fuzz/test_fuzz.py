@@ -19,7 +19,7 @@ from tests.fuzz.feed import Feed, reached
 from tests.fuzz.mutation import Violation, hammer
 from tests.fuzz.targets import MAX_GROWTH_KB, TARGETS, bounded, opened
 
-RUNS = 250
+RUNS = 600
 GATES = {
     "control": ("prefix", "body"),
     "hello": ("accepted",),
