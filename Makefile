@@ -8,7 +8,7 @@ CAN_RENDER := $(BIN)/python -c 'from envs.gl import make_context; make_context(6
 # No thread pools fighting the tests for two cores.
 export OMP_NUM_THREADS ?= 1
 
-.PHONY: help demo test check bench soak train format gl clean
+.PHONY: help demo test check bench soak fuzz train format gl clean
 
 help:
 	@echo "make demo    start a server, evaluate 2 episodes against it"
@@ -16,6 +16,7 @@ help:
 	@echo "make check   lint, types, import rules"
 	@echo "make bench   latency tables"
 	@echo "make soak    a simulated robot, with everything killed in mid-motion again and again: 30 minutes"
+	@echo "make fuzz    a million inputs at every parser of what a peer sends: RUNS=1000000"
 	@echo "make train   demonstrations, then a policy of your own: under an hour on two cores"
 
 demo: $(VENV)/.sim gl
@@ -37,6 +38,10 @@ soak: $(VENV)/.dev gl
 	METRONOME_SOAK=1 $(BIN)/python -m pytest tests/faults -q -s
 	METRONOME_LONG=1 $(BIN)/python -m pytest -q -o log_cli=true --log-cli-level=INFO \
 	  $(foreach part,sleep long kills stops,tests/transport/test_transport_$(part).py)
+
+RUNS ?= 1000000
+fuzz: $(VENV)/.fuzz
+	$(BIN)/python -m tests.fuzz --runs $(RUNS)
 
 TASK     ?= sim_transfer_cube
 EPISODES ?= 200
@@ -83,6 +88,10 @@ $(VENV)/.train: setup.py $(VENV)/.sim
 
 $(VENV)/.dev: setup.py $(VENV)/.sim
 	$(PIP) -e '.[server,sim,dev]'
+	@touch $@
+
+$(VENV)/.fuzz: setup.py $(VENV)/.dev
+	$(PIP) -e '.[server,sim,dev,fuzz]'
 	@touch $@
 
 # A peer that cannot be installed takes its own rows away, and the tables say so.

@@ -17,6 +17,7 @@ SIM = [
 ]
 TRAIN = ["h5py>=3.10"]
 JPEG = ["simplejpeg>=1.8"]
+FUZZ = ["atheris>=2.3"]
 DEV = [
     "pytest>=8",
     "pytest-benchmark>=4",
@@ -55,6 +56,7 @@ setup(
         "sim": SIM,
         "train": TRAIN,
         "jpeg": JPEG,
+        "fuzz": FUZZ,
         "dev": DEV + TRAIN + JPEG,
     },
 )

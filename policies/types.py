@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import math
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal, Protocol, get_args, overload, runtime_checkable
@@ -240,9 +241,10 @@ class PolicyContract:
         """
         try:
             raw = json.loads(text)
+            _check_kinds(raw)
             cameras = tuple(
                 CameraContract(
-                    name=camera["name"],
+                    name=_text(camera["name"]),
                     source_hw=_pair(camera["source_hw"]),
                     model_hw=_pair(camera["model_hw"]),
                     crop=None if camera["crop"] is None else _four(camera["crop"]),
@@ -253,12 +255,51 @@ class PolicyContract:
             rendering = raw.pop("rendering")
             return cls(
                 cameras=cameras,
-                rendering=None if rendering is None else Rendering(**rendering),
-                dataset_ids=tuple(raw.pop("dataset_ids")),
+                rendering=None if rendering is None else _rendering(**rendering),
+                dataset_ids=tuple(_text(name) for name in raw.pop("dataset_ids")),
                 **raw,
             )
-        except (ValueError, KeyError, TypeError, AttributeError) as error:
-            raise ContractMismatch("contract", f"{error!r}", "what to_json wrote") from error
+        except (
+            ValueError,
+            KeyError,
+            TypeError,
+            AttributeError,
+            RecursionError,
+            OverflowError,
+        ) as error:
+            raise ContractMismatch("contract", f"{error!r:.200}", "what to_json wrote") from error
+
+
+_KINDS: Mapping[str, tuple[type, ...]] = {
+    **dict.fromkeys(("state_dim", "action_dim", "chunk_size", "n_action_steps"), (int,)),
+    **dict.fromkeys(("policy_type", "normalizer_hash", "dataset_id"), (str,)),
+    **dict.fromkeys(("ctrl_space", "ctrl_type"), (str,)),
+    "first_action_offset": (int,),
+    "dt_s": (int, float),
+    "gripper_continuous": (bool,),
+}
+"""Of the fields of a contract that are plain values in JSON."""
+
+
+def _check_kinds(raw: Mapping[str, Any]) -> None:
+    """Raises ``TypeError``: whatever is not of its declared type would fail far from here."""
+    for name, kinds in _KINDS.items():
+        if name in raw and type(raw[name]) not in kinds:
+            raise TypeError(f"{name}: {raw[name]!r:.80}")
+    if not math.isfinite(raw.get("dt_s", 1.0)):
+        raise ValueError(f"dt_s: {raw['dt_s']}")
+
+
+def _text(value: object) -> str:
+    if not isinstance(value, str):
+        raise TypeError(f"{value!r:.80} is no text")
+    return value
+
+
+def _rendering(shadows: object, msaa: object) -> Rendering:
+    if type(shadows) is not bool or type(msaa) is not int:
+        raise TypeError(f"rendering: {shadows!r:.80}, {msaa!r:.80}")
+    return Rendering(shadows, msaa)
 
 
 def _pair(value: Sequence[int]) -> tuple[int, int]:

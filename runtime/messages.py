@@ -295,7 +295,7 @@ def decode_error(body: bytes) -> PolicyError:
         if kind == "ContractMismatch" and len(args) == 3:
             return ContractMismatch(*args)
         return _ERRORS.get(kind, PolicyError)(*args[:1])
-    except (ValueError, KeyError, TypeError):
+    except (ValueError, KeyError, TypeError, RecursionError):
         return InferenceError(f"the server reported a failure: {body[:200]!r}")
 
 

@@ -100,10 +100,10 @@ def from_flags(args: argparse.Namespace) -> Wishes:
     keys = tuple(str(Path(name).resolve()) if name else "" for name in key_files(args))
     try:
         return Wishes(args.transport, args.resize, args.jpeg, *keys)
-    except JpegMissing as error:
-        raise ValueError(f"--jpeg: {error}") from error
     except KeyFileError as error:
         raise ValueError(f"--server_key, --client_key: {error}") from error
+    except (JpegMissing, ValueError) as error:
+        raise ValueError(f"--jpeg: {error}") from error
 
 
 def key_files(args: argparse.Namespace) -> tuple[str, str]:

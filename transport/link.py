@@ -13,6 +13,7 @@ from typing import Any
 import zmq
 from zmq.utils.monitor import recv_monitor_message
 
+from transport import greeting
 from transport.control import (
     NO_EPOCH,
     PROTOCOL_VERSION,
@@ -98,6 +99,7 @@ class Link:
         self, endpoint: str, address: str, *, ipv6: bool, curve: ClientKeys | None = None
     ) -> None:
         self.address, self._encrypted = address, curve is not None
+        self._endpoint = endpoint
         self._refusal: Refused | None = None
         _require_descriptors(address)
         self._context = zmq.Context()
@@ -268,7 +270,12 @@ class Link:
             if self._encrypted:
                 return Refused("key", "keys", f"none: the server at {self.address} has none itself")
             return Refused("key", "none (--server_key, --client_key)", wants)
-        if self._encrypted and event == zmq.Event.HANDSHAKE_FAILED_NO_DETAIL:
+        if event != zmq.Event.HANDSHAKE_FAILED_NO_DETAIL:
+            return None
+        # It hung up before its greeting was read.
+        if not self._encrypted and greeting.mechanism(self._endpoint) == "CURVE":
+            return Refused("key", "none (--server_key, --client_key)", wants)
+        if self._encrypted:
             either = "another server's key, one not on its list, or keys where it has none itself"
             return Refused("key", either, wants)
         return None

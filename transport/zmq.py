@@ -234,4 +234,5 @@ def _aligned(frame: memoryview) -> tuple[Any, int]:
     short = len(frame) < PAYLOAD_OFFSET + np.dtype(np.int64).itemsize
     if not short and np.frombuffer(frame, np.int64, 1, PAYLOAD_OFFSET).flags.aligned:
         return frame, PAYLOAD_OFFSET
-    return bytes(frame[PAYLOAD_OFFSET:]), 0
+    # One byte at least: numpy makes no array of none, and a schema may have no arrays.
+    return bytes(frame[PAYLOAD_OFFSET:]) or b"\0", 0

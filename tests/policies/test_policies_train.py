@@ -219,7 +219,9 @@ def test_what_is_exported_is_what_was_trained(demonstrations, tmp_path):
     trainer.run(reports.append)
     assert asked == [2, 2]
     assert [p.success for p in reports] == [None, None, 0.5, 0.5]
-    policy = load_policy(str(tmp_path / "run" / "policy"), device="cpu", threads=1)
+    policy = load_policy(
+        str(tmp_path / "run" / "policy"), device="cpu", threads=1, precision="fp32"
+    )
     assert policy.info.trained
     assert policy.contract.cameras == (CAMERA,)
     obs = observation(policy.contract)
@@ -237,7 +239,7 @@ def test_what_is_exported_is_what_was_trained(demonstrations, tmp_path):
     np.testing.assert_allclose(chunk, expected, atol=2e-5)
 
     save_lerobot(tmp_path / "lerobot", trainer.saved())
-    other = load_policy(str(tmp_path / "lerobot"), device="cpu", threads=1)
+    other = load_policy(str(tmp_path / "lerobot"), device="cpu", threads=1, precision="fp32")
     np.testing.assert_allclose(other.infer(obs).actions, chunk, atol=2e-5)
     assert not any(key.startswith("aux") for key in exported(net.state_dict()))
 

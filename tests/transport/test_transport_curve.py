@@ -16,6 +16,7 @@ from contracts.frames import OBSERVATION
 from transport_rig import make_listener, pumped
 
 from runtime.keys import allow, main, new_keys
+from transport import greeting
 from transport.auto import Dialer
 from transport.curve import ClientKeys, KeyFileError, ServerKeys, public_key
 from transport.errors import Refused, TransportTimeout
@@ -251,3 +252,18 @@ def test_silence_is_not_taken_for_a_refusal(ring: Keyring) -> None:
             pytest.raises(TransportTimeout, match="nothing answered"),
         ):
             dialer.describe()
+
+
+def test_a_server_that_hangs_up_first_is_asked_what_it_wants(ring: Keyring) -> None:
+    """Which of two ends with different security hangs up first is chance; the reason is not."""
+    for curve, wanted in ((None, "NULL"), (ring.server(), "CURVE")):
+        with make_listener(curve=curve) as listener, pumped(listener):
+            assert greeting.mechanism(f"tcp://127.0.0.1:{listener.port}") == wanted
+
+
+def test_what_is_not_zmq_has_no_greeting(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(greeting, "PATIENCE_S", 0.05)
+    with socket.create_server(("127.0.0.1", 0)) as listening:
+        port = listening.getsockname()[1]
+        assert greeting.mechanism(f"tcp://127.0.0.1:{port}") == ""  # connected, and silence
+    assert greeting.mechanism(f"tcp://127.0.0.1:{port}") == ""
