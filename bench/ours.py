@@ -76,8 +76,9 @@ class ChannelContestant:
 
     @staticmethod
     def _answer(sink: Sink, channel: Channel, message: Message) -> None:
-        actions = sink.take(message.arrays)
         loan = channel.loan()
+        loan.announce()
+        actions = sink.take(message.arrays)
         np.copyto(loan.arrays["actions"], actions)
         loan.publish(message.request_id)
 
@@ -90,6 +91,7 @@ class ChannelContestant:
 
             def exchange() -> None:
                 loan = channel.loan()
+                loan.announce()
                 for name, view in loan.arrays.items():
                     np.copyto(view, source.arrays[name])
                 loan.publish(1)

@@ -157,6 +157,7 @@ class Answering:
             logger.warning("session %d: the answer was not sent: %s", session.id, error)
             return
         served: Served = session.attachment
+        loan.announce()
         number = request.content.request_id
         inferred_ns = time.monotonic_ns() if trace.on else 0
         messages.write_chunk(chunk, waited_ns, self._core.model.generation, loan.arrays)

@@ -242,7 +242,10 @@ class PolicyClient:
             session = self._open_session()
         began_ns = time.monotonic_ns()  # opening the session is not part of any request
         self._requests.supersede()
-        session.pictures.write(obs, self._take_loan(session).arrays)
+        loan = self._take_loan(session)
+        if session.pictures.copied:
+            loan.announce()
+        session.pictures.write(obs, loan.arrays)
         request = self._requests.begin(began_ns, budget_ns)
         if trace.on:
             flow = trace.flow(self._trace_key, request.id)

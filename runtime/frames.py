@@ -82,6 +82,11 @@ class Outgoing:
     def lossy(self) -> bool:
         return self._quality is not None
 
+    @property
+    def copied(self) -> bool:
+        """Whether ``write`` only copies: to resize or encode takes longer than a peer watches."""
+        return self._as_they_are
+
     def canvas(self, arrays: dict[str, NDArray[Any]]) -> dict[str, NDArray[np.uint8]]:
         """Where to render the next observation: the message's own arrays, where they fit."""
         if not self._as_they_are:

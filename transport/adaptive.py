@@ -10,6 +10,8 @@ MAX_SPIN_US = 200
 """No wait burns more than this."""
 DEFAULT_SPIN_US = MAX_SPIN_US
 """A client that copies a picture or two between an answer and its next question is still caught."""
+EXPECT_US = 1000
+"""How long something announced is watched for: to copy several pictures takes less."""
 _SLICE_ROUNDS = 100
 """Looks per compiled call: some microseconds, after which the clock is asked."""
 _CONVINCED = 8
@@ -34,13 +36,15 @@ class AdaptiveSpin:
         ValueError: Out of that range.
     """
 
-    __slots__ = ("_score", "_tried", "limit_ns")
+    __slots__ = ("_distrust", "_expect_ns", "_score", "_tried", "limit_ns")
 
     def __init__(self, limit_us: float = DEFAULT_SPIN_US) -> None:
         if not 0 <= limit_us <= MAX_SPIN_US:
             raise ValueError(f"spin_us: got {limit_us}, expected 0 to {MAX_SPIN_US}")
         alone = (os.cpu_count() or 1) < 2
         self.limit_ns = 0 if alone else round(limit_us * 1000)
+        self._expect_ns = 0 if alone else EXPECT_US * 1000
+        self._distrust = 0
         self._score = _CONVINCED
         self._tried = False
 
@@ -58,12 +62,21 @@ class AdaptiveSpin:
         self._tried = self.worthwhile
         if not self._tried:
             return False
-        until = time.perf_counter_ns() + self.limit_ns
-        while not look(_SLICE_ROUNDS):
-            if time.perf_counter_ns() >= until:
-                self._score = 0
-                return False
-        return True
+        if _seen(look, self.limit_ns):
+            return True
+        self._score = 0
+        return False
+
+    def expect(self, look: Callable[[int], bool]) -> bool:
+        """Look for what the peer has announced, even where spinning in hope is off; whether it
+        came. A peer that announced in vain is not believed the next times."""
+        if self._distrust:
+            self._distrust -= 1
+            return False
+        if _seen(look, self._expect_ns):
+            return True
+        self._distrust = _CONVINCED
+        return False
 
     def waited(self, duration_ns: int) -> None:
         """Learn from a wait that is over; one that slept took a wake-up longer than it had to."""
@@ -72,3 +85,12 @@ class AdaptiveSpin:
         short = duration_ns <= self.limit_ns + _WAKE_UP_NS
         self._score = min(_CONVINCED, self._score + 1) if short else 0
         self._tried = False
+
+
+def _seen(look: Callable[[int], bool], limit_ns: int) -> bool:
+    """Look for at most so long; whether something came."""
+    until = time.perf_counter_ns() + limit_ns
+    while not look(_SLICE_ROUNDS):
+        if time.perf_counter_ns() >= until:
+            return False
+    return True

@@ -21,6 +21,7 @@ class Awake:
 
     def __init__(self) -> None:
         self._sessions: dict[int, tuple[ServerSession, ShmChannel]] = {}
+        self._rung = False
 
     def __bool__(self) -> bool:
         return bool(self._sessions)
@@ -28,6 +29,16 @@ class Awake:
     def wake(self, session: ServerSession, channel: ShmChannel) -> None:
         channel.wake_up()
         self._sessions[session.id] = session, channel
+
+    def ring(self, session: ServerSession, channel: ShmChannel) -> None:
+        """``wake``, because its client rang: for what is there, or is about to come."""
+        self.wake(session, channel)
+        self._rung = True
+
+    def take_rung(self) -> bool:
+        """Whether a client has rung since the last call."""
+        rung, self._rung = self._rung, False
+        return rung
 
     def discard(self, session: ServerSession) -> None:
         """Idempotent."""

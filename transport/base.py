@@ -107,6 +107,10 @@ class SlotLoan(Loan):
             raise ChannelClosed("the loan has ended; its slot is the peer's, or reused")
         return self._arrays
 
+    def announce(self) -> None:
+        if self._channel is not None:
+            self._channel.announce_loan()
+
     def publish(self, request_id: int, *, budget_ns: int = 0) -> None:
         channel, self._channel = self._channel, None
         if channel is None:
@@ -196,6 +200,9 @@ class BaseChannel(Channel):
 
     def cancel_loan(self) -> None:
         self._lent = False
+
+    def announce_loan(self) -> None:
+        """What is lent will be published at once; where a peer's sleep can be ended for that."""
 
     def end_loan(self, request_id: int, budget_ns: int) -> None:
         """Publish what was lent."""

@@ -99,6 +99,11 @@ class Loan(abc.ABC):
         """The schema's arrays by name, writable views of the slot; contents undefined."""
 
     @abc.abstractmethod
+    def announce(self) -> None:
+        """Say that ``publish`` follows within a millisecond: a peer that sleeps wakes up while the
+        arrays are still being written. A hint; nothing depends on it."""
+
+    @abc.abstractmethod
     def publish(self, request_id: int, *, budget_ns: int = 0) -> None:
         """Make it visible to the peer and end the loan. Raises ``PeerGone``."""
 
@@ -133,6 +138,7 @@ class Channel(abc.ABC):
         """
         self.send_schema.check(arrays)
         loan = self.loan()
+        loan.announce()
         try:
             for name, view in loan.arrays.items():
                 np.copyto(view, arrays[name], casting="no")

@@ -159,12 +159,14 @@ class Listener:
                 woken = self._look(0.0)
             ready = self._roster.collect()
             now = time.monotonic()
+            rung = self._roster.awake.take_rung()
             if ready or woken or (until is not None and now >= until):
                 if ready and now > began:
                     self._adaptive.waited(round((now - began) * 1e9))
                 return ready
             awake = self._roster.awake
-            if awake and self._adaptive.watch(awake.look):
+            watch = self._adaptive.expect if rung else self._adaptive.watch
+            if awake and watch(awake.look):
                 continue
             if awake.fall_asleep():
                 woken = self._look(self._patience(time.monotonic(), until))

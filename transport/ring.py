@@ -65,12 +65,13 @@ class RingWriter:
     ) -> None:
         self._own, self._layout, self._length = own, layout, schema.nbytes
         self._closed_at = own.address + layout.closed_offset
+        self._reader_asleep_at = peer.address + layout.asleep_offset
         head_at = own.address + layout.head_offset
         words = {
             steps.HEAD_AT: head_at,
             steps.TAIL_AT: peer.address + layout.tail_offset,
             steps.HEADERS_AT: own.address + layout.header_offset(0),
-            steps.ASLEEP_AT: peer.address + layout.asleep_offset,
+            steps.ASLEEP_AT: self._reader_asleep_at,
             steps.COUNT: load_acquire(head_at),
         }
         self._words = _state(epoch, layout, schema, words)
@@ -111,6 +112,11 @@ class RingWriter:
         self._claimed = steps.NO_PLACE
         self.reader_sleeps = said == steps.PUBLISHED_TO_A_SLEEPER
         return True
+
+    @property
+    def reader_asleep(self) -> bool:
+        """Whether the reader has asked for its bell. A hint: ``publish`` looks with a fence."""
+        return bool(self._views and load_acquire(self._reader_asleep_at))
 
     def close(self) -> None:
         """Say that nothing will follow; let go of the memory. The mappings are the channel's."""

@@ -149,7 +149,7 @@ class Roster:
         )
         channel.transport_reason = reason
         session = ServerSession(pending.id, pending.hello, channel, reason, pending.peer)
-        self._reactor.watch(channel.bell, lambda: self.awake.wake(session, channel))
+        self._reactor.watch(channel.bell, lambda: self.awake.ring(session, channel))
         self._reactor.watch(channel.link.fileno(), lambda: self._spoke(session, channel))
         self.awake.wake(session, channel)
         return session

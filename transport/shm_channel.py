@@ -5,7 +5,9 @@ socket says goodbye: with a reason when a side closes, by hanging up when it die
 
 A bell is rung only for a peer that has said it sleeps (``transport.ring`` has the protocol), so in
 a tight exchange, where both sides watch for a moment before they sleep, a message costs no system
-call at all. Whether the peer has died is asked of the socket, which is one, at most every
+call at all. A writer may ring before it writes (``Loan.announce``), and a reader that was woken and
+finds nothing watches for what is about to come: so it wakes up while the payload is copied, not
+after. Whether the peer has died is asked of the socket, which is a system call, at most every
 millisecond by a caller that never waits; a peer that closed says so in memory.
 """
 
@@ -130,10 +132,17 @@ class ShmChannel(BaseChannel):
             self._give_up(error)
             self._require_peer()
         if self._writer.reader_sleeps:
-            # A full counter is still a signal.
-            with contextlib.suppress(BlockingIOError):
-                os.eventfd_write(self._parts.peer_bell, 1)
+            self._ring()
         return True
+
+    def announce_loan(self) -> None:
+        if self._writer.reader_asleep:
+            self._ring()
+
+    def _ring(self) -> None:
+        # A full counter is still a signal.
+        with contextlib.suppress(BlockingIOError):
+            os.eventfd_write(self._parts.peer_bell, 1)
 
     def _take(self) -> Record | None:
         if self._broken:
@@ -173,6 +182,8 @@ class ShmChannel(BaseChannel):
             self.wake_up()
             if not happened:
                 self.timeouts += 1
+            elif happened[0][0] == self._parts.own_bell and not self._reader.unread:
+                self._adaptive.expect(self._reader.spin)
             self._look_at_ns = 0
         finally:
             self._waiting = False

@@ -104,6 +104,23 @@ class ChannelContract:
             assert message.request_id == 5
         assert pair.server.poll() is None
 
+    def test_an_announcement_promises_nothing(self, pair: Pair) -> None:
+        loan = pair.client.loan()
+        loan.announce()
+        loan.announce()
+        loan.cancel()
+        loan.announce()
+        assert pair.server.poll() is None
+        loan = pair.client.loan()
+        loan.announce()
+        for name, array in observation(4).items():
+            loan.arrays[name][...] = array
+        loan.publish(4)
+        loan.announce()
+        with pair.server.recv(PATIENCE_S) as message:
+            assert message.request_id == 4 and same(message.arrays, observation(4))
+        assert pair.server.poll() is None
+
     def test_one_loan_at_a_time(self, pair: Pair) -> None:
         loan = pair.client.loan()
         with pytest.raises(TransportError, match="a loan is open"):

@@ -65,6 +65,11 @@ def _send(channel: BaseChannel, schema: Schema, number: int) -> None:
             break
         except WouldBlock:
             os.sched_yield()
+    # Some with a warning, of these some with time enough to wake up, fall asleep again, or neither.
+    if number % 3:
+        loan.announce()
+    if number % 7 == 0:
+        zlib.crc32(MUCH)
     loan.arrays["number"][...] = number
     loan.publish(number)
 
