@@ -32,6 +32,7 @@ from transport.errors import (
     TransportTimeout,
     WouldBlock,
 )
+from transport.heap import keep_freed_memory
 from transport.schema import MAX_MESSAGE_BYTES
 
 HEARTBEAT_MS = 1000
@@ -61,6 +62,7 @@ _MECHANISM_MISMATCH = int(zmq.PROTOCOL_ERROR_ZMTP_MECHANISM_MISMATCH)
 
 def configure(socket: zmq.Socket[bytes]) -> None:
     """What both ends of every connection set, before they bind or connect."""
+    keep_freed_memory()
     socket.set(zmq.HEARTBEAT_IVL, HEARTBEAT_MS)
     socket.set(zmq.HEARTBEAT_TIMEOUT, SILENCE_MS)
     socket.set(zmq.HEARTBEAT_TTL, SILENCE_MS)

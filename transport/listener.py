@@ -199,10 +199,17 @@ class Listener:
     # --- inside
 
     def _look(self, patience_s: float | None) -> bool:
-        """Handle what the descriptors say, waiting that long; whether ``wake`` was called."""
+        """Handle what the descriptors say, waiting that long; whether ``wake`` was called.
+
+        A message that has come is handed out first; whatever else is due can wait for a
+        millisecond of a busy server's.
+        """
         woken = self._reactor.run(patience_s)
-        self._serve()
-        self._look_at = time.monotonic() + _LOOK_EVERY_S
+        self._receive(0.0)
+        now = time.monotonic()
+        if now >= self._look_at or not self._roster.filled:
+            self._serve(now)
+            self._look_at = now + _LOOK_EVERY_S
         return woken
 
     def _nothing(self) -> None:
@@ -219,15 +226,13 @@ class Listener:
         until = min((at for at in times if at is not None), default=None)
         return None if until is None else max(0.0, until - now)
 
-    def _serve(self) -> None:
+    def _serve(self, now: float) -> None:
         """Everything that is due, without waiting."""
         if self._router.gatekeeper is not None:
             self._router.gatekeeper.answer()
-        self._receive(0.0)
         while self._control:
             self._handshake.handle(*self._control.popleft())
             self._receive(0.0)
-        now = time.monotonic()
         self._handshake.expire(now)
         if self._door is not None:
             self._door.expire(now)

@@ -76,6 +76,11 @@ class Roster:
             self._counts["malformed"] += 1
         return True
 
+    @property
+    def filled(self) -> bool:
+        """Whether something came over ZMQ that was not collected."""
+        return bool(self._ready)
+
     def probe(self) -> None:
         """Find the ZMQ sessions whose connection is no more."""
         for carrier in list(self._carriers.values()):
