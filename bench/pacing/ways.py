@@ -5,10 +5,9 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass
 
+from runtime.clock import DEFAULT_SPIN_NS as SPIN_NS
+
 PRIORITY = 80
-SPIN_NS = 300_000
-"""Above the wake-up latency of nearly every tick on a loaded virtual machine; 1.5 % of a core at
-50 Hz."""
 
 
 @dataclass(frozen=True)
