@@ -43,7 +43,7 @@ _MODULES: Mapping[str, tuple[str, ...]] = {
     "bench.floor": ("floor",),
     "bench.ours": ("shm spin", "shm default", "shm block", "zmq"),
     "bench.ours_policy": ("policy shm", "policy shm 7 idle", "policy zmq"),
-    "bench.ours_ring": ("ring",),
+    "bench.ours_ring": ("ring", "ring fused"),
     "bench.peers.zeromq": ("pyzmq tcp", "pyzmq ipc"),
     "bench.peers.pickle_tcp": ("pickle tcp ILStudio", "pickle tcp"),
     "bench.peers.websocket": ("websocket",),

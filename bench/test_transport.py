@@ -25,9 +25,9 @@ SPEECH = {"64B": "64 B", "1": "1 image", "2": "2 images", "4": "4 images"}
 POLICIES = tuple(name for name in HOMES if name.startswith("policy"))
 NAMES = {
     "64B": tuple(name for name in HOMES if name not in POLICIES),
-    **dict.fromkeys(("1", "2", "4"), tuple(name for name in HOMES if name != "ring")),
+    **dict.fromkeys(("1", "2", "4"), tuple(n for n in HOMES if not n.startswith("ring"))),
 }
-COLLECTOR_OFF = ("floor", "ring", "shm spin", "shm default", "shm block", "zmq")
+COLLECTOR_OFF = ("floor", "ring", "ring fused", "shm spin", "shm default", "shm block", "zmq")
 COLLECTOR_OFF += ("policy shm", "iceoryx2", "pyzmq tcp")
 PACED = ("shm default", "shm block", "policy shm", "zmq", "policy zmq", "pyzmq tcp", "pipe")
 PACED += ("pickle tcp", "websocket", "grpc", "iceoryx2", "zenoh shm")

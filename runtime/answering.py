@@ -37,7 +37,7 @@ class Answering:
             with message:
                 self._serve_one(session, request, message)
         except ViewsHeld as error:
-            self._end_for_kept_views(session, error)
+            self.end_for_kept_views(session, error)
 
     def _serve_one(self, session: ServerSession, request: Request, message: Message) -> None:
         began_ns = time.monotonic_ns()
@@ -68,8 +68,9 @@ class Answering:
         except Exception as error:
             logger.exception("the policy failed on a batch of %d", len(batch))
             answers = [InferenceError(f"the policy failed: {error!r}")] * len(batch)
-        size = next((n for n in self._core.scheduler.sizes if n >= len(batch)), len(batch))
-        self._core.costs.add(size, time.monotonic_ns() - began_ns)
+        else:
+            size = next((n for n in self._core.scheduler.sizes if n >= len(batch)), len(batch))
+            self._core.costs.add(size, time.monotonic_ns() - began_ns)
         self._core.counts["batches"] += 1
         for request, answer in zip(batch, answers, strict=True):
             session, message = self._core.sessions[request.session], request.content
@@ -81,7 +82,7 @@ class Answering:
                         waited_ns = began_ns - request.arrived_ns
                         self._reply(session, request, answer, waited_ns, len(batch))
             except ViewsHeld as error:
-                self._end_for_kept_views(session, error)
+                self.end_for_kept_views(session, error)
 
     def _infer_batch(self, batch: list[Request]) -> list[ActionChunk | PolicyError]:
         """In the batch's order; a call of its own as ``_infer``."""
@@ -97,7 +98,7 @@ class Answering:
         infer_batch = self._core.model.infer_batch
         if infer_batch is None:
             raise InferenceError("this policy has no infer_batch")
-        found = infer_batch(observations)
+        found = infer_batch(observations) if observations else []
         for place, obs, answer in zip(places, observations, found, strict=True):
             answers[place] = answer
             if not isinstance(answer, PolicyError):
@@ -123,12 +124,15 @@ class Answering:
         budget_ms, waited_ms = (
             (ns - request.arrived_ns) / 1e6 for ns in (request.deadline_ns, time.monotonic_ns())
         )
-        with message:
-            error = InferenceError(
-                f"the request's time was up: it had {budget_ms:.1f} ms, waited {waited_ms:.1f}, "
-                f"and an inference takes at least {self._core.costs.least(1) / 1e6:.1f}"
-            )
-            self._fail(session, message, error)
+        error = InferenceError(
+            f"the request's time was up: it had {budget_ms:.1f} ms, waited {waited_ms:.1f}, "
+            f"and an inference takes at least {self._core.costs.least(1) / 1e6:.1f}"
+        )
+        try:
+            with message:
+                self._fail(session, message, error)
+        except ViewsHeld as held:
+            self.end_for_kept_views(session, held)
 
     def too_many(self, session: ServerSession, message: Message, pace: Pace) -> None:
         """The session asks more often than it may."""
@@ -160,7 +164,14 @@ class Answering:
         loan.announce()
         number = request.content.request_id
         inferred_ns = time.monotonic_ns() if trace.on else 0
-        messages.write_chunk(chunk, waited_ns, self._core.model.generation, loan.arrays)
+        try:
+            messages.write_chunk(chunk, waited_ns, served.generation, loan.arrays)
+        except (TypeError, ValueError, OverflowError, AttributeError) as error:
+            # Anyone's policy made it, and only its actions were checked.
+            loan.cancel()
+            failure = InferenceError(f"the policy's answer cannot be sent: {error!r}")
+            self._fail(session, request.content, failure)
+            return
         try:
             loan.publish(number)
         except TransportError as error:
@@ -184,7 +195,7 @@ class Answering:
         except TransportError as error:
             logger.warning("session %d: the answer was not sent: %s", session.id, error)
 
-    def _end_for_kept_views(self, session: ServerSession, error: ViewsHeld) -> None:
+    def end_for_kept_views(self, session: ServerSession, error: ViewsHeld) -> None:
         """Its next observations could not be sent. Better now, with the reason, than silence."""
         logger.error("session %d: the policy keeps what it was given: %s", session.id, error)
         session.channel.close(f"the policy keeps what it was given: {error}")

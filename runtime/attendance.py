@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import time
+from collections.abc import Callable
 from typing import Any
 
 from policies.errors import ContractMismatch
@@ -14,9 +16,10 @@ from runtime.answering import Answering
 from runtime.core import Core
 from runtime.served import Served
 from runtime.served_model import ServedModel, close
+from transport.base import SLOTS
 from transport.channel import Kind, Message
 from transport.control import Hello, Welcome
-from transport.errors import PeerGone, Refused
+from transport.errors import PeerGone, Refused, ViewsHeld
 from transport.sessions import ServerSession
 
 logger = logging.getLogger(__name__)
@@ -31,13 +34,20 @@ class Attendance:
     Args:
         answering: Tells a client what became of a request that is not computed.
         limits: On what a session may ask for.
+        hellos: Of every session there is, and of those that were granted and may come.
         timeout_s: End a session that has said nothing for so long; 0 for never.
     """
 
     def __init__(
-        self, core: Core, answering: Answering, limits: Limits, *, timeout_s: float
+        self,
+        core: Core,
+        answering: Answering,
+        limits: Limits,
+        *,
+        hellos: Callable[[], list[Hello]],
+        timeout_s: float,
     ) -> None:
-        self._core, self._answering = core, answering
+        self._core, self._answering, self._hellos = core, answering, hellos
         self._limits, self._timeout_s = limits, timeout_s
         self._reply_schema = messages.reply_schema(core.model.policy.contract)
         self._look_at_s = 0.0
@@ -65,7 +75,7 @@ class Attendance:
             most = f"at most {self._limits.message_bytes}"
             raise Refused("message", f"{hello.schema.nbytes} bytes", most)
         demand = self._demand(hello)
-        present = [session.attachment.demand for session in self._core.sessions.values()]
+        present = [self._demand(other) for other in self._hellos()]
         admit(demand, present, self._limits, self._core.costs)
         lossy = frames.JPEG in hello.attributes
         attributes = {
@@ -76,23 +86,34 @@ class Attendance:
         return Welcome(schema=self._reply_schema, attributes=attributes)
 
     def _demand(self, hello: Hello) -> Demand:
-        return Demand.read(hello.attributes, hello.schema.nbytes + self._reply_schema.nbytes)
+        both_ways = hello.schema.nbytes + self._reply_schema.nbytes
+        return Demand.read(hello.attributes, SLOTS * both_ways)
 
     def look_after(self, session: ServerSession) -> None:
-        """Take what a session has sent, or its end."""
+        """Take what a session has sent, its beginning, or its end."""
         if session.ended is None or session.attachment is not None:
-            self._drain(session)
+            try:
+                self._drain(session)
+            except ViewsHeld as error:
+                self._answering.end_for_kept_views(session, error)
         if session.ended is not None:
             self.end(session)
 
     def _drain(self, session: ServerSession) -> None:
-        """Take everything the session has sent; keep the newest observation."""
+        """Take what the session has sent; keep the newest observation.
+
+        At most what fits its slots: they are refilled while they are emptied, and somebody who
+        does nothing else would keep the server. What is left is handed out again.
+        """
         if session.attachment is None and not self._begin(session):
             return
         served: Served = session.attachment
         channel = session.channel
         try:
-            while (message := channel.poll()) is not None:
+            for _ in range(SLOTS):
+                message = channel.poll()
+                if message is None:
+                    return
                 if message.kind is Kind.DATA:
                     self._take(session, served, message)
                 else:
@@ -105,7 +126,10 @@ class Attendance:
             logger.debug("session %d: %s", session.id, error)
 
     def _take(self, session: ServerSession, served: Served, message: Message) -> None:
-        request = served.request(session.id, message, message.budget_ns)
+        model = self._core.model
+        # Of an older model, which finishes its episode: not to be computed together with others.
+        alone = served.generation != model.generation or (served.exact and not model.exact)
+        request = served.request(session.id, message, message.budget_ns, alone=alone)
         if served.pace is not None and not served.pace.allows(request.arrived_ns):
             self._answering.too_many(session, message, served.pace)
             return
@@ -136,7 +160,7 @@ class Attendance:
             policy is not model.policy,
             frames.reader(hello.schema, hello.attributes, model.policy.contract),
             self._demand(hello),
-            alone=hello.attributes.get("deterministic") is True and not model.exact,
+            exact=hello.attributes.get("deterministic") is True,
             pace=self._limits.pace(),
             trace_key=trace.read_key(hello.attributes.get("trace")),
             generation=model.generation,
@@ -188,7 +212,8 @@ class Attendance:
         self._core.sessions.pop(session.id, None)
         waiting = self._core.scheduler.leave(session.id)
         if waiting is not None:
-            waiting.content.release()
+            with contextlib.suppress(ViewsHeld):  # it ends, with whatever is held
+                waiting.content.release()
         if served.own:
             close(served.policy)
         self._close_retired()
@@ -219,7 +244,7 @@ class Attendance:
         self._retired[old.generation] = old.policy
         for session in core.sessions.values():
             served: Served = session.attachment
-            if old.shared and new.shared:
+            if old.shared and new.shared and not served.own:
                 served.policy, served.generation = new.policy, new.generation
         self._close_retired()
 

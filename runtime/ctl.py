@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import socket
 import sys
 import time
 from collections.abc import Sequence
@@ -49,7 +50,8 @@ def load(dialer: Dialer, checkpoint: str, timeout_s: float) -> dict[str, Any]:
     """
     path = Path(checkpoint)
     name = str(path.resolve()) if path.exists() else checkpoint
-    state = dialer.ask("load", {"checkpoint": name, "token": read_token(dialer.port)})
+    token = read_token(dialer.port) if _is_here(dialer.host) else ""
+    state = dialer.ask("load", {"checkpoint": name, "token": token})
     until_s = time.monotonic() + timeout_s
     while state["state"] not in ("serving", "failed"):
         if time.monotonic() >= until_s:
@@ -57,6 +59,18 @@ def load(dialer: Dialer, checkpoint: str, timeout_s: float) -> dict[str, Any]:
         time.sleep(LOOK_S)
         state = dialer.ask("load_state")
     return state
+
+
+def _is_here(host: str) -> bool:
+    """Whether that is this machine: a token is nobody else's business."""
+    try:
+        found = socket.getaddrinfo(host, 0, type=socket.SOCK_DGRAM)
+        for family, kind, _, _, address in found:
+            with socket.socket(family, kind) as own:
+                own.bind(address)  # only one's own addresses can be
+    except OSError:
+        return False
+    return True
 
 
 def parser() -> argparse.ArgumentParser:

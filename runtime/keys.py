@@ -8,6 +8,7 @@ server's public key. Certificates are ZMQ's own text files: ``NAME.key`` is publ
 from __future__ import annotations
 
 import argparse
+import contextlib
 import os
 import re
 import shutil
@@ -60,10 +61,14 @@ def allow(key: str | Path, listed: str | Path, *, operator: bool = False) -> Pat
     if entry.exists() and public_key(entry) != known:
         raise KeyFileError(f"{entry}: another key has that name; rename one of them")
     secret_word = "secret-key"  # noqa: S105  of the format, not a secret
-    if secret_word in Path(key).read_text(encoding="utf-8"):
-        raise KeyFileError(f"{key}: got a secret key, expected the public one, {entry.name}")
-    folder.mkdir(parents=True, exist_ok=True)
-    shutil.copyfile(key, entry)
+    try:
+        if secret_word in Path(key).read_text(encoding="utf-8"):
+            raise KeyFileError(f"{key}: got a secret key, expected the public one, {entry.name}")
+        folder.mkdir(parents=True, exist_ok=True)
+        with contextlib.suppress(shutil.SameFileError):
+            shutil.copyfile(key, entry)
+    except OSError as error:
+        raise KeyFileError(f"{entry}: got {error.strerror}, expected a file to write") from error
     return entry
 
 

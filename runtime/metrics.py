@@ -57,8 +57,10 @@ def _of_the_server(status: dict[str, Any]) -> Iterator[Metric]:
     requests = CounterMetricFamily(
         "metronome_requests", "By what became of them", None, ["outcome"]
     )
+    # As counted, ``failed`` has the other two in it.
+    failed = counts["failed"] - counts["late"] - counts["too_many"]
     for outcome in (*OUTCOMES, "too_many"):
-        requests.add_metric([outcome], counts[outcome])
+        requests.add_metric([outcome], failed if outcome == "failed" else counts[outcome])
     yield requests
     for name, text in (
         ("resets", "Episodes begun"),

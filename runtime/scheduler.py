@@ -10,10 +10,10 @@ Guaranteed, and simulated over thousands of arrival patterns in the tests:
 * A robot's request never waits for partners. A simulation's may, for at most ``max_wait_ns``, and
   never beyond the last moment at which the oldest deadline can be kept.
 * While a robot's session lives, a simulation's batch is capped so that one batch in progress plus
-  the robot's own inference fits the robot's deadline. (One is always allowed: what is in progress
+  the robots' own inferences fit their deadlines. (One is always allowed: what is in progress
   cannot be interrupted, and admission has made sure that one fits.)
-* Nobody starves: a simulation that has waited for ``patience_ns`` is next, alone, as soon as no
-  waiting robot's deadline is broken by it.
+* Nobody starves: whoever has waited for ``patience_ns`` is next in its class; a simulation also
+  before robots, alone. Neither where a waiting robot would be late by it.
 
 Rejected: preemption (an inference cannot be stopped); a queue per session with more than the newest
 observation (an answer to an old one is worth nothing to a controller); sharing a batch between
@@ -42,6 +42,8 @@ class Request:
         deadline_ns: When its answer is worth nothing any more; ``NEVER``.
         alone: It must not share a batch: its answer has to be bit-equal wherever it is computed.
         content: The caller's.
+        due_ns: When its session needs the answer, as it declared; its deadline where that is sooner
+            or nothing was declared. What is overdue is still computed.
     """
 
     session: int
@@ -49,6 +51,10 @@ class Request:
     deadline_ns: int = NEVER
     alone: bool = False
     content: Any = None
+    due_ns: int = NEVER
+
+    def __post_init__(self) -> None:
+        self.due_ns = min(self.due_ns, self.deadline_ns)
 
 
 @dataclass(slots=True, eq=False)
@@ -134,10 +140,11 @@ class Scheduler:
 
     def longest_permitted(self) -> int:
         """The largest batch that simulations may have now."""
-        budget_ns = min((s.budget_ns for s in self._sessions.values() if s.robot), default=NEVER)
+        budgets_ns = [s.budget_ns for s in self._sessions.values() if s.robot]
+        budget_ns = min(budgets_ns, default=NEVER)
         if budget_ns == NEVER:
             return self.sizes[-1]
-        spare_ns = budget_ns - self.costs.most(1)
+        spare_ns = budget_ns - len(budgets_ns) * self.costs.most(1)
         return max((n for n in self.sizes if self.costs.most(n) <= spare_ns), default=1)
 
     def next(self, now_ns: int) -> Turn:
@@ -176,7 +183,7 @@ class Scheduler:
                 self._waiting -= 1
                 turn.late.append(request)
                 continue
-            key = (request.deadline_ns, entry.served_at, number)
+            key = (request.due_ns, entry.served_at, number)
             classes[not entry.robot].append((*key, request))
         robots, simulations = (
             [request for *_, request in sorted(group, key=lambda entry: entry[:3])]
@@ -188,10 +195,15 @@ class Scheduler:
         self, robots: list[Request], simulations: list[Request], now_ns: int, turn: Turn
     ) -> list[Request]:
         if robots:
-            starved = self._starved(robots, simulations, now_ns)
+            starved = self._starved(robots, robots, now_ns) or self._starved(
+                simulations, robots, now_ns
+            )
             return [starved] if starved else self._batch(robots, self.sizes[-1], now_ns)
         if not simulations:
             return []
+        starved = self._starved(simulations, [], now_ns)
+        if starved is not None:
+            simulations = [starved, *(one for one in simulations if one is not starved)]
         cap = self.longest_permitted()
         batch = self._batch(simulations, cap, now_ns)
         until_ns = self._worth_waiting_until(simulations, batch, cap, now_ns)
@@ -201,17 +213,18 @@ class Scheduler:
         return batch
 
     def _starved(
-        self, robots: list[Request], simulations: list[Request], now_ns: int
+        self, candidates: list[Request], robots: list[Request], now_ns: int
     ) -> Request | None:
-        oldest = min(simulations, key=lambda request: request.arrived_ns, default=None)
+        """Whoever has waited too long, if all of ``robots`` can come after it in time."""
+        oldest = min(candidates, key=lambda request: request.arrived_ns, default=None)
         if oldest is None or now_ns - oldest.arrived_ns < self._patience_ns:
             return None
-        # Robots after it, one by one: none may be late because of it.
         done_ns = now_ns + self.costs.most(1)
         for robot in robots:
-            done_ns += self.costs.most(1)
-            if done_ns > robot.deadline_ns:
-                return None
+            if robot is not oldest:
+                done_ns += self.costs.most(1)
+                if done_ns > robot.due_ns:
+                    return None
         return oldest
 
     def _batch(self, requests: list[Request], cap: int, now_ns: int) -> list[Request]:
@@ -221,7 +234,10 @@ class Scheduler:
         together = [request for request in requests if not request.alone][:cap]
         for count in range(len(together), 1, -1):
             size = next(n for n in self.sizes if n >= count)  # not filled, it is padded
-            soonest_ns = min(request.deadline_ns for request in together[:count])
+            # Who is overdue already is not made more so by company.
+            alone_ns = now_ns + self.costs.most(1)
+            due = (r.due_ns for r in together[:count] if r.due_ns >= alone_ns)
+            soonest_ns = min(*(r.deadline_ns for r in together[:count]), min(due, default=NEVER))
             if (
                 size <= cap
                 and self.costs.usual(size) <= count * self.costs.usual(1)
@@ -241,5 +257,5 @@ class Scheduler:
             return now_ns
         larger = next((n for n in self.sizes if n > len(batch)), self.sizes[-1])
         oldest_ns = min(request.arrived_ns for request in waiting)
-        last_ns = min(request.deadline_ns for request in waiting) - self.costs.most(larger)
+        last_ns = min(request.due_ns for request in waiting) - self.costs.most(larger)
         return min(oldest_ns + self._max_wait_ns, last_ns)

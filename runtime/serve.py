@@ -149,6 +149,7 @@ def _serve(config: ServerConfig, *, insecure: bool) -> int:
                 if keys is None and not insecure and not is_loopback(server.host):
                     _warn(server)
                 server.serve()
+                server.close()  # clients are told at once; what else ends may take its time
             policy = server.model.policy
     except (PolicyError, TransportError) as error:
         return _fail(error)

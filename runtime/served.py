@@ -29,7 +29,7 @@ class Served:
         own: Whether it is its own, to be closed with the session.
         read: What turns its messages into observations.
         demand: What it said it wants.
-        alone: Its answers must be bit-equal wherever they are computed.
+        exact: Its answers must be bit-equal wherever they are computed.
         pace: How often it may ask; None for any.
         trace_key: For flows across processes.
         generation: Of the model that ``policy`` is of.
@@ -41,7 +41,7 @@ class Served:
     own: bool
     read: frames.Read
     demand: Demand
-    alone: bool
+    exact: bool
     pace: Pace | None = None
     trace_key: int = 0
     generation: int = 0
@@ -56,10 +56,12 @@ class Served:
         deadline_ms = self.demand.deadline_ms
         return round(deadline_ms * 1e6) if deadline_ms < 1e9 else NEVER
 
-    def request(self, session: int, content: Any, budget_ns: int) -> Request:
+    def request(self, session: int, content: Any, budget_ns: int, *, alone: bool) -> Request:
         """What came just now. ``budget_ns`` as the message says; 0 for none."""
         now = self.heard_ns = time.monotonic_ns()
-        return Request(session, now, now + budget_ns if budget_ns else NEVER, self.alone, content)
+        deadline_ns = now + budget_ns if budget_ns else NEVER
+        due_ns = deadline_ns if self.budget_ns == NEVER else min(deadline_ns, now + self.budget_ns)
+        return Request(session, now, deadline_ns, alone, content, due_ns)
 
     def answered(self, request: Request, batch: int) -> None:
         """Count an answer that has just been sent."""

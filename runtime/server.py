@@ -93,7 +93,11 @@ class PolicyServer:
         self._core = Core(model, costs, scheduler)
         self._answering = Answering(self._core, self._end)
         self._attendance = Attendance(
-            self._core, self._answering, limits, timeout_s=session_timeout_s
+            self._core,
+            self._answering,
+            limits,
+            hellos=lambda: self._listener.hellos,
+            timeout_s=session_timeout_s,
         )
         self._orders: dict[str, Order] = {"status": lambda *_: self.status()}
         self._errands: deque[Callable[[], None]] = deque()

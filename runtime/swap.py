@@ -130,6 +130,8 @@ class Loader:
                 close(policy)
             logger.warning("%s was not loaded: %s", self.state.checkpoint, error)
             reason = str(error) or repr(error)
+            if isinstance(error, TimeoutError):
+                reason = "the server was too busy to switch within 10 s; it can be tried again"
             self._step(state="failed", error=reason, took_s=time.monotonic() - began_s)
         else:
             self._step(state="serving", policy_id=number, took_s=time.monotonic() - began_s)

@@ -104,6 +104,8 @@ class Hello:
         client = string(body, "client")
         if len(client) > MAX_CLIENT_CHARS:
             raise ProtocolError(f"client: got {len(client)} characters, at most {MAX_CLIENT_CHARS}")
+        if not client.isprintable():  # it is shown in logs and on operators' terminals
+            raise ProtocolError(f"client: got {client!r:.200}, expected printable characters")
         transports = body.get("transports")
         if not isinstance(transports, list) or any(t not in TRANSPORTS for t in transports):
             raise ProtocolError(
@@ -148,9 +150,10 @@ class ShmOffer:
         try:
             client, server = body["names"]
             sizes = client_bytes, server_bytes = body["sizes"]
-            texts = all(isinstance(text, str) for text in (client, server, body["socket"]))
+            names = (client, server, body["socket"])
+            texts = all(isinstance(text, str) and text.isascii() for text in names)
             if not texts or any(type(size) is not int for size in sizes):
-                raise ValueError("names as text, sizes as integers")
+                raise ValueError("names as ASCII text, sizes as integers")
             return cls((client, server), (client_bytes, server_bytes), body["socket"])
         except (KeyError, TypeError, ValueError) as error:
             raise ProtocolError(f"offer: got {body!r:.200}, expected {error}") from error

@@ -7,9 +7,11 @@ handshake, so nothing of it is ever parsed here. Certificates are ZMQ's own text
 from __future__ import annotations
 
 import logging
+import os
 import stat
+import struct
 import time
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import zmq
@@ -60,12 +62,16 @@ class ClientKeys:
 class ServerKeys:
     """A server's own, and the folder with the public keys that it lets in.
 
-    The folder is read anew for every connection: who is removed stays out from the next one on.
+    The folder is looked at anew for every connection, and a file read again where it has changed:
+    who is removed stays out from the next one on.
     """
 
     public: bytes
     secret: bytes
     allowed: Path
+    _read: dict[str, tuple[tuple[int, ...], bytes | None]] = field(
+        default_factory=dict, compare=False, repr=False
+    )
 
     @classmethod
     def load(cls, server_key: str | Path, allowed: str | Path) -> ServerKeys:
@@ -83,13 +89,40 @@ class ServerKeys:
 
     def name_of(self, key: bytes) -> str | None:
         """Whose public key (Z85) that is: ``NAME`` or ``operators/NAME``; None if not listed."""
-        for path in sorted(self.allowed.rglob("*.key"))[:MAX_LISTED]:
-            try:
-                if public_key(path) == key:
-                    return path.relative_to(self.allowed).with_suffix("").as_posix()
-            except KeyFileError as error:
-                _log.warning("passed over: %s", error)
+        for path in self._files():
+            if self._key_in(path) == key:
+                name = Path(path).relative_to(self.allowed).with_suffix("").as_posix()
+                return name.encode("utf-8", "replace").decode()
         return None
+
+    def _files(self) -> list[str]:
+        found = [
+            os.path.join(folder, name)  # noqa: PTH118  for thousands of files, in the serving thread
+            for folder, _, names in os.walk(self.allowed)
+            for name in names
+            if name.endswith(".key")
+        ]
+        return sorted(found)[:MAX_LISTED]
+
+    def _key_in(self, path: str) -> bytes | None:
+        """The public key in that file, None where it has none; parsed once for each state of it."""
+        try:
+            now = os.stat(path)  # noqa: PTH116
+        except OSError:
+            return None
+        state = now.st_ino, now.st_size, now.st_mtime_ns, now.st_ctime_ns
+        known = self._read.get(path)
+        if known is not None and known[0] == state:
+            return known[1]
+        try:
+            key: bytes | None = public_key(path)
+        except KeyFileError as error:
+            _log.warning("passed over: %s", error)
+            key = None
+        if len(self._read) >= MAX_LISTED:
+            self._read.clear()
+        self._read[path] = state, key
+        return key
 
 
 def is_operator(user: str) -> bool:
@@ -119,7 +152,7 @@ def _load(path: str | Path) -> tuple[bytes, bytes | None]:
         for key in (public, secret or public):
             if len(z85.decode(key)) != 32:
                 raise ValueError("a key of another length")
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, KeyError, struct.error) as error:
         raise KeyFileError(f"{path}: got {error}, expected a key file of runtime.keys") from error
     return public, secret
 
@@ -143,10 +176,17 @@ class Gatekeeper:
         return bool(int(self._socket.get(zmq.EVENTS)) & zmq.POLLIN)
 
     def answer(self) -> None:
-        """Every question there is."""
-        while self.waiting:
-            question = self._socket.recv_multipart(zmq.DONTWAIT)
-            self._socket.send_multipart(self._reply(question))
+        """One question; ``waiting`` says whether there are more."""
+        if not self.waiting:
+            return
+        question = self._socket.recv_multipart(zmq.DONTWAIT)
+        try:
+            answer = self._reply(question)
+        except Exception:
+            # Not let in, and nobody else's trouble.
+            _log.exception("a key could not be looked up")
+            answer = [*[*question, b"", b""][:2], b"500", b"an error of the server's", b"", b""]
+        self._socket.send_multipart(answer)
 
     def _reply(self, question: list[bytes]) -> list[bytes]:
         version, number, *_ = [*question, b"", b""]

@@ -70,16 +70,23 @@ class Door:
         self._socket.close()
 
     def _knock(self) -> None:
+        """Everybody who has: a server that was busy must not let the proofs of some expire."""
+        for _ in range(MAX_WAITING):
+            if not self._let_in():
+                return
+
+    def _let_in(self) -> bool:
+        """The next one; whether there was somebody."""
         try:
             link, _ = self._socket.accept()
         except BlockingIOError:
-            return
+            return False
         except OSError as error:
             # Out of descriptors, say. It stays readable: look away, or the wait would spin.
             _log.warning("a local client could not be let in: %s", error)
             self._reactor.forget(self._socket.fileno())
             self._reopen_at = time.monotonic() + RECESS_S
-            return
+            return False
         link.setblocking(False)
         fd = link.fileno()
         self._waiting[fd] = link, time.monotonic() + PATIENCE_S
@@ -88,6 +95,7 @@ class Door:
             self._dismiss(next(iter(self._waiting)), "too many wait")
         # The proof mostly comes with the connection; a busy server must not let it expire.
         self._read(fd)
+        return True
 
     def _read(self, fd: int) -> None:
         link, _ = self._waiting[fd]

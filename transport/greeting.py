@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import contextlib
 import socket
+import time
 from urllib.parse import urlsplit
 
 _SIGNATURE = b"\xff" + bytes(8) + b"\x7f"
@@ -26,13 +27,17 @@ def mechanism(endpoint: str) -> str:
         endpoint: As ZMQ writes it, ``tcp://HOST:PORT``.
     """
     where = urlsplit(endpoint)
-    said = b""
+    said, until = b"", time.monotonic() + PATIENCE_S
     with (
         contextlib.suppress(OSError),
         socket.create_connection((where.hostname or "", where.port or 0), PATIENCE_S) as link,
     ):
         link.sendall(_SIGNATURE + _VERSION)
-        while len(said) < _GREETING_BYTES and (more := link.recv(_GREETING_BYTES - len(said))):
+        while len(said) < _GREETING_BYTES and (left := until - time.monotonic()) > 0:
+            link.settimeout(left)
+            more = link.recv(_GREETING_BYTES - len(said))
+            if not more:
+                break
             said += more
     if len(said) < _GREETING_BYTES or (said[0], said[9]) != (_SIGNATURE[0], _SIGNATURE[9]):
         return ""

@@ -81,6 +81,11 @@ class Handshake:
         self._last_id = 0
 
     @property
+    def pending(self) -> list[Hello]:
+        """Of those that were granted a session and have not confirmed it."""
+        return [pending.hello for pending in self._pending.values()]
+
+    @property
     def deadline(self) -> float | None:
         """Monotonic time at which ``expire`` has something to do."""
         return min(
@@ -223,8 +228,11 @@ class Handshake:
         del self._pending[epoch]
         reason = reason[:1024]
         # Agreed before anything can be sent over it.
-        self._reply(identity, Opcode.CONFIRM, epoch, {"transport": transport, "reason": reason})
-        self._start(pending, transport, reason)
+        said = {"transport": transport, "reason": reason}
+        if self._reply(identity, Opcode.CONFIRM, epoch, said):
+            self._start(pending, transport, reason)
+        elif pending.offer is not None:
+            pending.offer.withdraw()
 
     def _drop(self, epoch: bytes, identity: bytes) -> None:
         pending = self._pending.get(epoch)
@@ -239,8 +247,11 @@ class Handshake:
 
     def _reply(
         self, identity: bytes, opcode: Opcode, epoch: bytes, body: Mapping[str, Any]
-    ) -> None:
+    ) -> bool:
+        """Whether there was still somebody to send it to."""
         try:
             self._router.send(identity, encode(opcode, epoch, body))
         except PeerGone:
             _log.debug("a client left before its %s", opcode.name)
+            return False
+        return True

@@ -42,6 +42,8 @@ LINGER_MS = 200
 """How long a goodbye may take to leave."""
 COPY_BELOW = 65536
 """Bytes up to which a copy is cheaper than having ZMQ report that it is done with the original."""
+HEADER_ROOM = 128
+"""What a message has before its payload, at most."""
 QUEUE = 16
 """Messages that ZMQ may queue per peer and direction. A session that keeps to its slots never has
 more than half of them there; from one that does not, ZMQ stops reading at this many, and TCP makes
@@ -66,7 +68,7 @@ def configure(socket: zmq.Socket[bytes]) -> None:
     socket.set(zmq.HEARTBEAT_IVL, HEARTBEAT_MS)
     socket.set(zmq.HEARTBEAT_TIMEOUT, SILENCE_MS)
     socket.set(zmq.HEARTBEAT_TTL, SILENCE_MS)
-    socket.set(zmq.MAXMSGSIZE, MAX_MESSAGE_BYTES)
+    socket.set(zmq.MAXMSGSIZE, MAX_MESSAGE_BYTES + HEADER_ROOM)
     socket.set(zmq.LINGER, LINGER_MS)
     socket.set(zmq.SNDHWM, QUEUE)
     socket.set(zmq.RCVHWM, QUEUE)

@@ -46,6 +46,10 @@ _PROBE_AFTER_S = (0.0, 0.05, 0.5)
 """A lost connection is announced a little before its sessions can be told from the others."""
 _LOOK_EVERY_S = 0.001
 """A server that is never idle looks away from shared memory this often."""
+_CONTROL_S = 0.001
+"""How long handshakes and questions may keep a server from its sessions, but for the last one."""
+_AT_ONCE = 256
+"""Messages taken from the ZMQ socket before anything else is looked at."""
 _log = logging.getLogger(__name__)
 
 
@@ -139,8 +143,15 @@ class Listener:
         """Those that run, by id."""
         return MappingProxyType(self._roster.sessions)
 
+    @property
+    def hellos(self) -> list[Hello]:
+        """Of every session that runs or was granted and may still be confirmed."""
+        running = [session.hello for session in self._roster.sessions.values()]
+        return [*running, *self._handshake.pending]
+
     def wait(self, timeout_s: float | None) -> list[ServerSession]:
-        """Sessions with something to read, and those that have ended since (each once).
+        """Sessions with something to read, and those that were opened or have ended since (each
+        once).
 
         Runs the handshakes meanwhile. Returns early, perhaps with nothing, after ``wake``. A
         session that is not read until ``poll`` gives None is returned again; the channel of one
@@ -156,7 +167,7 @@ class Listener:
             # First what has arrived, then what is overdue: whoever serves may have been busy for
             # longer than a client's patience, and that is not the client's fault.
             if time.monotonic() >= self._look_at:
-                woken = self._look(0.0)
+                woken = self._look(0.0) or woken
             ready = self._roster.collect()
             now = time.monotonic()
             rung = self._roster.awake.take_rung()
@@ -209,7 +220,7 @@ class Listener:
         now = time.monotonic()
         if now >= self._look_at or not self._roster.filled:
             self._serve(now)
-            self._look_at = now + _LOOK_EVERY_S
+            self._look_at = time.monotonic() + _LOOK_EVERY_S
         return woken
 
     def _nothing(self) -> None:
@@ -230,9 +241,13 @@ class Listener:
         """Everything that is due, without waiting."""
         if self._router.gatekeeper is not None:
             self._router.gatekeeper.answer()
+        # Not all there are: whoever asks faster than is answered would keep out everybody else.
+        until = now + _CONTROL_S
         while self._control:
             self._handshake.handle(*self._control.popleft())
             self._receive(0.0)
+            if time.monotonic() >= until:
+                break
         self._handshake.expire(now)
         if self._door is not None:
             self._door.expire(now)
@@ -248,7 +263,10 @@ class Listener:
         """Hand out what has arrived on the ZMQ socket; control messages wait for ``wait``."""
         if timeout_s > 0:
             self._router.wait(timeout_s)
-        while (message := self._router.receive()) is not None:
+        for _ in range(_AT_ONCE):
+            message = self._router.receive()
+            if message is None:
+                return
             identity, frames = message
             try:
                 if not frames:

@@ -61,7 +61,12 @@ class Offer:
         """
         for segment in self._segments:
             self._mapped.append(segment.map(writable=segment is self._segments[1]))
-        bells = new_bell(), new_bell()
+        first = new_bell()
+        try:
+            bells = first, new_bell()
+        except OSError:
+            os.close(first)
+            raise
         try:
             socket.send_fds(link, [ACCEPTED], list(bells))
         except OSError:

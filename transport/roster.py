@@ -50,6 +50,7 @@ class Roster:
         self.awake = Awake()
         self._carriers: dict[bytes, RouterCarrier] = {}
         self._ready: dict[int, ServerSession] = {}
+        self._opened: list[ServerSession] = []
         self._over: list[ServerSession] = []
         self._told: list[ServerSession] = []
 
@@ -58,7 +59,8 @@ class Roster:
         _log.debug("session %d (%s): %s, %s", pending.id, pending.hello.client, transport, reason)
         self._counts["opened"] += 1
         start = self._start_shm if transport == "shm" else self._start_zmq
-        self.sessions[pending.id] = start(pending, reason)
+        session = self.sessions[pending.id] = start(pending, reason)
+        self._opened.append(session)
 
     def route(self, identity: bytes, number: int, epoch: bytes, frames: list[zmq.Frame]) -> bool:
         """Take a message that belongs to a ZMQ session; whether it does."""
@@ -90,10 +92,10 @@ class Roster:
                 self._end(carrier.session, str(error))
 
     def collect(self) -> list[ServerSession]:
-        """Those with something to read, and those that have ended since the last call."""
+        """Those with something to read, and those opened or ended since the last call."""
         telling = self.awake.telling()
         calm = all(session.channel.gone is None for session in telling)
-        if calm and not self._ready and not self._over:
+        if calm and not self._ready and not self._over and not self._opened:
             return telling
         self._ready.update((session.id, session) for session in telling)
         for number, session in list(self._ready.items()):
@@ -102,9 +104,11 @@ class Roster:
                 self._end(session, session.channel.gone)
             if not session.channel.unread:
                 del self._ready[number]
+        opened, self._opened = self._opened, []
         over, self._over = self._over, []
         self._told += over
-        return [*self._ready.values(), *(one for one in over if one.id not in self._ready)]
+        news = {one.id: one for one in (*self._ready.values(), *opened, *over)}
+        return list(news.values())
 
     def bury(self) -> None:
         """Close the channels of the ended sessions that were handed out before."""

@@ -14,7 +14,15 @@ from zmq.utils.monitor import recv_monitor_message
 from transport.control import MAX_CONTROL_BYTES
 from transport.curve import Gatekeeper, ServerKeys
 from transport.errors import AddressInUse, PeerGone, TransportError
-from transport.link import COPY_BELOW, LINGER_MS, SILENCE_MS, alarm, configure, has_input
+from transport.link import (
+    COPY_BELOW,
+    HEADER_ROOM,
+    LINGER_MS,
+    SILENCE_MS,
+    alarm,
+    configure,
+    has_input,
+)
 from transport.schema import MAX_MESSAGE_BYTES
 
 _DONTWAIT, _MORE = int(zmq.DONTWAIT), int(zmq.DONTWAIT | zmq.SNDMORE)  # an enum costs more
@@ -55,7 +63,7 @@ class Router:
                 curve.apply(self._socket)
             # Whoever announces more is hung up on before any of it is kept.
             most = max(max_message_bytes, MAX_CONTROL_BYTES)
-            self._socket.set(zmq.MAXMSGSIZE, min(most, MAX_MESSAGE_BYTES))
+            self._socket.set(zmq.MAXMSGSIZE, min(most, MAX_MESSAGE_BYTES) + HEADER_ROOM)
             self._socket.set(zmq.ROUTER_MANDATORY, 1)
             self._socket.set(zmq.HANDSHAKE_IVL, SILENCE_MS)
             self._socket.set(zmq.IPV6, int(ipv6))

@@ -30,6 +30,7 @@ from transport.base import KINDS, SLOTS, BaseChannel, Record
 from transport.channel import MAX_BODY_BYTES, Kind
 from transport.control import EPOCH_BYTES, MAGIC, PROTOCOL_VERSION, Opcode
 from transport.errors import PeerGone
+from transport.link import HEADER_ROOM
 from transport.schema import USED, Schema
 from transport.staging import Staging
 from transport.views import Views
@@ -37,7 +38,7 @@ from transport.window import Window
 
 _HEADER = struct.Struct(f"<4sHH{EPOCH_BYTES}sqqqqqI")
 """The control prefix; then sequence, released, received, request id, budget_ns, kind."""
-PAYLOAD_OFFSET = 128
+PAYLOAD_OFFSET = HEADER_ROOM
 """Where the payload begins in a frame that has one: on a cache line, behind the header's two."""
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import threading
 import time
 from collections.abc import Iterator
@@ -13,16 +14,22 @@ import pytest
 from policies.checkpoint.load import load_policy
 from policies.errors import InferenceError, ObservationError
 from policies.types import ActionChunk
+from runtime import messages
 from runtime.admission import Limits
 from runtime.client import PolicyClient
 from runtime.config import DEFAULT_CHECKPOINT
 from runtime.costs import Costs
 from runtime.errors import ServerLost
+from runtime.server import PolicyServer
 from runtime.warmup import synthetic_observation
 from tests.runtime.batch_policy import BatchPolicy
 from tests.runtime.serving import connect, serving
 from tests.runtime.toy_policy import ToyPolicy, observation
+from transport.base import SLOTS, Record
+from transport.channel import Kind, Message
+from transport.control import Hello, Peer
 from transport.errors import Refused
+from transport.sessions import ServerSession
 
 PATIENCE_S = 30.0
 MS = 1_000_000
@@ -347,3 +354,81 @@ def test_the_shipped_checkpoint_gives_the_same_bits_whatever_it_is_computed_with
                 assert server.statistics().batches > 0
     finally:
         policy.close()
+
+
+def test_a_session_counts_from_its_beginning_and_not_from_its_first_request() -> None:
+    """Those who were let in and say nothing yet are there for admission, and for who looks."""
+    cost = Fixed({1: 20 * MS})
+    wants = {"kind": "robot", "rate_hz": 20.0}
+    schema = messages.observation_schema(observation(0))
+    with serving(BatchPolicy(), costs=cost) as server, contextlib.ExitStack() as stack:
+        for _ in range(2):
+            stack.enter_context(connect(server, **wants)).open(schema)
+        with pytest.raises(Refused, match="rate_hz"):
+            stack.enter_context(connect(server, **wants)).open(schema)
+        until_s = time.monotonic() + PATIENCE_S
+        while len(server.between(server.status)["sessions"]) < 2 and time.monotonic() < until_s:
+            time.sleep(0.01)
+        assert [s["kind"] for s in server.between(server.status)["sessions"]] == ["robot"] * 2
+
+
+def test_who_says_nothing_from_the_beginning_is_ended_too(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("runtime.attendance.LOOK_EVERY_S", 0.05)
+    with (
+        serving(BatchPolicy(), session_timeout_s=0.1) as server,
+        connect(server) as client,
+    ):
+        client.open(messages.observation_schema(observation(0)))
+        until_s = time.monotonic() + PATIENCE_S
+        with pytest.raises(ServerLost, match="nothing was said"):
+            while time.monotonic() < until_s:
+                client.poll()
+                time.sleep(0.01)
+
+
+@pytest.mark.parametrize("transport", ["shm", "zmq"])
+def test_a_message_of_exactly_the_limit_crosses(transport: str) -> None:
+    size = messages.observation_schema(observation(0)).nbytes
+    limits = Limits(message_bytes=max(size, 65536))
+    with (
+        serving(BatchPolicy(), limits=limits) as server,
+        connect(server, transport) as client,
+    ):
+        assert client.infer(observation(5)).actions[0, 0] == 5
+
+
+@pytest.mark.parametrize("change", [{"t_capture_ns": None}, {"stages_ns": {"infer": 2**70}}])
+def test_an_answer_that_cannot_be_sent_costs_its_own_request(change: dict) -> None:
+    class Odd(BatchPolicy):
+        def infer(self, obs):
+            chunk = super().infer(obs)
+            return dataclasses.replace(chunk, **change) if obs.state[0] == 7 else chunk
+
+    with serving(Odd(), max_batch=1) as server, connect(server) as client:
+        with pytest.raises(InferenceError, match="cannot be sent"):
+            client.infer(observation(7))
+        assert client.infer(observation(5)).actions[0, 0] == 5
+
+
+def test_one_that_only_resets_does_not_keep_the_server() -> None:
+    """A ring is refilled while it is emptied; whoever is handed out again is handed out in turn."""
+    served: list[str] = []
+
+    class Endless:
+        transport, unread = "shm", True
+
+        def __init__(self) -> None:
+            self.polled = 0
+
+        def poll(self) -> Message:
+            self.polled += 1
+            assert self.polled <= 100, "nobody else is looked at"
+            return Record(Kind.RESET, self.polled, 0, self.polled, None, b"")
+
+    with PolicyServer(BatchPolicy()) as server:
+        hello = Hello("c", messages.observation_schema(observation(0)), ("shm",))
+        session = ServerSession(1, hello, Endless(), "", Peer())  # type: ignore[arg-type]
+        server._attendance.look_after(session)
+        assert session.channel.polled == SLOTS
+        session.channel.close = served.append
+        server._attendance.end(session)

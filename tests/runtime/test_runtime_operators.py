@@ -472,3 +472,30 @@ def test_one_key_without_the_other_is_said() -> None:
         PolicyClient("127.0.0.1:1", server_key="x")
     with pytest.raises(TransportError, match="both or neither"):
         ctl.dial("127.0.0.1:1", "x", "")
+
+
+@pytest.mark.parametrize(
+    ("host", "here"), [("127.0.0.1", True), ("localhost", True), ("192.0.2.1", False)]
+)
+def test_a_token_is_told_to_nobody_elsewhere(host: str, here: bool) -> None:
+    assert ctl._is_here(host) is here
+
+
+def test_an_episode_goes_on_with_its_policy_through_several_swaps() -> None:
+    """One with episode state, then two without: the last one is still everybody's afterwards."""
+    with serving(ToyPolicy()) as server:
+        with connect(server) as old, connect(server) as other:
+            old.infer(observation(1.0))
+            assert old.infer(observation(1.0)).actions[0, 0] == 2
+            for _ in range(2):
+                server.between(lambda: server.swap(BatchPolicy()))
+            assert old.infer(observation(1.0)).actions[0, 0] == 3
+            assert old.policy_id == 1
+            other.reset()
+            other.infer(observation(1.0))
+            assert other.policy_id == 3
+        with connect(server) as late:
+            late.infer(observation(1.0))
+        served = server.model.policy
+        assert isinstance(served, BatchPolicy)
+        assert not served.closed

@@ -113,7 +113,8 @@ class World:
             assert all(now + COST[size] <= request.deadline_ns for request in batch)
         if not self.is_robot(batch[0].session) and self.robots:
             size = next(n for n in sorted(COST) if n >= len(batch))
-            assert len(batch) == 1 or COST[size] + COST[1] <= self.robot_budget_ns
+            needed = COST[size] + self.robots * COST[1]
+            assert len(batch) == 1 or needed <= self.robot_budget_ns
 
 
 def worlds() -> Iterator[World]:
@@ -345,3 +346,57 @@ def test_waiting_for_partners_ends_where_the_deadline_could_not_be_kept() -> Non
     scheduler.offer(Request(0, 0, 30 * MS))
     assert scheduler.next(0).wait_until_ns == 30 * MS - COST[2]
     assert len(scheduler.next(30 * MS - COST[2]).batch) == 1
+
+
+@pytest.mark.parametrize("robot", [True, False])
+def test_nobody_starves_in_its_own_class(robot: bool) -> None:
+    """Two that ask without a pause, with deadlines, and one of their kind that has none."""
+    scheduler = Scheduler(costs(), (1,))
+    for number in range(3):
+        scheduler.join(number, robot=robot)
+    answers = {number: 0 for number in range(3)}
+    now = 0
+    waiting: set[int] = set()
+    while now < 20_000 * MS:
+        for number in set(answers) - waiting:
+            scheduler.offer(Request(number, now, NEVER if number == 2 else now + 5000 * MS))
+            waiting.add(number)
+        (request,) = scheduler.next(now).batch
+        waiting.discard(request.session)
+        answers[request.session] += 1
+        now += COST[1]
+    assert answers[2] >= 10
+    assert min(answers[0], answers[1]) > 500
+
+
+def test_what_was_declared_orders_what_has_no_deadline_of_its_own() -> None:
+    scheduler = Scheduler(costs(), (1,))
+    for number in range(2):
+        scheduler.join(number, robot=True)
+    scheduler.offer(Request(0, 0, due_ns=90 * MS))
+    scheduler.offer(Request(1, 0, due_ns=30 * MS))
+    assert [scheduler.next(0).batch[0].session for _ in range(2)] == [1, 0]
+
+
+def test_what_is_overdue_is_computed_and_not_refused() -> None:
+    scheduler = Scheduler(costs(), (1,))
+    for number in range(2):
+        scheduler.join(number, robot=True)
+        scheduler.offer(Request(number, 0, due_ns=5 * MS))
+    turn = scheduler.next(50 * MS)
+    assert (len(turn.batch), len(turn.late)) == (1, 0)
+
+
+def test_who_is_overdue_may_share_a_batch() -> None:
+    scheduler = Scheduler(costs(), tuple(COST))
+    for number in range(2):
+        scheduler.join(number, robot=False)
+        scheduler.offer(Request(number, 0, due_ns=5 * MS))
+    assert len(scheduler.next(50 * MS).batch) == 2
+
+
+def test_the_cap_leaves_room_for_every_robot() -> None:
+    scheduler = Scheduler(costs(), tuple(COST))
+    for number, longest in enumerate((4, 2, 1)):
+        scheduler.join(number, robot=True, budget_ns=35 * MS)
+        assert scheduler.longest_permitted() == longest

@@ -215,6 +215,10 @@ def test_a_key_file_that_cannot_be_used_is_named(ring: Keyring, what: str) -> No
 def test_a_bad_file_in_the_list_is_passed_over(ring: Keyring) -> None:
     (ring.listed / "aaa.key").write_text("nothing\n")
     (ring.listed / "bbb.key").write_bytes(b"\xff\xfe\x00")
+    text = (ring.folder / "server.key").read_text()
+    key = ring.server().public.decode()
+    for number, bad in enumerate(("~" * 40, "#" * 40, '"' * 5, "0" * 39)):
+        (ring.listed / f"c{number}.key").write_text(text.replace(key, bad))
     ring.client("arm")
     known = zmq.auth.load_certificate(ring.folder / "arm.key")[0]
     assert ring.server().name_of(known) == "arm"
@@ -270,3 +274,41 @@ def test_what_is_not_zmq_has_no_greeting(monkeypatch: pytest.MonkeyPatch) -> Non
         port = listening.getsockname()[1]
         assert greeting.mechanism(f"tcp://127.0.0.1:{port}") == ""  # connected, and silence
     assert greeting.mechanism(f"tcp://127.0.0.1:{port}") == ""
+
+
+def test_a_file_of_the_list_is_parsed_once_for_each_state(
+    ring: Keyring, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    ring.client("arm")
+    keys, parsed = ring.server(), []
+    known = zmq.auth.load_certificate(ring.folder / "arm.key")[0]
+
+    def counted(path: str) -> bytes:
+        parsed.append(path)
+        return public_key(path)
+
+    monkeypatch.setattr("transport.curve.public_key", counted)
+    assert [keys.name_of(known) for _ in range(3)] == ["arm"] * 3
+    assert len(parsed) == 1
+    other, _ = new_keys(ring.folder, "other")
+    entry = ring.listed / "arm.key"
+    entry.write_bytes(other.read_bytes())
+    assert keys.name_of(known) is None
+    entry.unlink()
+    assert keys.name_of(zmq.auth.load_certificate(other)[0]) is None
+
+
+def test_a_fault_while_a_key_is_looked_up_lets_nobody_in_and_ends_nothing(
+    ring: Keyring, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    allowed = ring.client("arm")
+    with make_listener(curve=ring.server()) as listener, pumped(listener):
+        with monkeypatch.context() as patched:
+            patched.setattr(ServerKeys, "name_of", lambda *_: 1 / 0)
+            with (
+                pytest.raises((Refused, TransportTimeout)),
+                Dialer("127.0.0.1", listener.port, timeout_s=0.5, curve=allowed) as dialer,
+            ):
+                dialer.describe()
+        with Dialer("127.0.0.1", listener.port, timeout_s=5, curve=allowed) as dialer:
+            assert dialer.describe() == {"serves": "tests"}
