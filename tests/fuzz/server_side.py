@@ -13,7 +13,7 @@ import socket
 import tempfile
 import time
 from collections import Counter, deque
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 from unittest import mock
@@ -40,6 +40,7 @@ from transport.channel import Kind
 from transport.control import (
     NO_EPOCH,
     PROTOCOL_VERSION,
+    Hello,
     Opcode,
     Peer,
     decode_body,
@@ -90,16 +91,26 @@ class StandIn:
 
 
 class Office:
-    """What a policy server puts behind its handshake, without the server."""
+    """What a policy server puts behind its handshake, without the server.
+
+    Attributes:
+        present: Who is there already; set by whoever receives them.
+    """
 
     def __init__(self) -> None:
         model, costs = ServedModel.of(StandIn()), Costs({1: 10_000_000})
         core = Core(model, costs, Scheduler(costs, model.sizes))
         answering = Answering(core, lambda session: None)
-        self.attendance = Attendance(core, answering, Limits(rate_hz=1000.0), timeout_s=0.0)
+        self.present: Callable[[], list[Hello]] = list
+        self.attendance = Attendance(
+            core, answering, Limits(rate_hz=1000.0), hellos=self._hellos, timeout_s=0.0
+        )
         self.describe = model.describe
         self._token = object.__new__(OperatorToken)
         self._token._secret = "0" * 64
+
+    def _hellos(self) -> list[Hello]:
+        return self.present()
 
     def ask(self, command: str, arguments: Mapping[str, Any], peer: Peer) -> dict[str, Any]:
         if command != "load":
@@ -211,6 +222,7 @@ class _Reception:
             start=self._start,
             counts=self.counts,
         )
+        office.present = lambda: self.shake.pending
 
     def _start(self, pending: Pending, transport: str, reason: str) -> None:
         reached[f"sessions over {transport}"] += 1
@@ -312,6 +324,7 @@ def listener() -> Iterator[Target]:
             max_sessions=MAX_SESSIONS,
             spin_us=0,
         ) as served:
+            office.present = lambda: served.hellos
             _attend(Feed(data), served)
         assert descriptors() == before, "a descriptor was leaked"
 

@@ -53,6 +53,7 @@ def test_a_session_is_handed_out_when_it_is_opened(monkeypatch: pytest.MonkeyPat
 def test_questions_do_not_keep_a_server_from_its_sessions(monkeypatch: pytest.MonkeyPatch) -> None:
     """However many have arrived, after some time it looks at everything else again."""
     monkeypatch.setattr(transport.listener, "_CONTROL_S", 0.0)
+    monkeypatch.setattr(transport.listener, "_LOOK_EVERY_S", 0.0)
     with make_listener() as listener:
         question = b"nobody", PROTOCOL_VERSION, int(Opcode.DESCRIBE), NO_EPOCH, b"", Peer()
         listener._control.extend([question] * 3)

@@ -129,12 +129,30 @@ def test_no_json_breaks_the_parsers(value) -> None:
             continue
 
 
-@given(schemas, st.text(max_size=50), st.dictionaries(st.text(max_size=5), json_values, max_size=3))
+printable = st.text(max_size=50).filter(str.isprintable)
+
+
+@given(schemas, printable, st.dictionaries(st.text(max_size=5), json_values, max_size=3))
 def test_a_hello_survives_the_wire(schema: Schema, client: str, attributes) -> None:
     hello = Hello(client, schema, ("shm", "zmq"), attributes)
     head, text = encode(Opcode.HELLO, b"e" * 16, hello.to_body())
     assert decode_prefix(head) == (PROTOCOL_VERSION, Opcode.HELLO, b"e" * 16)
     assert Hello.from_body(decode_body(text)) == hello
+
+
+@pytest.mark.parametrize("client", ["\x1b[2J", "a\nb", "\ud800", "x" * 1000])
+def test_a_name_that_would_harm_a_terminal_or_a_log_is_refused(client: str) -> None:
+    body = Hello("arm", Schema(()), ("zmq",)).to_body()
+    with pytest.raises(ProtocolError, match="client: got"):
+        Hello.from_body({**body, "client": client})
+
+
+@pytest.mark.parametrize("name", ["/a\ud800", "/ä"])
+def test_names_of_segments_are_ascii(name: str) -> None:
+    body = ShmOffer(("/a", "/b"), (1, 2), "door").to_body()
+    for changed in ({"names": [name, "/b"]}, {"socket": name}):
+        with pytest.raises(ProtocolError, match="offer: got"):
+            ShmOffer.from_body({**body, **changed})
 
 
 def test_an_offer_survives_the_wire() -> None:
