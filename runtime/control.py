@@ -24,7 +24,7 @@ from robots.base import JointSample, Robot, Role
 from robots.errors import RobotError, SensorLost
 from runtime import trace
 from runtime.cells import QueueWriter, Views
-from runtime.clock import MonotonicClock
+from runtime.clock import MonotonicClock, spin_for
 from runtime.crew import child_main, say
 from runtime.latency import RequestLatency
 from runtime.loop import ControlLoop
@@ -117,7 +117,7 @@ class Control:
         rows = mailbox.latest_reader("commands")
         rows.refresh()
         self._row = int(rows.values["row"]) + 1 if rows.sequence else 0
-        self._clock = NotingClock()
+        self._clock = NotingClock(spin_for(mission.realtime.priority))
         self._loop = ControlLoop(self._clock, mission.period_s)
         self._latency = RequestLatency()
         self._captured_ns = np.zeros(1 << 16, np.int64)

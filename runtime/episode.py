@@ -21,7 +21,7 @@ from envs.meta import World
 from policies.types import MetaObs, Policy, PolicyContract
 from runtime import messages, trace
 from runtime.client import PolicyClient
-from runtime.clock import ManualClock, MonotonicClock
+from runtime.clock import ManualClock, MonotonicClock, spin_for
 from runtime.errors import RuntimeFault
 from runtime.executor import ChunkExecutor, ExecutorStatistics
 from runtime.latency import StageTimes
@@ -192,7 +192,7 @@ def run_realtime(
         ended = True
         return False
 
-    loop = ControlLoop(MonotonicClock(), world.dt_s)
+    loop = ControlLoop(MonotonicClock(spin_for(0)), world.dt_s)
     gc.collect()
     gc.freeze()
     gc.disable()

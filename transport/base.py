@@ -230,7 +230,7 @@ class BaseChannel(Channel):
         if self._closed is not None:
             self._require_open()
         if self._kept:
-            self._release_unused()
+            self._let_go_of_kept()
         record = self._take()
         if record is None:
             if self.gone is None:
@@ -292,26 +292,18 @@ class BaseChannel(Channel):
             self._kept.append(record)
         else:
             self._release(record.sequence)
-        if self._age_of_kept(record) > MAX_KEPT:
-            self._release_unused()
-            age = self._age_of_kept(record)
+        if self._kept:
+            age = record.sequence - min(kept.sequence for kept in self._kept)
             if age > MAX_KEPT:
                 raise ViewsHeld(
                     f"arrays of a message are still held {age} messages after its release, "
                     f"expected at most {MAX_KEPT}: copy what must outlive its message"
                 )
 
-    def _age_of_kept(self, record: Record) -> int:
-        """How many messages before ``record`` the oldest is that somebody looked at last time."""
-        return max((record.sequence - kept.sequence for kept in self._kept), default=0)
-
-    def _release_unused(self) -> None:
+    def _let_go_of_kept(self) -> None:
         kept, self._kept = self._kept, []
         for record in kept:
-            if record.views is not None and record.views.in_use:
-                self._kept.append(record)
-            else:
-                self._release(record.sequence)
+            self.let_go(record)
 
     def _full(self) -> TransportError:
         """Why there is no slot: nobody is there to release one, or they have not yet."""

@@ -208,21 +208,6 @@ class ChannelContract:
         with pair.server.recv(PATIENCE_S) as message:
             assert message.request_id == 9
 
-    def test_a_view_given_up_in_time_is_no_fault(self, pair: Pair) -> None:
-        """However it was given up: nobody looks before the next release."""
-        kept = None
-        messages: list[Message] = []
-        for number in range(SLOTS):
-            pair.client.send(observation(number), number)
-        messages = receive(pair.server, SLOTS)
-        kept = messages[0].arrays["state"]
-        for message in messages[:-1]:
-            message.release()
-        assert kept is not None
-        del kept
-        messages[-1].release()
-        assert pair.server.poll() is None
-
     def test_a_released_message_is_out_of_reach(self, pair: Pair) -> None:
         pair.client.send(observation(1), 1)
         message = pair.server.recv(PATIENCE_S)

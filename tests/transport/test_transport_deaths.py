@@ -27,7 +27,8 @@ def session_of_each(serving: Peer) -> Iterator[list[Peer]]:
         for dialing, transport in zip((local, remote), TRANSPORTS, strict=True):
             assert dialing.expect("open")["transport"] == transport
             assert dialing.ask() == {"event": "answer", "whole": True}
-            assert serving.expect("session")["transport"] == transport
+        seen = {serving.expect("session")["transport"] for _ in TRANSPORTS}
+        assert seen == set(TRANSPORTS)
         yield [local, remote]
 
 

@@ -74,7 +74,7 @@ SERVER_HANDSHAKE = [
     Point("shm", "create_all", 0),
     Point("offer", "Offer.describe", 1),
     Point("handshake", "Handshake._hello", 0),
-    Point("door", "Door._knock", 4),
+    Point("door", "Door._let_in", 4),
     Point("offer", "Offer.redeem", 3),
     Point("offer", "Offer.redeem", 0),
     Point("handshake", "Handshake._confirm", 0),
