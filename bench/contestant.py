@@ -44,7 +44,7 @@ _MODULES: Mapping[str, tuple[str, ...]] = {
     "bench.ours": ("shm spin", "shm default", "shm block", "zmq"),
     "bench.ours_policy": ("policy shm", "policy shm 7 idle", "policy zmq"),
     "bench.ours_ring": ("ring", "ring fused"),
-    "bench.peers.zeromq": ("pyzmq tcp", "pyzmq ipc"),
+    "bench.peers.zeromq": ("pyzmq tcp", "pyzmq tcp owned", "pyzmq ipc"),
     "bench.peers.pickle_tcp": ("pickle tcp ILStudio", "pickle tcp"),
     "bench.peers.websocket": ("websocket",),
     "bench.peers.remote_call": ("grpc LeRobot", "grpc"),

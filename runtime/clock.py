@@ -94,8 +94,8 @@ class MonotonicClock:
 def spin_for(priority: int) -> int:
     """How long a loop of that SCHED_FIFO priority should spin; 0 is an ordinary thread.
 
-    An ordinary thread does not: under load, what it burns before the deadline counts against it, and
-    the scheduler lets somebody else in just then.
+    An ordinary thread should not: under load, what it burns before the deadline counts against it,
+    and the scheduler lets somebody else in just then.
     """
     return DEFAULT_SPIN_NS if priority else 0
 

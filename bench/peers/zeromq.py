@@ -15,12 +15,16 @@ from bench.payload import Sink, Source
 
 
 class ZeroMq:
-    """Strict alternation lets the client send its own arrays: none changes before the reply."""
+    """Strict alternation lets the client send its own arrays: none changes before the reply.
+
+    Args:
+        owned: Send from memory of its own instead, as whoever goes on at once has to.
+    """
 
     busy = False
 
-    def __init__(self, name: str, endpoint: str) -> None:
-        self.name, self._endpoint = name, endpoint
+    def __init__(self, name: str, endpoint: str, *, owned: bool = False) -> None:
+        self.name, self._endpoint, self._owned = name, endpoint, owned
 
     def serve(self, sink: Sink, link: Connection) -> None:
         specs = sink.payload.observation.specs
@@ -37,12 +41,16 @@ class ZeroMq:
 
     @contextmanager
     def connect(self, source: Source, link: Connection) -> Iterator[Exchange]:
-        parts = list(source.arrays.values())
+        given = list(source.arrays.values())
+        parts = [array.copy() for array in given] if self._owned else given
         with zmq.Context() as context, context.socket(zmq.REQ) as socket:
             socket.linger = 0
             socket.connect(link.recv())
 
             def exchange() -> None:
+                if self._owned:
+                    for part, array in zip(parts, given, strict=True):
+                        np.copyto(part, array)
                 socket.send_multipart(parts, copy=False)
                 frame = socket.recv(copy=False)
                 source.take(np.frombuffer(frame, np.float32).reshape(source.actions.shape))
@@ -52,6 +60,7 @@ class ZeroMq:
 
 CONTESTANTS = (
     ZeroMq("pyzmq tcp", "tcp://127.0.0.1:*"),
+    ZeroMq("pyzmq tcp owned", "tcp://127.0.0.1:*", owned=True),
     # An abstract name: no file that could stay.
     ZeroMq("pyzmq ipc", f"ipc://@bench-{os.getpid()}"),
 )
