@@ -26,6 +26,10 @@ _BLOCK = 16
 _HEADER_BYTES = 2048
 
 
+class QualityError(ValueError):
+    """A quality that JPEG does not have."""
+
+
 class JpegMissing(PolicyError):
     """JPEG was asked for where ``simplejpeg`` is not installed."""
 

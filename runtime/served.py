@@ -60,7 +60,7 @@ class Served:
         """What came just now. ``budget_ns`` as the message says; 0 for none."""
         now = self.heard_ns = time.monotonic_ns()
         deadline_ns = now + budget_ns if budget_ns else NEVER
-        due_ns = deadline_ns if self.budget_ns == NEVER else min(deadline_ns, now + self.budget_ns)
+        due_ns = NEVER if self.budget_ns == NEVER else now + self.budget_ns
         return Request(session, now, deadline_ns, alone, content, due_ns)
 
     def answered(self, request: Request, batch: int) -> None:

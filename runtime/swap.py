@@ -19,7 +19,7 @@ from typing import Any
 from policies.types import Policy
 from runtime.operator_token import OperatorToken
 from runtime.served_model import close
-from runtime.server import PolicyServer
+from runtime.server import ERRAND_S, PolicyServer
 from runtime.warmup import measure_costs, warm_up
 from transport.control import Peer
 from transport.curve import is_operator
@@ -131,7 +131,7 @@ class Loader:
             logger.warning("%s was not loaded: %s", self.state.checkpoint, error)
             reason = str(error) or repr(error)
             if isinstance(error, TimeoutError):
-                reason = "the server was too busy to switch within 10 s; it can be tried again"
+                reason = f"the server was busy for {ERRAND_S:g} s, not switched; try again"
             self._step(state="failed", error=reason, took_s=time.monotonic() - began_s)
         else:
             self._step(state="serving", policy_id=number, took_s=time.monotonic() - began_s)

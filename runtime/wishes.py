@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from policies import jpeg
-from policies.jpeg import JpegMissing
+from policies.jpeg import JpegMissing, QualityError
 from runtime.config import TRANSPORTS
 from runtime.frames import DEFAULT_QUALITY
 from transport.curve import ClientKeys, KeyFileError
@@ -44,7 +44,7 @@ class Wishes:
         self.keys()
         if self.jpeg_quality is not None:
             if self.jpeg_quality not in jpeg.QUALITIES:
-                raise ValueError(f"jpeg_quality: got {self.jpeg_quality}, expected 1 to 100")
+                raise QualityError(f"jpeg_quality: got {self.jpeg_quality}, expected 1 to 100")
             jpeg.codec()
 
     def keywords(self) -> dict[str, Any]:
@@ -102,7 +102,7 @@ def from_flags(args: argparse.Namespace) -> Wishes:
         return Wishes(args.transport, args.resize, args.jpeg, *keys)
     except KeyFileError as error:
         raise ValueError(f"--server_key, --client_key: {error}") from error
-    except (JpegMissing, ValueError) as error:
+    except (JpegMissing, QualityError) as error:
         raise ValueError(f"--jpeg: {error}") from error
 
 
