@@ -179,6 +179,8 @@ class PolicyContract:
         normalizer_hash: Of the statistics in use, so that two servers can be told apart.
         dataset_id: Whose normalizers are in use; ``dataset_ids``: all that the checkpoint has.
         rendering: What simulated pictures should look like, where the checkpoint says.
+        state_names, action_names: S and A names of the dimensions, in their order; empty where the
+            checkpoint does not say. A robot whose names differ is refused.
     """
 
     policy_type: str
@@ -196,11 +198,19 @@ class PolicyContract:
     dataset_id: str = ""
     dataset_ids: tuple[str, ...] = ()
     rendering: Rendering | None = None
+    state_names: tuple[str, ...] = ()
+    action_names: tuple[str, ...] = ()
 
     def __post_init__(self) -> None:
         names = [camera.name for camera in self.cameras]
         if len(set(names)) != len(names):
             raise ContractMismatch("cameras", f"{names}", "different names")
+        for what, dim in (("state", self.state_dim), ("action", self.action_dim)):
+            given = getattr(self, f"{what}_names")
+            if given and (len(given) != dim or len(set(given)) != dim):
+                raise ContractMismatch(
+                    f"{what}_names", f"{list(given)}", f"{dim} different names, or none"
+                )
         for name in ("state_dim", "action_dim", "chunk_size"):
             if getattr(self, name) < 1:
                 raise ContractMismatch(name, str(getattr(self, name)), "at least 1")
@@ -256,7 +266,9 @@ class PolicyContract:
             return cls(
                 cameras=cameras,
                 rendering=None if rendering is None else _rendering(**rendering),
-                dataset_ids=tuple(_text(name) for name in raw.pop("dataset_ids")),
+                dataset_ids=_texts(raw.pop("dataset_ids")),
+                state_names=_texts(raw.pop("state_names")),
+                action_names=_texts(raw.pop("action_names")),
                 **raw,
             )
         except (
@@ -294,6 +306,10 @@ def _text(value: object) -> str:
     if not isinstance(value, str):
         raise TypeError(f"{value!r:.80} is no text")
     return value
+
+
+def _texts(values: Sequence[object]) -> tuple[str, ...]:
+    return tuple(_text(value) for value in values)
 
 
 def _rendering(shadows: object, msaa: object) -> Rendering:

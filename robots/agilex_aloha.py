@@ -18,8 +18,8 @@ from numpy.typing import NDArray
 
 from policies.yaml_config import parse_config
 from robots import ros
-from robots.agilex_config import ACTION_DIM, GRIPPERS, JOINTS_PER_ARM, SIDES, AgilexConfig
-from robots.base import CameraSample, JointSample, Outcome, Robot, RobotContract, Role
+from robots.agilex_config import GRIPPERS, JOINTS_PER_ARM, SIDES, AgilexConfig
+from robots.base import CameraSample, JointSample, Outcome, Robot, RobotContract, Role, arm_actions
 from robots.errors import (
     ConfigError,
     ConnectFailed,
@@ -72,9 +72,9 @@ class AgilexAloha(Robot):
         )
         contract = RobotContract(
             joint_names=names,
-            action_dim=ACTION_DIM,
+            actions=arm_actions(names, GRIPPERS),
             cameras={camera: given.hw for camera, given in config.cameras.items()},
-            gripper_indices=GRIPPERS,
+            repeats_pictures=config.twin is not None,
             control_hz=(1.0, 500.0),
             depth_cameras=tuple(config.cameras) if config.ros_operator.use_depth_image else (),
         )

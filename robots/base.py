@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import contextlib
 from abc import ABC, abstractmethod
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
 from enum import StrEnum
@@ -19,7 +19,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from policies.types import CtrlSpace, CtrlType, MetaObs
-from robots.errors import NotConnected, RobotError, UnsafeCommand
+from robots.errors import ContractViolated, NotConnected, RobotError, UnsafeCommand
 from robots.limits import Limits
 
 DEFAULT_TIMEOUT_S = 10.0
@@ -37,11 +37,42 @@ class Role(StrEnum):
     BOTH = "both"
 
 
+class ActionKind(StrEnum):
+    """What a number of a command means: what rest, limits and braking are follows from it."""
+
+    POSITION = "position"  # where a joint shall be; at rest it stays there
+    GRIPPER = "gripper"  # as position; steps at the policy's tick, is not interpolated
+    VELOCITY = "velocity"  # how fast it shall move; at rest zero
+    DELTA = "delta"  # how far to move from here; at rest zero
+    EFFORT = "effort"  # a force or torque; there is no rest that holds anything
+
+    @property
+    def holds_position(self) -> bool:
+        """Whether repeating the last command keeps the robot where it is."""
+        return self in (ActionKind.POSITION, ActionKind.GRIPPER)
+
+
+@dataclass(frozen=True, slots=True)
+class ActionSpec:
+    """One number of a command.
+
+    Attributes:
+        name: A joint's, where its position is commanded.
+        kind: See ``ActionKind``.
+        unit: Of the number, e.g. ``rad``, ``deg``, ``mm``, ``ticks``, ``m/s``; ``range`` for a
+            number without a unit, such as LeRobot's -100 to 100 or a gripper's 0 to 1.
+    """
+
+    name: str
+    kind: ActionKind = ActionKind.POSITION
+    unit: str = "rad"
+
+
 class JointSample(NamedTuple):
     """One joint state.
 
     Attributes:
-        position: (S,) float32, rad and gripper units, in the order of the contract's joints.
+        position: (S,) float32, each in its own unit, in the order of the contract's joints.
         stamp_ns: The sensor's own clock.
         received_ns: Our monotonic clock.
     """
@@ -86,27 +117,66 @@ class RobotContract:
     """What a robot takes and gives.
 
     Attributes:
-        joint_names: S names, the order of states; the first A are the order of commands.
-        action_dim: A.
+        joint_names: S names, the order of states.
+        actions: A dimensions, the order of commands. Those that hold a position (``position`` and
+            ``gripper``) are measured too: their names are among ``joint_names``.
         cameras: By the policy's camera name, (height, width).
-        gripper_indices: Entries that are grippers; not interpolated.
         ctrl_space, ctrl_type: Of the commands it takes.
         control_hz: Lowest and highest rate at which it takes commands.
         depth_cameras: Of ``cameras``, those with depth.
+        stops_alone_after_s: How long after the last command the device itself brings all velocities
+            to zero, whatever became of the processes that command it. None: it does not; such a
+            robot may not be commanded by velocity.
+        repeats_pictures: Whether a working camera may give the same picture again and again, as a
+            simulator without noise does. Otherwise that is a frozen camera.
+
+    Raises:
+        ContractViolated: Names that are not different, or a position that is not measured.
     """
 
     joint_names: tuple[str, ...]
-    action_dim: int
+    actions: tuple[ActionSpec, ...]
     cameras: Mapping[str, tuple[int, int]]
-    gripper_indices: tuple[int, ...] = ()
     ctrl_space: CtrlSpace = "joint"
     ctrl_type: CtrlType = "abs"
     control_hz: tuple[float, float] = (1.0, 1000.0)
     depth_cameras: tuple[str, ...] = field(default=())
+    stops_alone_after_s: float | None = None
+    repeats_pictures: bool = False
+
+    def __post_init__(self) -> None:
+        for what, names in (("joints", self.joint_names), ("actions", self.action_names)):
+            if len(set(names)) != len(names):
+                raise ContractViolated(f"{what}: got {list(names)}, expected different names")
+        for spec in self.actions:
+            if spec.kind.holds_position and spec.name not in self.joint_names:
+                raise ContractViolated(
+                    f"action {spec.name!r} ({spec.kind}): got no such joint among "
+                    f"{list(self.joint_names)}, expected one: where it is has to be known"
+                )
 
     @property
     def state_dim(self) -> int:
         return len(self.joint_names)
+
+    @property
+    def action_dim(self) -> int:
+        return len(self.actions)
+
+    @property
+    def action_names(self) -> tuple[str, ...]:
+        return tuple(spec.name for spec in self.actions)
+
+    def rest_command(self, state: NDArray[np.float32]) -> NDArray[np.float32]:
+        """(A,) float32: the command that keeps the robot as it is in ``state``, (S,).
+
+        Positions and grippers where they are measured; zero for everything that is a rate.
+        """
+        command = np.zeros(self.action_dim, np.float32)
+        for index, spec in enumerate(self.actions):
+            if spec.kind.holds_position:
+                command[index] = state[self.joint_names.index(spec.name)]
+        return command
 
 
 class Robot(ABC):
@@ -272,7 +342,7 @@ class Robot(ABC):
             index = int(np.flatnonzero(~np.isfinite(action))[0])
             raise UnsafeCommand(
                 f"action: got {action[index]} for joint {index} "
-                f"({self.contract.joint_names[index]}), expected a finite number"
+                f"({self.contract.action_names[index]}), expected a finite number"
             )
         self._send_action(action)
 
@@ -340,3 +410,11 @@ class Robot(ABC):
     @abstractmethod
     def _disconnect(self) -> None:
         """Release everything; may be called at any time, and twice."""
+
+
+def arm_actions(names: Sequence[str], grippers: Collection[int]) -> tuple[ActionSpec, ...]:
+    """Joints commanded by position in rad, those at ``grippers`` being grippers without a unit."""
+    return tuple(
+        ActionSpec(name, ActionKind.GRIPPER, "range") if index in grippers else ActionSpec(name)
+        for index, name in enumerate(names)
+    )

@@ -18,7 +18,7 @@ from numpy.typing import NDArray
 
 from policies.types import CtrlSpace, CtrlType
 from policies.yaml_config import parse_config
-from robots.base import CameraSample, JointSample, Robot, RobotContract, Role
+from robots.base import ActionSpec, CameraSample, JointSample, Robot, RobotContract, Role
 from robots.errors import ConfigError
 from robots.limits import Limits
 
@@ -126,7 +126,7 @@ class DummyRobot(Robot):
         self._period_ns = round(1e9 / config.camera_hz)
         contract = RobotContract(
             joint_names=tuple(f"joint_{index}" for index in range(state_dim)),
-            action_dim=action_dim,
+            actions=tuple(ActionSpec(f"joint_{index}") for index in range(action_dim)),
             cameras={
                 camera: (array.sizes[0], array.sizes[1])
                 for camera, array in config.obs_config.image.items()

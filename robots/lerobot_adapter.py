@@ -22,7 +22,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from policies.yaml_config import parse_config
-from robots.base import CameraSample, JointSample, Robot, RobotContract, Role
+from robots.base import CameraSample, JointSample, Robot, RobotContract, Role, arm_actions
 from robots.errors import (
     ConfigError,
     ConnectFailed,
@@ -119,11 +119,11 @@ class LeRobotRobot(Robot):
         )
         contract = RobotContract(
             joint_names=self._states,
-            action_dim=len(self._actions),
-            cameras={ours: pictures[theirs] for ours, theirs in self._cameras.items()},
-            gripper_indices=tuple(
-                i for i, key in enumerate(self._actions) if config.gripper in key
+            actions=arm_actions(
+                self._actions,
+                [i for i, key in enumerate(self._actions) if config.gripper in key],
             ),
+            cameras={ours: pictures[theirs] for ours, theirs in self._cameras.items()},
             control_hz=(1.0, config.max_hz),
         )
         super().__init__(name, contract, limits)

@@ -18,7 +18,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from policies.yaml_config import parse_config
-from robots.base import CameraSample, JointSample, Outcome, Robot, RobotContract, Role
+from robots.base import CameraSample, JointSample, Outcome, Robot, RobotContract, Role, arm_actions
 from robots.errors import ConfigError, ConnectFailed, NotConnected, SensorLost
 from robots.limits import Limits
 from robots.processes import Child
@@ -57,9 +57,9 @@ class SimTwin(Robot):
         )
         contract = RobotContract(
             joint_names=JOINTS,
-            action_dim=len(JOINTS),
+            actions=arm_actions(JOINTS, GRIPPERS),
             cameras=config.camera_hw,
-            gripper_indices=GRIPPERS,
+            repeats_pictures=True,
             control_hz=(1.0, float(SUBSTEP_HZ)),
         )
         super().__init__(name, contract, limits)

@@ -12,7 +12,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from policies.types import PolicyContract
-from robots.base import Robot
+from robots.base import ActionKind, ActionSpec, Robot
 from robots.factory import make_robot
 from robots.limits import Limits
 from runtime.blending import Strategy, make_strategy
@@ -165,13 +165,20 @@ class Body:
         limits: Of its A actuators.
         start_pose: (A,) float32, or None.
         start_velocity: (A,) per second, for approaches.
-        grippers: Entries that are not interpolated.
+        actions: What each of the A numbers means.
     """
 
     limits: Limits
     start_pose: NDArray[np.float32] | None
     start_velocity: NDArray[np.float64]
-    grippers: tuple[int, ...]
+    actions: tuple[ActionSpec, ...]
+
+    @property
+    def grippers(self) -> tuple[int, ...]:
+        """Dimensions that are not interpolated."""
+        return tuple(
+            index for index, spec in enumerate(self.actions) if spec.kind is ActionKind.GRIPPER
+        )
 
     @classmethod
     def of(cls, robot: Robot) -> Body:
@@ -180,7 +187,7 @@ class Body:
             robot.limits,
             robot.start_pose,
             robot.limits.velocity if given is None else given,
-            robot.contract.gripper_indices,
+            robot.contract.actions,
         )
 
     def to_dict(self) -> dict[str, Any]:
@@ -189,7 +196,7 @@ class Body:
             **{f.name: getattr(self.limits, f.name).tolist() for f in fields(Limits)},
             "start_pose": None if self.start_pose is None else self.start_pose.tolist(),
             "start_velocity": self.start_velocity.tolist(),
-            "grippers": list(self.grippers),
+            "actions": [dataclasses.asdict(spec) for spec in self.actions],
         }
 
     @classmethod
@@ -200,5 +207,8 @@ class Body:
             Limits(*(np.array(raw[f.name], np.float64) for f in fields(Limits))),
             None if pose is None else np.array(pose, np.float32),
             np.array(raw["start_velocity"], np.float64),
-            tuple(raw["grippers"]),
+            tuple(
+                ActionSpec(spec["name"], ActionKind(spec["kind"]), spec["unit"])
+                for spec in raw["actions"]
+            ),
         )

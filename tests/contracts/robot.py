@@ -35,7 +35,7 @@ class RobotBehaviour:
         assert robot.name
         assert len(limits) == contract.action_dim <= contract.state_dim
         assert len(set(contract.joint_names)) == contract.state_dim
-        assert set(contract.gripper_indices) <= set(range(contract.action_dim))
+        assert len(set(contract.action_names)) == contract.action_dim
         assert set(contract.depth_cameras) <= set(contract.cameras)
         assert 0 < contract.control_hz[0] < contract.control_hz[1]
         if robot.start_pose is not None:

@@ -57,7 +57,7 @@ class TestLeRobot(RobotBehaviour):
         contract = robot.contract
         assert contract.joint_names == (
             "shoulder.pos", "elbow.pos", "gripper.pos", "temperature")  # fmt: skip
-        assert (contract.action_dim, contract.gripper_indices) == (3, (2,))
+        assert [spec.kind for spec in contract.actions] == ["position", "position", "gripper"]
         assert contract.cameras == {"top": (24, 32), "wrist": (8, 8)}
         assert not robot.shareable
         robot.connect()

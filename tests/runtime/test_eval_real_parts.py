@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 
 from policies.types import CameraContract, PolicyContract
-from robots.base import CameraSample, JointSample, Robot, RobotContract, Role
+from robots.base import CameraSample, JointSample, Robot, RobotContract, Role, arm_actions
 from robots.errors import RobotError, RobotLost
 from robots.limits import Limits
 from runtime.guardian import Guardian
@@ -28,7 +28,7 @@ class Lonely(Robot):
     """A robot whose bus belongs to one process at a time."""
 
     name = "lonely"
-    contract = RobotContract(("a", "b", "c"), 3, {"top": (4, 4)})
+    contract = RobotContract(("a", "b", "c"), arm_actions("abc", ()), {"top": (4, 4)})
     limits = LIMITS
     shareable = False
 

@@ -13,6 +13,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from policies.types import ActionChunk, PolicyContract
+from robots.base import arm_actions
 from robots.limits import Limits
 from runtime.mailbox import MOVING, Phase, Signal
 from runtime.mission import Body, Mission
@@ -28,7 +29,7 @@ LIMITS = Limits(
     np.array([10.0, 8.0, 30.0]),
 )
 START = np.array([0.2, -0.3, 0.5], np.float32)
-BODY = Body(LIMITS, START, np.array([0.5, 0.5, 0.5]), (2,))
+BODY = Body(LIMITS, START, np.array([0.5, 0.5, 0.5]), arm_actions(("a", "b", "grip"), (2,)))
 
 
 def mission(**changes: object) -> Mission:
