@@ -8,6 +8,7 @@ host's monotonic clock; ages come from it alone. The two are never subtracted fr
 from __future__ import annotations
 
 import contextlib
+import math
 from abc import ABC, abstractmethod
 from collections.abc import Collection, Mapping, Sequence
 from contextlib import AbstractContextManager
@@ -35,6 +36,10 @@ class Role(StrEnum):
     CONTROL = "control"
     SENSING = "sensing"
     BOTH = "both"
+
+
+ANGLES: Mapping[str, float] = {"rad": 1.0, "deg": math.pi / 180}
+"""Units that are angles, in rad."""
 
 
 class ActionKind(StrEnum):

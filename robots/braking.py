@@ -7,6 +7,9 @@ with n the least integer for which h·u·n·(n+1)/2 >= d, it is d/(n·h) + u·(n
 D(v − u) = D(v) − h·v, a joint at the bound stays at the bound by braking, so the three limits never
 contradict each other. The continuous sqrt(2·a·d) was rejected: it overruns the limit by up to half
 a period of travel.
+
+A joint that is commanded by velocity has no position here: its command is v itself, kept within its
+bounds and within u of the command before. At rest it is zero.
 """
 
 from __future__ import annotations
@@ -54,6 +57,7 @@ def _limit_impl(  # noqa: PLR0917 - numba takes arrays, not objects
     target: np.ndarray,
     bounds: np.ndarray,
     inside: np.ndarray,
+    by_velocity: np.ndarray,
     period: float,
     state: np.ndarray,
     sent: np.ndarray,
@@ -68,6 +72,18 @@ def _limit_impl(  # noqa: PLR0917 - numba takes arrays, not objects
         lower, upper, fastest, quantum = bounds[joint]
         position, velocity, aim = state[joint]
         goal = min(max(target[joint], lower), upper)
+        if by_velocity[joint]:
+            speed = goal
+            if goal != target[joint]:
+                counts[VELOCITY, joint] += 1
+                changed = 1
+            if abs(speed - velocity) > quantum:
+                speed = velocity + math.copysign(quantum, speed - velocity)
+                counts[ACCELERATION, joint] += 1
+                changed = 1
+            state[joint, 0], state[joint, 1], state[joint, 2] = speed, speed, goal
+            sent[joint] = _send(speed, lower, upper, inside[joint])
+            continue
         if goal != target[joint]:
             counts[POSITION, joint] += 1
             changed = 1
@@ -109,8 +125,13 @@ def _limit_impl(  # noqa: PLR0917 - numba takes arrays, not objects
     return changed
 
 
-def _brake_impl(
-    bounds: np.ndarray, inside: np.ndarray, period: float, state: np.ndarray, sent: np.ndarray
+def _brake_impl(  # noqa: PLR0917 - numba takes arrays, not objects
+    bounds: np.ndarray,
+    inside: np.ndarray,
+    by_velocity: np.ndarray,
+    period: float,
+    state: np.ndarray,
+    sent: np.ndarray,
 ) -> int:
     """One command of the shortest stop. 1 once every joint is at rest, else 0."""
     rested = 1
@@ -120,6 +141,13 @@ def _brake_impl(
         speed = abs(velocity) - quantum
         if speed <= ROUNDING * quantum:  # a multiple of u, but for rounding, is one
             speed = 0.0
+        if by_velocity[joint]:
+            speed = math.copysign(speed, velocity) if speed > 0.0 else 0.0
+            if speed != 0.0:
+                rested = 0
+            state[joint, 0], state[joint, 1], state[joint, 2] = speed, speed, 0.0
+            sent[joint] = _send(speed, lower, upper, inside[joint])
+            continue
         # Only a state that MotionLimiter did not make needs this; there position outranks force.
         ahead = upper - position if velocity > 0.0 else position - lower
         speed = math.copysign(min(speed, max(0.0, ahead) / period), velocity)
@@ -134,6 +162,6 @@ def _brake_impl(
 
 
 limit = compiled(
-    "i8(f8[::1], f8[:,::1], f4[:,::1], f8, f8[:,::1], f4[::1], i8[:,::1])", _limit_impl
+    "i8(f8[::1], f8[:,::1], f4[:,::1], b1[::1], f8, f8[:,::1], f4[::1], i8[:,::1])", _limit_impl
 )
-brake = compiled("i8(f8[:,::1], f4[:,::1], f8, f8[:,::1], f4[::1])", _brake_impl)
+brake = compiled("i8(f8[:,::1], f4[:,::1], b1[::1], f8, f8[:,::1], f4[::1])", _brake_impl)

@@ -1,9 +1,9 @@
 """Commands a robot can follow and can always stop from.
 
-A joint is driven by positions, one per control period h. From one command to the next it moves by
-h·v, and v may change by no more than u = a·h. Guaranteed for every command that ``MotionLimiter``
-lets out, joint by joint, whatever is asked for (float64; what is sent is that, rounded to float32
-inside the position limits):
+Most joints are driven by positions, one per control period h. From one command to the next such a
+joint moves by h·v, and v may change by no more than u = a·h. Guaranteed for every command that
+``MotionLimiter`` lets out, joint by joint, whatever is asked for (float64; what is sent is that,
+rounded to float32 inside the position limits):
 
 * |v| <= velocity limit, |Δv| <= u.
 * The position is inside its limits, *and the joint can still stop inside them*: braking at u from
@@ -11,17 +11,23 @@ inside the position limits):
 * A request that keeps to the limits passes unchanged, bit for bit.
 * One that does not is followed as fast as the limits allow and met without overshoot.
 
+A joint that is commanded by velocity keeps |v| <= velocity limit, v within its position limits
+(which bound the number that is sent) and |Δv| <= u. Braking brings it to zero, and zero is its
+rest: repeating its last command would drive it on.
+
 How: ``robots.braking``.
 """
 
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
+from robots.base import ActionKind, ActionSpec
 from robots.braking import ROUNDING, brake, limit
 from robots.errors import UnsafeCommand
 from robots.limits import Limits
@@ -55,20 +61,30 @@ class MotionLimiter:
     Args:
         limits: Of the robot's A actuators.
         period_s: Between two commands, seconds.
+        actions: What each of the A numbers is; none: positions.
+
+    Attributes:
+        by_velocity: (A,) bool, which of them are velocities.
 
     Raises:
-        ValueError: ``period_s`` is not positive.
+        ValueError: ``period_s`` is not positive, another number of actions than A, a kind that
+            cannot be limited (delta, effort), or a velocity whose limits leave out zero.
     """
 
-    def __init__(self, limits: Limits, period_s: float) -> None:
+    def __init__(self, limits: Limits, period_s: float, actions: Sequence[ActionSpec] = ()) -> None:
         if not (period_s > 0 and math.isfinite(period_s)):
             raise ValueError(f"period_s: got {period_s}, expected a positive number of seconds")
         self.limits = limits
         self.period_s = period_s
-        lower, upper = limits.position_lower, limits.position_upper
-        # Columns: lower, upper, velocity, u; and position, velocity, the position aimed at.
+        self._names = [spec.name for spec in actions]
+        self.by_velocity = _by_velocity(limits, actions)
+        lower, upper, fastest = limits.position_lower, limits.position_upper, limits.velocity
+        lower = np.where(self.by_velocity, np.maximum(lower, -fastest), lower)
+        upper = np.where(self.by_velocity, np.minimum(upper, fastest), upper)
+        fastest = np.where(self.by_velocity, np.maximum(-lower, upper), fastest)
+        # Columns: lower, upper, velocity, u; and command, velocity, the command aimed at.
         self._bounds = np.ascontiguousarray(
-            np.stack([lower, upper, limits.velocity, limits.acceleration * period_s], axis=1)
+            np.stack([lower, upper, fastest, limits.acceleration * period_s], axis=1)
         )
         self._state = np.zeros((len(lower), 3))
         self._inside = np.ascontiguousarray(
@@ -84,8 +100,9 @@ class MotionLimiter:
         """Start from a pose, with all counts at zero.
 
         Args:
-            position: (A,) where the robot is, or the last command it was given. A joint outside
-                its limits never moves further out and comes inside within the other limits.
+            position: (A,) where the robot is, or the last command it was given; of a velocity,
+                the last command, and zero for a robot at rest. A joint outside its limits never
+                moves further out and comes inside within the other limits.
             before: (A,) the command before that, one period earlier; None for a robot at rest.
 
         Raises:
@@ -94,7 +111,7 @@ class MotionLimiter:
         last = self._checked("position", position)
         earlier = last if before is None else self._checked("before", before)
         self._state[:, 0] = self._state[:, 2] = last
-        self._state[:, 1] = (last - earlier) / self.period_s
+        self._state[:, 1] = np.where(self.by_velocity, last, (last - earlier) / self.period_s)
         self._sent[:] = last
         self._counts.fill(0)
         self._commands = self._clamped = 0
@@ -125,6 +142,7 @@ class MotionLimiter:
             self._target,
             self._bounds,
             self._inside,
+            self.by_velocity,
             self.period_s,
             self._state,
             self._sent,
@@ -132,8 +150,9 @@ class MotionLimiter:
         )
         if result < 0:
             joint = -1 - result
+            name = f" ({self._names[joint]})" if self._names else ""
             raise UnsafeCommand(
-                f"joint {joint}: got {target[joint]} for a command, expected a finite number"
+                f"joint {joint}{name}: got {target[joint]} for a command, expected a finite number"
             )
         self._commands += 1
         self._clamped += result
@@ -145,7 +164,7 @@ class MotionLimiter:
         Returns:
             (A,) float32, valid until the next call.
         """
-        brake(self._bounds, self._inside, self.period_s, self._state, self._sent)
+        brake(self._bounds, self._inside, self.by_velocity, self.period_s, self._state, self._sent)
         return self._sent
 
     @property
@@ -165,7 +184,7 @@ class MotionLimiter:
 
     @property
     def at_rest(self) -> bool:
-        """Whether the last two commands were the same."""
+        """Whether the last two commands held the same positions, and all velocities are zero."""
         return not self._state[:, 1].any()
 
     def ticks_to_rest(self) -> int:
@@ -181,43 +200,27 @@ class MotionLimiter:
         return ClampStatistics(self._commands, self._clamped, position, velocity, acceleration)
 
 
-class StopPlanner:
-    """Brings a robot to rest from its last two commands, whoever gave them, then holds.
-
-    For who takes over from a dead control process. Inside the velocity, acceleration and position
-    limits if the two commands came from a ``MotionLimiter``; from any other state the position
-    limits hold and the deceleration is what they demand.
-
-    Args:
-        limits: Of the robot's A actuators.
-        period_s: Between two commands, seconds.
-        last, before: (A,) the newest command and the one a period earlier.
-
-    Raises:
-        ValueError: Another length than A, NaN or infinity, or ``period_s`` is not positive.
-    """
-
-    def __init__(self, limits: Limits, period_s: float, last: ArrayLike, before: ArrayLike) -> None:
-        self._limiter = MotionLimiter(limits, period_s)
-        self._limiter.reset(last, before)
-
-    def step(self) -> NDArray[np.float32]:
-        """The next command, (A,) float32, valid until the next call; at rest, the same again."""
-        return self._limiter.brake()
-
-    @property
-    def at_rest(self) -> bool:
-        return self._limiter.at_rest
-
-    @property
-    def velocity(self) -> NDArray[np.float64]:
-        """(A,) per second, of the last command against the one before; a view, not to be kept."""
-        return self._limiter.velocity
-
-    @property
-    def ticks_to_rest(self) -> int:
-        """Commands until one repeats its predecessor."""
-        return self._limiter.ticks_to_rest()
+def _by_velocity(limits: Limits, actions: Sequence[ActionSpec]) -> NDArray[np.bool_]:
+    """(A,) which actuators are commanded by velocity; checks that each can be limited."""
+    mask = np.zeros(len(limits), np.bool_)
+    if actions and len(actions) != len(limits):
+        raise ValueError(f"actions: got {len(actions)}, expected {len(limits)}, one per limit")
+    for index, spec in enumerate(actions):
+        if spec.kind is ActionKind.VELOCITY:
+            lower, upper = limits.position_lower[index], limits.position_upper[index]
+            if not lower <= 0 <= upper:
+                raise ValueError(
+                    f"joint {index} ({spec.name}): got a velocity between {lower:g} and {upper:g} "
+                    f"{spec.unit}, expected limits with zero between them: at rest it is zero"
+                )
+            mask[index] = True
+        elif not spec.kind.holds_position:
+            raise ValueError(
+                f"joint {index} ({spec.name}): got a command of kind {spec.kind} ({spec.unit}), "
+                f"expected {ActionKind.POSITION}, {ActionKind.GRIPPER} or {ActionKind.VELOCITY}: "
+                "for no other is it known how to come to rest"
+            )
+    return mask
 
 
 def _ticks_to_rest(speed: NDArray[np.float64], quantum: NDArray[np.float64]) -> int:

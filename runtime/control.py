@@ -131,7 +131,8 @@ class Control:
         self._phase = Phase.HOLD
         self._sample = robot.get_joints()
         self._drop_old_chunks()
-        self._reset(self._sample.position if inherited is None else inherited)
+        rest = robot.contract.rest_command(self._sample.position)
+        self._reset(rest if inherited is None else inherited)
 
     def run(self) -> None:
         """Command the robot until told to end."""
@@ -184,7 +185,8 @@ class Control:
 
     def _start(self, seed: int) -> None:
         if self._robot.reset(seed):
-            self._reset(self._joints_after(time.monotonic_ns()).position)
+            sample = self._joints_after(time.monotonic_ns())
+            self._reset(self._robot.contract.rest_command(sample.position))
         else:
             self._reset(self._pilot.stream.last_command.copy())
         self._leg += 1
@@ -193,7 +195,7 @@ class Control:
         self._pilot.start()
 
     def _reset(self, pose: NDArray[np.float32]) -> None:
-        self._pose[:] = pose[: len(self._pose)]
+        self._pose[:] = pose
         self._signals |= Signal.RESET
         self._pilot.reset(self._pose)
 

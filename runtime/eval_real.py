@@ -89,7 +89,17 @@ def parser() -> argparse.ArgumentParser:
     add("--fps", type=float, help="the policy's rate, where its checkpoint does not say")
     add("--yes", action="store_true", help="do not wait for Enter; a fault ends the evaluation")
     wishes.add_flags(cli)
-    add("--near", type=float, default=0.1, help="how far off the policy may begin; rad (0.1)")
+    add(
+        "--near",
+        type=float,
+        help="how far off the policy may begin, in each joint's unit (0.1 rad or 5.7 deg; other "
+        "units: a twentieth of the joint's range, a tenth of a gripper's)",
+    )
+    add(
+        "--same_joints",
+        action="store_true",
+        help="the policy's joints are the robot's, although their names differ",
+    )
     add("--fault_after_s", type=float, default=1.0, help="without chunks, then latched (1)")
     add("--max_chunk_age_s", type=float, help="of what a command rests on (a chunk and 1 s)")
     add("--max_sensing_age_s", type=float, default=0.5, help="of the newest picture (0.5)")
@@ -190,6 +200,7 @@ def make_mission(
         sensing_rate=args.sensing_rate or rate,
         max_timesteps=args.max_timesteps or evaluation.task.max_timesteps,
         near=args.near,
+        same_joints=args.same_joints,
         fault_after_s=args.fault_after_s,
         max_chunk_age_s=args.max_chunk_age_s or longest_s,
         max_sensing_age_s=args.max_sensing_age_s,

@@ -7,7 +7,7 @@ import math
 import numpy as np
 
 from policies.types import PolicyContract
-from robots.base import Robot
+from robots.base import ActionKind, Robot
 from runtime.errors import RuntimeFault
 from runtime.mission import Body, Mission
 
@@ -31,6 +31,9 @@ def check_fit(mission: Mission, robot: Robot) -> None:
             f"control: the policy commands {control}, {robot.name} takes "
             f"{(body.ctrl_space, body.ctrl_type)}"
         )
+    if not mission.same_joints:
+        _check_names(policy, robot)
+    _check_actions(robot)
     _check_cameras(policy, robot)
     if policy.first_action_offset:
         raise Unfit(
@@ -42,8 +45,9 @@ def check_fit(mission: Mission, robot: Robot) -> None:
     if pose is not None and (outside := robot.limits.violations(pose)):
         joint = outside[0]
         raise Unfit(
-            f"start pose: joint {joint} ({body.joint_names[joint]}): got {pose[joint]:g}, expected "
-            f"{robot.limits.position_lower[joint]:g} to {robot.limits.position_upper[joint]:g}"
+            f"start pose: joint {joint} ({body.action_names[joint]}): got {pose[joint]:g} "
+            f"{body.actions[joint].unit}, expected {robot.limits.position_lower[joint]:g} to "
+            f"{robot.limits.position_upper[joint]:g}"
         )
     mission.make_pilot(Body.of(robot))
 
@@ -51,6 +55,44 @@ def check_fit(mission: Mission, robot: Robot) -> None:
 def _equal(name: str, policy: int, robots: int, robot: Robot) -> None:
     if policy != robots:
         raise Unfit(f"{name}: the policy has {policy}, {robot.name} has {robots}")
+
+
+def _check_names(policy: PolicyContract, robot: Robot) -> None:
+    """Where both sides say what their numbers are called, they have to say the same."""
+    for what, policys, robots in (
+        ("state", policy.state_names, robot.contract.joint_names),
+        ("action", policy.action_names, robot.contract.action_names),
+    ):
+        if not policys or policys == robots:
+            continue
+        if sorted(policys) == sorted(robots):
+            raise Unfit(
+                f"{what}_names: the policy's order is {list(policys)}, {robot.name}'s is "
+                f"{list(robots)}: one joint would be taken for another"
+            )
+        raise Unfit(
+            f"{what}_names: the policy has {list(policys)}, {robot.name} has {list(robots)}; where "
+            "they are the same joints under other names, --same_joints says so"
+        )
+
+
+def _check_actions(robot: Robot) -> None:
+    """What is not known to come to rest, or to stay there, does not move."""
+    contract = robot.contract
+    speeds = [spec.name for spec in contract.actions if spec.kind is ActionKind.VELOCITY]
+    if speeds and contract.stops_alone_after_s is None:
+        raise Unfit(
+            f"{robot.name} is commanded by velocity ({', '.join(speeds)}) and does not say that it "
+            "stops by itself when commands stay away, expected stops_alone_after_s: if all "
+            "processes here died, it would drive on"
+        )
+    pose = robot.start_pose
+    for index, spec in enumerate(contract.actions):
+        if pose is not None and not spec.kind.holds_position and pose[index] != 0:
+            raise Unfit(
+                f"start pose: {spec.name} ({spec.kind}): got {pose[index]:g} {spec.unit}, expected "
+                "0: it is where the robot rests"
+            )
 
 
 def _check_cameras(policy: PolicyContract, robot: Robot) -> None:
@@ -81,7 +123,7 @@ def _check_rates(mission: Mission, robot: Robot) -> None:
         )
     for name in ("sensing_rate", "near", "max_chunk_age_s", "max_sensing_age_s"):
         value = getattr(mission, name)
-        if not (value > 0 and math.isfinite(value)):
+        if value is not None and not (value > 0 and math.isfinite(value)):
             raise Unfit(f"{name}: got {value}, expected a positive number")
     if mission.max_timesteps < 1:
         raise Unfit(f"max_timesteps: got {mission.max_timesteps}, expected at least 1")
@@ -90,6 +132,6 @@ def _check_rates(mission: Mission, robot: Robot) -> None:
     if unlimited.any():
         joint = int(np.argmax(unlimited))
         raise Unfit(
-            f"limits: joint {joint} ({robot.contract.joint_names[joint]}) has no velocity or no "
+            f"limits: joint {joint} ({robot.contract.action_names[joint]}) has no velocity or no "
             "acceleration limit; expected both, or a stop could not be bounded"
         )

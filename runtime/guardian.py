@@ -71,7 +71,7 @@ class Guardian:
         self._why = "the control process died"
         self._refused_ns = 0
         # All that takes time to make is made now: the arm would have to wait for it.
-        self._planner = MotionLimiter(robot.limits, mission.period_s)
+        self._planner = MotionLimiter(robot.limits, mission.period_s, robot.contract.actions)
         self._recorder = _Recorder(mailbox)
 
     def watch(self) -> bool:

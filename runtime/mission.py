@@ -12,7 +12,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from policies.types import PolicyContract
-from robots.base import ActionKind, ActionSpec, Robot
+from robots.base import ANGLES, ActionKind, ActionSpec, Robot
+from robots.errors import ConfigError
 from robots.factory import make_robot
 from robots.limits import Limits
 from runtime.blending import Strategy, make_strategy
@@ -38,7 +39,9 @@ class Mission:
         publish_rate: Commands per second.
         sensing_rate: Looks at the cameras per second.
         max_timesteps: Policy ticks per rollout.
-        near: How far the first action may be from the arm, in the command's units.
+        near: How far the first action may be from the arm, in each joint's unit. None: see
+            ``default_near``.
+        same_joints: The policy's joints are the robot's, whatever both call them.
         fault_after_s: How long chunks may stay away once the arm slows down for lack of them.
         max_chunk_age_s: Of the observation behind a command; older, and the arm stops.
         max_sensing_age_s: Of the newest picture, and of the sensing process' own sign of life.
@@ -60,7 +63,8 @@ class Mission:
     publish_rate: float = 50.0
     sensing_rate: float = 50.0
     max_timesteps: int = 400
-    near: float = 0.1
+    near: float | None = None
+    same_joints: bool = False
     fault_after_s: float = 1.0
     max_chunk_age_s: float = 5.0
     max_sensing_age_s: float = 0.5
@@ -139,6 +143,7 @@ class Mission:
             contract,
             self.strategy(),
             body.limits,
+            actions=body.actions,
             ratio=self.ratio,
             interpolation=Interpolation(hold=body.grippers),
             fault_after_s=self.fault_after_s,
@@ -149,7 +154,12 @@ class Mission:
             max_ticks=self.max_timesteps * self.ratio,
             start_pose=body.start_pose,
             start_velocity=body.start_velocity,
-            near=np.full(contract.action_dim, self.near),
+            near=(
+                default_near(body)
+                if self.near is None
+                else np.full(contract.action_dim, float(self.near))
+            ),
+            actions=body.actions,
         )
 
     def dims(self, robot: Robot) -> Dims:
@@ -212,3 +222,35 @@ class Body:
                 for spec in raw["actions"]
             ),
         )
+
+
+NEAR_RAD = 0.1
+"""5.7 degrees."""
+NEAR_GRIPPER, NEAR_OTHER = 0.1, 0.05
+"""Of what lies between the position limits."""
+
+
+def default_near(body: Body) -> NDArray[np.float64]:
+    """(A,) how far a policy's first action may be from the arm, in each joint's unit.
+
+    0.1 rad where the unit is an angle; else a part of what lies between the joint's limits, a tenth
+    for a gripper and a twentieth for other joints.
+
+    Raises:
+        ConfigError: A joint whose unit is no angle has no position limits.
+    """
+    near = np.zeros(len(body.actions))
+    spans = body.limits.position_upper - body.limits.position_lower
+    for index, spec in enumerate(body.actions):
+        if spec.unit in ANGLES and spec.kind is not ActionKind.GRIPPER:
+            near[index] = NEAR_RAD / ANGLES[spec.unit]
+        else:
+            near[index] = spans[index] * (
+                NEAR_GRIPPER if spec.kind is ActionKind.GRIPPER else NEAR_OTHER
+            )
+        if spec.kind.holds_position and not np.isfinite(near[index]):
+            raise ConfigError(
+                f"joint {index} ({spec.name}, {spec.unit}): got no position limits, expected both, "
+                "or --near: how far from the arm the policy may begin cannot be told otherwise"
+            )
+    return near

@@ -11,11 +11,13 @@ from the start of a rollout. Holding and waiting cost no ticks.
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
 from policies.types import ActionChunk
+from robots.base import ActionSpec
 from runtime.mailbox import Phase
 from runtime.stream import CommandStream, Motion
 
@@ -31,8 +33,10 @@ class Pilot:
         max_ticks: Control ticks per rollout; then it stops by itself.
         start_pose: (A,) where a rollout begins, None for wherever the robot is.
         start_velocity: (A,) per second, the most that an approach may use.
-        near: (A,) how far the policy's first action may be from where the robot is commanded; from
-            further away it is approached first.
+        near: (A,) how far the policy's first action may be from where the robot is commanded, in
+            each joint's unit; from further away it is approached first. Velocities are left out: a
+            robot at rest reaches any of them within its limits.
+        actions: What each of the A numbers is; none: positions.
     """
 
     def __init__(
@@ -43,8 +47,11 @@ class Pilot:
         start_pose: NDArray[np.float32] | None,
         start_velocity: NDArray[np.float64],
         near: NDArray[np.float64],
+        actions: Sequence[ActionSpec] = (),
     ) -> None:
         self.stream = stream
+        self._actions = actions
+        self._by_velocity = stream.limiter.by_velocity
         self._max_ticks = max_ticks
         self._start_pose, self._near = start_pose, near
         self._start_velocity = np.minimum(start_velocity, stream.limiter.limits.velocity)
@@ -159,14 +166,16 @@ class Pilot:
             limits.position_lower,
             limits.position_upper,
         )
-        far = np.abs(first - self.stream.last_command)
+        far = np.where(self._by_velocity, 0.0, np.abs(first - self.stream.last_command))
         if (far <= self._near).all():
             return True
         if self._approaches >= MOST_APPROACHES:
-            joint = int(np.argmax(far - self._near))
+            joint = int(np.argmax(far / self._near))
+            spec = self._actions[joint] if self._actions else ActionSpec("")
             self.fail(
-                f"joint {joint}: the policy begins {far[joint]:.3f} away, after "
-                f"{MOST_APPROACHES} moves to where it wanted to begin"
+                f"joint {joint} ({spec.name}): the policy begins {far[joint]:.3f} {spec.unit} away "
+                f"(--near: {self._near[joint]:g}), after {MOST_APPROACHES} moves to where it "
+                "wanted to begin"
             )
             return False
         self._approaches += 1
@@ -215,6 +224,7 @@ class Pilot:
         """
         self._from[:] = self.stream.last_command
         self._to[:] = pose
+        self._from[self._by_velocity] = self._to[self._by_velocity] = 0.0
         way = np.abs(self._to - self._from)
         with np.errstate(divide="ignore"):
             by_speed = 1.5 * way / self._start_velocity

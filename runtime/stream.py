@@ -5,8 +5,9 @@ Guaranteed for every command, whatever the policy, the network and the server do
 * It keeps the robot's position, velocity and acceleration limits, and the robot can stop inside
   them from there (``robots.safety``).
 * When no newer chunk comes, what is left of the plan is played ever more slowly, so that the robot
-  comes to rest on its planned path, at the plan's end or before. It stays there, and goes on when a
-  chunk comes, its offset faded out. After ``fault_after_s`` without one, a fault is latched.
+  comes to rest on its planned path, at the plan's end or before; commanded velocities fall to zero
+  with it. It stays there, and goes on when a chunk comes, its offset faded out. After
+  ``fault_after_s`` without one, a fault is latched.
 * A latched fault ends with ``resume`` and nothing else. Until then chunks are refused.
 * After ``fail`` (NaN, a watchdog, an emergency key) every joint brakes as hard as it may.
 
@@ -19,12 +20,14 @@ from __future__ import annotations
 import enum
 import logging
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
 from policies.types import ActionChunk, PolicyContract
+from robots.base import ActionSpec
 from robots.errors import UnsafeCommand
 from robots.limits import Limits
 from robots.safety import ClampStatistics, MotionLimiter
@@ -73,6 +76,7 @@ class CommandStream:
         contract: Of the policy.
         strategy: How chunks combine.
         limits: Of the robot's actuators.
+        actions: What each number of a command is; none: positions.
         ratio: Control ticks per policy tick, see ``control_ratio``.
         interpolation: Between two policy ticks.
         fault_after_s: How long chunks may stay away, from the first tick that slows down.
@@ -80,7 +84,8 @@ class CommandStream:
 
     Raises:
         ValueError: Limits for another number of joints than the policy's actions, actions that are
-            not absolute, a ratio below 1, or a time that is not positive.
+            not absolute or of a kind that has no rest, a ratio below 1, or a time that is not
+            positive.
     """
 
     def __init__(
@@ -89,6 +94,7 @@ class CommandStream:
         strategy: Strategy,
         limits: Limits,
         *,
+        actions: Sequence[ActionSpec] = (),
         ratio: int = 1,
         interpolation: Interpolation | None = None,
         fault_after_s: float = 1.0,
@@ -99,16 +105,17 @@ class CommandStream:
             raise ValueError(
                 f"ctrl_type: got {contract.ctrl_type!r}, expected 'abs': the limits are positions"
             )
-        joints, actions = len(limits), contract.action_dim
-        if joints != actions:
-            raise ValueError(f"limits: got {joints} joints, expected the policy's {actions}")
+        if len(limits) != contract.action_dim:
+            raise ValueError(
+                f"limits: got {len(limits)} joints, expected the policy's {contract.action_dim}"
+            )
         if ratio < 1:
             raise ValueError(f"ratio: got {ratio}, expected at least 1 per policy tick")
         if not fault_after_s > 0:
             raise ValueError(f"fault_after_s: got {fault_after_s}, expected a positive number")
         self.ratio, self.period_s = ratio, contract.dt_s / ratio
         self.executor = ChunkExecutor(contract, strategy)
-        self.limiter = MotionLimiter(limits, self.period_s)
+        self.limiter = MotionLimiter(limits, self.period_s, actions)
         self._fault_after = max(1, math.ceil(fault_after_s / self.period_s))
         self._playback = Playback(
             self.executor, interpolation or Interpolation(), contract.action_dim, ratio
@@ -147,7 +154,7 @@ class CommandStream:
 
     @property
     def at_rest(self) -> bool:
-        """Whether the last two commands were the same."""
+        """Whether the last command holds the robot still."""
         return self.limiter.at_rest
 
     @property
@@ -279,11 +286,13 @@ class CommandStream:
         self._starved_for += 1
         if self._starved_for > self._fault_after:
             self._latch(f"no chunk for {self._starved_for * self.period_s:.2f} s")
-        rate = 1.0 - self._starved_for / self._slow_ticks
+        rate = max(0.0, 1.0 - self._starved_for / self._slow_ticks)
         if rate > 0.0 and not self._brakes:
             self._phase = min(self._phase + rate / self.ratio, float(self._path_end))
             base = int(self._phase)
             self._playback.read(base, self._phase - base)
+        # A path played at a part of its speed has that part of its velocities.
+        self._playback.target[self.limiter.by_velocity] *= rate
         # A path too winding for its limits is left rather than followed for ever.
         self._brakes = self._brakes or self._starved_for > self._slow_ticks + self._worst_ticks
         return self.limiter.brake() if self._brakes else self._limited()

@@ -10,9 +10,10 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from robots.base import ActionKind, ActionSpec
 from robots.errors import UnsafeCommand
 from robots.limits import Limits
-from robots.safety import MotionLimiter, StopPlanner
+from robots.safety import MotionLimiter
 
 RELATIVE = 1e-9
 """Of a velocity or acceleration limit, for float64 rounding."""
@@ -211,39 +212,100 @@ def test_nan_is_refused_by_joint_and_changes_nothing(poison: float) -> None:
     assert limiter.at_rest
 
 
-def test_the_planner_stops_what_somebody_else_set_in_motion() -> None:
+def test_a_stop_takes_over_what_somebody_else_set_in_motion() -> None:
     limiter = MotionLimiter(make_limits(), 0.02)
     limiter.reset([-1.0])
     last = before = limiter.command.copy()
     for _ in range(40):
         before, last = last, limiter.limit(np.array([1.0])).copy()
-    planner = StopPlanner(limiter.limits, 0.02, last, before)
-    ticks = planner.ticks_to_rest
+    successor = MotionLimiter(limiter.limits, 0.02)
+    successor.reset(last, before)
+    ticks = successor.ticks_to_rest()
     assert ticks == pytest.approx(limiter.ticks_to_rest(), abs=1)  # from float32 commands
     for _ in range(ticks):
-        assert not planner.at_rest
-        pose = planner.step().copy()
+        assert not successor.at_rest
+        pose = successor.brake().copy()
         assert -1 <= pose[0] <= 1
-    assert planner.at_rest
-    np.testing.assert_array_equal(planner.step(), pose)
+    assert successor.at_rest
+    np.testing.assert_array_equal(successor.brake(), pose)
     for _ in range(ticks):
         limiter.brake()
     np.testing.assert_allclose(pose, limiter.command, atol=1e-4)
 
 
 @given(last=st.floats(-1.2, 1.2), before=st.floats(-1.2, 1.2), limits=machines, period_s=periods)
-def test_from_any_state_the_planner_rests_in_time_and_goes_no_further_out(
+def test_from_any_state_a_stop_ends_in_time_and_goes_no_further_out(
     last: float, before: float, limits: Limits, period_s: float
 ) -> None:
-    planner = StopPlanner(limits, period_s, [last], [before])
+    limiter = MotionLimiter(limits, period_s)
+    limiter.reset([last], [before])
     low = min(last, float(limits.position_lower[0]))
     high = max(last, float(limits.position_upper[0]))
-    for _ in range(min(planner.ticks_to_rest, 10_000)):
-        assert low - 1e-6 <= planner.step()[0] <= high + 1e-6
-        if planner.at_rest:
+    for _ in range(min(limiter.ticks_to_rest(), 10_000)):
+        assert low - 1e-6 <= limiter.brake()[0] <= high + 1e-6
+        if limiter.at_rest:
             break
     else:
-        assert planner.ticks_to_rest > 0 or planner.at_rest
+        assert limiter.ticks_to_rest() > 0 or limiter.at_rest
+
+
+BASE = (ActionSpec("x.vel", ActionKind.VELOCITY, "m/s"),)
+
+
+@given(
+    limits=machines,
+    period_s=periods,
+    requests=wishes,
+    start=st.floats(-20, 20),
+)
+def test_a_velocity_keeps_its_bounds_and_its_acceleration_and_rests_at_zero(
+    limits: Limits, period_s: float, requests: list[float | None], start: float
+) -> None:
+    limiter = MotionLimiter(limits, period_s, BASE)
+    quantum = float(limits.acceleration[0]) * period_s
+    lower = max(float(limits.position_lower[0]), -float(limits.velocity[0]))
+    upper = min(float(limits.position_upper[0]), float(limits.velocity[0]))
+    start = min(max(start, lower), upper)
+    limiter.reset([start])
+    last = start
+    for request in [*requests, None]:
+        sent = limiter.brake() if request is None else limiter.limit(np.array([request]))
+        now = float(limiter.position[0])
+        assert np.float32(sent[0]) == pytest.approx(now, rel=1e-6, abs=1e-6)
+        assert lower <= now <= upper
+        assert abs(now - last) <= quantum * (1 + 1e-9) + 1e-12
+        if request is not None and abs(request - last) <= quantum and lower <= request <= upper:
+            assert now == request
+        if request is None:
+            assert abs(now) <= max(0.0, abs(last) - quantum) + 1e-9
+        last = now
+    for _ in range(min(limiter.ticks_to_rest(), 10_000)):
+        limiter.brake()
+    if limiter.ticks_to_rest() == 0:
+        assert limiter.at_rest
+        assert limiter.command[0] == 0.0
+        assert limiter.brake()[0] == 0.0
+
+
+def test_a_velocity_that_was_told_to_nobody_is_braked_from_where_it_is() -> None:
+    limiter = MotionLimiter(make_limits(velocity=0.5, acceleration=1.0), 0.1, BASE)
+    limiter.reset([0.25])  # the last command of a process that died
+    assert not limiter.at_rest
+    assert limiter.ticks_to_rest() == 3
+    np.testing.assert_allclose([limiter.brake()[0] for _ in range(4)], [0.15, 0.05, 0, 0])
+
+
+@pytest.mark.parametrize("kind", [ActionKind.EFFORT, ActionKind.DELTA])
+def test_a_command_that_has_no_known_rest_is_refused(kind: ActionKind) -> None:
+    with pytest.raises(
+        ValueError, match=rf"joint 0 \(elbow\): got a command of kind {kind} \(Nm\)"
+    ):
+        MotionLimiter(make_limits(), 0.02, (ActionSpec("elbow", kind, "Nm"),))
+
+
+def test_a_velocity_whose_limits_leave_out_zero_is_refused() -> None:
+    with pytest.raises(ValueError, match=r"x.vel.*between 0.1 and 0.5 m/s, expected.*zero between"):
+        MotionLimiter(make_limits(0.1, 0.5), 0.02, BASE)
 
 
 def test_a_joint_without_limits_passes_everything() -> None:

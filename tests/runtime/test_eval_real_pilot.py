@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -13,10 +14,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from policies.types import ActionChunk, PolicyContract
-from robots.base import arm_actions
+from robots.base import ActionKind, ActionSpec, arm_actions
+from robots.errors import ConfigError
 from robots.limits import Limits
 from runtime.mailbox import MOVING, Phase, Signal
-from runtime.mission import Body, Mission
+from runtime.mission import Body, Mission, default_near
 from runtime.pilot import MOST_APPROACHES, Pilot
 from runtime.recording import Recording
 from runtime.replay import main, replay, weights
@@ -42,9 +44,9 @@ def mission(**changes: object) -> Mission:
 class Flight:
     """A pilot, and what a control process would write down of it."""
 
-    def __init__(self, plan: Mission) -> None:
-        self.plan = plan
-        self.pilot = plan.make_pilot(BODY)
+    def __init__(self, plan: Mission, body: Body = BODY) -> None:
+        self.plan, self.body = plan, body
+        self.pilot = plan.make_pilot(body)
         self.rows: list[dict[str, object]] = []
         self.chunks: list[dict[str, object]] = []
         self.signals = Signal.NONE
@@ -103,7 +105,7 @@ class Flight:
             {name: np.stack([row[name] for row in table]) for name in table[0]} if table else {}
             for table in (self.rows, self.chunks)
         )
-        return Recording(rows, chunks, self.plan, BODY, {"seed": 0})
+        return Recording(rows, chunks, self.plan, self.body, {"seed": 0})
 
     def until(self, phase: Phase, most: int = 500) -> list[np.ndarray]:
         commands = []
@@ -141,18 +143,9 @@ events = st.one_of(
 )
 
 
-@settings(max_examples=60)
-@given(
-    st.lists(events, max_size=60),
-    st.sampled_from(["sequential", "temporal_ensemble", "latest"]),
-    st.sampled_from([50.0, 100.0]),
-)
-def test_limits_hold_and_the_recording_replays(
-    steps: list[tuple[str, object]], manager: str, rate: float
-) -> None:
-    flight = Flight(mission(action_manager=manager, publish_rate=rate))
-    flight.reset(np.array([0.5, 1.0, 0.2]))
-    commands = [np.array([0.5, 1.0, 0.2], np.float32)] * 2
+def play(flight: Flight, steps: list[tuple[str, object]]) -> np.ndarray:
+    """The commands of ``steps``, from where the flight was reset to."""
+    commands = [flight.pose.copy()] * 2
     commands.append(flight.command())
     for kind, value in steps:
         if kind == "signal":
@@ -165,9 +158,104 @@ def test_limits_hold_and_the_recording_replays(
         else:
             for _ in range(value if kind == "many" else 1):
                 commands.append(flight.command(value if kind == "command" else 1))
-    check_limits(np.stack(commands), flight.plan.period_s)
+    return np.stack(commands)
+
+
+several_steps = st.lists(events, max_size=60)
+managers = st.sampled_from(["sequential", "temporal_ensemble", "latest"])
+rates = st.sampled_from([50.0, 100.0])
+
+
+@settings(max_examples=60)
+@given(several_steps, managers, rates)
+def test_limits_hold_and_the_recording_replays(
+    steps: list[tuple[str, object]], manager: str, rate: float
+) -> None:
+    flight = Flight(mission(action_manager=manager, publish_rate=rate))
+    flight.reset(np.array([0.5, 1.0, 0.2]))
+    check_limits(play(flight, steps), flight.plan.period_s)
     recording = flight.recording()
     assert replay(recording).first_difference(recording) is None
+
+
+DRIVES = Body(
+    LIMITS,
+    np.array([START[0], START[1], 0], np.float32),
+    np.array([0.5, 0.5, 0.5]),
+    (ActionSpec("a"), ActionSpec("b"), ActionSpec("x.vel", ActionKind.VELOCITY, "m/s")),
+)
+"""Two joints and a base that is commanded by its velocity."""
+
+
+@settings(max_examples=60)
+@given(several_steps, managers, rates)
+def test_a_velocity_is_within_its_limits_zero_at_rest_and_replayed(
+    steps: list[tuple[str, object]], manager: str, rate: float
+) -> None:
+    flight = Flight(mission(action_manager=manager, publish_rate=rate), DRIVES)
+    flight.reset(np.array([0.5, 1.0, 0.0]))
+    commands = play(flight, steps)
+    period_s = flight.plan.period_s
+    check_limits(np.where([True, True, False], commands, 0.0), period_s)
+    speeds = commands[:, 2].astype(np.float64)
+    assert (np.abs(speeds) <= min(LIMITS.velocity[2], LIMITS.position_upper[2])).all()
+    assert (np.abs(np.diff(speeds)) <= LIMITS.acceleration[2] * period_s + 1e-6).all()
+    flight.signal(Signal.STOP)
+    resting = (Phase.HOLD, Phase.FAULT, Phase.WAIT)
+    for _ in range(flight.pilot.stream.limiter.worst_ticks_to_rest() + 1):
+        last = flight.command()
+    assert flight.pilot.phase in resting
+    assert last[2] == 0
+    recording = flight.recording()
+    assert replay(recording).first_difference(recording) is None
+
+
+@pytest.mark.parametrize("how", ["played to its end", "starved", "stopped", "failed"])
+def test_a_base_that_drives_stands_still_after(how: str) -> None:
+    """Whatever ends a rollout, "hold" is zero for a velocity."""
+    flight = Flight(mission(), DRIVES)
+    flight.reset(DRIVES.start_pose)
+    flight.signal(Signal.START)
+    flight.until(Phase.WAIT)
+    driving = np.array([START[0], START[1], 0.4])
+    flight.give(chunk(0, driving))  # at rest it may begin with any speed: no approach
+    assert flight.pilot.phase is Phase.RUN
+    commands = [flight.command() for _ in range(12)]
+    assert commands[-1][2] == pytest.approx(0.4)
+    if how == "played to its end":
+        for tick in range(10, 70, 10):
+            flight.give(chunk(tick, driving))
+            commands += [flight.command() for _ in range(10)]
+    elif how != "starved":
+        flight.signal(Signal.STOP if how == "stopped" else Signal.FAIL)
+    commands += flight.until(Phase.HOLD if how in ("played to its end", "stopped") else Phase.FAULT)
+    commands += [flight.command() for _ in range(5)]
+    speeds = np.stack(commands)[:, 2].astype(np.float64)
+    assert not speeds[-5:].any()
+    assert (np.abs(np.diff(speeds)) <= LIMITS.acceleration[2] * flight.plan.period_s + 1e-6).all()
+
+
+def test_how_near_a_policy_has_to_begin_follows_from_unit_and_range() -> None:
+    limits = Limits(np.array([-100.0, 0, -90, -2]), np.array([100.0, 50, 90, 2]), *np.ones((2, 4)))
+    body = Body(
+        limits,
+        None,
+        np.ones(4),
+        (
+            ActionSpec("lift", unit="range"),
+            ActionSpec("grip", ActionKind.GRIPPER, "range"),
+            ActionSpec("wrist", unit="deg"),
+            ActionSpec("waist"),
+        ),
+    )
+    np.testing.assert_allclose(default_near(body), [10.0, 5.0, 5.729578, 0.1], rtol=1e-6)
+    endless = dataclasses.replace(
+        body, limits=Limits(np.full(4, -np.inf), np.full(4, np.inf), *np.ones((2, 4)))
+    )
+    with pytest.raises(
+        ConfigError, match=r"joint 0 \(lift, range\): got no position limits.*--near"
+    ):
+        default_near(endless)
 
 
 def test_a_rollout_from_far_away_is_approached_slowly_and_ends_by_itself(tmp_path: Path) -> None:
@@ -213,7 +301,11 @@ def test_a_policy_that_never_begins_where_it_said_is_a_fault() -> None:
         flight.until(Phase.WAIT)
         flight.give(chunk(0, START + np.float32(0.3 * (-1) ** attempt)))
     flight.until(Phase.FAULT)
-    assert "the policy begins" in flight.pilot.fault
+    assert re.fullmatch(
+        r"joint 1 \(b\): the policy begins 0\.6\d+ rad away \(--near: 0\.1\), after 3 moves to "
+        "where it wanted to begin",
+        flight.pilot.fault,
+    )
 
 
 @pytest.mark.parametrize("rate", [50.0, 150.0])

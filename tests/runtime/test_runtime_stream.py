@@ -13,6 +13,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from policies.types import ActionChunk, PolicyContract
+from robots.base import ActionKind, ActionSpec
 from robots.limits import Limits
 from runtime.blending import Strategy, make_strategy
 from runtime.executor import ChunkExecutor
@@ -403,3 +404,36 @@ def test_a_tick_allocates_nothing_that_stays(curve: str) -> None:
 def test_what_does_not_fit_is_refused(changes, options, message: str) -> None:
     with pytest.raises(ValueError, match=message):
         CommandStream(replace(CONTRACT, **changes), strategy(), limits(), **options)
+
+
+# velocities
+
+BASE = (ActionSpec("a"), ActionSpec("b.vel", ActionKind.VELOCITY, "m/s"))
+
+
+@pytest.mark.parametrize("ratio", [1, 4])
+def test_a_starved_base_slows_down_with_the_path_and_stands(ratio: int) -> None:
+    stream = make_stream(limits(1.0, 5.0), actions=BASE, ratio=ratio)
+    driving = np.full((T, A), [0.0, 0.8], np.float32)
+    driving[:, 0] = 0.5 * np.arange(T) * DT_S
+    stream.accept(ActionChunk(driving, 0))
+    commands = np.stack([stream.command(tick).copy() for tick in range(3 * T * ratio)])
+    speeds = commands[:, 1].astype(np.float64)
+    assert speeds.max() == pytest.approx(0.8)
+    assert (np.abs(np.diff(speeds)) <= 5.0 * stream.period_s * (1 + 1e-6) + 1e-7).all()
+    rested = int(np.flatnonzero(speeds)[-1]) + 1
+    # At an even deceleration half of the stop's 8 policy ticks lie beyond the plan's end.
+    assert rested <= (T + 4) * ratio
+    assert not speeds[rested:].any()
+    assert np.ptp(commands[rested + 1 :, 0]) == 0
+    assert stream.at_rest
+    # And it goes on from there, without a jump, when a chunk comes.
+    tick = 3 * T * ratio
+    stream.accept(ActionChunk(driving, 3 * T))
+    again = np.stack([stream.command(tick + i)[1:].copy() for i in range(ratio)]).ravel()
+    assert (np.abs(np.diff([0.0, *again])) <= 5.0 * stream.period_s * (1 + 1e-6) + 1e-7).all()
+
+
+def test_a_policy_that_commands_a_force_is_refused() -> None:
+    with pytest.raises(ValueError, match=r"joint 1 \(b\.torque\): got a command of kind effort"):
+        make_stream(actions=(ActionSpec("a"), ActionSpec("b.torque", ActionKind.EFFORT, "Nm")))
