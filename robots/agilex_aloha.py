@@ -98,6 +98,10 @@ class AgilexAloha(Robot):
         given = self.config.ros_operator
         return np.array(given.arm_steps_length * 2) * given.publish_rate
 
+    @property
+    def sensor_timeout_s(self) -> float:
+        return self.config.sensor_timeout_s
+
     def _inside(self, config: AgilexConfig, source: str) -> NDArray[np.float32]:
         """The configured start pose, within the limits."""
         for side in SIDES:

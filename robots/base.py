@@ -22,8 +22,10 @@ from numpy.typing import NDArray
 from policies.types import CtrlSpace, CtrlType, MetaObs
 from robots.errors import ContractViolated, NotConnected, RobotError, UnsafeCommand
 from robots.limits import Limits
+from robots.picture_watch import PictureWatch
 
 DEFAULT_TIMEOUT_S = 10.0
+DEFAULT_SENSOR_TIMEOUT_S = 0.5
 
 
 class Role(StrEnum):
@@ -198,6 +200,7 @@ class Robot(ABC):
     """
 
     _role: Role | None = None
+    _picture_watch: PictureWatch | None = None
 
     def __init__(self, name: str, contract: RobotContract, limits: Limits) -> None:
         self._name, self._contract, self._limits = name, contract, limits
@@ -231,6 +234,11 @@ class Robot(ABC):
         """Whether two processes may talk to it at once. If not, CONTROL alone reads joints."""
         return True
 
+    @property
+    def sensor_timeout_s(self) -> float:
+        """After how long without a new picture a camera is lost."""
+        return DEFAULT_SENSOR_TIMEOUT_S
+
     def companion(self) -> AbstractContextManager[Mapping[str, str]]:
         """What the parent process runs beside the robot, e.g. a simulator.
 
@@ -258,6 +266,9 @@ class Robot(ABC):
             self._disconnect()
             raise
         self._role = Role(role)
+        self._picture_watch = PictureWatch(
+            round(self.sensor_timeout_s * 1e9), repeats=self.contract.repeats_pictures
+        )
 
     @property
     def role(self) -> Role | None:
@@ -288,11 +299,14 @@ class Robot(ABC):
         Pictures are the caller's: nothing is written into them afterwards.
 
         Raises:
-            NotConnected, SensorLost, RobotLost: As ``get_joints``.
+            NotConnected, SensorLost, RobotLost: As ``get_joints``. A camera that repeats one
+                picture for longer than ``sensor_timeout_s`` is lost too, whatever its stamps say.
         """
-        if self._role not in (Role.SENSING, Role.BOTH):
+        if self._role not in (Role.SENSING, Role.BOTH) or self._picture_watch is None:
             raise self._refusal("get_cameras", "sensing or both")
-        return self._get_cameras()
+        cameras = self._get_cameras()
+        self._picture_watch.check(self.name, cameras)
+        return cameras
 
     def get_observation(self) -> MetaObs:
         """The newest pictures and the joint state that belongs to the oldest of them, by stamps.

@@ -18,7 +18,15 @@ from numpy.typing import NDArray
 
 from policies.types import CtrlSpace, CtrlType
 from policies.yaml_config import parse_config
-from robots.base import ActionSpec, CameraSample, JointSample, Robot, RobotContract, Role
+from robots.base import (
+    DEFAULT_SENSOR_TIMEOUT_S,
+    ActionSpec,
+    CameraSample,
+    JointSample,
+    Robot,
+    RobotContract,
+    Role,
+)
 from robots.errors import ConfigError
 from robots.limits import Limits
 
@@ -149,6 +157,10 @@ class DummyRobot(Robot):
     @property
     def start_pose(self) -> NDArray[np.float32]:
         return np.zeros(self.contract.action_dim, np.float32)
+
+    @property
+    def sensor_timeout_s(self) -> float:
+        return max(DEFAULT_SENSOR_TIMEOUT_S, 3e-9 * self._period_ns)
 
     def _connect(self, role: Role, timeout_s: float) -> None:
         del role, timeout_s

@@ -75,6 +75,10 @@ class SimTwin(Robot):
     def start_velocity(self) -> NDArray[np.float64]:
         return np.array(self.config.start_velocity * 2)
 
+    @property
+    def sensor_timeout_s(self) -> float:
+        return self.config.sensor_timeout_s
+
     @contextlib.contextmanager
     def companion(self) -> Iterator[Mapping[str, str]]:
         """The simulator. It ends with the thread that entered here, even by ``kill -9``.

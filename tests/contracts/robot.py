@@ -146,7 +146,7 @@ class RobotBehaviour:
             for bad in (np.nan, np.inf):
                 action = np.zeros(dim, np.float32)
                 action[-1] = bad
-                name = robot.contract.joint_names[dim - 1]
+                name = robot.contract.action_names[dim - 1]
                 with pytest.raises(UnsafeCommand, match=rf"{bad} for joint {dim - 1} \({name}\)"):
                     robot.send_action(action)
 
@@ -154,12 +154,13 @@ class RobotBehaviour:
         with robot:
             robot.connect()
             robot.reset(0)
-            target = robot.get_joints().position[: robot.contract.action_dim].copy()
+            target = robot.contract.rest_command(robot.get_joints().position)
             target[0] += self.MOVES
+            measured = robot.contract.joint_names.index(robot.contract.action_names[0])
 
             def arrived() -> bool:
                 robot.send_action(target)
-                return bool(abs(robot.get_joints().position[0] - target[0]) < self.NEAR)
+                return bool(abs(robot.get_joints().position[measured] - target[0]) < self.NEAR)
 
             assert self.MOVES > 2 * self.NEAR
             until(arrived)
@@ -172,7 +173,7 @@ class RobotBehaviour:
             assert outcome is None or (can_reset and outcome[:2] == (False, 0.0))
             assert outcome is None or isinstance(outcome, Outcome)
             if can_reset and robot.start_pose is not None:
-                position = robot.get_joints().position[: robot.contract.action_dim]
+                position = robot.contract.rest_command(robot.get_joints().position)
                 np.testing.assert_allclose(position, robot.start_pose, atol=0.05)
 
 
