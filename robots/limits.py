@@ -16,8 +16,10 @@ from robots.errors import ConfigError
 class Limits:
     """Bounds per actuator, each (A,) float64 and read-only.
 
-    Units are the command's: rad for a joint, its own unit for a gripper; per second and per second
-    squared. ``inf`` stands for no limit. Velocity and acceleration are those of the *commands*.
+    Units are those of each command (``ActionSpec.unit``), per second and per second squared;
+    ``inf`` is no limit. Velocity and acceleration are those of the *commands*. Of an actuator that
+    is commanded by velocity, ``position_lower``, ``position_upper`` and ``velocity`` bound the
+    velocity itself, and ``acceleration`` its change per second.
     """
 
     position_lower: NDArray[np.float64]

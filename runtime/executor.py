@@ -43,7 +43,7 @@ class ExecutorStatistics:
         starved_ticks: Ticks asked for that no chunk covered; the last command was repeated, or,
             where actions are not absolute, zero was commanded.
         seam_jump: Largest |Δ| of any joint that a new chunk made at its first tick, against the
-            plan it replaced or else the last command (radians, or the gripper's unit).
+            plan it replaced or else the last command (in each action's own unit).
         staleness_ticks: Largest age of the newest observation behind a command, in ticks.
     """
 

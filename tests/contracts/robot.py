@@ -165,6 +165,33 @@ class RobotBehaviour:
             assert self.MOVES > 2 * self.NEAR
             until(arrived)
 
+    def test_let_go_it_stays_where_it_is(self, robot: Robot) -> None:
+        """As after a rollout that ended normally: nothing drops, nothing drives on."""
+        with robot:
+            robot.connect()
+            robot.reset(0)
+            target = robot.contract.rest_command(robot.get_joints().position)
+            target[0] += self.MOVES
+            measured = robot.contract.joint_names.index(robot.contract.action_names[0])
+
+            def is_there() -> bool:
+                return bool(abs(robot.get_joints().position[measured] - target[0]) < self.NEAR)
+
+            def arrived() -> bool:
+                robot.send_action(target)
+                return is_there()
+
+            until(arrived)
+            robot.disconnect()
+            robot.connect()
+            first_ns = robot.get_joints().stamp_ns
+
+            def looked_for_a_while() -> bool:
+                assert is_there()
+                return robot.get_joints().stamp_ns > first_ns + 100_000_000
+
+            until(looked_for_a_while)
+
     def test_the_outcome_is_of_this_episode_where_it_can_tell(self, robot: Robot) -> None:
         with robot:
             robot.connect()

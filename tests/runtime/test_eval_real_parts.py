@@ -11,9 +11,19 @@ import numpy as np
 import pytest
 
 from policies.types import CameraContract, PolicyContract
-from robots.base import CameraSample, JointSample, Robot, RobotContract, Role, arm_actions
+from robots.base import (
+    ActionKind,
+    ActionSpec,
+    CameraSample,
+    JointSample,
+    Robot,
+    RobotContract,
+    Role,
+    arm_actions,
+)
 from robots.errors import RobotError, RobotLost
 from robots.limits import Limits
+from runtime.control import Control, EventLog
 from runtime.guardian import Guardian
 from runtime.mailbox import Dims, Mailbox, Phase, Signal, create_segment, get_text
 from runtime.mission import Mission
@@ -150,3 +160,55 @@ def test_a_guardian_goes_on_where_control_stopped(
     now.refresh()
     assert now.values["phase"] == Phase.FAULT
     assert get_text(now.values["fault"]) == "the control process died"
+
+
+class Driving(Lonely):
+    """Its last number is how fast it drives."""
+
+    contract = dataclasses.replace(
+        Lonely.contract,
+        actions=(*Lonely.contract.actions[:2], ActionSpec("c", ActionKind.VELOCITY, "m/s")),
+        stops_alone_after_s=0.5,
+    )
+
+
+def test_a_guardian_brings_a_base_that_drives_to_a_stand(
+    box: Mailbox, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    commands, progress = box.latest_writer("commands"), box.latest_writer("progress")
+    views = commands.claim()
+    views["deadline_ns"][...] = time.monotonic_ns()
+    views["command"][:], views["velocity"][:] = (0.5, 0.5, 0.4), (0.0, 0.0, 0.4)
+    commands.publish()
+    progress.claim()["phase"][...] = Phase.RUN
+    progress.publish()
+    robot = Driving()
+    guardian = Guardian(MISSION, box, robot, pidfd=-1)
+    guardian._progress.refresh()
+    monkeypatch.setattr(Guardian, "_released", lambda self, left_ns: len(robot.sent) > 12)
+    guardian.take_over()
+    sent = np.stack(robot.sent).astype(np.float64)
+    # 5 m/s² by 20 ms
+    np.testing.assert_allclose(sent[:6, 2], [0.4, 0.3, 0.2, 0.1, 0, 0], atol=1e-6)
+    assert not sent[5:, 2].any()
+    assert (sent[:, :2] == 0.5).all()
+
+
+def test_a_control_process_holds_what_is_measured_and_no_speed(box: Mailbox) -> None:
+    """The order of the state is not that of the commands, and a speed is not held."""
+
+    class Measured(Driving):
+        contract = RobotContract(
+            ("x.vel", "b", "a"),
+            (ActionSpec("a"), ActionSpec("b"), ActionSpec("x.vel", ActionKind.VELOCITY, "m/s")),
+            {"top": (4, 4)},
+            stops_alone_after_s=0.5,
+        )
+
+        def _get_joints(self) -> JointSample:
+            return JointSample(np.array([0.7, 0.2, 0.1], np.float32), 0, time.monotonic_ns())
+
+    robot = Measured()
+    robot.connect(Role.CONTROL)
+    control = Control(MISSION, box, robot, EventLog(box.queue_writer("events")), None)
+    np.testing.assert_allclose(control._pilot.command(), [0.1, 0.2, 0.0])
