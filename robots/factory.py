@@ -103,10 +103,21 @@ def _make_of(module: str) -> Make:
 def _somebodys(module: str, source: str) -> Make:
     """Of a module that is not ours, where anything may go wrong."""
     try:
-        return _make_of(module)
+        make = _make_of(module)
     except AttributeError as error:
         raise ConfigError(
             f"{source}: {module} has no make(args, name, source, overrides)"
         ) from error
     except Exception as error:
         raise ConfigError(f"{source}: {module} cannot be imported: {error!r}") from error
+
+    def make_or_say(*given: Any) -> Robot:
+        try:
+            return make(*given)
+        except (ConfigError, yaml_config.ConfigError):
+            raise
+        except Exception as error:
+            said = " ".join(str(error).split())
+            raise ConfigError(f"{source}: {module}.make: {type(error).__name__}: {said}") from error
+
+    return make_or_say

@@ -9,6 +9,7 @@ import signal
 import subprocess
 import sys
 import threading
+import time
 from collections.abc import Iterable, Sequence
 
 from runtime.errors import RuntimeFault
@@ -17,6 +18,8 @@ logger = logging.getLogger(__name__)
 
 _STARTED = re.compile(r"Policy Server started on (\S+)")
 STOP_WITHIN_S = 10.0
+SAY_EVERY_S = 15.0
+"""How long a server that loads is waited for without a word."""
 
 
 class ServerChild:
@@ -45,6 +48,10 @@ class ServerChild:
         )
         giving_up = threading.Timer(start_within_s, self._process.kill)
         giving_up.start()
+        waiting = threading.Thread(
+            target=self._say_that_it_loads, args=(ready := threading.Event(),)
+        )
+        waiting.start()
         try:
             self.address = self._read_address()
         except BaseException:
@@ -53,8 +60,10 @@ class ServerChild:
             self._close_pipes()
             raise
         finally:
+            ready.set()
             giving_up.cancel()
             giving_up.join()
+            waiting.join()
         self._log = threading.Thread(target=self._pass_on_output, daemon=True)
         self._log.start()
 
@@ -77,6 +86,13 @@ class ServerChild:
             said.append(line)
         status = self._process.wait()
         raise RuntimeFault(f"the policy server did not start (status {status}): {''.join(said)}")
+
+    def _say_that_it_loads(self, ready: threading.Event) -> None:
+        began_s = time.monotonic()
+        while not ready.wait(SAY_EVERY_S):
+            logger.warning(
+                "the policy server is still loading, %.0f s so far", time.monotonic() - began_s
+            )
 
     def _pass_on_output(self) -> None:
         # The pipe must be read to its end, or the server would block on a full one.

@@ -13,7 +13,6 @@ from __future__ import annotations
 import logging
 import os
 import signal
-import sys
 import time
 from collections.abc import Sequence
 
@@ -25,7 +24,7 @@ from robots.errors import RobotError, SensorLost
 from runtime import trace
 from runtime.cells import QueueWriter, Views
 from runtime.clock import MonotonicClock, spin_for
-from runtime.crew import child_main, say
+from runtime.crew import ParentPipe, child_main, say
 from runtime.latency import RequestLatency
 from runtime.loop import ControlLoop
 from runtime.mailbox import (
@@ -395,13 +394,13 @@ class Control:
         return True
 
 
-def _work(mission: Mission, mailbox: Mailbox) -> int:
+def _work(mission: Mission, mailbox: Mailbox, parent: ParentPipe) -> int:
     robot = mission.make_robot()
     with robot:
-        robot.connect(Role.CONTROL, mission.connect_timeout_s)
+        parent.connect(robot, Role.CONTROL, mission.connect_timeout_s)
         with Realtime(mission.realtime) as realtime:
             say("ready", realtime=realtime.report())
-            if not sys.stdin.buffer.readline():
+            if not os.read(parent.input_fd, 4096):
                 return 0
             # From here on, and not before, is the predecessor's guardian gone.
             log = EventLog(mailbox.queue_writer("events"))

@@ -18,13 +18,16 @@ import signal
 import subprocess
 import sys
 import threading
+import time
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
 from policies.errors import PolicyError
 from policies.yaml_config import ConfigError
-from robots.errors import RobotError
+from robots.base import Robot, Role
+from robots.errors import ConnectFailed, RobotError
+from robots.processes import isolate, write_line
 from runtime import trace
 from runtime.errors import RuntimeFault
 from runtime.mailbox import Mailbox
@@ -36,6 +39,9 @@ logger = logging.getLogger(__name__)
 EXPECTED_FAILURES = (ConfigError, RobotError, PolicyError, RuntimeFault, TransportError, ValueError)
 """What a user can act on: reported by message alone, without a traceback."""
 FAILED = 1
+CONNECT_GRACE_S = 10.0
+"""What connecting may take beyond its own timeout."""
+SAY_EVERY_S = 5.0
 
 
 class MemberFailed(RuntimeFault):
@@ -47,13 +53,46 @@ class MemberFailed(RuntimeFault):
 
 def say(event: str, **fields: Any) -> None:
     """Tell the parent; whether it still listens is not this process' concern."""
-    line = json.dumps({"event": event, **fields}) + "\n"
     with contextlib.suppress(OSError):
-        os.write(sys.stdout.fileno(), line.encode())
+        write_line(json.dumps({"event": event, **fields}))
+
+
+class ParentPipe:
+    """The parent's pipes, kept from a driver's code, which may be others', may print and may ask.
+
+    Attributes:
+        input_fd: Where the parent's lines arrive; at its end the parent is gone.
+    """
+
+    def __init__(self) -> None:
+        self._isolation = isolate()
+        self.input_fd = self._isolation.input_fd
+
+    def fail(self, error: BaseException | str) -> None:
+        """Tell the parent why this process ends."""
+        if isinstance(error, (str, *EXPECTED_FAILURES)):
+            text = str(error)
+        else:
+            text = self._isolation.explain(error)
+        say("failed", error=text)
+
+    def connect(self, robot: Robot, role: Role, timeout_s: float) -> None:
+        """``robot.connect``, which may not take much longer than it was told to.
+
+        Code of others can hang, and cannot be interrupted: this process ends then.
+        """
+        what = f"{robot.name}: connecting as {role}"
+        with self._isolation.deadline(timeout_s + CONNECT_GRACE_S, what, self.fail):
+            try:
+                robot.connect(role, timeout_s)
+            except EXPECTED_FAILURES:
+                raise
+            except Exception as error:  # of any kind: a vendor's
+                raise ConnectFailed(f"{what}: {self._isolation.explain(error)}") from error
 
 
 def child_main(
-    module: str, work: Callable[[Mission, Mailbox], int], argv: Sequence[str] | None
+    module: str, work: Callable[[Mission, Mailbox, ParentPipe], int], argv: Sequence[str] | None
 ) -> int:
     """What every member's ``main`` does: open what it was given, work, report a failure."""
     cli = argparse.ArgumentParser(prog=f"python -m {module}", description="Started by eval_real.py")
@@ -61,6 +100,7 @@ def child_main(
     cli.add_argument("--mission", required=True, help="JSON")
     args = cli.parse_args(argv)
     signal.signal(signal.SIGINT, signal.SIG_IGN)
+    parent = ParentPipe()
     try:
         mission = Mission.from_json(args.mission)
         dims = mission.dims(mission.make_robot())
@@ -70,12 +110,11 @@ def child_main(
         # Written after the work, the robot's end included. A successor's does not replace it.
         beside = trace.sibling(file, f"{member}-{os.getpid()}")
         with trace.tracing(beside, member), Mailbox(args.mailbox, dims) as mailbox:
-            return work(mission, mailbox)
-    except EXPECTED_FAILURES as error:
-        say("failed", error=str(error), kind=type(error).__name__)
-        return FAILED
-    except OSError as error:
-        say("failed", error=f"{error!r}", kind="OSError")
+            return work(mission, mailbox, parent)
+    except Exception as error:  # a driver's own errors are of any kind
+        if not isinstance(error, (*EXPECTED_FAILURES, OSError, EOFError)):
+            logger.info("%s ended", module, exc_info=error)
+        parent.fail(error)
         return FAILED
 
 
@@ -130,18 +169,26 @@ class Member:
             return "alive"
         return f"killed by {signal.Signals(-code).name}" if code < 0 else f"exit status {code}"
 
-    def wait_ready(self, timeout_s: float) -> dict[str, Any]:
+    def wait_ready(self, timeout_s: float, tell: Callable[[str], None]) -> dict[str, Any]:
         """What it says when it is ready.
+
+        Args:
+            tell: Called with a line every few seconds that it takes.
 
         Raises:
             MemberFailed: It failed, ended, or took longer.
         """
-        try:
-            said = self._said.get(timeout=timeout_s)
-        except queue.Empty:
-            raise MemberFailed(
-                f"the {self.name} process was not ready within {timeout_s:g} s"
-            ) from None
+        said = None
+        began_s = time.monotonic()
+        while said is None:
+            waited_s = time.monotonic() - began_s
+            if waited_s >= timeout_s:
+                raise MemberFailed(f"the {self.name} process was not ready within {timeout_s:g} s")
+            try:
+                said = self._said.get(timeout=min(SAY_EVERY_S, timeout_s - waited_s))
+            except queue.Empty:
+                waited_s = time.monotonic() - began_s
+                tell(f"waiting for the {self.name} process to be ready, {waited_s:.0f} s so far")
         if said["event"] == "ready":
             return said
         if said["event"] == "failed":

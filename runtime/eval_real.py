@@ -103,6 +103,12 @@ def parser() -> argparse.ArgumentParser:
     add("--fault_after_s", type=float, default=1.0, help="without chunks, then latched (1)")
     add("--max_chunk_age_s", type=float, help="of what a command rests on (a chunk and 1 s)")
     add("--max_sensing_age_s", type=float, default=0.5, help="of the newest picture (0.5)")
+    add(
+        "--connect_timeout_s",
+        type=float,
+        default=15.0,
+        help="for the robot to be connected and its sensors to speak (15)",
+    )
     add("--priority", type=int, default=0, help="SCHED_FIFO priority of the control loop (0: none)")
     add("--video_fps", type=float, default=10.0, help="pictures per second of videos, 0: none (10)")
     add("--trace", type=Path, metavar="FILE", help="what happened when, for ui.perfetto.dev")
@@ -204,6 +210,7 @@ def make_mission(
         fault_after_s=args.fault_after_s,
         max_chunk_age_s=args.max_chunk_age_s or longest_s,
         max_sensing_age_s=args.max_sensing_age_s,
+        connect_timeout_s=args.connect_timeout_s,
         priority=args.priority,
         video_fps=args.video_fps,
         trace=str(args.trace or ""),

@@ -121,7 +121,9 @@ def _check_rates(mission: Mission, robot: Robot) -> None:
             f"publish rate: got {rate:g} Hz, expected {lowest:g} to {highest:g}, which "
             f"{robot.name} takes"
         )
-    for name in ("sensing_rate", "near", "max_chunk_age_s", "max_sensing_age_s"):
+    for name in (
+        *("sensing_rate", "near", "max_chunk_age_s", "max_sensing_age_s", "connect_timeout_s"),
+    ):
         value = getattr(mission, name)
         if value is not None and not (value > 0 and math.isfinite(value)):
             raise Unfit(f"{name}: got {value}, expected a positive number")

@@ -34,7 +34,7 @@ from robots.safety import MotionLimiter
 from runtime.cells import Views
 from runtime.clock import MonotonicClock
 from runtime.control import ORPHAN_HOLD_S, EventLog
-from runtime.crew import child_main, say
+from runtime.crew import ParentPipe, child_main, say
 from runtime.mailbox import MOVING, Mailbox, Phase, Signal, put_text
 from runtime.mission import Mission
 from runtime.realtime import Realtime
@@ -58,10 +58,14 @@ class Guardian:
         mission, mailbox: Shared with control.
         robot: Connected, or to be connected when needed where two processes cannot be at once.
         pidfd: Of the control process.
+        input_fd: Where the parent says that it may go.
     """
 
-    def __init__(self, mission: Mission, mailbox: Mailbox, robot: Robot, pidfd: int) -> None:
+    def __init__(
+        self, mission: Mission, mailbox: Mailbox, robot: Robot, pidfd: int, input_fd: int
+    ) -> None:
         self._mission, self._mailbox, self._robot = mission, mailbox, robot
+        self._input_fd = input_fd
         self._pidfd = pidfd
         self._progress = mailbox.latest_reader("progress")
         self._commands = mailbox.latest_reader("commands")
@@ -156,7 +160,7 @@ class Guardian:
             return time.monotonic_ns() > left_ns
         if os.getppid() != self._parent:
             return False
-        readable, _, _ = select.select([sys.stdin], [], [], 0)
+        readable, _, _ = select.select([self._input_fd], [], [], 0)
         return bool(readable)
 
 
@@ -212,13 +216,13 @@ class _Recorder:
         self._progress.publish()
 
 
-def _work(mission: Mission, mailbox: Mailbox, pidfd: int) -> int:
+def _work(mission: Mission, mailbox: Mailbox, parent: ParentPipe, pidfd: int) -> int:
     robot = mission.make_robot()
     with robot:
         if robot.shareable:
-            robot.connect(Role.CONTROL, mission.connect_timeout_s)
+            parent.connect(robot, Role.CONTROL, mission.connect_timeout_s)
         with Realtime(mission.realtime):
-            guardian = Guardian(mission, mailbox, robot, pidfd)
+            guardian = Guardian(mission, mailbox, robot, pidfd, parent.input_fd)
             say("ready")
             if guardian.watch():
                 # One writer at a time: the queue of events was control's until it died.
@@ -234,7 +238,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     pidfd = int(arguments[at + 1])
     del arguments[at : at + 2]
     return child_main(
-        "runtime.guardian", lambda mission, mailbox: _work(mission, mailbox, pidfd), arguments
+        "runtime.guardian",
+        lambda mission, mailbox, parent: _work(mission, mailbox, parent, pidfd),
+        arguments,
     )
 
 

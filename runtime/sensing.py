@@ -13,7 +13,6 @@ import contextlib
 import logging
 import os
 import select
-import sys
 import threading
 import time
 from collections import deque
@@ -28,7 +27,7 @@ from robots.base import CameraSample, JointSample, Robot, Role
 from robots.errors import RobotError
 from runtime import trace
 from runtime.client import PolicyClient
-from runtime.crew import child_main, say
+from runtime.crew import ParentPipe, child_main, say
 from runtime.errors import RuntimeFault, ServerBusy, ServerLost
 from runtime.footage import Footage
 from runtime.mailbox import Mailbox, Phase, Server, put_text, write_chunk
@@ -56,12 +55,19 @@ class Sensing:
         mission, mailbox: Shared with the others.
         robot: Connected for sensing.
         client: Of the policy server, its session open.
+        input_fd: Where the parent's lines arrive.
     """
 
     def __init__(
-        self, mission: Mission, mailbox: Mailbox, robot: Robot, client: PolicyClient
+        self,
+        mission: Mission,
+        mailbox: Mailbox,
+        robot: Robot,
+        client: PolicyClient,
+        input_fd: int,
     ) -> None:
         self._mission, self._robot, self._client = mission, robot, client
+        self._input_fd = input_fd
         self._contract, self._ratio = mission.contract, mission.ratio
         self._progress = mailbox.latest_reader("progress")
         self._joint_queue = mailbox.queue_reader("joints")
@@ -314,10 +320,10 @@ class Sensing:
         self._senses.publish()
 
     def _listen(self, timeout_s: float) -> None:
-        readable, _, _ = select.select([sys.stdin], [], [], timeout_s)
+        readable, _, _ = select.select([self._input_fd], [], [], timeout_s)
         if not readable:
             return
-        part = os.read(sys.stdin.fileno(), 65536)
+        part = os.read(self._input_fd, 65536)
         self._quit = not part
         *lines, self._heard = (self._heard + part).split(b"\n")
         for line in lines:
@@ -330,7 +336,7 @@ class Sensing:
                 video.save(Path(argument))
 
 
-def _work(mission: Mission, mailbox: Mailbox) -> int:
+def _work(mission: Mission, mailbox: Mailbox, parent: ParentPipe) -> int:
     logging.basicConfig(level=logging.WARNING, format="%(levelname)s %(name)s: %(message)s")
     robot = mission.make_robot()
     with (
@@ -338,8 +344,8 @@ def _work(mission: Mission, mailbox: Mailbox) -> int:
         PolicyClient(mission.address, kind="robot", **mission.demand(), **mission.wishes) as client,
     ):
         client.contract.require(mission.contract)
-        robot.connect(Role.SENSING, mission.connect_timeout_s)
-        sensing = Sensing(mission, mailbox, robot, client)
+        parent.connect(robot, Role.SENSING, mission.connect_timeout_s)
+        sensing = Sensing(mission, mailbox, robot, client, parent.input_fd)
         obs = sensing.first_observation()
         schema = observation_schema(obs)
         check_observation_schema(schema, client.contract)

@@ -102,7 +102,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     except (ConfigError, ValueError) as error:
         return _fail(error)
     if args.stop_with_stdin:
-        threading.Thread(target=_stop_at_end_of_stdin, daemon=True).start()
+        threading.Thread(target=_stop_at_end, args=(_own_stdin(),), daemon=True).start()
     logging.basicConfig(
         level=args.log_level, format="%(asctime)s %(levelname)s %(name)s: %(message)s"
     )
@@ -183,9 +183,17 @@ def _offices(server: PolicyServer, config: ServerConfig) -> Iterator[None]:
         yield
 
 
-def _stop_at_end_of_stdin() -> None:
+def _own_stdin() -> int:
+    """Standard input under another number. A policy that asks a person gets an end at once."""
+    kept = os.dup(sys.stdin.fileno())
+    with Path(os.devnull).open() as nothing:
+        os.dup2(nothing.fileno(), sys.stdin.fileno())
+    return kept
+
+
+def _stop_at_end(fd: int) -> None:
     """For a server that somebody's process started for itself: it must not outlive that."""
-    while os.read(sys.stdin.fileno(), 4096):
+    while os.read(fd, 4096):
         pass
     os.kill(os.getpid(), signal.SIGTERM)
 

@@ -203,7 +203,7 @@ class Supervisor:
         control = Member("control", self.mission, self._fd)
         guardian = None
         try:
-            self.realtime = control.wait_ready(READY_WITHIN_S)["realtime"]
+            self.realtime = control.wait_ready(READY_WITHIN_S, self._tell)["realtime"]
             guardian = Member(
                 "guardian",
                 self.mission,
@@ -211,7 +211,7 @@ class Supervisor:
                 pass_fds=[control.pidfd],
                 arguments=["--control", str(control.pidfd)],
             )
-            guardian.wait_ready(READY_WITHIN_S)
+            guardian.wait_ready(READY_WITHIN_S, self._tell)
         except BaseException:
             for member in (control, guardian):
                 if member is not None:
@@ -239,7 +239,7 @@ class Supervisor:
 
     def _start_sensing(self) -> None:
         self._sensing = Member("sensing", self.mission, self._fd)
-        self.setting = self._sensing.wait_ready(READY_WITHIN_S)
+        self.setting = self._sensing.wait_ready(READY_WITHIN_S, self._tell)
         self.lost = ""
 
     def _end_sensing(self) -> None:

@@ -84,7 +84,7 @@ def test_pictures_are_paired_with_the_states_of_their_stamps(box: Mailbox) -> No
     """Joints come through the mailbox where two processes cannot share the bus."""
     robot = Lonely()
     robot.connect(Role.SENSING)
-    sensing = Sensing(MISSION, box, robot, client=None)
+    sensing = Sensing(MISSION, box, robot, client=None, input_fd=-1)
     joints = box.queue_writer("joints")
     for number in range(10):
         views = joints.claim()
@@ -101,7 +101,9 @@ def test_pictures_are_paired_with_the_states_of_their_stamps(box: Mailbox) -> No
 def test_without_joints_there_is_no_observation(box: Mailbox) -> None:
     robot = Lonely()
     robot.connect(Role.SENSING)
-    sensing = Sensing(dataclasses.replace(MISSION, connect_timeout_s=0.05), box, robot, client=None)
+    sensing = Sensing(
+        dataclasses.replace(MISSION, connect_timeout_s=0.05), box, robot, client=None, input_fd=-1
+    )
     with pytest.raises(RobotError, match=r"no joint state from the control process within 0\.05 s"):
         sensing.first_observation()
 
@@ -129,7 +131,7 @@ def test_a_guardian_goes_on_where_control_stopped(
 
     robot = Lonely()
     robot.refuses = refuses
-    made = Guardian(MISSION, box, robot, pidfd=-1)
+    made = Guardian(MISSION, box, robot, pidfd=-1, input_fd=-1)
     made._progress.refresh()
     monkeypatch.setattr(
         Guardian, "_released", lambda self, left_ns: len(robot.sent) > 30, raising=True
@@ -183,7 +185,7 @@ def test_a_guardian_brings_a_base_that_drives_to_a_stand(
     progress.claim()["phase"][...] = Phase.RUN
     progress.publish()
     robot = Driving()
-    guardian = Guardian(MISSION, box, robot, pidfd=-1)
+    guardian = Guardian(MISSION, box, robot, pidfd=-1, input_fd=-1)
     guardian._progress.refresh()
     monkeypatch.setattr(Guardian, "_released", lambda self, left_ns: len(robot.sent) > 12)
     guardian.take_over()

@@ -1,0 +1,83 @@
+"""Code that is not ours, in the processes that drive a robot: one clear line, never a silence."""
+
+from __future__ import annotations
+
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parents[2]
+
+
+def evaluate(tmp_path: Path, habit: str, *flags: str) -> tuple[int, str]:
+    """Exit status and standard error of a rollout with a vendor's driver of this ``habit``."""
+    robot = tmp_path / "robot.yaml"
+    robot.write_text(
+        f"""
+type: python:tests.runtime.vendor_robot
+name: vendor
+args:
+  habit: {habit}
+  obs_config:
+    qpos: {{shape: [14], dtype: float32}}
+    image: {{top: {{shape: [48, 64, 3], dtype: uint8}}}}
+  action_config: {{shape: [14], dtype: float32}}
+  position_limit: 3.2
+  velocity_limit: 3.14
+  acceleration_limit: 40
+"""
+    )
+    done = subprocess.run(
+        [
+            *(sys.executable, "eval_real.py", "-m", "python:tests.faults.sine_policy:make_short"),
+            *("-c", str(robot), "--task", "fake", "--yes", "-o", str(tmp_path / "out"), "--near"),
+            *("9", "--max_timesteps", "20", *flags),
+        ],
+        check=False,
+        cwd=ROOT,
+        env={**os.environ, "PYTHONPATH": str(ROOT)},
+        stdin=subprocess.DEVNULL,
+        capture_output=True,
+        text=True,
+        timeout=100,
+    )
+    return done.returncode, done.stderr
+
+
+@pytest.mark.parametrize(
+    ("habit", "message"),
+    [
+        (
+            "asks",
+            r"error: vendor: connecting as control: it asked 'Press ENTER to use the calibration",
+        ),
+        ("fails", r"error: vendor: connecting as control: LookupError: no motor 3 on this bus"),
+        ("is not made", r"error: .*robot.yaml: type: .*: LookupError: no licence for this arm"),
+    ],
+)
+def test_it_is_told_in_one_line(tmp_path: Path, habit: str, message: str) -> None:
+    status, said = evaluate(tmp_path, habit)
+    assert re.search(message, said.splitlines()[-1]), said
+    assert "Traceback" not in said
+    assert status == 2
+
+
+def test_a_driver_that_never_connects_is_given_up(tmp_path: Path) -> None:
+    status, said = evaluate(tmp_path, "hangs", "--connect_timeout_s", "0.5")
+    last = said.splitlines()[-1]
+    assert re.match(
+        r"error: vendor: connecting as control took longer than \S+ s; it printed last: 'Turn the",
+        last,
+    ), said
+    assert "waiting for the control process to be ready" in said
+    assert status == 2
+
+
+def test_what_it_prints_disturbs_nobody(tmp_path: Path) -> None:
+    status, said = evaluate(tmp_path, "prints")
+    assert status == 0, said
+    assert "Vendor SDK 1.2" in said

@@ -1,0 +1,42 @@
+"""A driver whose code prints, asks, hangs or fails its own way, as vendors' code does.
+
+``python:tests.runtime.vendor_robot``, with ``habit`` among its arguments.
+"""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Mapping
+from typing import Any
+
+from policies.yaml_config import parse_config
+from robots.base import Robot, Role
+from robots.dummy import DummyConfig, DummyRobot
+
+
+class VendorRobot(DummyRobot):
+    habit = ""
+
+    def _connect(self, role: Role, timeout_s: float) -> None:
+        print("Vendor SDK 1.2")  # noqa: T201
+        if self.habit == "asks":
+            input("Press ENTER to use the calibration file: ")
+        elif self.habit == "hangs":
+            print("Turn the key")  # noqa: T201
+            threading.Event().wait()
+        elif self.habit == "fails":
+            raise LookupError("no motor 3\non this bus")
+        elif self.habit == "prints":
+            print('{"event": "ready"}', "is not for the parent")  # noqa: T201
+        super()._connect(role, timeout_s)
+
+
+def make(args: Mapping[str, Any], name: str, source: str, overrides: Mapping[str, str]) -> Robot:
+    given = dict(args)
+    habit = given.pop("habit")
+    if habit == "is not made":
+        raise LookupError("no licence\nfor this arm")
+    config = parse_config(DummyConfig, given, source=source, overrides=overrides)
+    robot = VendorRobot(config, name=name, source=source)
+    robot.habit = habit
+    return robot
