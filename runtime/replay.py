@@ -103,7 +103,8 @@ def _signal(pilot: Pilot, signals: Signal, pose: NDArray[np.float32]) -> None:
 def _taken_over(pilot: Pilot, recording: Recording) -> MotionLimiter:
     """The guardian's brake, from what control had written down."""
     limiter = pilot.stream.limiter
-    brake = MotionLimiter(recording.body.limits, recording.mission.period_s)
+    body = recording.body
+    brake = MotionLimiter(body.limits, recording.mission.period_s, body.actions)
     last = limiter.command.astype(np.float64)
     brake.reset(last, last - limiter.velocity * recording.mission.period_s)
     return brake
@@ -121,7 +122,8 @@ def weights(recording: Recording) -> NDArray[np.float32]:
     if not count or not played.any():
         return np.zeros((0, count), np.float32)
     executor = ChunkExecutor(
-        replace(recording.mission.contract, action_dim=count), recording.mission.strategy()
+        replace(recording.mission.contract, action_dim=count, action_names=()),
+        recording.mission.strategy(),
     )
     shares: list[NDArray[np.float32]] = []
     index_at = _indices_by_row(recording)
