@@ -18,6 +18,8 @@ logger = logging.getLogger(__name__)
 
 _STARTED = re.compile(r"Policy Server started on (\S+)")
 STOP_WITHIN_S = 10.0
+KEPT_LINES = 5
+"""Of what a server said that did not start; the reason comes last."""
 SAY_EVERY_S = 15.0
 """How long a server that loads is waited for without a word."""
 
@@ -83,9 +85,10 @@ class ServerChild:
         for line in self._lines():
             if match := _STARTED.search(line):
                 return match[1]
-            said.append(line)
+            said.append(line.strip())
         status = self._process.wait()
-        raise RuntimeFault(f"the policy server did not start (status {status}): {''.join(said)}")
+        last = " ".join(filter(None, said[-KEPT_LINES:]))
+        raise RuntimeFault(f"the policy server did not start (status {status}): {last}")
 
     def _say_that_it_loads(self, ready: threading.Event) -> None:
         began_s = time.monotonic()

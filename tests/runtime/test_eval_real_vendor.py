@@ -13,7 +13,9 @@ import pytest
 ROOT = Path(__file__).resolve().parents[2]
 
 
-def evaluate(tmp_path: Path, habit: str, *flags: str) -> tuple[int, str]:
+def evaluate(
+    tmp_path: Path, habit: str, *flags: str, policy: str = "tests.faults.sine_policy:make_short"
+) -> tuple[int, str]:
     """Exit status and standard error of a rollout with a vendor's driver of this ``habit``."""
     robot = tmp_path / "robot.yaml"
     robot.write_text(
@@ -33,7 +35,7 @@ args:
     )
     done = subprocess.run(
         [
-            *(sys.executable, "eval_real.py", "-m", "python:tests.faults.sine_policy:make_short"),
+            *(sys.executable, "eval_real.py", "-m", f"python:{policy}"),
             *("-c", str(robot), "--task", "fake", "--yes", "-o", str(tmp_path / "out"), "--near"),
             *("9", "--max_timesteps", "20", *flags),
         ],
@@ -81,3 +83,13 @@ def test_what_it_prints_disturbs_nobody(tmp_path: Path) -> None:
     status, said = evaluate(tmp_path, "prints")
     assert status == 0, said
     assert "Vendor SDK 1.2" in said
+
+
+def test_a_policy_that_asks_in_a_server_of_ours_is_told_in_one_line(tmp_path: Path) -> None:
+    status, said = evaluate(tmp_path, "", policy="tests.runtime.vendor_robot:ask")
+    assert re.search(
+        r"error: the policy server did not start .*Which adapter\?.*the factory failed: EOFError",
+        said.splitlines()[-1],
+    ), said
+    assert "Traceback" not in said
+    assert status == 2

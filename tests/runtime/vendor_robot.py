@@ -40,3 +40,8 @@ def make(args: Mapping[str, Any], name: str, source: str, overrides: Mapping[str
     robot = VendorRobot(config, name=name, source=source)
     robot.habit = habit
     return robot
+
+
+def ask() -> None:
+    """A policy's factory that wants an answer."""
+    input("Which adapter? ")
