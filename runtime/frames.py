@@ -17,7 +17,7 @@ from numpy.typing import NDArray
 
 from policies import jpeg
 from policies.errors import ContractMismatch, ObservationError
-from policies.images import prepare
+from policies.images import prepare, warm_up
 from policies.types import CameraContract, MetaObs, PolicyContract
 from runtime import messages
 from transport.schema import USED, ArraySpec, Schema
@@ -62,6 +62,7 @@ class Outgoing:
         }
         self._quality = quality if self._sent else None
         self._resized = self._sent != self._given
+        warm_up(c for c in contract.cameras if self._sent[c.name] != self._given[c.name])
         self.attributes: dict[str, Any] = {}
         words = ["resized by the client"] if self._resized else []
         if self._quality is not None:

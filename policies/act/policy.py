@@ -12,7 +12,7 @@ from policies.act.choose import make_engine
 from policies.act.engine import MAX_BATCH, EngineOptions, Frames
 from policies.act.weights import ActWeights
 from policies.errors import ContractMismatch, InferenceError, ObservationError, PolicyError
-from policies.images import check_image, is_source, prepare
+from policies.images import check_image, is_source, prepare, warm_up
 from policies.types import ActionChunk, MetaObs, PolicyContract, PolicyInfo
 
 
@@ -46,6 +46,7 @@ class ActPolicy:
         if chunk_size is not None and not 1 <= chunk_size <= trained:
             raise ContractMismatch("chunk_size", str(chunk_size), f"1 to {trained}, as trained")
         self._contract = weights.contract(chunk_size)
+        warm_up(self._contract.cameras)
         self._state_normalizer = weights.state_normalizer
         self._engine = make_engine(weights, EngineOptions(device, engine, precision, threads))
         self._info = PolicyInfo(

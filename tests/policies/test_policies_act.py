@@ -62,6 +62,13 @@ def test_client_side_crop_gives_the_same_action(policy):
     np.testing.assert_array_equal(policy.infer(small).actions, policy.infer(obs).actions)
 
 
+def test_pictures_can_be_resized_before_the_first_request(tiny, monkeypatch):
+    warm = []
+    monkeypatch.setattr("policies.act.policy.warm_up", warm.extend)
+    policy = load_policy(str(tiny), device="cpu", engine="torch", precision="fp32", threads=1)
+    assert tuple(warm) == policy.contract.cameras
+
+
 CHILD = """
 import sys
 import numpy as np

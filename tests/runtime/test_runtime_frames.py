@@ -262,6 +262,14 @@ def test_a_bad_picture_costs_its_request_only() -> None:
         assert client.statistics().sessions == 1
 
 
+@pytest.mark.parametrize(("resize", "names"), [(True, ["top", "wrist"]), (False, [])])
+def test_a_client_that_resizes_is_ready_to(monkeypatch, resize: bool, names: list[str]) -> None:
+    warm: list[CameraContract] = []
+    monkeypatch.setattr(frames, "warm_up", warm.extend)
+    frames.Outgoing(SCHEMA, CONTRACT, resize=resize, quality=None)
+    assert [camera.name for camera in warm] == names
+
+
 def jpeg_session() -> tuple[Schema, dict[str, object]]:
     outgoing = frames.Outgoing(SCHEMA, CONTRACT, resize=False, quality=90)
     return outgoing.schema, outgoing.attributes
