@@ -18,7 +18,7 @@ from dataclasses import dataclass, field
 import numpy as np
 from numpy.typing import NDArray
 
-from bench.contestant import Absent, Exchange, find
+from bench.contestant import Absent, Exchange, check, find
 from bench.payload import PAYLOADS, Payload, Source
 from bench.process import ServerProcess, cores, pinned
 
@@ -83,7 +83,7 @@ class Contest:
         """
         samples: dict[str, list[float]] = {name: [] for name in self.pairs}
         names = list(self.pairs)
-        for number in range(blocks):
+        for number in range(blocks if names else 0):
             # Whoever is next inherits the clock rate of whoever was before: take turns in that.
             for name in names[number % len(names) :] + names[: number % len(names)]:
                 if name not in self.pairs:
@@ -115,7 +115,14 @@ def timed(exchange: Exchange, count: int, limit_s: float) -> list[float]:
 
 @contextmanager
 def contest(names: Sequence[str], payload: str, *, gc_on: bool = True) -> Iterator[Contest]:
-    """Start every contestant that can run here."""
+    """Start every contestant that can run here.
+
+    Raises:
+        ValueError: No such contestant or payload, or one that does not take the other.
+        Absent: None can, for want of a second core.
+    """
+    for name in names:
+        check(name, payload)
     opened = Contest(PAYLOADS[payload])
     with ExitStack() as stack:
         stack.enter_context(pinned(cores()[0]))

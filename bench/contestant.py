@@ -13,7 +13,7 @@ from contextlib import AbstractContextManager
 from multiprocessing.connection import Connection
 from typing import Protocol
 
-from bench.payload import Sink, Source
+from bench.payload import PAYLOADS, Sink, Source
 
 Exchange = Callable[[], None]
 """Send ``source.arrays``, wait for the reply, copy it to ``source.actions``."""
@@ -54,6 +54,27 @@ _MODULES: Mapping[str, tuple[str, ...]] = {
 }
 HOMES: dict[str, str] = {name: module for module, names in _MODULES.items() for name in names}
 """Where each contestant is."""
+_PAYLOADS: Mapping[str, tuple[str, ...]] = {
+    **dict.fromkeys(_MODULES["bench.ours_policy"], ("1", "2", "4")),
+    "ring fused": ("64B",),
+}
+"""Contestants that take some payloads only: a policy has a camera, and the compiled copy is of one
+array, word by word."""
+
+
+def payloads_of(name: str) -> tuple[str, ...]:
+    """The payloads that the contestant of that name can exchange."""
+    return _PAYLOADS.get(name, tuple(PAYLOADS))
+
+
+def check(name: str, payload: str) -> None:
+    """Raises ``ValueError``: no such contestant or payload, or the one does not take the other."""
+    if name not in HOMES:
+        raise ValueError(f"contestant: got {name!r}, expected one of {tuple(HOMES)}")
+    if payload not in payloads_of(name):
+        raise ValueError(
+            f"payload: got {payload!r} for {name!r}, which takes only {list(payloads_of(name))}"
+        )
 
 
 def find(name: str) -> Contestant:

@@ -15,17 +15,20 @@ import numpy as np
 import pytest
 
 from bench.contest import Contest, contest
-from bench.contestant import HOMES
+from bench.contestant import HOMES, payloads_of
 from bench.paced import busy_core, cpu_seconds, paced, realtime, throttle
 from bench.records import Records
 
 pytestmark = pytest.mark.timeout(600)
 
 SPEECH = {"64B": "64 B", "1": "1 image", "2": "2 images", "4": "4 images"}
-POLICIES = tuple(name for name in HOMES if name.startswith("policy"))
 NAMES = {
-    "64B": tuple(name for name in HOMES if name not in POLICIES),
-    **dict.fromkeys(("1", "2", "4"), tuple(n for n in HOMES if not n.startswith("ring"))),
+    payload: tuple(
+        name
+        for name in HOMES
+        if payload in payloads_of(name) and (payload == "64B" or not name.startswith("ring"))
+    )
+    for payload in SPEECH
 }
 COLLECTOR_OFF = ("floor", "ring", "ring fused", "shm spin", "shm default", "shm block", "zmq")
 COLLECTOR_OFF += ("policy shm", "iceoryx2", "pyzmq tcp")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import threading
 import time
 from contextlib import contextmanager
@@ -10,9 +11,9 @@ from contextlib import contextmanager
 import numpy as np
 import pytest
 
-from bench import budgets
+from bench import budgets, compare
 from bench.contest import Contest, Pair, contest, timed
-from bench.contestant import HOMES, Absent, find
+from bench.contestant import HOMES, Absent, find, payloads_of
 from bench.paced import paced
 from bench.payload import PAYLOADS, Sink, Source
 from bench.records import Records
@@ -56,6 +57,81 @@ def test_an_exchange_is_not_verified_by_yesterdays_bytes() -> None:
     stale["state"][0] = -1.0
     with pytest.raises(AssertionError):
         source.verify(lambda: source.take(sink.take(stale)))
+
+
+real_contest = contest
+OURS = tuple(name for name, home in HOMES.items() if "peers" not in home)
+
+
+@pytest.mark.parametrize("payload", PAYLOADS)
+@pytest.mark.parametrize("name", HOMES)
+def test_compare_takes_a_payload_or_says_which_ones(name, payload, capsys, monkeypatch) -> None:
+    """Before anything starts: a contestant that got another payload would crash or hang."""
+    started = []
+
+    @contextmanager
+    def contest(names, payload, **_):
+        started.append((names, payload))
+        yield Contest(PAYLOADS[payload])
+
+    monkeypatch.setattr(compare, "contest", contest)
+    with pytest.raises(SystemExit) as ended:
+        compare.main(["--only", name.replace(" ", "-"), "--payload", payload])
+    said = capsys.readouterr().err.splitlines()
+    if payload in payloads_of(name):
+        assert (started, ended.value.code, said) == ([([name], payload)], 1, [])
+    else:
+        assert (started, ended.value.code) == ([], 2)
+        assert said[-1].endswith(
+            f"payload: got {payload!r} for {name!r}, which takes only {list(payloads_of(name))}"
+        )
+        with pytest.raises(ValueError, match="which takes only"), real_contest([name], payload):
+            pass
+
+
+@two_cores
+@pytest.mark.parametrize("payload", ["64B", "2"])
+def test_ours_exchange_every_payload_that_they_say(payload: str) -> None:
+    names = [name for name in OURS if payload in payloads_of(name)]
+    with contest(names, payload) as running:
+        assert not running.absent
+        samples = running.rounds(blocks=1, block=3, block_s=1.0)
+    assert {name: values.size for name, values in samples.items()} == dict.fromkeys(names, 3)
+
+
+def test_compare_by_default_takes_all_that_exchange_the_payload(monkeypatch, capsys) -> None:
+    asked = []
+
+    @contextmanager
+    def contest(names, payload, **_):
+        asked.append(names)
+        yield Contest(PAYLOADS[payload], absent={"floor": "not today"})
+
+    monkeypatch.setattr(compare, "contest", contest)
+    with pytest.raises(SystemExit):
+        compare.main(["--payload", "64B"])
+    assert "ring fused" in asked[0]
+    assert "policy shm" not in asked[0]
+    assert capsys.readouterr().out == "floor                   absent: not today\n"
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--only", "udp"], r"contestant: got 'udp', expected one of .*'floor'"),
+        (["--only", "floor,"], r"contestant: got '', expected one of"),
+        (["--payload", "3"], r"--payload: invalid choice: '3'"),
+        (["--blocks", "0"], r"--blocks: got '0', expected a whole number, 1 or more"),
+        (["--block", "-1"], r"--block: got '-1', expected a whole number, 1 or more"),
+        (["--block_s", "nan"], r"--block_s: got 'nan', expected a positive number of seconds"),
+        (["--block_s", "x"], r"--block_s: got 'x', expected a positive number of seconds"),
+    ],
+)
+def test_compare_refuses_in_one_line(arguments: list[str], message: str, capsys) -> None:
+    with pytest.raises(SystemExit) as ended:
+        compare.main(arguments)
+    assert ended.value.code == 2
+    assert re.search(message, capsys.readouterr().err.splitlines()[-1])
 
 
 @two_cores
