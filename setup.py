@@ -17,6 +17,8 @@ SIM = [
 ]
 TRAIN = ["h5py>=3.10"]
 JPEG = ["simplejpeg>=1.8"]
+# What ROS cameras send beside plain RGB: 4:2:2, Bayer and compressed pictures.
+ROS = [*JPEG, "opencv-python-headless>=4.8"]
 FUZZ = ["atheris>=2.3"]
 DEV = [
     "pytest>=8",
@@ -56,7 +58,8 @@ setup(
         "sim": SIM,
         "train": TRAIN,
         "jpeg": JPEG,
+        "ros": ROS,
         "fuzz": FUZZ,
-        "dev": DEV + TRAIN + JPEG,
+        "dev": DEV + TRAIN + ROS,
     },
 )

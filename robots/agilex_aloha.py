@@ -18,7 +18,7 @@ from numpy.typing import NDArray
 
 from policies.yaml_config import parse_config
 from robots import ros
-from robots.agilex_config import GRIPPERS, JOINTS_PER_ARM, SIDES, AgilexConfig
+from robots.agilex_config import GRIPPERS, JOINTS_PER_ARM, SIDES, AgilexCamera, AgilexConfig
 from robots.base import CameraSample, JointSample, Outcome, Robot, RobotContract, Role, arm_actions
 from robots.errors import (
     ConfigError,
@@ -29,7 +29,8 @@ from robots.errors import (
     SensorLost,
 )
 from robots.limits import Limits
-from robots.ros_images import decode_colour, decode_depth
+from robots.ros_compressed import decode_compressed_colour, decode_compressed_depth
+from robots.ros_images import assumption, decode_colour, decode_depth, message_type
 from robots.ros_twin import TwinChannel
 from robots.stamps import SampleStream
 
@@ -84,6 +85,7 @@ class AgilexAloha(Robot):
         self._colours: dict[str, SampleStream[CameraSample]] = {}
         self._depths: dict[str, SampleStream[CameraSample]] = {}
         self._subscribers: list[Any] = []
+        self._published: dict[str, str] = {}
         self._publishers: dict[str, Any] = {}
         self._messages: Any = None
         self._time: Any = None
@@ -137,6 +139,7 @@ class AgilexAloha(Robot):
         deadline_s = time.monotonic() + timeout_s
         rospy = ros.start_node("metronome", timeout_s)
         self._time = rospy.Time
+        self._published = ros.published_types(timeout_s)
         self._messages = ros.import_ros("sensor_msgs.msg")
         topics = self.config.ros_operator
         for side in SIDES:
@@ -163,7 +166,18 @@ class AgilexAloha(Robot):
             self._twin.wait(deadline_s, timeout_s)
 
     def _subscribe_to_cameras(self, rospy: Any) -> None:
-        topics, image = self.config.ros_operator, self._messages.Image
+        topics = self.config.ros_operator
+
+        def subscribe(
+            stream: SampleStream[CameraSample],
+            decode: Callable[[Any], Any],
+            decode_compressed: Callable[[Any], Any],
+        ) -> None:
+            name = message_type(stream.name, self._published_type(rospy, stream.name))
+            kind = getattr(self._messages, name)
+            raw = kind is self._messages.Image
+            self._subscribe(rospy, stream, kind, decode if raw else decode_compressed)
+
         for name, given in self.config.cameras.items():
             topic = getattr(topics, f"img_{given.camera}_topic")
             # Pictures are large, and nobody asks for old ones.
@@ -171,18 +185,26 @@ class AgilexAloha(Robot):
                 topic, timeout_s=self.config.sensor_timeout_s, keep=2
             )
             self._colours[name] = colour
-            self._subscribe(rospy, colour, image, functools.partial(decode_colour, hw=given.hw))
+            compressed = functools.partial(
+                decode_compressed_colour, hw=given.hw, encoding=given.encoding
+            )
+            subscribe(colour, _colour_decoder(topic, given), compressed)
             if topics.use_depth_image:
                 topic = getattr(topics, f"img_{given.camera}_depth_topic")
                 depth = SampleStream[CameraSample](
                     topic, timeout_s=self.config.sensor_timeout_s, keep=8
                 )
                 self._depths[name] = depth
-                self._subscribe(rospy, depth, image, decode_depth)
+                subscribe(depth, decode_depth, decode_compressed_depth)
 
     def _subscribe(
         self, rospy: Any, stream: SampleStream[Any], kind: Any, decode: Callable[[Any], Any]
     ) -> None:
+        expected, got = kind._type, self._published_type(rospy, stream.name)
+        if got not in (None, expected):
+            raise ContractViolated(
+                f"{stream.name}: got messages of type {got}, expected {expected}"
+            )
         joints = kind is self._messages.JointState
         sample: Any = JointSample if joints else CameraSample
 
@@ -205,6 +227,10 @@ class AgilexAloha(Robot):
                 tcp_nodelay=True,
             )
         )
+
+    def _published_type(self, rospy: Any, topic: str) -> str | None:
+        """What is published there, if anything: rospy would wait for other messages for ever."""
+        return self._published.get(rospy.resolve_name(topic))
 
     def _decode_joints(self, message: Any) -> NDArray[np.float32]:
         expected = list(self.config.joint_names)
@@ -289,6 +315,7 @@ class AgilexAloha(Robot):
             self._twin.close()
         self._twin = self._messages = self._time = None
         self._subscribers.clear()
+        self._published.clear()
         for streams in (self._publishers, self._joints, self._colours, self._depths):
             streams.clear()
 
@@ -298,6 +325,21 @@ def make(
 ) -> AgilexAloha:
     config = parse_config(AgilexConfig, args, source=source, overrides=overrides)
     return AgilexAloha(config, name=name, source=source)
+
+
+def _colour_decoder(topic: str, given: AgilexCamera) -> Callable[[Any], Any]:
+    """``decode_colour`` that says once what it assumes."""
+    said = bool(given.encoding)
+
+    def decode(message: Any) -> Any:
+        nonlocal said
+        image = decode_colour(message, given.hw, given.encoding)
+        if not said and (assumed := assumption(message)):
+            said = True
+            logger.warning("%s: %s; the camera's key `encoding` changes it", topic, assumed)
+        return image
+
+    return decode
 
 
 def _both(arms: list[JointSample]) -> JointSample:

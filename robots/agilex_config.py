@@ -6,6 +6,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Literal
 
+from robots.ros_images import COLOURS
+
 SIDES = ("left", "right")
 JOINTS_PER_ARM = 7
 ACTION_DIM = 2 * JOINTS_PER_ARM
@@ -73,12 +75,20 @@ class RosOperator:
 
 @dataclass(frozen=True)
 class AgilexCamera:
-    """Which of the robot's cameras, and the (height, width) that it delivers."""
+    """Which of the robot's cameras, and the (height, width) that it delivers.
+
+    Attributes:
+        encoding: Of its pictures, whatever its messages say, one of ``ros_images.COLOURS``; as they
+            say where empty. Of compressed ones, one of ``ros_compressed.COLOURS``.
+    """
 
     camera: Literal["front", "left", "right"]
     hw: tuple[int, int] = (480, 640)
+    encoding: str = ""
 
     def __post_init__(self) -> None:
+        if self.encoding not in ("", *COLOURS):
+            raise ValueError(f"encoding: got {self.encoding!r}, expected one of {list(COLOURS)}")
         if min(self.hw) < 1:
             raise ValueError(f"hw: got {self.hw}, expected a positive height and width")
 

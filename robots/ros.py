@@ -47,22 +47,48 @@ def check_master(timeout_s: float) -> str:
     Raises:
         ConnectFailed: Nobody answers at ``ROS_MASTER_URI``, or not like a master.
     """
-    uri = os.environ.get("ROS_MASTER_URI", DEFAULT_MASTER)
+    _ask_master(timeout_s, "getPid")
+    return _master_uri()
+
+
+def published_types(timeout_s: float) -> dict[str, str]:
+    """Topic, as the master calls it, to ``package/Name``, of all that somebody publishes.
+
+    Raises:
+        ConnectFailed: As ``check_master``.
+    """
+    return {
+        str(topic): str(kind) for topic, kind in _ask_master(timeout_s, "getPublishedTopics", "")
+    }
+
+
+def _master_uri() -> str:
+    return os.environ.get("ROS_MASTER_URI", DEFAULT_MASTER)
+
+
+def _ask_master(timeout_s: float, method: str, *arguments: str) -> Any:
+    """What it answers. Raises as ``check_master``."""
+    uri = _master_uri()
     try:
         if not urllib.parse.urlsplit(uri).hostname:
             raise ValueError("it names no host")
         with xmlrpc.client.ServerProxy(uri, transport=_TimedTransport(timeout_s)) as master:
-            answer: Any = master.getPid("/metronome")
-            code = answer[0]
-    except (OSError, ValueError, xmlrpc.client.Error, http.client.HTTPException, LookupError,
-            TypeError) as error:  # fmt: skip
+            answer: Any = getattr(master, method)("/metronome", *arguments)
+            code, _, value = answer
+    except (
+        OSError,
+        ValueError,
+        xmlrpc.client.Error,
+        http.client.HTTPException,
+        TypeError,
+    ) as error:
         raise ConnectFailed(
             f"no ROS master answers at {uri} within {timeout_s:g} s ({error}): is roscore running, "
             "and ROS_MASTER_URI right?"
         ) from error
     if code != 1:
         raise ConnectFailed(f"the ROS master at {uri} answers {answer}, expected a success")
-    return uri
+    return value
 
 
 def import_ros(name: str) -> Any:

@@ -12,15 +12,23 @@ import time
 
 sys.path.append("/usr/lib/python3/dist-packages")
 
+import cv2
 import numpy as np
 import rospy
-from sensor_msgs.msg import Image, JointState
+import simplejpeg
+from sensor_msgs.msg import CompressedImage, Image, JointState
 
 HW = (480, 640)
 JOINTS = [f"joint{index}" for index in range(7)]
 START = [0.0, 0.002, 0.0158, -0.03, -0.003, 0.001, 3.5578]
 PERIOD_S, PICTURE_EVERY = 0.01, 10
 STEP = 0.02
+COMPRESSED = {
+    "/camera_f/color/image_raw/compressed": "bgr8; jpeg compressed bgr8",
+    "/camera_l/color/png": "rgb8; png compressed bgr8",
+    "/camera_f/depth/image_raw/compressedDepth": "16UC1; compressedDepth png",
+}
+"""Of image_transport's names, and one of nobody's."""
 
 
 class Node:
@@ -38,6 +46,8 @@ class Node:
         for camera in "flr":
             self.publish_on(f"/camera_{camera}/color/image_raw", Image)
             self.publish_on(f"/camera_{camera}/depth/image_raw", Image)
+        for topic in COMPRESSED:
+            self.publish_on(topic, CompressedImage)
 
     def publish_on(self, topic: str, kind: type) -> None:
         self.publishers[topic] = rospy.Publisher(topic, kind, queue_size=1, tcp_nodelay=True)
@@ -73,11 +83,14 @@ class Node:
                 for index, camera in enumerate("flr"):
                     self.publish(f"/camera_{camera}/color/image_raw", picture(tick, index))
                     self.publish(f"/camera_{camera}/depth/image_raw", depth(tick, index))
+                for topic in COMPRESSED:
+                    if self.publishers[topic].get_num_connections():
+                        self.publish(topic, compressed(topic, tick))
             tick += 1
             due_s += PERIOD_S
             time.sleep(max(0.0, due_s - time.monotonic()))
 
-    def publish(self, topic: str, message: JointState | Image) -> None:
+    def publish(self, topic: str, message: JointState | Image | CompressedImage) -> None:
         mode = self.modes.get(topic, "sound")
         stamp_ns = time.time_ns()
         if mode == "mute":
@@ -93,7 +106,13 @@ class Node:
         elif mode == "nan":
             message.position[4] = float("nan")
         elif mode == "encoding":
-            message.encoding = "yuv422"
+            message.encoding = "nv12"
+        elif mode == "yuyv":
+            rows = np.full((*HW, 2), 128, np.uint8)
+            rows[..., 0], message.step = 235, 2 * HW[1]
+            message.encoding, message.data = "yuv422_yuy2", rows.tobytes()
+        elif mode == "8UC3":
+            message.encoding = "8UC3"
         elif mode == "size":
             message.height //= 2
         elif mode == "short":
@@ -115,6 +134,25 @@ def depth(tick: int, index: int) -> Image:
     rows = np.full(HW, 1000 * (index + 1) + tick % 100, ">u2")
     return Image(height=HW[0], width=HW[1], encoding="16UC1", is_bigendian=1, step=rows.strides[0],
                  data=rows.tobytes())  # fmt: skip
+
+
+def compressed(topic: str, tick: int) -> CompressedImage:
+    """Of the raw pictures' content."""
+    said = COMPRESSED[topic]
+    raw = depth(tick, 0) if "Depth" in said else picture(tick, "fl".index(topic[len("/camera_")]))
+    if "Depth" in said:
+        data = bytes(12) + cv2.imencode(".png", _array(raw, ">u2").astype("<u2"))[1].tobytes()
+    elif "jpeg" in said:
+        rgb = _array(raw, np.uint8).reshape(HW[0], -1, 3)[:, : HW[1], ::-1]
+        data = simplejpeg.encode_jpeg(np.ascontiguousarray(rgb), quality=95)
+    else:
+        data = cv2.imencode(".png", _array(raw, np.uint8).reshape(HW[0], -1, 3)[:, : HW[1]])[1]
+        data = data.tobytes()
+    return CompressedImage(format=said, data=data)
+
+
+def _array(raw: Image, kind: str | type) -> np.ndarray:
+    return np.frombuffer(raw.data, kind).reshape(HW[0], -1)
 
 
 def main() -> None:

@@ -73,6 +73,56 @@ class TestAgilex(RobotBehaviour):
             assert set(robot.get_observation().depth) == set(robot.contract.cameras)
 
 
+class TestPictures:
+    """Compressed topics, and encodings beside the plain ones, as real messages."""
+
+    def test_compressed_colour_and_depth(self, agilex) -> None:
+        overrides = {
+            "ros_operator.img_front_topic": "/camera_f/color/image_raw/compressed",
+            "ros_operator.img_left_topic": "/camera_l/color/png",
+            "ros_operator.img_front_depth_topic": "/camera_f/depth/image_raw/compressedDepth",
+            "ros_operator.use_depth_image": "true",
+        }
+        with make_robot("agilex_aloha", overrides) as robot:
+            robot.connect(Role.SENSING)
+            samples = robot.get_cameras()
+        for index, name in enumerate(("primary", "wrist_left", "wrist_right")):
+            image = samples[name].image.astype(int)
+            assert image.shape == (480, 640, 3)
+            assert np.abs(image[:, :310, 2] - 255).max() <= 3
+            assert image[:, 330:, 2].max() <= 3
+            assert np.abs(image[:, 330:, 0] - (10 * index + 5)).max() <= 3
+            assert samples[name].depth.dtype == np.uint16
+            assert samples[name].depth[0, 0] // 1000 == index + 1
+
+    def test_subsampled(self, agilex) -> None:
+        with agilex.spoilt(FRONT, "yuyv"), make_robot("agilex_aloha") as robot:
+            robot.connect(Role.SENSING)
+            assert (robot.get_cameras()["primary"].image == 255).all()
+
+    def test_colours_without_names_are_said_once(self, agilex, caplog) -> None:
+        with agilex.spoilt(FRONT, "8UC3"), make_robot("agilex_aloha") as robot:
+            robot.connect(Role.SENSING)
+            assert (robot.get_cameras()["primary"].image[:, :320, 2] == 255).all()
+        said = [r.message for r in caplog.records if "taken for blue, green, red" in r.message]
+        assert len(said) == 1
+        assert said[0].startswith(f"{FRONT}: encoding '8UC3'")
+
+    @pytest.mark.parametrize(
+        ("key", "topic", "message"),
+        [
+            ("img_front_topic", LEFT, "type sensor_msgs/JointState, expected sensor_msgs/Image or"),
+            ("puppet_arm_left_topic", FRONT, "type sensor_msgs/Image, expected sensor_msgs/JointS"),
+        ],
+    )
+    def test_a_topic_of_another_type(self, agilex, key: str, topic: str, message: str) -> None:
+        with (
+            make_robot("agilex_aloha", {f"ros_operator.{key}": topic}) as robot,
+            pytest.raises(ContractViolated, match=f"{topic}: got messages of {message}"),
+        ):
+            robot.connect(timeout_s=1.0)
+
+
 def impatient(**overrides: str) -> AgilexAloha:
     return make_robot("agilex_aloha", overrides)
 
@@ -93,7 +143,7 @@ class TestRefusals:
             (LEFT, "names", ContractViolated, rf"{LEFT}: got joints \[.*'joint3', 'joint2'.*expec"),
             (LEFT, "count", ContractViolated, rf"{LEFT}: got 6 positions, expected 7"),
             (LEFT, "nan", ContractViolated, rf"{LEFT}: got .*nan.*expected finite"),
-            (FRONT, "encoding", ContractViolated, rf"{FRONT}: got encoding 'yuv422', expected one"),
+            (FRONT, "encoding", ContractViolated, rf"{FRONT}: got encoding 'nv12', expected one"),
             (FRONT, "size", ContractViolated, rf"{FRONT}: got \(height, width\) \(240, 640\), exp"),
             (FRONT, "short", ContractViolated, rf"{FRONT}: got \d+ bytes in rows of 1926 for 480"),
             ("/master/joint_right", "deaf", ConnectFailed, r"nobody listens on \['/master/joint_r"),
