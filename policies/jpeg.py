@@ -44,7 +44,7 @@ def codec() -> Any:
         import simplejpeg
     except ImportError as error:
         raise JpegMissing(
-            "pictures as JPEG need simplejpeg, which is not installed: pip install metronome[jpeg]"
+            "pictures as JPEG need simplejpeg, which is not installed: pip install simplejpeg"
         ) from error
     return simplejpeg
 

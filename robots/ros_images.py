@@ -39,7 +39,12 @@ BAYER = {
     f"bayer_{pattern}8": f"COLOR_Bayer{pattern.upper()}2RGB"
     for pattern in ("rggb", "bggr", "gbrg", "grbg")
 }
-COLOURS = (*CHANNELS, *SUBSAMPLED, *BAYER)
+PIXEL_BYTES = {
+    **{encoding: channels for encoding, (channels, _) in CHANNELS.items()},
+    **dict.fromkeys(SUBSAMPLED, 2),
+    **dict.fromkeys(BAYER, 1),
+}
+COLOURS = tuple(PIXEL_BYTES)
 DEPTHS: dict[str, type[np.generic]] = {
     "16UC1": np.uint16,
     "mono16": np.uint16,
@@ -59,7 +64,8 @@ def decode_colour(message: Any, hw: tuple[int, int], encoding: str = "") -> NDAr
     Args:
         message: A ``sensor_msgs/Image``.
         hw: What the configuration says.
-        encoding: One of ``COLOURS``, whatever the message says; the message's where empty.
+        encoding: One of ``COLOURS`` in place of what the message says, with as many bytes per
+            pixel; the message's where empty.
 
     Raises:
         ContractViolated: Another size or encoding, data that do not fit them, or no OpenCV here
@@ -68,12 +74,19 @@ def decode_colour(message: Any, hw: tuple[int, int], encoding: str = "") -> NDAr
     encoding = encoding or message.encoding
     if encoding not in COLOURS:
         raise ContractViolated(f"got encoding {encoding!r}, expected one of {list(COLOURS)}")
+    given, taken = PIXEL_BYTES.get(message.encoding), PIXEL_BYTES[encoding]
+    if given not in (None, taken):
+        # The rest of each row would pass for padding.
+        raise ContractViolated(
+            f"got encoding {message.encoding!r}, {given} bytes per pixel, expected {taken}, for "
+            f"the configured {encoding!r}"
+        )
     check_size((message.height, message.width), hw)
-    if encoding in CHANNELS:
-        channels, order = CHANNELS[encoding]
-        picture = _rows(message, np.dtype(np.uint8), channels, encoding).reshape(*hw, channels)
-        return as_rgb(picture, order)
-    return _convert(message, hw, encoding)
+    if encoding not in CHANNELS:
+        return _convert(message, hw, encoding)
+    channels, order = CHANNELS[encoding]
+    picture = _rows(message, np.dtype(np.uint8), channels, encoding).reshape(*hw, channels)
+    return as_rgb(picture, order)
 
 
 def decode_depth(message: Any) -> NDArray[np.uint16] | NDArray[np.float32]:
@@ -154,20 +167,17 @@ def opencv(what: str) -> Any:
 def _convert(message: Any, hw: tuple[int, int], encoding: str) -> NDArray[np.uint8]:
     """By OpenCV."""
     height, width = hw
-    if encoding in SUBSAMPLED:
-        if width % 2:
-            raise ContractViolated(
-                f"got width {width} of {encoding}, expected an even one: two pixels have one colour"
-            )
-        rows = _rows(message, np.dtype(np.uint8), 2, encoding).reshape(height, width, 2)
-        code = SUBSAMPLED[encoding]
-    else:
-        if min(hw) < _BAYER_SIDE:
-            raise ContractViolated(
-                f"got (height, width) {hw} of {encoding}, expected {_BAYER_SIDE} or more of each"
-            )
-        rows = _rows(message, np.dtype(np.uint8), 1, encoding)
-        code = BAYER[encoding]
+    if encoding in SUBSAMPLED and width % 2:
+        raise ContractViolated(
+            f"got width {width} of {encoding}, expected an even one: two pixels have one colour"
+        )
+    if encoding in BAYER and min(hw) < _BAYER_SIDE:
+        raise ContractViolated(
+            f"got (height, width) {hw} of {encoding}, expected {_BAYER_SIDE} or more of each"
+        )
+    channels = PIXEL_BYTES[encoding]
+    rows = _rows(message, np.dtype(np.uint8), channels, encoding).reshape(height, width, channels)
+    code = {**SUBSAMPLED, **BAYER}[encoding]
     cv2 = opencv(f"encoding {encoding!r}")
     picture: NDArray[np.uint8] = cv2.cvtColor(rows, getattr(cv2, code))
     return picture

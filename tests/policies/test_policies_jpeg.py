@@ -107,7 +107,7 @@ def test_whatever_comes_is_a_picture_or_an_error(noise: bytes, at: int) -> None:
 
 def test_without_the_codec_it_says_how_to_get_it(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "simplejpeg", None)
-    with pytest.raises(jpeg.JpegMissing, match=r"pip install metronome\[jpeg\]"):
+    with pytest.raises(jpeg.JpegMissing, match=r"pip install simplejpeg"):
         jpeg.encode(picture(), 90)
 
 

@@ -167,6 +167,11 @@ def test_the_configuration_outranks_the_message() -> None:
     np.testing.assert_array_equal(decode_colour(message, (2, 2), "rgb8"), QUAD)
     assert "'8UC3' does not name the colours: taken for blue, green, red" in assumption(message)
     assert assumption(image(bytes(12), (2, 2), "bgr8")) == ""
+    # A third of each row is no picture, though the rest could be padding.
+    with pytest.raises(
+        ContractViolated, match=r"'8UC3', 3 bytes per pixel, expected 1, for the co"
+    ):
+        decode_colour(message, (2, 2), "mono8")
     robot = make_robot("agilex_aloha", {"cameras": "{top: {camera: front, encoding: rgb8}}"})
     assert robot.config.cameras["top"].encoding == "rgb8"
     with pytest.raises(ConfigError, match=r"cameras.top.*encoding: got 'rgb9', expected one of \["):

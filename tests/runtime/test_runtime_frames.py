@@ -322,7 +322,7 @@ def test_without_the_codec_either_side_says_so(monkeypatch: pytest.MonkeyPatch) 
     with serving(LookingPolicy()) as address:
         with monkeypatch.context() as patch:
             patch.setitem(sys.modules, "simplejpeg", None)
-            with pytest.raises(jpeg.JpegMissing, match=r"metronome\[jpeg\]"):
+            with pytest.raises(jpeg.JpegMissing, match=r"pip install simplejpeg"):
                 PolicyClient(address, jpeg_quality=90)
         pytest.importorskip("simplejpeg")
         with PolicyClient(address, transport="zmq", jpeg_quality=90) as client:
