@@ -124,11 +124,14 @@ def operations(config: ActConfig) -> Iterator[Op]:
 
 def _backbone(config: ActConfig) -> Iterator[Op]:
     height, width = (_halved(side) for side in config.image_hw)
+    copies = len(config.backbone_names)
 
     def convolution(name: str, kernel: int, inputs: int, outputs: int) -> Op:
         weights = kernel * kernel * inputs * outputs
         return Op(
-            f"backbone.{name}", 2 * weights * height * width * config.n_cameras, weights + outputs
+            f"backbone.{name}",
+            2 * weights * height * width * config.n_cameras,
+            copies * (weights + outputs),
         )
 
     yield convolution("conv1", 7, 3, CHANNELS[0])

@@ -12,6 +12,8 @@ from policies.act.config import BLOCKS, CHANNELS
 
 BATCH_NORM_EPS = 1e-5
 BATCH_NORM_KEYS = ("weight", "bias", "running_mean", "running_var")
+PREFIXES = ("backbone.", "backbones.")
+"""Of the names of ``ActModel``'s backbones: of the one for all cameras, of those for each."""
 
 
 def _convolution(
@@ -72,15 +74,15 @@ class Backbone(nn.Module):
         return x
 
 
-def fold_batch_norm(weights: dict[str, Tensor], prefix: str = "backbone.") -> dict[str, Tensor]:
-    """``weights`` with each batch-norm below ``prefix`` folded into the convolution before it.
+def fold_batch_norm(weights: dict[str, Tensor]) -> dict[str, Tensor]:
+    """``weights`` with each batch-norm of a backbone folded into the convolution before it.
 
     y = gamma * (conv(x) - mean) / sqrt(var + eps) + beta is a convolution again. In float64, so
     that what is rounded is only the result. The picture's own mean is not folded: padding comes
     after that normalization, so at the borders it would not be the same function.
     """
     folded = dict(weights)
-    for conv, norm in _pairs(weights, prefix):
+    for conv, norm in _pairs(weights):
         gamma, beta, mean, var = (folded.pop(f"{norm}.{key}").double() for key in BATCH_NORM_KEYS)
         folded.pop(f"{norm}.num_batches_tracked", None)
         weight = weights[f"{conv}.weight"]
@@ -90,11 +92,11 @@ def fold_batch_norm(weights: dict[str, Tensor], prefix: str = "backbone.") -> di
     return folded
 
 
-def _pairs(weights: dict[str, Tensor], prefix: str) -> list[tuple[str, str]]:
+def _pairs(weights: dict[str, Tensor]) -> list[tuple[str, str]]:
     """(convolution, batch-norm) module names."""
     pairs = []
     for key in weights:
-        if key.startswith(prefix) and key.endswith(".running_mean"):
+        if key.startswith(PREFIXES) and key.endswith(".running_mean"):
             norm = key.removesuffix(".running_mean")
             parent, _, name = norm.rpartition(".")
             conv = f"{parent}.0" if name == "1" else f"{parent}.{name.replace('bn', 'conv')}"

@@ -45,6 +45,8 @@ class ActConfig:
         image_hw: (height, width) of every camera's picture as the network sees it.
         n_decoder_layers: Those whose output counts; in the original's seven only the first does.
         n_style_layers: Of the CVAE's style encoder, which only training needs.
+        backbone_per_camera: Each camera has a backbone with weights of its own, as in Mobile
+            ALOHA's ACT; otherwise one backbone sees all cameras.
     """
 
     state_dim: int
@@ -62,6 +64,7 @@ class ActConfig:
     backbone: Backbone = "resnet18"
     activation: Activation = "relu"
     dropout: float = 0.1
+    backbone_per_camera: bool = False
 
     def __post_init__(self) -> None:
         for name, largest in LARGEST.items():
@@ -85,6 +88,13 @@ class ActConfig:
                 raise CheckpointError(
                     f"{name}: got {getattr(self, name)!r}, expected one of {choices}"
                 )
+
+    @property
+    def backbone_names(self) -> tuple[str, ...]:
+        """Each backbone's module in ``ActModel``: one for all cameras, or one for each camera."""
+        if not self.backbone_per_camera:
+            return ("backbone",)
+        return tuple(f"backbones.{camera}" for camera in range(self.n_cameras))
 
     @property
     def features_hw(self) -> tuple[int, int]:

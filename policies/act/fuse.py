@@ -28,6 +28,7 @@ from policies.act.fused import (
     FirstDecoderLayer,
     FusedAct,
     FusedAttention,
+    FusedBackbone,
     FusedBlock,
     FusedEncoderLayer,
     FusedFeedForward,
@@ -52,10 +53,11 @@ def fuse(weights: ActWeights, *, pixel_unit: float = 1.0) -> FusedAct:
     trunk = {k: v.double() for k, v in weights.tensors.items() if not k.startswith("style.")}
     doubles = fold_batch_norm(trunk)
     mean, std = (_double(x) for x in (weights.image_mean, weights.image_std))
-    # The first camera's deviation goes into the weights; where another has its own, its pictures
-    # are rescaled to that.
-    doubles["backbone.conv1.weight"] /= 255 * pixel_unit * std[0][:, None, None]
-    scale = pixel_unit * std[0] / std
+    # A backbone's first camera gives its deviation to the weights; where another camera of that
+    # backbone has its own, its pictures are rescaled to that.
+    for name, deviation in zip(config.backbone_names, std, strict=False):
+        doubles[f"{name}.conv1.weight"] /= 255 * pixel_unit * deviation[:, None, None]
+    scale = pixel_unit * (torch.ones_like(std) if config.backbone_per_camera else std[0] / std)
     pos = torch.cat(
         (
             doubles["token_pos.weight"],
@@ -68,8 +70,7 @@ def fuse(weights: ActWeights, *, pixel_unit: float = 1.0) -> FusedAct:
         config,
         pixel_mean=_single((255 * mean)[:, None, None, :]),
         pixel_scale=None if bool((scale == 1).all()) else _single(scale[:, None, None, :]),
-        stem=_conv(doubles, "backbone.conv1", stride=2),
-        blocks=_blocks(config, doubles),
+        backbones=[_backbone(config, doubles, name) for name in config.backbone_names],
         image_proj=_linear(doubles["image_proj.weight"].flatten(1), doubles["image_proj.bias"]),
         style_token=_single(doubles["latent_proj.bias"]),
         state_proj=_named_linear(doubles, "state_proj"),
@@ -99,11 +100,11 @@ def fuse(weights: ActWeights, *, pixel_unit: float = 1.0) -> FusedAct:
     return fused.eval().requires_grad_(False)
 
 
-def _blocks(config: ActConfig, doubles: Doubles) -> list[FusedBlock]:
+def _backbone(config: ActConfig, doubles: Doubles, name: str) -> FusedBackbone:
     blocks = []
     for stage, count in enumerate(BLOCKS[config.backbone][: len(CHANNELS)], start=1):
         for block in range(count):
-            at = f"backbone.layer{stage}.{block}"
+            at = f"{name}.layer{stage}.{block}"
             stride = 2 if stage > 1 and block == 0 else 1
             downsample = _conv(doubles, f"{at}.downsample.0", stride=2) if stride == 2 else None
             blocks.append(
@@ -113,7 +114,7 @@ def _blocks(config: ActConfig, doubles: Doubles) -> list[FusedBlock]:
                     downsample,
                 )
             )
-    return blocks
+    return FusedBackbone(_conv(doubles, f"{name}.conv1", stride=2), blocks)
 
 
 def _self_attention(config: ActConfig, doubles: Doubles, name: str, pos: Tensor) -> FusedAttention:

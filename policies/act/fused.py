@@ -27,6 +27,26 @@ class FusedBlock(nn.Module):
         return y.add_(x if self.downsample is None else self.downsample(x)).relu_()  # type: ignore[no-any-return]
 
 
+class FusedBackbone(nn.Module):
+    """The convolutions that pictures of one camera go through, or of all cameras.
+
+    Args:
+        stem: The first convolution.
+        blocks: All residual blocks, first to last.
+    """
+
+    def __init__(self, stem: nn.Conv2d, blocks: Sequence[FusedBlock]) -> None:
+        super().__init__()
+        self.stem, self.blocks = stem, nn.ModuleList(blocks)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(B, 3, H, W), channels last, to (B, 512, h, w)."""
+        x = F.max_pool2d(self.stem(x).relu_(), 3, stride=2, padding=1)
+        for block in self.blocks:
+            x = block(x)
+        return x
+
+
 class FusedAttention(nn.Module):
     """Attention with one projection and one table of constants for all that comes from ``x``.
 
@@ -149,8 +169,7 @@ class FusedAct(nn.Module):
         config: Sizes.
         pixel_mean: (N, 1, 1, 3), subtracted from pictures of 0 to 255.
         pixel_scale: (N, 1, 1, 3), what they are then multiplied by; None for 1.
-        stem: The first convolution.
-        blocks: All residual blocks, first to last.
+        backbones: One for all cameras, or one for each.
         image_proj: 512 to D.
         style_token: (D,), the token of a latent that is zero.
         state_proj: S to D.
@@ -175,8 +194,7 @@ class FusedAct(nn.Module):
         *,
         pixel_mean: Tensor,
         pixel_scale: Tensor | None,
-        stem: nn.Conv2d,
-        blocks: Sequence[FusedBlock],
+        backbones: Sequence[FusedBackbone],
         image_proj: nn.Linear,
         style_token: Tensor,
         state_proj: nn.Linear,
@@ -191,8 +209,8 @@ class FusedAct(nn.Module):
     ) -> None:
         super().__init__()
         self.config = config
-        self.stem, self.image_proj, self.state_proj = stem, image_proj, state_proj
-        self.blocks, self.encoder = nn.ModuleList(blocks), nn.ModuleList(encoder)
+        self.image_proj, self.state_proj = image_proj, state_proj
+        self.backbones, self.encoder = nn.ModuleList(backbones), nn.ModuleList(encoder)
         self.first, self.later = first, nn.ModuleList(later)
         self.norm, self.action_head = norm, action_head
         lower, upper = action_limits or (None, None)
@@ -211,11 +229,11 @@ class FusedAct(nn.Module):
     @property
     def dtype(self) -> torch.dtype:
         """Of the convolutions and the transformer."""
-        return self.stem.weight.dtype
+        return self.image_proj.weight.dtype
 
     def set_dtype(self, dtype: torch.dtype) -> FusedAct:
         """Compute the convolutions and the transformer in ``dtype``; returns itself."""
-        for module in (self.stem, self.blocks, self.image_proj, self.state_proj, self.encoder):
+        for module in (self.backbones, self.image_proj, self.state_proj, self.encoder):
             module.to(dtype=dtype)
         self.first.to(dtype=dtype)
         self.later.to(dtype=dtype)
@@ -241,15 +259,21 @@ class FusedAct(nn.Module):
         return torch.cat((style, self.state_proj(state.to(self.dtype))[:, None], image_tokens), 1)
 
     def features(self, images: Tensor) -> Tensor:
-        """(B * N, 512, h, w), channels last, of all cameras as one batch."""
+        """(B * N, 512, h, w), channels last. All cameras are one batch where they share a backbone;
+        with a backbone for each, they go one after another.
+        """
         x = images - self.pixel_mean
         if self.pixel_scale is not None:
             x *= self.pixel_scale
-        x = x.flatten(0, 1).permute(0, 3, 1, 2).to(self.dtype)
-        x = F.max_pool2d(self.stem(x).relu_(), 3, stride=2, padding=1)
-        for block in self.blocks:
-            x = block(x)
-        return x
+        x = x.permute(0, 1, 4, 2, 3).to(self.dtype)
+        if not self.config.backbone_per_camera:
+            return self.backbones[0](x.flatten(0, 1))  # type: ignore[no-any-return]
+        # Stacked as they lie in memory, channels last, so that the next reshape copies nothing.
+        rows = [
+            backbone(pictures).permute(0, 2, 3, 1)
+            for backbone, pictures in zip(self.backbones, x.unbind(1), strict=True)
+        ]
+        return torch.stack(rows, 1).flatten(0, 1).permute(0, 3, 1, 2)
 
     def physical(self, normalized: Tensor) -> Tensor:
         """The network's units to physical ones, within the normalizer's limits."""

@@ -46,7 +46,12 @@ class ActModel(nn.Module):
         super().__init__()
         self.config = config
         width = config.width
-        self.backbone = Backbone(config.backbone, folded=folded)
+        if config.backbone_per_camera:
+            self.backbones = nn.ModuleList(
+                Backbone(config.backbone, folded=folded) for _ in range(config.n_cameras)
+            )
+        else:
+            self.backbone = Backbone(config.backbone, folded=folded)
         self.image_proj = nn.Conv2d(CHANNELS[-1], width, 1)
         self.state_proj = nn.Linear(config.state_dim, width)
         self.latent_proj = nn.Linear(config.latent_dim, width)
@@ -70,9 +75,20 @@ class ActModel(nn.Module):
         scaled = (images.to(mean.dtype) / 255 - mean) / std
         return scaled.flatten(0, 1).permute(0, 3, 1, 2).to(self.image_proj.weight.dtype)
 
+    def features(self, pictures: Tensor) -> Tensor:
+        """(B * N, 3, H, W) normalized to (B * N, 512, h, w).
+
+        All cameras are one batch where they share a backbone.
+        """
+        if not self.config.backbone_per_camera:
+            return self.backbone(pictures)  # type: ignore[no-any-return]
+        n = self.config.n_cameras
+        features = [backbone(pictures[camera::n]) for camera, backbone in enumerate(self.backbones)]
+        return torch.stack(features, 1).flatten(0, 1)
+
     def image_tokens(self, images: Tensor) -> Tensor:
-        """(B, N, H, W, 3) uint8 to (B, N * h * w, D): all cameras as one batch."""
-        features = self.image_proj(self.backbone(self.normalize_images(images)))
+        """(B, N, H, W, 3) uint8 to (B, N * h * w, D), camera by camera."""
+        features = self.image_proj(self.features(self.normalize_images(images)))
         tokens = features.flatten(2).transpose(1, 2)
         return tokens.reshape(len(images), -1, self.config.width)  # type: ignore[no-any-return]
 

@@ -18,6 +18,7 @@ from policies.act.fused import (
     FirstDecoderLayer,
     FusedAct,
     FusedAttention,
+    FusedBackbone,
     FusedBlock,
     FusedEncoderLayer,
     FusedFeedForward,
@@ -57,16 +58,38 @@ def _tokens(fused: FusedAct, images: list[Node], state: Node) -> Node:
 
 
 def _features(fused: FusedAct, images: list[Node]) -> Node:
-    """(N, 512, h, w). Pictures are turned while a pixel is still one byte."""
-    batch = images[0] if len(images) == 1 else op.concat(images, 0)
-    x = op.convert(op.transpose(batch, [0, 3, 1, 2]), np.float32)
-    x = op.subtract(x, _per_camera(fused.pixel_mean))
+    """(N, 512, h, w), of all cameras as one batch where they share a backbone."""
+    backbones = cast("list[FusedBackbone]", list(fused.backbones))
+    if not fused.config.backbone_per_camera:
+        return _backbone(backbones[0], _pixels(fused, images, slice(None)))
+    return _concat(
+        [
+            _backbone(backbone, _pixels(fused, [image], slice(camera, camera + 1)))
+            for camera, (backbone, image) in enumerate(zip(backbones, images, strict=True))
+        ]
+    )
+
+
+def _concat(parts: list[Node]) -> Node:
+    return parts[0] if len(parts) == 1 else op.concat(parts, 0)
+
+
+def _pixels(fused: FusedAct, images: list[Node], cameras: slice) -> Node:
+    """The pictures of ``cameras`` as float32 (N, 3, H, W), less their means. They are turned while
+    a pixel is still one byte.
+    """
+    x = op.convert(op.transpose(_concat(images), [0, 3, 1, 2]), np.float32)
+    x = op.subtract(x, _per_camera(fused.pixel_mean[cameras]))
     if fused.pixel_scale is not None:
-        x = op.multiply(x, _per_camera(fused.pixel_scale))
-    x = op.relu(_convolution(fused.stem, x))
+        x = op.multiply(x, _per_camera(fused.pixel_scale[cameras]))
+    return x
+
+
+def _backbone(backbone: FusedBackbone, x: Node) -> Node:
+    x = op.relu(_convolution(backbone.stem, x))
     pooled = op.max_pool(x, [2, 2], [1, 1], [1, 1], [1, 1], [3, 3], index_element_type="i64")
     x = pooled.output(0)
-    for block in cast("list[FusedBlock]", list(fused.blocks)):
+    for block in cast("list[FusedBlock]", list(backbone.blocks)):
         y = _convolution(block.conv2, op.relu(_convolution(block.conv1, x)))
         around = x if block.downsample is None else _convolution(block.downsample, x)
         x = op.relu(op.add(y, around))

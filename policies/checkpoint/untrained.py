@@ -8,6 +8,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from policies.act.backbone import PREFIXES
 from policies.act.config import ActConfig
 from policies.act.model import IMAGENET_MEAN, IMAGENET_STD, ActModel
 from policies.act.weights import ActWeights
@@ -97,7 +98,7 @@ def random_weights(config: ActConfig, seed: int = 0) -> ActWeights:
         noise = torch.randn(tensor.shape, generator=random)
         if name.endswith("running_var"):
             tensors[name] = (0.3 * noise).exp()
-        elif name.startswith("backbone.") and name.endswith("bn2.weight"):
+        elif name.startswith(PREFIXES) and name.endswith("bn2.weight"):
             tensors[name] = 0.3 + 0.05 * noise
         else:
             tensors[name] = tensor + 0.1 * noise if tensor.ndim == 1 else tensor

@@ -36,6 +36,7 @@ CONFIGS = {
     "tiny": TINY,
     "full": FULL,
     "full, 4 cameras": dataclasses.replace(FULL, n_cameras=4),
+    "a backbone for each camera": dataclasses.replace(TINY, backbone_per_camera=True),
     "odd sizes": dataclasses.replace(TINY, image_hw=(75, 133), n_cameras=3),
     "deep": dataclasses.replace(TINY, backbone="resnet34", n_encoder_layers=3, n_decoder_layers=2),
 }

@@ -92,6 +92,13 @@ def engine(weights, api):
     return CudaGraphEngine(fuse(weights), "fp32", api)
 
 
+def test_with_a_backbone_for_each_camera_a_graph_computes_the_plain_network():
+    weights = random_weights(dataclasses.replace(TINY, backbone_per_camera=True))
+    engine = CudaGraphEngine(fuse(weights), "fp32", FakeCuda())
+    got, want = engine.run([frames(seed) for seed in range(3)]), expected(weights, 0, 1, 2)
+    assert np.abs(got - want).max() / np.abs(want).max() <= LIMITS["fp32"]
+
+
 def frames(seed: int = 0) -> Frames:
     images, state = inputs(TINY, seed=seed)
     return Frames(list(images[0].numpy()), state[0].numpy())

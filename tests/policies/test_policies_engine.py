@@ -42,6 +42,7 @@ EVERYTHING = dataclasses.replace(
     activation="gelu",
 )
 """Whatever the small one has not."""
+PER_CAMERA = dataclasses.replace(TINY, n_cameras=3, backbone_per_camera=True)
 
 
 @pytest.fixture(scope="module")
@@ -98,7 +99,9 @@ def error_of(engine, weights) -> float:
 
 
 @needs_openvino
-@pytest.mark.parametrize("config", [TINY, EVERYTHING], ids=["small", "everything"])
+@pytest.mark.parametrize(
+    "config", [TINY, EVERYTHING, PER_CAMERA], ids=["small", "everything", "a backbone per camera"]
+)
 def test_openvino_computes_the_plain_network(config):
     weights = random_weights(config)
     engine = make_engine(weights, OPENVINO)
@@ -108,11 +111,12 @@ def test_openvino_computes_the_plain_network(config):
 
 
 @needs_openvino
-def test_openvino_normalizes_each_camera_and_clips_actions():
+@pytest.mark.parametrize("backbone_per_camera", [False, True])
+def test_openvino_normalizes_each_camera_and_clips_actions(backbone_per_camera):
     from policies.normalize import percentile
 
     weights = dataclasses.replace(
-        random_weights(TINY),
+        random_weights(dataclasses.replace(TINY, backbone_per_camera=backbone_per_camera)),
         image_mean=((0.4, 0.5, 0.6), (0.0, 0.0, 0.0)),
         image_std=((0.2, 0.3, 0.1), (1.0, 1.0, 1.0)),
         action_normalizer=percentile([-0.01, -3.0], [0.01, 3.0]),

@@ -52,6 +52,8 @@ SIZES = {
     "two cameras": {},
     "one camera": {"n_cameras": 1},
     "four cameras": {"n_cameras": 4},
+    "a backbone for each camera": {"n_cameras": 3, "backbone_per_camera": True},
+    "one camera with a backbone of its own": {"n_cameras": 1, "backbone_per_camera": True},
     "sizes that 32 does not divide": {"image_hw": (70, 45)},
     "every decoder layer counts": {"n_decoder_layers": 3},
     "deeper": {"backbone": "resnet34", "n_encoder_layers": 3},
@@ -66,17 +68,19 @@ def test_it_is_the_plain_network(case):
     assert error_of(weights, batch=2) <= EXACT
 
 
-def test_each_camera_is_normalized_by_its_own_statistics():
+@pytest.mark.parametrize("backbone_per_camera", [False, True])
+def test_each_camera_is_normalized_by_its_own_statistics(backbone_per_camera):
     weights = dataclasses.replace(
-        random_weights(TINY),
+        random_weights(dataclasses.replace(TINY, backbone_per_camera=backbone_per_camera)),
         image_mean=((0.4, 0.5, 0.6), (0.0, 0.0, 0.0)),
         image_std=((0.2, 0.3, 0.1), (1.0, 1.0, 1.0)),
     )
     assert error_of(weights) <= EXACT
 
 
-def test_the_unit_of_the_pixels_changes_nothing():
-    weights = random_weights(TINY)
+@pytest.mark.parametrize("backbone_per_camera", [False, True])
+def test_the_unit_of_the_pixels_changes_nothing(backbone_per_camera):
+    weights = random_weights(dataclasses.replace(TINY, backbone_per_camera=backbone_per_camera))
     assert error_of(weights, pixel_unit=2**-6) <= EXACT
     assert fuse(weights, pixel_unit=2**-6).features(inputs(TINY)[0]).max() > 0
 

@@ -76,8 +76,19 @@ def test_cameras_as_one_batch_are_cameras_one_by_one():
     torch.testing.assert_close(together, tokens)
 
 
-def test_every_input_counts():
-    model = ActModel(TINY).eval()
+def test_each_camera_has_its_backbone():
+    model = ActModel(dataclasses.replace(TINY, backbone_per_camera=True)).eval()
+    images = torch.randint(0, 256, (3, 2, 32, 64, 3), dtype=torch.uint8)
+    pictures = model.normalize_images(images).reshape(3, 2, 3, 32, 64)
+    alone = [model.image_proj(model.backbones[i](pictures[:, i])) for i in (0, 1)]
+    assert not torch.allclose(alone[0], model.image_proj(model.backbones[1](pictures[:, 0])))
+    tokens = torch.cat([a.flatten(2).transpose(1, 2) for a in alone], 1)
+    torch.testing.assert_close(model.image_tokens(images), tokens)
+
+
+@pytest.mark.parametrize("backbone_per_camera", [False, True])
+def test_every_input_counts(backbone_per_camera):
+    model = ActModel(dataclasses.replace(TINY, backbone_per_camera=backbone_per_camera)).eval()
     images = torch.randint(0, 256, (1, 2, 32, 64, 3), dtype=torch.uint8)
     state = torch.randn(1, 3)
     base = model(images, state)
