@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from policies.errors import CheckpointError, PolicyError
 from policies.types import CameraContract, Rendering
@@ -33,6 +33,8 @@ class Extras:
         rendering: How the training pictures were rendered.
         n_action_steps: Actions of a chunk to play before the next.
         trained: False for weights that were only initialized.
+        action_statistics: Whose statistics in ``dataset_stats.pkl`` normalize actions, where the
+            original's layout leaves it open.
         training: Data, recipe, numbers: for people, nothing reads it.
     """
 
@@ -44,6 +46,7 @@ class Extras:
     rendering: Rendering | None = None
     n_action_steps: int | None = None
     trained: bool = True
+    action_statistics: Literal["action", "qpos"] | None = None
     training: Mapping[str, Any] = field(default_factory=dict)
 
     def camera_contracts(

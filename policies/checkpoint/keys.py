@@ -38,7 +38,13 @@ def detr_keys(config: ActConfig) -> dict[str, str]:
     }
     return {
         **_modules(keys),
-        **_backbone("model.backbones.0.0.body", config),
+        **{
+            foreign: internal
+            for camera, name in enumerate(config.backbone_names)
+            for foreign, internal in _backbone(
+                f"model.backbones.{camera}.0.body", name, config
+            ).items()
+        },
         **_encoder("model.transformer.encoder.layers", "encoder", config.n_encoder_layers),
         **_decoder("model.transformer.decoder.layers", config.n_decoder_layers),
         **_encoder("model.encoder.layers", "style.layers", config.n_style_layers),
@@ -72,7 +78,7 @@ def lerobot_keys(config: ActConfig) -> dict[str, str]:
     }
     return {
         **_modules(keys),
-        **_backbone("model.backbone", config),
+        **_backbone("model.backbone", "backbone", config),
         **_encoder("model.encoder.layers", "encoder", config.n_encoder_layers),
         **_decoder("model.decoder.layers", config.n_decoder_layers),
         **_encoder("model.vae_encoder.layers", "style.layers", config.n_style_layers),
@@ -98,8 +104,8 @@ def translate(
     per_camera = [key for key in unused if key.startswith("model.backbones.")]
     if per_camera:
         raise CheckpointError(
-            f"{path}: {per_camera[0]}: a backbone for each camera is not supported, expected "
-            "model.backbones.0 only"
+            f"{path}: {per_camera[0]}: a backbone for each camera is not supported in this layout, "
+            "expected model.backbones.0 only"
         )
     if unused:
         raise CheckpointError(
@@ -122,6 +128,27 @@ def translate(
     return translated
 
 
+def style_names() -> list[str]:
+    """Foreign names around the layers of the style encoder, in the original's layout."""
+    names = ["model.cls_embed.weight"]
+    for module in ("encoder_action_proj", "encoder_joint_proj", "latent_proj"):
+        names.extend(f"model.{module}.{part}" for part in LINEAR)
+    return names
+
+
+def transformer_names(prefix: str, tensors: Iterable[str]) -> set[str]:
+    """Names of a whole transformer below ``prefix``, with as many layers as ``tensors`` has."""
+    names = {f"{prefix}.decoder.norm.{part}" for part in LINEAR}
+    kinds = (("encoder", _encoder_layer_names()), ("decoder", _decoder_layer_names()))
+    for key in tensors:
+        for kind, parts in kinds:
+            layers = f"{prefix}.{kind}.layers."
+            if key.startswith(layers):
+                number = key.removeprefix(layers).split(".")[0]
+                names |= {f"{layers}{number}.{part}" for part in parts}
+    return names
+
+
 def _modules(names: Mapping[str, str]) -> dict[str, str]:
     """Weights and biases of single modules; embeddings have no bias."""
     embeddings = {"token_pos", "query_pos", "style.cls"}
@@ -132,7 +159,7 @@ def _modules(names: Mapping[str, str]) -> dict[str, str]:
     }
 
 
-def _backbone(prefix: str, config: ActConfig) -> dict[str, str]:
+def _backbone(foreign: str, internal: str, config: ActConfig) -> dict[str, str]:
     names = ["conv1.weight", *(f"bn1.{k}" for k in BATCH_NORM_KEYS)]
     for stage, blocks in enumerate(BLOCKS[config.backbone], start=1):
         for block in range(blocks):
@@ -143,7 +170,7 @@ def _backbone(prefix: str, config: ActConfig) -> dict[str, str]:
             if stage > 1 and block == 0:
                 names.append(f"{at}.downsample.0.weight")
                 names.extend(f"{at}.downsample.1.{k}" for k in BATCH_NORM_KEYS)
-    return {f"{prefix}.{name}": f"backbone.{name}" for name in names}
+    return {f"{foreign}.{name}": f"{internal}.{name}" for name in names}
 
 
 def _encoder_layer_names() -> list[str]:

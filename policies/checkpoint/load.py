@@ -93,9 +93,9 @@ def load_weights(
         config = read_json(config_path)
         if "input_features" in config or "type" in config:
             _only_known("LeRobot", path, dataset_id=dataset_id)
-            _says_itself(path, camera_names, n_heads)
+            _says_itself(path, camera_names, n_heads, extras.action_statistics)
             return load_lerobot(folder, extras, image_hw=image_hw)
-        _says_itself(path, camera_names, n_heads)
+        _says_itself(path, camera_names, n_heads, extras.action_statistics)
         return load_ilstudio(folder, extras, dataset_id=dataset_id, image_hw=image_hw)
     if find_weights(folder) is not None:
         _only_known("the original ACT", path, dataset_id=dataset_id)
@@ -134,8 +134,17 @@ def _only_known(layout: str, path: str, *, dataset_id: str | None) -> None:
         )
 
 
-def _says_itself(path: str, camera_names: Sequence[str] | None, n_heads: int | None) -> None:
-    for name, value in (("camera_names", camera_names), ("n_heads", n_heads)):
+def _says_itself(
+    path: str,
+    camera_names: Sequence[str] | None,
+    n_heads: int | None,
+    action_statistics: str | None,
+) -> None:
+    for name, value in (
+        ("camera_names", camera_names),
+        ("n_heads", n_heads),
+        ("action_statistics", action_statistics),
+    ):
         if value is not None:
             raise CheckpointError(
                 f"{path}: {name}: got {value}, expected none: this layout says its own"

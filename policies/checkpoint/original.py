@@ -1,7 +1,8 @@
 """The original ACT's layout: ``policy_best.ckpt``, a bare state dict, and ``dataset_stats.pkl``.
 
+Mobile ALOHA's act-plus-plus and Agilex's cobot_magic write it too, with a backbone for each camera.
 It says neither the cameras' names nor the number of attention heads: they come from the user, by
-arguments or by ``metronome.yaml`` beside it.
+arguments or by ``metronome.yaml`` beside it, or from act-plus-plus's ``config.pkl``.
 """
 
 from __future__ import annotations
@@ -18,6 +19,15 @@ from policies.checkpoint.assemble import assemble
 from policies.checkpoint.extras import Extras
 from policies.checkpoint.files import read_torch
 from policies.checkpoint.keys import detr_dead_keys, detr_keys, translate
+from policies.checkpoint.original_variants import (
+    BACKBONES,
+    Settings,
+    check_supported,
+    is_agilex,
+    read_settings,
+    unused_names,
+    with_original_names,
+)
 from policies.checkpoint.pickles import read_pickle
 from policies.errors import CheckpointError
 from policies.normalize import Normalizer, from_stats
@@ -50,29 +60,67 @@ def load_original(
     path = find_weights(folder)
     if path is None:
         raise CheckpointError(f"{folder}: expected {BEST}, or exactly one .ckpt file")
+    settings = read_settings(folder)
     tensors = read_torch(path)
-    names = camera_names or extras.camera_names
-    heads = n_heads or extras.n_heads
+    check_supported(tensors, path)
+    names, heads = _said(settings, camera_names, n_heads, extras, path)
+    cameras = extras.camera_contracts(names, image_hw, path)
+    agilex = is_agilex(tensors)
+    tensors = with_original_names(tensors, path)
+    config = _config(tensors, path, len(cameras), heads, cameras[0].model_hw)
+    dead = detr_dead_keys(_count(tensors, "model.transformer.decoder.layers."))
+    dead |= unused_names(tensors)
+    used = {key: tensor for key, tensor in tensors.items() if key not in dead}
+    stats = read_pickle(folder / STATS)
+    if not isinstance(stats, dict):
+        raise CheckpointError(f"{folder / STATS}: got {type(stats).__name__}, expected a dict")
+    normalizers = {
+        what: _normalizer(stats, what, folder / STATS, dim)
+        for what, dim in (("qpos", config.state_dim), ("action", config.action_dim))
+    }
+    chosen = extras.action_statistics or "action"
+    if agilex and extras.action_statistics is None:
+        _check_unambiguous(normalizers, folder / STATS)
+    return assemble(
+        config,
+        translate(used, detr_keys(config), (), config, path),
+        extras,
+        state=normalizers["qpos"],
+        action=_normalizer(stats, chosen, folder / STATS, config.action_dim),
+        cameras=cameras,
+    )
+
+
+def _said(
+    settings: Settings | None,
+    camera_names: tuple[str, ...] | None,
+    n_heads: int | None,
+    extras: Extras,
+    path: Path,
+) -> tuple[tuple[str, ...], int]:
+    """The cameras' names and the number of heads."""
+    names = camera_names or extras.camera_names or (settings and settings.camera_names)
+    heads = n_heads or extras.n_heads or (settings and settings.n_heads)
     for what, value in (("camera_names", names), ("n_heads", heads)):
         if not value:
             raise CheckpointError(
                 f"{path}: a bare state dict does not hold {what}: give it as an argument, or in "
                 f"metronome.yaml beside the checkpoint"
             )
-    cameras = extras.camera_contracts(tuple(names or ()), image_hw, path)
-    config = _config(tensors, path, len(cameras), int(heads or 0), cameras[0].model_hw)
-    layers = _count(tensors, "model.transformer.decoder.layers.")
-    stats = read_pickle(folder / STATS)
-    if not isinstance(stats, dict):
-        raise CheckpointError(f"{folder / STATS}: got {type(stats).__name__}, expected a dict")
-    return assemble(
-        config,
-        translate(tensors, detr_keys(config), detr_dead_keys(layers), config, path),
-        extras,
-        state=_normalizer(stats, "qpos", folder / STATS, config.state_dim),
-        action=_normalizer(stats, "action", folder / STATS, config.action_dim),
-        cameras=cameras,
-    )
+    said = tuple(names or ()), int(heads or 0)
+    if settings is not None:
+        settings.check(*said)
+    return said
+
+
+def _check_unambiguous(normalizers: Mapping[str, Normalizer], path: Path) -> None:
+    """Refuses to guess which of the two normalizes actions, where that matters."""
+    if normalizers["qpos"].digest() != normalizers["action"].digest():
+        raise CheckpointError(
+            f"{path}: cobot_magic normalized actions by the statistics of qpos until December "
+            "2024, and by those of action since; the checkpoint does not say which: expected "
+            "'action_statistics: action' or 'action_statistics: qpos' in metronome.yaml beside it"
+        )
 
 
 def _config(
@@ -82,7 +130,13 @@ def _config(
     encoder = "model.transformer.encoder.layers."
     action_dim, width = _shape(tensors, "model.action_head.weight", path)
     _, latent_dim = _shape(tensors, "model.latent_out_proj.weight", path)
-    deeper = "model.backbones.0.0.body.layer1.2.conv1.weight" in tensors
+    deeper = f"{BACKBONES}0.0.body.layer1.2.conv1.weight" in tensors
+    backbones = _count(tensors, BACKBONES)
+    if backbones > 1 and backbones != n_cameras:
+        raise CheckpointError(
+            f"{path}: camera_names: got {n_cameras}, expected {backbones}: each camera has a "
+            "backbone of its own, in the order of the training"
+        )
     return ActConfig(
         state_dim=_shape(tensors, "model.input_proj_robot_state.weight", path)[1],
         action_dim=action_dim,
@@ -96,6 +150,7 @@ def _config(
         n_style_layers=max(1, _count(tensors, "model.encoder.layers.")),
         latent_dim=latent_dim,
         backbone="resnet34" if deeper else "resnet18",
+        backbone_per_camera=backbones > 1,
     )
 
 

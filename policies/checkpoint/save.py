@@ -46,6 +46,11 @@ class Saved:
     def __post_init__(self) -> None:
         if not self.extras.cameras:
             raise CheckpointError("extras.cameras: got none, expected a contract for each camera")
+        if self.config.backbone_per_camera:
+            raise CheckpointError(
+                "backbone_per_camera: got True, expected False: neither ILStudio's layout nor "
+                "LeRobot's holds more than one backbone"
+            )
 
 
 def save_ilstudio(folder: Path, saved: Saved, *, stored_as: StoredAs = "fp32") -> None:

@@ -333,7 +333,7 @@ REFUSALS = {
     "nan": (edit_weights(poison), "model.action_head.bias: NaN or infinity among the weights"),
     "a backbone per camera": (
         edit_weights(lambda t: t.update({PER_CAMERA: torch.zeros(1)})),
-        "a backbone for each camera is not supported",
+        "a backbone for each camera is not supported in this layout, expected model.backbones.0",
     ),
     "no normalizer": (remove("normalize.json"), "normalize.json: missing; without it there is no"),
     "no statistics": (
