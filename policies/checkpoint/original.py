@@ -99,10 +99,13 @@ def _said(
     path: Path,
 ) -> tuple[tuple[str, ...], int]:
     """The cameras' names and the number of heads."""
-    names = camera_names or extras.camera_names or (settings and settings.camera_names)
-    heads = n_heads or extras.n_heads or (settings and settings.n_heads)
+    names = extras.camera_names if camera_names is None else camera_names
+    heads = extras.n_heads if n_heads is None else n_heads
+    if settings is not None:
+        names = settings.camera_names if names is None else names
+        heads = settings.n_heads if heads is None else heads
     for what, value in (("camera_names", names), ("n_heads", heads)):
-        if not value:
+        if value is None or value == ():
             raise CheckpointError(
                 f"{path}: a bare state dict does not hold {what}: give it as an argument, or in "
                 f"metronome.yaml beside the checkpoint"

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+from pathlib import Path
 
 import h5py
 import numpy as np
@@ -18,7 +19,7 @@ from policies.checkpoint.load import load_policy
 from policies.checkpoint.save import save_lerobot
 from policies.errors import CheckpointError
 from policies.types import CameraContract
-from policies.yaml_config import load_config
+from policies.yaml_config import ConfigError, load_config
 
 CAMERA = CameraContract("top", source_hw=(40, 64), crop=(4, 0, 32, 32), model_hw=(32, 32))
 
@@ -252,3 +253,12 @@ def test_the_shipped_recipes_are_readable(task):
         dataclasses.replace(settings, steps=0)
     with pytest.raises(ValueError, match="cameras: expected at least one"):
         dataclasses.replace(settings, cameras=())
+
+
+def test_a_backbone_for_each_camera_cannot_be_trained(tmp_path):
+    """The checkpoint's layout has one backbone, so the recipe has no key for it."""
+    recipe = Path("configs/train/act_sim_transfer_cube.yaml").resolve()
+    path = tmp_path / "recipe.yaml"
+    path.write_text(recipe.read_text() + "\nbackbone_per_camera: true\n")
+    with pytest.raises(ConfigError, match="backbone_per_camera: unknown key, expected one of"):
+        load_config(TrainConfig, str(path), kind="train")
