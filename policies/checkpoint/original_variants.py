@@ -122,12 +122,13 @@ def check_supported(tensors: Mapping[str, Tensor], path: Path) -> None:
     into, out = (tensors.get(f"model.{name}.weight") for name in ("latent_out_proj", "latent_proj"))
     if into is None or out is None or into.ndim != 2:
         return
-    if len(out) == into.shape[1]:
+    latent = into.shape[1]
+    if out.ndim == 2 and len(out) == latent:
         raise CheckpointError(_no_vq(path))
-    if len(out) != 2 * into.shape[1]:
+    if out.ndim != 2 or len(out) != 2 * latent:
         raise CheckpointError(
-            f"{path}: model.latent_proj.weight: got {len(out)} rows, expected "
-            f"{2 * into.shape[1]}, a mean and a log-variance of the latent"
+            f"{path}: model.latent_proj.weight: got shape {tuple(out.shape)}, expected "
+            f"{2 * latent} rows, a mean and a log-variance of the latent"
         )
 
 

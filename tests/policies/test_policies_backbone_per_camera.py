@@ -323,7 +323,11 @@ UNSUPPORTED = {
     "resnet50": (bottlenecks(6), r"backbone: got 'resnet50', expected one of \('resnet18'"),
     "resnet101": (bottlenecks(23), "backbone: got 'resnet101', expected one of"),
     "vq": ({"model.latent_proj.weight": torch.zeros(32, 16)}, "use_vq: got True, expected False"),
-    "latent": ({"model.latent_proj.weight": torch.zeros(9, 16)}, "got 9 rows, expected 64, a mean"),
+    "latent": ({"model.latent_proj.weight": torch.zeros(9, 16)}, "expected 64 rows, a mean and"),
+    "one number": (
+        {"model.latent_proj.weight": torch.zeros(())},
+        r"got shape \(\), expected 64 row",
+    ),
     "anything": ({"model.new.weight": torch.zeros(1)}, "1 keys that nothing uses, the first 'mode"),
 }
 
