@@ -1,7 +1,8 @@
 """Mobile ALOHA's and Agilex's own code, run by itself, commands what we compute.
 
 Skipped without clones of theirs: METRONOME_ACT_PLUS_PLUS (github.com/MarkFzp/act-plus-plus) and
-METRONOME_COBOT_MAGIC (github.com/agilexrobotics/cobot_magic) name their folders, and
+METRONOME_COBOT_MAGIC (github.com/agilexrobotics/cobot_magic) name their folders,
+METRONOME_COBOT_MAGIC_OLD one of cobot_magic at commit f6af1ec, before its change of statistics, and
 METRONOME_PEER_PYTHON a Python with torch, torchvision, einops, h5py and matplotlib.
 METRONOME_PEER_FULL=1 runs the networks at their full size, too: three cameras of 480x640.
 ``--log-level=INFO -rP`` shows the figures.
@@ -25,10 +26,15 @@ from policies.checkpoint.load import load_policy, load_weights
 from policies.types import MetaObs
 
 logger = logging.getLogger(__name__)
+pytestmark = pytest.mark.timeout(900)
 
 EXACT = 1e-5
 """Of max|a - b| / max|b|."""
-CLONES = {"mobile_aloha": "METRONOME_ACT_PLUS_PLUS", "agilex": "METRONOME_COBOT_MAGIC"}
+CLONES = {
+    "mobile_aloha": "METRONOME_ACT_PLUS_PLUS",
+    "agilex": "METRONOME_COBOT_MAGIC",
+    "agilex_old": "METRONOME_COBOT_MAGIC_OLD",
+}
 SCRIPT = Path(__file__).with_name("original_peer.py")
 NAMES = ("cam_high", "cam_left_wrist", "cam_right_wrist")
 BASE_DELAY = 13
@@ -42,6 +48,7 @@ RUNS = {
     "mobile ALOHA, mended": ("mobile_aloha", "--mended"),
     "Agilex": ("agilex",),
     "Agilex with the base": ("agilex", "--base"),
+    "Agilex before December 2024": ("agilex_old", "--base"),
     "mobile ALOHA, full size": ("mobile_aloha", "--mended", "--full"),
     "Agilex, full size": ("agilex", "--full"),
 }
@@ -63,7 +70,7 @@ def answered(request, tmp_path_factory):
     if subprocess.run([python, "-c", needs], check=False, capture_output=True).returncode:
         pytest.skip(f"{python}: not all there of: {needs}")
     folder = tmp_path_factory.mktemp("peer")
-    command = [python, str(SCRIPT), run[0], clone, str(folder), *run[1:]]
+    command = [python, str(SCRIPT), run[0].removesuffix("_old"), clone, str(folder), *run[1:]]
     done = subprocess.run(command, check=False, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr[-2000:]
     yield folder, run
@@ -72,8 +79,9 @@ def answered(request, tmp_path_factory):
 
 def arguments(folder, run):
     """What their checkpoint does not say; Mobile ALOHA's config.pkl names cameras and heads."""
-    if run[0] == "agilex":
-        (folder / "metronome.yaml").write_text("action_statistics: action")
+    if run[0] != "mobile_aloha":
+        which = "qpos" if run[0] == "agilex_old" else "action"
+        (folder / "metronome.yaml").write_text(f"action_statistics: {which}")
     with np.load(folder / "expected.npz") as data:
         given = {"image_hw": data["images"].shape[1:3]}
     if run[0] == "mobile_aloha":
