@@ -21,6 +21,7 @@ import sys
 from collections import deque
 from collections.abc import Generator, Sequence
 from concurrent.futures import Future, ProcessPoolExecutor
+from concurrent.futures.process import BrokenProcessPool
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -28,12 +29,14 @@ import numpy as np
 
 from envs.errors import EnvError
 from envs.expert import EPISODE_TICKS, plan_episode
+from envs.gl import import_mujoco
 from envs.kinematics import Unreachable
 from envs.physics import DT_S, STATE_DIM, AlohaSim
 from envs.tasks import MAX_REWARD, TASKS, find_task
 
 log = logging.getLogger(__name__)
 
+FAILED, BAD_INPUT, INTERRUPTED = 1, 2, 130
 FIRST_SEED = 1_000_000
 """Demonstrations start here; evaluations use the seeds below."""
 MAX_FAILURES = 50
@@ -76,7 +79,6 @@ def record_episode(recording: Recording, seed: int) -> Outcome:
     The file appears under its final name only when it is complete.
     """
     import h5py
-    import mujoco
 
     sim = _simulation(recording)
     sim.reset(seed)
@@ -111,7 +113,7 @@ def record_episode(recording: Recording, seed: int) -> Outcome:
         file.attrs["seed"] = seed
         file.attrs["dt_s"] = DT_S
         file.attrs["shadows"], file.attrs["msaa"] = recording.shadows, recording.msaa
-        file.attrs["mujoco"] = mujoco.mj_versionString()
+        file.attrs["mujoco"] = import_mujoco().mj_versionString()
         file["observations/qpos"], file["observations/qvel"] = qpos, qvel
         file["action"] = actions
         for camera, frames in pictures.items():
@@ -222,9 +224,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
                     kept += 1
                     bar.update()
                 bar.set_postfix_str(f"success {kept}/{attempts}")
-    except EnvError as error:
-        log.error("%s", error)
-        return 1
+    except (EnvError, OSError, BrokenProcessPool) as error:
+        print(f"error: {error}", file=sys.stderr)
+        return BAD_INPUT if isinstance(error, EnvError) else FAILED
+    except KeyboardInterrupt:
+        print(f"interrupted: {kept} episodes in {options.out}", file=sys.stderr)
+        return INTERRUPTED
     print(f"{kept} episodes in {options.out}, {attempts} attempts")
     return 0
 

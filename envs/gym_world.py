@@ -2,19 +2,26 @@
 
 from __future__ import annotations
 
+import contextlib
+import logging
+import sys
 import time
-from collections.abc import Mapping
+import traceback
+from collections.abc import Iterator, Mapping
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from numpy.typing import NDArray
 
 from envs.errors import EnvError
+from envs.gl import one_line, why_not
 from envs.world import Pictures, StepResult, check_action
 from policies.types import MetaObs
 
 if TYPE_CHECKING:
     from envs.meta import EnvConfig
+
+logger = logging.getLogger(__name__)
 
 RENDER = "render()"
 DEFAULT_DT_S = 0.02
@@ -40,8 +47,6 @@ class GymWorld:
     control = None
 
     def __init__(self, config: EnvConfig, camera_hw: Mapping[str, tuple[int, int] | None]) -> None:
-        import gymnasium
-
         self.task, self.language = config.task, ""
         self.max_timesteps = config.max_timesteps or DEFAULT_MAX_TIMESTEPS
         self._keys = config.gym
@@ -56,10 +61,12 @@ class GymWorld:
         self._success_reward = config.success_reward
         kwargs = dict(self._keys.kwargs)
         kwargs.setdefault("render_mode", "rgb_array")
-        try:
+        # Before the environment's own code imports a renderer, and chooses a broken one for good.
+        self._no_renderer = why_not()
+        with self._running("make()"):
+            import gymnasium
+
             self._env: Any = gymnasium.make(config.task, **kwargs)
-        except (gymnasium.error.Error, ImportError, TypeError) as error:
-            raise EnvError(f"gym:{config.task}: {error}") from error
         space: Any = self._env.action_space
         self._discrete = isinstance(space, gymnasium.spaces.Discrete)
         if self._discrete:
@@ -84,7 +91,8 @@ class GymWorld:
                 )
 
     def reset(self, seed: int) -> None:
-        self._observation, _ = self._env.reset(seed=seed)
+        with self._running("reset()"):
+            self._observation, _ = self._env.reset(seed=seed)
         self._timestep, self._highest_reward = 0, -np.inf
 
     def observe(self, out: Pictures | None = None) -> MetaObs:
@@ -108,7 +116,8 @@ class GymWorld:
     def step(self, action: NDArray[np.float32]) -> StepResult:
         check_action(action, self.action_dim)
         played = int(np.argmax(action)) if self._discrete else action.astype(self._action_dtype)
-        self._observation, reward, terminated, truncated, info = self._env.step(played)
+        with self._running("step()"):
+            self._observation, reward, terminated, truncated, info = self._env.step(played)
         self._timestep += 1
         self._highest_reward = max(self._highest_reward, float(reward))
         if self._keys.success is not None:
@@ -150,7 +159,10 @@ class GymWorld:
         }
 
     def close(self) -> None:
-        self._env.close()
+        try:
+            self._env.close()
+        except Exception as error:
+            logger.warning("gym:%s: close() failed: %s", self.task, one_line(error))
 
     def _state(self) -> NDArray[np.float32]:
         keys = self._keys.state
@@ -173,13 +185,25 @@ class GymWorld:
         return picture
 
     def _rendered(self) -> NDArray[np.uint8]:
-        try:
+        with self._running(RENDER):
             picture = self._env.render()
-        except Exception as error:  # anyone's environment; often a renderer that is not installed
-            raise EnvError(f"gym:{self.task}: render() failed: {error}") from error
         if picture is None:
             raise EnvError(f"gym:{self.task}: render() returned nothing; it needs a render_mode")
         return np.asarray(picture)
+
+    @contextlib.contextmanager
+    def _running(self, call: str) -> Iterator[None]:
+        """Anyone's environment may raise anything; often its renderer is not there."""
+        try:
+            yield
+        except Exception as error:
+            logger.debug("gym:%s: %s failed", self.task, call, exc_info=True)
+            kind = "" if isinstance(error, ImportError) else f"{type(error).__name__}: "
+            hint = f"; rendering: {self._no_renderer}" if self._no_renderer else ""
+            _let_go(error)
+            raise EnvError(
+                f"gym:{self.task}: {call} failed: {kind}{one_line(error)}{hint}"
+            ) from error
 
     def _at(self, dotted: str) -> Any:
         value = self._observation
@@ -189,3 +213,16 @@ class GymWorld:
                 raise EnvError(f"gym: got the key {dotted!r}, expected {key!r} to be in {there}")
             value = value[key]
         return value
+
+
+def _let_go(error: BaseException | None) -> None:
+    """Free what the frames of ``error`` hold: a viewer that was half made raises in ``__del__``,
+    and Python would print that, with a traceback, whenever it came to it."""
+    before = sys.unraisablehook
+    sys.unraisablehook = lambda raised: logger.debug("%s: %s", raised.object, raised.exc_value)
+    try:
+        while error is not None:
+            traceback.clear_frames(error.__traceback__)
+            error = error.__cause__ or error.__context__
+    finally:
+        sys.unraisablehook = before

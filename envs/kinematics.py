@@ -12,6 +12,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from envs.errors import EnvError
+from envs.gl import import_mujoco
 from envs.physics import JOINTS_PER_ARM, START_POSE
 
 if TYPE_CHECKING:
@@ -45,8 +46,7 @@ class ArmKinematics:
     """
 
     def __init__(self, model: mujoco.MjModel, side: str) -> None:
-        import mujoco as mj
-
+        mj = import_mujoco()
         self._mj: Any = mj
         self._model, self._side = model, side
         # Data of its own: a plan must not disturb the simulation.

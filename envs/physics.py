@@ -14,6 +14,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from envs.errors import EnvError, PhysicsDiverged
+from envs.gl import import_mujoco
 from envs.rendering import OffscreenRenderer, camera_names
 from envs.tasks import find_task
 from envs.world import check_action
@@ -61,8 +62,7 @@ class AlohaSim:
             raise EnvError(f"max_hw: got {max_hw}, expected a positive height and width")
         if msaa not in (0, 2, 4, 8, 16):
             raise EnvError(f"msaa: got {msaa}, expected one of 0, 2, 4, 8, 16")
-        import mujoco
-
+        mujoco = import_mujoco()
         self._mj: Any = mujoco
         self.model = mujoco.MjModel.from_xml_path(str(assets_folder() / self.task.scene))
         self.data = mujoco.MjData(self.model)
@@ -232,4 +232,4 @@ def assets_folder() -> Path:
         folder = Path(location) / "assets"
         if folder.is_dir():
             return folder
-    raise EnvError("the models of gym-aloha are not installed: pip install 'metronome[sim]'")
+    raise EnvError("the models of gym-aloha are not installed: pip install '.[sim]'")

@@ -9,8 +9,8 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from numpy.typing import NDArray
 
-from envs.errors import EnvError, UnknownCamera
-from envs.gl import make_context
+from envs.errors import EnvError, RenderingUnavailable, UnknownCamera
+from envs.gl import broken, import_mujoco, make_context
 
 if TYPE_CHECKING:
     import mujoco
@@ -35,14 +35,13 @@ class OffscreenRenderer:
         name: The backend, e.g. ``"egl"``.
 
     Raises:
-        RenderingUnavailable: Neither EGL nor OSMesa works here.
+        RenderingUnavailable: Nothing to render with works here.
     """
 
     def __init__(
         self, model: mujoco.MjModel, *, max_hw: tuple[int, int], shadows: bool, msaa: int
     ) -> None:
-        import mujoco as mj
-
+        mj = import_mujoco()
         self._mj: Any = mj
         self._model = model
         self._max_hw = max_hw
@@ -60,8 +59,13 @@ class OffscreenRenderer:
         atexit.register(self._at_exit)
         self._gl.make_current()
         self._context: Any = None
-        self._context = mj.MjrContext(model, mj.mjtFontScale.mjFONTSCALE_150.value)
-        model.vis.quality.shadowsize = shadow_size  # another renderer may want them
+        try:
+            self._context = mj.MjrContext(model, mj.mjtFontScale.mjFONTSCALE_150.value)
+        except mj.FatalError as error:
+            self.close()
+            raise RenderingUnavailable(broken(self.name, error)) from error
+        finally:
+            model.vis.quality.shadowsize = shadow_size  # another renderer may want them
         mj.mjr_setBuffer(mj.mjtFramebuffer.mjFB_OFFSCREEN.value, self._context)
         self._scene = mj.MjvScene(model, maxgeom=MAX_GEOMS)
         self._scene.flags[mj.mjtRndFlag.mjRND_SHADOW] = shadows

@@ -19,6 +19,7 @@ from pathlib import Path
 from typing import Any
 
 from envs.errors import EnvError
+from envs.gl import why_not
 from envs.meta import EnvConfig, World, make_world
 from policies.errors import PolicyError
 from policies.types import Policy
@@ -145,6 +146,8 @@ def _guarded(plan: Plan, seeds: tuple[int, ...]) -> Iterator[Report]:
 
 def _episodes(plan: Plan, seeds: tuple[int, ...]) -> Iterator[Report]:
     with contextlib.ExitStack() as stack:
+        if plan.env.kind != "fake":
+            why_not()  # before anybody's policy imports mujoco; the world says it if it matters
         policy = stack.enter_context(contextlib.closing(_policy(plan)))
         contract = policy.contract
         unknown = sorted(set(plan.camera_names) - set(contract.camera_names))

@@ -95,10 +95,10 @@ def test_an_episode_that_does_not_end_in_success_is_not_kept(
 
 
 def test_a_folder_with_episodes_is_refused(
-    recorded: Path, caplog: pytest.LogCaptureFixture
+    recorded: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     with pytest.raises(EnvError, match="got a folder with episodes, expected a new one"):
         next(record(Recording("sim_transfer_cube", recorded), num=1))
     status = main(["--task", "sim_transfer_cube", "--num", "1", "--out", str(recorded)])
-    assert status == 1
-    assert "expected a new one" in caplog.text
+    assert status == 2
+    assert "expected a new one" in capsys.readouterr().err

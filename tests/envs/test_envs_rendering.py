@@ -6,6 +6,8 @@ import ctypes
 import os
 import subprocess
 import sys
+import types
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
@@ -74,10 +76,26 @@ def test_rendering_after_close_is_an_error() -> None:
         simulation.render_camera("top", hw=(10, 10))
 
 
-def test_without_any_gl_the_error_names_the_packages(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.delenv("MUJOCO_GL", raising=False)
-    monkeypatch.delenv("PYOPENGL_PLATFORM", raising=False)
-    monkeypatch.setattr(gl, "_PROBES", {"egl": lambda: "no libEGL", "osmesa": lambda: "no mesa"})
+@pytest.fixture
+def unsettled(monkeypatch: pytest.MonkeyPatch) -> pytest.MonkeyPatch:
+    """Nothing chosen yet; what is chosen in a test is forgotten after it."""
+    monkeypatch.setattr(gl, "_settled", set())
+    monkeypatch.setattr(gl, "_unsettled", [])
+    for name in ("MUJOCO_GL", "PYOPENGL_PLATFORM", "DISPLAY", "WAYLAND_DISPLAY"):
+        monkeypatch.setenv(name, "")
+        monkeypatch.delenv(name)
+    monkeypatch.setattr(gl, "_loaded_platform", lambda: "")
+    return monkeypatch
+
+
+def test_without_any_gl_the_error_names_the_packages(
+    unsettled: pytest.MonkeyPatch,
+) -> None:
+    unsettled.setattr(
+        gl,
+        "_PROBES",
+        {"egl": lambda: "no libEGL", "osmesa": lambda: "no mesa", "glfw": lambda: "no screen"},
+    )
     with pytest.raises(
         RenderingUnavailable,
         match=r"egl: no libEGL; osmesa: no mesa.*apt-get install libegl1 .*libosmesa6",
@@ -85,13 +103,12 @@ def test_without_any_gl_the_error_names_the_packages(monkeypatch: pytest.MonkeyP
         gl.make_context(10, 10)
 
 
-def test_a_users_choice_is_the_only_one_tried(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("MUJOCO_GL", "osmesa")
-    monkeypatch.delenv("PYOPENGL_PLATFORM", raising=False)
-    monkeypatch.setattr(gl, "_PROBES", {"egl": lambda: None, "osmesa": lambda: "absent"})
+def test_a_users_choice_is_the_only_one_tried(unsettled: pytest.MonkeyPatch) -> None:
+    unsettled.setenv("MUJOCO_GL", "osmesa")
+    unsettled.setattr(gl, "_PROBES", {"egl": lambda: None, "osmesa": lambda: "absent"})
     with pytest.raises(RenderingUnavailable, match=r"\(osmesa: absent\)"):
         gl.make_context(10, 10)
-    monkeypatch.setenv("MUJOCO_GL", "off")
+    unsettled.setenv("MUJOCO_GL", "off")
     with pytest.raises(RenderingUnavailable, match="switched off: MUJOCO_GL=off"):
         gl.make_context(10, 10)
 
@@ -133,3 +150,169 @@ def test_a_simulation_that_is_never_closed_exits_in_silence() -> None:
         check=False,
     )
     assert (done.returncode, done.stderr) == (0, "")
+
+
+@pytest.mark.parametrize(
+    ("mujoco_gl", "platform", "working", "expected"),
+    [
+        (None, None, ("egl", "osmesa"), "egl"),
+        ("", "", ("egl",), "egl"),
+        ("on", None, ("osmesa",), "osmesa"),
+        (" EGL ", None, ("egl", "osmesa"), "egl"),
+        ("osmesa", None, ("egl", "osmesa"), "osmesa"),
+        ("glx", "egl", ("glfw",), "glfw"),
+        (None, "osmesa", ("egl", "osmesa"), "osmesa"),
+        (None, "EGL", ("egl", "osmesa"), "egl"),
+        (None, None, ("glfw",), "glfw"),
+    ],
+)
+def test_what_was_chosen_is_everybodys_choice(
+    unsettled: pytest.MonkeyPatch,
+    mujoco_gl: str | None,
+    platform: str | None,
+    working: tuple[str, ...],
+    expected: str,
+) -> None:
+    _set(unsettled, mujoco_gl, platform)
+    unsettled.setattr(gl, "_PROBES", _probes(*working))
+    assert gl.settle() == expected
+    assert os.environ["MUJOCO_GL"] == expected
+    if expected != "glfw":
+        assert os.environ["PYOPENGL_PLATFORM"] == expected
+    assert gl.settle() == expected
+
+
+@pytest.mark.parametrize(
+    ("mujoco_gl", "platform", "working", "message"),
+    [
+        ("nonsense", None, ("egl",), "MUJOCO_GL: got 'nonsense', expected one of egl, osmesa, "),
+        ("osmesa", None, ("egl",), r"\(osmesa: broken\). egl works here: unset MUJOCO_GL$"),
+        (None, "glx", ("egl",), r"egl: excluded by .*egl works here: unset PYOPENGL_PLATFORM$"),
+        ("egl", "osmesa", ("egl",), "excluded by PYOPENGL_PLATFORM=osmesa.*unset MUJOCO_GL and P"),
+        ("egl", None, (), r"\(egl: broken\). Install a software renderer: apt-get install"),
+        ("OFF", None, ("egl",), "switched off: MUJOCO_GL=off; unset it to render"),
+    ],
+)
+def test_without_a_renderer_one_line_says_what_was_tried_and_the_remedy(
+    unsettled: pytest.MonkeyPatch,
+    mujoco_gl: str | None,
+    platform: str | None,
+    working: tuple[str, ...],
+    message: str,
+) -> None:
+    _set(unsettled, mujoco_gl, platform)
+    unsettled.setattr(gl, "_PROBES", _probes(*working))
+    with pytest.raises(RenderingUnavailable, match=message) as raised:
+        gl.settle()
+    assert "\n" not in str(raised.value)
+    assert os.environ.get("MUJOCO_GL") == mujoco_gl
+
+
+def test_a_screen_that_is_not_there_is_no_screen(unsettled: pytest.MonkeyPatch) -> None:
+    unsettled.setenv("MUJOCO_GL", "glfw")
+    with pytest.raises(RenderingUnavailable, match=r"glfw: no screen \(DISPLAY is not set"):
+        gl.make_context(8, 8)
+    unsettled.setenv("DISPLAY", ":77")
+    with pytest.raises(RenderingUnavailable, match=r"glfw: .*display :77"):
+        gl.make_context(8, 8)
+
+
+def test_a_device_number_that_is_none_is_named(unsettled: pytest.MonkeyPatch) -> None:
+    unsettled.setenv("MUJOCO_GL", "egl")
+    unsettled.setenv("MUJOCO_EGL_DEVICE_ID", "first")
+    try:
+        ctypes.CDLL("libEGL.so.1")
+    except OSError as error:
+        pytest.skip(f"no EGL: {error}")
+    with pytest.raises(RenderingUnavailable, match=r"MUJOCO_EGL_DEVICE_ID: got 'first', expected"):
+        gl.make_context(8, 8)
+
+
+def test_a_backend_that_breaks_when_used_is_named(unsettled: pytest.MonkeyPatch) -> None:
+    class Broken(types.ModuleType):
+        @staticmethod
+        def GLContext(width: int, height: int) -> None:  # noqa: N802  mujoco's name
+            raise RuntimeError("no\nluck")
+
+    unsettled.setattr(gl, "_PROBES", _probes("osmesa"))
+    unsettled.setitem(sys.modules, "mujoco.osmesa", Broken("mujoco.osmesa"))
+    with pytest.raises(
+        RenderingUnavailable, match=r"osmesa was found .*\(no luck\). Set MUJOCO_GL"
+    ):
+        gl.make_context(8, 8)
+
+
+@pytest.mark.parametrize("value", ["nonsense", "osmesa", "glfw", "disable", ""])
+def test_physics_needs_no_renderer(value: str) -> None:
+    code = (
+        "import os\n"
+        "from envs.physics import AlohaSim\n"
+        "sim = AlohaSim('sim_transfer_cube')\n"
+        "sim.step(sim.agent_pos)\n"
+        "print(repr(os.environ['MUJOCO_GL']))\n"
+    )
+    done = _python(code, MUJOCO_GL=value, PYOPENGL_PLATFORM=value)
+    assert (done.returncode, done.stdout.strip(), done.stderr) == (0, repr(value), "")
+
+
+def test_environments_of_others_render_with_what_was_chosen() -> None:
+    """Gymnasium's own would take GLFW, and die where there is no screen."""
+    code = (
+        "from envs.meta import load_env_config, make_world\n"
+        "keys = {'gym.images': '{top: render()}'}\n"
+        "world = make_world(load_env_config('gym:InvertedPendulum-v5', keys))\n"
+        "print(world.observe().images['top'].std() > 1)\n"
+        "world.close()\n"
+    )
+    done = _python(code, MUJOCO_GL="", PYOPENGL_PLATFORM="", DISPLAY=":77")
+    assert (done.returncode, done.stdout.strip()) == (0, "True"), done.stderr
+    assert "Traceback" not in done.stderr
+
+
+def test_environments_of_others_that_cannot_render_say_why() -> None:
+    code = (
+        "from envs.errors import EnvError\n"
+        "from envs.meta import load_env_config, make_world\n"
+        "keys = {'gym.images': '{top: render()}'}\n"
+        "try:\n"
+        "    make_world(load_env_config('gym:InvertedPendulum-v5', keys))\n"
+        "except EnvError as error:\n"
+        "    print(error)\n"
+    )
+    done = _python(code, MUJOCO_GL="nonsense")
+    (line,) = done.stdout.splitlines()
+    assert line.startswith("gym:InvertedPendulum-v5: ")
+    assert "rendering: MUJOCO_GL: got 'nonsense'" in line
+    assert "Traceback" not in done.stderr
+
+
+def test_environments_of_others_that_do_not_render_need_no_renderer() -> None:
+    code = (
+        "from envs.meta import load_env_config, make_world\n"
+        "world = make_world(load_env_config('gym:InvertedPendulum-v5'))\n"
+        "print(world.observe().state.shape)\n"
+    )
+    done = _python(code, MUJOCO_GL="nonsense")
+    assert (done.stdout.strip(), done.returncode) == ("(4,)", 0), done.stderr
+
+
+def _set(monkeypatch: pytest.MonkeyPatch, mujoco_gl: str | None, platform: str | None) -> None:
+    for name, value in (("MUJOCO_GL", mujoco_gl), ("PYOPENGL_PLATFORM", platform)):
+        if value is not None:
+            monkeypatch.setenv(name, value)
+
+
+def _probes(*working: str) -> dict[str, Callable[[], str | None]]:
+    return {name: lambda n=name: None if n in working else "broken" for name in gl.BACKENDS}
+
+
+def _python(code: str, **environment: str) -> subprocess.CompletedProcess[str]:
+    names = ("MUJOCO_GL", "PYOPENGL_PLATFORM", "DISPLAY", "WAYLAND_DISPLAY")
+    inherited = {k: v for k, v in os.environ.items() if k not in names}
+    return subprocess.run(
+        [sys.executable, "-c", code],
+        env={**inherited, **environment, "PYTHONPATH": str(ROOT)},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
