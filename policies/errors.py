@@ -31,3 +31,7 @@ class ObservationError(PolicyError):
 
 class InferenceError(PolicyError):
     """The model failed, or produced something that is not an action."""
+
+
+class RequestExpired(InferenceError):
+    """The time that a request had was up, or would have been, before it could be computed."""

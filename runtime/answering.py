@@ -6,7 +6,7 @@ import logging
 import time
 from collections.abc import Callable
 
-from policies.errors import InferenceError, PolicyError
+from policies.errors import InferenceError, PolicyError, RequestExpired
 from policies.types import ActionChunk
 from runtime import messages, trace
 from runtime.core import Core
@@ -124,7 +124,7 @@ class Answering:
         budget_ms, waited_ms = (
             (ns - request.arrived_ns) / 1e6 for ns in (request.deadline_ns, time.monotonic_ns())
         )
-        error = InferenceError(
+        error = RequestExpired(
             f"the request's time was up: it had {budget_ms:.1f} ms, waited {waited_ms:.1f}, "
             f"and an inference takes at least {self._core.costs.least(1) / 1e6:.1f}"
         )

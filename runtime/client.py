@@ -25,6 +25,7 @@ from typing import Any, Literal
 import numpy as np
 from numpy.typing import NDArray
 
+from policies.errors import RequestExpired
 from policies.types import ActionChunk, MetaObs, PolicyContract, PolicyInfo
 from runtime import messages, trace
 from runtime.errors import RequestTimeout, ServerBusy, ServerLost
@@ -39,6 +40,8 @@ from transport.schema import Schema
 logger = logging.getLogger(__name__)
 
 SessionKind = Literal["robot", "sim"]
+MOST_S = 1e6
+"""The longest ``timeout_s``: what is longer is an infinity, or a number of milliseconds."""
 MAX_IN_FLIGHT = SLOTS - 1
 """One of a direction's slots is for the observation that waits."""
 
@@ -99,7 +102,7 @@ class PolicyClient:
     ) -> None:
         if not 1 <= max_in_flight <= MAX_IN_FLIGHT:
             raise ValueError(f"max_in_flight: got {max_in_flight}, expected 1 to {MAX_IN_FLIGHT}")
-        self.address, self.timeout_s = address, timeout_s
+        self.address, self.timeout_s = address, _finite("timeout_s", timeout_s)
         self._wishes = Wishes(transport, resize, jpeg_quality, server_key, client_key)
         self._kind, self._deterministic = kind, deterministic
         self._max_in_flight = max_in_flight
@@ -275,11 +278,17 @@ class PolicyClient:
     def infer(self, obs: MetaObs, timeout_s: float | None = None) -> ActionChunk:
         """The chunk for ``obs``: ``submit`` and wait. Earlier requests are cancelled.
 
+        Args:
+            timeout_s: The time from now on that the answer has. The opening of the session, by
+                the first request, has ``timeout_s`` of the constructor instead.
+
         Raises:
-            RequestTimeout: No answer within ``timeout_s``.
+            RequestTimeout: No answer within ``timeout_s``; or at once, where the server cannot
+                compute one in that time.
             PolicyError, ServerLost: As ``poll``.
+            ValueError: ``timeout_s`` is not 0 to ``MOST_S``.
         """
-        timeout_s = self.timeout_s if timeout_s is None else timeout_s
+        timeout_s = self.timeout_s if timeout_s is None else _finite("timeout_s", timeout_s)
         deadline_ns = time.monotonic_ns() + round(timeout_s * 1e9)
         self.cancel()
         request_id: int | None = None
@@ -291,6 +300,10 @@ class PolicyClient:
                         request_id = self._submit(obs, max(1, round(remaining_s * 1e9)))
                 message = self._open_session().channel.recv(max(0.0, remaining_s))
                 answered_id, chunk = message.request_id, self._take(message)
+            except RequestExpired as error:
+                raise RequestTimeout(
+                    f"no answer from {self.address} within {timeout_s:g} s: {error}"
+                ) from error
             except TransportTimeout as error:
                 self.cancel()
                 raise RequestTimeout(
@@ -429,3 +442,9 @@ class PolicyClient:
                 session.channel.close()
             except TransportError as error:
                 logger.debug("closing the channel: %s", error)
+
+
+def _finite(name: str, seconds: float) -> float:
+    if not 0 <= seconds <= MOST_S:
+        raise ValueError(f"{name}: got {seconds:g}, expected 0 to {MOST_S:g} seconds")
+    return seconds

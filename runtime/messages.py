@@ -12,7 +12,13 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from policies.errors import ContractMismatch, InferenceError, ObservationError, PolicyError
+from policies.errors import (
+    ContractMismatch,
+    InferenceError,
+    ObservationError,
+    PolicyError,
+    RequestExpired,
+)
 from policies.types import ActionChunk, MetaObs, PolicyContract, PolicyInfo
 from transport.channel import MAX_BODY_BYTES
 from transport.schema import ArraySpec, Schema
@@ -270,7 +276,7 @@ def policy_id(arrays: Mapping[str, NDArray[Any]]) -> int:
 
 
 _ERRORS: dict[str, type[PolicyError]] = {
-    kind.__name__: kind for kind in (ObservationError, InferenceError, PolicyError)
+    kind.__name__: kind for kind in (ObservationError, InferenceError, RequestExpired, PolicyError)
 }
 
 

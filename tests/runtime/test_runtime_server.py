@@ -15,7 +15,9 @@ from policies.checkpoint.load import load_policy
 from policies.errors import ContractMismatch, InferenceError, ObservationError
 from policies.types import STAGES, ActionChunk, MetaObs
 from runtime import messages
+from runtime.child import ServerChild
 from runtime.client import PolicyClient
+from runtime.costs import Costs
 from runtime.errors import RequestTimeout, ServerBusy, ServerLost
 from runtime.server import PolicyServer
 from runtime.warmup import synthetic_observation, warm_up
@@ -332,6 +334,46 @@ def test_a_late_answer_is_never_given_out(transport: str) -> None:
         client.submit(observation(timestep=3))
         client.cancel()
         assert client.infer(observation(timestep=4)).obs_timestep == 4
+
+
+@pytest.mark.parametrize("transport", TRANSPORTS)
+def test_what_cannot_be_inferred_in_time_is_a_timeout_at_once(transport: str) -> None:
+    class Minute(Costs):
+        def least(self, size: int = 1) -> int:
+            return 60 * 10**9
+
+    costs = Minute()
+    with serving(ToyPolicy(), costs=costs) as server, connect(server, transport) as client:
+        assert client.infer(observation(timestep=1), timeout_s=100).obs_timestep == 1
+        for tick in (2, 3):
+            with pytest.raises(RequestTimeout, match=r"within 50 s: the request's time was up"):
+                client.infer(observation(timestep=tick), timeout_s=50)
+            assert client.infer(observation(timestep=tick + 10), timeout_s=100).obs_timestep > 10
+        assert client.statistics().failures == 2
+
+
+@pytest.mark.parametrize("transport", TRANSPORTS)
+def test_a_short_timeout_is_kept_with_a_server_in_a_process_of_its_own(transport: str) -> None:
+    with (
+        ServerChild(["-m", "python:tests.runtime.toy_policy:make_slow"]) as server,
+        PolicyClient(server.address, transport=transport, timeout_s=30) as client,
+    ):
+        assert client.infer(observation(timestep=1)).obs_timestep == 1
+        for tick, timeout_s in enumerate((0.0, 0.001, 0.05, 0.15, 0.19), start=2):
+            with pytest.raises(RequestTimeout, match=rf"within {timeout_s:g} s"):
+                client.infer(observation(timestep=tick), timeout_s=timeout_s)
+            assert client.infer(observation(timestep=tick + 10)).obs_timestep == tick + 10
+
+
+@pytest.mark.parametrize("timeout_s", [float("inf"), float("nan"), -1, 1e12])
+def test_a_timeout_that_is_none_is_refused(timeout_s: float) -> None:
+    with serving(ToyPolicy()) as server:
+        with pytest.raises(ValueError, match=r"timeout_s: got .*, expected 0 to 1e\+06 seconds"):
+            connect(server, timeout_s=timeout_s)
+        with connect(server) as client:
+            with pytest.raises(ValueError, match="timeout_s: got"):
+                client.infer(observation(timestep=1), timeout_s=timeout_s)
+            assert client.infer(observation(timestep=2)).obs_timestep == 2
 
 
 @pytest.mark.parametrize("transport", TRANSPORTS)

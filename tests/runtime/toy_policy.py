@@ -6,6 +6,7 @@ import dataclasses
 import os
 import signal
 import threading
+import time
 
 import numpy as np
 
@@ -108,6 +109,23 @@ class LeavingPolicy(ToyPolicy):
 
 def make_leaving() -> LeavingPolicy:
     return LeavingPolicy()
+
+
+class SlowPolicy(ToyPolicy):
+    """An inference takes at least a fifth of a second."""
+
+    LEAST_S = 0.2
+
+    def infer(self, obs: MetaObs) -> ActionChunk:
+        time.sleep(self.LEAST_S)
+        return super().infer(obs)
+
+    def fork(self) -> SlowPolicy:
+        return SlowPolicy()
+
+
+def make_slow() -> SlowPolicy:
+    return SlowPolicy()
 
 
 class CartPolePolicy(ToyPolicy):
