@@ -22,6 +22,8 @@ CtrlSpace = Literal["joint", "ee"]
 CtrlType = Literal["abs", "delta", "relative"]
 Resize = Literal["none", "bilinear", "area"]
 
+MAX_CAMERA_CHARS = 100
+"""Of a camera's name; any printable characters. It is part of a message's field names."""
 STAGES = (
     "pack",
     "publish",
@@ -131,6 +133,12 @@ class CameraContract:
     resize: Resize = "none"
 
     def __post_init__(self) -> None:
+        if not 0 < len(self.name) <= MAX_CAMERA_CHARS or not self.name.isprintable():
+            raise ContractMismatch(
+                "cameras",
+                f"a name {self.name!r:.80}",
+                f"1 to {MAX_CAMERA_CHARS} printable characters",
+            )
         height, width = self.source_hw
         top, left, crop_h, crop_w = self.crop or (0, 0, height, width)
         if min(height, width, crop_h, crop_w, *self.model_hw) < 1 or top < 0 or left < 0:

@@ -124,9 +124,9 @@ class SimTwin(Robot):
             cameras=self.config.camera_hw,
             writable=False,
         )
-        streams = {"joints": self._board.joints}
+        streams = [("joints", self._board.joints)]
         if role is not Role.CONTROL:
-            streams |= self._board.cameras
+            streams += self._board.cameras.items()
         since_ns = time.monotonic_ns()
         self._wait_for(streams, lambda sample: bool(sample["received_ns"] >= since_ns), timeout_s)
 
@@ -162,7 +162,9 @@ class SimTwin(Robot):
         _, board = self._connected()
         if board.head[WATCHING]:
             self._wait_for(
-                board.cameras, lambda sample: bool(sample["stamp_ns"] >= stamp_ns), CALL_TIMEOUT_S
+                list(board.cameras.items()),
+                lambda sample: bool(sample["stamp_ns"] >= stamp_ns),
+                CALL_TIMEOUT_S,
             )
         return True
 
@@ -198,23 +200,22 @@ class SimTwin(Robot):
 
     def _wait_for(
         self,
-        streams: Mapping[str, Stream],
+        streams: Sequence[tuple[str, Stream]],
         arrived: Callable[[Any], bool],
         timeout_s: float,
     ) -> None:
         """Until the newest of every stream has ``arrived``."""
         deadline_s = time.monotonic() + timeout_s
-        missing = dict(streams)
+        missing = list(streams)
         while missing:
             self._connected()[0].check_alive()
-            for name, stream in list(missing.items()):
-                newest = stream.newest()
+            for entry in list(missing):
+                newest = entry[1].newest()
                 if newest is not None and arrived(newest):
-                    del missing[name]
+                    missing.remove(entry)
             if missing and time.monotonic() >= deadline_s:
-                raise SensorLost(
-                    f"{self.name}: nothing from {list(missing)} within {timeout_s:g} s"
-                )
+                silent = [name for name, _ in missing]
+                raise SensorLost(f"{self.name}: nothing from {silent} within {timeout_s:g} s")
             if missing:
                 time.sleep(LOOK_AGAIN_S)
 

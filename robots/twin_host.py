@@ -231,7 +231,7 @@ def main(arguments: list[str] | None = None) -> None:
             host = Host(Twin(sim, board, config), board, board_fd, shape["qpos"], cameras)
             say(address=host.address, **cameras.said)
             host.run()
-    except (EnvError, ConnectFailed) as error:
+    except (EnvError, ConnectFailed, OSError, ValueError) as error:
         say(error=str(error))
 
 

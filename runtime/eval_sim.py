@@ -105,12 +105,12 @@ def read_plan(argv: Sequence[str] | None) -> tuple[Plan, argparse.Namespace]:
     """
     args, rest = parser().parse_known_args(argv)
     overrides = read_overrides(rest, "env", "eval_sim.py")
-    mapped = [pair.partition("=")[0] for pair in args.camera_map]
+    mapped: dict[str, str] = {}
     for pair in args.camera_map:
         policy_name, equals, world_name = pair.partition("=")
         if not equals:
             raise ValueError(f"--camera_map: got {pair!r}, expected POLICY=WORLD")
-        overrides[f"camera_map.{policy_name}"] = world_name
+        mapped[policy_name] = world_name
     if args.num_rollout < 1:
         raise ValueError(f"--num_rollout: got {args.num_rollout}, expected 1 or more")
     if args.num_envs < 1:
@@ -124,6 +124,8 @@ def read_plan(argv: Sequence[str] | None) -> tuple[Plan, argparse.Namespace]:
             "--realtime with --num_envs > 1: one world by the wall clock at a time on one machine"
         )
     env = load_env_config(args.env, overrides)
+    # Not as overrides: a dot in a camera's name is none between keys.
+    env = dataclasses.replace(env, camera_map={**env.camera_map, **mapped})
     path = _result_path(args, env)
     plan = Plan(
         model=read_model_name(args.model_name_or_path),

@@ -36,16 +36,22 @@ class Footage:
             self._pictures = {name: shown[::2] for name, shown in self._pictures.items()}
 
     def save(self, stem: Path) -> None:
-        """Write ``<stem>_<camera>.mp4`` in a thread; says which, or why not."""
+        """Write ``<stem>_<camera>.mp4`` in a thread (see ``file_name``); says which, or why not."""
         threading.Thread(target=self._write, args=(stem,), name="video", daemon=True).start()
 
     def _write(self, stem: Path) -> None:
         paths, problem = [], ""
         try:
             for name, pictures in self._pictures.items():
-                path = stem.with_name(f"{stem.name}_{name}.mp4")
+                path = stem.with_name(f"{stem.name}_{file_name(name)}.mp4")
                 write_video(path, pictures, max(1, round(self._fps)))
                 paths.append(str(path))
         except (OSError, ImportError) as error:
             problem = f"no video: {error}"
         say("saved", paths=paths, problem=problem)
+
+
+def file_name(camera: str) -> str:
+    """``camera`` as part of a file's name: what is no letter, digit, ``.``, ``_``, ``-`` or blank
+    is written as ``%`` and its code, ``a/b`` as ``a%2Fb``."""
+    return "".join(c if c.isalnum() or c in "._- " else f"%{ord(c):02X}" for c in camera)

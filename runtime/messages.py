@@ -92,7 +92,9 @@ def write_observation(obs: MetaObs, views: Mapping[str, NDArray[Any]]) -> None:
             _need_arrays(obs)
         if array.shape != view.shape or array.dtype != view.dtype:
             raise ContractMismatch(
-                name.replace("/", "."), f"{array.dtype} {array.shape}", f"{view.dtype} {view.shape}"
+                name.replace("/", ".", 1),
+                f"{array.dtype} {array.shape}",
+                f"{view.dtype} {view.shape}",
             )
         np.copyto(view, array, casting="no")
     if len(arrays) + len(_SCALARS) + ("raw_lang" in views) != len(views):
@@ -109,7 +111,7 @@ def _other_kind(arrays: Mapping[str, Any], views: Mapping[str, Any]) -> Contract
     odd = min(arrays.keys() ^ (views.keys() - {*_SCALARS, "raw_lang"}))
     got, expected = ("an array", "none") if odd in arrays else ("nothing", "an array")
     return ContractMismatch(
-        odd.replace("/", "."), got, f"{expected}, as in the session's first observation"
+        odd.replace("/", ".", 1), got, f"{expected}, as in the session's first observation"
     )
 
 

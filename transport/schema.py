@@ -26,7 +26,8 @@ MAX_MESSAGE_BYTES = 256 * 2**20
 """Hard cap on one message, checked before anything is allocated."""
 USED = "/used"
 """An int64 scalar ``X/used`` says how many items of ``X``, the schema's last array, count. The rest
-of ``X`` has no meaning, and a network does not carry it."""
+of ``X`` has no meaning, and a network does not carry it. An array of another kind may have such a
+name, too: a picture is called what its camera is called."""
 DTYPES = ("uint8", "uint16", "int32", "int64", "float32", "float64")
 """dtypes that may cross, little-endian."""
 
@@ -90,12 +91,15 @@ class Schema:
         self.tail = self._find_tail()
 
     def _find_tail(self) -> str | None:
-        counted = [name.removesuffix(USED) for name in self.specs if name.endswith(USED)]
+        counted = [
+            spec.name.removesuffix(USED)
+            for spec in self.specs.values()
+            if spec.name.endswith(USED) and (spec.dtype, spec.shape) == ("int64", ())
+        ]
         if not counted:
             return None
         last = list(self.specs.values())[-1]
-        expected = ArraySpec(last.name + USED, "int64", ())
-        if counted != [last.name] or self.specs[expected.name] != expected or len(last.shape) != 1:
+        if counted != [last.name] or len(last.shape) != 1:
             raise SchemaMismatch(
                 counted[0] + USED,
                 "how much of it counts",

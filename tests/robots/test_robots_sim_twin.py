@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import re
 import signal
@@ -155,6 +156,18 @@ def test_nobody_looks_nothing_is_drawn(robot: SimTwin) -> None:
     steps, drawn = robot.outcome().steps, frames.count
     until(lambda: robot.outcome().steps > steps + 20)
     assert frames.count <= drawn + 1  # one may have been under way
+
+
+def test_cameras_may_be_called_as_the_twins_own_fields() -> None:
+    names = ("joints", "image", "a/b", "used")
+    cameras = {name: {"camera": "top", "hw": [12, 16]} for name in names}
+    robot = make_robot("sim_twin", {"cameras": json.dumps(cameras)})
+    with robot.companion(), robot:
+        robot.connect(Role.BOTH, 30)
+        assert {n: s.image.shape for n, s in robot.get_cameras().items()} == dict.fromkeys(
+            names, (12, 16, 3)
+        )
+        assert robot.get_joints().position.shape == (14,)
 
 
 def test_without_a_simulator_it_says_so() -> None:

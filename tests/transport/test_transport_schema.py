@@ -98,6 +98,17 @@ def test_a_schema_out_of_bounds_is_named() -> None:
         Schema((ArraySpec("a", "uint8", (half,)), ArraySpec("b", "uint8", (half,))))
 
 
+def test_an_array_may_be_called_as_if_it_counted_another() -> None:
+    picture = ArraySpec("images/used", "uint8", (4, 4, 3))
+    above = ArraySpec("images", "uint8", (4,))
+    for specs in ((picture,), (above, picture), (picture, above)):
+        schema = Schema(specs)
+        assert schema.tail is None
+        assert schema.length(schema.views(bytearray(schema.nbytes))) == schema.nbytes
+    tail = (picture, ArraySpec("jpeg/used", "int64", ()), ArraySpec("jpeg", "uint8", (9,)))
+    assert Schema(tail).tail == "jpeg"
+
+
 @given(st.one_of(st.binary(max_size=200), st.text(max_size=200)))
 def test_no_bytes_break_the_schema_parser(text) -> None:
     try:
