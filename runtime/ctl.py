@@ -17,7 +17,8 @@ from typing import Any
 
 from runtime.operator_token import read_token
 from runtime.wishes import add_key_flags, key_files
-from transport.auto import Dialer, parse_address
+from transport.address import parse_address
+from transport.auto import Dialer
 from transport.curve import ClientKeys, KeyFileError
 from transport.errors import TransportError
 

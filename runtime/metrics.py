@@ -11,6 +11,7 @@ from prometheus_client.registry import Collector
 
 from runtime.served import OUTCOMES
 from runtime.server import PolicyServer
+from transport.address import format_address
 from transport.errors import AddressInUse
 
 PATIENCE_S = 2.0
@@ -118,7 +119,9 @@ def serve_metrics(server: PolicyServer, host: str, port: int) -> Callable[[], No
     try:
         http, thread = start_http_server(port, host, registry)
     except OSError as error:
-        raise AddressInUse(f"--metrics_port: {host}:{port}: {error.strerror}") from error
+        raise AddressInUse(
+            f"--metrics_port: {format_address(host, port)}: {error.strerror}"
+        ) from error
 
     def stop() -> None:
         http.shutdown()

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from runtime.errors import ModelNameError
-from transport.auto import parse_address
+from transport.address import format_address, parse_address
 from transport.errors import TransportError
 
 
@@ -26,8 +26,7 @@ class ServerAddress:
     port: int
 
     def __str__(self) -> str:
-        host = f"[{self.host}]" if ":" in self.host else self.host
-        return f"{host}:{self.port}"
+        return format_address(self.host, self.port)
 
 
 def read_model_name(text: str) -> LocalModel | ServerAddress:

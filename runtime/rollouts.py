@@ -35,6 +35,7 @@ from runtime.executor import ChunkExecutor
 from runtime.model_name import LocalModel, ServerAddress
 from runtime.video import write_still, write_video
 from runtime.wishes import Wishes
+from transport.address import parse_address
 from transport.errors import TransportError
 
 logger = logging.getLogger(__name__)
@@ -127,8 +128,7 @@ def run(plan: Plan) -> Iterator[Report]:
             if plan.trace is not None:
                 flags += ["--trace", str(trace.sibling(plan.trace, "server"))]
             child = stack.enter_context(ServerChild(flags))
-            host, _, port = child.address.rpartition(":")
-            plan = dataclasses.replace(plan, model=ServerAddress(host.strip("[]"), int(port)))
+            plan = dataclasses.replace(plan, model=ServerAddress(*parse_address(child.address)))
         if plan.num_envs == 1:
             yield from _guarded(plan, plan.seeds)
         else:

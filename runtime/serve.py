@@ -27,6 +27,7 @@ from runtime.served_model import close
 from runtime.server import PolicyServer
 from runtime.swap import Loader
 from runtime.warmup import measure_costs, warm_up
+from transport.address import format_address
 from transport.curve import KeyFileError
 from transport.errors import TransportError
 
@@ -214,7 +215,7 @@ def _announce(
     policy, sizes = server.model.policy, server.model.sizes
     info, contract = policy.info, policy.contract
     cameras = ", ".join(f"{c.name} {c.source_hw[0]}x{c.source_hw[1]}" for c in contract.cameras)
-    print(f"🚀 Policy Server started on {server.host}:{server.port}")
+    print(f"🚀 Policy Server started on {server.address}")
     print(f"   checkpoint   {info.checkpoint}{'' if info.trained else '  (UNTRAINED weights)'}")
     print(
         f"   policy       {contract.policy_type}, chunks of {contract.chunk_size}, data set "
@@ -228,7 +229,8 @@ def _announce(
     if sizes != (1,):
         print(f"   batches      of {', '.join(map(str, sizes))}")
     if config.metrics_port:
-        print(f"   metrics      http://{config.metrics_host}:{config.metrics_port}/metrics")
+        metrics = format_address(config.metrics_host, config.metrics_port)
+        print(f"   metrics      http://{metrics}/metrics")
     print(f"   warm latency {warm.in_ms()}", flush=True)
 
 

@@ -32,6 +32,7 @@ from runtime.costs import Costs
 from runtime.scheduler import Scheduler
 from runtime.served_model import ServedModel
 from transport.adaptive import DEFAULT_SPIN_US
+from transport.address import format_address
 from transport.control import Peer
 from transport.curve import ServerKeys
 from transport.errors import Refused
@@ -125,6 +126,11 @@ class PolicyServer:
         return self._listener.port
 
     @property
+    def address(self) -> str:
+        """What clients dial: ``HOST:PORT``, or ``[V6]:PORT``."""
+        return format_address(self.host, self.port)
+
+    @property
     def model(self) -> ServedModel:
         """What is being served."""
         return self._core.model
@@ -138,7 +144,7 @@ class PolicyServer:
         core, info = self._core, self._core.model.policy.info
         statistics = self.statistics()
         return {
-            "address": f"{self.host}:{self.port}",
+            "address": self.address,
             "up_s": round(time.monotonic() - self._began_s, 1),
             "policy": {
                 "id": core.model.generation,

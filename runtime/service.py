@@ -13,7 +13,8 @@ from policies.types import PolicyContract, PolicyInfo
 from runtime import frames, messages
 from runtime.errors import ServerLost
 from runtime.wishes import Wishes
-from transport.auto import Dialer, parse_address
+from transport.address import parse_address
+from transport.auto import Dialer
 from transport.channel import Channel
 from transport.control import Welcome
 from transport.curve import ClientKeys

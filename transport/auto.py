@@ -8,13 +8,12 @@ ZMQ otherwise. The choice and its reason are in ``channel.transport`` and
 from __future__ import annotations
 
 import contextlib
-import re
-import socket
 from collections.abc import Mapping
 from types import MappingProxyType
 from typing import Any
 
 from transport.adaptive import DEFAULT_SPIN_US
+from transport.address import format_address, resolve
 from transport.base import BaseChannel
 from transport.control import (
     NO_EPOCH,
@@ -36,23 +35,6 @@ ACCEPTS: Mapping[str, tuple[str, ...]] = MappingProxyType(
     {"auto": TRANSPORTS, "shm": ("shm",), "zmq": ("zmq",)}
 )
 PROVEN = "both segments were mapped and proven: same host, same user"
-_ADDRESS = re.compile(r"(?:tcp://)?(?:\[(?P<v6>[^\[\]]*)\]|(?P<name>[^:/\[\]]*)):(?P<port>\d{1,5})")
-
-
-def parse_address(text: str) -> tuple[str, int]:
-    """(host, port) of ``host:port``, ``[v6]:port`` or ``tcp://host:port``.
-
-    Raises:
-        TransportError: It is none of these; the message says how it was read.
-    """
-    match = _ADDRESS.fullmatch(text)
-    host = match and (match["v6"] or match["name"])
-    if not match or not host:
-        raise TransportError(f"address: got {text!r}, expected host:port or [v6]:port")
-    port = int(match["port"])
-    if not 1 <= port <= 65535:
-        raise TransportError(f"address {text!r}: got port {port}, expected 1 to 65535")
-    return host, port
 
 
 class Dialer:
@@ -76,7 +58,7 @@ class Dialer:
         self._curve = curve
         self.host, self.port, self._timeout_s = host, port, timeout_s
         self._spin_us = spin_us
-        self._address = f"[{host}]:{port}" if ":" in host else f"{host}:{port}"
+        self._address = format_address(host, port)
         self._link: Link | None = None
 
     def describe(self) -> dict[str, Any]:
@@ -231,7 +213,8 @@ class Dialer:
     def _take_link(self) -> Link:
         link, self._link = self._link, None
         if link is None:
-            endpoint, ipv6 = _resolve(self.host, self.port)
+            numeric, ipv6 = resolve(self.host, self.port)
+            endpoint = f"tcp://{format_address(numeric, self.port)}"
             link = Link(endpoint, self._address, ipv6=ipv6, curve=self._curve)
         return link
 
@@ -242,14 +225,3 @@ def _import_shm() -> None:
     with contextlib.suppress(ImportError):  # whoever joins will say so
         import transport.join
         import transport.shm_channel  # noqa: F401
-
-
-def _resolve(host: str, port: int) -> tuple[str, bool]:
-    """A ZMQ endpoint, and whether it is IPv6. IPv4 first where a name has both, as servers bind."""
-    try:
-        found = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)
-    except (OSError, UnicodeError) as error:
-        raise TransportError(f"cannot resolve {host!r}: {error}") from error
-    family, *_, address = min(found, key=lambda entry: entry[0] != socket.AF_INET)
-    ipv6 = family == socket.AF_INET6
-    return f"tcp://[{address[0]}]:{port}" if ipv6 else f"tcp://{address[0]}:{port}", ipv6

@@ -90,7 +90,7 @@ class Listener:
             raise TransportError(f"transports: got {transports}, expected some of {TRANSPORTS}")
         self._adaptive = AdaptiveSpin(spin_us)
         self._router = Router(host, port, curve, max_message_bytes)
-        self.host, self.port = host, self._router.port
+        self.host, self.port = self._router.host, self._router.port
         self._reactor = Reactor()
         try:
             self._open(describe, accept, ask, tuple(transports), max_sessions, spin_us)

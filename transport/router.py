@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import errno
 import math
-import socket
 from collections.abc import Sequence
 from typing import Any
 
 import zmq
 from zmq.utils.monitor import recv_monitor_message
 
+from transport.address import bare_host, format_address, port_within, resolve
 from transport.control import MAX_CONTROL_BYTES
 from transport.curve import Gatekeeper, ServerKeys
 from transport.errors import AddressInUse, PeerGone, TransportError
@@ -52,8 +52,8 @@ class Router:
         max_message_bytes: int = MAX_MESSAGE_BYTES,
     ) -> None:
         """Raises ``AddressInUse``; ``TransportError`` for an address that cannot be had."""
-        self.host = host
-        numeric, ipv6 = _resolve(host, port)
+        self.host = host = bare_host(host)
+        numeric, ipv6 = resolve(host, port, listening=True)
         self._context = zmq.Context()
         try:
             self._socket: zmq.Socket[bytes] = self._context.socket(zmq.ROUTER)
@@ -70,14 +70,19 @@ class Router:
             self._monitor: zmq.Socket[bytes] = self._socket.get_monitor_socket(
                 zmq.Event.DISCONNECTED | _FAILURES
             )
-            self._socket.bind(f"tcp://{f'[{numeric}]' if ipv6 else numeric}:{port or '*'}")
+            endpoint = format_address(numeric, port)
+            self._socket.bind(f"tcp://{endpoint if port else endpoint[:-1] + '*'}")
         except zmq.ZMQError as error:
             self._context.destroy(linger=0)
             if error.errno == errno.EADDRINUSE:
                 raise AddressInUse(
-                    f"{host}:{port} is taken: another program listens there; choose another port"
+                    f"{format_address(host, port)} is taken: another program listens there; "
+                    "choose another port"
                 ) from error
-            raise TransportError(f"cannot listen at {host}:{port}: {error.strerror}") from error
+            raise TransportError(
+                f"cannot listen at {format_address(host, port)}: {error.strerror}"
+                f"{port_within(host)}"
+            ) from error
         endpoint = self._socket.getsockopt_string(zmq.LAST_ENDPOINT)
         self.port = int(endpoint.rstrip("\0").rpartition(":")[2])
         self.fd = int(self._socket.get(zmq.FD))
@@ -148,16 +153,3 @@ class Router:
         """Send what is queued, for a bounded time, and let go."""
         self._socket.disable_monitor()
         self._context.destroy(linger=LINGER_MS)
-
-
-def _resolve(host: str, port: int) -> tuple[str, bool]:
-    """A numeric address to bind (ZMQ resolves no names here), and whether it is IPv6."""
-    if not 0 <= port <= 65535:
-        raise TransportError(f"port: got {port}, expected 0 (any) to 65535")
-    try:
-        found = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE)
-    except (OSError, UnicodeError) as error:
-        raise TransportError(f"host {host!r} is not an address of this machine: {error}") from error
-    # IPv4 first where a name has both, as clients dial.
-    family, *_, address = min(found, key=lambda entry: entry[0] != socket.AF_INET)
-    return str(address[0]), family == socket.AF_INET6

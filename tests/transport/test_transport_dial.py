@@ -13,7 +13,8 @@ from contracts.channel import PATIENCE_S
 from contracts.frames import CHUNK, OBSERVATION, chunk, observation
 from transport_rig import make_listener, pumped
 
-from transport.auto import PROVEN, Dialer, parse_address
+from transport.address import parse_address
+from transport.auto import PROVEN, Dialer
 from transport.control import MAGIC, NO_EPOCH, PREFIX, PROTOCOL_VERSION, Opcode, Welcome
 from transport.errors import (
     AddressInUse,
