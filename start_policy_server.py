@@ -1,4 +1,5 @@
+from policies.console import run_command
 from runtime.serve import main
 
 if __name__ == "__main__":
-    raise SystemExit(main())
+    raise SystemExit(run_command(main))

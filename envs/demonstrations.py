@@ -33,6 +33,7 @@ from envs.gl import import_mujoco
 from envs.kinematics import Unreachable
 from envs.physics import DT_S, STATE_DIM, AlohaSim
 from envs.tasks import MAX_REWARD, TASKS, find_task
+from policies.console import run_command
 
 log = logging.getLogger(__name__)
 
@@ -140,7 +141,12 @@ def record(
         EnvError: ``folder`` already has episodes, an unknown task, or the expert keeps failing.
     """
     find_task(recording.task)
-    recording.folder.mkdir(parents=True, exist_ok=True)
+    try:
+        recording.folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise EnvError(
+            f"{recording.folder}: {error.strerror}; expected a folder that can be made"
+        ) from error
     if any(recording.folder.glob("*.hdf5")):
         raise EnvError(f"{recording.folder}: got a folder with episodes, expected a new one")
     seeds = itertools.count(first_seed)
@@ -235,4 +241,4 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(run_command(main))

@@ -50,6 +50,23 @@ class _Loader(yaml.SafeLoader):
         return super().construct_mapping(node, deep=deep)
 
 
+_NOT_YAML = (OSError, ValueError, TypeError, RecursionError, yaml.YAMLError, ConfigError)
+"""What reading a file as YAML raises: a date with a 13th month is a ``ValueError``, an endless
+nesting a ``RecursionError``."""
+
+
+def _problem(error: Exception) -> str:
+    """What is wrong and where, in one line."""
+    if isinstance(error, RecursionError):
+        return "got too many levels of nesting"
+    mark = getattr(error, "problem_mark", None)
+    problem = getattr(error, "problem", None)
+    if mark is None or problem is None:
+        return " ".join(str(error).split())
+    said = ": ".join(part for part in (getattr(error, "context", None), problem) if part)
+    return f"{' '.join(said.split())} (line {mark.line + 1}, column {mark.column + 1})"
+
+
 def load_config(
     cls: type[T], name: str, *, kind: str, overrides: Mapping[str, str] | None = None
 ) -> T:
@@ -68,8 +85,8 @@ def load_config(
     path = find_config(name, kind=kind)
     try:
         raw = yaml.load(path.read_text(encoding="utf-8"), Loader=_Loader)  # noqa: S506 (a SafeLoader)
-    except (OSError, UnicodeDecodeError, yaml.YAMLError, ConfigError) as error:
-        raise ConfigError(f"{path}: {error}") from error
+    except _NOT_YAML as error:
+        raise ConfigError(f"{path}: {_problem(error)}") from error
     return parse_config(cls, {} if raw is None else raw, source=str(path), overrides=overrides)
 
 
@@ -91,9 +108,12 @@ def find_config(name: str, *, kind: str) -> Path:
     Raises:
         ConfigError: There is none; lists where was looked and what there is.
     """
-    as_path = Path(name).expanduser()
-    if as_path.is_file():
-        return as_path
+    try:
+        as_path = Path(name).expanduser()
+        if as_path.is_file():
+            return as_path
+    except (OSError, RuntimeError) as error:  # too long a name, or nobody's home
+        raise ConfigError(f"{kind} configuration {name!r:.80}: {error}") from error
     folders = (Path("configs") / kind, INSTALLED / kind)
     if as_path.name == name:
         for folder in folders:
@@ -137,8 +157,8 @@ def _put(raw: dict[str, Any], dotted: str, text: str, source: str) -> None:
 def _parse(override: _Override, source: str, path: str) -> Any:
     try:
         return yaml.load(override.text, Loader=_Loader)  # noqa: S506 (a SafeLoader)
-    except (yaml.YAMLError, ConfigError) as error:
-        raise ConfigError(f"{source}: {path}: {error}") from error
+    except _NOT_YAML as error:
+        raise ConfigError(f"{source}: {path}: {_problem(error)}") from error
 
 
 def _resolve(value: Any, source: str, path: str) -> Any:

@@ -15,6 +15,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from policies.console import run_command
 from runtime.operator_token import read_token
 from runtime.wishes import add_key_flags, key_files
 from transport.address import parse_address
@@ -107,4 +108,4 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
-    raise SystemExit(main())
+    raise SystemExit(run_command(main))

@@ -5,6 +5,7 @@ from __future__ import annotations
 import sys
 from pathlib import Path
 
+from policies.console import run_command
 from runtime import eval_sim
 from runtime.child import ServerChild
 from runtime.config import DEFAULT_CHECKPOINT
@@ -35,4 +36,4 @@ def main() -> int:
 
 
 if __name__ == "__main__":
-    raise SystemExit(main())
+    raise SystemExit(run_command(main))

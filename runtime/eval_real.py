@@ -20,6 +20,7 @@ from pathlib import Path
 from typing import Any
 
 from envs.meta import TaskConfig
+from policies.console import run_command
 from policies.types import PolicyContract, PolicyInfo
 from policies.yaml_config import load_config
 from robots.base import Robot
@@ -343,4 +344,4 @@ def _conclude(evaluation: Evaluation, failure: str) -> int:
 
 
 if __name__ == "__main__":
-    raise SystemExit(main())
+    raise SystemExit(run_command(main))

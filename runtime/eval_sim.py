@@ -23,6 +23,7 @@ from tqdm import tqdm
 
 from envs.errors import EnvError
 from envs.meta import GYM_PREFIX, EnvConfig, load_env_config
+from policies.console import run_command
 from policies.types import PolicyContract, PolicyInfo
 from policies.yaml_config import ConfigError
 from runtime import trace, wishes
@@ -267,4 +268,4 @@ def _save(
 
 
 if __name__ == "__main__":
-    raise SystemExit(main())
+    raise SystemExit(run_command(main))

@@ -18,6 +18,7 @@ from pathlib import Path
 
 from zmq import auth
 
+from policies.console import run_command
 from transport.curve import OPERATORS, KeyFileError, public_key
 
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,63}")
@@ -34,11 +35,13 @@ def new_keys(folder: str | Path, name: str) -> tuple[Path, Path]:
         raise KeyFileError(f"name: got {name!r}, expected letters, digits, '.', '_' and '-'")
     folder = Path(folder)
     public, secret = folder / f"{name}.key", folder / f"{name}.key_secret"
-    for path in (public, secret):
-        if path.exists():
-            raise KeyFileError(f"{path}: it exists; delete it first if nobody needs it any more")
     before = os.umask(0o077)
     try:
+        for path in (public, secret):
+            if path.exists():
+                raise KeyFileError(
+                    f"{path}: it exists; delete it first if nobody needs it any more"
+                )
         folder.mkdir(parents=True, exist_ok=True)
         auth.create_certificates(folder, name)
         public.chmod(0o644)
@@ -58,10 +61,10 @@ def allow(key: str | Path, listed: str | Path, *, operator: bool = False) -> Pat
     known = public_key(key)
     folder = Path(listed) / OPERATORS if operator else Path(listed)
     entry = folder / f"{Path(key).stem}.key"
-    if entry.exists() and public_key(entry) != known:
-        raise KeyFileError(f"{entry}: another key has that name; rename one of them")
     secret_word = "secret-key"  # noqa: S105  of the format, not a secret
     try:
+        if entry.exists() and public_key(entry) != known:
+            raise KeyFileError(f"{entry}: another key has that name; rename one of them")
         if secret_word in Path(key).read_text(encoding="utf-8"):
             raise KeyFileError(f"{key}: got a secret key, expected the public one, {entry.name}")
         folder.mkdir(parents=True, exist_ok=True)
@@ -108,4 +111,4 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
-    raise SystemExit(main())
+    raise SystemExit(run_command(main))

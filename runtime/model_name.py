@@ -35,7 +35,7 @@ def read_model_name(text: str) -> LocalModel | ServerAddress:
     Raises:
         ModelNameError: None of them; says how it was read and what would do.
     """
-    if text and Path(text).exists():
+    if text and _exists(text):
         return LocalModel(text)
     if text.startswith("python:"):
         return LocalModel(text)
@@ -56,3 +56,10 @@ def read_model_name(text: str) -> LocalModel | ServerAddress:
             f"({error}); expected {choices}"
         ) from error
     return ServerAddress(host, port)
+
+
+def _exists(text: str) -> bool:
+    try:
+        return Path(text).exists()
+    except OSError:  # too long to be a path, or in a folder that may not be looked into
+        return False

@@ -16,6 +16,7 @@ from pathlib import Path
 import numpy as np
 from numpy.typing import NDArray
 
+from policies.console import run_command
 from policies.types import ActionChunk
 from robots.safety import MotionLimiter
 from runtime.executor import ChunkExecutor
@@ -161,7 +162,11 @@ def main(argv: Sequence[str] | None = None) -> int:
     cli = argparse.ArgumentParser(prog="python -m runtime.replay", description=__doc__)
     cli.add_argument("run", type=Path, help="folder of an evaluation, or one rollout in it")
     run: Path = cli.parse_args(argv).run
-    stems = find(run)
+    try:
+        stems = find(run)
+    except OSError as error:
+        print(f"error: {str(run)[:200]}: {error.strerror}", file=sys.stderr)
+        return BAD_INPUT
     if not stems:
         print(f"error: {run}: no recording there (an .npz and its .json)", file=sys.stderr)
         return BAD_INPUT
@@ -170,7 +175,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         try:
             recording = Recording.load(stem)
             result = replay(recording)
-        except (OSError, ValueError, KeyError) as error:
+        except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
             print(f"error: {stem}: {error}", file=sys.stderr)
             return BAD_INPUT
         row = result.first_difference(recording)
@@ -184,4 +189,4 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
-    raise SystemExit(main())
+    raise SystemExit(run_command(main))

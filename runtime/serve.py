@@ -14,6 +14,7 @@ import threading
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
+from policies.console import run_command
 from policies.errors import PolicyError
 from policies.yaml_config import ConfigError, load_config
 from runtime import trace
@@ -268,4 +269,4 @@ def _fail(error: Exception, hint: str = "") -> int:
 
 
 if __name__ == "__main__":
-    raise SystemExit(main())
+    raise SystemExit(run_command(main))

@@ -280,6 +280,7 @@ class PolicyServer:
 
 if __name__ == "__main__":
     # `python -m runtime.server` is the documented command; the command line is a noun of its own.
+    from policies.console import run_command
     from runtime.serve import main
 
-    raise SystemExit(main())
+    raise SystemExit(run_command(main))

@@ -14,6 +14,7 @@ from rich.live import Live
 from rich.table import Table
 from rich.text import Text
 
+from policies.console import run_command
 from runtime.ctl import BAD_INPUT, dial
 from runtime.wishes import add_key_flags, key_files
 from transport.curve import KeyFileError
@@ -112,4 +113,4 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
-    raise SystemExit(main())
+    raise SystemExit(run_command(main))

@@ -264,6 +264,7 @@ def _exit(number: int, _: FrameType | None) -> None:
 
 if __name__ == "__main__":
     # The files are a noun of their own; the command is found where the recorder is.
+    from policies.console import run_command
     from runtime.trace_file import main
 
-    raise SystemExit(main())
+    raise SystemExit(run_command(main))

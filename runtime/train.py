@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING
 
 from envs.errors import EnvError
 from envs.meta import load_env_config
+from policies.console import run_command
 from policies.errors import PolicyError
 from policies.yaml_config import ConfigError, load_config
 from runtime.checkpoint_options import CheckpointOptions
@@ -150,4 +151,4 @@ def _overrides(rest: Sequence[str]) -> dict[str, str]:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(run_command(main))

@@ -145,6 +145,37 @@ def test_broken_yaml_names_the_file(tmp_path: Path) -> None:
         load_config(Example, str(path), kind="env")
 
 
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        (b"task: [1,\n  b: {", r"while parsing .*\(line 2, column 7\)"),
+        (bytes(range(256)), "codec can't decode byte"),
+        (b"task: \xe9", "codec can't decode byte"),
+        (b"task: x\0", "unacceptable character"),
+        (b"[" * 3000, "too many levels of nesting"),
+        (b"task: 2020-13-45", "month must be in"),
+        (b"task: " + b"9" * 5000, "limit"),
+        (b"? [a]\n: 1", r"unhashable key \(line 1, column 3\)"),
+        (b"task: *nobody", r"undefined alias .nobody. \(line 1, column 7\)"),
+    ],
+)
+def test_what_is_no_yaml_is_one_line_that_names_the_file(
+    content: bytes, message: str, tmp_path: Path
+) -> None:
+    path = tmp_path / "x.yaml"
+    path.write_bytes(content)
+    with pytest.raises(ConfigError, match=message) as raised:
+        load_config(Example, str(path), kind="env")
+    assert str(raised.value).startswith(f"{path}: ")
+    assert "\n" not in str(raised.value)
+
+
+@pytest.mark.parametrize("name", ["a" * 5000, "~nobody-of-this-name/x.yaml"])
+def test_a_name_that_can_be_no_file_is_refused(name: str) -> None:
+    with pytest.raises(ConfigError, match="env configuration"):
+        load_config(Example, name, kind="env")
+
+
 def test_no_object_is_built_from_yaml_tags(tmp_path: Path) -> None:
     path = tmp_path / "e.yaml"
     path.write_text("task: !!python/object/apply:os.getcwd []\n")

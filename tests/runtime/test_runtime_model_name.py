@@ -56,3 +56,8 @@ def test_anything_else_says_how_it_was_read_and_what_would_do(text: str, message
         read_model_name(text)
     assert message in str(caught.value)
     assert "expected a path that exists, HOST:PORT, [V6]:PORT or python:" in str(caught.value)
+
+
+def test_what_is_too_long_to_be_a_path_is_none() -> None:
+    with pytest.raises(ModelNameError, match="which does not exist"):
+        read_model_name("a" * 5000)

@@ -1,0 +1,101 @@
+"""A command's standard streams: whatever they are, the work goes on and its exit status counts.
+
+A reader that left (``| head``), a full disk behind ``>``, a closed stream (``>&-``) or a terminal
+without a character of ours must not end a rollout, nor a server that robots are connected to.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, TextIO
+
+FAILED, INTERRUPTED = 1, 130
+
+
+class SteadyStream:
+    """``stream``, but for writes that fail: from then on they go nowhere.
+
+    Everything else is the stream's own.
+
+    Attributes:
+        failure: Why what was written is lost; empty where its reader only left.
+    """
+
+    def __init__(self, stream: TextIO) -> None:
+        self._stream, self.failure = stream, ""
+        with contextlib.suppress(AttributeError, ValueError, OSError):
+            # A terminal that cannot show a character shows a question mark.
+            stream.reconfigure(errors="replace")  # type: ignore[attr-defined]
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._stream, name)
+
+    def write(self, text: str) -> int:
+        with self._steadily():
+            self._stream.write(text)
+        return len(text)
+
+    def writelines(self, lines: Any) -> None:
+        for line in lines:
+            self.write(line)
+
+    def flush(self) -> None:
+        with self._steadily():
+            self._stream.flush()
+
+    @contextlib.contextmanager
+    def _steadily(self) -> Any:
+        try:
+            yield
+        except (OSError, ValueError) as error:  # ``ValueError``: it was closed
+            if isinstance(error, OSError) and not isinstance(error, BrokenPipeError):
+                self.failure = str(error)
+            with contextlib.suppress(OSError, ValueError):
+                # What is still in its buffer is written at exit, and would fail again there.
+                nowhere = os.open(os.devnull, os.O_WRONLY)
+                os.dup2(nowhere, self._stream.fileno())
+                os.close(nowhere)
+
+
+def run_command(main: Callable[[], int | None]) -> int:
+    """Call ``main`` with streams that neither fail nor are missing; the exit status.
+
+    What was done and could not be printed, on a full disk perhaps, is ``FAILED``. Ctrl-C, where
+    ``main`` does not answer it itself, is ``INTERRUPTED`` without a traceback.
+    """
+    streams: Any = sys
+    for number, (name, mode) in enumerate((("stdin", "r"), ("stdout", "w"), ("stderr", "w"))):
+        if getattr(sys, name) is None:
+            _occupy(number)
+            nowhere = Path(os.devnull).open(mode, encoding="utf-8")  # noqa: SIM115  until exit
+            setattr(streams, name, nowhere)
+        elif mode == "w":
+            setattr(streams, name, SteadyStream(getattr(sys, name)))
+    try:
+        status = main() or 0
+    except KeyboardInterrupt:
+        sys.stderr.write("interrupted\n")
+        status = INTERRUPTED
+    finally:
+        sys.stdout.flush()
+        sys.stderr.flush()
+    lost = getattr(sys.stdout, "failure", "")
+    if lost:
+        sys.stderr.write(f"error: the output cannot be written: {lost}\n")
+    return status or (FAILED if lost else 0)
+
+
+def _occupy(descriptor: int) -> None:
+    """Have 0, 1 and 2 be somebody's: else the next socket is where a child process prints to."""
+    try:
+        os.fstat(descriptor)
+    except OSError:
+        opened = os.open(os.devnull, os.O_RDWR)
+        if opened != descriptor:
+            os.dup2(opened, descriptor)
+            os.close(opened)
+        os.set_inheritable(descriptor, True)
