@@ -9,6 +9,7 @@ import numpy as np
 
 from runtime.episode import Episode
 from runtime.latency import StageTimes
+from runtime.video import import_matplotlib
 
 
 def write_timing_plot(path: Path, episodes: Sequence[Episode], title: str) -> None:
@@ -17,9 +18,7 @@ def write_timing_plot(path: Path, episodes: Sequence[Episode], title: str) -> No
     A point (t, p) says that a share p of the samples took longer than t. A curve that falls
     steeply is a steady one; a tail to the right is what a control loop feels.
     """
-    import matplotlib
-
-    matplotlib.use("Agg")
+    import_matplotlib()
     from matplotlib import pyplot as plt
 
     stages = StageTimes()

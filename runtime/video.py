@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterable
 from pathlib import Path
 
@@ -37,7 +38,17 @@ def write_video(path: Path, frames: Iterable[NDArray[np.uint8]], fps: int) -> No
 
 def write_still(path: Path, frame: NDArray[np.uint8]) -> None:
     """Write one frame to ``path``, a PNG."""
+    import_matplotlib()
     from matplotlib import image
 
     path.parent.mkdir(parents=True, exist_ok=True)
     image.imsave(path, frame)
+
+
+def import_matplotlib() -> None:
+    """Import matplotlib for files alone, whatever ``MPLBACKEND`` says: a notebook's or a missing
+    one ends the import, at the end of an evaluation."""
+    os.environ["MPLBACKEND"] = "Agg"
+    import matplotlib
+
+    matplotlib.use("Agg")

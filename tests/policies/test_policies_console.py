@@ -116,3 +116,17 @@ def test_ctrl_c_is_a_status_and_no_traceback(
 )
 def test_a_command_prints_to_nobody_in_silence(command: list[str]) -> None:
     assert shell(">&- 2>&-", *command, "--help").returncode == 0
+
+
+@pytest.mark.parametrize(
+    "variables",
+    [
+        {"MPLBACKEND": "nosuch", "OMP_NUM_THREADS": "abc", "LC_ALL": "C", "PYTHONUTF8": "0"},
+        {"TMPDIR": "/nosuch", "HOME": "/nosuch", "COLUMNS": "x", "TERM": "x", "NO_COLOR": "1"},
+    ],
+)
+def test_odd_environment_variables_do_not_end_an_evaluation(
+    variables: dict[str, str], tmp_path: Path
+) -> None:
+    done = shell("", *FAKE, "-o", str(tmp_path), **variables)
+    assert (done.returncode, "Traceback" in done.stderr) == (0, False), done.stderr
