@@ -77,7 +77,7 @@ def make_openvino(
     try:
         from policies.act import openvino_engine
     except ImportError as missing:
-        raise EngineUnavailable(f"{missing} (pip install 'metronome[server]')") from missing
+        raise EngineUnavailable(f"{missing} (pip install '.[server]')") from missing
     hardware.set_threads(threads)
     streams = min(MAX_BATCH, hardware.streams(threads))
     cache = BlobCache()

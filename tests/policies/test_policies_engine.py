@@ -501,7 +501,7 @@ def test_without_openvino_torch_serves_and_says_why(weights, monkeypatch, caplog
     engine = make_engine(weights, EngineOptions(device="cpu", precision="fp32", threads=1))
     assert engine.name.startswith("torch")
     assert "passed over: openvino in fp32:" in caplog.text
-    assert "pip install 'metronome[server]'" in caplog.text
+    assert "pip install '.[server]'" in caplog.text
     with pytest.raises(ContractMismatch, match=r"engine: got 'openvino', expected one that works"):
         make_engine(weights, OPENVINO)
 
