@@ -85,6 +85,21 @@ def identity(dim: int) -> Normalizer:
     return _affine("identity", np.zeros(dim), np.ones(dim))
 
 
+def constant_where(still: NDArray[np.bool_], kind: str, shift: Array, scale: Array) -> Normalizer:
+    """``shift`` and ``scale``, except where ``still``: there every output is ``shift``.
+
+    For a dimension of an action that never moved: its scale is zero, which has no inverse.
+    """
+    inf = np.full(len(shift), np.inf)
+    return Normalizer(
+        kind,
+        shift,
+        np.where(still, 1.0, scale),
+        np.where(still, shift, -inf),
+        np.where(still, shift, inf),
+    )
+
+
 def zscore(
     mean: Sequence[float] | Array,
     std: Sequence[float] | Array,

@@ -30,6 +30,7 @@ class ActWeights:
             encoder, which inference does not need.
         image_mean, image_std: (r, g, b) for each camera, of pictures scaled to [0, 1].
         dataset_id: Whose normalizers these are; ``dataset_ids``: all that the checkpoint has.
+        state_names, action_names: Of the dimensions, in their order; empty where nothing says.
     """
 
     config: ActConfig
@@ -47,6 +48,8 @@ class ActWeights:
     dataset_ids: tuple[str, ...] = field(default=())
     rendering: Rendering | None = None
     trained: bool = True
+    state_names: tuple[str, ...] = ()
+    action_names: tuple[str, ...] = ()
 
     def contract(self, chunk_size: int | None = None) -> PolicyContract:
         """What the policy needs and gives, its chunks cut to ``chunk_size``."""
@@ -65,6 +68,8 @@ class ActWeights:
             dataset_id=self.dataset_id,
             dataset_ids=self.dataset_ids,
             rendering=self.rendering,
+            state_names=self.state_names,
+            action_names=self.action_names,
         )
 
     def inference_model(self) -> ActModel:

@@ -49,4 +49,6 @@ def assemble(
         dt_s=extras.dt_s,
         rendering=extras.rendering,
         trained=extras.trained,
+        state_names=extras.state_names,
+        action_names=extras.action_names,
     )

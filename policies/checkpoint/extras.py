@@ -32,6 +32,7 @@ class Extras:
         dt_s: Seconds per policy tick.
         rendering: How the training pictures were rendered.
         n_action_steps: Actions of a chunk to play before the next.
+        state_names, action_names: Of the dimensions, in the order the policy was trained with.
         trained: False for weights that were only initialized.
         action_statistics: Whose statistics in ``dataset_stats.pkl`` normalize actions, where the
             original's layout leaves it open.
@@ -45,6 +46,8 @@ class Extras:
     dt_s: float = 0.02
     rendering: Rendering | None = None
     n_action_steps: int | None = None
+    state_names: tuple[str, ...] = ()
+    action_names: tuple[str, ...] = ()
     trained: bool = True
     action_statistics: Literal["action", "qpos"] | None = None
     training: Mapping[str, Any] = field(default_factory=dict)

@@ -86,6 +86,10 @@ def lerobot_keys(config: ActConfig) -> dict[str, str]:
 
 
 LEROBOT_DEAD_KEYS = frozenset({"model.vae_encoder_pos_enc"})
+LEROBOT_FIRST_NAMES = {
+    "model.encoder_robot_and_latent_pos_embed.weight": "model.encoder_1d_feature_pos_embed.weight"
+}
+"""Names of its first generation to today's; the rows are in the same order."""
 
 
 def translate(

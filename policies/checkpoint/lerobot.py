@@ -2,54 +2,42 @@
 
 from __future__ import annotations
 
+import dataclasses
 import logging
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 from torch import Tensor
 
 from policies.act.config import ActConfig
-from policies.act.weights import ActWeights, Triples
+from policies.act.weights import ActWeights
 from policies.checkpoint.assemble import assemble
 from policies.checkpoint.extras import Extras
-from policies.checkpoint.files import need, read_json, read_safetensors
-from policies.checkpoint.keys import LEROBOT_DEAD_KEYS, lerobot_keys, translate
+from policies.checkpoint.files import need, read_weights
+from policies.checkpoint.folders import WEIGHTS
+from policies.checkpoint.keys import LEROBOT_DEAD_KEYS, LEROBOT_FIRST_NAMES, lerobot_keys, translate
+from policies.checkpoint.lerobot_config import (
+    ACTION,
+    STATE,
+    Features,
+    camera_name,
+    read_config,
+    read_features,
+)
+from policies.checkpoint.lerobot_processor import (
+    POSTPROCESSOR,
+    PREPROCESSOR,
+    Processors,
+    read_processors,
+)
+from policies.checkpoint.lerobot_stats import Statistics, check_modes
 from policies.errors import CheckpointError
-from policies.normalize import Normalizer, identity
 
 logger = logging.getLogger(__name__)
 
 CONFIG = "config.json"
-WEIGHTS = "model.safetensors"
-PREPROCESSOR = "policy_preprocessor.json"
-POSTPROCESSOR = "policy_postprocessor.json"
-IMAGES = "observation.images."
-STATE = "observation.state"
-ACTION = "action"
-EPS = 1e-8
 BUFFERS = ("normalize_inputs.", "normalize_targets.", "unnormalize_outputs.")
-HARMLESS_STEPS = frozenset(
-    {
-        "rename_observations_processor",
-        "to_batch_processor",
-        "device_processor",
-        "normalizer_processor",
-        "unnormalizer_processor",
-    }
-)
-
-
-@dataclass(frozen=True, slots=True)
-class _Norms:
-    """How to find a feature's statistics: ``stat(feature, name)`` raises where it is missing."""
-
-    modes: Mapping[str, str]
-    stat: Callable[[str, str], Tensor]
-    source: Path
-    divide_by_std_plus_eps: float = EPS
 
 
 def load_lerobot(
@@ -61,70 +49,35 @@ def load_lerobot(
         CheckpointError: Anything missing, unknown, of another kind, or not as expected.
     """
     path = folder / CONFIG
-    raw = read_json(path)
-    kind = raw.get("type", "act")
-    if kind != "act":
-        raise CheckpointError(f"{path}: type: got {kind!r}, expected 'act'")
-    features = _features(raw, path)
-    names = tuple(name.removeprefix(IMAGES) for name in features.cameras)
+    raw = read_config(path)
+    features = read_features(raw, path)
+    # Statistics among the weights: what nobody uses may be infinite, as LeRobot initializes it.
+    tensors = read_weights(folder, unchecked=BUFFERS)
+    processors = _processors(folder, raw, tensors, path)
+    names = _camera_names(features.images, processors.rename, folder / PREPROCESSOR)
     size = image_hw or (None if extras.cameras or extras.image_hw else features.image_hw)
     cameras = extras.camera_contracts(names, size, path)
     config = _config(raw, path, features, len(cameras), cameras[0].model_hw)
-    tensors = read_safetensors(folder / WEIGHTS)
-    inputs, outputs = _norms(folder, raw, tensors, path)
-    weights = {k: v for k, v in tensors.items() if not k.startswith(BUFFERS)}
-    return assemble(
+    weights = {
+        LEROBOT_FIRST_NAMES.get(k, k): v for k, v in tensors.items() if not k.startswith(BUFFERS)
+    }
+    loaded = assemble(
         config,
         translate(weights, lerobot_keys(config), LEROBOT_DEAD_KEYS, config, folder / WEIGHTS),
         extras,
-        state=_normalizer(inputs, STATE, "STATE", config.state_dim),
-        action=_normalizer(outputs, ACTION, "ACTION", config.action_dim, output=True),
+        state=processors.inputs.normalizer(STATE, config.state_dim),
+        action=processors.outputs.normalizer(ACTION, config.action_dim),
         cameras=cameras,
-        image_norm=_image_norm(inputs, features.cameras),
+        image_norm=processors.inputs.image_norm(features.images),
         n_action_steps=need(raw, "n_action_steps", int, path),
     )
-
-
-@dataclass(frozen=True, slots=True)
-class _Features:
-    cameras: tuple[str, ...]
-    image_hw: tuple[int, int]
-    state_dim: int
-    action_dim: int
-
-
-def _features(raw: Mapping[str, Any], path: Path) -> _Features:
-    cameras, state_dim = {}, 0
-    for name, feature in need(raw, "input_features", dict, path).items():
-        kind, shape = need(feature, "type", str, path), _shape(feature, path)
-        if kind == "VISUAL" and len(shape) == 3 and shape[0] == 3:
-            cameras[name] = (shape[1], shape[2])
-        elif kind == "STATE" and name == STATE and len(shape) == 1:
-            state_dim = shape[0]
-        else:
-            raise CheckpointError(
-                f"{path}: input_features: got {name!r} ({kind} {shape}), expected {STATE!r} and "
-                f"{IMAGES}* (VISUAL [3, H, W])"
-            )
-    outputs = need(raw, "output_features", dict, path)
-    action = _shape(need(outputs, ACTION, dict, path), path)
-    if not cameras or not state_dim or len(action) != 1:
-        raise CheckpointError(f"{path}: expected at least one camera, {STATE!r} and {ACTION!r}")
-    sizes = set(cameras.values())
-    if len(sizes) > 1:
-        raise CheckpointError(f"{path}: cameras of sizes {sorted(sizes)}, expected one for all")
-    return _Features(tuple(cameras), sizes.pop(), state_dim, action[0])
-
-
-def _shape(feature: Any, path: Path) -> list[int]:
-    shape: list[Any] = need(feature, "shape", list, path)
-    if not all(type(size) is int for size in shape):
-        raise CheckpointError(f"{path}: shape: got {shape}, expected integers")
-    return shape
+    if processors.action_names and not loaded.action_names:
+        loaded = dataclasses.replace(loaded, action_names=processors.action_names)
+    return loaded
 
 
 def _config(
-    raw: Mapping[str, Any], path: Path, features: _Features, n_cameras: int, hw: tuple[int, int]
+    raw: Mapping[str, Any], path: Path, features: Features, n_cameras: int, hw: tuple[int, int]
 ) -> ActConfig:
     expected = {
         "n_obs_steps": 1,
@@ -160,120 +113,52 @@ def _config(
         raise CheckpointError(text if str(path) in text else f"{path}: {text}") from error
 
 
-def _norms(
+def _processors(
     folder: Path, raw: Mapping[str, Any], tensors: Mapping[str, Tensor], path: Path
-) -> tuple[_Norms, _Norms]:
-    """Where inputs' and outputs' statistics are."""
-    if (folder / PREPROCESSOR).is_file():
-        return (
-            _from_processor(folder / PREPROCESSOR, "normalizer_processor"),
-            _from_processor(folder / POSTPROCESSOR, "unnormalizer_processor"),
-        )
+) -> Processors:
+    """The processor files; or, older, the statistics that are among the weights."""
+    if (folder / PREPROCESSOR).is_file() or (folder / POSTPROCESSOR).is_file():
+        return read_processors(folder)
     if not any(key.startswith(BUFFERS) for key in tensors):
         raise CheckpointError(
             f"{folder}: no normalizer: neither {PREPROCESSOR} nor normalize_inputs.* in {WEIGHTS}"
         )
     modes = need(raw, "normalization_mapping", dict, path)
-
-    def buffer(prefix: str) -> Callable[[str, str], Tensor]:
-        def stat(feature: str, name: str) -> Tensor:
-            key = f"{prefix}.buffer_{feature.replace('.', '_')}.{name}"
-            if key not in tensors:
-                raise CheckpointError(f"{folder / WEIGHTS}: key {key!r} is missing")
-            return tensors[key]
-
-        return stat
-
-    weights = folder / WEIGHTS
-    return (
-        _Norms(modes, buffer("normalize_inputs"), weights),
-        _Norms(modes, buffer("unnormalize_outputs"), weights),
+    check_modes(modes, f"{path}: normalization_mapping")
+    types = {name: feature["type"] for name, feature in raw["input_features"].items()}
+    inputs, outputs = (
+        Statistics(
+            tensors=tensors,
+            source=folder / WEIGHTS,
+            modes=modes,
+            modes_source=path,
+            types=types,
+            buffers=buffers,
+        )
+        for buffers in ("normalize_inputs", "unnormalize_outputs")
     )
+    return Processors({}, inputs, outputs, ())
 
 
-def _from_processor(path: Path, wanted: str) -> _Norms:
-    found: _Norms | None = None
-    for step in need(read_json(path), "steps", list, path):
-        name = need(step, "registry_name", str, path)
-        config = need({"config": {}, **step}, "config", dict, path)
-        if name not in HARMLESS_STEPS:
+def _camera_names(
+    images: tuple[str, ...], rename: Mapping[str, str], path: Path
+) -> tuple[str, ...]:
+    """The robot's name of each of the policy's pictures."""
+    sources: dict[str, str] = {}
+    for robots, policys in rename.items():
+        if policys in sources:
             raise CheckpointError(
-                f"{path}: step {name!r} is not supported, expected {sorted(HARMLESS_STEPS)}"
+                f"{path}: rename_map: got both {sources[policys]!r} and {robots!r} for "
+                f"{policys!r}, expected one"
             )
-        if config.get("rename_map"):
+        sources[policys] = robots
+    for needed in (*images, STATE):
+        if needed in rename and needed not in sources:
             raise CheckpointError(
-                f"{path}: rename_map: got {config['rename_map']}, expected none (cameras are "
-                "renamed by camera_map)"
+                f"{path}: rename_map: {needed!r} becomes {rename[needed]!r}, and nothing becomes "
+                f"{needed!r}, which the policy needs"
             )
-        if name == wanted:
-            state_path = path.parent / Path(need(step, "state_file", str, path)).name
-            found = _processor_norms(state_path, config, path)
-    if found is None:
-        raise CheckpointError(f"{path}: step {wanted!r} is missing: there is no normalizer")
-    return found
-
-
-def _processor_norms(state_path: Path, config: Mapping[str, Any], path: Path) -> _Norms:
-    stats = read_safetensors(state_path)
-
-    def stat(feature: str, name: str) -> Tensor:
-        key = f"{feature}.{name}"
-        if key not in stats:
-            raise CheckpointError(f"{state_path}: key {key!r} is missing")
-        return stats[key]
-
-    eps = need({"eps": EPS, **config}, "eps", (int, float), path)
-    return _Norms(need(config, "norm_map", dict, path), stat, state_path, float(eps))
-
-
-def _normalizer(
-    norms: _Norms, feature: str, group: str, dim: int, *, output: bool = False
-) -> Normalizer:
-    """LeRobot adds eps to the deviation when it normalizes, and not when it goes back."""
-    mode = norms.modes.get(group, "IDENTITY")
-    pairs = {"MEAN_STD": ("mean", "std"), "MIN_MAX": ("min", "max"), "QUANTILES": ("q01", "q99")}
-    if mode == "IDENTITY":
-        return identity(dim)
-    if not isinstance(mode, str) or mode not in pairs:
-        raise CheckpointError(
-            f"{norms.source}: {group}: got {mode!r}, expected one of {(*pairs, 'IDENTITY')}"
-        )
-    first, second = (norms.stat(feature, name).double().flatten().numpy() for name in pairs[mode])
-    if first.shape != (dim,) or second.shape != (dim,):
-        raise CheckpointError(
-            f"{norms.source}: {feature}: got {first.shape} statistics, expected ({dim},)"
-        )
-    eps = norms.divide_by_std_plus_eps
-    if mode == "MEAN_STD":
-        shift, scale = first, second if output else second + eps
-    else:
-        span = np.where(second == first, eps, second - first)
-        shift, scale = first + span / 2, span / 2
-    unbounded = np.full(dim, np.inf)
-    try:
-        return Normalizer(mode.lower(), shift, scale, -unbounded, unbounded)
-    except CheckpointError as error:
-        raise CheckpointError(f"{norms.source}: {feature}: {error}") from error
-
-
-def _image_norm(norms: _Norms, cameras: tuple[str, ...]) -> tuple[Triples, Triples]:
-    """(mean, std) of each camera's picture in [0, 1], one triple each."""
-    mode = norms.modes.get("VISUAL", "IDENTITY")
-    if mode == "IDENTITY":
-        return ((0.0, 0.0, 0.0),) * len(cameras), ((1.0, 1.0, 1.0),) * len(cameras)
-    if mode != "MEAN_STD":
-        raise CheckpointError(
-            f"{norms.source}: VISUAL: got {mode!r}, expected 'MEAN_STD' or 'IDENTITY'"
-        )
-    means, stds = [], []
-    for camera in cameras:
-        mean, std = (norms.stat(camera, name).double().flatten() for name in ("mean", "std"))
-        if len(mean) != 3 or len(std) != 3 or not (std > 0).all():
-            raise CheckpointError(
-                f"{norms.source}: {camera}: got {len(mean)} means and deviations {std.tolist()}, "
-                "expected 3 of each, positive"
-            )
-        means.append((float(mean[0]), float(mean[1]), float(mean[2])))
-        scale = std + norms.divide_by_std_plus_eps
-        stds.append((float(scale[0]), float(scale[1]), float(scale[2])))
-    return tuple(means), tuple(stds)
+    names = tuple(camera_name(sources.get(image, image)) for image in images)
+    if len(set(names)) != len(names):
+        raise CheckpointError(f"{path}: got cameras {list(names)}, expected different names")
+    return names

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import re
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from policies.checkpoint.factory import PREFIX, load_factory
+from policies.checkpoint.folders import ADAPTERS, find_folder
 from policies.errors import CheckpointError
 from policies.types import Policy
 
@@ -81,17 +81,18 @@ def load_weights(
 ) -> ActWeights:
     """The checkpoint folder at ``path``, before anything runs it; arguments as ``load_policy``."""
     from policies.checkpoint.extras import read_extras
-    from policies.checkpoint.files import read_json
+    from policies.checkpoint.files import read_json, read_weights
     from policies.checkpoint.ilstudio import load_ilstudio
     from policies.checkpoint.lerobot import load_lerobot
+    from policies.checkpoint.lerobot_config import is_lerobot
     from policies.checkpoint.original import find_weights, load_original
 
-    folder = _find_folder(Path(path).expanduser())
+    folder = find_folder(Path(path).expanduser())
     extras = read_extras(folder)
     config_path = folder / "config.json"
     if config_path.is_file():
         config = read_json(config_path)
-        if "input_features" in config or "type" in config:
+        if is_lerobot(config):
             _only_known("LeRobot", path, dataset_id=dataset_id)
             _says_itself(path, camera_names, n_heads, extras.action_statistics)
             return load_lerobot(folder, extras, image_hw=image_hw)
@@ -101,29 +102,13 @@ def load_weights(
         _only_known("the original ACT", path, dataset_id=dataset_id)
         names = None if camera_names is None else tuple(camera_names)
         return load_original(folder, extras, camera_names=names, n_heads=n_heads, image_hw=image_hw)
+    if any((folder / name).is_file() for name in ADAPTERS):
+        read_weights(folder)  # says what they are
     raise CheckpointError(
         f"{folder}: no checkpoint that is known: expected config.json with model.safetensors "
         f"(ILStudio, LeRobot), or policy_best.ckpt with dataset_stats.pkl (the original ACT); "
         f"got {sorted(p.name for p in folder.iterdir())[:12]}"
     )
-
-
-def _find_folder(path: Path) -> Path:
-    """The folder that holds the weights: ``path``, or the one below it that a trainer wrote."""
-    if not path.exists():
-        raise CheckpointError(f"{path}: no such checkpoint")
-    if not path.is_dir():
-        raise CheckpointError(f"{path}: got a file, expected a checkpoint's folder")
-    if (path / "config.json").is_file() and (path / "model.safetensors").is_file():
-        return path
-    if (path / "pretrained_model").is_dir():
-        return path / "pretrained_model"
-    numbered = [
-        (int(match[1]), child)
-        for child in path.iterdir()
-        if (match := re.fullmatch(r"checkpoint-(\d+)", child.name)) and child.is_dir()
-    ]
-    return max(numbered)[1] if numbered else path
 
 
 def _only_known(layout: str, path: str, *, dataset_id: str | None) -> None:

@@ -395,17 +395,21 @@ LEROBOT_REFUSALS = {
     ),
     "no normalizer step": (
         lambda f: edit_processor(f, lambda s: s.pop()),
-        "step 'normalizer_processor' is missing",
+        "policy_preprocessor.json: got 0 steps 'normalizer_processor', expected one",
+    ),
+    "half of the processors": (
+        lambda f: (f / "policy_preprocessor.json").unlink(),
+        "policy_preprocessor.json: missing; LeRobot writes it beside policy_postprocessor.json",
     ),
     "no processor at all": (
-        lambda f: (f / "policy_preprocessor.json").unlink(),
+        lambda f: [path.unlink() for path in f.glob("policy_*.json")],
         "no normalizer: neither policy_preprocessor.json nor normalize_inputs",
     ),
     "observation history": (edit_json("config.json", n_obs_steps=2), "n_obs_steps: got 2, exp"),
     "an input nobody knows": (
         edit_json("config.json", input_features={"observation.environment_state":
                                                   {"type": "ENV", "shape": [3]}}),
-        "input_features: got 'observation.environment_state'",
+        "observation.environment_state: the state of an environment is not supported",
     ),
     "a feature that is none": (
         edit_json("config.json", input_features={"observation.state": 3}),

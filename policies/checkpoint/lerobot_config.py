@@ -1,0 +1,221 @@
+"""LeRobot's ``config.json``: every key is known, and what its network is given.
+
+The keys are those of its releases up to 0.6.1. The first generation (2024) had other ones for
+features and normalization, which are translated.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from policies.checkpoint.files import need, read_json
+from policies.errors import CheckpointError
+
+IMAGES = "observation.images."
+STATE = "observation.state"
+ACTION = "action"
+FEATURE_TYPES = ("STATE", "VISUAL", "ENV", "ACTION", "REWARD", "LANGUAGE")
+
+FIRST_GENERATION = {
+    "input_shapes": "input_features",
+    "output_shapes": "output_features",
+}
+"""Its keys to today's."""
+MODES = {"input_normalization_modes", "output_normalization_modes"}
+NETWORK = {
+    "type",
+    "n_obs_steps",
+    "input_features",
+    "output_features",
+    "normalization_mapping",
+    "vision_backbone",
+    "replace_final_stride_with_dilation",
+    "pre_norm",
+    "dim_model",
+    "n_heads",
+    "dim_feedforward",
+    "feedforward_activation",
+    "n_encoder_layers",
+    "n_decoder_layers",
+    "latent_dim",
+    "n_vae_encoder_layers",
+    "use_vae",
+    "use_peft",
+}
+EXECUTION = {"chunk_size", "n_action_steps", "temporal_ensemble_coeff"}
+TRAINING = {
+    "pretrained_backbone_weights",
+    "dropout",
+    "kl_weight",
+    "optimizer_lr",
+    "optimizer_weight_decay",
+    "optimizer_lr_backbone",
+}
+"""No effect on a trained network."""
+SURROUNDINGS = {
+    "device",
+    "use_amp",
+    "push_to_hub",
+    "repo_id",
+    "private",
+    "tags",
+    "license",
+    "pretrained_path",
+    "pretrained_revision",
+}
+"""Where it runs and where it is published; ``--device`` and ``--precision`` say it here."""
+KNOWN = NETWORK | EXECUTION | TRAINING | SURROUNDINGS
+
+
+@dataclass(frozen=True, slots=True)
+class Features:
+    """What the network is given and gives.
+
+    Attributes:
+        images: The pictures' features, in the order the network sees them.
+        image_hw: (height, width) of all of them.
+    """
+
+    images: tuple[str, ...]
+    image_hw: tuple[int, int]
+    state_dim: int
+    action_dim: int
+
+
+def is_lerobot(raw: Mapping[str, Any]) -> bool:
+    """Whether a ``config.json`` is LeRobot's."""
+    return not {"type", "input_features", *FIRST_GENERATION}.isdisjoint(raw)
+
+
+def read_config(path: Path) -> dict[str, Any]:
+    """``config.json`` with today's keys, all of which are known.
+
+    Raises:
+        CheckpointError: Another policy than ACT, an unknown key, a value that LeRobot refuses.
+    """
+    raw = read_json(path)
+    if not FIRST_GENERATION.keys().isdisjoint(raw):
+        raw = _modernized(raw, path)
+    # Some of its versions do not write the type; another policy's keys are refused below.
+    kind = need({"type": "act", **raw}, "type", str, path)
+    if kind != "act":
+        raise CheckpointError(f"{path}: type: got {kind!r}, expected 'act'")
+    unknown = sorted(raw.keys() - KNOWN)
+    if unknown:
+        raise CheckpointError(
+            f"{path}: {unknown[0]}: unknown key, expected those of LeRobot's ACT up to 0.6.1; "
+            f"remove it if it is of no use to the policy"
+        )
+    if raw.get("use_peft"):
+        raise CheckpointError(
+            f"{path}: use_peft: got {raw['use_peft']!r}, expected false: merge the adapters into "
+            "the base model (PEFT's merge_and_unload()) and save that"
+        )
+    chunk, played = (need(raw, key, int, path) for key in ("chunk_size", "n_action_steps"))
+    if not 1 <= played <= chunk:
+        raise CheckpointError(f"{path}: n_action_steps: got {played}, expected 1 to {chunk}")
+    return raw
+
+
+def _modernized(raw: Mapping[str, Any], path: Path) -> dict[str, Any]:
+    """The first generation's keys to today's; it had a mode for each feature."""
+    modern = {key: value for key, value in raw.items() if key not in MODES}
+    if modern.pop("temporal_ensemble_momentum", None) is not None:
+        raise CheckpointError(
+            f"{path}: temporal_ensemble_momentum: got {raw['temporal_ensemble_momentum']!r}, "
+            "expected null: LeRobot has dropped it; set it to null and give "
+            "--action_manager temporal_ensemble"
+        )
+    mapping: dict[str, str] = {}
+    for old, new in FIRST_GENERATION.items():
+        shapes = need(raw, old, dict, path)
+        modes = need(raw, old.replace("shapes", "normalization_modes"), dict, path)
+        modern.pop(old)
+        modern[new] = {
+            name: {"type": _type(name), "shape": shape} for name, shape in shapes.items()
+        }
+        for name, mode in modes.items():
+            if not isinstance(mode, str) or mapping.get(_type(name), mode.upper()) != mode.upper():
+                raise CheckpointError(
+                    f"{path}: {name}: got mode {mode!r}, expected one mode for all {_type(name)} "
+                    "features"
+                )
+            mapping[_type(name)] = mode.upper()
+    return {**modern, "normalization_mapping": mapping}
+
+
+def _type(name: str) -> str:
+    """The type of a feature of the first generation, which went by names."""
+    if name.startswith("observation.image"):
+        return "VISUAL"
+    if name == "observation.environment_state":
+        return "ENV"
+    return "ACTION" if name == ACTION else "STATE"
+
+
+def read_features(raw: Mapping[str, Any], path: Path) -> Features:
+    """Of ``raw``, what ``read_config`` gave. LeRobot's ACT takes ``observation.state`` and every
+    picture, and passes over any other state and over language.
+
+    Raises:
+        CheckpointError: None of these, or an environment's state, depth, or pictures that differ
+            in size.
+    """
+    images, state_dim = {}, 0
+    for name, feature in need(raw, "input_features", dict, path).items():
+        kind, shape = need(feature, "type", str, path), _shape(feature, path)
+        where = f"{path}: input_features: {name}"
+        if kind == "VISUAL":
+            if len(shape) != 3 or shape[0] != 3:
+                depth = " (depth pictures are not supported)" if shape[:1] == [1] else ""
+                raise CheckpointError(f"{where}: got {shape}, expected [3, H, W]{depth}")
+            images[name] = (shape[1], shape[2])
+        elif kind == "STATE":
+            if name == STATE:
+                (state_dim,) = _vector(shape, where)
+        elif kind == "ENV":
+            raise CheckpointError(
+                f"{where}: the state of an environment is not supported, expected {STATE!r} and "
+                f"{IMAGES}*"
+            )
+        elif kind != "LANGUAGE":
+            raise CheckpointError(
+                f"{where}: got type {kind!r}, expected one of {FEATURE_TYPES} that is observed"
+            )
+    action = need(need(raw, "output_features", dict, path), ACTION, dict, path)
+    (action_dim,) = _vector(_shape(action, path), f"{path}: {ACTION}")
+    if action.get("type") != "ACTION":
+        raise CheckpointError(f"{path}: {ACTION}: got type {action.get('type')!r}, expected ACTION")
+    if not images or not state_dim:
+        raise CheckpointError(
+            f"{path}: input_features: got {sorted(raw['input_features'])}, expected at least one "
+            f"camera and {STATE!r}"
+        )
+    sizes = set(images.values())
+    if len(sizes) > 1:
+        raise CheckpointError(
+            f"{path}: cameras of sizes {sorted(sizes)}, expected one for all: several sizes in one "
+            "policy are not supported"
+        )
+    return Features(tuple(images), sizes.pop(), state_dim, action_dim)
+
+
+def camera_name(feature: str) -> str:
+    """``observation.images.top`` is "top", ``observation.image`` is "image"."""
+    return feature.removeprefix(IMAGES).removeprefix("observation.")
+
+
+def _shape(feature: Any, path: Path) -> list[int]:
+    shape: list[Any] = need(feature, "shape", list, path)
+    if not all(type(size) is int for size in shape):
+        raise CheckpointError(f"{path}: shape: got {shape}, expected integers")
+    return shape
+
+
+def _vector(shape: list[int], where: str) -> list[int]:
+    if len(shape) != 1:
+        raise CheckpointError(f"{where}: got shape {shape}, expected one number")
+    return shape

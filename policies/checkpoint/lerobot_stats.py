@@ -1,0 +1,165 @@
+"""LeRobot's normalization: from modes and statistics to maps.
+
+It has two rules for a dimension whose statistics have no spread: one of the processor files
+(0.4 to 0.6.1), one of the buffers among the weights (up to 0.3).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+from numpy.typing import NDArray
+from torch import Tensor
+
+from policies.act.weights import Triples
+from policies.checkpoint.lerobot_config import ACTION, FEATURE_TYPES
+from policies.errors import CheckpointError
+from policies.normalize import Array, Normalizer, constant_where, identity
+
+EPS = 1e-8
+PAIRS = {
+    "MEAN_STD": ("mean", "std"),
+    "MIN_MAX": ("min", "max"),
+    "QUANTILES": ("q01", "q99"),
+    "QUANTILE10": ("q10", "q90"),
+}
+MODES = (*PAIRS, "IDENTITY")
+
+
+def check_modes(modes: Mapping[str, object], where: str) -> None:
+    """Raises ``CheckpointError`` unless each is a mode for a type of feature."""
+    for group, mode in modes.items():
+        if group not in FEATURE_TYPES or mode not in MODES:
+            raise CheckpointError(
+                f"{where}: {group}: got {mode!r}, expected one of {MODES} for one of "
+                f"{FEATURE_TYPES}"
+            )
+
+
+@dataclass(frozen=True, slots=True)
+class Statistics:
+    """One normalizer's statistics and how they are used.
+
+    Attributes:
+        tensors: By feature and name of the statistic; those that nobody uses may hold anything.
+        source: Their file.
+        modes: One of ``MODES`` for a type of feature; IDENTITY where none is given.
+        modes_source: The file of the modes.
+        types: Of the features. One that is not among them is not normalized by LeRobot.
+        only: The observations that are normalized; all where None.
+        eps: Is added to deviations of inputs, and stands for a spread of zero.
+        buffers: The rule of the buffers among the weights; ``tensors`` have their names.
+    """
+
+    tensors: Mapping[str, Tensor]
+    source: Path
+    modes: Mapping[str, str]
+    modes_source: Path
+    types: Mapping[str, str]
+    only: frozenset[str] | None = None
+    eps: float = EPS
+    buffers: str = ""
+
+    def normalizer(self, feature: str, dim: int) -> Normalizer:
+        """Of a vector: of the action back to physical units, of another feature to the network's.
+
+        Raises:
+            CheckpointError: A statistic is missing, of another shape, or no finite number.
+        """
+        mode = self._mode(feature)
+        if mode == "IDENTITY":
+            return identity(dim)
+        first, second = (self._statistic(feature, name, mode, dim, 0) for name in PAIRS[mode])
+        shift, scale = self._affine(mode, first, second, inverse=feature == ACTION)
+        try:
+            return constant_where(scale == 0, mode.lower(), shift, scale)
+        except CheckpointError as error:
+            raise CheckpointError(f"{self.source}: {feature}: {error}") from error
+
+    def image_norm(self, features: tuple[str, ...]) -> tuple[Triples, Triples]:
+        """(mean, std) that each feature's picture, in [0, 1], is normalized with.
+
+        Raises:
+            CheckpointError: As ``normalizer``.
+        """
+        means, stds = [], []
+        for feature in features:
+            mode, mean, std = self._mode(feature), np.zeros(3), np.ones(3)
+            if mode != "IDENTITY":
+                first, second = (self._statistic(feature, n, mode, 3, 2) for n in PAIRS[mode])
+                mean, std = self._affine(mode, first, second, inverse=False)
+            if not (std > 0).all():
+                raise CheckpointError(
+                    f"{self.source}: {feature}: got a scale of {std.tolist()}, expected positive"
+                )
+            means.append((float(mean[0]), float(mean[1]), float(mean[2])))
+            stds.append((float(std[0]), float(std[1]), float(std[2])))
+        return tuple(means), tuple(stds)
+
+    def _mode(self, feature: str) -> str:
+        if feature == ACTION:
+            return self.modes.get("ACTION", "IDENTITY")
+        if feature not in self.types:
+            raise CheckpointError(
+                f"{self.modes_source}: features: {feature!r} is missing, got {sorted(self.types)}: "
+                f"LeRobot would not normalize it; {self._where_it_is_meant()}"
+            )
+        if self.only is not None and feature not in self.only:
+            return "IDENTITY"
+        return self.modes.get(self.types[feature], "IDENTITY")
+
+    def _affine(
+        self, mode: str, first: Array, second: Array, *, inverse: bool
+    ) -> tuple[Array, Array]:
+        """(shift, scale): to the network (x - shift) / scale, back y * scale + shift."""
+        if mode == "MEAN_STD":
+            return first, second if inverse else second + self.eps
+        span = second - first
+        if not self.buffers:
+            span = np.where(span == 0, self.eps, span)
+        elif not inverse:
+            span = span + self.eps
+        return first + span / 2, span / 2
+
+    def _statistic(
+        self, feature: str, name: str, mode: str, length: int, trailing: int
+    ) -> NDArray[np.float64]:
+        """``length`` numbers; in the file, shapes that broadcast to (``length``, 1, ...) with
+        ``trailing`` ones."""
+        key = f"{feature}.{name}"
+        if self.buffers:
+            key = f"{self.buffers}.buffer_{feature.replace('.', '_')}.{name}"
+        if key not in self.tensors:
+            group = "ACTION" if feature == ACTION else self.types[feature]
+            raise CheckpointError(
+                f"{self.source}: key {key!r} is missing, which {group} {mode} "
+                f"({self.modes_source}) needs; {self._where_it_is_meant()}"
+            )
+        values = self.tensors[key].double().numpy()
+        shape = list(values.shape)
+        for _ in range(trailing):
+            if len(shape) > 1 and shape[-1] == 1:
+                shape.pop()
+        while len(shape) > 1 and shape[0] == 1:
+            shape.pop(0)
+        if len(shape) > 1 or values.size not in (1, length):
+            expected = (length, *(1,) * trailing)
+            raise CheckpointError(
+                f"{self.source}: {key}: got shape {values.shape}, expected {expected}"
+            )
+        if not np.isfinite(values).all():
+            raise CheckpointError(
+                f"{self.source}: {key}: got {values.tolist()}, expected finite numbers"
+            )
+        return np.broadcast_to(values.reshape(-1), (length,)).copy()
+
+    def _where_it_is_meant(self) -> str:
+        if self.buffers:
+            return "nothing can stand for it"
+        return (
+            "where that is meant, list the features that are normalized in "
+            "normalize_observation_keys, or set their type to IDENTITY in norm_map"
+        )
