@@ -1,0 +1,105 @@
+"""LeRobot's own files and LeRobot's own numbers: ours are the same.
+
+The two archives were written by the real library, see ``lerobot_cases.py``.
+"""
+
+from __future__ import annotations
+
+import json
+import tarfile
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from lerobot_cases import CASES, fill, observation
+from safetensors.torch import save_file
+
+from policies.act.policy import ActPolicy
+from policies.checkpoint.load import load_weights
+from policies.types import MetaObs
+
+VERSIONS = ("0.4.4", "0.6.1")
+TOLERANCE = 1e-5
+
+
+def archive(version):
+    return Path(__file__).with_name(f"lerobot_{version}.tar.xz")
+
+
+@pytest.fixture(scope="module")
+def written(tmp_path_factory):
+    """A function that gives a case's folder, weights and all; each set of weights is made once."""
+    root, made = tmp_path_factory.mktemp("lerobot"), {}
+    for version in VERSIONS:
+        with tarfile.open(archive(version)) as tar:
+            tar.extractall(root / version, filter="data")
+
+    def folder(version, name):
+        path = root / version / name
+        shapes = (path / "shapes.json").read_text()
+        if shapes not in made:
+            made[shapes] = root / f"{len(made)}.safetensors"
+            tensors = {k: torch.from_numpy(v) for k, v in fill(json.loads(shapes)).items()}
+            save_file(tensors, made[shapes])
+        weights = path / "model.safetensors"
+        if not weights.exists():
+            weights.hardlink_to(made[shapes])
+        return path
+
+    return folder
+
+
+def names(version):
+    with tarfile.open(archive(version)) as tar:
+        return sorted({Path(entry).parts[0] for entry in tar.getnames()})
+
+
+def check(folder, given, *, whole):
+    """The errors of state, pixels and actions; of the network's answer, too, where ``whole``."""
+    weights = load_weights(str(folder))
+    pictures, state = observation(folder.name, given)
+    with np.load(folder / "expected.npz") as expected:
+        yield "state", weights.state_normalizer.normalize(state), expected["state"]
+        norms = zip(pictures.values(), weights.image_mean, weights.image_std, strict=True)
+        pixels = [
+            (picture[::31, ::37] / 255 - np.float64(mean)) / np.float64(std)
+            for picture, mean, std in norms
+        ]
+        yield "pixels", np.stack(pixels).transpose(0, 3, 1, 2), expected["pixels"]
+        back = weights.action_normalizer.denormalize(expected["chunk"])
+        yield "actions", back, expected["actions"]
+        if whole:
+            policy = ActPolicy(weights, device="cpu", engine="torch", precision="fp32", threads=1)
+            robots = policy.contract.camera_names  # in the policy's order, as its pictures are
+            obs = MetaObs(dict(zip(robots, pictures.values(), strict=True)), state)
+            yield "chunk", policy.infer(obs).actions, expected["actions"]
+            assert np.array_equal(expected["first"], expected["actions"][0])
+
+
+@pytest.mark.parametrize(("version", "name"), [(v, name) for v in VERSIONS for name in names(v)])
+def test_what_lerobot_wrote_gives_what_lerobot_computes(written, version, name):
+    """The files of both versions; the network, which is the same in both, once."""
+    folder = written(version, name)
+    for what, got, wanted in check(folder, CASES[name], whole=version == VERSIONS[-1]):
+        error = np.abs(got - wanted).max() / np.abs(wanted).max()
+        assert error <= TOLERANCE, what
+
+
+@pytest.mark.parametrize(
+    ("name", "cameras"),
+    [
+        ("a renamed camera", ("cam_high", "wrist")),
+        ("two cameras for each other", ("wrist", "front")),
+        ("a renamed camera nobody needs", ("front", "wrist")),
+        ("a camera without a name", ("image",)),
+        ("three cameras", ("wrist", "front", "above")),
+    ],
+)
+def test_cameras_have_the_robots_names(written, name, cameras):
+    assert load_weights(str(written("0.6.1", name))).contract().camera_names == cameras
+
+
+def test_a_step_that_names_the_actions_names_them(written):
+    contract = load_weights(str(written("0.6.1", "steps without effect"))).contract()
+    assert contract.action_names == tuple(f"joint_{i}" for i in range(6))
