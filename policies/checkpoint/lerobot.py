@@ -53,6 +53,7 @@ def load_lerobot(
     features = read_features(raw, path)
     # Statistics among the weights: what nobody uses may be infinite, as LeRobot initializes it.
     tensors = read_weights(folder, unchecked=BUFFERS)
+    raw.setdefault("n_vae_encoder_layers", _count(tensors, "model.vae_encoder.layers."))
     processors = _processors(folder, raw, tensors, path)
     names = _camera_names(features.images, processors.rename, folder / PREPROCESSOR)
     size = image_hw or (None if extras.cameras or extras.image_hw else features.image_hw)
@@ -101,9 +102,7 @@ def _config(
             feedforward=need(raw, "dim_feedforward", int, path),
             n_encoder_layers=need(raw, "n_encoder_layers", int, path),
             n_decoder_layers=need(raw, "n_decoder_layers", int, path),
-            n_style_layers=need(
-                {"n_vae_encoder_layers": 4, **raw}, "n_vae_encoder_layers", int, path
-            ),
+            n_style_layers=need(raw, "n_vae_encoder_layers", int, path),
             latent_dim=need(raw, "latent_dim", int, path),
             backbone=need(raw, "vision_backbone", str, path),
             activation=raw.get("feedforward_activation", "relu"),
@@ -119,12 +118,13 @@ def _processors(
     """The processor files; or, older, the statistics that are among the weights."""
     if (folder / PREPROCESSOR).is_file() or (folder / POSTPROCESSOR).is_file():
         return read_processors(folder)
-    if not any(key.startswith(BUFFERS) for key in tensors):
+    modes = need(raw, "normalization_mapping", dict, path)
+    check_modes(modes, f"{path}: normalization_mapping")
+    normalized = any(mode != "IDENTITY" for mode in modes.values())
+    if normalized and not any(key.startswith(BUFFERS) for key in tensors):
         raise CheckpointError(
             f"{folder}: no normalizer: neither {PREPROCESSOR} nor normalize_inputs.* in {WEIGHTS}"
         )
-    modes = need(raw, "normalization_mapping", dict, path)
-    check_modes(modes, f"{path}: normalization_mapping")
     types = {name: feature["type"] for name, feature in raw["input_features"].items()}
     inputs, outputs = (
         Statistics(
@@ -162,3 +162,9 @@ def _camera_names(
     if len(set(names)) != len(names):
         raise CheckpointError(f"{path}: got cameras {list(names)}, expected different names")
     return names
+
+
+def _count(tensors: Mapping[str, Tensor], prefix: str) -> int:
+    """How many numbered layers there are below ``prefix``; 1 where there are none, which fits."""
+    numbers = {key.removeprefix(prefix).split(".")[0] for key in tensors if key.startswith(prefix)}
+    return max(1, len(numbers))

@@ -25,6 +25,7 @@ FIRST_GENERATION = {
 }
 """Its keys to today's."""
 MODES = {"input_normalization_modes", "output_normalization_modes"}
+DROPPED = ("use_temporal_aggregation", "temporal_ensemble_momentum")
 NETWORK = {
     "type",
     "n_obs_steps",
@@ -123,12 +124,14 @@ def read_config(path: Path) -> dict[str, Any]:
 def _modernized(raw: Mapping[str, Any], path: Path) -> dict[str, Any]:
     """The first generation's keys to today's; it had a mode for each feature."""
     modern = {key: value for key, value in raw.items() if key not in MODES}
-    if modern.pop("temporal_ensemble_momentum", None) is not None:
-        raise CheckpointError(
-            f"{path}: temporal_ensemble_momentum: got {raw['temporal_ensemble_momentum']!r}, "
-            "expected null: LeRobot has dropped it; set it to null and give "
-            "--action_manager temporal_ensemble"
-        )
+    for dropped in DROPPED:
+        if modern.pop(dropped, None):
+            raise CheckpointError(
+                f"{path}: {dropped}: got {raw[dropped]!r}, expected null or false: LeRobot has "
+                "dropped it; remove it and give --action_manager temporal_ensemble"
+            )
+    # It said how many, and for some months took n_encoder_layers all the same.
+    modern.pop("n_vae_encoder_layers", None)
     mapping: dict[str, str] = {}
     for old, new in FIRST_GENERATION.items():
         shapes = need(raw, old, dict, path)

@@ -272,7 +272,6 @@ def write(name: str, given: dict[str, Any], folder: Path) -> dict[str, np.ndarra
     from lerobot.configs.types import FeatureType, NormalizationMode, PolicyFeature
     from lerobot.policies.act.configuration_act import ACTConfig
     from lerobot.policies.act.modeling_act import ACTPolicy
-    from lerobot.policies.factory import make_pre_post_processors
 
     inputs = {feature_name(c): ("VISUAL", (3, *given["hw"])) for c in given["images"]}
     inputs |= {STATE: ("STATE", (given["state"],)), **given["more"]}
@@ -288,14 +287,33 @@ def write(name: str, given: dict[str, Any], folder: Path) -> dict[str, np.ndarra
         output_features={ACTION: PolicyFeature(FeatureType.ACTION, (given["action"],))},
         **keys,
     )
-    policy = ACTPolicy(config)
-    shapes = {k: list(v.shape) for k, v in policy.state_dict().items()}
-    weights = fill(shapes)
-    policy.load_state_dict({k: torch.from_numpy(v) for k, v in weights.items()}, strict=True)
     stats = {
         feature: {k: torch.from_numpy(v) for k, v in table.items()}
         for feature, table in statistics(name, given).items()
     }
+    buffers = installed() < (0, 4)
+    policy = ACTPolicy(config, **({"dataset_stats": stats} if buffers else {}))
+    model = policy.model.state_dict(prefix="model.")
+    shapes = {k: list(v.shape) for k, v in model.items()}
+    filled = {k: torch.from_numpy(v) for k, v in fill(shapes).items()}
+    policy.load_state_dict(filled, strict=not buffers)
+    (folder / "shapes.json").parent.mkdir()
+    (folder / "shapes.json").write_text(json.dumps(shapes))
+    compute = compute_with_buffers if buffers else compute_with_processors
+    try:
+        return compute(name, given, folder, policy, stats)
+    finally:
+        (folder / "model.safetensors").unlink()
+
+
+def compute_with_processors(
+    name: str, given: dict[str, Any], folder: Path, policy: Any, stats: dict[str, Any]
+) -> dict[str, np.ndarray]:
+    """Of 0.4 and later: the statistics are in files of their own."""
+    import torch
+    from lerobot.policies.factory import make_pre_post_processors
+
+    config, kind = policy.config, type(policy)
     pre, post = make_pre_post_processors(config, dataset_stats=stats)
     if given["steps"] is not None:
         given["steps"](pre.steps, post.steps)
@@ -303,7 +321,7 @@ def write(name: str, given: dict[str, Any], folder: Path) -> dict[str, np.ndarra
     pre.save_pretrained(folder)
     post.save_pretrained(folder)
 
-    policy = ACTPolicy.from_pretrained(folder)
+    policy = kind.from_pretrained(folder)
     pre, post = make_pre_post_processors(policy.config, pretrained_path=str(folder))
     pictures, state = observation(name, given)
     seen = {
@@ -313,8 +331,6 @@ def write(name: str, given: dict[str, Any], folder: Path) -> dict[str, np.ndarra
     seen |= {feature: torch.zeros(shape) for feature, (_, shape) in given["more"].items()}
     batch = pre({**seen, STATE: torch.from_numpy(state)})
     chunk = policy.predict_action_chunk(batch)
-    (folder / "model.safetensors").unlink()
-    (folder / "shapes.json").write_text(json.dumps(shapes))
     return {
         "state": batch[STATE][0].numpy(),
         # A few pixels say how a picture is normalized.
@@ -327,15 +343,64 @@ def write(name: str, given: dict[str, Any], folder: Path) -> dict[str, np.ndarra
     }
 
 
-def main(out: str) -> None:
+def compute_with_buffers(
+    name: str, given: dict[str, Any], folder: Path, policy: Any, stats: dict[str, Any]
+) -> dict[str, np.ndarray]:
+    """Up to 0.3: the statistics are among the weights."""
+    import torch
+    from safetensors.torch import load_file, save_file
+
+    policy.save_pretrained(folder)
+    saved = load_file(folder / "model.safetensors")
+    save_file(
+        {k: v for k, v in saved.items() if not k.startswith("model.")},
+        folder / "buffers.safetensors",
+    )
+    policy = type(policy).from_pretrained(folder)
+    pictures, state = observation(name, given)
+    seen = {
+        feature_name(c): torch.from_numpy(p).permute(2, 0, 1).float()[None] / 255
+        for c, p in pictures.items()
+    }
+    seen[STATE] = torch.from_numpy(state)[None]
+    batch = policy.normalize_inputs(seen)
+    with torch.no_grad():
+        chunk = policy.model(
+            {**batch, "observation.images": [batch[k] for k in pictures_of(policy)]}
+        )
+    return {
+        "state": batch[STATE][0].numpy(),
+        "pixels": np.stack([batch[k][0, :, ::31, ::37].numpy() for k in pictures_of(policy)]),
+        "chunk": chunk[0][0].numpy(),
+        "actions": policy.predict_action_chunk(seen)[0].numpy(),
+        "first": policy.select_action(seen)[0].numpy(),
+    }
+
+
+def pictures_of(policy: Any) -> list[str]:
+    return list(policy.config.image_features)
+
+
+def installed() -> tuple[int, ...]:
     from importlib.metadata import version
 
-    installed = version("lerobot")
+    return tuple(map(int, version("lerobot").split(".")[:2]))
+
+
+def possible(given: dict[str, Any]) -> bool:
+    """Whether the version that is installed can do it."""
+    if installed() >= (0, 4):
+        return tuple(map(int, given["since"].split("."))) <= installed()
+    known = {"MEAN_STD", "MIN_MAX", "IDENTITY"}
+    asked = set(given["config"].get("normalization_mapping", {}).values())
+    plain = given["steps"] is None and not given["more"]
+    return plain and asked <= known and given["stats"] in (None, no_statistics, black_wrist)
+
+
+def main(out: str) -> None:
     with tarfile.open(out, "w:xz", preset=9) as archive, tempfile.TemporaryDirectory() as scratch:
         for name, given in CASES.items():
-            if tuple(map(int, given["since"].split("."))) > tuple(
-                map(int, installed.split(".")[:2])
-            ):
+            if not possible(given):
                 continue
             folder = Path(scratch) / name
             expected = write(name, given, folder)

@@ -13,13 +13,13 @@ import numpy as np
 import pytest
 import torch
 from lerobot_cases import CASES, fill, observation
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 
 from policies.act.policy import ActPolicy
 from policies.checkpoint.load import load_weights
 from policies.types import MetaObs
 
-VERSIONS = ("0.4.4", "0.6.1")
+VERSIONS = ("0.3.3", "0.4.4", "0.6.1")
 TOLERANCE = 1e-5
 
 
@@ -42,8 +42,10 @@ def written(tmp_path_factory):
             made[shapes] = root / f"{len(made)}.safetensors"
             tensors = {k: torch.from_numpy(v) for k, v in fill(json.loads(shapes)).items()}
             save_file(tensors, made[shapes])
-        weights = path / "model.safetensors"
-        if not weights.exists():
+        weights, buffers = path / "model.safetensors", path / "buffers.safetensors"
+        if buffers.exists():
+            save_file({**load_file(made[shapes]), **load_file(buffers)}, weights)
+        elif not weights.exists():
             weights.hardlink_to(made[shapes])
         return path
 
