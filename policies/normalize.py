@@ -54,7 +54,8 @@ class Normalizer:
         if bad.size:
             raise CheckpointError(
                 f"{self.kind} normalizer: scale is {self.scale[bad]} in dimensions {bad.tolist()}, "
-                "expected a positive number (a dimension that never moved needs a mask)"
+                "expected a positive number (a state that never moved needs a mask, where the "
+                "layout has one)"
             )
 
     @property
@@ -106,10 +107,15 @@ def zscore(
     *,
     min_sigma: float = MIN_SIGMA,
     mask: Sequence[int] | Sequence[bool] | None = None,
+    output: bool = False,
 ) -> Normalizer:
-    """Zero mean, unit deviation; ``std`` below ``min_sigma`` counts as ``min_sigma``."""
+    """Zero mean, unit deviation; ``std`` below ``min_sigma`` counts as ``min_sigma``. ``output`` as
+    for ``from_stats``.
+    """
+    shift = np.asarray(mean, dtype=np.float64)
     sigma = np.maximum(np.asarray(std, dtype=np.float64), min_sigma)
-    return _masked(_affine("zscore", np.asarray(mean, dtype=np.float64), sigma), mask)
+    still = (sigma == 0) & output
+    return _masked(constant_where(still, "zscore", shift, sigma), mask)
 
 
 def minmax(
@@ -117,9 +123,10 @@ def minmax(
     high: Sequence[float] | Array,
     *,
     mask: Sequence[int] | Sequence[bool] | None = None,
+    output: bool = False,
 ) -> Normalizer:
-    """``low`` to -1 and ``high`` to 1, without clipping."""
-    return _between("minmax", low, high, clip=False, mask=mask)
+    """``low`` to -1 and ``high`` to 1, without clipping; ``output`` as for ``from_stats``."""
+    return _between("minmax", low, high, clip=False, mask=mask, output=output)
 
 
 def percentile(
@@ -127,9 +134,10 @@ def percentile(
     high: Sequence[float] | Array,
     *,
     mask: Sequence[int] | Sequence[bool] | None = None,
+    output: bool = False,
 ) -> Normalizer:
     """The 1st and 99th percentile to -1 and 1; both directions clip to them."""
-    return _between("percentile", low, high, clip=True, mask=mask)
+    return _between("percentile", low, high, clip=True, mask=mask, output=output)
 
 
 def from_stats(
@@ -139,31 +147,38 @@ def from_stats(
     mask: Sequence[int] | Sequence[bool] | None = None,
     min_sigma: float = MIN_SIGMA,
     source: str = "stats",
+    output: bool = False,
 ) -> Normalizer:
     """A normalizer of ``kind`` from a table with ``mean, std, min, max, q01, q99``.
 
     Args:
-        kind: One of ``KINDS``; for "identity", ``stats`` only gives the dimension.
+        kind: One of ``KINDS`` but for "identity", which needs no statistics.
         mask: Dimensions that are left alone (indices, negative ones from the end), or one bool for
             each dimension, True where it is normalized.
         min_sigma: As for ``zscore``.
         source: Names the file in errors.
+        output: Whether only ``denormalize`` is wanted: a dimension without spread is a constant
+            then. Of an input it has no normalized value, and is refused.
 
     Raises:
         CheckpointError: An unknown kind, a missing or malformed statistic, a bad mask.
     """
-    if kind not in KINDS:
-        raise CheckpointError(f"{source}: got normalizer {kind!r}, expected one of {KINDS}")
     names = {"zscore": ("mean", "std"), "minmax": ("min", "max"), "percentile": ("q01", "q99")}
-    if kind == "identity":
-        return identity(len(_vector(stats, "mean", source)))
+    if kind not in names:
+        raise CheckpointError(f"{source}: got normalizer {kind!r}, expected one of {KINDS}")
     first, second = (_vector(stats, name, source) for name in names[kind])
     if first.shape != second.shape:
         raise CheckpointError(f"{source}: {names[kind]} differ in length")
     try:
+        kept = _kept(mask, len(first))
+        for name, vector in zip(names[kind], (first, second), strict=True):
+            if not np.isfinite(vector[kept]).all():
+                raise CheckpointError(f"{name}: got {vector.tolist()}, expected finite numbers")
+        # What is left alone may have any statistics.
+        first, second = (np.where(kept, vector, 1.0) for vector in (first, second))
         if kind == "zscore":
-            return zscore(first, second, min_sigma=min_sigma, mask=mask)
-        return (minmax if kind == "minmax" else percentile)(first, second, mask=mask)
+            return zscore(first, second, min_sigma=min_sigma, mask=mask, output=output)
+        return (minmax if kind == "minmax" else percentile)(first, second, mask=mask, output=output)
     except CheckpointError as error:
         raise CheckpointError(f"{source}: {error}") from error
 
@@ -182,10 +197,8 @@ def _vector(stats: Mapping[str, Any], name: str, source: str) -> Array:
         vector = np.asarray(stats[name], dtype=np.float64)
     except (TypeError, ValueError) as error:
         raise CheckpointError(f"{source}: {name}: expected numbers ({error})") from error
-    if vector.ndim != 1 or not vector.size or not np.isfinite(vector).all():
-        raise CheckpointError(
-            f"{source}: {name}: got {vector.dtype} {vector.shape}, expected (D,) finite numbers"
-        )
+    if vector.ndim != 1 or not vector.size:
+        raise CheckpointError(f"{source}: {name}: got shape {vector.shape}, expected (D,)")
     return vector
 
 
@@ -201,19 +214,18 @@ def _between(
     *,
     clip: bool,
     mask: Sequence[int] | Sequence[bool] | None,
+    output: bool,
 ) -> Normalizer:
     lower, upper = np.asarray(low, dtype=np.float64), np.asarray(high, dtype=np.float64)
     kept = _kept(mask, len(lower))
+    still = kept & output & (lower == upper)
+    clipped = (kept & clip) | still
     # Masked dimensions may well have never moved: their range must not be looked at.
-    scale = np.where(kept, (upper - lower) / 2, 1.0)
+    scale = np.where(kept & ~still, (upper - lower) / 2, 1.0)
     shift = np.where(kept, (upper + lower) / 2, 0.0)
     inf = np.full(len(lower), np.inf)
     return Normalizer(
-        kind,
-        shift,
-        scale,
-        np.where(kept & clip, lower, -inf),
-        np.where(kept & clip, upper, inf),
+        kind, shift, scale, np.where(clipped, lower, -inf), np.where(clipped, upper, inf)
     )
 
 

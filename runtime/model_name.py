@@ -35,8 +35,9 @@ def read_model_name(text: str) -> LocalModel | ServerAddress:
     Raises:
         ModelNameError: None of them; says how it was read and what would do.
     """
-    if text and _exists(text):
-        return LocalModel(text)
+    path = _expanded(text)
+    if text and _exists(path):
+        return LocalModel(str(path))
     if text.startswith("python:"):
         return LocalModel(text)
     choices = "a path that exists, HOST:PORT, [V6]:PORT or python:PACKAGE.MODULE:FACTORY"
@@ -58,8 +59,16 @@ def read_model_name(text: str) -> LocalModel | ServerAddress:
     return ServerAddress(host, port)
 
 
-def _exists(text: str) -> bool:
+def _expanded(text: str) -> Path:
+    """``~`` expanded, which no shell does in ``--model_name_or_path=~/x``."""
     try:
-        return Path(text).exists()
+        return Path(text).expanduser()
+    except RuntimeError:  # no such user
+        return Path(text)
+
+
+def _exists(path: Path) -> bool:
+    try:
+        return path.exists()
     except OSError:  # too long to be a path, or in a folder that may not be looked into
         return False

@@ -77,17 +77,21 @@ class Extras:
         return tuple(CameraContract(name, source_hw=size, model_hw=size) for name in names)
 
 
-def read_extras(folder: Path) -> Extras:
+def read_extras(folder: Path, given: Path | None = None) -> Extras:
     """What lies in ``folder``, or the defaults.
+
+    Args:
+        given: The folder that the user named, where ``folder`` is below it; looked into, too.
 
     Raises:
         CheckpointError: Two such files, an unknown key, a value of the wrong type.
     """
-    found = [folder / name for name in FILE_NAMES if (folder / name).is_file()]
+    places = dict.fromkeys((folder, given or folder))
+    found = [place / name for place in places for name in FILE_NAMES if (place / name).is_file()]
     if not found:
         return Extras()
     if len(found) > 1:
-        raise CheckpointError(f"{folder}: got both {FILE_NAMES}, expected one")
+        raise CheckpointError(f"got both {found[0]} and {found[1]}, expected one")
     try:
         return load_config(Extras, str(found[0]), kind="policy")
     except (ConfigError, PolicyError) as error:

@@ -13,6 +13,18 @@ INDEX = "model.safetensors.index.json"
 ADAPTERS = ("adapter_model.safetensors", "adapter_model.bin", "adapter_config.json")
 
 
+def user_path(text: str) -> Path:
+    """``text`` as a path, ``~`` and ``~user`` expanded: no shell does it in ``--flag=~/x``.
+
+    Raises:
+        CheckpointError: There is no such user.
+    """
+    try:
+        return Path(text).expanduser()
+    except RuntimeError as error:
+        raise CheckpointError(f"{text}: {error}") from error
+
+
 def find_folder(path: Path) -> Path:
     """The folder that holds the weights: ``path``, or the one below it that a trainer or the hub's
     cache put them into.

@@ -14,15 +14,15 @@ from policies.act.config import LARGEST_LAYERS, ActConfig
 from policies.act.weights import ActWeights
 from policies.checkpoint.assemble import assemble
 from policies.checkpoint.extras import Extras
-from policies.checkpoint.files import need, read_json, read_safetensors
+from policies.checkpoint.files import need, read_json, read_weights
+from policies.checkpoint.folders import WEIGHTS
 from policies.checkpoint.keys import detr_dead_keys, detr_keys, translate
 from policies.checkpoint.pickles import read_pickle
 from policies.errors import CheckpointError
-from policies.normalize import Normalizer, from_stats
+from policies.normalize import Normalizer, from_stats, identity
 from policies.types import CtrlSpace, CtrlType
 
 CONFIG = "config.json"
-WEIGHTS = "model.safetensors"
 METADATA = "policy_metadata.json"
 NORMALIZE = "normalize.json"
 CTRL_SPACES = ("joint", "ee")
@@ -62,13 +62,13 @@ def load_ilstudio(
     cameras = extras.camera_contracts(names, image_hw, path)
     config = _config(raw, path, len(cameras), cameras[0].model_hw)
     tensors = translate(
-        read_safetensors(folder / WEIGHTS),
+        read_weights(folder),
         detr_keys(config),
         detr_dead_keys(_decoder_layers(raw, path)),
         config,
         folder / WEIGHTS,
     )
-    dataset = _dataset(folder, dataset_id)
+    dataset = _dataset(folder, dataset_id, {"state": config.state_dim, "action": config.action_dim})
     for name, normalizer, dim in (
         ("state", dataset.state, config.state_dim),
         ("action", dataset.action, config.action_dim),
@@ -101,7 +101,12 @@ def _check_kind(folder: Path) -> None:
 def _config(
     raw: Mapping[str, Any], path: Path, n_cameras: int, image_hw: tuple[int, int]
 ) -> ActConfig:
-    refused = {"pre_norm": (False,), "dilation": (False,), "position_embedding": ("sine", "v2")}
+    refused = {
+        "pre_norm": (False,),
+        "dilation": (False,),
+        "masks": (False,),
+        "position_embedding": ("sine", "v2"),
+    }
     for key, accepted in refused.items():
         if raw.get(key, accepted[0]) not in accepted:
             raise CheckpointError(f"{path}: {key}: got {raw[key]!r}, expected {accepted[0]!r}")
@@ -132,7 +137,7 @@ def _decoder_layers(raw: Mapping[str, Any], path: Path) -> int:
     return layers
 
 
-def _dataset(folder: Path, dataset_id: str | None) -> _Dataset:
+def _dataset(folder: Path, dataset_id: str | None, dims: Mapping[str, int]) -> _Dataset:
     path = _beside(folder, NORMALIZE)
     if not path.is_file():
         raise CheckpointError(f"{path}: missing; without it there is no normalizer")
@@ -156,18 +161,20 @@ def _dataset(folder: Path, dataset_id: str | None) -> _Dataset:
             f"{path}: {chosen}: got ctrl_space {space!r}, ctrl_type {control!r}, expected one of "
             f"{CTRL_SPACES} and one of {tuple(CTRL_TYPES)}"
         )
-    stats_path = _stats_path(path.parent, chosen, space, control)
-    stats = read_pickle(stats_path)
-    if not isinstance(stats, dict):
-        raise CheckpointError(f"{stats_path}: got {type(stats).__name__}, expected a dict")
+    kinds = {what: need(need(raw, what, dict, path), chosen, str, path) for what in dims}
     normalizers = {}
-    for what in ("state", "action"):
-        kind = need(need(raw, what, dict, path), chosen, str, path)
-        table = need(stats, what, dict, stats_path)
+    for what, kind in kinds.items():
+        if kind == "identity":
+            normalizers[what] = identity(dims[what])
+            continue
+        stats_path = _stats_path(path.parent, chosen, space, control)
+        table = need(read_pickle(stats_path), what, dict, stats_path)
         mask = entry.get(f"{what}_norm_mask")
         if mask is not None and not isinstance(mask, list):
             raise CheckpointError(f"{path}: {what}_norm_mask: got {mask!r}, expected a list")
-        normalizers[what] = from_stats(kind, table, mask=mask, source=f"{stats_path}: {what}")
+        normalizers[what] = from_stats(
+            kind, table, mask=mask, source=f"{stats_path}: {what}", output=what == "action"
+        )
     return _Dataset(
         chosen,
         cast("CtrlSpace", space),

@@ -3,16 +3,16 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from pathlib import Path
 from typing import TYPE_CHECKING
 
 from policies.checkpoint.factory import PREFIX, load_factory
-from policies.checkpoint.folders import ADAPTERS, find_folder
+from policies.checkpoint.folders import ADAPTERS, find_folder, user_path
 from policies.errors import CheckpointError
 from policies.types import Policy
 
 if TYPE_CHECKING:
     from policies.act.weights import ActWeights
+    from policies.checkpoint.extras import Extras
 
 
 def load_policy(
@@ -87,16 +87,17 @@ def load_weights(
     from policies.checkpoint.lerobot_config import is_lerobot
     from policies.checkpoint.original import find_weights, load_original
 
-    folder = find_folder(Path(path).expanduser())
-    extras = read_extras(folder)
+    given = user_path(path)
+    folder = find_folder(given)
+    extras = read_extras(folder, given)
     config_path = folder / "config.json"
     if config_path.is_file():
         config = read_json(config_path)
         if is_lerobot(config):
             _only_known("LeRobot", path, dataset_id=dataset_id)
-            _says_itself(path, camera_names, n_heads, extras.action_statistics)
+            _says_itself(path, camera_names, n_heads, extras)
             return load_lerobot(folder, extras, image_hw=image_hw)
-        _says_itself(path, camera_names, n_heads, extras.action_statistics)
+        _says_itself(path, camera_names, n_heads, extras)
         return load_ilstudio(folder, extras, dataset_id=dataset_id, image_hw=image_hw)
     if find_weights(folder) is not None:
         _only_known("the original ACT", path, dataset_id=dataset_id)
@@ -120,17 +121,16 @@ def _only_known(layout: str, path: str, *, dataset_id: str | None) -> None:
 
 
 def _says_itself(
-    path: str,
-    camera_names: Sequence[str] | None,
-    n_heads: int | None,
-    action_statistics: str | None,
+    path: str, camera_names: Sequence[str] | None, n_heads: int | None, extras: Extras
 ) -> None:
-    for name, value in (
-        ("camera_names", camera_names),
-        ("n_heads", n_heads),
-        ("action_statistics", action_statistics),
+    for name, value, source in (
+        ("camera_names", camera_names, path),
+        ("n_heads", n_heads, path),
+        ("camera_names", extras.camera_names, f"{path}: metronome.yaml"),
+        ("n_heads", extras.n_heads, f"{path}: metronome.yaml"),
+        ("action_statistics", extras.action_statistics, f"{path}: metronome.yaml"),
     ):
         if value is not None:
             raise CheckpointError(
-                f"{path}: {name}: got {value}, expected none: this layout says its own"
+                f"{source}: {name}: got {value}, expected none: this layout says its own"
             )

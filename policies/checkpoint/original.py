@@ -176,13 +176,15 @@ def _normalizer(stats: Mapping[str, Any], what: str, path: Path, dim: int) -> No
     """Divides by the file's deviations as they are, as the original does.
 
     It clips them to at least 0.01 when it computes them, before it trains; whatever the file says
-    is what the network learned with. Zero is refused.
+    is what the network learned with. Zero makes a constant of an action; of a state it is refused.
     """
     table = {name: stats.get(f"{what}_{name}") for name in ("mean", "std")}
     for name, value in table.items():
         if value is None:
             raise CheckpointError(f"{path}: key '{what}_{name}' is missing: no normalizer")
-    normalizer = from_stats("zscore", table, min_sigma=0.0, source=f"{path}: {what}")
+    normalizer = from_stats(
+        "zscore", table, min_sigma=0.0, source=f"{path}: {what}", output=what == "action"
+    )
     if normalizer.dim != dim:
         raise CheckpointError(f"{path}: {what}: got {normalizer.dim} dimensions, expected {dim}")
     return normalizer

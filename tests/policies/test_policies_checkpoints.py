@@ -18,6 +18,7 @@ from tiny_act import CAMERAS, TINY, observation
 from policies.act.policy import ActPolicy
 from policies.checkpoint.extras import Extras
 from policies.checkpoint.files import read_safetensors
+from policies.checkpoint.folders import find_folder
 from policies.checkpoint.keys import detr_keys, lerobot_keys
 from policies.checkpoint.load import load_policy, load_weights
 from policies.checkpoint.save import Saved, save_ilstudio, save_lerobot
@@ -370,6 +371,23 @@ REFUSALS = {
         "cameras.a.crop: got .*a window inside",
     ),
     "two extras": (write("metronome.json", "{}"), "got both"),
+    "masks": (edit_json("config.json", masks=True), "masks: got True, expected False"),
+    "what it says itself": (
+        write("metronome.yaml", "n_heads: 2"),
+        "metronome.yaml: n_heads: got 2, expected none: this layout says its own",
+    ),
+    "a key twice": (
+        write("config.json", '{"dec_layers": 1, "dec_layers": 7}'),
+        "config.json: key 'dec_layers' is given twice",
+    ),
+    "not downloaded": (
+        write("model.safetensors", "version https://git-lfs.github.com/spec/v1\noid sha256:0"),
+        "model.safetensors: a Git LFS pointer, .* run git lfs pull",
+    ),
+    "names too few": (
+        write("metronome.yaml", "{image_hw: [32, 64], state_names: [a]}"),
+        r"state_names: got \['a'\], expected 3 different names",
+    ),
 }
 
 
@@ -377,8 +395,8 @@ REFUSALS = {
 def test_wrong_checkpoints_are_refused_by_name(tiny, case):
     edit, message = REFUSALS[case]
     edit(tiny)
-    with pytest.raises(CheckpointError, match=message):
-        load_weights(str(tiny))
+    with pytest.raises((CheckpointError, ContractMismatch), match=message):
+        load_weights(str(tiny)).contract()
 
 
 def edit_processor(folder, change):
@@ -502,6 +520,59 @@ def test_the_originals_deviations_are_taken_as_they_are(tmp_path):
     stats.write_bytes(pickle.dumps(table))
     with pytest.raises(CheckpointError, match=r"stats.pkl: qpos: .* in dimensions \[1\], expected"):
         load_weights(str(folder), **arguments)
+    table["qpos_std"][1], table["action_std"][0] = 1, 0
+    table.update(action_min=np.full(9, np.nan), example_qpos=None)
+    stats.write_bytes(pickle.dumps(table))
+    normalizer = load_weights(str(folder), **arguments).action_normalizer
+    still, moving = normalizer.denormalize(np.float32([[-9, 0], [9, 1]])).T
+    np.testing.assert_array_equal(still, np.float32([1, 1]))
+    assert moving[0] != moving[1]
+
+
+def edit_stats(folder, change):
+    path = folder / "t_stats_joint_abs.pkl"
+    stats = pickle.loads(path.read_bytes())
+    change(stats)
+    path.write_bytes(pickle.dumps(stats))
+
+
+def kinds(state, action):
+    return edit_json("normalize.json", state={"t": state}, action={"t": action})
+
+
+@pytest.mark.parametrize("kind", ["minmax", "percentile"])
+def test_an_action_of_ilstudio_that_never_moved_is_a_constant(tiny, kind):
+    kinds("zscore", kind)(tiny)
+
+    def still(stats):
+        for name in ("min", "max", "q01", "q99"):
+            stats["action"][name][1] = 0.25
+
+    edit_stats(tiny, still)
+    back = load_weights(str(tiny)).action_normalizer.denormalize(np.float32([[-1, -1], [0, 9]]))
+    np.testing.assert_array_equal(back[:, 1], [0.25, 0.25])
+    kinds(kind, "zscore")(tiny)
+    edit_stats(tiny, lambda stats: stats["state"].update(stats["action"]))
+    with pytest.raises(CheckpointError, match=r"state: .*scale is \[0.\] in dimensions \[1\]"):
+        load_weights(str(tiny))
+
+
+def test_statistics_of_ilstudio_that_nobody_uses_may_be_anything(tiny):
+    wanted = load_weights(str(tiny)).contract()
+    edit_stats(
+        tiny,
+        lambda stats: (
+            stats["state"].update(min=[np.nan], q01=None, note="words"),
+            stats["action"].pop("max"),
+            stats.update(num_transitions=7),
+        ),
+    )
+    assert load_weights(str(tiny)).contract() == wanted
+    kinds("identity", "identity")(tiny)
+    (tiny / "t_stats_joint_abs.pkl").unlink()
+    weights = load_weights(str(tiny))
+    for normalizer, dim in ((weights.state_normalizer, 3), (weights.action_normalizer, 2)):
+        np.testing.assert_array_equal(normalizer.denormalize(np.ones(dim)), np.ones(dim))
 
 
 def test_minmax_statistics_of_lerobot(tmp_path):
@@ -530,3 +601,137 @@ def test_a_policy_needs_no_style_encoder(tmp_path):
     given = saved(dataclasses.replace(TINY, n_style_layers=3))
     save_ilstudio(tmp_path / "a", given)
     assert isinstance(load_policy(str(tmp_path / "a"), **HARMLESS), ActPolicy)
+
+
+# --- layouts that are nearly ours ---------------------------------------------------------------
+
+
+def hub_cache(folder, hub, commits=("abc",), refs=True):
+    """``folder`` as the hub's cache keeps it: files are links to blobs."""
+    for commit in commits:
+        (hub / "snapshots" / commit).mkdir(parents=True)
+        for file in folder.iterdir():
+            (hub / "blobs").mkdir(exist_ok=True)
+            shutil.copy(file, hub / "blobs" / file.name)
+            (hub / "snapshots" / commit / file.name).symlink_to(hub / "blobs" / file.name)
+    if refs:
+        (hub / "refs").mkdir()
+        (hub / "refs" / "main").write_text(commits[0] + "\n")
+    return hub
+
+
+def output_folder(folder, run, last=True):
+    for step in (1000, 20000):
+        shutil.copytree(folder, run / "checkpoints" / f"{step:06}" / "pretrained_model")
+        (run / "checkpoints" / f"{step:06}" / "training_state").mkdir()
+    (run / "checkpoints" / "001000" / "pretrained_model" / "config.json").write_text("{}")
+    if last:
+        (run / "checkpoints" / "last").symlink_to("020000")
+    return run
+
+
+PLACES = {
+    "a cache of the hub": lambda c, p: hub_cache(c, p / "models--org--name"),
+    "its only snapshot": lambda c, p: hub_cache(c, p / "models--org--name", refs=False),
+    "a snapshot": lambda c, p: hub_cache(c, p / "models--org--name") / "snapshots" / "abc",
+    "an output folder": lambda c, p: output_folder(c, p / "run"),
+    "an output folder without links": lambda c, p: output_folder(c, p / "run", last=False),
+    "its checkpoints": lambda c, p: output_folder(c, p / "run") / "checkpoints",
+    "the last of them": lambda c, p: output_folder(c, p / "run") / "checkpoints" / "last",
+    "one of them": lambda c, p: output_folder(c, p / "run") / "checkpoints" / "020000",
+}
+
+
+@pytest.fixture(scope="module")
+def lerobot_folder(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("lerobot") / "c"
+    save_lerobot(folder, saved())
+    return folder
+
+
+@pytest.mark.parametrize("place", PLACES)
+def test_a_checkpoint_is_found_where_others_keep_it(lerobot_folder, tmp_path, place):
+    found = find_folder(PLACES[place](lerobot_folder, tmp_path))
+    assert json.loads((found / "config.json").read_text())["type"] == "act"
+    assert (found / "model.safetensors").is_file()
+
+
+def test_a_cache_of_several_snapshots_is_asked_about(lerobot_folder, tmp_path):
+    hub = hub_cache(lerobot_folder, tmp_path / "models--o--n", ("abc", "def"), refs=False)
+    with pytest.raises(CheckpointError, match=r"with 2 snapshots, .*abc.*def"):
+        load_weights(str(hub))
+    (hub / "refs").mkdir()
+    (hub / "refs" / "main").write_text("def")
+    assert find_folder(hub).name == "def"
+
+
+def test_metronome_yaml_may_lie_where_the_user_points(lerobot_folder, tmp_path):
+    run = output_folder(lerobot_folder, tmp_path / "run")
+    (run / "checkpoints/020000/pretrained_model/metronome.yaml").rename(run / "metronome.yaml")
+    (run / "metronome.yaml").write_text("{dt_s: 0.04, action_names: [a, b]}")
+    contract = load_weights(str(run)).contract()
+    assert (contract.dt_s, contract.action_names) == (0.04, ("a", "b"))
+    (run / "checkpoints/020000/pretrained_model/metronome.json").write_text("{}")
+    with pytest.raises(CheckpointError, match=r"got both .*metronome.*expected one"):
+        load_weights(str(run))
+
+
+def shard(folder):
+    """The weights of ``folder`` in two files and an index."""
+    tensors = load_file(folder / "model.safetensors")
+    places = {key: f"model-{1 + (i % 2)}.safetensors" for i, key in enumerate(sorted(tensors))}
+    for name in set(places.values()):
+        save_file({k: v for k, v in tensors.items() if places[k] == name}, folder / name)
+    (folder / "model.safetensors").unlink()
+    index = {"metadata": {}, "weight_map": places}
+    (folder / "model.safetensors.index.json").write_text(json.dumps(index))
+
+
+def test_weights_in_several_files_are_read(tiny, lerobot_folder, tmp_path):
+    shutil.copytree(lerobot_folder, tmp_path / "lerobot")
+    for folder in (tiny, tmp_path / "lerobot"):
+        whole = load_weights(str(folder)).tensors
+        shard(folder)
+        parts = load_weights(str(folder)).tensors
+        assert whole.keys() == parts.keys()
+        assert all(torch.equal(whole[key], parts[key]) for key in whole)
+    index = tiny / "model.safetensors.index.json"
+    good = index.read_text()
+    for change, message in (
+        (lambda m: m.update(extra="model-1.safetensors"), "extra: not in 'model-1.safetensors'"),
+        (lambda m: m.update(extra="../x"), "got '../x', expected a plain file name"),
+        (lambda m: m.popitem(), "got None, but it is in 'model-"),
+    ):
+        raw = json.loads(good)
+        change(raw["weight_map"])
+        index.write_text(json.dumps(raw))
+        with pytest.raises(CheckpointError, match=message):
+            load_weights(str(tiny))
+
+
+@pytest.mark.parametrize("with_config", [True, False])
+def test_adapters_alone_are_told_what_they_are(lerobot_folder, tmp_path, with_config):
+    (tmp_path / "adapter_config.json").write_text("{}")
+    (tmp_path / "adapter_model.safetensors").write_bytes(b"")
+    if with_config:
+        shutil.copy(lerobot_folder / "config.json", tmp_path)
+    with pytest.raises(CheckpointError, match=r"adapter weights only .*merge_and_unload"):
+        load_weights(str(tmp_path))
+
+
+@pytest.mark.parametrize("encoding", ["utf-8-sig", "utf-16"])
+def test_a_byte_order_mark_is_no_part_of_a_file(tiny, encoding):
+    wanted = load_weights(str(tiny)).contract()
+    for name in ("config.json", "normalize.json", "policy_metadata.json"):
+        text = (tiny / name).read_text()
+        (tiny / name).write_text(text, encoding=encoding)
+    text = (tiny / "metronome.yaml").read_text()
+    (tiny / "metronome.yaml").write_text(text, encoding="utf-8-sig")
+    assert load_weights(str(tiny)).contract() == wanted
+
+
+def test_a_home_is_found(tiny, monkeypatch):
+    monkeypatch.setenv("HOME", str(tiny.parent))
+    assert load_weights(f"~/{tiny.name}").contract().state_dim == 3
+    with pytest.raises(CheckpointError, match="~nobody-of-that-name/x: "):
+        load_weights("~nobody-of-that-name/x")

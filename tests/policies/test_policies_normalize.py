@@ -41,7 +41,13 @@ def stats(centre, span):
     }
 
 
-@pytest.mark.parametrize("kind", ["zscore", "minmax", "identity"])
+def test_identity_changes_nothing():
+    x = np.float32([1.5, -2.0])
+    np.testing.assert_array_equal(normalize.identity(2).normalize(x), x)
+    np.testing.assert_array_equal(normalize.identity(2).denormalize(x), x)
+
+
+@pytest.mark.parametrize("kind", ["zscore", "minmax"])
 @given(x=VALUES, centre=CENTRES, span=SPANS, mask=MASKS)
 def test_denormalize_undoes_normalize(kind, x, centre, span, mask):
     n = normalize.from_stats(kind, stats(centre, span), mask=mask)
@@ -92,6 +98,26 @@ def test_a_masked_dimension_may_have_no_range():
     np.testing.assert_array_equal(n.normalize(np.array([1.0, 7.0])), [1.0, 7.0])
     with pytest.raises(CheckpointError, match=r"dimensions \[1\].*needs a mask"):
         normalize.from_stats("minmax", table)
+
+
+@pytest.mark.parametrize("kind", ["zscore", "minmax", "percentile"])
+def test_an_action_that_never_moved_is_a_constant(kind):
+    """As in the layouts' own libraries: what the network says, times zero, and the mean."""
+    table = stats(np.array([1.0, -2.0]), np.array([0.0, 2.0]))
+    n = normalize.from_stats(kind, table, min_sigma=0.0, output=True)
+    y = np.array([[0.0, 0.5], [7.0, -0.5], [-1e6, 0.0]])
+    np.testing.assert_array_equal(n.denormalize(y), [[1, -1], [1, -3], [1, -2]])
+    with pytest.raises(CheckpointError, match=r"dimensions \[0\]"):
+        normalize.from_stats(kind, table, min_sigma=0.0)
+
+
+@pytest.mark.parametrize("kind", ["zscore", "minmax", "percentile"])
+def test_a_masked_dimension_may_have_any_statistics(kind):
+    table = stats(np.array([1.0, np.nan]), np.array([1.0, np.inf]))
+    n = normalize.from_stats(kind, table, mask=[1])
+    np.testing.assert_array_equal(n.normalize(np.array([1.0, 7.0])), [0.0, 7.0])
+    with pytest.raises(CheckpointError, match="expected finite numbers"):
+        normalize.from_stats(kind, table, mask=[0])
 
 
 @pytest.mark.parametrize(
