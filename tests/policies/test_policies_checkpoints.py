@@ -406,6 +406,64 @@ def edit_processor(folder, change):
     path.write_text(json.dumps(raw))
 
 
+def edit_step(name, file="pre", **keys):
+    """Sets keys of a step's settings."""
+
+    def edit(folder):
+        path = folder / f"policy_{file}processor.json"
+        raw = json.loads(path.read_text())
+        next(s for s in raw["steps"] if s["registry_name"] == name)["config"].update(keys)
+        path.write_text(json.dumps(raw))
+
+    return edit
+
+
+def edit_tensors(**changes):
+    """Replaces statistics; None removes one. ``__`` stands for a dot."""
+
+    def edit(folder):
+        for path in folder.glob("policy_*.safetensors"):
+            tensors = load_file(path)
+            for key, value in changes.items():
+                tensors.pop(key.replace("__", "."), None)
+                if value is not None:
+                    tensors[key.replace("__", ".")] = torch.tensor(value)
+            save_file(tensors, path)
+
+    return edit
+
+
+def add_step(name, at, file="pre", **config):
+    def edit(folder):
+        path = folder / f"policy_{file}processor.json"
+        raw = json.loads(path.read_text())
+        raw["steps"].insert(at, {"registry_name": name, "config": config})
+        path.write_text(json.dumps(raw))
+
+    return edit
+
+
+def features(**shapes):
+    """Sets the input features, by type and shape; ``__`` stands for a dot."""
+    return edit_json(
+        "config.json",
+        input_features={
+            name.replace("__", "."): {"type": kind, "shape": shape}
+            for name, (kind, shape) in shapes.items()
+        },
+    )
+
+
+def renames(**names):
+    table = {f"observation.images.{k}": f"observation.images.{v}" for k, v in names.items()}
+    return edit_step("rename_observations_processor", rename_map=table)
+
+
+TOP, RENAME = "observation.images.top", "rename_observations_processor"
+STATE_AND_TOP = {
+    "observation__state": ("STATE", [3]),
+    "observation__images__top": ("VISUAL", [3, 32, 64]),
+}
 LEROBOT_REFUSALS = {
     "a step nobody knows": (
         lambda f: edit_processor(f, lambda s: s.append({"registry_name": "crop_processor"})),
@@ -467,6 +525,167 @@ LEROBOT_REFUSALS = {
     "a list of modes": (
         lambda f: edit_processor(f, lambda s: s[-1]["config"]["norm_map"].update(STATE=[])),
         r"STATE: got \[\], expected one of",
+    ),
+    "a key nobody knows": (
+        edit_json("config.json", n_future_steps=3),
+        "config.json: n_future_steps: unknown key, expected those of LeRobot's ACT up to 0.6.1",
+    ),
+    "more steps than a chunk": (
+        edit_json("config.json", n_action_steps=6),
+        "config.json: n_action_steps: got 6, expected 1 to 5",
+    ),
+    "pre-norm": (edit_json("config.json", pre_norm=True), "pre_norm: got True, expected False"),
+    "dilation": (
+        edit_json("config.json", replace_final_stride_with_dilation=1),
+        "replace_final_stride_with_dilation: got 1, expected False",
+    ),
+    "gated units": (
+        edit_json("config.json", feedforward_activation="glu"),
+        "activation: got 'glu', expected one of",
+    ),
+    "adapters": (edit_json("config.json", use_peft=True), "use_peft: .*merge_and_unload"),
+    "depth": (
+        features(**STATE_AND_TOP, observation__images__depth=("VISUAL", [1, 32, 64])),
+        r"images.depth: got \[1, 32, 64\], expected \[3, H, W\] \(depth pictures are not supp",
+    ),
+    "several sizes": (
+        features(**STATE_AND_TOP, observation__images__wrist=("VISUAL", [3, 64, 64])),
+        "cameras of sizes .*several sizes in one policy are not supported",
+    ),
+    "no state": (
+        features(observation__images__top=("VISUAL", [3, 32, 64])),
+        "expected at least one camera and 'observation.state'",
+    ),
+    "a feature of no type": (
+        features(**STATE_AND_TOP, observation__x=("REWARD", [1])),
+        "observation.x: got type 'REWARD', expected",
+    ),
+    "the action is none": (
+        edit_json("config.json", output_features={"action": {"type": "STATE", "shape": [2]}}),
+        "action: got type 'STATE', expected ACTION",
+    ),
+    "two cameras become one": (renames(a="top", b="top"), "got both .*images.a.*images.b"),
+    "a camera renamed away": (renames(top="front"), "nothing becomes 'observation.images.top'"),
+    "the state renamed away": (
+        edit_step(RENAME, rename_map={"observation.state": "observation.old"}),
+        "nothing becomes 'observation.state'",
+    ),
+    "a camera twice": (
+        edit_step(RENAME, rename_map={TOP: "observation.images.wrist", "observation.top": TOP}),
+        r"got cameras \['top', 'top'\], expected different names",
+    ),
+    "renamed to a number": (edit_step(RENAME, rename_map={TOP: 3}), "rename_map: got .*names"),
+    "renamed twice": (
+        lambda f: renames(a="top")(f) or add_step(RENAME, 1, rename_map={"b": "c"})(f),
+        "got a second rename_map, or one behind 'normalizer_processor'",
+    ),
+    "renamed behind the normalizer": (
+        add_step(RENAME, 9, rename_map={"b": "c"}),
+        "got a second rename_map, or one behind 'normalizer_processor'",
+    ),
+    "renamed behind the policy": (
+        add_step(RENAME, 0, "post", rename_map={"b": "c"}),
+        "policy_postprocessor.json: rename_obs.*expected none behind the policy",
+    ),
+    "half numbers": (
+        edit_step("device_processor", float_dtype="float16"),
+        "device_processor: float_dtype: got 'float16', expected null or 'float32'",
+    ),
+    "half numbers behind": (
+        edit_step("device_processor", "post", float_dtype="bfloat16"),
+        "policy_postprocessor.json: device_processor: float_dtype: got 'bfloat16'",
+    ),
+    "a key of a step nobody knows": (
+        edit_step("device_processor", pin_memory=True),
+        r"device_processor: pin_memory: unknown key \(got True\), expected \['device', 'float_dt",
+    ),
+    "statistics among the settings": (
+        edit_step("normalizer_processor", stats={"action": {}}),
+        "normalizer_processor: stats: unknown key",
+    ),
+    "a key beside the steps": (
+        edit_json("policy_preprocessor.json", version=2),
+        "policy_preprocessor.json: version: unknown key",
+    ),
+    "a crop": (
+        add_step("image_crop_resize_processor", 1, resize_size=[32, 64]),
+        "'image_crop_resize_processor' is not supported, .*cameras in metronome.yaml instead",
+    ),
+    "a class": (
+        lambda f: edit_processor(f, lambda s: s.append({"class": "mine.Step", "config": {}})),
+        "step 'mine.Step' is not supported, .*-m python:MODULE:FACTORY",
+    ),
+    "relative actions": (
+        add_step("relative_actions_processor", 1, enabled=True),
+        "relative_actions_processor: enabled: got True, expected false",
+    ),
+    "absolute actions": (
+        add_step("absolute_actions_processor", 1, "post", enabled=True),
+        "absolute_actions_processor: enabled: got True, expected false",
+    ),
+    "normalized twice": (
+        add_step("normalizer_processor", 1, features={}, norm_map={}),
+        "got 2 steps 'normalizer_processor', expected one",
+    ),
+    "normalized behind the policy": (
+        add_step("normalizer_processor", 1, "post", features={}, norm_map={}),
+        "policy_postprocessor.json: step 'normalizer_processor' is not supported",
+    ),
+    "a state file elsewhere": (
+        lambda f: edit_processor(f, lambda s: s[-1].update(state_file="../x.safetensors")),
+        "state_file: got '../x.safetensors', expected a plain file name",
+    ),
+    "no state file": (
+        lambda f: edit_processor(f, lambda s: s[-1].pop("state_file")),
+        "policy_preprocessor.json: key 'observation.state.mean' is missing, which STATE MEAN_STD",
+    ),
+    "a negative eps": (
+        edit_step("normalizer_processor", eps=-1),
+        "eps: got -1, expected 0 or more",
+    ),
+    "a mode nobody knows": (
+        edit_step("normalizer_processor", norm_map={"STATE": "ROBUST"}),
+        "norm_map: STATE: got 'ROBUST', expected one of .*QUANTILE10",
+    ),
+    "a type nobody knows": (
+        edit_step("normalizer_processor", norm_map={"FORCE": "MEAN_STD"}),
+        "norm_map: FORCE: got 'MEAN_STD'",
+    ),
+    "a feature's type nobody knows": (
+        edit_step("normalizer_processor", features={TOP: {"type": "FORCE", "shape": [3]}}),
+        "features: observation.images.top: got type 'FORCE'",
+    ),
+    "a feature is not normalized": (
+        edit_step("normalizer_processor", features={TOP: {"type": "VISUAL", "shape": [3]}}),
+        "features: 'observation.state' is missing, .*normalize_observation_keys",
+    ),
+    "keys that are no list": (
+        edit_step("normalizer_processor", normalize_observation_keys="observation.state"),
+        "normalize_observation_keys: got 'observation.state', expected a list",
+    ),
+    "a state's deviations are missing": (
+        edit_tensors(observation__state__std=None),
+        "key 'observation.state.std' is missing, which STATE MEAN_STD .*or set their type to IDEN",
+    ),
+    "a camera's statistics are missing": (
+        edit_tensors(observation__images__wrist__mean=None, observation__images__wrist__std=None),
+        "key 'observation.images.wrist.mean' is missing, which VISUAL MEAN_STD",
+    ),
+    "a mean is no number": (
+        edit_tensors(observation__state__mean=[0.0, float("nan"), 0.0]),
+        r"observation.state.mean: got \[0.0, nan, 0.0\], expected finite numbers",
+    ),
+    "a mean of another robot": (
+        edit_tensors(action__mean=[0.0] * 7),
+        r"action.mean: got shape \(7,\), expected \(2,\)",
+    ),
+    "statistics of every pixel": (
+        edit_tensors(observation__images__top__mean=[[[0.5, 0.5]] * 2] * 3),
+        r"top.mean: got shape \(3, 2, 2\), expected \(3, 1, 1\)",
+    ),
+    "a negative deviation": (
+        edit_tensors(action__std=[1.0, -1.0]),
+        r"action: .*scale is \[-1.\] in dimensions \[1\], expected a positive number",
     ),
     "a mean is missing": (
         lambda f: save_file({"action.std": torch.ones(2)}, next(f.glob("*_0_unnorm*.safetensors"))),
