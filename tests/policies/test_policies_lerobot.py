@@ -6,17 +6,20 @@ The two archives were written by the real library, see ``lerobot_cases.py``.
 from __future__ import annotations
 
 import json
+import shutil
 import tarfile
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
-from lerobot_cases import CASES, fill, observation
+from lerobot_cases import CASES, IMAGE, fill, observation
 from safetensors.torch import load_file, save_file
 
 from policies.act.policy import ActPolicy
+from policies.checkpoint.folders import WEIGHTS
 from policies.checkpoint.load import load_weights
+from policies.errors import CheckpointError
 from policies.types import MetaObs
 
 VERSIONS = ("0.3.3", "0.4.4", "0.6.1")
@@ -42,7 +45,7 @@ def written(tmp_path_factory):
             made[shapes] = root / f"{len(made)}.safetensors"
             tensors = {k: torch.from_numpy(v) for k, v in fill(json.loads(shapes)).items()}
             save_file(tensors, made[shapes])
-        weights, buffers = path / "model.safetensors", path / "buffers.safetensors"
+        weights, buffers = path / WEIGHTS, path / "buffers.safetensors"
         if buffers.exists():
             save_file({**load_file(made[shapes]), **load_file(buffers)}, weights)
         elif not weights.exists():
@@ -105,3 +108,72 @@ def test_cameras_have_the_robots_names(written, name, cameras):
 def test_a_step_that_names_the_actions_names_them(written):
     contract = load_weights(str(written("0.6.1", "steps without effect"))).contract()
     assert contract.action_names == tuple(f"joint_{i}" for i in range(6))
+
+
+def to_first_generation(folder):
+    """Its keys and names of 2024, as its versions of May to December wrote them."""
+    path = folder / "config.json"
+    raw = json.loads(path.read_text())
+    modes = raw.pop("normalization_mapping")
+    for side in ("input", "output"):
+        features = raw.pop(f"{side}_features")
+        raw[f"{side}_shapes"] = {name: said["shape"] for name, said in features.items()}
+        raw[f"{side}_normalization_modes"] = {
+            name: modes[said["type"]].lower() for name, said in features.items()
+        }
+    for later in ("type", "device", "use_amp", "push_to_hub", "repo_id", "private", "tags"):
+        raw.pop(later, None)
+    kept = {key: value for key, value in raw.items() if not key.startswith("optimizer_")}
+    # Not used then: the style encoder had as many layers as the encoder.
+    path.write_text(json.dumps({**kept, "n_vae_encoder_layers": 9, "use_temporal_aggregation": 0}))
+    tensors = load_file(folder / WEIGHTS)
+    (new,) = (key for key in tensors if "encoder_1d_feature_pos_embed" in key)
+    old = new.replace("1d_feature", "robot_and_latent")
+    save_file({old if key == new else key: v for key, v in tensors.items()}, folder / WEIGHTS)
+    return path
+
+
+@pytest.mark.parametrize("name", ["as by default", "min and max", "no variational encoder"])
+def test_the_first_generation_is_read(written, tmp_path, name):
+    folder = tmp_path / name
+    shutil.copytree(written("0.3.3", name), folder)
+    path = to_first_generation(folder)
+    for what, got, wanted in check(folder, CASES[name], whole=True):
+        assert np.abs(got - wanted).max() / np.abs(wanted).max() <= TOLERANCE, what
+    raw = json.loads(path.read_text())
+    for change, message in (
+        ({"temporal_ensemble_momentum": 0.9}, "temporal_ensemble_momentum: got 0.9, expected"),
+        ({"use_temporal_aggregation": True}, "use_temporal_aggregation: got True, expected"),
+        ({"horizon": 16}, "config.json: horizon: unknown key"),
+        ({"output_normalization_modes": None}, "output_normalization_modes: got None, expected"),
+        (
+            {
+                "input_normalization_modes": {
+                    f"{IMAGE}front": "mean_std",
+                    f"{IMAGE}wrist": "min_max",
+                }
+            },
+            "wrist: got mode 'min_max', expected one mode for all VISUAL",
+        ),
+    ):
+        path.write_text(json.dumps({**raw, **change}))
+        with pytest.raises(CheckpointError, match=message):
+            load_weights(str(folder))
+
+
+def test_statistics_that_were_never_set_are_refused(written, tmp_path):
+    """LeRobot initializes its buffers to infinity, and those of targets may stay it."""
+    folder = tmp_path / "as by default"
+    shutil.copytree(written("0.3.3", folder.name), folder)
+    tensors = load_file(folder / WEIGHTS)
+    for prefix, message in (
+        ("normalize_targets", ""),
+        ("normalize_inputs", r"normalize_inputs.buffer_observation_state.mean: got \[inf"),
+    ):
+        tensors |= {k: v + torch.inf for k, v in tensors.items() if k.startswith(prefix)}
+        save_file(tensors, folder / WEIGHTS)
+        if message:
+            with pytest.raises(CheckpointError, match=message):
+                load_weights(str(folder))
+        else:
+            load_weights(str(folder))

@@ -38,6 +38,17 @@ def test_an_existing_path_is_a_path_whatever_it_looks_like(
     assert read_model_name(str(tmp_path)) == LocalModel(str(tmp_path))
 
 
+def test_a_home_is_expanded_where_no_shell_does_it(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As in ``--model_name_or_path=~/x``."""
+    monkeypatch.setenv("HOME", str(tmp_path))
+    (tmp_path / "x").mkdir()
+    assert read_model_name("~/x") == LocalModel(str(tmp_path / "x"))
+    with pytest.raises(ModelNameError, match="-m '~nobody-of-that-name/x': "):
+        read_model_name("~nobody-of-that-name/x")
+
+
 @pytest.mark.parametrize(
     ("text", "message"),
     [
