@@ -156,3 +156,15 @@ def need(table: Any, key: str, kind: type | tuple[type, ...], path: Path) -> Any
         names = " or ".join(k.__name__ for k in kinds)
         raise CheckpointError(f"{path}: {key}: got {value!r}, expected {names}")
     return value
+
+
+def only(
+    table: Mapping[str, Any], known: frozenset[str] | set[str], path: Path, *, at: str = ""
+) -> None:
+    """Raises ``CheckpointError`` for the first key of ``table`` that is not ``known``."""
+    unknown = sorted(table.keys() - known)
+    if unknown:
+        raise CheckpointError(
+            f"{path}: {at}{unknown[0]}: unknown key (got {table[unknown[0]]!r:.80}), expected "
+            f"{sorted(known) or 'none'}"
+        )

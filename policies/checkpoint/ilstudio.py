@@ -14,7 +14,7 @@ from policies.act.config import LARGEST_LAYERS, ActConfig
 from policies.act.weights import ActWeights
 from policies.checkpoint.assemble import assemble
 from policies.checkpoint.extras import Extras
-from policies.checkpoint.files import need, read_json, read_weights
+from policies.checkpoint.files import need, only, read_json, read_weights
 from policies.checkpoint.folders import WEIGHTS
 from policies.checkpoint.keys import detr_dead_keys, detr_keys, translate
 from policies.checkpoint.pickles import read_pickle
@@ -25,6 +25,10 @@ from policies.types import CtrlSpace, CtrlType
 CONFIG = "config.json"
 METADATA = "policy_metadata.json"
 NORMALIZE = "normalize.json"
+VERSION = "2.0"
+DATASET_KEYS = frozenset(
+    {"dataset_id", "ctrl_space", "ctrl_type", "action_norm_mask", "state_norm_mask"}
+)
 CTRL_SPACES = ("joint", "ee")
 CTRL_TYPES = {"abs": "abs", "delta": "delta", "rel": "relative", "relative": "relative"}
 
@@ -142,10 +146,14 @@ def _dataset(folder: Path, dataset_id: str | None, dims: Mapping[str, int]) -> _
     if not path.is_file():
         raise CheckpointError(f"{path}: missing; without it there is no normalizer")
     raw = read_json(path)
+    only(raw, {"version", "datasets", "state", "action"}, path)
+    if raw.get("version", VERSION) != VERSION:
+        raise CheckpointError(f"{path}: version: got {raw['version']!r}, expected {VERSION!r}")
     entries: dict[str, Mapping[str, Any]] = {}
     for entry in need(raw, "datasets", list, path):
         if not isinstance(entry, dict):
             raise CheckpointError(f"{path}: datasets: got {entry!r}, expected objects")
+        only(entry, DATASET_KEYS, path, at="datasets: ")
         entries[need(entry, "dataset_id", str, path)] = entry
     known = tuple(entries)
     chosen = dataset_id if dataset_id is not None else next(iter(known), None)

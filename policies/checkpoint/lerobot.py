@@ -31,7 +31,7 @@ from policies.checkpoint.lerobot_processor import (
     Processors,
     read_processors,
 )
-from policies.checkpoint.lerobot_stats import Statistics, check_modes
+from policies.checkpoint.lerobot_stats import Statistics
 from policies.errors import CheckpointError
 
 logger = logging.getLogger(__name__)
@@ -119,7 +119,6 @@ def _processors(
     if (folder / PREPROCESSOR).is_file() or (folder / POSTPROCESSOR).is_file():
         return read_processors(folder)
     modes = need(raw, "normalization_mapping", dict, path)
-    check_modes(modes, f"{path}: normalization_mapping")
     normalized = any(mode != "IDENTITY" for mode in modes.values())
     if normalized and not any(key.startswith(BUFFERS) for key in tensors):
         raise CheckpointError(

@@ -17,6 +17,14 @@ from policies.errors import CheckpointError
 IMAGES = "observation.images."
 STATE = "observation.state"
 ACTION = "action"
+PAIRS = {
+    "MEAN_STD": ("mean", "std"),
+    "MIN_MAX": ("min", "max"),
+    "QUANTILES": ("q01", "q99"),
+    "QUANTILE10": ("q10", "q90"),
+}
+"""Modes of normalization and the two statistics of each."""
+MODES = (*PAIRS, "IDENTITY")
 FEATURE_TYPES = ("STATE", "VISUAL", "ENV", "ACTION", "REWARD", "LANGUAGE")
 
 FIRST_GENERATION = {
@@ -24,7 +32,7 @@ FIRST_GENERATION = {
     "output_shapes": "output_features",
 }
 """Its keys to today's."""
-MODES = {"input_normalization_modes", "output_normalization_modes"}
+FIRST_MODES = {"input_normalization_modes", "output_normalization_modes"}
 DROPPED = ("use_temporal_aggregation", "temporal_ensemble_momentum")
 NETWORK = {
     "type",
@@ -115,15 +123,29 @@ def read_config(path: Path) -> dict[str, Any]:
             f"{path}: use_peft: got {raw['use_peft']!r}, expected false: merge the adapters into "
             "the base model (PEFT's merge_and_unload()) and save that"
         )
+    if raw.get("normalization_mapping") is not None:
+        check_modes(
+            need(raw, "normalization_mapping", dict, path), f"{path}: normalization_mapping"
+        )
     chunk, played = (need(raw, key, int, path) for key in ("chunk_size", "n_action_steps"))
     if not 1 <= played <= chunk:
         raise CheckpointError(f"{path}: n_action_steps: got {played}, expected 1 to {chunk}")
     return raw
 
 
+def check_modes(modes: Mapping[str, object], where: str) -> None:
+    """Raises ``CheckpointError`` unless each is a mode for a type of feature."""
+    for group, mode in modes.items():
+        if group not in FEATURE_TYPES or mode not in MODES:
+            raise CheckpointError(
+                f"{where}: {group}: got {mode!r}, expected one of {MODES} for one of "
+                f"{FEATURE_TYPES}"
+            )
+
+
 def _modernized(raw: Mapping[str, Any], path: Path) -> dict[str, Any]:
     """The first generation's keys to today's; it had a mode for each feature."""
-    modern = {key: value for key, value in raw.items() if key not in MODES}
+    modern = {key: value for key, value in raw.items() if key not in FIRST_MODES}
     for dropped in DROPPED:
         if modern.pop(dropped, None):
             raise CheckpointError(

@@ -15,28 +15,11 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from policies.act.weights import Triples
-from policies.checkpoint.lerobot_config import ACTION, FEATURE_TYPES
+from policies.checkpoint.lerobot_config import ACTION, PAIRS
 from policies.errors import CheckpointError
 from policies.normalize import Array, Normalizer, constant_where, identity
 
 EPS = 1e-8
-PAIRS = {
-    "MEAN_STD": ("mean", "std"),
-    "MIN_MAX": ("min", "max"),
-    "QUANTILES": ("q01", "q99"),
-    "QUANTILE10": ("q10", "q90"),
-}
-MODES = (*PAIRS, "IDENTITY")
-
-
-def check_modes(modes: Mapping[str, object], where: str) -> None:
-    """Raises ``CheckpointError`` unless each is a mode for a type of feature."""
-    for group, mode in modes.items():
-        if group not in FEATURE_TYPES or mode not in MODES:
-            raise CheckpointError(
-                f"{where}: {group}: got {mode!r}, expected one of {MODES} for one of "
-                f"{FEATURE_TYPES}"
-            )
 
 
 @dataclass(frozen=True, slots=True)
@@ -46,7 +29,7 @@ class Statistics:
     Attributes:
         tensors: By feature and name of the statistic; those that nobody uses may hold anything.
         source: Their file.
-        modes: One of ``MODES`` for a type of feature; IDENTITY where none is given.
+        modes: A mode for a type of feature; IDENTITY where none is given.
         modes_source: The file of the modes.
         types: Of the features. One that is not among them is not normalized by LeRobot.
         only: The observations that are normalized; all where None.

@@ -384,6 +384,19 @@ REFUSALS = {
         write("model.safetensors", "version https://git-lfs.github.com/spec/v1\noid sha256:0"),
         "model.safetensors: a Git LFS pointer, .* run git lfs pull",
     ),
+    "a mask misspelt": (
+        edit_json(
+            "normalize.json",
+            datasets=[
+                {"dataset_id": "t", "ctrl_space": "joint", "ctrl_type": "abs", "action_mask": [0]}
+            ],
+        ),
+        r"normalize.json: datasets: action_mask: unknown key \(got \[0\]\), expected .*norm_mask",
+    ),
+    "another version": (
+        edit_json("normalize.json", version="3.0"),
+        "normalize.json: version: got '3.0', expected '2.0'",
+    ),
     "names too few": (
         write("metronome.yaml", "{image_hw: [32, 64], state_names: [a]}"),
         r"state_names: got \['a'\], expected 3 different names",
@@ -529,6 +542,10 @@ LEROBOT_REFUSALS = {
     "a key nobody knows": (
         edit_json("config.json", n_future_steps=3),
         "config.json: n_future_steps: unknown key, expected those of LeRobot's ACT up to 0.6.1",
+    ),
+    "a mapping of no mode": (
+        edit_json("config.json", normalization_mapping={"STATE": "ROBUST"}),
+        "config.json: normalization_mapping: STATE: got 'ROBUST', expected one of",
     ),
     "more steps than a chunk": (
         edit_json("config.json", n_action_steps=6),
