@@ -549,7 +549,7 @@ LEROBOT_REFUSALS = {
     ),
     "more steps than a chunk": (
         edit_json("config.json", n_action_steps=6),
-        "config.json: n_action_steps: got 6, expected 1 to 5",
+        "config.json: n_action_steps: got 6, expected 1 to chunk_size = 5",
     ),
     "pre-norm": (edit_json("config.json", pre_norm=True), "pre_norm: got True, expected False"),
     "dilation": (
