@@ -74,19 +74,17 @@ def load_original(
     stats = read_pickle(folder / STATS)
     if not isinstance(stats, dict):
         raise CheckpointError(f"{folder / STATS}: got {type(stats).__name__}, expected a dict")
-    normalizers = {
-        what: _normalizer(stats, what, folder / STATS, dim)
-        for what, dim in (("qpos", config.state_dim), ("action", config.action_dim))
-    }
+    state = _normalizer(stats, "qpos", folder / STATS, config.state_dim)
     chosen = extras.action_statistics or "action"
+    action = _normalizer(stats, chosen, folder / STATS, config.action_dim, output=True)
     if agilex and extras.action_statistics is None:
-        _check_unambiguous(normalizers, folder / STATS)
+        _check_unambiguous(state, action, folder / STATS)
     return assemble(
         config,
         translate(used, detr_keys(config), (), config, path),
         extras,
-        state=normalizers["qpos"],
-        action=_normalizer(stats, chosen, folder / STATS, config.action_dim),
+        state=state,
+        action=action,
         cameras=cameras,
     )
 
@@ -116,9 +114,9 @@ def _said(
     return said
 
 
-def _check_unambiguous(normalizers: Mapping[str, Normalizer], path: Path) -> None:
+def _check_unambiguous(state: Normalizer, action: Normalizer, path: Path) -> None:
     """Refuses to guess which of the two normalizes actions, where that matters."""
-    if normalizers["qpos"].digest() != normalizers["action"].digest():
+    if state.digest() != action.digest():
         raise CheckpointError(
             f"{path}: cobot_magic normalized actions by the statistics of qpos until December "
             "2024, and by those of action since; the checkpoint does not say which: expected "
@@ -172,7 +170,9 @@ def _count(tensors: Mapping[str, Tensor], prefix: str) -> int:
     return len(numbers)
 
 
-def _normalizer(stats: Mapping[str, Any], what: str, path: Path, dim: int) -> Normalizer:
+def _normalizer(
+    stats: Mapping[str, Any], what: str, path: Path, dim: int, *, output: bool = False
+) -> Normalizer:
     """Divides by the file's deviations as they are, as the original does.
 
     It clips them to at least 0.01 when it computes them, before it trains; whatever the file says
@@ -182,9 +182,7 @@ def _normalizer(stats: Mapping[str, Any], what: str, path: Path, dim: int) -> No
     for name, value in table.items():
         if value is None:
             raise CheckpointError(f"{path}: key '{what}_{name}' is missing: no normalizer")
-    normalizer = from_stats(
-        "zscore", table, min_sigma=0.0, source=f"{path}: {what}", output=what == "action"
-    )
+    normalizer = from_stats("zscore", table, min_sigma=0.0, source=f"{path}: {what}", output=output)
     if normalizer.dim != dim:
         raise CheckpointError(f"{path}: {what}: got {normalizer.dim} dimensions, expected {dim}")
     return normalizer
