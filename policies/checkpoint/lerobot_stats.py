@@ -56,9 +56,10 @@ class Statistics:
         if mode == "IDENTITY":
             return identity(dim)
         first, second = (self._statistic(feature, name, mode, dim, 0) for name in PAIRS[mode])
-        shift, scale = self._affine(mode, first, second, inverse=feature == ACTION)
+        output = feature == ACTION
+        shift, scale = self._affine(mode, first, second, inverse=output)
         try:
-            return constant_where(scale == 0, mode.lower(), shift, scale)
+            return constant_where((scale == 0) & output, mode.lower(), shift, scale)
         except CheckpointError as error:
             raise CheckpointError(f"{self.source}: {feature}: {error}") from error
 

@@ -700,6 +700,13 @@ LEROBOT_REFUSALS = {
         edit_tensors(observation__images__top__mean=[[[0.5, 0.5]] * 2] * 3),
         r"top.mean: got shape \(3, 2, 2\), expected \(3, 1, 1\)",
     ),
+    "nothing to divide by": (
+        lambda f: (
+            edit_step("normalizer_processor", eps=0)(f)
+            or edit_tensors(observation__state__std=[1.0, 0.0, 1.0])(f)
+        ),
+        r"observation.state: .*scale is \[0.\] in dimensions \[1\], expected a positive number",
+    ),
     "a negative deviation": (
         edit_tensors(action__std=[1.0, -1.0]),
         r"action: .*scale is \[-1.\] in dimensions \[1\], expected a positive number",
