@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import logging
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -18,9 +17,8 @@ from policies.checkpoint.extras import Extras
 from policies.checkpoint.files import need, read_json, read_safetensors
 from policies.checkpoint.keys import LEROBOT_DEAD_KEYS, lerobot_keys, translate
 from policies.errors import CheckpointError
+from policies.execution import Execution
 from policies.normalize import Normalizer, identity
-
-logger = logging.getLogger(__name__)
 
 CONFIG = "config.json"
 WEIGHTS = "model.safetensors"
@@ -73,6 +71,7 @@ def load_lerobot(
     tensors = read_safetensors(folder / WEIGHTS)
     inputs, outputs = _norms(folder, raw, tensors, path)
     weights = {k: v for k, v in tensors.items() if not k.startswith(BUFFERS)}
+    steps, execution = _execution(raw, config, path)
     return assemble(
         config,
         translate(weights, lerobot_keys(config), LEROBOT_DEAD_KEYS, config, folder / WEIGHTS),
@@ -81,8 +80,33 @@ def load_lerobot(
         action=_normalizer(outputs, ACTION, "ACTION", config.action_dim, output=True),
         cameras=cameras,
         image_norm=_image_norm(inputs, features.cameras),
-        n_action_steps=need(raw, "n_action_steps", int, path),
+        n_action_steps=steps,
+        execution=execution,
     )
+
+
+def _execution(raw: Mapping[str, Any], config: ActConfig, path: Path) -> tuple[int, Execution]:
+    """``n_action_steps`` of a strategy that plays chunks one after another, and what is to play.
+
+    With an ensemble LeRobot demands ``n_action_steps`` 1, which means its re-planning then: for
+    another strategy of the user's, nothing is said but the chunk.
+    """
+    key, coefficient = "temporal_ensemble_coeff", raw.get("temporal_ensemble_coeff")
+    steps = need(raw, "n_action_steps", int, path)
+    if not 1 <= steps <= config.chunk_size:
+        raise CheckpointError(
+            f"{path}: n_action_steps: got {steps}, expected 1 to chunk_size = {config.chunk_size}"
+        )
+    if coefficient is None:
+        said = Execution("sequential", None, steps, f"{CONFIG}: n_action_steps")
+        return steps, said
+    if steps != 1:
+        raise CheckpointError(f"{path}: n_action_steps: got {steps}, expected 1 with {key}")
+    coefficient = float(need(raw, key, (int, float), path))
+    try:
+        return config.chunk_size, Execution("temporal_ensemble", coefficient, 1, f"{CONFIG}: {key}")
+    except ValueError as error:
+        raise CheckpointError(f"{path}: {key}: {error}") from error
 
 
 @dataclass(frozen=True, slots=True)
@@ -134,8 +158,6 @@ def _config(
     for key, value in expected.items():
         if raw.get(key, value) not in (value, 0 if value is False else value):
             raise CheckpointError(f"{path}: {key}: got {raw[key]!r}, expected {value!r}")
-    if raw.get("temporal_ensemble_coeff") is not None:
-        logger.info("%s: temporal_ensemble_coeff is left to whoever executes the chunks", path)
     try:
         return ActConfig(
             state_dim=features.state_dim,
