@@ -33,8 +33,8 @@ from envs.gl import import_mujoco
 from envs.kinematics import Unreachable
 from envs.physics import DT_S, STATE_DIM, AlohaSim
 from envs.tasks import MAX_REWARD, TASKS, find_task
-from policies.console import run_command
 from policies.command_line import CommandLine, Number
+from policies.console import run_command
 from policies.ranges import COUNT, MSAA, PIXELS, PROCESSES, SEED
 
 log = logging.getLogger(__name__)

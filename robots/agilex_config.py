@@ -7,7 +7,6 @@ from dataclasses import dataclass, field
 from typing import Annotated, Literal
 
 from policies.ranges import DURATION_S, FINITE, PIXELS, POSITIVE, RATE_HZ, check_ranges
-
 from robots.ros_images import COLOURS
 
 SIDES = ("left", "right")

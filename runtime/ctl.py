@@ -15,8 +15,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from policies.console import run_command
 from policies.command_line import CommandLine, Number
+from policies.console import run_command
 from policies.ranges import DURATION_S
 from runtime.operator_token import read_token
 from runtime.wishes import add_key_flags, key_files

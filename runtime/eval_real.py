@@ -20,8 +20,8 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 from envs.meta import TaskConfig
-from policies.console import run_command
 from policies.command_line import CommandLine, Number
+from policies.console import run_command
 from policies.ranges import COUNT, DURATION_S, POSITIVE, RATE_HZ, TICKS, Range
 from policies.types import PolicyContract, PolicyInfo
 from policies.yaml_config import load_config

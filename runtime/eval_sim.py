@@ -22,8 +22,8 @@ from tqdm import tqdm
 
 from envs.errors import EnvError
 from envs.meta import GYM_PREFIX, EnvConfig, load_env_config
-from policies.console import run_command
 from policies.command_line import CommandLine, Number
+from policies.console import run_command
 from policies.execution import Execution
 from policies.ranges import COUNT, COUNT_OR_NONE, PROCESSES, SEED
 from policies.types import PolicyContract, PolicyInfo

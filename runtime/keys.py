@@ -18,8 +18,8 @@ from pathlib import Path
 
 from zmq import auth
 
-from policies.console import run_command
 from policies.command_line import CommandLine
+from policies.console import run_command
 from transport.curve import OPERATORS, KeyFileError, public_key
 
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,63}")

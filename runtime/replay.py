@@ -16,8 +16,8 @@ from pathlib import Path
 import numpy as np
 from numpy.typing import NDArray
 
-from policies.console import run_command
 from policies.command_line import CommandLine
+from policies.console import run_command
 from policies.types import ActionChunk
 from robots.safety import MotionLimiter
 from runtime.executor import ChunkExecutor

@@ -14,8 +14,8 @@ import threading
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
-from policies.console import run_command
 from policies.command_line import CommandLine, Number
+from policies.console import run_command
 from policies.errors import PolicyError
 from policies.ranges import COUNT, DURATION_S_OR_NONE, PORT_OR_ANY, RATE_HZ_OR_ANY
 from policies.yaml_config import ConfigError, load_config

@@ -14,8 +14,8 @@ from rich.live import Live
 from rich.table import Table
 from rich.text import Text
 
-from policies.console import run_command
 from policies.command_line import CommandLine, Number
+from policies.console import run_command
 from policies.ranges import Range
 from runtime.ctl import BAD_INPUT, dial
 from runtime.wishes import add_key_flags, key_files

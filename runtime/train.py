@@ -17,8 +17,8 @@ from typing import TYPE_CHECKING
 
 from envs.errors import EnvError
 from envs.meta import load_env_config
-from policies.console import run_command
 from policies.command_line import CommandLine
+from policies.console import run_command
 from policies.errors import PolicyError
 from policies.yaml_config import ConfigError, load_config
 from runtime.checkpoint_options import CheckpointOptions
