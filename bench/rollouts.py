@@ -26,6 +26,8 @@ from pathlib import Path
 from typing import Any
 
 from bench.records import RESULTS, Records
+from policies.command_line import CommandLine, Number
+from policies.ranges import COUNT
 from runtime.config import DEFAULT_CHECKPOINT
 from tests.hosts import INSIDE, other_host
 from tests.robots.ros_rig import MISSING, WHY_NOT, master, twin_node
@@ -155,10 +157,8 @@ def _ms(timing: Mapping[str, Any], name: str) -> str:
 
 
 def main() -> int:
-    cli = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawTextHelpFormatter
-    )
-    cli.add_argument("--rollouts", type=int, default=50)
+    cli = CommandLine(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
+    cli.add_argument("--rollouts", type=Number(int, COUNT), default=50)
     cli.add_argument("--ways", nargs="+", choices=tuple(WAYS), default=list(WAYS))
     args = cli.parse_args()
     if MISSING:

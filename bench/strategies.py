@@ -7,7 +7,6 @@ Prints a Markdown table and writes ``bench/results/strategies_<task>.json``.
 
 from __future__ import annotations
 
-import argparse
 import dataclasses
 import json
 import platform
@@ -18,6 +17,8 @@ from typing import Any
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from envs.meta import load_env_config
+from policies.command_line import CommandLine, Number
+from policies.ranges import COUNT, PROCESSES
 from runtime.checkpoint_options import CheckpointOptions
 from runtime.config import DEFAULT_CHECKPOINT
 from runtime.episode import Episode
@@ -38,11 +39,11 @@ FIRST_SEED = 20_000
 
 
 def main() -> None:
-    cli = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    cli = CommandLine(description=__doc__.splitlines()[0])
     cli.add_argument("-m", "--model_name_or_path", default=DEFAULT_CHECKPOINT)
     cli.add_argument("--task", default="sim_transfer_cube")
-    cli.add_argument("-n", "--num_rollout", type=int, default=100)
-    cli.add_argument("--num_envs", type=int, default=2)
+    cli.add_argument("-n", "--num_rollout", type=Number(int, COUNT), default=100)
+    cli.add_argument("--num_envs", type=Number(int, PROCESSES), default=2)
     args = cli.parse_args()
     seeds = tuple(range(FIRST_SEED, FIRST_SEED + args.num_rollout))
     plan = Plan(

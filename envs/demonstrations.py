@@ -33,7 +33,9 @@ from envs.gl import import_mujoco
 from envs.kinematics import Unreachable
 from envs.physics import DT_S, STATE_DIM, AlohaSim
 from envs.tasks import MAX_REWARD, TASKS, find_task
+from policies.command_line import CommandLine, Number
 from policies.console import run_command
+from policies.ranges import COUNT, MSAA, PIXELS, PROCESSES, SEED
 
 log = logging.getLogger(__name__)
 
@@ -186,20 +188,26 @@ def _simulation(recording: Recording) -> AlohaSim:
     return _simulations[recording]
 
 
+def parser() -> argparse.ArgumentParser:
+    cli = CommandLine(description="Record demonstrations by the scripted expert.")
+    add = cli.add_argument
+    pixels = Number(int, PIXELS)
+    add("--task", required=True, help=f"one of {list(TASKS)}")
+    add("--num", type=Number(int, COUNT), default=200, help="episodes to keep (default 200)")
+    add("--out", type=Path, required=True, help="a new folder")
+    add("--workers", type=Number(int, PROCESSES), default=os.cpu_count() or 1)
+    add("--first-seed", type=Number(int, SEED), default=FIRST_SEED)
+    add("--cameras", nargs="+", default=["top"])
+    add("--height", type=pixels, default=240)
+    add("--width", type=pixels, default=320)
+    add("--shadows", action="store_true")
+    add("--msaa", type=Number(int, MSAA), default=0)
+    return cli
+
+
 def main(arguments: Sequence[str] | None = None) -> int:
     """The command line; returns the exit status."""
-    parser = argparse.ArgumentParser(description="Record demonstrations by the scripted expert.")
-    parser.add_argument("--task", required=True, help=f"one of {list(TASKS)}")
-    parser.add_argument("--num", type=int, default=200, help="episodes to keep (default 200)")
-    parser.add_argument("--out", type=Path, required=True, help="a new folder")
-    parser.add_argument("--workers", type=int, default=os.cpu_count() or 1)
-    parser.add_argument("--first-seed", type=int, default=FIRST_SEED)
-    parser.add_argument("--cameras", nargs="+", default=["top"])
-    parser.add_argument("--height", type=int, default=240)
-    parser.add_argument("--width", type=int, default=320)
-    parser.add_argument("--shadows", action="store_true")
-    parser.add_argument("--msaa", type=int, default=0)
-    options = parser.parse_args(arguments)
+    options = parser().parse_args(arguments)
     logging.basicConfig(level=logging.INFO, format="%(levelname)s %(message)s")
     from tqdm import tqdm
 

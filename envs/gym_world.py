@@ -48,7 +48,9 @@ class GymWorld:
 
     def __init__(self, config: EnvConfig, camera_hw: Mapping[str, tuple[int, int] | None]) -> None:
         self.task, self.language = config.task, ""
-        self.max_timesteps = config.max_timesteps or DEFAULT_MAX_TIMESTEPS
+        self.max_timesteps = (
+            DEFAULT_MAX_TIMESTEPS if config.max_timesteps is None else config.max_timesteps
+        )
         self._keys = config.gym
         self._pictures = {name: config.camera_map.get(name, name) for name in camera_hw}
         missing = sorted(set(self._pictures.values()) - self._keys.images.keys())
@@ -77,7 +79,17 @@ class GymWorld:
             raise EnvError(f"gym:{config.task}: got the action space {space}, expected a "
                            "one-dimensional Box or Discrete")  # fmt: skip
         fps = self._env.metadata.get("render_fps")
-        self.dt_s = config.dt_s or (1.0 / fps if fps else DEFAULT_DT_S)
+        self._assumed: list[str] = []
+        if config.dt_s is not None:
+            self.dt_s = config.dt_s
+        elif fps:
+            self.dt_s = 1.0 / fps
+        else:
+            self.dt_s = DEFAULT_DT_S
+            self._assumed.append(
+                f"rate of the world {1 / DEFAULT_DT_S:g} Hz: it has no render_fps; "
+                "--env.dt_s says it"
+            )
         self.reset(0)
         self.state_dim = len(self._state())
         self.camera_hw: dict[str, tuple[int, int]] = {}
@@ -156,6 +168,7 @@ class GymWorld:
             "cameras": {name: {"hw": list(hw)} for name, hw in self.camera_hw.items()},
             "max_timesteps": self.max_timesteps,
             "dt_s": self.dt_s,
+            "assumed": self._assumed,
         }
 
     def close(self) -> None:

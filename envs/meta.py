@@ -8,11 +8,12 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 from envs.errors import EnvError
 from envs.world import Pictures, StepResult, World
-from policies.types import CameraContract, Rendering
+from policies.ranges import FINITE, MSAA, PERIOD_S, TICKS, check_ranges
+from policies.types import CameraContract, Pixels, Rendering
 from policies.yaml_config import load_config
 
 __all__ = [
@@ -72,25 +73,18 @@ class EnvConfig:
     task: str
     cameras: tuple[str, ...] | None = None
     camera_map: Mapping[str, str] = field(default_factory=dict)
-    image_hw: tuple[int, int] | None = None
+    image_hw: tuple[Pixels, Pixels] | None = None
     shadows: bool | None = None
-    msaa: int | None = None
-    max_timesteps: int | None = None
-    dt_s: float | None = None
-    success_reward: float | None = None
+    msaa: Annotated[int, MSAA] | None = None
+    max_timesteps: Annotated[int, TICKS] | None = None
+    dt_s: Annotated[float, PERIOD_S] | None = None
+    success_reward: Annotated[float, FINITE] | None = None
     video_camera: str | None = None
-    video_hw: tuple[int, int] | None = None
+    video_hw: tuple[Pixels, Pixels] | None = None
     gym: GymKeys = field(default_factory=GymKeys)
 
     def __post_init__(self) -> None:
-        for name in ("image_hw", "video_hw"):
-            size = getattr(self, name)
-            if size is not None and min(size) < 1:
-                raise ValueError(f"{name}: got {size}, expected positive sizes")
-        if self.max_timesteps is not None and self.max_timesteps < 1:
-            raise ValueError(f"max_timesteps: got {self.max_timesteps}, expected at least 1")
-        if self.dt_s is not None and not self.dt_s > 0:
-            raise ValueError(f"dt_s: got {self.dt_s}, expected a positive number of seconds")
+        check_ranges(self)
         if self.cameras is not None and len(set(self.cameras)) != len(self.cameras):
             raise ValueError(f"cameras: got {list(self.cameras)}, expected different names")
 
@@ -108,8 +102,8 @@ class TaskConfig:
 
     name: str
     language: str = ""
-    max_timesteps: int = 400
-    success_reward: float = 4.0
+    max_timesteps: Annotated[int, TICKS] = 400
+    success_reward: Annotated[float, FINITE] = 4.0
 
 
 def load_env_config(name: str, overrides: Mapping[str, str] | None = None) -> EnvConfig:
@@ -160,7 +154,9 @@ def make_world(
     task = load_config(TaskConfig, config.task.removesuffix("_scripted"), kind="task")
     task = replace(
         task,
-        max_timesteps=config.max_timesteps or task.max_timesteps,
+        max_timesteps=(
+            task.max_timesteps if config.max_timesteps is None else config.max_timesteps
+        ),
         success_reward=(
             task.success_reward if config.success_reward is None else config.success_reward
         ),
@@ -173,7 +169,7 @@ def make_world(
             language=task.language,
             camera_hw=camera_hw,
             max_timesteps=task.max_timesteps,
-            dt_s=config.dt_s or FakeWorld.DT_S,
+            dt_s=FakeWorld.DT_S if config.dt_s is None else config.dt_s,
         )
     from envs.aloha_world import AlohaWorld
     from envs.physics import DT_S

@@ -11,16 +11,25 @@ import json
 import math
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any, Literal, Protocol, get_args, overload, runtime_checkable
+from typing import Annotated, Any, Literal, Protocol, get_args, overload, runtime_checkable
 
 import numpy as np
 from numpy.typing import NDArray
 
 from policies.errors import ContractMismatch
+from policies.execution import RATE, Assumption, Execution, assumed_rate
+from policies.ranges import MSAA, OFFSET, PERIOD_S, PIXELS
 
 CtrlSpace = Literal["joint", "ee"]
 CtrlType = Literal["abs", "delta", "relative"]
 Resize = Literal["none", "bilinear", "area"]
+Pixels = Annotated[int, PIXELS]
+Offset = Annotated[int, OFFSET]
+
+DEFAULT_DT_S = 0.02
+"""What is assumed of a policy that does not say its rate."""
+NOT_SAID = float("nan")
+"""A contract's ``dt_s`` then. This very object: a NaN of anybody's is refused."""
 
 MAX_CAMERA_CHARS = 100
 """Of a camera's name; any printable characters. It is part of a message's field names."""
@@ -127,9 +136,9 @@ class CameraContract:
     """
 
     name: str
-    source_hw: tuple[int, int]
-    model_hw: tuple[int, int]
-    crop: tuple[int, int, int, int] | None = None
+    source_hw: tuple[Pixels, Pixels]
+    model_hw: tuple[Pixels, Pixels]
+    crop: tuple[Offset, Offset, Pixels, Pixels] | None = None
     resize: Resize = "none"
 
     def __post_init__(self) -> None:
@@ -169,7 +178,7 @@ class Rendering:
     """How the training pictures were rendered; a simulation does the same unless told otherwise."""
 
     shadows: bool = True
-    msaa: int = 4
+    msaa: Annotated[int, MSAA] = 4
 
 
 @dataclass(frozen=True, slots=True)
@@ -182,13 +191,15 @@ class PolicyContract:
         state_dim, action_dim: Lengths S and A.
         chunk_size: Actions per chunk, T.
         n_action_steps: How many of them to play before the next chunk, unless the user says else.
-        dt_s: Seconds per policy tick.
+        dt_s: Seconds per policy tick. Left out, it is ``DEFAULT_DT_S``, and ``assumed`` says so.
         first_action_offset: Ticks from the observation to the chunk's first action (0 for ACT).
         normalizer_hash: Of the statistics in use, so that two servers can be told apart.
         dataset_id: Whose normalizers are in use; ``dataset_ids``: all that the checkpoint has.
         rendering: What simulated pictures should look like, where the checkpoint says.
         state_names, action_names: S and A names of the dimensions, in their order; empty where the
             checkpoint does not say. A robot whose names differ is refused.
+        execution: How the checkpoint says that its chunks are to be played; None where it does not.
+        assumed: What the checkpoint does not say. Two contracts that differ in it alone are equal.
     """
 
     policy_type: str
@@ -197,7 +208,7 @@ class PolicyContract:
     action_dim: int
     chunk_size: int
     n_action_steps: int
-    dt_s: float = 0.02
+    dt_s: float = NOT_SAID
     first_action_offset: int = 0
     ctrl_space: CtrlSpace = "joint"
     ctrl_type: CtrlType = "abs"
@@ -208,8 +219,13 @@ class PolicyContract:
     rendering: Rendering | None = None
     state_names: tuple[str, ...] = ()
     action_names: tuple[str, ...] = ()
+    execution: Execution | None = None
+    assumed: tuple[Assumption, ...] = field(default=(), compare=False)
 
     def __post_init__(self) -> None:
+        if self.dt_s is NOT_SAID:
+            object.__setattr__(self, "dt_s", DEFAULT_DT_S)
+            object.__setattr__(self, "assumed", (assumed_rate(DEFAULT_DT_S), *self.assumed))
         names = [camera.name for camera in self.cameras]
         if len(set(names)) != len(names):
             raise ContractMismatch("cameras", f"{names}", "different names")
@@ -226,8 +242,15 @@ class PolicyContract:
             raise ContractMismatch(
                 "n_action_steps", str(self.n_action_steps), f"1 to chunk_size = {self.chunk_size}"
             )
-        if not self.dt_s > 0:
-            raise ContractMismatch("dt_s", str(self.dt_s), "a positive number of seconds")
+        said = self.execution
+        if said is not None and (said.n_action_steps or 1) > self.chunk_size:
+            raise ContractMismatch(
+                "execution.n_action_steps",
+                str(said.n_action_steps),
+                f"1 to chunk_size = {self.chunk_size}",
+            )
+        if self.dt_s not in PERIOD_S:
+            raise ContractMismatch("dt_s", str(self.dt_s), f"{PERIOD_S} seconds")
         for name, choices in (
             ("ctrl_space", get_args(CtrlSpace)),
             ("ctrl_type", get_args(CtrlType)),
@@ -239,16 +262,30 @@ class PolicyContract:
     def camera_names(self) -> tuple[str, ...]:
         return tuple(camera.name for camera in self.cameras)
 
+    @property
+    def assumes_rate(self) -> bool:
+        """Whether nobody said how far apart the ticks are."""
+        return any(assumption.what == RATE for assumption in self.assumed)
+
+    def at_rate(self, fps: float | None) -> PolicyContract:
+        """This contract at ``fps`` ticks per second, which is then not assumed; itself for None."""
+        if fps is None:
+            return self
+        known = tuple(one for one in self.assumed if one.what != RATE)
+        return dataclasses.replace(self, dt_s=1 / fps, assumed=known)
+
     def require(self, expected: PolicyContract, *, but: Sequence[str] = ()) -> None:
         """Raises ``ContractMismatch`` for the first field that is not as in ``expected``; those in
         ``but`` may be."""
-        for name in (entry.name for entry in dataclasses.fields(self)):
+        for name in (entry.name for entry in dataclasses.fields(self) if entry.compare):
             got, wanted = getattr(self, name), getattr(expected, name)
             if got != wanted and name not in but:
                 raise ContractMismatch(name, f"{got}", f"{wanted}")
 
     def to_json(self) -> str:
-        return json.dumps(dataclasses.asdict(self))
+        """What was added later is left out where it says nothing: older clients read it."""
+        plain = dataclasses.asdict(self)
+        return json.dumps({k: v for k, v in plain.items() if v or k not in _ADDED_LATER})
 
     @classmethod
     def from_json(cls, text: str | bytes) -> PolicyContract:
@@ -271,12 +308,15 @@ class PolicyContract:
                 for camera in raw.pop("cameras")
             )
             rendering = raw.pop("rendering")
+            execution = raw.pop("execution", None)
             return cls(
                 cameras=cameras,
+                execution=None if execution is None else _execution(**execution),
+                assumed=tuple(_assumption(**one) for one in raw.pop("assumed", ())),
                 rendering=None if rendering is None else _rendering(**rendering),
                 dataset_ids=_texts(raw.pop("dataset_ids")),
-                state_names=_texts(raw.pop("state_names")),
-                action_names=_texts(raw.pop("action_names")),
+                state_names=_texts(raw.pop("state_names", ())),
+                action_names=_texts(raw.pop("action_names", ())),
                 **raw,
             )
         except (
@@ -290,6 +330,8 @@ class PolicyContract:
             raise ContractMismatch("contract", f"{error!r:.200}", "what to_json wrote") from error
 
 
+_ADDED_LATER = ("state_names", "action_names", "execution", "assumed")
+"""Fields that the first clients do not know."""
 _KINDS: Mapping[str, tuple[type, ...]] = {
     **dict.fromkeys(("state_dim", "action_dim", "chunk_size", "n_action_steps"), (int,)),
     **dict.fromkeys(("policy_type", "normalizer_hash", "dataset_id"), (str,)),
@@ -324,6 +366,21 @@ def _rendering(shadows: object, msaa: object) -> Rendering:
     if type(shadows) is not bool or type(msaa) is not int:
         raise TypeError(f"rendering: {shadows!r:.80}, {msaa!r:.80}")
     return Rendering(shadows, msaa)
+
+
+def _execution(
+    action_manager: object, manager_coef: object, n_action_steps: object, source: object
+) -> Execution:
+    if type(manager_coef) not in (int, float, type(None)):
+        raise TypeError(f"execution.manager_coef: {manager_coef!r:.80}")
+    if type(n_action_steps) not in (int, type(None)):
+        raise TypeError(f"execution.n_action_steps: {n_action_steps!r:.80}")
+    coefficient = None if manager_coef is None else float(manager_coef)  # type: ignore[arg-type]
+    return Execution(_text(action_manager), coefficient, n_action_steps, _text(source))  # type: ignore[arg-type]
+
+
+def _assumption(what: object, value: object, flag: object) -> Assumption:
+    return Assumption(_text(what), _text(value), _text(flag))
 
 
 def _pair(value: Sequence[int]) -> tuple[int, int]:

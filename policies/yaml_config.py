@@ -3,7 +3,8 @@
 A configuration is a dataclass; its annotations are the schema. Supported: ``bool``, ``int``,
 ``float``, ``str``, ``Path``, ``Literal``, ``X | None`` and other unions, ``tuple``, ``dict`` and
 ``Mapping`` with string keys, nested dataclasses, ``Any``. Nothing is guessed: an unknown key and a
-value of the wrong type are errors that name the file and the key path.
+value of the wrong type are errors that name the file and the key path. A number's range is part
+of its annotation: ``Annotated[int, Range(1, 8)]`` (``policies.ranges``).
 """
 
 from __future__ import annotations
@@ -17,9 +18,12 @@ import typing
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal, TypeVar
+from typing import Annotated, Any, Literal, TypeVar
 
 import yaml
+
+from policies.errors import PolicyError
+from policies.ranges import Range
 
 T = TypeVar("T")
 
@@ -181,6 +185,8 @@ def _convert(hint: Any, value: Any, source: str, path: str) -> Any:
     if dataclasses.is_dataclass(hint) and isinstance(hint, type):
         return _convert_dataclass(hint, value, source, path)
     origin = typing.get_origin(hint)
+    if origin is Annotated:
+        return _convert_annotated(typing.get_args(hint), value, source, path)
     if origin in (typing.Union, types.UnionType):
         return _convert_union(typing.get_args(hint), value, source, path)
     if origin is Literal:
@@ -200,11 +206,19 @@ def _convert(hint: Any, value: Any, source: str, path: str) -> Any:
     return _convert_scalar(hint, value, source, path)
 
 
+def _convert_annotated(hints: tuple[Any, ...], value: Any, source: str, path: str) -> Any:
+    converted = _convert(hints[0], value, source, path)
+    for mark in hints[1:]:
+        if isinstance(mark, Range) and converted not in mark:
+            raise ConfigError(f"{source}: {path}: got {converted}, expected {mark}")
+    return converted
+
+
 def _convert_dataclass(cls: type[Any], value: Any, source: str, path: str) -> Any:
     if not isinstance(value, dict):
         raise _wrong(value, "a mapping of keys to values", source, path)
     _check_keys(value, source, path)
-    hints = typing.get_type_hints(cls)
+    hints = typing.get_type_hints(cls, include_extras=True)
     fields = {field.name: field for field in dataclasses.fields(cls) if field.init}
     for key in value:
         if key not in fields:
@@ -220,7 +234,7 @@ def _convert_dataclass(cls: type[Any], value: Any, source: str, path: str) -> An
     given = {k: _convert(hints[k], v, source, _join(path, k)) for k, v in value.items()}
     try:
         return cls(**given)
-    except ValueError as error:
+    except (ValueError, PolicyError) as error:
         raise ConfigError(f"{source}: {f'{path}: ' if path else ''}{error}") from error
 
 
@@ -233,8 +247,11 @@ def _convert_union(hints: tuple[Any, ...], value: Any, source: str, path: str) -
             return _convert(hint, value, source, path)
         except ConfigError as error:
             errors.append(error)
-    if len(errors) == 1:
-        raise errors[0]
+    # Where the value is of a kind that may be, what is wrong inside says more than the choices.
+    inside = (f"{source}: {path}[", f"{source}: {path}.")
+    telling = [error for error in errors if str(error).startswith(inside)] or errors
+    if len(telling) == 1:
+        raise telling[0]
     raise _wrong(value, " or ".join(_name(hint) for hint in hints), source, path)
 
 
@@ -289,6 +306,11 @@ def _show(value: Any) -> str:
 def _name(hint: Any) -> str:
     if hint is type(None):
         return "null"
+    if typing.get_origin(hint) is tuple:
+        return "a list"
+    if typing.get_origin(hint) is Annotated:
+        base, *marks = typing.get_args(hint)
+        return " ".join([_name(base), *(str(mark) for mark in marks)])
     return hint.__name__ if isinstance(hint, type) else str(hint).replace("typing.", "")
 
 

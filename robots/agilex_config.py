@@ -4,8 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import Literal
+from typing import Annotated, Literal
 
+from policies.ranges import DURATION_S, FINITE, PIXELS, POSITIVE, RATE_HZ, check_ranges
 from robots.ros_images import COLOURS
 
 SIDES = ("left", "right")
@@ -19,16 +20,16 @@ JOINT_NAMES = tuple(f"joint{index}" for index in range(JOINTS_PER_ARM))
 class InitPos:
     """Where an episode begins, 7 numbers per arm."""
 
-    left: tuple[float, ...]
-    right: tuple[float, ...]
+    left: tuple[Annotated[float, FINITE], ...]
+    right: tuple[Annotated[float, FINITE], ...]
 
 
 @dataclass(frozen=True)
 class LimitPos:
     """Position limits, 14 numbers each: the left arm, then the right."""
 
-    upper: tuple[float, ...]
-    lower: tuple[float, ...]
+    upper: tuple[Annotated[float, FINITE], ...]
+    lower: tuple[Annotated[float, FINITE], ...]
 
 
 @dataclass(frozen=True)
@@ -40,8 +41,8 @@ class RosOperator:
             its own steps, of which there are ``publish_rate`` a second. It limits nothing else.
     """
 
-    arm_steps_length: tuple[float, ...]
-    publish_rate: float = 40.0
+    arm_steps_length: tuple[Annotated[float, POSITIVE], ...]
+    publish_rate: Annotated[float, RATE_HZ] = 40.0
     img_front_topic: str = "/camera_f/color/image_raw"
     img_left_topic: str = "/camera_l/color/image_raw"
     img_right_topic: str = "/camera_r/color/image_raw"
@@ -58,13 +59,11 @@ class RosOperator:
     use_robot_base: bool = False
 
     def __post_init__(self) -> None:
-        if len(self.arm_steps_length) != JOINTS_PER_ARM or not min(self.arm_steps_length) > 0:
+        check_ranges(self)
+        if len(self.arm_steps_length) != JOINTS_PER_ARM:
             raise ValueError(
-                f"arm_steps_length: got {self.arm_steps_length}, expected {JOINTS_PER_ARM} "
-                "positive numbers"
+                f"arm_steps_length: got {self.arm_steps_length}, expected {JOINTS_PER_ARM} numbers"
             )
-        if not self.publish_rate > 0:
-            raise ValueError(f"publish_rate: got {self.publish_rate}, expected a positive rate")
         if self.use_robot_base:
             # A hold, the safe thing for an arm, would keep a base driving at its last velocity.
             raise ValueError(
@@ -83,14 +82,13 @@ class AgilexCamera:
     """
 
     camera: Literal["front", "left", "right"]
-    hw: tuple[int, int] = (480, 640)
+    hw: tuple[Annotated[int, PIXELS], Annotated[int, PIXELS]] = (480, 640)
     encoding: str = ""
 
     def __post_init__(self) -> None:
         if self.encoding not in ("", *COLOURS):
             raise ValueError(f"encoding: got {self.encoding!r}, expected one of {list(COLOURS)}")
-        if min(self.hw) < 1:
-            raise ValueError(f"hw: got {self.hw}, expected a positive height and width")
+        check_ranges(self)
 
 
 @dataclass(frozen=True)
@@ -124,11 +122,11 @@ class AgilexConfig:
     init_pos: InitPos
     limit_pos: LimitPos
     ros_operator: RosOperator
-    limit_vel: tuple[float, ...]
-    limit_acc: tuple[float, ...]
+    limit_vel: tuple[Annotated[float, POSITIVE], ...]
+    limit_acc: tuple[Annotated[float, POSITIVE], ...]
     cameras: Mapping[str, AgilexCamera] = field(default_factory=_ilstudios_cameras)
     joint_names: tuple[str, ...] = JOINT_NAMES
-    sensor_timeout_s: float = 0.5
+    sensor_timeout_s: Annotated[float, DURATION_S] = 0.5
     twin: TwinTopics | None = None
 
     def __post_init__(self) -> None:
@@ -136,7 +134,4 @@ class AgilexConfig:
             raise ValueError(
                 f"joint_names: got {self.joint_names}, expected {JOINTS_PER_ARM} different names"
             )
-        if not self.sensor_timeout_s > 0:
-            raise ValueError(
-                f"sensor_timeout_s: got {self.sensor_timeout_s}, expected a positive time"
-            )
+        check_ranges(self)

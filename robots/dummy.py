@@ -7,15 +7,17 @@ that mean something, an outcome; and two processes that connect see two differen
 
 from __future__ import annotations
 
+import math
 import re
 import time
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Annotated, Any
 
 import numpy as np
 from numpy.typing import NDArray
 
+from policies.ranges import PIXELS, POSITIVE_OR_ANY, RATE_HZ, check_ranges
 from policies.types import CtrlSpace, CtrlType
 from policies.yaml_config import parse_config
 from robots.base import (
@@ -37,7 +39,7 @@ _SHAPE = re.compile(r"\(\s*\d+\s*(,\s*\d+\s*)*,?\s*\)")
 class ArrayConfig:
     """One array. ``shape`` is a list, or text as ILStudio writes it: ``(480, 640, 3)``."""
 
-    shape: tuple[int, ...] | str
+    shape: tuple[Annotated[int, PIXELS], ...] | str
     dtype: str = "float32"
 
     def __post_init__(self) -> None:
@@ -84,14 +86,13 @@ class DummyConfig:
     action_config: ArrayConfig
     ctrl_type: CtrlType = "abs"
     ctrl_space: CtrlSpace = "joint"
-    camera_hz: float = 30.0
-    position_limit: float = float("inf")
-    velocity_limit: float = float("inf")
-    acceleration_limit: float = float("inf")
+    camera_hz: Annotated[float, RATE_HZ] = 30.0
+    position_limit: Annotated[float, POSITIVE_OR_ANY] = math.inf
+    velocity_limit: Annotated[float, POSITIVE_OR_ANY] = math.inf
+    acceleration_limit: Annotated[float, POSITIVE_OR_ANY] = math.inf
 
     def __post_init__(self) -> None:
-        if not self.camera_hz > 0:
-            raise ValueError(f"camera_hz: got {self.camera_hz}, expected a positive rate")
+        check_ranges(self)
 
 
 class DummyRobot(Robot):

@@ -6,7 +6,18 @@ import dataclasses
 import json
 from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import Annotated
 
+from policies.ranges import (
+    DURATION_S,
+    FINITE,
+    MSAA,
+    PIXELS,
+    POSITIVE,
+    RATE_HZ,
+    Range,
+    check_ranges,
+)
 from policies.yaml_config import parse_config
 
 SUBSTEP_HZ = 500
@@ -32,21 +43,20 @@ class TwinCamera:
     """One picture: ``camera`` of the simulation, (height, width)."""
 
     camera: str
-    hw: tuple[int, int]
+    hw: tuple[Annotated[int, PIXELS], Annotated[int, PIXELS]]
 
     def __post_init__(self) -> None:
-        if min(self.hw) < 1:
-            raise ValueError(f"hw: got {self.hw}, expected a positive height and width")
+        check_ranges(self)
 
 
 @dataclass(frozen=True)
 class TwinLimits:
     """Per arm, 7 numbers each: six joints (rad) and the gripper (0 closed to 1 open)."""
 
-    position_lower: tuple[float, ...]
-    position_upper: tuple[float, ...]
-    velocity: tuple[float, ...]
-    acceleration: tuple[float, ...]
+    position_lower: tuple[Annotated[float, FINITE], ...]
+    position_upper: tuple[Annotated[float, FINITE], ...]
+    velocity: tuple[Annotated[float, POSITIVE], ...]
+    acceleration: tuple[Annotated[float, POSITIVE], ...]
 
 
 @dataclass(frozen=True)
@@ -69,27 +79,22 @@ class TwinConfig:
     task: str
     cameras: Mapping[str, TwinCamera]
     limits: TwinLimits
-    start_velocity: tuple[float, ...]
-    camera_hz: float = 50.0
-    control_hz: int = 100
+    start_velocity: tuple[Annotated[float, POSITIVE], ...]
+    camera_hz: Annotated[float, RATE_HZ] = 50.0
+    control_hz: Annotated[int, Range(1, SUBSTEP_HZ)] = 100
     shadows: bool = False
-    msaa: int = 0
-    success_reward: float = 4.0
-    sensor_timeout_s: float = 0.5
+    msaa: Annotated[int, MSAA] = 0
+    success_reward: Annotated[float, FINITE] = 4.0
+    sensor_timeout_s: Annotated[float, DURATION_S] = 0.5
     address: str | None = None
 
     def __post_init__(self) -> None:
-        if self.control_hz < 1 or SUBSTEP_HZ % self.control_hz:
+        check_ranges(self)
+        if SUBSTEP_HZ % self.control_hz:
             raise ValueError(
                 f"control_hz: got {self.control_hz}, expected a divisor of {SUBSTEP_HZ}"
             )
-        if not self.camera_hz > 0:
-            raise ValueError(f"camera_hz: got {self.camera_hz}, expected a positive rate")
-        if not self.sensor_timeout_s > 0:
-            raise ValueError(
-                f"sensor_timeout_s: got {self.sensor_timeout_s}, expected a positive time"
-            )
-        if len(self.start_velocity) != 7 or not min(self.start_velocity) > 0:
+        if len(self.start_velocity) != 7:
             raise ValueError(
                 f"start_velocity: got {self.start_velocity}, expected 7 positive numbers"
             )

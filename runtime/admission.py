@@ -17,8 +17,9 @@ from __future__ import annotations
 import math
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import Annotated, Any
 
+from policies.ranges import RATE_HZ_OR_ANY, Range, check_ranges
 from runtime.costs import Costs
 from runtime.pace import Pace
 from transport.errors import Refused
@@ -26,6 +27,7 @@ from transport.errors import Refused
 KINDS = ("robot", "sim")
 MOST_LOAD = 0.9
 """Of the time, for robots; the rest is for what cannot be foreseen."""
+BYTES = Range(1, 1 << 50)
 MOST_HZ, MOST_DEADLINE_MS = 10_000.0, 3_600_000.0
 
 
@@ -39,20 +41,16 @@ class Limits:
         rate_hz: Requests per second of one session; 0 for any.
     """
 
-    message_bytes: int = 64 << 20
-    total_bytes: int = 4 << 30
-    rate_hz: float = 0.0
+    message_bytes: Annotated[int, BYTES] = 64 << 20
+    total_bytes: Annotated[int, BYTES] = 4 << 30
+    rate_hz: Annotated[float, RATE_HZ_OR_ANY] = 0.0
 
     def pace(self) -> Pace | None:
         """For a new session."""
         return Pace(self.rate_hz) if self.rate_hz else None
 
     def __post_init__(self) -> None:
-        for name in ("message_bytes", "total_bytes"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"{name}: got {getattr(self, name)}, expected 1 or more")
-        if not (math.isfinite(self.rate_hz) and self.rate_hz >= 0):
-            raise ValueError(f"rate_hz: got {self.rate_hz}, expected 0 (any) or more")
+        check_ranges(self)
 
 
 @dataclass(frozen=True, slots=True)

@@ -4,7 +4,7 @@ A strategy says when to ask for the next chunk (``stride``), and how a chunk's a
 combined with what is already planned for that tick (``blend``, a pure function over whole arrays).
 
 Re-planning every tick and blending is never a default: it has scored from better to 0 % on the
-same checkpoint, so it is asked for by name and its effect is reported.
+same checkpoint, so the user or the checkpoint asks for it by name, and its effect is reported.
 """
 
 from __future__ import annotations
@@ -15,6 +15,10 @@ from dataclasses import dataclass
 
 import numpy as np
 from numpy.typing import NDArray
+
+from policies.execution import ANCESTORS, STRATEGIES, check_strategy
+
+__all__ = ["ANCESTORS", "STRATEGIES", "Strategy", "make_strategy"]
 
 Blend = Callable[[NDArray[np.float64], NDArray[np.float64], NDArray[np.int64], float], None]
 """(planned (n, A), new (n, A), count (n,), coefficient): combine ``new`` into ``planned`` in place.
@@ -42,12 +46,16 @@ def ensemble(
 ) -> None:
     """Weighted mean with w_i = exp(-m·i), i the chunk's rank by age, 0 the oldest (ACT).
 
+    A negative m favours the newest.
+
     As a running mean: after i contributions the planned value stands for the total weight
     W_i = Σ_{j<i} exp(-m·j), so planned += (new − planned)·w_i / (W_i + w_i).
     """
     # m = 0: plain mean. Otherwise the geometric sum in closed form, so that nothing else is kept.
     if coefficient == 0.0:
         share = 1.0 / (count + 1.0)
+    elif coefficient < 0.0:  # the same share, with terms that cannot overflow
+        share = np.expm1(coefficient) / np.expm1(coefficient * (count + 1.0))
     else:
         share = np.expm1(-coefficient) * np.exp(-coefficient * count)
         share /= np.expm1(-coefficient * (count + 1.0))
@@ -126,22 +134,6 @@ class Strategy:
 DEFAULT_FADE_TICKS = 10.0
 """0.2 s at 50 Hz: long against a joint's response, short against a chunk."""
 
-STRATEGIES = (
-    "sequential",
-    "temporal_ensemble",
-    "overlap",
-    "crossfade",
-    "align_fade",
-    "latest",
-)
-ANCESTORS = (
-    "OlderFirstManager",
-    "TemporalAggManager",
-    "TemporalOlderManager",
-    "DelayFreeManager",
-    "BasicActionManager",
-)
-
 
 def make_strategy(
     name: str,
@@ -164,50 +156,38 @@ def make_strategy(
     Raises:
         ValueError: Unknown name, or a stride or coefficient out of range.
     """
+    check_strategy(name, coefficient)
     if stride is not None and not 1 <= stride <= chunk_size:
         raise ValueError(f"n_action_steps: got {stride}, expected 1 to chunk_size = {chunk_size}")
-    if coefficient is not None and name in ("sequential", "latest", "BasicActionManager"):
-        raise ValueError(f"coefficient: got {coefficient}, expected none: {name} has no use for it")
-    if coefficient is not None and not (math.isfinite(coefficient) and coefficient >= 0):
-        raise ValueError(f"coefficient: got {coefficient}, expected a finite number >= 0")
 
-    if coefficient == 0 and name in ("crossfade", "align_fade"):
-        raise ValueError(f"coefficient: got 0, expected ticks to fade over for {name}")
-    fade = DEFAULT_FADE_TICKS if coefficient is None else coefficient
+    def given(default: float) -> float:
+        return default if coefficient is None else coefficient
 
-    def fraction(default: float) -> float:
-        value = default if coefficient is None else coefficient
-        if not 0 <= value <= 1:
-            raise ValueError(f"coefficient: got {value}, expected 0 to 1 for {name}")
-        return value
+    def every(default: int) -> int:
+        return default if stride is None else stride
 
     match name:
         case "sequential":
-            return Strategy(name, replace, stride or n_action_steps, windowed=True)
+            return Strategy(name, replace, every(n_action_steps), windowed=True)
         case "temporal_ensemble":
-            m = 0.01 if coefficient is None else coefficient
-            return Strategy(name, ensemble, stride or 1, m)
+            return Strategy(name, ensemble, every(1), given(0.01))
         case "overlap" | "TemporalAggManager":
-            return Strategy(name, overlap, stride or 1, fraction(0.1))
+            return Strategy(name, overlap, every(1), given(0.1))
         case "crossfade":
             # Half of a chunk is played and the rest is there to fade from, unless told otherwise.
-            played = stride or min(n_action_steps, max(1, chunk_size // 2))
-            return Strategy(name, crossfade, played, fade, windowed=True)
+            played = every(min(n_action_steps, max(1, chunk_size // 2)))
+            return Strategy(name, crossfade, played, given(DEFAULT_FADE_TICKS), windowed=True)
         case "align_fade":
-            steps = stride or n_action_steps
-            return Strategy(name, replace, steps, fade, windowed=True, aligned=True)
+            fade = given(DEFAULT_FADE_TICKS)
+            return Strategy(name, replace, every(n_action_steps), fade, windowed=True, aligned=True)
         case "latest" | "BasicActionManager":
-            return Strategy(name, replace, stride or 1)
+            return Strategy(name, replace, every(1))
         case "OlderFirstManager":
-            steps = max(1, math.floor(fraction(1.0) * chunk_size))
-            return Strategy(name, replace, stride or steps, windowed=True)
+            steps = max(1, math.floor(given(1.0) * chunk_size))
+            return Strategy(name, replace, every(steps), windowed=True)
         case "TemporalOlderManager":
             steps = max(1, math.ceil(0.75 * chunk_size))
-            return Strategy(name, overlap, stride or steps, fraction(0.1))
+            return Strategy(name, overlap, every(steps), given(0.1))
         case "DelayFreeManager":
-            if coefficient == 0:
-                raise ValueError(
-                    "coefficient: got 0, expected seconds per step for DelayFreeManager"
-                )
-            return Strategy(name, replace, stride or 1, step_s=coefficient)
-    raise ValueError(f"action manager: got {name!r}, expected one of {STRATEGIES + ANCESTORS}")
+            return Strategy(name, replace, every(1), step_s=coefficient)
+    raise AssertionError(f"{name} is listed but not made")

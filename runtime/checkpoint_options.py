@@ -3,10 +3,20 @@
 from __future__ import annotations
 
 import argparse
+import dataclasses
 from dataclasses import dataclass, fields
+from typing import Annotated
 
+from policies.act.config import LARGEST
 from policies.act.engine import ENGINES, PRECISIONS
+from policies.command_line import Number
+from policies.ranges import PIXELS, RATE_HZ, THREADS, Range, check_ranges
 from policies.types import Policy
+
+CHUNK = Range(1, LARGEST["chunk_size"])
+HEADS = Range(1, LARGEST["n_heads"])
+ALL = -1
+"""The ancestor's way of saying "all" of a chunk."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -22,24 +32,25 @@ class CheckpointOptions:
         threads: CPU threads of one inference; all cores but one where None.
         camera_names, n_heads: For the original ACT's layout, which does not say.
         image_hw: (height, width) of the pictures, for layouts that do not say.
+        fps: Policy ticks per second, for checkpoints that do not say.
     """
 
     device: str = "auto"
     engine: str = "auto"
     precision: str = "auto"
     dataset_id: str | None = None
-    chunk_size: int | None = None
-    threads: int | None = None
+    chunk_size: Annotated[int, CHUNK] | None = None
+    threads: Annotated[int, THREADS] | None = None
     camera_names: tuple[str, ...] | None = None
-    n_heads: int | None = None
-    image_hw: tuple[int, int] | None = None
+    n_heads: Annotated[int, HEADS] | None = None
+    image_hw: tuple[Annotated[int, PIXELS], Annotated[int, PIXELS]] | None = None
+    fps: Annotated[float, RATE_HZ] | None = None
 
     def __post_init__(self) -> None:
         for name, choices in (("engine", ENGINES), ("precision", PRECISIONS)):
             if getattr(self, name) not in choices:
                 raise ValueError(f"{name}: got {getattr(self, name)!r}, expected one of {choices}")
-        if self.threads is not None and self.threads < 1:
-            raise ValueError(f"threads: got {self.threads}, expected at least 1")
+        check_ranges(self)
 
     def load(self, model: str) -> Policy:
         """The policy at ``model``; raises as ``load_policy``."""
@@ -56,6 +67,7 @@ class CheckpointOptions:
             camera_names=self.camera_names,
             n_heads=self.n_heads,
             image_hw=self.image_hw,
+            fps=self.fps,
         )
 
     def flags(self) -> list[str]:
@@ -81,11 +93,22 @@ def add_flags(cli: argparse.ArgumentParser) -> None:
         help="(auto: bf16 where the hardware has it and errs little, else fp32)",
     )
     add("--dataset_id", help="whose normalizers to use (the checkpoint's first)")
-    add("-ck", "--chunk_size", type=int, help="truncate chunks to this many actions (-1: all)")
-    add("--threads", type=int, help="CPU threads of one inference (all cores but one)")
+    chunk = Number(int, dataclasses.replace(CHUNK, also=(ALL,)))
+    add("-ck", "--chunk_size", type=chunk, help="truncate chunks to this many actions (-1: all)")
+    add(
+        "--threads",
+        type=Number(int, THREADS),
+        help="CPU threads of one inference (all cores but one)",
+    )
     add("--camera_names", nargs="+", help="in the network's order; for the original ACT's layout")
-    add("--n_heads", type=int, help="attention heads; for the original ACT's layout")
-    add("--image_hw", nargs=2, type=int, metavar=("H", "W"), help="size of the pictures")
+    heads, pixels = Number(int, HEADS), Number(int, PIXELS)
+    add("--n_heads", type=heads, help="attention heads; for the original ACT's layout")
+    add("--image_hw", nargs=2, type=pixels, metavar=("H", "W"), help="size of the pictures")
+    add(
+        "--fps",
+        type=Number(float, RATE_HZ),
+        help="policy ticks per second, where the checkpoint does not say (its own, else 50)",
+    )
 
 
 def from_flags(
@@ -103,6 +126,6 @@ def from_flags(
         if given is None or given == "":  # the ancestor's default for --dataset_id
             continue
         values[name] = tuple(given) if isinstance(given, list) else given
-    if values["chunk_size"] == -1:  # the ancestor's way of saying "all"
+    if values["chunk_size"] == ALL:
         values["chunk_size"] = None
     return CheckpointOptions(**values)

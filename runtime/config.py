@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-import math
 from dataclasses import dataclass, field
+from typing import Annotated
 
+from policies.ranges import COUNT, DURATION_S_OR_NONE, PORT_OR_ANY, Range, check_ranges
 from runtime.admission import Limits
 from runtime.checkpoint_options import CheckpointOptions
 from transport.curve import ServerKeys
@@ -12,6 +13,7 @@ from transport.curve import ServerKeys
 DEFAULT_CHECKPOINT = "ckpt/act_sim_transfer_cube_scripted_zscore_example"
 DEFAULT_PORT = 5000
 TRANSPORTS = ("auto", "shm", "zmq")
+BATCH_WAIT_MS = Range(0, 60_000)
 
 
 @dataclass(frozen=True, slots=True)
@@ -35,32 +37,23 @@ class ServerConfig:
 
     model_name_or_path: str = DEFAULT_CHECKPOINT
     host: str = "127.0.0.1"
-    port: int = DEFAULT_PORT
+    port: Annotated[int, PORT_OR_ANY] = DEFAULT_PORT
     checkpoint: CheckpointOptions = field(default_factory=CheckpointOptions)
     transport: str = "auto"
-    max_sessions: int = 64
-    max_batch: int | None = None
-    batch_wait_ms: float = 0.0
-    session_timeout_s: float = 0.0
+    max_sessions: Annotated[int, COUNT] = 64
+    max_batch: Annotated[int, COUNT] | None = None
+    batch_wait_ms: Annotated[float, BATCH_WAIT_MS] = 0.0
+    session_timeout_s: Annotated[float, DURATION_S_OR_NONE] = 0.0
     limits: Limits = field(default_factory=Limits)
     curve_key: str = ""
     curve_allow: str = ""
     metrics_host: str = "127.0.0.1"
-    metrics_port: int = 0
+    metrics_port: Annotated[int, PORT_OR_ANY] = 0
 
     def __post_init__(self) -> None:
         if self.transport not in TRANSPORTS:
             raise ValueError(f"transport: got {self.transport!r}, expected one of {TRANSPORTS}")
-        for name in ("port", "metrics_port"):
-            if not 0 <= getattr(self, name) < 65536:
-                raise ValueError(f"{name}: got {getattr(self, name)}, expected 0 to 65535")
-        if self.max_sessions < 1:
-            raise ValueError(f"max_sessions: got {self.max_sessions}, expected 1 or more")
-        if self.max_batch is not None and self.max_batch < 1:
-            raise ValueError(f"max_batch: got {self.max_batch}, expected 1 or more")
-        for name in ("batch_wait_ms", "session_timeout_s"):
-            if not (math.isfinite(getattr(self, name)) and getattr(self, name) >= 0):
-                raise ValueError(f"{name}: got {getattr(self, name)}, expected 0 or more")
+        check_ranges(self)
         if bool(self.curve_key) != bool(self.curve_allow):
             raise ValueError("curve_key, curve_allow: got one, expected both or neither")
 

@@ -15,7 +15,9 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from policies.command_line import CommandLine, Number
 from policies.console import run_command
+from policies.ranges import DURATION_S
 from runtime.operator_token import read_token
 from runtime.wishes import add_key_flags, key_files
 from transport.address import parse_address
@@ -76,14 +78,14 @@ def _is_here(host: str) -> bool:
 
 
 def parser() -> argparse.ArgumentParser:
-    cli = argparse.ArgumentParser(prog="python -m runtime.ctl", description=__doc__)
+    cli = CommandLine(prog="python -m runtime.ctl", description=__doc__)
     cli.add_argument("address", metavar="HOST:PORT")
     add_key_flags(cli)
     commands = cli.add_subparsers(dest="command", required=True)
     commands.add_parser("status", help="what it serves, to whom and how fast, as JSON")
     loading = commands.add_parser("load", help="serve another checkpoint, without a pause")
     loading.add_argument("checkpoint")
-    loading.add_argument("--timeout_s", type=float, default=600.0)
+    loading.add_argument("--timeout_s", type=Number(float, DURATION_S), default=600.0)
     return cli
 
 

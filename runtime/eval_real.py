@@ -17,23 +17,24 @@ import signal
 import sys
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 from envs.meta import TaskConfig
+from policies.command_line import CommandLine, Number
 from policies.console import run_command
+from policies.ranges import COUNT, DURATION_S, POSITIVE, RATE_HZ, TICKS, Range
 from policies.types import PolicyContract, PolicyInfo
 from policies.yaml_config import load_config
 from robots.base import Robot
 from robots.factory import make_robot
-from runtime import trace, wishes
-from runtime.blending import ANCESTORS, STRATEGIES
+from runtime import strategy_choice, trace, wishes
 from runtime.checkpoint_options import CheckpointOptions, add_flags, from_flags
 from runtime.child import ServerChild
 from runtime.client import PolicyClient
 from runtime.crew import EXPECTED_FAILURES
 from runtime.episode import Episode
 from runtime.errors import ModelNameError
-from runtime.fitting import check_fit
+from runtime.fitting import Unfit, check_fit
 from runtime.mission import Body, Mission
 from runtime.model_name import LocalModel, ServerAddress, read_model_name
 from runtime.operator import Operator
@@ -47,18 +48,21 @@ from runtime.results import (
     write_result,
 )
 from runtime.session import Interrupted, Rollout, Session, SessionOver
+from runtime.strategy_choice import choose_execution
 from runtime.supervisor import Supervisor
 from runtime.wishes import Wishes
 
+T = TypeVar("T")
 logger = logging.getLogger(__name__)
 
 MOST_SEEDS = 2**24
 """A seed is told to the control process in 24 bits."""
+PRIORITY, VIDEO_FPS = Range(0, 99), Range(0, 1000)
 LOST, BAD_INPUT, INTERRUPTED = 1, 2, 130
 
 
 def parser() -> argparse.ArgumentParser:
-    cli = argparse.ArgumentParser(
+    cli = CommandLine(
         prog="eval_real.py",
         description="Evaluate a policy on a robot.",
         epilog="--robot.KEY VALUE overrides KEY of the robot's configuration. While the arm moves, "
@@ -74,25 +78,25 @@ def parser() -> argparse.ArgumentParser:
     )
     add("-c", "--robot_config", required=True, help="name under configs/robot, or a YAML")
     add("--task", default="sim_transfer_cube", help="name under configs/task (sim_transfer_cube)")
-    add("--publish_rate", type=float, help="commands per second (the policy's rate)")
-    add("--sensing_rate", type=float, help="looks at the cameras per second (the policy's rate)")
-    add("-n", "--num_rollout", type=int, default=1, help="(1)")
-    add("--max_timesteps", type=int, help="policy ticks per rollout (the task's)")
-    add(
-        "--action_manager",
-        default="sequential",
-        help=f"one of {', '.join(STRATEGIES)}; or {', '.join(ANCESTORS)} (sequential)",
-    )
-    add("--manager_coef", type=float, help="the strategy's coefficient")
-    add("--n_action_steps", type=int, help="ticks between re-plannings (the policy's)")
+    rate, seconds = Number(float, RATE_HZ), Number(float, DURATION_S)
+    add("--publish_rate", type=rate, help="commands per second (the policy's rate)")
+    add("--sensing_rate", type=rate, help="looks at the cameras per second (the policy's rate)")
+    add("-n", "--num_rollout", type=Number(int, COUNT), default=1, help="(1)")
+    add("--max_timesteps", type=Number(int, TICKS), help="policy ticks per rollout (the task's)")
+    strategy_choice.add_flags(cli)
     add("-o", "--save_dir", default="results", help="(results)")
-    add("-s", "--seed", type=int, default=0, help="of the first rollout, for robots that take one")
-    add("--fps", type=float, help="the policy's rate, where its checkpoint does not say")
+    add(
+        "-s",
+        "--seed",
+        type=Number(int, Range(0, MOST_SEEDS - 1)),
+        default=0,
+        help="of the first rollout, for robots that take one",
+    )
     add("--yes", action="store_true", help="do not wait for Enter; a fault ends the evaluation")
     wishes.add_flags(cli)
     add(
         "--near",
-        type=float,
+        type=Number(float, POSITIVE),
         help="how far off the policy may begin, in each joint's unit (0.1 rad or 5.7 deg; other "
         "units: a twentieth of the joint's range, a tenth of a gripper's)",
     )
@@ -101,17 +105,27 @@ def parser() -> argparse.ArgumentParser:
         action="store_true",
         help="the policy's joints are the robot's, although their names differ",
     )
-    add("--fault_after_s", type=float, default=1.0, help="without chunks, then latched (1)")
-    add("--max_chunk_age_s", type=float, help="of what a command rests on (a chunk and 1 s)")
-    add("--max_sensing_age_s", type=float, default=0.5, help="of the newest picture (0.5)")
+    add("--fault_after_s", type=seconds, default=1.0, help="without chunks, then latched (1)")
+    add("--max_chunk_age_s", type=seconds, help="of what a command rests on (a chunk and 1 s)")
+    add("--max_sensing_age_s", type=seconds, default=0.5, help="of the newest picture (0.5)")
     add(
         "--connect_timeout_s",
-        type=float,
+        type=seconds,
         default=15.0,
         help="for the robot to be connected and its sensors to speak (15)",
     )
-    add("--priority", type=int, default=0, help="SCHED_FIFO priority of the control loop (0: none)")
-    add("--video_fps", type=float, default=10.0, help="pictures per second of videos, 0: none (10)")
+    add(
+        "--priority",
+        type=Number(int, PRIORITY),
+        default=0,
+        help="SCHED_FIFO priority of the control loop (0: none)",
+    )
+    add(
+        "--video_fps",
+        type=Number(float, VIDEO_FPS),
+        default=10.0,
+        help="pictures per second of videos, 0: none (10)",
+    )
     add("--trace", type=Path, metavar="FILE", help="what happened when, for ui.perfetto.dev")
     add_flags(cli)
     add("--log_level", default="WARNING", choices=("DEBUG", "INFO", "WARNING", "ERROR"))
@@ -131,7 +145,7 @@ class Evaluation:
     wishes: Wishes
     rollouts: list[Rollout] = dataclasses.field(default_factory=list)
     setting: dict[str, Any] = dataclasses.field(default_factory=dict)
-    contract: PolicyContract | None = None
+    mission: Mission | None = None
     server: ServerChild | None = None
 
     @property
@@ -163,16 +177,15 @@ def read_evaluation(argv: Sequence[str] | None) -> Evaluation:
         ConfigError, RuntimeFault, ValueError: It asks for what cannot be.
     """
     args, rest = parser().parse_known_args(argv)
-    if args.num_rollout < 1:
-        raise ValueError(f"--num_rollout: got {args.num_rollout}, expected 1 or more")
-    if not 0 <= args.seed <= MOST_SEEDS - args.num_rollout:
+    if args.seed > MOST_SEEDS - args.num_rollout:
         raise ValueError(f"--seed: got {args.seed}, expected 0 to {MOST_SEEDS - args.num_rollout}")
     overrides = read_overrides(rest, "robot", "eval_real.py")
     return Evaluation(
         args=args,
         overrides=overrides,
         model=read_model_name(args.model_name_or_path),
-        checkpoint=from_flags(args),
+        # The rate is applied to the contract here, wherever the policy is.
+        checkpoint=dataclasses.replace(from_flags(args), fps=None),
         task=load_config(TaskConfig, args.task, kind="task"),
         robot=make_robot(args.robot_config, overrides),
         wishes=wishes.from_flags(args),
@@ -187,12 +200,24 @@ def make_mission(
     Args:
         address: Of the policy server.
         found: Overrides by which the robot's companion is found.
+
+    Raises:
+        Unfit: Nobody says how fast the policy is to be played.
+        ValueError: A strategy that cannot be.
     """
     args = evaluation.args
-    if args.fps is not None:
-        contract = dataclasses.replace(contract, dt_s=1 / args.fps)
-    rate = 1 / contract.dt_s
-    longest_s = contract.chunk_size * contract.dt_s + 1.0
+    played = contract.at_rate(args.fps)
+    if played.assumes_rate:
+        raise Unfit(
+            "--fps: got none, and the policy's checkpoint does not say its rate "
+            f"({1 / played.dt_s:g} Hz would be assumed); expected the rate that its demonstrations "
+            "were recorded at"
+        )
+    execution = choose_execution(
+        played, args.action_manager, args.manager_coef, args.n_action_steps
+    )
+    rate = 1 / played.dt_s
+    longest_s = played.chunk_size * played.dt_s + 1.0
     return Mission(
         robot=args.robot_config,
         overrides={**evaluation.overrides, **found},
@@ -200,22 +225,28 @@ def make_mission(
         address=address,
         wishes=evaluation.wishes.keywords(),
         language=evaluation.task.language,
-        action_manager=args.action_manager,
-        manager_coef=args.manager_coef,
-        n_action_steps=args.n_action_steps,
-        publish_rate=args.publish_rate or rate,
-        sensing_rate=args.sensing_rate or rate,
-        max_timesteps=args.max_timesteps or evaluation.task.max_timesteps,
+        action_manager=execution.action_manager,
+        manager_coef=execution.manager_coef,
+        n_action_steps=execution.n_action_steps,
+        execution_source=execution.source,
+        fps=args.fps,
+        publish_rate=_given(args.publish_rate, rate),
+        sensing_rate=_given(args.sensing_rate, rate),
+        max_timesteps=_given(args.max_timesteps, evaluation.task.max_timesteps),
         near=args.near,
         same_joints=args.same_joints,
         fault_after_s=args.fault_after_s,
-        max_chunk_age_s=args.max_chunk_age_s or longest_s,
+        max_chunk_age_s=_given(args.max_chunk_age_s, longest_s),
         max_sensing_age_s=args.max_sensing_age_s,
         connect_timeout_s=args.connect_timeout_s,
         priority=args.priority,
         video_fps=args.video_fps,
         trace=str(args.trace or ""),
     )
+
+
+def _given(value: T | None, default: T) -> T:
+    return default if value is None else value
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -262,9 +293,12 @@ def _evaluate(evaluation: Evaluation) -> None:
         found = dict(stack.enter_context(robot.companion()))
         address = evaluation.start_server()
         with PolicyClient(address, **evaluation.wishes.keywords()) as client:
-            evaluation.contract = client.contract
-        mission = make_mission(evaluation, address, evaluation.contract, found)
+            contract = client.contract
+        mission = make_mission(evaluation, address, contract, found)
         check_fit(mission, robot)
+        evaluation.mission = mission
+        for line in strategy_choice.say_before(mission.contract, mission.execution):
+            _tell(line)
         supervisor = stack.enter_context(Supervisor(mission, robot, _tell))
         _tell(supervisor.realtime)
         evaluation.setting = supervisor.setting
@@ -300,9 +334,12 @@ def _result(evaluation: Evaluation, failure: str) -> tuple[dict[str, Any], list[
     result = summarize(judged) | {name: everything[name] for name in ("episodes", "timing")}
     details = {rollout.episode.seed: rollout.details() for rollout in rollouts}
     result["episodes"] = [entry | details[entry["seed"]] for entry in result["episodes"]]
-    args, contract, setting = evaluation.args, evaluation.contract, evaluation.setting
-    if contract is not None:
+    args, mission, setting = evaluation.args, evaluation.mission, evaluation.setting
+    if mission is not None:
+        contract = mission.contract
         result |= {
+            "action_manager": strategy_choice.record(contract, mission.execution),
+            "assumed": [str(assumption) for assumption in contract.assumed],
             "transport": setting["transport"],
             "transport_reason": setting["transport_reason"],
             "pictures": setting["pictures"],
@@ -316,11 +353,6 @@ def _result(evaluation: Evaluation, failure: str) -> tuple[dict[str, Any], list[
         "mode": "real",
         "clamped_ticks": sum(rollout.clamped_ticks for rollout in rollouts),
         "faults": [fault for rollout in rollouts for fault in rollout.faults],
-        "action_manager": {
-            "name": args.action_manager,
-            "coefficient": args.manager_coef,
-            "n_action_steps": args.n_action_steps,
-        },
         "robot": {"name": evaluation.robot.name, "config": args.robot_config},
         "task": dataclasses.asdict(evaluation.task),
         "versions": versions(),

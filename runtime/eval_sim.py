@@ -11,7 +11,6 @@ import argparse
 import dataclasses
 import json
 import logging
-import math
 import signal
 import sys
 import tempfile
@@ -23,11 +22,13 @@ from tqdm import tqdm
 
 from envs.errors import EnvError
 from envs.meta import GYM_PREFIX, EnvConfig, load_env_config
+from policies.command_line import CommandLine, Number
 from policies.console import run_command
+from policies.execution import Execution
+from policies.ranges import COUNT, COUNT_OR_NONE, PROCESSES, SEED
 from policies.types import PolicyContract, PolicyInfo
 from policies.yaml_config import ConfigError
-from runtime import trace, wishes
-from runtime.blending import ANCESTORS, STRATEGIES
+from runtime import strategy_choice, trace, wishes
 from runtime.checkpoint_options import CheckpointOptions, add_flags, from_flags
 from runtime.episode import Episode
 from runtime.errors import RuntimeFault
@@ -48,7 +49,7 @@ BAD_INPUT, LOST, INTERRUPTED = 2, 1, 130
 
 
 def parser() -> argparse.ArgumentParser:
-    cli = argparse.ArgumentParser(
+    cli = CommandLine(
         prog="eval_sim.py",
         description="Evaluate a policy in simulation.",
         epilog="--env.KEY VALUE overrides KEY of the environment's configuration.",
@@ -61,29 +62,33 @@ def parser() -> argparse.ArgumentParser:
         help="checkpoint, HOST:PORT or python:MODULE:FACTORY (127.0.0.1:5000)",
     )
     add("-e", "--env", default="aloha", help="name under configs/env, a YAML, or gym:ID (aloha)")
-    add("-n", "--num_rollout", type=int, default=4, help="episodes (4)")
+    add("-n", "--num_rollout", type=Number(int, COUNT), default=4, help="episodes (4)")
     add(
         "-bs",
         "--batch_size",
         "--num_envs",
         dest="num_envs",
-        type=int,
+        type=Number(int, PROCESSES),
         default=1,
         help="processes side by side (1)",
     )
     add("-o", "--output_dir", default="results", help="(results)")
-    add("-s", "--seed", type=int, default=0, help="of the first episode; the next has one more (0)")
-    add("--realtime", action="store_true", help="by the wall clock, not in lockstep")
-    add("--fps", type=float, help="control rate, for checkpoints that do not say theirs")
-    wishes.add_flags(cli)
     add(
-        "--action_manager",
-        default="sequential",
-        help=f"one of {', '.join(STRATEGIES)}; or {', '.join(ANCESTORS)} (sequential)",
+        "-s",
+        "--seed",
+        type=Number(int, SEED),
+        default=0,
+        help="of the first episode; the next has one more (0)",
     )
-    add("--manager_coef", type=float, help="the strategy's coefficient")
-    add("--n_action_steps", type=int, help="ticks between re-plannings (the policy's)")
-    add("--videos", type=int, default=10, help="record this many of the first episodes (10)")
+    add("--realtime", action="store_true", help="by the wall clock, not in lockstep")
+    wishes.add_flags(cli)
+    strategy_choice.add_flags(cli)
+    add(
+        "--videos",
+        type=Number(int, COUNT_OR_NONE),
+        default=10,
+        help="record this many of the first episodes (10)",
+    )
     add(
         "--camera_map",
         nargs="+",
@@ -112,14 +117,7 @@ def read_plan(argv: Sequence[str] | None) -> tuple[Plan, argparse.Namespace]:
         if not equals:
             raise ValueError(f"--camera_map: got {pair!r}, expected POLICY=WORLD")
         mapped[policy_name] = world_name
-    if args.num_rollout < 1:
-        raise ValueError(f"--num_rollout: got {args.num_rollout}, expected 1 or more")
-    if args.num_envs < 1:
-        raise ValueError(f"--num_envs: got {args.num_envs}, expected 1 or more")
-    if args.videos < 0:
-        raise ValueError(f"--videos: got {args.videos}, expected 0 or more")
-    if args.fps is not None and not (math.isfinite(args.fps) and args.fps > 0):
-        raise ValueError(f"--fps: got {args.fps}, expected a positive number")
+    SEED.require("--seed with --num_rollout", args.seed + args.num_rollout - 1)
     if args.realtime and args.num_envs > 1:
         raise ValueError(
             "--realtime with --num_envs > 1: one world by the wall clock at a time on one machine"
@@ -130,7 +128,8 @@ def read_plan(argv: Sequence[str] | None) -> tuple[Plan, argparse.Namespace]:
     path = _result_path(args, env)
     plan = Plan(
         model=read_model_name(args.model_name_or_path),
-        checkpoint=from_flags(args),
+        # The rate is applied to the contract here, wherever the policy is.
+        checkpoint=dataclasses.replace(from_flags(args), fps=None),
         wishes=wishes.from_flags(args),
         env=env,
         seeds=tuple(range(args.seed, args.seed + args.num_rollout)),
@@ -186,6 +185,8 @@ def _evaluate(plan: Plan, path: Path) -> int:
         for item in run(plan):
             if isinstance(item, Setting):
                 setting = item
+                for line in _say_before(setting):
+                    bar.write(line, file=sys.stderr)
                 continue
             episodes.append(item)
             bar.update()
@@ -212,6 +213,12 @@ def _evaluate(plan: Plan, path: Path) -> int:
         kept = f"; {len(episodes)} of {len(plan.seeds)} episodes were finished and kept"
         print(f"error: {failure}{kept if status != BAD_INPUT else ''}", file=sys.stderr)
     return status
+
+
+def _say_before(setting: Setting) -> list[str]:
+    contract = PolicyContract.from_json(setting.contract_json)
+    execution = Execution(**setting.execution)
+    return strategy_choice.say_before(contract, execution, setting.assumed)
 
 
 def _must_be_writable(folder: Path) -> None:
@@ -243,7 +250,10 @@ def _save(
     result = summarize(episodes)
     if setting is not None:
         contract = PolicyContract.from_json(setting.contract_json)
+        execution = Execution(**setting.execution)
         result |= {
+            "action_manager": strategy_choice.record(contract, execution),
+            "assumed": list(setting.assumed),
             "transport": setting.transport,
             "transport_reason": setting.transport_reason,
             "pictures": setting.pictures,
@@ -255,11 +265,6 @@ def _save(
         "requested": len(plan.seeds),
         "failure": failure,
         "mode": "realtime" if plan.realtime else "lockstep",
-        "action_manager": {
-            "name": plan.action_manager,
-            "coefficient": plan.manager_coef,
-            "n_action_steps": plan.n_action_steps,
-        },
         "env": json.loads(json.dumps(dataclasses.asdict(plan.env), default=str)),
         "versions": versions(),
     }

@@ -18,6 +18,7 @@ from pathlib import Path
 
 from zmq import auth
 
+from policies.command_line import CommandLine
 from policies.console import run_command
 from transport.curve import OPERATORS, KeyFileError, public_key
 
@@ -76,7 +77,7 @@ def allow(key: str | Path, listed: str | Path, *, operator: bool = False) -> Pat
 
 
 def parser() -> argparse.ArgumentParser:
-    cli = argparse.ArgumentParser(prog="python -m runtime.keys", description="Keys for CURVE.")
+    cli = CommandLine(prog="python -m runtime.keys", description="Keys for CURVE.")
     commands = cli.add_subparsers(dest="command", required=True)
     new = commands.add_parser("new", help="make a pair: DIR/NAME.key and DIR/NAME.key_secret")
     new.add_argument("dir", type=Path)

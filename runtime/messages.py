@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 import hashlib
 import json
@@ -308,8 +309,9 @@ def decode_error(body: bytes) -> PolicyError:
 
 
 def contract_hash(contract: PolicyContract) -> str:
-    """Tells two contracts apart."""
-    return hashlib.sha256(contract.to_json().encode()).hexdigest()[:16]
+    """Tells two contracts apart that are not equal."""
+    said = dataclasses.replace(contract, assumed=())
+    return hashlib.sha256(said.to_json().encode()).hexdigest()[:16]
 
 
 def is_deterministic(info: PolicyInfo) -> bool:

@@ -11,16 +11,18 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from policies.execution import Execution
 from policies.types import PolicyContract
 from robots.base import ANGLES, ActionKind, ActionSpec, Robot
 from robots.errors import ConfigError
 from robots.factory import make_robot
 from robots.limits import Limits
-from runtime.blending import Strategy, make_strategy
+from runtime.blending import Strategy
 from runtime.interpolation import Interpolation, control_ratio
 from runtime.mailbox import Dims
 from runtime.pilot import Pilot
 from runtime.realtime import UNPRIVILEGED, RealtimeOptions
+from runtime.strategy_choice import strategy_of
 from runtime.stream import CommandStream
 
 
@@ -31,11 +33,13 @@ class Mission:
     Attributes:
         robot: Name or path of the robot's configuration.
         overrides: Of its keys, e.g. where its companion is to be found.
-        contract_json: The policy's.
+        contract_json: The policy's, as its server describes it.
+        fps: The policy's rate as the user gives it; None for its contract's.
         address: The policy server's.
         wishes: How to be connected to it; see ``Wishes.keywords``.
         language: The instruction.
-        action_manager, manager_coef, n_action_steps: The strategy; see ``make_strategy``.
+        action_manager, manager_coef, n_action_steps: The strategy; see ``Execution``, and
+        execution_source: why it is this one.
         publish_rate: Commands per second.
         sensing_rate: Looks at the cameras per second.
         max_timesteps: Policy ticks per rollout.
@@ -72,6 +76,8 @@ class Mission:
     priority: int = 0
     video_fps: float = 10.0
     trace: str = ""
+    fps: float | None = None
+    execution_source: str = ""
 
     def to_json(self) -> str:
         return json.dumps(dataclasses.asdict(self))
@@ -81,8 +87,21 @@ class Mission:
         return cls(**json.loads(text))
 
     @property
-    def contract(self) -> PolicyContract:
+    def served_contract(self) -> PolicyContract:
+        """As the server has it: what another session's is compared with."""
         return PolicyContract.from_json(self.contract_json)
+
+    @property
+    def contract(self) -> PolicyContract:
+        """As it is played: at the user's rate."""
+        return self.served_contract.at_rate(self.fps)
+
+    @property
+    def execution(self) -> Execution:
+        """How chunks are played, and why so."""
+        return Execution(
+            self.action_manager, self.manager_coef, self.n_action_steps, self.execution_source
+        )
 
     @property
     def ratio(self) -> int:
@@ -119,14 +138,7 @@ class Mission:
 
     def strategy(self) -> Strategy:
         """Raises ``ValueError``: an unknown name, or a coefficient out of range."""
-        contract = self.contract
-        return make_strategy(
-            self.action_manager,
-            chunk_size=contract.chunk_size,
-            n_action_steps=contract.n_action_steps,
-            stride=self.n_action_steps,
-            coefficient=self.manager_coef,
-        )
+        return strategy_of(self.contract, self.execution)
 
     def make_robot(self) -> Robot:
         """The robot, not connected."""

@@ -16,6 +16,7 @@ from pathlib import Path
 import numpy as np
 from numpy.typing import NDArray
 
+from policies.command_line import CommandLine
 from policies.console import run_command
 from policies.types import ActionChunk
 from robots.safety import MotionLimiter
@@ -158,10 +159,14 @@ def _is_whole(path: Path) -> bool:
     return path.is_file() and path.with_suffix(".json").is_file()
 
 
-def main(argv: Sequence[str] | None = None) -> int:
-    cli = argparse.ArgumentParser(prog="python -m runtime.replay", description=__doc__)
+def parser() -> argparse.ArgumentParser:
+    cli = CommandLine(prog="python -m runtime.replay", description=__doc__)
     cli.add_argument("run", type=Path, help="folder of an evaluation, or one rollout in it")
-    run: Path = cli.parse_args(argv).run
+    return cli
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    run: Path = parser().parse_args(argv).run
     try:
         stems = find(run)
     except OSError as error:

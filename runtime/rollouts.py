@@ -22,10 +22,10 @@ from envs.errors import EnvError
 from envs.gl import why_not
 from envs.meta import EnvConfig, World, make_world
 from policies.errors import PolicyError
-from policies.types import Policy
+from policies.execution import Assumption, Execution
+from policies.types import Policy, PolicyContract
 from policies.yaml_config import ConfigError
 from runtime import messages, trace
-from runtime.blending import make_strategy
 from runtime.checkpoint_options import CheckpointOptions
 from runtime.child import ServerChild
 from runtime.client import PolicyClient
@@ -33,6 +33,7 @@ from runtime.episode import Episode, check_world, run_lockstep, run_realtime
 from runtime.errors import RequestTimeout, RuntimeFault, ServerBusy, ServerLost
 from runtime.executor import ChunkExecutor
 from runtime.model_name import LocalModel, ServerAddress
+from runtime.strategy_choice import choose_execution, strategy_of
 from runtime.video import write_still, write_video
 from runtime.wishes import Wishes
 from transport.address import parse_address
@@ -56,7 +57,7 @@ class Plan:
         seeds: One per episode.
         num_envs: Processes side by side.
         realtime: By the wall clock, or lockstep.
-        action_manager, manager_coef, n_action_steps: The strategy; see ``make_strategy``.
+        action_manager, manager_coef, n_action_steps: The user's; see ``choose_execution``.
         camera_names: The policy's cameras that the user mapped; all must be the policy's.
         fps: Overrides the policy's rate, for checkpoints that do not say theirs.
         video_dir: Where videos go, and ``videos``: of how many of the first episodes.
@@ -69,7 +70,7 @@ class Plan:
     seeds: tuple[int, ...]
     num_envs: int = 1
     realtime: bool = False
-    action_manager: str = "sequential"
+    action_manager: str | None = None
     manager_coef: float | None = None
     n_action_steps: int | None = None
     camera_names: tuple[str, ...] = ()
@@ -82,9 +83,17 @@ class Plan:
 
 @dataclass(frozen=True, slots=True)
 class Setting:
-    """What the episodes ran with, known once the policy and the world are there."""
+    """What the episodes ran with, known once the policy and the world are there.
+
+    Attributes:
+        contract_json: The policy's, at the rate that it is played at.
+        execution: How it is played; fields of ``Execution``.
+        assumed: What neither the checkpoint nor the user nor the world says, one line each.
+    """
 
     contract_json: str
+    execution: dict[str, Any]
+    assumed: tuple[str, ...]
     policy_info: dict[str, Any]
     transport: str
     transport_reason: str
@@ -155,23 +164,18 @@ def _episodes(plan: Plan, seeds: tuple[int, ...]) -> Iterator[Report]:
             raise ValueError(
                 f"--camera_map: got {unknown}, expected some of {list(contract.camera_names)}"
             )
-        if plan.fps is not None:
-            contract = dataclasses.replace(contract, dt_s=1 / plan.fps)
+        contract = contract.at_rate(plan.fps)
         world = stack.enter_context(
             contextlib.closing(
                 make_world(plan.env, cameras=contract.cameras, rendering=contract.rendering)
             )
         )
         check_world(world, policy, contract)
-        strategy = make_strategy(
-            plan.action_manager,
-            chunk_size=contract.chunk_size,
-            n_action_steps=contract.n_action_steps,
-            stride=plan.n_action_steps,
-            coefficient=plan.manager_coef,
+        execution = choose_execution(
+            contract, plan.action_manager, plan.manager_coef, plan.n_action_steps
         )
-        executor = ChunkExecutor(contract, strategy)
-        yield _setting(plan, world, policy)
+        executor = ChunkExecutor(contract, strategy_of(contract, execution))
+        yield _setting(plan, world, policy, contract, execution)
         for seed in seeds:
             yield _one(plan, world, policy, executor, seed)
 
@@ -228,11 +232,15 @@ class _Recorder:
         write_still(stem.with_suffix(".png"), self._world.frame())
 
 
-def _setting(plan: Plan, world: World, policy: Policy) -> Setting:
+def _setting(
+    plan: Plan, world: World, policy: Policy, contract: PolicyContract, execution: Execution
+) -> Setting:
     info = policy.info
     lossy = isinstance(policy, PolicyClient) and policy.lossy
     return Setting(
-        contract_json=policy.contract.to_json(),
+        contract_json=contract.to_json(),
+        execution=dataclasses.asdict(execution),
+        assumed=_assumed(plan, world, contract),
         policy_info={name: getattr(info, name) for name in type(info).__slots__},
         transport=policy.transport if isinstance(policy, PolicyClient) else "in process",
         transport_reason=(
@@ -244,6 +252,16 @@ def _setting(plan: Plan, world: World, policy: Policy) -> Setting:
         deterministic=not plan.realtime and messages.is_deterministic(info) and not lossy,
         world=world.info(),
     )
+
+
+def _assumed(plan: Plan, world: World, contract: PolicyContract) -> tuple[str, ...]:
+    lines = [str(assumption) for assumption in contract.assumed]
+    env, info = plan.env, world.info()
+    rendered = "shadows" in info and "msaa" in info
+    if rendered and contract.rendering is None and None in (env.shadows, env.msaa):
+        how = f"shadows {str(info['shadows']).lower()}, msaa {info['msaa']}"
+        lines.append(str(Assumption("rendering", how, "--env.shadows, --env.msaa")))
+    return (*lines, *info.get("assumed", ()))
 
 
 def _side_by_side(plan: Plan) -> Iterator[Report]:

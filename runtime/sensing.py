@@ -343,7 +343,7 @@ def _work(mission: Mission, mailbox: Mailbox, parent: ParentPipe) -> int:
         robot,
         PolicyClient(mission.address, kind="robot", **mission.demand(), **mission.wishes) as client,
     ):
-        client.contract.require(mission.contract)
+        client.contract.require(mission.served_contract)
         parent.connect(robot, Role.SENSING, mission.connect_timeout_s)
         sensing = Sensing(mission, mailbox, robot, client, parent.input_fd)
         obs = sensing.first_observation()

@@ -14,12 +14,14 @@ import threading
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
+from policies.command_line import CommandLine, Number
 from policies.console import run_command
 from policies.errors import PolicyError
+from policies.ranges import COUNT, DURATION_S_OR_NONE, PORT_OR_ANY, RATE_HZ_OR_ANY
 from policies.yaml_config import ConfigError, load_config
-from runtime import trace
+from runtime import strategy_choice, trace
 from runtime.checkpoint_options import add_flags, from_flags
-from runtime.config import DEFAULT_CHECKPOINT, TRANSPORTS, ServerConfig
+from runtime.config import BATCH_WAIT_MS, DEFAULT_CHECKPOINT, TRANSPORTS, ServerConfig
 from runtime.errors import ModelNameError
 from runtime.latency import Percentiles
 from runtime.model_name import LocalModel, read_model_name
@@ -52,7 +54,7 @@ FLAGS = (
 
 
 def parser() -> argparse.ArgumentParser:
-    cli = argparse.ArgumentParser(
+    cli = CommandLine(
         prog="python -m runtime.server",
         description="Serve a policy: observations in, chunks of future actions out.",
     )
@@ -63,17 +65,38 @@ def parser() -> argparse.ArgumentParser:
         help=f"checkpoint, or python:MODULE:FACTORY ({DEFAULT_CHECKPOINT})",
     )
     add("--host", help="where to listen (127.0.0.1)")
-    add("-p", "--port", type=int, help="0 takes a free one (5000)")
+    add("-p", "--port", type=Number(int, PORT_OR_ANY), help="0 takes a free one (5000)")
     add("--transport", choices=TRANSPORTS, help="what clients are offered (auto: both)")
-    add("--max_sessions", type=int, help="clients at a time (64)")
-    add("--max_batch", type=int, help="observations computed together (all the model can)")
-    add("--batch_wait_ms", type=float, help="how long a simulation waits for partners (0)")
-    add("--session_timeout_s", type=float, help="end who has said nothing for so long (0: never)")
-    add("--max_rate_hz", type=float, help="requests per second of one session (0: any)")
+    add("--max_sessions", type=Number(int, COUNT), help="clients at a time (64)")
+    add(
+        "--max_batch",
+        type=Number(int, COUNT),
+        help="observations computed together (all the model can)",
+    )
+    add(
+        "--batch_wait_ms",
+        type=Number(float, BATCH_WAIT_MS),
+        help="how long a simulation waits for partners (0)",
+    )
+    add(
+        "--session_timeout_s",
+        type=Number(float, DURATION_S_OR_NONE),
+        help="end who has said nothing for so long (0: never)",
+    )
+    add(
+        "--max_rate_hz",
+        type=Number(float, RATE_HZ_OR_ANY),
+        help="requests per second of one session (0: any)",
+    )
     add("--curve_key", metavar="FILE", help="encrypt: the server's secret key (runtime.keys)")
     add("--curve_allow", metavar="DIR", help="public keys of those who are let in")
     add("--insecure", action="store_true", help="no warning for lack of encryption")
-    add("--metrics_port", "--metrics-port", type=int, help="for Prometheus (0: none)")
+    add(
+        "--metrics_port",
+        "--metrics-port",
+        type=Number(int, PORT_OR_ANY),
+        help="for Prometheus (0: none)",
+    )
     add("--config", default="default", help="name under configs/server, or a YAML's path")
     add("--stop_with_stdin", action="store_true", help="stop when standard input closes")
     add("--trace", type=Path, metavar="FILE", help="what happened when, for ui.perfetto.dev")
@@ -223,6 +246,8 @@ def _announce(
         f"{contract.dataset_id or '-'} of {list(contract.dataset_ids)}"
     )
     print(f"   observation  {cameras or 'no cameras'}; state {contract.state_dim}")
+    for line in strategy_choice.say_before(contract, strategy_choice.choose_execution(contract)):
+        print(f"   {line}")
     threads = count(info.threads, "thread")
     print(f"   device       {info.device}, {info.precision}, {info.engine}, {threads}")
     secret = f"; CURVE, keys in {config.curve_allow}" if config.curve_key else ""

@@ -14,7 +14,9 @@ from rich.live import Live
 from rich.table import Table
 from rich.text import Text
 
+from policies.command_line import CommandLine, Number
 from policies.console import run_command
+from policies.ranges import Range
 from runtime.ctl import BAD_INPUT, dial
 from runtime.wishes import add_key_flags, key_files
 from transport.curve import KeyFileError
@@ -35,6 +37,7 @@ COLUMNS: dict[str, Literal["left", "right"]] = {
     "batches": "left",
     "idle s": "right",
 }
+INTERVAL_S = Range(0.01, 3600)
 NARROWEST = 120
 """Columns of a terminal that is none: a pipe or a file."""
 
@@ -79,9 +82,11 @@ def _row(session: dict[str, Any]) -> tuple[str, ...]:
 
 
 def parser() -> argparse.ArgumentParser:
-    cli = argparse.ArgumentParser(prog="python -m runtime.top", description=__doc__)
+    cli = CommandLine(prog="python -m runtime.top", description=__doc__)
     cli.add_argument("address", metavar="HOST:PORT")
-    cli.add_argument("--interval_s", type=float, default=1.0, help="between two looks (1)")
+    cli.add_argument(
+        "--interval_s", type=Number(float, INTERVAL_S), default=1.0, help="between two looks (1)"
+    )
     cli.add_argument("--once", action="store_true", help="look once, and end")
     add_key_flags(cli)
     return cli
@@ -89,10 +94,7 @@ def parser() -> argparse.ArgumentParser:
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Until Ctrl-C. Returns the exit status."""
-    cli = parser()
-    args = cli.parse_args(argv)
-    if not args.interval_s > 0:
-        cli.error(f"--interval_s: got {args.interval_s:g}, expected more than 0")
+    args = parser().parse_args(argv)
     console = Console()
     if not console.is_terminal:
         console.width = NARROWEST

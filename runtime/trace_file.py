@@ -21,6 +21,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from policies.command_line import CommandLine
 from runtime.trace import TraceError
 from runtime.trace_memory import Kind, Link, Recorded
 
@@ -270,14 +271,18 @@ def _save(path: Path, trace_events: list[Event], metadata: Mapping[str, Any]) ->
         partial.unlink(missing_ok=True)
 
 
-def main(argv: Sequence[str] | None = None) -> int:
-    """``python -m runtime.trace``. Returns the exit status."""
-    cli = argparse.ArgumentParser(
+def parser() -> argparse.ArgumentParser:
+    cli = CommandLine(
         prog="python -m runtime.trace", description="Put traces of one host on one time line."
     )
     cli.add_argument("traces", nargs="+", type=Path, metavar="TRACE", help="files of --trace")
     cli.add_argument("-o", "--out", type=Path, required=True, help="for ui.perfetto.dev")
-    args = cli.parse_args(argv)
+    return cli
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """``python -m runtime.trace``. Returns the exit status."""
+    args = parser().parse_args(argv)
     try:
         merge(args.traces, args.out)
     except (TraceError, OSError) as error:

@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING
 
 from envs.errors import EnvError
 from envs.meta import load_env_config
+from policies.command_line import CommandLine
 from policies.console import run_command
 from policies.errors import PolicyError
 from policies.yaml_config import ConfigError, load_config
@@ -65,7 +66,7 @@ def sole_writer(folder: Path) -> Iterator[None]:
 
 
 def parser() -> argparse.ArgumentParser:
-    cli = argparse.ArgumentParser(
+    cli = CommandLine(
         prog="python -m runtime.train",
         description="Train a policy on demonstrations.",
         epilog="--KEY VALUE overrides KEY of the configuration, e.g. --steps 100.",
@@ -140,7 +141,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def _threads(config: TrainConfig) -> int:
-    return config.threads or os.cpu_count() or 1
+    return os.cpu_count() or 1 if config.threads is None else config.threads
 
 
 def _overrides(rest: Sequence[str]) -> dict[str, str]:

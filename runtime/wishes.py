@@ -6,13 +6,17 @@ import argparse
 import dataclasses
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
 from policies import jpeg
+from policies.command_line import Number
 from policies.jpeg import JpegMissing, QualityError
+from policies.ranges import Range
 from runtime.config import TRANSPORTS
 from runtime.frames import DEFAULT_QUALITY
 from transport.curve import ClientKeys, KeyFileError
+
+QUALITY = Range(jpeg.QUALITIES.start, jpeg.QUALITIES.stop - 1)
 
 
 @dataclass(frozen=True, slots=True)
@@ -34,7 +38,7 @@ class Wishes:
 
     transport: str = "auto"
     resize: bool = False
-    jpeg_quality: int | None = None
+    jpeg_quality: Annotated[int, QUALITY] | None = None
     server_key: str = ""
     client_key: str = ""
 
@@ -75,7 +79,7 @@ def add_flags(cli: argparse.ArgumentParser) -> None:
     add("--resize", action="store_true", help="send a server pictures of the model's size")
     add(
         "--jpeg",
-        type=int,
+        type=Number(int, QUALITY),
         nargs="?",
         const=DEFAULT_QUALITY,
         metavar="QUALITY",

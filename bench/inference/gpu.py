@@ -7,7 +7,6 @@ samples in it.
 
 from __future__ import annotations
 
-import argparse
 import json
 import os
 import re
@@ -24,7 +23,9 @@ from bench.inference.contestants import CONTESTANTS, LEROBOT, PLAIN
 from bench.inference.nets import NETS, checkpoint_of, load, observations
 from bench.inference.report import RESULTS, goals, record, table
 from policies.act.engine import EngineOptions, Frames
+from policies.command_line import CommandLine, Number
 from policies.errors import PolicyError
+from policies.ranges import COUNT, DURATION_S
 
 NO_GPU = 3
 TOLERANCES = {"fp32": 1e-5, "bf16": 2e-2, "fp16": 2e-2}
@@ -34,9 +35,14 @@ H200_GOALS_MS[("full, 4 cameras", 50.0)] = 1.0
 
 
 def main() -> int:
-    cli = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None)
-    cli.add_argument("--seconds", type=float, default=40.0, help="per network, starts not counted")
-    cli.add_argument("--calls", type=int, default=500)
+    cli = CommandLine(description=__doc__.splitlines()[0] if __doc__ else None)
+    cli.add_argument(
+        "--seconds",
+        type=Number(float, DURATION_S),
+        default=40.0,
+        help="per network, starts not counted",
+    )
+    cli.add_argument("--calls", type=Number(int, COUNT), default=500)
     cli.add_argument("--tests", default="not run", help="what the CUDA tests said")
     args = cli.parse_args()
     if not torch.cuda.is_available():

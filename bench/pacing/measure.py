@@ -7,7 +7,6 @@ can be done in pieces.
 
 from __future__ import annotations
 
-import argparse
 import os
 import shutil
 from collections.abc import Sequence
@@ -19,6 +18,8 @@ from bench.pacing.load import LOADS, load
 from bench.pacing.picture import draw
 from bench.pacing.ways import PRIVILEGED, UNPRIVILEGED, WAYS
 from bench.records import Records
+from policies.command_line import CommandLine, Number
+from policies.ranges import COUNT, DURATION_S, RATE_HZ
 
 STEM = "jitter"
 RATES = (50, 200, 500)
@@ -84,12 +85,16 @@ def measure(
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else "")
-    parser.add_argument("--hz", type=int, nargs="+", default=[50], help="ticks per second")
+    parser = CommandLine(description=__doc__.splitlines()[0] if __doc__ else "")
+    parser.add_argument(
+        "--hz", type=Number(int, RATE_HZ), nargs="+", default=[50], help="ticks per second"
+    )
     parser.add_argument("--load", choices=LOADS, nargs="+", default=list(LOADS))
     parser.add_argument("--ways", choices=SETS, default="all")
-    parser.add_argument("--block_s", type=float, default=60.0, help="seconds per block")
-    parser.add_argument("--rounds", type=int, default=4, help="blocks per way")
+    parser.add_argument(
+        "--block_s", type=Number(float, DURATION_S), default=60.0, help="seconds per block"
+    )
+    parser.add_argument("--rounds", type=Number(int, COUNT), default=4, help="blocks per way")
     parser.add_argument("--add", action="store_true", help="add to the samples that are there")
     args = parser.parse_args(arguments)
     records = Records()

@@ -14,18 +14,31 @@ import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from policies.act.config import ActConfig
+from policies.act.config import LARGEST, ActConfig
 from policies.act.cvae import ActCvae, exported
 from policies.act.dataset import Demonstrations
 from policies.checkpoint.extras import Extras
 from policies.checkpoint.save import Saved, StoredAs, save_ilstudio
 from policies.errors import CheckpointError
+from policies.ranges import (
+    COUNT,
+    COUNT_OR_NONE,
+    FRACTION,
+    OFFSET,
+    PERIOD_S,
+    POSITIVE,
+    SEED,
+    THREADS,
+    TICKS,
+    Range,
+    check_ranges,
+)
 from policies.types import CameraContract, Rendering
 
 logger = logging.getLogger(__name__)
@@ -35,6 +48,11 @@ LOSS_FILE = "loss.csv"
 CURVE_FILE = "loss.png"
 POLICY_FOLDER = "policy"
 LOSS_COLUMNS = ("step", "l1", "kl", "aux", "grad_norm", "success")
+
+
+_SIZES = {name: Range(1, largest) for name, largest in LARGEST.items()}
+STEPS = Range(1, 1_000_000_000)
+WEIGHT = Range(0, 1e6)
 
 
 @dataclass(frozen=True, slots=True)
@@ -61,40 +79,38 @@ class TrainConfig:
     output: Path
     cameras: tuple[CameraContract, ...]
     rendering: Rendering | None = None
-    max_episodes: int | None = None
-    dt_s: float = 0.02
-    chunk_size: int = 100
-    n_action_steps: int | None = None
-    width: int = 256
-    n_heads: int = 8
-    feedforward: int = 1024
-    n_encoder_layers: int = 4
-    n_style_layers: int = 2
-    dropout: float = 0.1
-    kl_weight: float | None = 10.0
-    aux_weight: float = 0.2
-    steps: int = 1000
-    batch_size: int = 32
-    learning_rate: float = 3e-4
-    weight_decay: float = 1e-4
-    warmup_steps: int = 50
-    clip_norm: float = 10.0
-    ema: float = 0.998
-    shift_px: int = 5
-    brightness: float = 0.15
-    seed: int = 0
-    threads: int | None = None
-    save_every: int = 100
-    evaluate_every: int = 500
-    evaluate_episodes: int = 10
+    max_episodes: Annotated[int, COUNT] | None = None
+    dt_s: Annotated[float, PERIOD_S] = 0.02
+    chunk_size: Annotated[int, _SIZES["chunk_size"]] = 100
+    n_action_steps: Annotated[int, TICKS] | None = None
+    width: Annotated[int, _SIZES["width"]] = 256
+    n_heads: Annotated[int, _SIZES["n_heads"]] = 8
+    feedforward: Annotated[int, _SIZES["feedforward"]] = 1024
+    n_encoder_layers: Annotated[int, _SIZES["n_encoder_layers"]] = 4
+    n_style_layers: Annotated[int, _SIZES["n_style_layers"]] = 2
+    dropout: Annotated[float, FRACTION] = 0.1
+    kl_weight: Annotated[float, WEIGHT] | None = 10.0
+    aux_weight: Annotated[float, WEIGHT] = 0.2
+    steps: Annotated[int, STEPS] = 1000
+    batch_size: Annotated[int, COUNT] = 32
+    learning_rate: Annotated[float, POSITIVE] = 3e-4
+    weight_decay: Annotated[float, WEIGHT] = 1e-4
+    warmup_steps: Annotated[int, COUNT_OR_NONE] = 50
+    clip_norm: Annotated[float, POSITIVE] = 10.0
+    ema: Annotated[float, FRACTION] = 0.998
+    shift_px: Annotated[int, OFFSET] = 5
+    brightness: Annotated[float, FRACTION] = 0.15
+    seed: Annotated[int, SEED] = 0
+    threads: Annotated[int, THREADS] | None = None
+    save_every: Annotated[int, STEPS] = 100
+    evaluate_every: Annotated[int, STEPS] = 500
+    evaluate_episodes: Annotated[int, COUNT_OR_NONE] = 10
     stored_as: StoredAs = "bf16"
 
     def __post_init__(self) -> None:
         if not self.cameras or len({c.model_hw for c in self.cameras}) != 1:
             raise ValueError("cameras: expected at least one, all of one model_hw")
-        for name in ("steps", "batch_size", "save_every", "evaluate_every"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"{name}: got {getattr(self, name)}, expected at least 1")
+        check_ranges(self)
 
     def act(self, state_dim: int, action_dim: int) -> ActConfig:
         """Sizes of the network for demonstrations of these dimensions."""

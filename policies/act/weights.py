@@ -4,6 +4,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -15,8 +16,9 @@ from torch.overrides import TorchFunctionMode
 from policies.act.backbone import fold_batch_norm
 from policies.act.config import ActConfig
 from policies.act.model import ActModel
+from policies.execution import Assumption, Execution
 from policies.normalize import Normalizer, normalizer_hash
-from policies.types import CameraContract, CtrlSpace, CtrlType, PolicyContract, Rendering
+from policies.types import NOT_SAID, CameraContract, CtrlSpace, CtrlType, PolicyContract, Rendering
 
 Triples = tuple[tuple[float, float, float], ...]
 
@@ -31,6 +33,9 @@ class ActWeights:
         image_mean, image_std: (r, g, b) for each camera, of pictures scaled to [0, 1].
         dataset_id: Whose normalizers these are; ``dataset_ids``: all that the checkpoint has.
         state_names, action_names: Of the dimensions, in their order; empty where nothing says.
+        dt_s: Seconds per policy tick; None where the checkpoint does not say.
+        execution: How the checkpoint says that its chunks are to be played, if it does.
+        assumed: What else it does not say.
     """
 
     config: ActConfig
@@ -41,7 +46,7 @@ class ActWeights:
     image_std: Triples
     cameras: tuple[CameraContract, ...]
     n_action_steps: int
-    dt_s: float = 0.02
+    dt_s: float | None = None
     ctrl_space: CtrlSpace = "joint"
     ctrl_type: CtrlType = "abs"
     dataset_id: str = ""
@@ -50,18 +55,26 @@ class ActWeights:
     trained: bool = True
     state_names: tuple[str, ...] = ()
     action_names: tuple[str, ...] = ()
+    execution: Execution | None = None
+    assumed: tuple[Assumption, ...] = ()
 
     def contract(self, chunk_size: int | None = None) -> PolicyContract:
         """What the policy needs and gives, its chunks cut to ``chunk_size``."""
-        chunk = chunk_size or self.config.chunk_size
+        chunk = self.config.chunk_size if chunk_size is None else chunk_size
+        execution, steps = self.execution, self.n_action_steps
+        if chunk_size is not None:  # a cut chunk is played to its end at most
+            steps = min(steps, chunk)
+            if execution is not None and execution.n_action_steps is not None:
+                least = min(execution.n_action_steps, chunk)
+                execution = dataclasses.replace(execution, n_action_steps=least)
         return PolicyContract(
             policy_type="act",
             cameras=self.cameras,
             state_dim=self.config.state_dim,
             action_dim=self.config.action_dim,
             chunk_size=chunk,
-            n_action_steps=min(self.n_action_steps, chunk),
-            dt_s=self.dt_s,
+            n_action_steps=steps,
+            dt_s=NOT_SAID if self.dt_s is None else self.dt_s,
             ctrl_space=self.ctrl_space,
             ctrl_type=self.ctrl_type,
             normalizer_hash=normalizer_hash(self.state_normalizer, self.action_normalizer),
@@ -70,6 +83,8 @@ class ActWeights:
             rendering=self.rendering,
             state_names=self.state_names,
             action_names=self.action_names,
+            execution=execution,
+            assumed=self.assumed,
         )
 
     def inference_model(self) -> ActModel:

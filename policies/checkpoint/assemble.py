@@ -8,6 +8,7 @@ from policies.act.config import ActConfig
 from policies.act.model import IMAGENET_MEAN, IMAGENET_STD
 from policies.act.weights import ActWeights, Triples
 from policies.checkpoint.extras import Extras
+from policies.execution import Assumption, Execution
 from policies.normalize import Normalizer
 from policies.types import CameraContract
 
@@ -22,6 +23,8 @@ def assemble(
     cameras: tuple[CameraContract, ...],
     image_norm: tuple[Triples, Triples] | None = None,
     n_action_steps: int | None = None,
+    execution: Execution | None = None,
+    assumed: tuple[Assumption, ...] = (),
 ) -> ActWeights:
     """The checkpoint; what ``extras`` says of its execution wins.
 
@@ -32,6 +35,8 @@ def assemble(
         cameras: In the order the model sees them.
         image_norm: (mean, std) of each camera; ImageNet's where None.
         n_action_steps: What the layout says; whole chunks where None.
+        execution: How the layout says that chunks are to be played.
+        assumed: What the layout does not say, beside the rate.
     """
     mean, std = image_norm or (
         (IMAGENET_MEAN,) * len(cameras),
@@ -45,10 +50,16 @@ def assemble(
         image_mean=mean,
         image_std=std,
         cameras=cameras,
-        n_action_steps=extras.n_action_steps or n_action_steps or config.chunk_size,
+        n_action_steps=next(
+            steps
+            for steps in (extras.n_action_steps, n_action_steps, config.chunk_size)
+            if steps is not None
+        ),
         dt_s=extras.dt_s,
         rendering=extras.rendering,
         trained=extras.trained,
         state_names=extras.state_names,
         action_names=extras.action_names,
+        execution=extras.recommended() or execution,
+        assumed=assumed,
     )

@@ -9,16 +9,30 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 from policies.errors import CheckpointError, PolicyError
-from policies.types import CameraContract, Rendering
+from policies.execution import COEFFICIENT, Assumption, Execution, check_strategy
+from policies.ranges import COUNT, PERIOD_S, TICKS
+from policies.types import CameraContract, Pixels, Rendering
 from policies.yaml_config import ConfigError, load_config
 
 FILE_NAMES = ("metronome.yaml", "metronome.json")
 
 DEFAULT_IMAGE_HW = (480, 640)
 """ACT is fully convolutional, and most layouts don't say what size it was trained on."""
+
+
+@dataclass(frozen=True, slots=True)
+class ExecutionKeys:
+    """``execution:``, see ``Execution``."""
+
+    action_manager: str
+    manager_coef: Annotated[float, COEFFICIENT] | None = None
+    n_action_steps: Annotated[int, TICKS] | None = None
+
+    def __post_init__(self) -> None:
+        check_strategy(self.action_manager, self.manager_coef)
 
 
 @dataclass(frozen=True, slots=True)
@@ -29,10 +43,12 @@ class Extras:
         n_heads: Of the transformer's attention.
         image_hw: (height, width) of every camera, where it is used as it comes.
         cameras: Source size, crop and resize of each camera; wins over ``image_hw``.
-        dt_s: Seconds per policy tick.
+        dt_s: Seconds per policy tick; None where it is not said.
         rendering: How the training pictures were rendered.
         n_action_steps: Actions of a chunk to play before the next.
         state_names, action_names: Of the dimensions, in the order the policy was trained with.
+        execution: How chunks are to be played: ``action_manager``, and where they are not the
+            strategy's defaults ``manager_coef`` and ``n_action_steps``.
         trained: False for weights that were only initialized.
         action_statistics: Whose statistics in ``dataset_stats.pkl`` normalize actions, where the
             original's layout leaves it open.
@@ -40,17 +56,45 @@ class Extras:
     """
 
     camera_names: tuple[str, ...] | None = None
-    n_heads: int | None = None
-    image_hw: tuple[int, int] | None = None
+    n_heads: Annotated[int, COUNT] | None = None
+    image_hw: tuple[Pixels, Pixels] | None = None
     cameras: tuple[CameraContract, ...] | None = None
-    dt_s: float = 0.02
+    dt_s: Annotated[float, PERIOD_S] | None = None
     rendering: Rendering | None = None
-    n_action_steps: int | None = None
+    n_action_steps: Annotated[int, TICKS] | None = None
+    execution: ExecutionKeys | None = None
     state_names: tuple[str, ...] = ()
     action_names: tuple[str, ...] = ()
     trained: bool = True
     action_statistics: Literal["action", "qpos"] | None = None
     training: Mapping[str, Any] = field(default_factory=dict)
+
+    def recommended(self) -> Execution | None:
+        """How chunks are to be played, if that is said here."""
+        if self.execution is not None:
+            steps = self.execution.n_action_steps
+            return Execution(
+                self.execution.action_manager,
+                self.execution.manager_coef,
+                self.n_action_steps if steps is None else steps,
+                f"{FILE_NAMES[0]}: execution",
+            )
+        if self.n_action_steps is not None:
+            return Execution(
+                "sequential",
+                n_action_steps=self.n_action_steps,
+                source=f"{FILE_NAMES[0]}: n_action_steps",
+            )
+        return None
+
+    def assumed_sizes(
+        self, image_hw: tuple[int, int] | None, *, layouts_own: bool = False
+    ) -> tuple[Assumption, ...]:
+        """What ``camera_contracts`` had to assume; ``layouts_own``: the layout says a size."""
+        if layouts_own or image_hw is not None or self.image_hw is not None or self.cameras:
+            return ()
+        height, width = DEFAULT_IMAGE_HW
+        return (Assumption("picture size", f"{height}x{width}", "--image_hw"),)
 
     def camera_contracts(
         self, names: tuple[str, ...], image_hw: tuple[int, int] | None, source: Path

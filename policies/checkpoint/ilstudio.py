@@ -19,6 +19,7 @@ from policies.checkpoint.folders import WEIGHTS
 from policies.checkpoint.keys import detr_dead_keys, detr_keys, translate
 from policies.checkpoint.pickles import read_pickle
 from policies.errors import CheckpointError
+from policies.execution import Assumption
 from policies.normalize import Normalizer, from_stats, identity
 from policies.types import CtrlSpace, CtrlType
 
@@ -82,8 +83,18 @@ def load_ilstudio(
                 f"{folder}: {name} statistics of {dataset.dataset_id!r}: got {normalizer.dim} "
                 f"dimensions, expected {dim} ({CONFIG})"
             )
+    assumed = extras.assumed_sizes(image_hw)
+    if dataset_id is None and len(dataset.known) > 1:
+        which = f"of {dataset.dataset_id!r}, the first of {list(dataset.known)}"
+        assumed += (Assumption("normalizer", which, "--dataset_id"),)
     weights = assemble(
-        config, tensors, extras, state=dataset.state, action=dataset.action, cameras=cameras
+        config,
+        tensors,
+        extras,
+        state=dataset.state,
+        action=dataset.action,
+        cameras=cameras,
+        assumed=assumed,
     )
     return dataclasses.replace(
         weights,

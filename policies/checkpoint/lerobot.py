@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import logging
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -33,8 +32,7 @@ from policies.checkpoint.lerobot_processor import (
 )
 from policies.checkpoint.lerobot_stats import Statistics
 from policies.errors import CheckpointError
-
-logger = logging.getLogger(__name__)
+from policies.execution import Execution
 
 CONFIG = "config.json"
 BUFFERS = ("normalize_inputs.", "normalize_targets.", "unnormalize_outputs.")
@@ -62,6 +60,7 @@ def load_lerobot(
     weights = {
         LEROBOT_FIRST_NAMES.get(k, k): v for k, v in tensors.items() if not k.startswith(BUFFERS)
     }
+    steps, execution = _execution(raw, config, path)
     loaded = assemble(
         config,
         translate(weights, lerobot_keys(config), LEROBOT_DEAD_KEYS, config, folder / WEIGHTS),
@@ -70,11 +69,36 @@ def load_lerobot(
         action=processors.outputs.normalizer(ACTION, config.action_dim),
         cameras=cameras,
         image_norm=processors.inputs.image_norm(features.images),
-        n_action_steps=need(raw, "n_action_steps", int, path),
+        n_action_steps=steps,
+        execution=execution,
     )
     if processors.action_names and not loaded.action_names:
         loaded = dataclasses.replace(loaded, action_names=processors.action_names)
     return loaded
+
+
+def _execution(raw: Mapping[str, Any], config: ActConfig, path: Path) -> tuple[int, Execution]:
+    """``n_action_steps`` of a strategy that plays chunks one after another, and what is to play.
+
+    With an ensemble LeRobot demands ``n_action_steps`` 1, which means its re-planning then: for
+    another strategy of the user's, nothing is said but the chunk.
+    """
+    key, coefficient = "temporal_ensemble_coeff", raw.get("temporal_ensemble_coeff")
+    steps = need(raw, "n_action_steps", int, path)
+    if not 1 <= steps <= config.chunk_size:
+        raise CheckpointError(
+            f"{path}: n_action_steps: got {steps}, expected 1 to chunk_size = {config.chunk_size}"
+        )
+    if coefficient is None:
+        said = Execution("sequential", None, steps, f"{CONFIG}: n_action_steps")
+        return steps, said
+    if steps != 1:
+        raise CheckpointError(f"{path}: n_action_steps: got {steps}, expected 1 with {key}")
+    coefficient = float(need(raw, key, (int, float), path))
+    try:
+        return config.chunk_size, Execution("temporal_ensemble", coefficient, 1, f"{CONFIG}: {key}")
+    except ValueError as error:
+        raise CheckpointError(f"{path}: {key}: {error}") from error
 
 
 def _config(
@@ -88,8 +112,6 @@ def _config(
     for key, value in expected.items():
         if raw.get(key, value) not in (value, 0 if value is False else value):
             raise CheckpointError(f"{path}: {key}: got {raw[key]!r}, expected {value!r}")
-    if raw.get("temporal_ensemble_coeff") is not None:
-        logger.info("%s: temporal_ensemble_coeff is left to whoever executes the chunks", path)
     try:
         return ActConfig(
             state_dim=features.state_dim,

@@ -127,11 +127,6 @@ def read_config(path: Path) -> dict[str, Any]:
         check_modes(
             need(raw, "normalization_mapping", dict, path), f"{path}: normalization_mapping"
         )
-    chunk, played = (need(raw, key, int, path) for key in ("chunk_size", "n_action_steps"))
-    if not 1 <= played <= chunk:
-        raise CheckpointError(
-            f"{path}: n_action_steps: got {played}, expected 1 to chunk_size = {chunk}"
-        )
     return raw
 
 

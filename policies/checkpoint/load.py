@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Sequence
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from policies.checkpoint.factory import PREFIX, load_factory
 from policies.checkpoint.folders import ADAPTERS, find_folder, user_path
@@ -27,6 +28,7 @@ def load_policy(
     n_heads: int | None = None,
     image_hw: tuple[int, int] | None = None,
     threads: int | None = None,
+    fps: float | None = None,
 ) -> Policy:
     """The policy at ``path``.
 
@@ -43,12 +45,28 @@ def load_policy(
         image_hw: (height, width) of the pictures, where the checkpoint doesn't say or another size
             is wanted.
         threads: CPU threads of one inference; all cores but one where None.
+        fps: Policy ticks per second, where the checkpoint doesn't say or another rate is wanted.
+
+    A factory takes none of these: its policy says everything itself.
 
     Raises:
         CheckpointError: The checkpoint cannot be loaded; names file, key, got and expected.
         ContractMismatch: This machine or the checkpoint doesn't have what was asked for.
     """
     if path.startswith(PREFIX):
+        _only_defaults(
+            path,
+            device=(device, "auto"),
+            engine=(engine, "auto"),
+            precision=(precision, "auto"),
+            dataset_id=(dataset_id, None),
+            chunk_size=(chunk_size, None),
+            camera_names=(camera_names, None),
+            n_heads=(n_heads, None),
+            image_hw=(image_hw, None),
+            threads=(threads, None),
+            fps=(fps, None),
+        )
         return load_factory(path)
     # torch is slow to import, and somebody's own policy may not need it.
     from policies.act.policy import ActPolicy
@@ -60,6 +78,8 @@ def load_policy(
         n_heads=n_heads,
         image_hw=image_hw,
     )
+    if fps is not None:
+        weights = dataclasses.replace(weights, dt_s=1 / fps)
     return ActPolicy(
         weights,
         checkpoint=path,
@@ -110,6 +130,14 @@ def load_weights(
         f"(ILStudio, LeRobot), or policy_best.ckpt with dataset_stats.pkl (the original ACT); "
         f"got {sorted(p.name for p in folder.iterdir())[:12]}"
     )
+
+
+def _only_defaults(path: str, **options: tuple[Any, Any]) -> None:
+    for name, (value, default) in options.items():
+        if value != default:
+            raise CheckpointError(
+                f"{path}: {name}: got {value!r}, expected none: a factory's policy says it itself"
+            )
 
 
 def _only_known(layout: str, path: str, *, dataset_id: str | None) -> None:

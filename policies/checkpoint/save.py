@@ -117,7 +117,12 @@ def save_lerobot(folder: Path, saved: Saved, *, stored_as: StoredAs = "fp32") ->
 
     Its pictures have the model's size: whoever feeds it with LeRobot crops them before.
     """
-    config = saved.config
+    config, execution = saved.config, saved.extras.recommended()
+    played = saved.extras.n_action_steps
+    ensemble = None
+    if execution is not None and execution.action_manager == "temporal_ensemble":
+        played = 1  # LeRobot demands it with an ensemble
+        ensemble = 0.01 if execution.manager_coef is None else execution.manager_coef
     folder.mkdir(parents=True, exist_ok=True)
     tensors = _rename(saved.tensors, lerobot_keys(config), style=False)
     _write_weights(folder / "model.safetensors", tensors, stored_as)
@@ -138,7 +143,7 @@ def save_lerobot(folder: Path, saved: Saved, *, stored_as: StoredAs = "fp32") ->
             "device": "cpu",
             "use_amp": False,
             "chunk_size": config.chunk_size,
-            "n_action_steps": saved.extras.n_action_steps or config.chunk_size,
+            "n_action_steps": config.chunk_size if played is None else played,
             "normalization_mapping": modes,
             "vision_backbone": config.backbone,
             "pretrained_backbone_weights": None,
@@ -153,7 +158,7 @@ def save_lerobot(folder: Path, saved: Saved, *, stored_as: StoredAs = "fp32") ->
             "use_vae": False,
             "latent_dim": config.latent_dim,
             "n_vae_encoder_layers": config.n_style_layers,
-            "temporal_ensemble_coeff": None,
+            "temporal_ensemble_coeff": ensemble,
             "dropout": config.dropout,
             "kl_weight": 10.0,
         },

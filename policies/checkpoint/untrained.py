@@ -23,6 +23,8 @@ SIGMA = 0.1
 """Spread of the made-up statistics: the arms move a few milliradians."""
 
 CAMERA = CameraContract("top", source_hw=(240, 320), crop=(44, 48, 160, 224), model_hw=(160, 224))
+DT_S = 0.02
+"""Of the simulation."""
 RENDERING = Rendering(shadows=False, msaa=0)
 
 
@@ -69,6 +71,7 @@ def make_untrained(
             dataset_id=task,
             extras=Extras(
                 cameras=cameras,
+                dt_s=DT_S,
                 rendering=RENDERING,
                 trained=False,
                 training={"note": "weights as initialized, never trained", "seed": seed},

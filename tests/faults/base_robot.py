@@ -156,6 +156,7 @@ class Drive:
     contract = PolicyContract(
         "drive", (), 2, 2, chunk_size=50, n_action_steps=10,
         state_names=("x.vel", "lift"), action_names=("lift", "x.vel"),
+        dt_s=0.02,
     )  # fmt: skip
     info = PolicyInfo("drive", engine="numpy", trained=False)
 

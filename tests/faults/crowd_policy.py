@@ -20,6 +20,7 @@ CONTRACT = PolicyContract(
     action_dim=ACTION_DIM,
     chunk_size=CHUNK,
     n_action_steps=CHUNK,
+    dt_s=0.02,
 )
 
 

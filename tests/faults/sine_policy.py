@@ -19,6 +19,7 @@ CONTRACT = PolicyContract(
     action_dim=14,
     chunk_size=100,
     n_action_steps=50,
+    dt_s=0.02,
 )
 
 

@@ -9,6 +9,7 @@ import contextlib
 import json
 import math
 import sys
+from types import NoneType
 from typing import Any
 
 import numpy as np
@@ -177,6 +178,14 @@ def check_contract(contract: PolicyContract) -> None:
     assert all(type(name) is str for name in contract.dataset_ids)
     rendering = contract.rendering
     assert rendering is None or (type(rendering.shadows), type(rendering.msaa)) == (bool, int)
+    said = contract.execution
+    if said is not None:
+        assert (type(said.action_manager), type(said.source)) == (str, str)
+        assert type(said.manager_coef) in (float, NoneType)
+        assert type(said.n_action_steps) in (int, NoneType)
+        assert said.n_action_steps is None or 1 <= said.n_action_steps <= contract.chunk_size
+    for assumption in contract.assumed:
+        assert {type(getattr(assumption, f)) for f in ("what", "value", "flag")} == {str}
     assert PolicyContract.from_json(contract.to_json()) == contract
 
 

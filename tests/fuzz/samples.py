@@ -8,6 +8,7 @@ from typing import Any
 import numpy as np
 
 from policies import jpeg
+from policies.execution import Execution
 from policies.types import CameraContract, MetaObs, PolicyContract, PolicyInfo, Rendering
 from runtime import frames, messages
 from transport.control import MAGIC, NO_EPOCH, PROTOCOL_VERSION, Hello, Opcode, encode
@@ -29,6 +30,7 @@ CONTRACT = PolicyContract(
     dataset_id="one",
     dataset_ids=("one", "two"),
     rendering=Rendering(),
+    execution=Execution("temporal_ensemble", 0.01, 1, "config.json"),
 )
 INFO = PolicyInfo("samples")
 OBS = MetaObs(

@@ -76,11 +76,11 @@ def test_the_shipped_configuration_has_agilexs_limits_and_pose(caplog) -> None:
          r"init_pos: got 0.2 for joint 2 \(left_joint2\), expected -3.0543 to 0, its limits"),
         ({"init_pos.left": "[.nan, 0, 0, 0, 0, 0, 0]"}, r"init_pos.left\[0\]: got nan"),
         ({"ros_operator.arm_steps_length": "[0.1]"}, r"arm_steps_length: got \(0.1,\), expected 7"),
-        ({"ros_operator.publish_rate": "0"}, r"publish_rate: got 0.0, expected a positive rate"),
+        ({"ros_operator.publish_rate": "0"}, r"publish_rate: got 0.0, expected 0.01 to 10000"),
         ({"ros_operator.use_robot_base": "true"}, r"use_robot_base: got true, expected false: the"),
         ({"joint_names": "[a, a, b, c, d, e, f]"}, r"joint_names: got .*, expected 7 different"),
         ({"cameras": "{top: {camera: rear}}"}, r"cameras.top.camera: got 'rear' .*one of \['front"),
-        ({"sensor_timeout_s": "0"}, r"sensor_timeout_s: got 0.0, expected a positive time"),
+        ({"sensor_timeout_s": "0"}, r"sensor_timeout_s: got 0.0, expected more than 0"),
     ],
 )  # fmt: skip
 def test_a_configuration_that_cannot_be_is_refused(overrides: dict[str, str], message: str) -> None:

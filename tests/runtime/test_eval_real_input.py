@@ -11,6 +11,7 @@ import pytest
 from policies.checkpoint.load import load_policy
 from runtime.eval_real import BAD_INPUT, main
 from runtime.server import PolicyServer
+from tests.runtime.command import status_of
 
 TWIN = str(Path(__file__).resolve().parents[1] / "faults" / "twin.yaml")
 NO_TWIN = ("--robot.address", "metronome-twin-nobody")
@@ -31,7 +32,7 @@ def serving(request: pytest.FixtureRequest) -> Iterator[str]:
 
 
 def refused(capsys: pytest.CaptureFixture[str], *flags: str) -> str:
-    assert main(["--yes", *flags]) == BAD_INPUT
+    assert status_of(main, ["--yes", *flags]) == BAD_INPUT
     said = capsys.readouterr().err
     assert "Traceback" not in said
     return said.splitlines()[-1]
@@ -42,8 +43,8 @@ def refused(capsys: pytest.CaptureFixture[str], *flags: str) -> str:
     [
         (("-c", "nobody"), r"robot configuration 'nobody': neither a file nor a name among"),
         (("-c", "sim_twin", "--task", "nothing"), r"task configuration 'nothing'"),
-        (("-c", "sim_twin", "-n", "0"), r"--num_rollout: got 0, expected 1 or more"),
-        (("-c", "sim_twin", "--seed", "-1"), r"--seed: got -1, expected 0 to"),
+        (("-c", "sim_twin", "-n", "0"), r"-n/--num_rollout: got 0, expected 1 to 1000000"),
+        (("-c", "sim_twin", "--seed", "-1"), r"-s/--seed: got -1, expected 0 to 16777215"),
         (("-c", "sim_twin", "--gibberish"), r"got '--gibberish', expected a flag of"),
         (("-c", "sim_twin", "--robot.nonsense", "1"), r"nonsense"),
         (("-c", "sim_twin", "-m", "no/such/place"), r"read as a path, which does not exist"),
@@ -75,8 +76,8 @@ def test_the_command_line(
         ("make", ("--publish_rate", "70"), "expected a whole multiple of the policy's 50 Hz"),
         ("make", ("--publish_rate", "5000"), "expected 1 to 500, which sim_twin takes"),
         ("make", ("--action_manager", "telepathy"), "got 'telepathy', expected one of"),
-        ("make", ("--near", "0"), "near: got 0.0, expected a positive number"),
-        ("make", ("--max_timesteps", "-3"), "max_timesteps: got -3"),
+        ("make", ("--near", "0"), "--near: got 0, expected more than 0"),
+        ("make", ("--max_timesteps", "-3"), "--max_timesteps: got -3, expected 1 to 1000000"),
         ("make", (), "no simulator"),
     ],
     indirect=["serving"],

@@ -18,6 +18,7 @@ import pytest
 from runtime import eval_sim
 from runtime.child import ServerChild
 from runtime.errors import RuntimeFault
+from tests.runtime.command import status_of
 
 TOY = "python:tests.runtime.toy_policy:make"
 SHORT = ["-e", "fake", "--env.max_timesteps", "25"]
@@ -27,7 +28,7 @@ REFERENCE = Path(
 
 
 def evaluate(tmp_path: Path, *flags: str, status: int = 0) -> dict[str, Any]:
-    assert eval_sim.main([*SHORT, "-o", str(tmp_path), *flags]) == status
+    assert status_of(eval_sim.main, [*SHORT, "-o", str(tmp_path), *flags]) == status
     results = list((tmp_path / "fake").glob("*.json"))
     return json.loads(results[0].read_text()) if results else {}
 
@@ -158,12 +159,12 @@ def test_every_strategy_runs(tmp_path: Path, name: str) -> None:
         (["-m", "localhost:abc"], "abc"),
         (["-m", "127.0.0.1:1"], "127.0.0.1:1"),
         (["-m", "python:tests.runtime.toy_policy:absent"], "absent"),
-        (["-m", TOY, "-n", "0"], "--num_rollout: got 0, expected 1 or more"),
-        (["-m", TOY, "--num_envs", "0"], "--num_envs: got 0"),
+        (["-m", TOY, "-n", "0"], "-n/--num_rollout: got 0, expected 1 to 1000000"),
+        (["-m", TOY, "--num_envs", "0"], "--num_envs: got 0, expected 1 to 1024"),
         (["-m", TOY, "--camera_map", "top"], "--camera_map: got 'top', expected POLICY=WORLD"),
         (["-m", TOY, "--camera_map", "nope=top"], "--camera_map: got ['nope'], expected some of"),
-        (["-m", TOY, "--videos", "-1"], "--videos: got -1, expected 0 or more"),
-        (["-m", TOY, "--fps", "0"], "--fps: got 0.0, expected a positive number"),
+        (["-m", TOY, "--videos", "-1"], "--videos: got -1, expected 0 to 1000000"),
+        (["-m", TOY, "--fps", "0"], "--fps: got 0, expected 0.01 to 10000"),
         (["-m", TOY, "--fps", "nan"], "--fps: got nan"),
         (["-m", TOY, "--manager_coef", "3"], "got 3.0, expected none: sequential"),
         (["-m", "python:tests.runtime.toy_policy_broken:f"], "cannot be imported"),

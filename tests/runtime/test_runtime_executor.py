@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 import os
 from pathlib import Path
 
@@ -250,7 +251,7 @@ def test_the_ensemble_is_the_weighted_mean_of_its_definition(m: float, values: l
 
 
 @given(
-    m=st.floats(0, 1),
+    m=st.floats(-1, 1),
     arrivals=st.lists(st.tuples(st.integers(0, 6), st.integers(0, 9)), max_size=40),
     value=st.floats(-3, 3),
 )
@@ -273,7 +274,7 @@ def test_equal_chunks_blend_to_themselves(
 
 
 @given(
-    m=st.floats(0, 1),
+    m=st.floats(-1, 1),
     arrivals=st.lists(st.tuples(st.integers(0, 4), st.integers(0, 12)), min_size=1, max_size=40),
 )
 def test_the_ensemble_agrees_with_a_naive_model(m: float, arrivals: list[tuple[int, int]]) -> None:
@@ -342,11 +343,16 @@ def test_delay_free_plays_c_seconds_per_step() -> None:
 @pytest.mark.parametrize(
     ("name", "options", "message"),
     [
-        ("fastest", {}, "action manager: got 'fastest', expected one of"),
+        ("fastest", {}, "action_manager: got 'fastest', expected one of"),
         ("sequential", {"stride": 11}, "n_action_steps: got 11, expected 1 to chunk_size = 10"),
-        ("overlap", {"coefficient": 1.5}, "coefficient: got 1.5, expected 0 to 1 for overlap"),
-        ("temporal_ensemble", {"coefficient": -1.0}, "coefficient: got -1.0"),
-        ("DelayFreeManager", {"coefficient": 0.0}, "expected seconds per step"),
+        ("overlap", {"coefficient": 1.5}, "manager_coef: got 1.5, expected 0 to 1 for overlap"),
+        ("temporal_ensemble", {"coefficient": math.nan}, "manager_coef: got nan"),
+        ("sequential", {"coefficient": 0.1}, "manager_coef: got 0.1, expected none: sequential"),
+        (
+            "DelayFreeManager",
+            {"coefficient": 0.0},
+            "got 0.0, expected more than 0, at most 100",
+        ),
     ],
 )
 def test_a_bad_strategy_is_refused(name: str, options: dict[str, float], message: str) -> None:

@@ -19,6 +19,7 @@ from runtime import frames, messages
 from runtime.client import PolicyClient
 from runtime.server import PolicyServer
 from runtime.wishes import Wishes
+from tests.runtime.command import status_of
 from transport.errors import Refused
 from transport.schema import USED, ArraySpec, Schema
 
@@ -348,18 +349,22 @@ def test_a_quality_out_of_range_is_said_so(quality: int) -> None:
 @pytest.mark.parametrize(
     ("flags", "complaint"),
     [
-        (["--jpeg", "0"], "--jpeg: jpeg_quality: got 0, expected 1 to 100"),
+        (["--jpeg", "0"], "--jpeg: got 0, expected 1 to 100"),
         (["--jpeg"], "--jpeg: pictures as JPEG need simplejpeg"),
     ],
 )
 def test_the_command_line_says_at_once_what_cannot_be(
-    flags: list[str], complaint: str, monkeypatch: pytest.MonkeyPatch
+    flags: list[str],
+    complaint: str,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
 ) -> None:
-    from runtime.eval_sim import read_plan
+    from runtime import eval_sim
 
     monkeypatch.setitem(sys.modules, "simplejpeg", None)
-    with pytest.raises(ValueError, match=complaint):
-        read_plan(["-m", "127.0.0.1:5000", *flags])
+    argv = ["-m", "127.0.0.1:5000", "-e", "fake", *flags]
+    assert status_of(eval_sim.main, argv) == eval_sim.BAD_INPUT
+    assert complaint in capsys.readouterr().err
 
 
 @pytest.mark.usefixtures("codec")

@@ -17,7 +17,7 @@ import pytest
 
 from policies.errors import CheckpointError, ContractMismatch
 from policies.types import Policy
-from runtime import ctl, operator_token, top
+from runtime import ctl, operator_token, serve, top
 from runtime.client import PolicyClient
 from runtime.errors import ServerLost
 from runtime.keys import allow, new_keys
@@ -26,6 +26,7 @@ from runtime.operator_token import OperatorToken, read_token
 from runtime.serve import read_config
 from runtime.swap import Loader
 from tests.runtime.batch_policy import BatchPolicy
+from tests.runtime.command import status_of
 from tests.runtime.serving import connect, serving
 from tests.runtime.toy_policy import ToyPolicy, observation
 from transport.errors import AddressInUse, Refused, TransportError
@@ -375,17 +376,20 @@ def _free_port() -> int:
 @pytest.mark.parametrize(
     ("flags", "says"),
     [
-        (["--max_batch", "0"], "max_batch: got 0"),
-        (["--batch_wait_ms", "-1"], "batch_wait_ms: got -1"),
-        (["--session_timeout_s", "nan"], "session_timeout_s: got nan"),
-        (["--max_rate_hz", "-3"], "rate_hz: got -3"),
+        (["--max_batch", "0"], "--max_batch: got 0, expected 1 to"),
+        (["--batch_wait_ms", "-1"], "--batch_wait_ms: got -1, expected 0 to"),
+        (["--session_timeout_s", "nan"], "--session_timeout_s: got nan, expected 0 to"),
+        (["--max_rate_hz", "-3"], "--max_rate_hz: got -3, expected 0 to"),
         (["--curve_key", "x"], "curve_key, curve_allow: got one"),
-        (["--metrics_port", "70000"], "metrics_port: got 70000"),
+        (["--metrics_port", "70000"], "--metrics_port/--metrics-port: got 70000, expected 0 to"),
     ],
 )
-def test_flags_that_cannot_be_are_named(flags: list[str], says: str) -> None:
-    with pytest.raises(ValueError, match=says):
-        read_config(flags)
+def test_flags_that_cannot_be_are_named(
+    capsys: pytest.CaptureFixture[str], flags: list[str], says: str
+) -> None:
+    assert status_of(serve.main, flags) == serve.BAD_INPUT
+    (said,) = capsys.readouterr().err.splitlines()
+    assert says in said
 
 
 def _start(*flags: str) -> subprocess.Popen[str]:

@@ -1,0 +1,348 @@
+"""Every flag of the commands does what it says: a table of each command's flags and their effects.
+
+A flag that is in no table fails, so that none is added without its effect. What runs for real is
+below the tables.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from envs.meta import make_world
+from policies.checkpoint import load
+from policies.types import PolicyContract
+from runtime import eval_real, eval_sim, replay, serve
+from runtime.eval_real import make_mission, read_evaluation
+from runtime.mission import Mission
+from runtime.model_name import LocalModel, ServerAddress
+from runtime.recording import Recording
+from runtime.serve import read_config
+from tests.runtime.command import status_of
+from tests.runtime.toy_policy import CONTRACT
+
+ROOT = Path(__file__).resolve().parents[2]
+TOY = "python:tests.runtime.toy_policy:make"
+UNSAID = "python:tests.runtime.test_runtime_strategy_choice:make"
+PICTURES = ("--robot.obs_config.image.top.shape", "(24, 32, 3)")
+
+Effect = Callable[[Any], Any]
+Row = tuple[tuple[str, ...], Effect, Any]
+"""Words of a command line, what to look at, and what is to be seen there with these words and not
+without."""
+
+CHECKPOINT: dict[str, tuple[tuple[str, ...], Any]] = {
+    "device": (("--device", "cpu"), "cpu"),
+    "engine": (("--engine", "torch"), "torch"),
+    "precision": (("--precision", "fp32"), "fp32"),
+    "dataset_id": (("--dataset_id", "d"), "d"),
+    "chunk_size": (("-ck", "7"), 7),
+    "threads": (("--threads", "2"), 2),
+    "camera_names": (("--camera_names", "a", "b"), ("a", "b")),
+    "n_heads": (("--n_heads", "4"), 4),
+    "image_hw": (("--image_hw", "60", "80"), (60, 80)),
+}
+"""Options of a checkpoint: dest to words and the argument of ``load_policy``."""
+
+
+def loaded_with(option: str, monkeypatch: pytest.MonkeyPatch, options: Any) -> Any:
+    """The argument that ``load_policy`` gets."""
+    got: dict[str, Any] = {}
+    monkeypatch.setattr(load, "load_policy", lambda model, **given: got.update(given))
+    options.load("somewhere")
+    return got[option]
+
+
+def dests(cli: argparse.ArgumentParser) -> set[str]:
+    return {action.dest for action in cli._actions} - {"help"}
+
+
+# --- eval_real -------------------------------------------------------------------------------
+
+
+def mission(*words: str) -> Mission:
+    evaluation = read_evaluation(["-c", "dummy", *words])
+    contract = PolicyContract.from_json(CONTRACT.to_json())
+    return make_mission(evaluation, "127.0.0.1:1", contract, {})
+
+
+def stream(made: Mission) -> Any:
+    from runtime.mission import Body
+
+    return made.make_pilot(Body.of(made.make_robot())).stream
+
+
+REAL: dict[str, Row] = {
+    "publish_rate": (("--publish_rate", "100"), lambda m: (m.ratio, m.period_s), (2, 0.01)),
+    "sensing_rate": (("--sensing_rate", "10"), lambda m: m.sensing_rate, 10.0),
+    "fps": (("--fps", "25"), lambda m: (m.contract.dt_s, m.publish_rate), (0.04, 25.0)),
+    "max_timesteps": (("--max_timesteps", "3"), lambda m: m.max_timesteps, 3),
+    "task": (("--task", "fake"), lambda m: (m.language, m.max_timesteps), ("Reach the pose.", 50)),
+    "action_manager": (("--action_manager", "latest"), lambda m: m.strategy().name, "latest"),
+    "manager_coef": (
+        ("--action_manager", "overlap", "--manager_coef", "0.3"),
+        lambda m: m.strategy().coefficient,
+        0.3,
+    ),
+    "n_action_steps": (("--n_action_steps", "4"), lambda m: m.strategy().stride, 4),
+    "near": (("--near", "2.5"), lambda m: m.near, 2.5),
+    "same_joints": (("--same_joints",), lambda m: m.same_joints, True),
+    "fault_after_s": (("--fault_after_s", "0.5"), lambda m: stream(m)._fault_after, 25),
+    "max_chunk_age_s": (("--max_chunk_age_s", "3"), lambda m: m.max_chunk_age_s, 3.0),
+    "max_sensing_age_s": (("--max_sensing_age_s", "2"), lambda m: m.max_sensing_age_s, 2.0),
+    "connect_timeout_s": (("--connect_timeout_s", "3"), lambda m: m.connect_timeout_s, 3.0),
+    "priority": (("--priority", "5"), lambda m: m.realtime.priority, 5),
+    "video_fps": (("--video_fps", "0"), lambda m: m.video_fps, 0.0),
+    "trace": (("--trace", "/x/t.json"), lambda m: m.trace, "/x/t.json"),
+    "transport": (("--transport", "zmq"), lambda m: m.wishes["transport"], "zmq"),
+    "resize": (("--resize",), lambda m: m.wishes["resize"], True),
+    "robot_config": (("-c", "sim_twin"), lambda m: m.make_robot().name, "sim_twin"),
+}
+REAL_READ: dict[str, Row] = {
+    "model_name_or_path": (("-m", TOY), lambda e: e.model, LocalModel(TOY)),
+    "save_dir": (("-o", "/x"), lambda e: e.path, Path("/x/dummy/sim_transfer_cube.json")),
+    "log_level": (("--log_level", "INFO"), lambda e: e.args.log_level, "INFO"),
+}
+REAL_RUN = {"num_rollout", "seed", "yes", "video_fps", "trace"}
+"""Seen in ``test_a_rollout_is_played_as_the_flags_say``."""
+REAL_ELSEWHERE = {"jpeg", "server_key", "client_key"}
+"""In test_runtime_frames and test_transport_curve."""
+
+
+def test_no_flag_of_eval_real_is_left_out() -> None:
+    known = REAL.keys() | REAL_READ.keys() | REAL_RUN | REAL_ELSEWHERE | CHECKPOINT.keys()
+    assert known == dests(eval_real.parser())
+
+
+@pytest.mark.parametrize("flag", REAL)
+def test_a_flag_of_eval_real(flag: str) -> None:
+    words, look, expected = REAL[flag]
+    assert look(mission(*words)) == expected
+    assert look(mission()) != expected
+
+
+@pytest.mark.parametrize("flag", REAL_READ)
+def test_what_eval_real_reads(flag: str) -> None:
+    words, look, expected = REAL_READ[flag]
+    assert look(read_evaluation(["-c", "dummy", *words])) == expected
+    assert look(read_evaluation(["-c", "dummy"])) != expected
+
+
+def test_defaults_follow_the_rate_that_is_played() -> None:
+    made = mission("--fps", "25")
+    assert made.sensing_rate == made.publish_rate == 25.0
+    assert made.max_chunk_age_s == pytest.approx(CONTRACT.chunk_size * 0.04 + 1.0)
+    assert made.served_contract == CONTRACT  # what the server's is compared with
+
+
+def real(folder: Path, *words: str) -> subprocess.CompletedProcess[str]:
+    argv = ["-m", UNSAID, "-c", "dummy", *PICTURES, "--near", "500", "--yes", "-o", str(folder)]
+    return subprocess.run(
+        [sys.executable, "eval_real.py", *argv, *words],
+        cwd=ROOT,
+        stdin=subprocess.DEVNULL,
+        capture_output=True,
+        text=True,
+        timeout=110,
+        check=False,
+    )
+
+
+def test_a_rollout_is_played_as_the_flags_say(tmp_path: Path) -> None:
+    """Not the contract's rate, twice as many commands, and the checkpoint's own strategy."""
+    flags = "--fps 25 --publish_rate 50 --max_timesteps 20 -n 2 --seed 7 --video_fps 5 --task fake"
+    trace = tmp_path / "trace.json"
+    ended = real(tmp_path, *flags.split(), "--trace", str(trace))
+    assert ended.returncode == 0, ended.stderr
+    before = ended.stderr[: ended.stderr.index("rollout")]
+    assert "rate         25 Hz\n" in before
+    assert "execution    temporal_ensemble, coefficient 0.05, a new chunk every tick (con" in before
+    assert "assumed" not in ended.stderr
+    result = json.loads((tmp_path / "dummy" / "fake.json").read_text())
+    assert [episode["seed"] for episode in result["episodes"]] == [7, 8]
+    assert [episode["horizon"] for episode in result["episodes"]] == [20, 20]
+    assert result["policy"]["contract"]["dt_s"] == 0.04
+    assert result["action_manager"]["name"] == "temporal_ensemble"
+    assert result["action_manager"]["source"] == "config.json: temporal_ensemble_coeff"
+    assert trace.is_file()
+    folder = tmp_path / "dummy" / "fake"
+    assert len(list(folder.rglob("*.mp4"))) == 2
+    for stem in replay.find(folder):
+        recording = Recording.load(stem)
+        rows = recording.rows
+        played = rows["played"].astype(bool)
+        apart_ns = np.diff(rows["deadline_ns"][played])
+        assert set((apart_ns // 20_000_000).tolist()) >= {1}
+        assert not (apart_ns % 20_000_000).any()
+        assert recording.mission.contract.dt_s == 0.04
+    assert replay.main([str(folder)]) == 0  # bit for bit
+
+
+def test_a_robot_is_not_driven_at_an_assumed_rate(tmp_path: Path) -> None:
+    ended = real(tmp_path, "--task", "fake")
+    assert ended.returncode == 2
+    (said,) = ended.stderr.splitlines()
+    assert said.startswith("error: --fps: got none, and the policy's checkpoint does not say its")
+    assert "50 Hz would be assumed" in said
+    assert not list(tmp_path.rglob("*.npz"))
+
+
+# --- eval_sim --------------------------------------------------------------------------------
+
+
+def plan(*words: str) -> Any:
+    return eval_sim.read_plan(["-e", "fake", *words])[0]
+
+
+SIM: dict[str, Row] = {
+    "model_name_or_path": (("-m", "[::1]:7"), lambda p: p.model, ServerAddress("::1", 7)),
+    "env": (("-e", "aloha"), lambda p: p.env.kind, "aloha"),
+    "num_rollout": (("-n", "3"), lambda p: len(p.seeds), 3),
+    "seed": (("-s", "9"), lambda p: p.seeds[0], 9),
+    "num_envs": (("-bs", "2"), lambda p: p.num_envs, 2),
+    "realtime": (("--realtime",), lambda p: p.realtime, True),
+    "fps": (("--fps", "30"), lambda p: p.fps, 30.0),
+    "action_manager": (("--action_manager", "latest"), lambda p: p.action_manager, "latest"),
+    "manager_coef": (("--manager_coef", "0.2"), lambda p: p.manager_coef, 0.2),
+    "n_action_steps": (("--n_action_steps", "2"), lambda p: p.n_action_steps, 2),
+    "videos": (("--videos", "1"), lambda p: p.videos, 1),
+    "camera_map": (
+        ("--camera_map", "top=side"),
+        lambda p: (p.env.camera_map, p.camera_names),
+        ({"top": "side"}, ("top",)),
+    ),
+    "trace": (("--trace", "/x/t.json"), lambda p: p.trace, Path("/x/t.json")),
+    "transport": (("--transport", "shm"), lambda p: p.wishes.transport, "shm"),
+    "resize": (("--resize",), lambda p: p.wishes.resize, True),
+    "output_dir": (("-o", "/x"), lambda p: p.video_dir, Path("/x/fake/video/fake")),
+}  # fmt: skip
+SIM_ELSEWHERE = {"jpeg", "server_key", "client_key", "use_spawn", "log_level"}
+
+
+def test_no_flag_of_eval_sim_is_left_out() -> None:
+    known = SIM.keys() | SIM_ELSEWHERE | CHECKPOINT.keys()
+    assert known == dests(eval_sim.parser())
+
+
+@pytest.mark.parametrize("flag", SIM)
+def test_a_flag_of_eval_sim(flag: str) -> None:
+    words, look, expected = SIM[flag]
+    assert look(plan("-m", "127.0.0.1:1", *words)) == expected
+    assert look(plan("-m", "127.0.0.1:1")) != expected
+
+
+RUNS: dict[str, tuple[tuple[str, ...], Effect, Any]] = {
+    "num_rollout": (("-n", "3"), lambda r: r["total"], 3),
+    "seed": (("-s", "9"), lambda r: r["episodes"][0]["seed"], 9),
+    "fps": (
+        ("--env.dt_s", "0.04", "--fps", "25"),
+        lambda r: (r["policy"]["contract"]["dt_s"], r["world"]["dt_s"]),
+        (0.04, 0.04),
+    ),
+    "n_action_steps": (("--n_action_steps", "2"), lambda r: r["timing"]["chunks"], 10),
+    "action_manager": (("--action_manager", "latest"), lambda r: r["timing"]["chunks"], 20),
+    "manager_coef": (
+        ("--action_manager", "overlap", "--manager_coef", "0.5"),
+        lambda r: r["action_manager"]["coefficient"],
+        0.5,
+    ),
+    "realtime": (("--realtime",), lambda r: r["timing"]["lateness"]["count"] > 0, True),
+}
+
+
+@pytest.mark.parametrize("flag", RUNS)
+def test_a_simulation_runs_as_its_flag_says(tmp_path: Path, flag: str) -> None:
+    def result(*words: str) -> Any:
+        argv = ["-m", TOY, "-e", "fake", "--env.max_timesteps", "20", "-n", "1", "--videos", "0"]
+        assert status_of(eval_sim.main, [*argv, "-o", str(tmp_path), *words]) == 0
+        return json.loads((tmp_path / "fake" / "fake.json").read_text())
+
+    words, look, expected = RUNS[flag]
+    assert look(result(*words)) == expected
+    assert look(result()) != expected
+
+
+# --- the server ------------------------------------------------------------------------------
+
+SERVER: dict[str, Row] = {
+    "model_name_or_path": (("-m", TOY), lambda c: c.model_name_or_path, TOY),
+    "host": (("--host", "0.0.0.0"), lambda c: c.host, "0.0.0.0"),  # noqa: S104
+    "port": (("-p", "0"), lambda c: c.port, 0),
+    "transport": (("--transport", "zmq"), lambda c: c.transport, "zmq"),
+    "max_sessions": (("--max_sessions", "3"), lambda c: c.max_sessions, 3),
+    "max_batch": (("--max_batch", "2"), lambda c: c.max_batch, 2),
+    "batch_wait_ms": (("--batch_wait_ms", "4"), lambda c: c.batch_wait_ms, 4.0),
+    "session_timeout_s": (("--session_timeout_s", "9"), lambda c: c.session_timeout_s, 9.0),
+    "max_rate_hz": (("--max_rate_hz", "5"), lambda c: c.limits.rate_hz, 5.0),
+    "metrics_port": (("--metrics_port", "9100"), lambda c: c.metrics_port, 9100),
+    "fps": (("--fps", "30"), lambda c: c.checkpoint.fps, 30.0),
+    "curve_key": (
+        ("--curve_key", "k", "--curve_allow", "d"),
+        lambda c: (c.curve_key, c.curve_allow),
+        ("k", "d"),
+    ),
+}
+SERVER_ELSEWHERE = {"curve_allow", "insecure", "config", "stop_with_stdin", "trace", "log_level"}
+PASSED_ON = ("host", "max_sessions", "max_batch", "batch_wait_ms", "session_timeout_s")
+
+
+def test_no_flag_of_the_server_is_left_out() -> None:
+    assert SERVER.keys() | SERVER_ELSEWHERE | CHECKPOINT.keys() == dests(serve.parser())
+
+
+@pytest.mark.parametrize("flag", SERVER)
+def test_a_flag_of_the_server(flag: str) -> None:
+    words, look, expected = SERVER[flag]
+    assert look(read_config(list(words))[0]) == expected
+    assert look(read_config([])[0]) != expected
+
+
+def test_the_server_is_made_with_them(monkeypatch: pytest.MonkeyPatch) -> None:
+    made: dict[str, Any] = {}
+
+    class Made(Exception):
+        pass
+
+    def server(policy: Any, **given: Any) -> None:
+        made.update(given, contract=policy.contract)
+        raise Made
+
+    monkeypatch.setattr(serve, "PolicyServer", server)
+    words = [word for flag in (*PASSED_ON, "port", "transport") for word in SERVER[flag][0]]
+    with pytest.raises(Made):
+        serve._serve(read_config(["-m", TOY, *words])[0], insecure=True)
+    for flag in PASSED_ON:
+        assert made[flag] == SERVER[flag][2]
+    assert (made["port"], made["transports"]) == (0, ("zmq",))
+
+
+@pytest.mark.parametrize("option", CHECKPOINT)
+def test_an_option_of_a_checkpoint_reaches_its_loader(
+    monkeypatch: pytest.MonkeyPatch, option: str
+) -> None:
+    words, expected = CHECKPOINT[option]
+    for read in (
+        lambda given: read_config(given)[0].checkpoint,
+        lambda given: plan("-m", TOY, *given).checkpoint,
+        lambda given: read_evaluation(["-c", "dummy", *given]).checkpoint,
+    ):
+        assert loaded_with(option, monkeypatch, read(list(words))) == expected
+        assert loaded_with(option, monkeypatch, read([])) != expected
+    # and a server that is started for it is told the same
+    again = read_config(read_config(list(words))[0].checkpoint.flags())[0].checkpoint
+    assert again == read_config(list(words))[0].checkpoint
+
+
+def test_an_environments_keys_do_what_they_say() -> None:
+    words = ("--env.max_timesteps", "7", "--env.dt_s", "0.04", "--env.image_hw", "[10, 12]")
+    world = make_world(plan("-m", TOY, *words).env, cameras=CONTRACT.cameras)
+    assert (world.max_timesteps, world.dt_s) == (7, 0.04)
+    assert world.observe().images["top"].shape == (10, 12, 3)

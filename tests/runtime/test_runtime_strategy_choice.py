@@ -1,0 +1,201 @@
+"""What a checkpoint says of its execution is what is played unless a flag says otherwise, and said.
+
+In simulation, in process and served; what eval_real does with it is in test_runtime_flags.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from policies.execution import Execution
+from policies.types import PolicyContract
+from runtime import eval_sim
+from runtime.child import ServerChild
+from runtime.rollouts import _assumed
+from runtime.strategy_choice import choose_execution, describe, record, strategy_of
+from tests.runtime.command import status_of
+from tests.runtime.toy_policy import CONTRACT, ToyPolicy
+
+ENSEMBLE = Execution("temporal_ensemble", 0.05, 1, "config.json: temporal_ensemble_coeff")
+FADE = Execution("crossfade", 4.0, 5, "metronome.yaml: execution")
+
+
+def saying(execution: Execution | None) -> PolicyContract:
+    return dataclasses.replace(CONTRACT, execution=execution)
+
+
+def make() -> ToyPolicy:
+    """A policy that says how it is to be played, and not how fast."""
+    policy = ToyPolicy()
+    fields = {f.name: getattr(CONTRACT, f.name) for f in dataclasses.fields(CONTRACT)}
+    del fields["dt_s"]
+    policy.contract = PolicyContract(**{**fields, "execution": ENSEMBLE})
+    return policy
+
+
+@pytest.mark.parametrize(
+    ("said", "flags", "played", "source"),
+    [
+        (None, {}, ("sequential", None, 10), "the default: the checkpoint does not say"),
+        (ENSEMBLE, {}, ("temporal_ensemble", 0.05, 1), ENSEMBLE.source),
+        (FADE, {}, ("crossfade", 4.0, 5), FADE.source),
+        # A flag wins, and says so.
+        (ENSEMBLE, {"action_manager": "sequential"}, ("sequential", None, 10), "--action_manager"),
+        (ENSEMBLE, {"action_manager": "crossfade"}, ("crossfade", 10.0, 5), "--action_manager"),
+        (
+            ENSEMBLE,
+            {"manager_coef": 0.0},
+            ("temporal_ensemble", 0.0, 1),
+            f"{ENSEMBLE.source}, --manager_coef",
+        ),
+        (
+            FADE,
+            {"n_action_steps": 2},
+            ("crossfade", 4.0, 2),
+            f"{FADE.source}, --n_action_steps",
+        ),
+        # What the checkpoint says of a strategy holds when that is asked for by name.
+        (
+            ENSEMBLE,
+            {"action_manager": "temporal_ensemble"},
+            ("temporal_ensemble", 0.05, 1),
+            "--action_manager",
+        ),
+        (
+            None,
+            {"action_manager": "temporal_ensemble", "n_action_steps": 3},
+            ("temporal_ensemble", 0.01, 3),
+            "--action_manager, --n_action_steps",
+        ),
+    ],
+)
+def test_who_decides(
+    said: Execution | None, flags: dict[str, Any], played: tuple[Any, ...], source: str
+) -> None:
+    contract = saying(said)
+    chosen = choose_execution(contract, **flags)
+    name, coefficient, steps = played
+    assert record(contract, chosen) == {
+        "name": name, "coefficient": coefficient, "n_action_steps": steps, "source": source,
+    }  # fmt: skip
+    strategy = strategy_of(contract, chosen)
+    assert (strategy.name, strategy.stride) == (name, steps)
+    assert coefficient is None or strategy.coefficient == coefficient
+    assert describe(contract, chosen).startswith(name)
+    assert source in describe(contract, chosen)
+
+
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        ({"action_manager": "fastest"}, "action_manager: got 'fastest', expected one of"),
+        ({"action_manager": "latest", "manager_coef": 0.1}, "latest has no use for it"),
+        ({"n_action_steps": 11}, "n_action_steps: got 11, expected 1 to chunk_size = 10"),
+        ({"manager_coef": 2e6}, "manager_coef: got 2000000.0, expected -1000000 to 1000000"),
+    ],
+)
+def test_what_cannot_be_is_refused(flags: dict[str, Any], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        choose_execution(saying(ENSEMBLE), **flags)
+
+
+def evaluate(folder: Path, capsys: pytest.CaptureFixture[str], *flags: str) -> dict[str, Any]:
+    argv = ["-e", "fake", "--env.max_timesteps", "25", "-n", "1", "--videos", "0"]
+    assert status_of(eval_sim.main, [*argv, "-o", str(folder), *flags]) == 0
+    said = capsys.readouterr().err
+    result = json.loads((folder / "fake" / "fake.json").read_text())
+    return {**result, "said": said}
+
+
+MODEL = "python:tests.runtime.test_runtime_strategy_choice:make"
+EVERY_TICK = "execution    temporal_ensemble, coefficient 0.05, a new chunk every tick (config.json"
+ASSUMED = "assumed      rate 50 Hz: the checkpoint does not say it; --fps does"
+
+
+@pytest.mark.parametrize("flags", [(), ("--realtime",), ("--num_envs", "2", "-n", "2")])
+def test_a_simulation_plays_what_the_checkpoint_says(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], flags: tuple[str, ...]
+) -> None:
+    result = evaluate(tmp_path, capsys, "-m", MODEL, *flags)
+    assert result["action_manager"] == {
+        "name": "temporal_ensemble", "coefficient": 0.05, "n_action_steps": 1,
+        "source": ENSEMBLE.source,
+    }  # fmt: skip
+    if not flags:  # by the clock a busy machine may leave some out
+        assert result["timing"]["chunks"] == 25
+    assert EVERY_TICK in result["said"]
+    assert ASSUMED in result["said"]
+    assert result["assumed"] == [ASSUMED.removeprefix("assumed      ")]
+
+
+def test_a_flag_of_the_simulation_wins(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    flags = ("--action_manager", "sequential", "--n_action_steps", "5", "--fps", "50")
+    result = evaluate(tmp_path, capsys, "-m", MODEL, *flags)
+    assert result["action_manager"]["source"] == "--action_manager, --n_action_steps"
+    assert result["timing"]["chunks"] == 5
+    assert "execution    sequential, a new chunk every 5 ticks (--action_manager" in result["said"]
+    assert result["assumed"] == []
+    assert "assumed" not in result["said"]
+
+
+def test_a_server_says_it_and_passes_it_on(
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    banner: list[str] = []
+    lines = ServerChild._lines
+
+    def listen(self: ServerChild) -> Any:
+        for line in lines(self):
+            banner.append(line)
+            yield line
+
+    monkeypatch.setattr(ServerChild, "_lines", listen)
+    with ServerChild(["-m", MODEL]) as server:
+        result = evaluate(tmp_path, capsys, "-m", server.address)
+    assert result["action_manager"]["name"] == "temporal_ensemble"
+    assert result["timing"]["chunks"] == 25
+    assert result["assumed"] == [ASSUMED.removeprefix("assumed      ")]
+    said = "".join(banner)
+    assert EVERY_TICK in said
+    assert ASSUMED in said
+    assert "rate         50 Hz" in said
+
+
+class World:
+    """As much of one as is asked what it assumes."""
+
+    def __init__(self, **info: Any) -> None:
+        self._info = info
+
+    def info(self) -> dict[str, Any]:
+        return self._info
+
+
+@pytest.mark.parametrize(
+    ("info", "flags", "said"),
+    [
+        ({}, [], []),
+        ({"assumed": ["rate of the world 50 Hz"]}, [], ["rate of the world 50 Hz"]),
+        (
+            {"shadows": True, "msaa": 4},
+            [],
+            [
+                "rendering shadows true, msaa 4: the checkpoint does not say it; --env.shadows, "
+                "--env.msaa does"
+            ],
+        ),
+        ({"shadows": True, "msaa": 4}, ["--env.shadows", "true", "--env.msaa", "4"], []),
+    ],
+)
+def test_what_the_world_has_to_assume_is_said_too(
+    info: dict[str, Any], flags: list[str], said: list[str]
+) -> None:
+    plan, _ = eval_sim.read_plan(["-m", MODEL, "-e", "aloha", *flags])
+    assert list(_assumed(plan, World(**info), CONTRACT)) == said  # type: ignore[arg-type]
