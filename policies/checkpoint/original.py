@@ -88,6 +88,7 @@ def load_original(
         state=normalizers["qpos"],
         action=_normalizer(stats, chosen, folder / STATS, config.action_dim),
         cameras=cameras,
+        execution=None if settings is None else settings.execution,
         assumed=extras.assumed_sizes(image_hw),
     )
 
