@@ -86,6 +86,7 @@ def load_original(
         state=state,
         action=action,
         cameras=cameras,
+        execution=None if settings is None else settings.execution,
         assumed=extras.assumed_sizes(image_hw),
     )
 

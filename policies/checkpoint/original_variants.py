@@ -20,12 +20,15 @@ from policies.checkpoint.files import need
 from policies.checkpoint.keys import LINEAR, style_names, transformer_names
 from policies.checkpoint.pickles import read_pickle
 from policies.errors import CheckpointError
+from policies.execution import Execution
 
 BACKBONES = "model.backbones."
 LATENT_POSITION, STATE_POSITION = "model.latent_pos.weight", "model.robot_state_pos.weight"
 BOTH_POSITIONS = "model.additional_pos_embed.weight"
 STYLE_LAYERS = "model.encoder.layers."
 SETTINGS = "config.pkl"
+TEMPORAL_AGG_COEF = 0.01
+"""act-plus-plus's ``k``: weights are exp(-k·i), the oldest first, with a new chunk every tick."""
 
 BOTTLENECK = f"{BACKBONES}0.0.body.layer1.0.conv3."
 DEEP_STAGE = {6: "resnet50", 23: "resnet101", 36: "resnet152"}
@@ -49,11 +52,13 @@ class Settings:
         path: The file.
         camera_names: In the order the network sees them.
         n_heads: Of the transformer's attention.
+        execution: How its own evaluation plays chunks; None for one whole chunk after another.
     """
 
     path: Path
     camera_names: tuple[str, ...]
     n_heads: int
+    execution: Execution | None = None
 
     def check(self, camera_names: tuple[str, ...], n_heads: int) -> None:
         """Whether what was said elsewhere can be true. Cameras may be renamed, not reordered.
@@ -94,7 +99,15 @@ def read_settings(folder: Path) -> Settings | None:
     names = need(network, "camera_names", list, path)
     if not names or not all(isinstance(name, str) for name in names):
         raise CheckpointError(f"{path}: camera_names: got {names}, expected names")
-    return Settings(path, tuple(names), need(network, "nheads", int, path))
+    averages = raw.get("temporal_agg", False)
+    if not isinstance(averages, bool):
+        raise CheckpointError(f"{path}: temporal_agg: got {averages!r}, expected a bool")
+    execution = (
+        Execution("temporal_ensemble", TEMPORAL_AGG_COEF, 1, f"{SETTINGS}: temporal_agg")
+        if averages
+        else None
+    )
+    return Settings(path, tuple(names), need(network, "nheads", int, path), execution)
 
 
 def is_agilex(tensors: Mapping[str, Tensor]) -> bool:

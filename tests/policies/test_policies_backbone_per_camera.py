@@ -17,6 +17,7 @@ from policies.checkpoint.load import load_policy, load_weights
 from policies.checkpoint.save import Saved
 from policies.checkpoint.untrained import make_untrained
 from policies.errors import CheckpointError
+from policies.execution import Execution
 from policies.types import CameraContract, MetaObs
 
 EXACT = 1e-5
@@ -241,6 +242,16 @@ def test_what_only_training_needs_may_be_there_or_not(tmp_path, checkpoint, mobi
     assert all(torch.equal(got.tensors[k], whole.tensors[k]) for k in trunk)
 
 
+def test_a_checkpoint_whose_evaluation_averages_is_played_so(tmp_path, mobile_aloha):
+    stats = stats_of(SIZES)
+    plain = load_weights(write(tmp_path / "a", mobile_aloha, stats, settings()), image_hw=IMAGE_HW)
+    assert plain.contract().execution is None
+    path = write(tmp_path / "b", mobile_aloha, stats, settings(temporal_agg=True))
+    said = load_weights(path, image_hw=IMAGE_HW).contract().execution
+    assert said == Execution("temporal_ensemble", 0.01, 1)
+    assert said.source == "config.pkl: temporal_agg"
+
+
 def test_what_config_pkl_says_need_not_be_said_again(tmp_path, mobile_aloha):
     path = write(tmp_path / "c", mobile_aloha, stats_of(SIZES), settings())
     weights = load_weights(path, image_hw=IMAGE_HW)
@@ -262,6 +273,7 @@ def test_what_config_pkl_says_need_not_be_said_again(tmp_path, mobile_aloha):
         ({}, {"vq": True, "vq_class": 32}, "config.pkl: use_vq: got True, expected False"),
         ({}, {"camera_names": []}, r"config.pkl: camera_names: got \[\], expected names"),
         ({}, {"nheads": "8"}, "config.pkl: nheads: got '8', expected int"),
+        ({}, {"temporal_agg": 1}, "config.pkl: temporal_agg: got 1, expected a bool"),
         ({}, {"policy_config": None}, "config.pkl: policy_config: got None, expected dict"),
     ],
 )
