@@ -125,7 +125,7 @@ class Router:
     """A router of scripted messages; whoever is called ``gone`` is."""
 
     gatekeeper = None
-    port = 1
+    host, port = "127.0.0.1", 1
     fd = monitor_fd = -1
 
     def __init__(self, *_: object) -> None:
