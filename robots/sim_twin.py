@@ -9,8 +9,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
-import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -18,21 +17,19 @@ import numpy as np
 from numpy.typing import NDArray
 
 from policies.yaml_config import parse_config
-from robots.base import CameraSample, JointSample, Outcome, Robot, RobotContract, Role, arm_actions
-from robots.errors import ConfigError, ConnectFailed, NotConnected, SensorLost
+from robots.attached import CALL_TIMEOUT_S, AttachedRobot
+from robots.base import Outcome, RobotContract, arm_actions
+from robots.errors import ConfigError
 from robots.limits import Limits
 from robots.processes import Child
-from robots.twin_board import WATCHING, Board, Stream
+from robots.twin_board import WATCHING
 from robots.twin_config import GRIPPERS, JOINTS, SUBSTEP_HZ, TwinConfig
-from robots.twin_link import Link
 
-CALL_TIMEOUT_S = 10.0
-LOOK_AGAIN_S = 0.002
 START_POSE = (0.0, -0.96, 1.16, 0.0, -0.3, 0.0, 0.1) * 2
 """Where the simulation's episodes begin, as a command."""
 
 
-class SimTwin(Robot):
+class SimTwin(AttachedRobot):
     """The twin, seen from one process. ``companion`` runs the simulator that others connect to.
 
     Args:
@@ -43,6 +40,8 @@ class SimTwin(Robot):
     Raises:
         ConfigError: Limits that cannot be.
     """
+
+    owner = "the simulator"
 
     def __init__(self, config: TwinConfig, *, name: str = "sim_twin", source: str = "") -> None:
         self.config = config
@@ -63,9 +62,10 @@ class SimTwin(Robot):
             control_hz=(1.0, float(SUBSTEP_HZ)),
         )
         super().__init__(name, contract, limits)
-        self._link: Link | None = None
-        self._board: Board | None = None
-        self._seen: dict[str, tuple[int, CameraSample]] = {}
+
+    @property
+    def address(self) -> str | None:
+        return self.config.address
 
     @property
     def start_pose(self) -> NDArray[np.float32]:
@@ -97,11 +97,6 @@ class SimTwin(Robot):
             finally:
                 self.config = before
 
-    @property
-    def host_pid(self) -> int:
-        """The simulator's process id."""
-        return int(self._connected()[0].hello["pid"])
-
     def save_record(self, path: Path) -> None:
         """Write what the arms did and were told since the record began; see ``TwinRecord``."""
         self._call("save_record", path=str(path.resolve()))
@@ -109,46 +104,6 @@ class SimTwin(Robot):
     def clear_record(self) -> None:
         """Begin the record anew."""
         self._call("clear_record")
-
-    def _connect(self, role: Role, timeout_s: float) -> None:
-        if self.config.address is None:
-            raise ConnectFailed(
-                f"{self.name}: no simulator to connect to; expected to be within companion(), or "
-                "its address as configuration"
-            )
-        self._link = Link(self.config.address, role=role, timeout_s=timeout_s)
-        self._board = Board(
-            self._link.board_fd,
-            qpos=self._link.hello["qpos"],
-            joints=len(JOINTS),
-            cameras=self.config.camera_hw,
-            writable=False,
-        )
-        streams = [("joints", self._board.joints)]
-        if role is not Role.CONTROL:
-            streams += self._board.cameras.items()
-        since_ns = time.monotonic_ns()
-        self._wait_for(streams, lambda sample: bool(sample["received_ns"] >= since_ns), timeout_s)
-
-    def _get_joints(self) -> JointSample:
-        return _joint_sample(self._fresh("joints", self._connected()[1].joints))
-
-    def _get_joints_at(self, stamp_ns: int) -> JointSample:
-        stream = self._connected()[1].joints
-        self._fresh("joints", stream)
-        return _joint_sample(stream.nearest(stamp_ns))
-
-    def _get_cameras(self) -> dict[str, CameraSample]:
-        for name, stream in self._connected()[1].cameras.items():
-            if name not in self._seen or self._seen[name][0] != stream.count:
-                slot = self._fresh(name, stream)
-                self._seen[name] = int(slot["number"]) + 1, _camera_sample(slot)
-            else:
-                self._check_age(name, self._seen[name][1].received_ns)
-        return {name: sample for name, (_, sample) in self._seen.items()}
-
-    def _send_action(self, action: NDArray[np.float32]) -> None:
-        self._connected()[0].send_action(action)
 
     def _outcome(self) -> Outcome:
         link, board = self._connected()
@@ -168,57 +123,6 @@ class SimTwin(Robot):
             )
         return True
 
-    def _disconnect(self) -> None:
-        self._board = None
-        self._seen = {}
-        if self._link is not None:
-            self._link.close()
-            self._link = None
-
-    def _connected(self) -> tuple[Link, Board]:
-        if self._link is None or self._board is None:
-            raise NotConnected(f"{self.name}: not connected")
-        return self._link, self._board
-
-    def _call(self, call: str, **arguments: Any) -> Mapping[str, Any]:
-        return self._connected()[0].call(call, timeout_s=CALL_TIMEOUT_S, **arguments)
-
-    def _fresh(self, name: str, stream: Stream) -> Any:
-        """The newest slot of ``stream``, if it is new enough."""
-        slot: Any = stream.newest()
-        self._check_age(name, int(slot["received_ns"]))
-        return slot
-
-    def _check_age(self, name: str, received_ns: int) -> None:
-        self._connected()[0].check_alive()
-        age_s = (time.monotonic_ns() - received_ns) / 1e9
-        if age_s > self.config.sensor_timeout_s:
-            raise SensorLost(
-                f"{self.name}: {name}: nothing new for {age_s:.2f} s, expected something within "
-                f"{self.config.sensor_timeout_s:g} s"
-            )
-
-    def _wait_for(
-        self,
-        streams: Sequence[tuple[str, Stream]],
-        arrived: Callable[[Any], bool],
-        timeout_s: float,
-    ) -> None:
-        """Until the newest of every stream has ``arrived``."""
-        deadline_s = time.monotonic() + timeout_s
-        missing = list(streams)
-        while missing:
-            self._connected()[0].check_alive()
-            for entry in list(missing):
-                newest = entry[1].newest()
-                if newest is not None and arrived(newest):
-                    missing.remove(entry)
-            if missing and time.monotonic() >= deadline_s:
-                silent = [name for name, _ in missing]
-                raise SensorLost(f"{self.name}: nothing from {silent} within {timeout_s:g} s")
-            if missing:
-                time.sleep(LOOK_AGAIN_S)
-
 
 def both_arms(values: Sequence[float], source: str) -> tuple[float, ...]:
     """What holds for one arm, for two. Raises ``ConfigError`` unless it is 7 numbers."""
@@ -233,11 +137,3 @@ def both_arms(values: Sequence[float], source: str) -> tuple[float, ...]:
 def make(args: Mapping[str, Any], name: str, source: str, overrides: Mapping[str, str]) -> SimTwin:
     config = parse_config(TwinConfig, args, source=source, overrides=overrides)
     return SimTwin(config, name=name, source=source)
-
-
-def _joint_sample(slot: Any) -> JointSample:
-    return JointSample(slot["position"], int(slot["stamp_ns"]), int(slot["received_ns"]))
-
-
-def _camera_sample(slot: Any) -> CameraSample:
-    return CameraSample(slot["image"], int(slot["stamp_ns"]), int(slot["received_ns"]))

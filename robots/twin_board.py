@@ -1,4 +1,4 @@
-"""What a twin shows to everyone on its host: joint states and pictures in one anonymous segment.
+"""What a robot's owner shows to everyone on its host: joint states and pictures in one segment.
 
 Each stream is a ring of slots with one writer. A slot carries its number last and first withdrawn;
 a reader copies the newest slot and takes the copy only if the number was the same before and after.
@@ -20,6 +20,8 @@ JOINT_SLOTS, FRAME_SLOTS = 256, 4
 PAGE = 4096
 WATCHING = 0
 """Word of the head: how many connections look at pictures. With none, none are rendered."""
+REFUSED_SINCE = 1
+"""Word of the head: since when no command reaches the device, our monotonic clock in ns; or 0."""
 FIRST_STREAM = 8
 WORDS_PER_LINE = 8
 
@@ -78,7 +80,7 @@ class Board:
 
     Args:
         fd: Of a segment that ``create`` made. Stays the caller's.
-        qpos: Length of the simulation's position vector.
+        qpos: Length of a simulation's position vector, 0 without one.
         joints: S.
         cameras: Name to (height, width), in the segment's order.
         writable: Whether this process writes.
@@ -117,7 +119,7 @@ class Board:
     @staticmethod
     def create(*, qpos: int, joints: int, cameras: Mapping[str, tuple[int, int]]) -> int:
         """The descriptor of a new segment, full of zeros. It has no name that could be left."""
-        fd = os.memfd_create("metronome-twin")
+        fd = os.memfd_create("metronome-robot")
         os.posix_fallocate(fd, 0, _size(qpos, joints, cameras))
         return fd
 

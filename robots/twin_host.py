@@ -9,14 +9,10 @@ simulated time is real time.
 from __future__ import annotations
 
 import argparse
-import contextlib
-import json
 import os
-import secrets
 import select
 import signal
 import socket
-import struct
 import sys
 import time
 from collections.abc import Mapping
@@ -29,15 +25,14 @@ from numpy.typing import NDArray
 from envs.errors import EnvError, PhysicsDiverged
 from envs.physics import ACTION_DIM, DT_S, AlohaSim
 from robots.errors import ConnectFailed
+from robots.link_server import LinkServer
 from robots.processes import Child, die_with_parent, say
-from robots.twin_board import WATCHING, Board
+from robots.twin_board import Board
 from robots.twin_config import JOINTS, SUBSTEP_HZ, TwinConfig
-from robots.twin_link import ACTION, ACTION_HEAD, CALL, MAX_MESSAGE, abstract, decode_action
 from robots.twin_record import TwinRecord
 
 MAX_BEHIND_S = 0.5
 """A world that was held up for longer (a stopped process) goes on from there instead."""
-ACTION_BYTES = ACTION_HEAD.size + 4 * ACTION_DIM
 
 
 class Twin:
@@ -119,16 +114,21 @@ class Host:
     """Serves connections and keeps the twin's time."""
 
     def __init__(self, twin: Twin, board: Board, board_fd: int, qpos: int, cameras: Child) -> None:
-        self._twin, self._board, self._board_fd, self._qpos = twin, board, board_fd, qpos
-        self._cameras = cameras
-        self.address = f"metronome-twin-{secrets.token_hex(16)}"
-        self._door = socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET)
-        self._door.bind(abstract(self.address))
-        self._door.listen()
-        self._door.setblocking(False)
-        self._peers: dict[socket.socket, int] = {}
-        self._watching: set[socket.socket] = set()
-        self._entered = 0
+        self._twin, self._cameras = twin, cameras
+        self._server = LinkServer(
+            board,
+            board_fd,
+            action_dim=ACTION_DIM,
+            hello={"qpos": qpos},
+            command=lambda action, sent_ns, source: twin.command(
+                action, sent_ns=sent_ns, source=source
+            ),
+            call=self._call,
+        )
+
+    @property
+    def address(self) -> str:
+        return self._server.address
 
     def run(self) -> None:
         """Until stdin ends."""
@@ -137,16 +137,14 @@ class Host:
         cameras = os.pidfd_open(self._cameras.pid)
         while True:
             wait_s = max(0, due_ns - time.monotonic_ns()) / 1e9
-            waiting = [sys.stdin, self._door, cameras, *self._peers]
+            waiting = [sys.stdin, cameras, *self._server.sockets]
             for ready in select.select(waiting, [], [], wait_s)[0]:
                 if ready is sys.stdin:
                     return
                 if ready == cameras:
                     sys.exit("twin: the process that draws its pictures has ended")
-                if ready is self._door:
-                    self._admit()
-                elif isinstance(ready, socket.socket):
-                    self._serve(ready)
+                if isinstance(ready, socket.socket):
+                    self._server.serve(ready)
             behind_ns = time.monotonic_ns() - due_ns
             if behind_ns > MAX_BEHIND_S * 1e9:
                 steps = behind_ns // period_ns
@@ -156,59 +154,19 @@ class Host:
                 twin.step(due_ns)
                 due_ns += period_ns
 
-    def _admit(self) -> None:
-        with contextlib.suppress(BlockingIOError, ConnectionError):
-            peer, _ = self._door.accept()
-            credentials = peer.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, 12)
-            if struct.unpack("3i", credentials)[1] != os.getuid():
-                peer.close()
-                return
-            peer.setblocking(False)
-            self._peers[peer] = self._entered
-            self._entered += 1
-
-    def _serve(self, peer: socket.socket) -> None:
-        """What ``peer`` sent so far; a peer that hung up or makes no sense is dropped."""
+    def _call(self, call: str, asked: Mapping[str, Any]) -> Mapping[str, Any]:
         try:
-            while True:
-                message = peer.recv(MAX_MESSAGE)
-                if message[:1] == ACTION and len(message) == ACTION_BYTES:
-                    sent_ns, action = decode_action(message)
-                    if not np.isfinite(action).all():
-                        raise ConnectionError("not a number")
-                    self._twin.command(action, sent_ns=sent_ns, source=self._peers[peer])
-                elif message[:1] == CALL:
-                    self._answer(peer, json.loads(message[1:]))
-                else:
-                    raise ConnectionError("hung up, or no message of ours")
-        except BlockingIOError:
-            return
-        except (OSError, ValueError, KeyError, TypeError):
-            self._peers.pop(peer)
-            self._watching.discard(peer)
-            self._board.head[WATCHING] = len(self._watching)
-            peer.close()
-
-    def _answer(self, peer: socket.socket, asked: Mapping[str, Any]) -> None:
-        call, fds = asked["call"], []
-        answer: dict[str, Any] = {}
-        try:
-            if call == "hello":
-                if asked["role"] in ("sensing", "both"):
-                    self._watching.add(peer)
-                    self._board.head[WATCHING] = len(self._watching)
-                answer, fds = {"qpos": self._qpos, "pid": os.getpid()}, [self._board_fd]
-            elif call == "reset":
-                answer = {"stamp_ns": self._twin.reset(int(asked["seed"]))}
-            elif call == "save_record":
+            if call == "reset":
+                return {"stamp_ns": self._twin.reset(int(asked["seed"]))}
+            if call == "save_record":
                 self._twin.record.save(Path(asked["path"]))
             elif call == "clear_record":
                 self._twin.record.clear()
             else:
-                answer = {"error": f"unknown call {call!r}"}
+                return {"error": f"unknown call {call!r}"}
         except (EnvError, OSError) as error:
-            answer = {"error": str(error)}
-        socket.send_fds(peer, [json.dumps(answer).encode()], fds)
+            return {"error": str(error)}
+        return {}
 
 
 def main(arguments: list[str] | None = None) -> None:

@@ -1,4 +1,4 @@
-"""How a process talks to a twin: one AF_UNIX connection of whole messages.
+"""How a process talks to the one that owns a robot: one AF_UNIX connection of whole messages.
 
 A message is one kind byte and a body. ``ACTION`` has no answer; ``CALL`` carries JSON and is
 answered by JSON. The first call is ``hello``, and its answer carries the board's descriptor.
@@ -44,18 +44,20 @@ class Link:
     """The client's end.
 
     Args:
-        address: Of the twin, as its companion tells it.
+        address: Of the owner, as the robot's companion tells it.
         timeout_s: For connecting.
+        peer: What the owner is called in errors.
 
     Attributes:
-        hello: What the twin said of itself.
+        hello: What the owner said of itself.
         board_fd: The board's descriptor, owned by this object.
 
     Raises:
         ConnectFailed: Nobody listens there, or it is another user's.
     """
 
-    def __init__(self, address: str, *, role: str, timeout_s: float) -> None:
+    def __init__(self, address: str, *, role: str, timeout_s: float, peer: str) -> None:
+        self._peer = peer
         self._socket = socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET)
         self._poll = select.poll()
         self.board_fd = -1
@@ -65,11 +67,11 @@ class Link:
             self._send(CALL + json.dumps({"call": "hello", "role": role}).encode())
             answer, fds, _, _ = socket.recv_fds(self._socket, MAX_MESSAGE, 1)
             self.board_fd = fds[0] if fds else -1
-            self.hello = _answer(answer)
+            self.hello = self._answer(answer)
         except OSError as error:
             self.close()
             raise ConnectFailed(
-                f"no simulator answers at {address!r} within {timeout_s:g} s: {error}"
+                f"{peer} does not answer at {address!r} within {timeout_s:g} s: {error}"
             ) from error
         except BaseException:
             self.close()
@@ -78,20 +80,20 @@ class Link:
         self._poll.register(self._socket, select.POLLHUP | select.POLLERR)
 
     def check_alive(self) -> None:
-        """Raises ``RobotLost`` if the twin has hung up."""
+        """Raises ``RobotLost`` if the owner has hung up."""
         if self.board_fd < 0 or self._poll.poll(0):
-            raise RobotLost("the simulator has ended")
+            raise RobotLost(f"{self._peer} has ended")
 
     def send_action(self, action: NDArray[np.float32]) -> None:
         try:
             self._send(encode_action(action))
         except BlockingIOError as error:
-            raise RobotLost("the simulator does not take commands: its queue is full") from error
+            raise RobotLost(f"{self._peer} does not take commands: its queue is full") from error
         except OSError as error:
-            raise RobotLost(f"the simulator has ended: {error}") from error
+            raise RobotLost(f"{self._peer} has ended: {error}") from error
 
     def call(self, name: str, *, timeout_s: float, **arguments: Any) -> Mapping[str, Any]:
-        """Ask the twin for something and wait.
+        """Ask the owner for something and wait.
 
         Raises:
             RobotLost: It has ended, or does not answer.
@@ -102,11 +104,11 @@ class Link:
             self._socket.settimeout(timeout_s)
             try:
                 self._send(message)
-                return _answer(self._socket.recv(MAX_MESSAGE))
+                return self._answer(self._socket.recv(MAX_MESSAGE))
             finally:
                 self._socket.setblocking(False)
         except OSError as error:
-            raise RobotLost(f"the simulator does not answer {name!r}: {error}") from error
+            raise RobotLost(f"{self._peer} does not answer {name!r}: {error}") from error
 
     def close(self) -> None:
         self._socket.close()
@@ -117,17 +119,16 @@ class Link:
     def _send(self, message: bytes) -> None:
         self._socket.send(message)
 
+    def _answer(self, message: bytes) -> Mapping[str, Any]:
+        if not message:
+            raise RobotLost(f"{self._peer} has ended")
+        answer: Mapping[str, Any] = json.loads(message)
+        if "error" in answer:
+            raise RobotError(f"{self._peer} refuses: {answer['error']}")
+        return answer
+
     def __enter__(self) -> Self:
         return self
 
     def __exit__(self, *_: object) -> None:
         self.close()
-
-
-def _answer(message: bytes) -> Mapping[str, Any]:
-    if not message:
-        raise RobotLost("the simulator has ended")
-    answer: Mapping[str, Any] = json.loads(message)
-    if "error" in answer:
-        raise RobotError(f"the simulator refuses: {answer['error']}")
-    return answer

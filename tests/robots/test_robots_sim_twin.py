@@ -173,7 +173,7 @@ def test_cameras_may_be_called_as_the_twins_own_fields() -> None:
 def test_without_a_simulator_it_says_so() -> None:
     with pytest.raises(ConnectFailed, match=r"expected to be within companion\(\), or its address"):
         make_robot("sim_twin").connect()
-    with pytest.raises(ConnectFailed, match=r"no simulator answers at 'nowhere' within 1 s"):
+    with pytest.raises(ConnectFailed, match=r"simulator does not answer at 'nowhere' within 1 s"):
         make_robot("sim_twin", {"address": "nowhere"}).connect(timeout_s=1)
 
 
