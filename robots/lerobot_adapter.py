@@ -1,81 +1,42 @@
 """``lerobot:<type>``: any robot of LeRobot's, where that package is installed.
 
-LeRobot gives one dictionary per observation, joints and pictures together, without stamps, from a
-bus that one process owns. So ``shareable`` is False, what is read is stamped when it came, and a
-process that controls reads the pictures of the observation too, if the robot has cameras: give
-those to a robot of their own where the control rate matters.
+LeRobot's robot is a bus and cameras that one process can open. That process is the owner,
+``robots.lerobot_owner``, which ``companion`` runs; everybody else attaches to it. So a process
+that dies or takes over never connects, configures or calibrates the device. ``connect`` outside
+``companion`` starts an owner of its own, which ends with the connection.
+
+LeRobot itself is imported in children alone, where nothing that it asks, prints or waits for holds
+anybody up.
 """
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
-import importlib
-import numbers
-import pkgutil
-import time
-from collections import deque
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
+import json
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
 from policies.yaml_config import parse_config
-from robots.base import CameraSample, JointSample, Robot, RobotContract, Role, arm_actions
-from robots.errors import (
-    ConfigError,
-    ConnectFailed,
-    ContractViolated,
-    NotConnected,
-    RobotLost,
-    SensorLost,
-)
+from robots.attached import AttachedRobot
+from robots.base import RobotContract, Role
+from robots.errors import ConfigError, RobotError, RobotLost
+from robots.lerobot_config import STOPS_ALONE_S, Description, LeRobotConfig, action_specs
 from robots.limits import Limits
+from robots.processes import Child
+from robots.twin_board import REFUSED_SINCE
 
-KEPT = 64
-"""Observations whose joints are kept for pairing."""
-
-
-@dataclass(frozen=True)
-class LeRobotLimits:
-    """In the robot's own units, one number per action feature."""
-
-    position_lower: tuple[float, ...]
-    position_upper: tuple[float, ...]
-    velocity: tuple[float, ...]
-    acceleration: tuple[float, ...]
+IMPORT_TIMEOUT_S = 60.0
+"""For LeRobot to be imported, which brings torch."""
+LET_GO_WITHIN_S = 10.0
+"""For the owner to see that nobody commands any more, and to bring what moves to rest."""
 
 
-@dataclass(frozen=True)
-class LeRobotConfig:
-    """Our keys; ``robot`` is LeRobot's.
-
-    Attributes:
-        type: LeRobot's name of the robot, from ``lerobot:<type>``.
-        robot: Arguments of LeRobot's configuration class for it, e.g. ``port`` and ``id``.
-        limits: Of its action features, in their order.
-        cameras: The policy's camera name to LeRobot's. Left out: LeRobot's names.
-        gripper: Part of the names of those features that are grippers.
-        start_pose: One number per action feature. None: wherever it is.
-        max_hz: The highest rate at which its bus takes commands.
-    """
-
-    type: str
-    limits: LeRobotLimits
-    robot: Mapping[str, Any] = field(default_factory=dict)
-    cameras: Mapping[str, str] | None = None
-    gripper: str = "gripper"
-    start_pose: tuple[float, ...] | None = None
-    max_hz: float = 200.0
-
-    def __post_init__(self) -> None:
-        if not self.max_hz > 1:
-            raise ValueError(f"max_hz: got {self.max_hz}, expected more than 1")
-
-
-class LeRobotRobot(Robot):
-    """See the module. Belongs to one process.
+class LeRobotRobot(AttachedRobot):
+    """See the module. Positions are held when it ends; see docs/lerobot-robots.md.
 
     Args:
         config: Its keys.
@@ -84,59 +45,88 @@ class LeRobotRobot(Robot):
 
     Raises:
         ConfigError: LeRobot is not installed or has no such robot, an argument that it does not
-            take, limits that do not fit its action features.
+            take, an action feature that is not understood, limits that do not fit them.
     """
 
+    owner = "the process that owns LeRobot's robot"
+
     def __init__(self, config: LeRobotConfig, *, name: str, source: str = "") -> None:
+        if not config.description:
+            config = dataclasses.replace(config, description=describe(config, source))
         self.config = config
         self._source = source
-        self._robot: Any = make_lerobot(config.type, config.robot, source)
-        states, pictures = _features(self._robot.observation_features, source)
-        actions, other = _features(self._robot.action_features, source)
-        if not actions or other or not set(actions) <= set(states):
-            raise ConfigError(
-                f"{source}: lerobot:{config.type}: got action features "
-                f"{list(self._robot.action_features)}, expected numbers that are observed too, "
-                f"some of {states}"
-            )
-        # Commands come first in a contract, in the order in which LeRobot has them.
-        self._states = (*actions, *(key for key in states if key not in actions))
-        self._actions = tuple(actions)
-        cameras = {key: key for key in pictures} if config.cameras is None else config.cameras
-        unknown = sorted(set(cameras.values()) - set(pictures))
-        if unknown:
-            raise ConfigError(
-                f"{source}: cameras: got {unknown}, expected some of {list(pictures)}"
-            )
-        self._cameras = dict(cameras)
+        said = Description.from_json(config.description)
+        if not said.actions:
+            raise ConfigError(f"{source}: lerobot:{config.type}: got no action features")
+        self._actions = said.actions
+        specs = action_specs(config, said, source)
         limits = Limits.from_config(
-            self._actions,
+            said.actions,
             **{
                 field.name: getattr(config.limits, field.name)
                 for field in dataclasses.fields(config.limits)
             },
             source=source,
         )
+        stops_alone_s = config.stops_alone_after_s
         contract = RobotContract(
-            joint_names=self._states,
-            actions=arm_actions(
-                self._actions,
-                [i for i, key in enumerate(self._actions) if config.gripper in key],
-            ),
-            cameras={ours: pictures[theirs] for ours, theirs in self._cameras.items()},
+            joint_names=said.states,
+            actions=specs,
+            cameras={
+                ours: said.pictures[theirs]
+                for ours, theirs in chosen_cameras(config, said, source).items()
+            },
             control_hz=(1.0, config.max_hz),
+            stops_alone_after_s=(
+                STOPS_ALONE_S.get(config.type) if stops_alone_s is None else stops_alone_s
+            ),
+            repeats_pictures=config.repeats_pictures,
         )
         super().__init__(name, contract, limits)
         self._start_pose = self._checked_start_pose()
-        self._history: deque[JointSample] = deque(maxlen=KEPT)
+        self._own: Child | None = None
+
+    @property
+    def address(self) -> str | None:
+        return self.config.address
 
     @property
     def start_pose(self) -> NDArray[np.float32] | None:
         return None if self._start_pose is None else self._start_pose.copy()
 
     @property
-    def shareable(self) -> bool:
-        return False
+    def sensor_timeout_s(self) -> float:
+        return self.config.sensor_timeout_s
+
+    @contextlib.contextmanager
+    def companion(self) -> Iterator[Mapping[str, str]]:
+        """The process that owns the device, for as long as this one lives.
+
+        Raises:
+            ConnectFailed: The device cannot be reached; carries the reason.
+            SensorLost, ContractViolated: It is not what it says it is.
+        """
+        found = {"description": self.config.description}
+        if self.config.address is not None:
+            yield found  # one is running already, somebody else's
+            return
+        before = self.config
+        child = self._start_owner()
+        try:
+            self.config = dataclasses.replace(before, address=child.said["address"])
+            yield {**found, "address": child.said["address"]}
+        finally:
+            self.config = before
+            child.close(LET_GO_WITHIN_S)
+
+    def _start_owner(self) -> Child:
+        return Child(
+            "robots.lerobot_owner",
+            ["--config", self.config.to_json()],
+            start_within_s=IMPORT_TIMEOUT_S + 2 * self.config.connect_timeout_s,
+            name=self.name,
+            outlives=True,
+        )
 
     def _checked_start_pose(self) -> NDArray[np.float32] | None:
         if self.config.start_pose is None:
@@ -148,128 +138,77 @@ class LeRobotRobot(Robot):
                 f"{len(self._actions)}, one for each of {list(self._actions)}"
             )
         for index in self._limits.violations(pose):
+            spec = self.contract.actions[index]
             raise ConfigError(
-                f"{self._source}: start_pose: got {pose[index]} for {self._actions[index]}, "
+                f"{self._source}: start_pose: got {pose[index]} for {spec.name} [{spec.unit}], "
                 f"expected {self._limits.position_lower[index]} to "
                 f"{self._limits.position_upper[index]}, its limits"
             )
         return pose
 
     def __reduce__(self) -> tuple[Any, ...]:
-        # LeRobot's own object holds buses and cameras: another process makes its own.
         return _remake, (self.config, self._name, self._source)
 
     def _connect(self, role: Role, timeout_s: float) -> None:
-        del role, timeout_s  # LeRobot's connect has no timeout to hand it to
-        try:
-            self._robot.connect()
-        except Exception as error:
-            raise ConnectFailed(f"{self.name}: {type(error).__name__}: {error}") from error
-        self._read()
-
-    def _read(self) -> tuple[JointSample, dict[str, CameraSample]]:
-        """One observation, stamped when it was asked for: no part of it is older."""
-        if not self._robot.is_connected:
-            raise NotConnected(f"{self.name}: LeRobot's robot is not connected")
-        asked_ns = time.monotonic_ns()
-        try:
-            got: Mapping[str, Any] = self._robot.get_observation()
-        except Exception as error:
-            raise SensorLost(f"{self.name}: {type(error).__name__}: {error}") from error
-        missing = [key for key in (*self._states, *self._cameras.values()) if key not in got]
-        if missing:
-            raise ContractViolated(f"{self.name}: got {sorted(got)}, expected {missing} too")
-        position = np.array([float(got[key]) for key in self._states], np.float32)
-        if not np.isfinite(position).all():
-            raise ContractViolated(f"{self.name}: got {position.tolist()}, expected finite numbers")
-        pictures = {}
-        for ours, theirs in self._cameras.items():
-            picture = np.asarray(got[theirs])
-            expected = (*self.contract.cameras[ours], 3)
-            if picture.shape != expected or picture.dtype != np.uint8:
-                raise ContractViolated(
-                    f"{self.name}: {theirs}: got {picture.dtype} {picture.shape}, expected uint8 "
-                    f"{expected}"
-                )
-            pictures[ours] = CameraSample(np.array(picture), asked_ns, asked_ns)
-        sample = JointSample(position, asked_ns, asked_ns)
-        self._history.append(sample)
-        return sample, pictures
-
-    def _get_joints(self) -> JointSample:
-        return self._read()[0]
-
-    def _get_joints_at(self, stamp_ns: int) -> JointSample:
-        if not self._history:
-            self._read()
-        return min(self._history, key=lambda sample: abs(sample.stamp_ns - stamp_ns))
-
-    def _get_cameras(self) -> dict[str, CameraSample]:
-        return self._read()[1]
+        if self.config.address is None:
+            self._own = self._start_owner()
+            self.config = dataclasses.replace(self.config, address=self._own.said["address"])
+        super()._connect(role, timeout_s)
 
     def _send_action(self, action: NDArray[np.float32]) -> None:
-        try:
-            self._robot.send_action(dict(zip(self._actions, action.tolist(), strict=True)))
-        except Exception as error:
-            raise RobotLost(f"{self.name}: {type(error).__name__}: {error}") from error
+        link, board = self._connected()
+        link.send_action(action)
+        if board.head[REFUSED_SINCE]:
+            raise RobotLost(f"{self.name}: commands do not reach it{self._why_silent('commands')}")
+
+    def _why_silent(self, name: str) -> str:
+        with contextlib.suppress(RobotError):
+            if why := self._call("why", what=name).get("why"):
+                return f" ({why})"
+        return ""
 
     def _disconnect(self) -> None:
-        self._history.clear()
-        if self._robot.is_connected:
-            self._robot.disconnect()
+        super()._disconnect()
+        if self._own is not None:
+            self._own.close(LET_GO_WITHIN_S)
+            self._own = None
+            self.config = dataclasses.replace(self.config, address=None)
 
 
-def make_lerobot(kind: str, arguments: Mapping[str, Any], source: str) -> Any:
-    """LeRobot's own robot ``kind``, not connected.
-
-    A configuration class registers itself when its module is imported, and the module's name is not
-    always the robot's (``so101_follower`` lies in ``so_follower``); so they are imported until the
-    name is known, those of plug-ins (``lerobot_robot_*``) last.
+def describe(config: LeRobotConfig, source: str) -> str:
+    """What LeRobot says of the robot, as JSON, asked in a process of its own.
 
     Raises:
-        ConfigError: It is not installed, has no such robot, or refuses the arguments.
+        ConfigError: As ``LeRobotRobot``.
     """
     try:
-        package = importlib.import_module("lerobot.robots")
-        base = importlib.import_module("lerobot.robots.config").RobotConfig
-        build = importlib.import_module("lerobot.robots.utils").make_robot_from_config
-        decode = importlib.import_module("draccus").decode
-    except Exception as error:  # a half-installed LeRobot fails in ways of its own
+        with Child(
+            "robots.lerobot_owner",
+            ["--describe", "--config", config.to_json()],
+            start_within_s=2 * IMPORT_TIMEOUT_S,
+            name=f"{source}: lerobot:{config.type}",
+        ) as child:
+            return json.dumps(child.said["description"])
+    except ConfigError:
+        raise
+    except RobotError as error:
+        raise ConfigError(str(error)) from error
+
+
+def chosen_cameras(config: LeRobotConfig, said: Description, source: str) -> dict[str, str]:
+    """The policy's camera name to LeRobot's.
+
+    Raises:
+        ConfigError: LeRobot's robot has no such camera.
+    """
+    if config.cameras is None:
+        return {name: name for name in said.pictures}
+    unknown = sorted(set(config.cameras.values()) - set(said.pictures))
+    if unknown:
         raise ConfigError(
-            f"{source}: lerobot:{kind}: the package lerobot cannot be imported "
-            f"({type(error).__name__}: {error}): pip install lerobot, with the extra that the "
-            "robot needs"
-        ) from error
-    missing = _import_until(lambda: kind in base.get_known_choices(), package)
-    choices: Mapping[str, Any] = base.get_known_choices()
-    if kind not in choices:
-        raise ConfigError(
-            f"{source}: lerobot:{kind}: no such robot, expected one of {sorted(choices)}"
-            + (f"; not importable here: {missing}" if missing else "")
+            f"{source}: cameras: got {unknown}, expected some of {list(said.pictures)}"
         )
-    try:
-        return build(decode(choices[kind], dict(arguments)))
-    except Exception as error:
-        raise ConfigError(
-            f"{source}: lerobot:{kind}: robot: {type(error).__name__}: {error}"
-        ) from error
-
-
-def _import_until(known: Callable[[], bool], package: Any) -> dict[str, str]:
-    """Import LeRobot's robots, and the kinds of cameras, until ``known``; what failed and why."""
-    failed = {}
-    cameras = ("lerobot.cameras.opencv", "lerobot.cameras.realsense")
-    robots = [f"lerobot.robots.{module.name}" for module in pkgutil.iter_modules(package.__path__)]
-    plugins = [m.name for m in pkgutil.iter_modules() if m.name.startswith("lerobot_robot_")]
-    for name in (*cameras, *robots, *plugins):
-        if name in robots + plugins and known():
-            break
-        try:
-            importlib.import_module(name)
-        except ImportError as error:
-            if name not in cameras:
-                failed[name] = str(error)
-    return failed
+    return dict(config.cameras)
 
 
 def make(
@@ -281,20 +220,3 @@ def make(
 
 def _remake(config: LeRobotConfig, name: str, source: str) -> LeRobotRobot:
     return LeRobotRobot(config, name=name, source=source)
-
-
-def _features(
-    features: Mapping[str, Any], source: str
-) -> tuple[list[str], dict[str, tuple[int, int]]]:
-    """The keys that are numbers, and those that are pictures with their (height, width)."""
-    values, pictures = [], {}
-    for key, kind in features.items():
-        if isinstance(kind, type) and issubclass(kind, numbers.Real):
-            values.append(key)
-        elif isinstance(kind, tuple) and len(kind) == 3 and kind[2] == 3:
-            pictures[key] = (int(kind[0]), int(kind[1]))
-        else:
-            raise ConfigError(
-                f"{source}: feature {key!r}: got {kind}, expected float or (height, width, 3)"
-            )
-    return values, pictures

@@ -1,14 +1,18 @@
-"""The adapter, over a package that is shaped like LeRobot."""
+"""LeRobot's robots, over a package that is shaped like LeRobot."""
 
 from __future__ import annotations
 
+import json
+import os
+import signal
+import subprocess
 import sys
 from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
 import pytest
-from contracts.robot import RobotBehaviour
+from contracts.robot import RobotBehaviour, until
 
 from robots.errors import ConfigError, ConnectFailed, ContractViolated, RobotLost, SensorLost
 from robots.factory import make_robot
@@ -31,38 +35,39 @@ args:
 Make = Callable[..., LeRobotRobot]
 
 
-def imported() -> list[str]:
-    return [name for name in sys.modules if name.partition(".")[0] in ("lerobot", "draccus")]
-
-
 @pytest.fixture
-def make(monkeypatch, tmp_path: Path):
-    for name in imported():
-        monkeypatch.delitem(sys.modules, name)
+def make(monkeypatch, tmp_path: Path) -> Make:
     monkeypatch.syspath_prepend(FAKE)
     path = tmp_path / "arm.yaml"
     path.write_text(FILE)
-    yield lambda **overrides: make_robot(str(path), overrides)
-    for name in imported():
-        del sys.modules[name]
+    return lambda **overrides: make_robot(str(path), overrides)
 
 
 class TestLeRobot(RobotBehaviour):
     @pytest.fixture
     def robot(self, make: Make):
-        with make() as made:
+        made = make()
+        with made.companion(), made:
             yield made
 
-    def test_commands_come_first_then_what_is_only_seen(self, robot: LeRobotRobot) -> None:
+    def test_states_have_the_order_of_what_lerobot_observes(self, robot: LeRobotRobot) -> None:
         contract = robot.contract
         assert contract.joint_names == (
-            "shoulder.pos", "elbow.pos", "gripper.pos", "temperature")  # fmt: skip
+            "temperature", "shoulder.pos", "elbow.pos", "gripper.pos")  # fmt: skip
+        assert contract.action_names == ("shoulder.pos", "elbow.pos", "gripper.pos")
         assert [spec.kind for spec in contract.actions] == ["position", "position", "gripper"]
         assert contract.cameras == {"top": (24, 32), "wrist": (8, 8)}
-        assert not robot.shareable
         robot.connect()
         robot.send_action(np.array([1.0, 2.0, 3.0], np.float32))
-        np.testing.assert_array_equal(robot.get_joints().position, [1.0, 2.0, 3.0, 30.0])
+        until(lambda: robot.get_joints().position.tolist() == [30.0, 1.0, 2.0, 3.0])
+
+    def test_it_goes_where_it_is_told(self, robot: LeRobotRobot) -> None:
+        """As in the contract; its first state is no joint that is commanded."""
+        with robot:
+            robot.connect()
+            target = np.array([self.MOVES, 0.0, 0.0], np.float32)
+            robot.send_action(target)
+            until(lambda: bool(abs(robot.get_joints().position[1] - self.MOVES) < self.NEAR))
 
 
 def test_cameras_keep_their_names_unless_mapped(make: Make) -> None:
@@ -75,13 +80,27 @@ def test_cameras_keep_their_names_unless_mapped(make: Make) -> None:
     [
         ({"robot": "{}"}, r"lerobot:arm_v2_follower: robot: TypeError: .*port"),
         ({"robot.speed": "3"}, r"lerobot:arm_v2_follower: robot: TypeError: .*speed"),
-        ({"robot.fault": "features"}, r"position_lower: got 3 numbers, expected 1, one for each"),
+        ({"robot.fault": "features"}, r"action feature 'speed': its name does not tell what"),
         ({"robot.fault": "kind"}, r"feature 'temperature': got <class 'str'>, expected float or"),
         ({"cameras": "{top: ceiling}"}, r"cameras: got \['ceiling'\], expected some of \['front'"),
         ({"limits.velocity": "[1]"}, r"velocity: got 1 numbers, expected 3, one for each of \['sh"),
         ({"start_pose": "[1]"}, r"start_pose: got 1 numbers, expected 3, one for each of"),
-        ({"start_pose": "[0, 91, 0]"}, r"start_pose: got 91.0 for elbow.pos, expected -90.0 to 90"),
+        (
+            {"start_pose": "[0, 91, 0]"},
+            r"start_pose: got 91.0 for elbow.pos \[range\], expected -90",
+        ),
         ({"max_hz": "1"}, r"max_hz: got 1.0, expected more than 1"),
+        ({"read_hz": "0"}, r"read_hz: got 0.0, expected a positive number"),
+        ({"stops_alone_after_s": "-1"}, r"stops_alone_after_s: got -1.0, expected a positive"),
+        ({"actions": "{x: {kind: delta, unit: m}}"}, r"actions: got \['x'\], expected some of"),
+        (
+            {"actions": "{elbow.pos: {kind: torque, unit: Nm}}"},
+            r"actions.elbow.pos: kind: got 'torque', expected one of \['position', 'gripper'",
+        ),
+        (
+            {"actions": "{elbow.pos: {kind: effort, unit: Nm}}"},
+            r"action feature 'elbow.pos' is an effort, expected positions or velocities",
+        ),
     ],
 )
 def test_what_cannot_be_is_refused(make: Make, overrides: dict[str, str], message: str) -> None:
@@ -113,24 +132,342 @@ def test_a_port_that_is_not_there(make: Make) -> None:
 def test_a_command_that_does_not_leave(make: Make) -> None:
     with make(**{"robot.fault": "write"}) as robot:
         robot.connect()
-        with pytest.raises(RobotLost, match=r"little_arm: ConnectionError: no answer from motor 1"):
-            robot.send_action(np.zeros(3, np.float32))
+        lost: list[RobotLost] = []
+
+        def refused() -> bool:
+            try:
+                robot.send_action(np.zeros(3, np.float32))
+            except RobotLost as error:
+                lost.append(error)
+            return bool(lost)
+
+        until(refused)
+        assert str(lost[0]) == (
+            "little_arm: commands do not reach it (ConnectionError: no answer from motor 1)"
+        )
 
 
 def test_a_robot_that_lerobot_does_not_have(make: Make, tmp_path: Path) -> None:
     path = tmp_path / "other.yaml"
     path.write_text(FILE.replace("arm_v2_follower", "butler"))
     with pytest.raises(
-        ConfigError, match=r"lerobot:butler: no such robot, expected one of \['arm_v2_follower'\]"
+        ConfigError, match=r"lerobot:butler: no such robot, expected one of \['arm_v2_f"
     ):
         make_robot(str(path))
 
 
 def test_without_lerobot_it_says_what_to_install(monkeypatch, tmp_path: Path) -> None:
-    monkeypatch.setitem(sys.modules, "lerobot.robots", None)
+    (tmp_path / "lerobot.py").write_text("raise ImportError('half installed')")
+    monkeypatch.syspath_prepend(tmp_path)
     path = tmp_path / "arm.yaml"
     path.write_text(FILE)
     with pytest.raises(
         ConfigError, match=r"the package lerobot cannot be imported .*: pip install lerobot, with"
     ):
         make_robot(str(path))
+
+
+# What LeRobot's code does in the process that owns it
+
+
+def test_code_that_asks_is_an_error_with_what_to_do_beforehand(make: Make) -> None:
+    with pytest.raises(
+        ConnectFailed,
+        match=r"little_arm: it asked 'Press ENTER to use the calibration file:', and nobody can .*"
+        r"lerobot-calibrate --robot.type=arm_v2_follower --robot.port=/dev/arm first",
+    ):
+        make(**{"robot.fault": "asks"}).connect()
+
+
+def test_code_that_waits_without_end_is_given_up(make: Make) -> None:
+    with pytest.raises(
+        ConnectFailed,
+        match=r"connect\(\) of arm_v2_follower took longer than 0.3 s; it printed last: 'Switch th",
+    ):
+        make(**{"robot.fault": "hangs", "connect_timeout_s": "0.3"}).connect()
+
+
+def test_code_that_prints_disturbs_nobody(make: Make) -> None:
+    with make(**{"robot.fault": "prints"}) as robot:
+        robot.connect()
+        first = robot.get_joints()
+        until(lambda: robot.get_joints().stamp_ns > first.stamp_ns)
+
+
+# A bus whose motors hold themselves
+
+ARM = """
+type: lerobot:holding_arm
+args:
+  robot: {{motors: {motors}, cameras: {{side: 0.01}}}}
+  limits: {{position_lower: [-90, 0], position_upper: [90, 100], velocity: [60, 60],
+    acceleration: [300, 300]}}
+"""
+
+
+class Motors:
+    """The file that they are."""
+
+    def __init__(self, path: Path) -> None:
+        self._path = path
+
+    def set(self, *, torque: tuple[int, int] = (0, 0), at: int = 30, goal: int = 0) -> None:
+        state = {
+            name: {"Torque_Enable": on, "Present_Position": at, "Goal_Position": goal}
+            for name, on in zip(("lift", "gripper"), torque, strict=True)
+        }
+        self._path.write_text(json.dumps({**state, "did": []}))
+
+    def register(self, name: str, motor: str = "lift") -> int:
+        return json.loads(self._path.read_text())[motor][name]
+
+    @property
+    def did(self) -> list:
+        return json.loads(self._path.read_text())["did"]
+
+
+@pytest.fixture
+def motors(tmp_path: Path) -> Motors:
+    made = Motors(tmp_path / "motors.json")
+    made.set()
+    return made
+
+
+@pytest.fixture
+def arm(monkeypatch, tmp_path: Path, motors: Motors) -> Make:
+    monkeypatch.syspath_prepend(FAKE)
+    path = tmp_path / "holding.yaml"
+    path.write_text(ARM.format(motors=tmp_path / "motors.json"))
+    return lambda **overrides: make_robot(str(path), overrides)
+
+
+def test_units_are_those_of_the_motors(arm: Make) -> None:
+    specs = arm().contract.actions
+    assert [(s.kind, s.unit) for s in specs] == [("position", "deg"), ("gripper", "range")]
+
+
+def test_an_arm_that_is_limp_holds_where_it_is(arm: Make, motors: Motors) -> None:
+    with arm() as robot:
+        robot.connect()
+        first = motors.did.index(["Torque_Enable", "lift", 1])
+        assert motors.did[:first].count(["Goal_Position", "lift", 30]) == 1
+        assert robot.get_joints().position.tolist() == [30, 30]
+    assert motors.register("Torque_Enable") == 1  # at the end, too
+
+
+def test_an_arm_that_holds_itself_is_not_configured(arm: Make, motors: Motors) -> None:
+    motors.set(torque=(1, 1), goal=30)
+    with arm() as robot:
+        robot.connect()
+        assert robot.get_cameras().keys() == {"side"}
+    assert motors.did == []
+
+
+def test_one_limp_motor_among_others_holds_where_it_is(arm: Make, motors: Motors) -> None:
+    motors.set(torque=(1, 0), at=30, goal=70)
+    with arm() as robot:
+        robot.connect()
+    assert motors.did == [["Goal_Position", "gripper", 30], ["Torque_Enable", "gripper", 1]]
+
+
+def test_the_torque_goes_off_where_somebody_wanted_it(arm: Make, motors: Motors) -> None:
+    with arm(**{"robot.disable_torque_on_disconnect": "true"}) as robot:
+        robot.connect()
+        assert motors.register("Torque_Enable") == 1
+    assert motors.register("Torque_Enable") == 0
+
+
+def test_an_uncalibrated_arm_is_not_touched(arm: Make, motors: Motors) -> None:
+    with pytest.raises(
+        ConnectFailed,
+        match=r"holding_arm is not calibrated, .* run lerobot-calibrate --robot.type=holding_arm "
+        r"--robot.id=two first",
+    ):
+        arm(**{"robot.calibrated": "false", "robot.id": "two"}).connect()
+    assert motors.did == []
+
+
+@pytest.mark.parametrize("sign", [signal.SIGTERM, signal.SIGINT, signal.SIGKILL])
+def test_whatever_ends_the_owner_the_arm_holds_itself(
+    arm: Make, motors: Motors, sign: signal.Signals
+) -> None:
+    with arm() as robot:
+        robot.connect()
+        before = len(motors.did)
+        os.kill(robot.host_pid, sign)
+        if sign is signal.SIGINT:  # a terminal's Ctrl-C is for the parent
+            first = robot.get_joints()
+            until(lambda: robot.get_joints().stamp_ns > first.stamp_ns)
+        else:
+            until(lambda: _is_lost(robot))
+    assert [did for did in motors.did[before:] if did[0] == "Torque_Enable"] == []
+
+
+def test_who_attaches_and_leaves_does_nothing_to_the_device(arm: Make, motors: Motors) -> None:
+    robot = arm()
+    with robot.companion() as found:
+        for role in ("control", "sensing", "control"):
+            other = arm(**found)
+            other.connect(role)
+            other.disconnect()
+        did = len(motors.did)
+        with arm(**found) as again:
+            again.connect()
+            again.send_action(np.array([10, 20], np.float32))
+            until(lambda: again.get_joints().position.tolist() == [10, 20])
+        assert {register for register, *_ in motors.did[did:]} == {"Goal_Position"}
+
+
+def test_a_slow_camera_does_not_delay_the_joints(arm: Make) -> None:
+    """Its third picture never comes: the joints go on, and it is named."""
+    robot = arm(**{"robot.cameras": "{side: 1e9}"})
+    with robot.companion(), robot:
+        robot.connect("control")
+        first = robot.get_joints()
+        until(lambda: robot.get_joints().stamp_ns > first.stamp_ns + 1_000_000_000)
+        robot.disconnect()
+        with pytest.raises(SensorLost, match=r"\['side'\] within 1 s \(TimeoutError: no frame\)"):
+            robot.connect(timeout_s=1)
+
+
+def test_the_owner_outlives_its_parent_until_nobody_commands(arm: Make, motors: Motors) -> None:
+    robot = arm()
+    code = (
+        "import sys, json\n"
+        "from robots.factory import make_robot\n"
+        "path, found = sys.argv[1], json.loads(sys.argv[2])\n"
+        "with make_robot(path, found).companion() as found:\n"
+        "    print(json.dumps(dict(found)), flush=True)\n"
+        "    sys.stdin.read()\n"
+    )
+    path = robot._source.removesuffix(": args")
+    parent = subprocess.Popen(
+        [sys.executable, "-c", code, path, json.dumps({"description": robot.config.description})],
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        env={**os.environ, "PYTHONPATH": os.pathsep.join(filter(None, sys.path))},
+    )
+    with parent:
+        found = json.loads(parent.stdout.readline())
+        with arm(**found) as control:
+            control.connect("control")
+            parent.kill()
+            parent.wait()
+            control.send_action(np.array([10, 20], np.float32))
+            until(lambda: control.get_joints().position.tolist() == [10, 20])
+            pid = control.host_pid
+        until(lambda: not _runs(pid))
+    assert motors.register("Torque_Enable") == 1
+
+
+# One that drives
+
+ROVER = """
+type: lerobot:rover
+args:
+  robot: {{log: {log}}}
+  limits: {{position_lower: [-90, -0.3], position_upper: [90, 0.3], velocity: [60, 0.3],
+    acceleration: [300, 2.0]}}
+  sensor_timeout_s: 0.5
+"""
+
+
+@pytest.fixture
+def rover(monkeypatch, tmp_path: Path) -> Make:
+    monkeypatch.syspath_prepend(FAKE)
+    path = tmp_path / "rover.yaml"
+    path.write_text(ROVER.format(log=tmp_path / "log"))
+    return lambda **overrides: make_robot(str(path), overrides)
+
+
+def _commands(tmp_path: Path) -> np.ndarray:
+    return np.array([json.loads(line) for line in (tmp_path / "log").read_text().splitlines()])
+
+
+def test_speeds_are_speeds_and_nothing_stops_it_unless_somebody_says_so(rover: Make) -> None:
+    contract = rover().contract
+    assert [(s.kind, s.unit) for s in contract.actions] == [
+        ("position", "range"),
+        ("velocity", "m/s"),
+    ]
+    assert contract.stops_alone_after_s is None
+    assert contract.rest_command(np.array([5, 0.5], np.float32)).tolist() == [5, 0]
+    assert rover(stops_alone_after_s="0.5").contract.stops_alone_after_s == 0.5
+
+
+@pytest.mark.parametrize(
+    ("name", "kind", "unit"),
+    [
+        ("theta.vel", "velocity", "deg/s"),
+        ("wheel.vel", "velocity", "range/s"),
+        ("delta_x", "delta", "range"),
+        ("mobile_base.vx", "velocity", "m/s"),
+    ],
+)
+def test_what_a_name_means(rover: Make, name: str, kind: str, unit: str) -> None:
+    spec = rover(**{"robot.feature": name}).contract.actions[1]
+    assert (spec.name, spec.kind, spec.unit) == (name, kind, unit)
+
+
+def test_what_is_not_understood_can_be_said(rover: Make) -> None:
+    with pytest.raises(ConfigError, match=r"action feature 'wrist': its name does not tell what .*"
+                       r"'actions: \{wrist: \{kind: position, unit: deg\}\}'"):  # fmt: skip
+        rover(**{"robot.feature": "wrist"})
+    said = {"robot.feature": "wrist", "actions": "{wrist: {kind: velocity, unit: turns/s}}"}
+    assert rover(**said).contract.actions[1].unit == "turns/s"
+    with pytest.raises(ConfigError, match=r"'arm.torque' is an effort, expected positions or vel"):
+        rover(**{"robot.feature": "arm.torque"})
+
+
+def test_speeds_that_nobody_commands_any_more_end_within_their_limits(
+    rover: Make, tmp_path: Path
+) -> None:
+    with rover() as robot:
+        robot.connect()
+        robot.send_action(np.array([7, 0.2], np.float32))
+        until(lambda: (tmp_path / "log").exists() and _commands(tmp_path)[-1, 2] == 0)
+    commands = _commands(tmp_path)
+    assert (commands[:, 1] == 7).all()
+    steps = np.diff(commands[:, 2])
+    assert (steps <= 0).all()
+    assert (steps >= -2.0 / 100 - 1e-6).all()  # its acceleration, read_hz times a second
+
+
+def test_at_the_end_it_stands(rover: Make, tmp_path: Path) -> None:
+    with rover() as robot:
+        robot.connect()
+        robot.send_action(np.array([7, 0.2], np.float32))
+    assert _commands(tmp_path)[-1, 2] == 0
+
+
+def test_what_was_heard_before_is_not_taken_for_new(rover: Make, tmp_path: Path) -> None:
+    with rover() as robot:
+        robot.connect()
+        (tmp_path / "log.silent").touch()
+        lost: list[SensorLost] = []
+
+        def silent() -> bool:
+            try:
+                robot.get_joints()
+            except SensorLost as error:
+                lost.append(error)
+            return bool(lost)
+
+        until(silent)
+        assert "joints: nothing new for" in str(lost[0])
+
+
+def _is_lost(robot: LeRobotRobot) -> bool:
+    try:
+        robot.get_joints()
+    except RobotLost:
+        return True
+    return False
+
+
+def _runs(pid: int) -> bool:
+    try:
+        os.kill(pid, 0)
+    except ProcessLookupError:
+        return False
+    return Path(f"/proc/{pid}/stat").read_text().split()[2] != "Z"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 from dataclasses import dataclass
 
 import numpy as np
@@ -15,6 +16,9 @@ class ArmFollowerConfig(RobotConfig):
     port: str
     id: str | None = None
     fault: str = ""
+
+    def make(self) -> ArmFollower:
+        return ArmFollower(self)
 
 
 class ArmFollower:
@@ -41,11 +45,18 @@ class ArmFollower:
     def connect(self, calibrate: bool = True) -> None:
         if self.config.port == "/dev/nothing":
             raise ConnectionError("no such port")
+        if self.config.fault == "asks":
+            input("Press ENTER to use the calibration file: ")
+        if self.config.fault == "hangs":
+            print("Switch the arm on and I shall go on")  # noqa: T201
+            threading.Event().wait()
         self.is_connected = True
 
     def get_observation(self) -> dict:
         if self.config.fault == "bus":
             raise ConnectionError("no answer from motor 3")
+        if self.config.fault == "prints":
+            print('{"error": "not an answer of ours"}')  # noqa: T201
         self._count += 1
         ramp = np.arange(24 * 32 * 3, dtype=np.uint32).reshape(24, 32, 3) + self._count
         front = ramp.astype(np.uint8)
