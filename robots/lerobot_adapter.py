@@ -29,8 +29,8 @@ from robots.limits import Limits
 from robots.processes import Child
 from robots.twin_board import REFUSED_SINCE
 
-IMPORT_TIMEOUT_S = 60.0
-"""For LeRobot to be imported, which brings torch."""
+IMPORT_TIMEOUT_S = 180.0
+"""For LeRobot to be imported, which brings torch: seconds, minutes on a machine under load."""
 LET_GO_WITHIN_S = 10.0
 """For the owner to see that nobody commands any more, and to bring what moves to rest."""
 
@@ -185,7 +185,7 @@ def describe(config: LeRobotConfig, source: str) -> str:
         with Child(
             "robots.lerobot_owner",
             ["--describe", "--config", config.to_json()],
-            start_within_s=2 * IMPORT_TIMEOUT_S,
+            start_within_s=IMPORT_TIMEOUT_S + 10.0,
             name=f"{source}: lerobot:{config.type}",
         ) as child:
             return json.dumps(child.said["description"])

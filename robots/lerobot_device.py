@@ -19,6 +19,7 @@ import numbers
 import pkgutil
 import time
 from collections.abc import Callable, Iterator, Mapping
+from difflib import SequenceMatcher
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -316,7 +317,7 @@ def make_lerobot(kind: str, arguments: Mapping[str, Any]) -> Any:
             f"the package lerobot cannot be imported ({type(error).__name__}: {error}): pip "
             "install lerobot, with the extra that the robot needs"
         ) from error
-    missing = _import_until(lambda: kind in base.get_known_choices(), package)
+    missing = _import_until(lambda: kind in base.get_known_choices(), package, kind)
     choices: Mapping[str, Any] = base.get_known_choices()
     if kind not in choices:
         raise ConfigError(
@@ -349,11 +350,15 @@ def _configs(config: Any) -> Iterator[Any]:
     yield from inner or [config]
 
 
-def _import_until(known: Callable[[], bool], package: Any) -> dict[str, str]:
-    """Import LeRobot's robots, and the kinds of cameras, until ``known``; what failed and why."""
+def _import_until(known: Callable[[], bool], package: Any, kind: str) -> dict[str, str]:
+    """Import LeRobot's robots, and the kinds of cameras, until ``known``; what failed and why.
+
+    Those whose names are like ``kind`` come first.
+    """
     failed = {}
     cameras = ("lerobot.cameras.opencv", "lerobot.cameras.realsense")
     robots = [f"lerobot.robots.{module.name}" for module in pkgutil.iter_modules(package.__path__)]
+    robots.sort(key=lambda name: -SequenceMatcher(None, kind, name).ratio())
     plugins = [m.name for m in pkgutil.iter_modules() if m.name.startswith("lerobot_robot_")]
     for name in (*cameras, *robots, *plugins):
         if name in robots + plugins and known():

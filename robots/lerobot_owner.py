@@ -42,6 +42,7 @@ LEAVE_WITHIN_S = 8.0
 """After the parent's end, for whoever still commands to bring the robot to rest and to go."""
 FRAME_WITHIN_MS = 200
 AFTER_FAILURE_S = 0.05
+SAY_AFTER_S = 5.0
 
 
 class CameraReader(threading.Thread):
@@ -231,9 +232,20 @@ def _watch_parent(owner: Owner, input_fd: int) -> None:
     os._exit(0)
 
 
+def _imported(config: LeRobotConfig, isolation: Isolation) -> LeRobotDevice:
+    """LeRobot's robot, not connected; a person who waits for it is told what for."""
+    waiting = threading.Timer(SAY_AFTER_S, os.write, (2, b"importing LeRobot ...\n"))
+    waiting.daemon = True
+    waiting.start()
+    try:
+        with isolation.deadline(IMPORT_TIMEOUT_S, "importing LeRobot"):
+            return LeRobotDevice(config)
+    finally:
+        waiting.cancel()
+
+
 def _own(config: LeRobotConfig, isolation: Isolation) -> None:
-    with isolation.deadline(IMPORT_TIMEOUT_S, "importing LeRobot"):
-        device = LeRobotDevice(config)
+    device = _imported(config, isolation)
     what = f"LeRobot's connect() of {config.type}"
     todo = f"check its power and cables, and run {config.calibrate_command} first if it asks"
     with isolation.deadline(
@@ -254,8 +266,7 @@ def _own(config: LeRobotConfig, isolation: Isolation) -> None:
 def _work(config: LeRobotConfig, isolation: Isolation, *, only_describe: bool) -> None:
     try:
         if only_describe:
-            with isolation.deadline(IMPORT_TIMEOUT_S, "importing LeRobot"):
-                description = LeRobotDevice(config).description
+            description = _imported(config, isolation).description
             say(description=dataclasses.asdict(description))
         else:
             _own(config, isolation)
