@@ -20,7 +20,13 @@ import numpy as np
 from numpy.typing import NDArray
 
 from policies.types import CtrlSpace, CtrlType, MetaObs
-from robots.errors import ContractViolated, NotConnected, RobotError, UnsafeCommand
+from robots.errors import (
+    ContractViolated,
+    NotConnected,
+    RobotError,
+    SensorLost,
+    UnsafeCommand,
+)
 from robots.limits import Limits
 from robots.picture_watch import PictureWatch
 
@@ -42,6 +48,7 @@ class Role(StrEnum):
 
 ANGLES: Mapping[str, float] = {"rad": 1.0, "deg": math.pi / 180}
 """Units that are angles, in rad."""
+ANGLES_MISSPELT = ("degree", "degrees", "°", "radian", "radians", "rads", "degs")
 
 
 class ActionKind(StrEnum):
@@ -156,6 +163,11 @@ class RobotContract:
             if len(set(names)) != len(names):
                 raise ContractViolated(f"{what}: got {list(names)}, expected different names")
         for spec in self.actions:
+            if spec.unit not in ANGLES and spec.unit.lower() in (*ANGLES, *ANGLES_MISSPELT):
+                raise ContractViolated(
+                    f"action {spec.name!r}: unit: got {spec.unit!r}, expected one of "
+                    f"{list(ANGLES)} for an angle"
+                )
             if spec.kind.holds_position and spec.name not in self.joint_names:
                 raise ContractViolated(
                     f"action {spec.name!r} ({spec.kind}): got no such joint among "
@@ -305,6 +317,11 @@ class Robot(ABC):
         if self._role not in (Role.SENSING, Role.BOTH) or self._picture_watch is None:
             raise self._refusal("get_cameras", "sensing or both")
         cameras = self._get_cameras()
+        if missing := [name for name in self.contract.cameras if name not in cameras]:
+            raise SensorLost(
+                f"{self.name}: got no picture of {missing}, expected all of "
+                f"{list(self.contract.cameras)}"
+            )
         self._picture_watch.check(self.name, cameras)
         return cameras
 

@@ -63,13 +63,16 @@ class PictureWatch:
             came = sample.received_ns != shown.received_ns
             if came and (self._repeats or not _same(sample.image, shown.image)):
                 shown.changed_ns = sample.received_ns
+            shown_before = shown.image
             shown.image, shown.received_ns = sample.image, sample.received_ns
             quiet_ns = now_ns - shown.changed_ns
             if quiet_ns > self._timeout_ns:
+                what = "the same picture" if came else "no new picture"
+                if came and sample.image is shown_before:
+                    what += " in the same array: the driver has to hand out new ones;"
                 raise SensorLost(
-                    f"{robot}: camera {name}: {'the same picture' if came else 'no new picture'} "
-                    f"for {quiet_ns / 1e9:.2f} s, expected another within "
-                    f"{self._timeout_ns / 1e9:g} s"
+                    f"{robot}: camera {name}: {what} for {quiet_ns / 1e9:.2f} s, expected another "
+                    f"within {self._timeout_ns / 1e9:g} s"
                 )
 
 

@@ -11,6 +11,9 @@ from robots.base import ActionKind, Robot
 from runtime.errors import RuntimeFault
 from runtime.mission import Body, Mission
 
+LONGEST_STOP_ALONE_S = 2.0
+"""How long a base may drive on after everybody who commands it has died."""
+
 
 class Unfit(RuntimeFault):
     """The policy is not for this robot, or not at this rate; says what, got and expected."""
@@ -31,9 +34,9 @@ def check_fit(mission: Mission, robot: Robot) -> None:
             f"control: the policy commands {control}, {robot.name} takes "
             f"{(body.ctrl_space, body.ctrl_type)}"
         )
-    if not mission.same_joints:
-        _check_names(policy, robot)
+    _check_names(policy, robot, same_joints=mission.same_joints)
     _check_actions(robot)
+    _check_start(robot)
     _check_cameras(policy, robot)
     if policy.first_action_offset:
         raise Unfit(
@@ -41,14 +44,7 @@ def check_fit(mission: Mission, robot: Robot) -> None:
             "with the first observation's own tick"
         )
     _check_rates(mission, robot)
-    pose = robot.start_pose
-    if pose is not None and (outside := robot.limits.violations(pose)):
-        joint = outside[0]
-        raise Unfit(
-            f"start pose: joint {joint} ({body.action_names[joint]}): got {pose[joint]:g} "
-            f"{body.actions[joint].unit}, expected {robot.limits.position_lower[joint]:g} to "
-            f"{robot.limits.position_upper[joint]:g}"
-        )
+    _check_stopping_alone(mission, robot)
     mission.make_pilot(Body.of(robot))
 
 
@@ -57,23 +53,30 @@ def _equal(name: str, policy: int, robots: int, robot: Robot) -> None:
         raise Unfit(f"{name}: the policy has {policy}, {robot.name} has {robots}")
 
 
-def _check_names(policy: PolicyContract, robot: Robot) -> None:
-    """Where both sides say what their numbers are called, they have to say the same."""
+def _check_names(policy: PolicyContract, robot: Robot, *, same_joints: bool) -> None:
+    """Where both sides say what their numbers are called, they have to say the same.
+
+    ``same_joints`` is a person's word that other names mean the same joints; it says nothing of
+    names that both sides have in different places.
+    """
     for what, policys, robots in (
         ("state", policy.state_names, robot.contract.joint_names),
         ("action", policy.action_names, robot.contract.action_names),
     ):
         if not policys or policys == robots:
             continue
-        if sorted(policys) == sorted(robots):
+        moved = [name for name in policys if name in robots]
+        moved = [name for name in moved if policys.index(name) != robots.index(name)]
+        if moved:
             raise Unfit(
                 f"{what}_names: the policy's order is {list(policys)}, {robot.name}'s is "
                 f"{list(robots)}: one joint would be taken for another"
             )
-        raise Unfit(
-            f"{what}_names: the policy has {list(policys)}, {robot.name} has {list(robots)}; where "
-            "they are the same joints under other names, --same_joints says so"
-        )
+        if not same_joints:
+            raise Unfit(
+                f"{what}_names: the policy has {list(policys)}, {robot.name} has {list(robots)}; "
+                "where they are the same joints under other names, --same_joints says so"
+            )
 
 
 def _check_actions(robot: Robot) -> None:
@@ -86,13 +89,43 @@ def _check_actions(robot: Robot) -> None:
             "stops by itself when commands stay away, expected stops_alone_after_s: if all "
             "processes here died, it would drive on"
         )
-    pose = robot.start_pose
-    for index, spec in enumerate(contract.actions):
-        if pose is not None and not spec.kind.holds_position and pose[index] != 0:
+
+
+def _check_start(robot: Robot) -> None:
+    """Where a rollout begins, and how fast the robot may go there."""
+    contract, limits = robot.contract, robot.limits
+    for what, given in (("start pose", robot.start_pose), ("start velocity", robot.start_velocity)):
+        if given is None:
+            continue
+        if np.shape(given) != (contract.action_dim,):
             raise Unfit(
-                f"start pose: {spec.name} ({spec.kind}): got {pose[index]:g} {spec.unit}, expected "
-                "0: it is where the robot rests"
+                f"{what}: got shape {np.shape(given)}, expected ({contract.action_dim},), one "
+                f"number for each of {list(contract.action_names)}"
             )
+        for spec, value, lower, upper in zip(
+            contract.actions, given, limits.position_lower, limits.position_upper, strict=True
+        ):
+            if what == "start velocity":
+                right, expected = not spec.kind.holds_position or value > 0, "more than 0"
+            elif spec.kind.holds_position:
+                right, expected = lower <= value <= upper, f"{lower:g} to {upper:g}"
+            else:
+                right, expected = value == 0, "0: it is where the robot rests"
+            if not (right and np.isfinite(value)):
+                raise Unfit(
+                    f"{what}: {spec.name} ({spec.kind}): got {value:g} {spec.unit}, expected "
+                    f"{expected}"
+                )
+
+
+def _check_stopping_alone(mission: Mission, robot: Robot) -> None:
+    """Soon enough to be a stop, late enough not to come between two commands."""
+    stops_s, shortest_s = robot.contract.stops_alone_after_s, 2 * mission.period_s
+    if stops_s is not None and not shortest_s <= stops_s <= LONGEST_STOP_ALONE_S:
+        raise Unfit(
+            f"stops_alone_after_s: got {stops_s:g} s, expected {shortest_s:g} (two commands at "
+            f"this rate) to {LONGEST_STOP_ALONE_S:g} s"
+        )
 
 
 def _check_cameras(policy: PolicyContract, robot: Robot) -> None:
@@ -129,6 +162,12 @@ def _check_rates(mission: Mission, robot: Robot) -> None:
             raise Unfit(f"{name}: got {value}, expected a positive number")
     if mission.max_timesteps < 1:
         raise Unfit(f"max_timesteps: got {mission.max_timesteps}, expected at least 1")
+    if 1 / mission.sensing_rate >= mission.max_sensing_age_s:
+        raise Unfit(
+            f"--sensing_rate: got {mission.sensing_rate:g} Hz, a picture every "
+            f"{1 / mission.sensing_rate:g} s, expected more often than --max_sensing_age_s = "
+            f"{mission.max_sensing_age_s:g} s"
+        )
     # Without limits a stop would have no bound.
     unlimited = ~np.isfinite(robot.limits.velocity) | ~np.isfinite(robot.limits.acceleration)
     if unlimited.any():

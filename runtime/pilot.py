@@ -226,10 +226,10 @@ class Pilot:
         self._to[:] = pose
         self._from[self._by_velocity] = self._to[self._by_velocity] = 0.0
         way = np.abs(self._to - self._from)
-        with np.errstate(divide="ignore"):
+        with np.errstate(divide="ignore", invalid="ignore"):
             by_speed = 1.5 * way / self._start_velocity
             by_force = np.sqrt(6.0 * way / self.stream.limiter.limits.acceleration)
-        seconds = float(np.maximum(by_speed, by_force).max())
+        seconds = float(np.where(way > 0, np.maximum(by_speed, by_force), 0.0).max())
         self._span = math.ceil(seconds / self.stream.period_s)
         self._step = 0
         if self._span:

@@ -33,7 +33,7 @@ from runtime.mailbox import Signal
 from runtime.mission import Body, Mission
 from runtime.results import write_arrays, write_whole
 
-FORMAT = 2
+FORMAT = 3
 
 Columns = Mapping[str, NDArray[Any]]
 
@@ -89,7 +89,9 @@ class Recording:
         """
         facts = json.loads(stem.with_suffix(".json").read_text(encoding="utf-8"))
         if facts.pop("format", None) != FORMAT:
-            raise ValueError(f"{stem}.json: not a recording of format {FORMAT}")
+            raise ValueError(
+                f"{stem}.json: not a recording of format {FORMAT}, but another version's"
+            )
         mission = Mission(**facts.pop("mission"))
         body = Body.from_dict(facts.pop("body"))
         with np.load(stem.with_suffix(".npz"), allow_pickle=False) as arrays:

@@ -25,6 +25,7 @@ from policies.errors import ContractMismatch, PolicyError
 from policies.types import MetaObs
 from robots.base import CameraSample, JointSample, Robot, Role
 from robots.errors import RobotError
+from robots.processes import die_with_parent
 from runtime import trace
 from runtime.client import PolicyClient
 from runtime.crew import ParentPipe, child_main, say
@@ -337,6 +338,7 @@ class Sensing:
 
 
 def _work(mission: Mission, mailbox: Mailbox, parent: ParentPipe) -> int:
+    die_with_parent(os.getppid())  # a camera's code that hangs would not let it see the end
     logging.basicConfig(level=logging.WARNING, format="%(levelname)s %(name)s: %(message)s")
     robot = mission.make_robot()
     with (

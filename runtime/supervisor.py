@@ -10,7 +10,7 @@ from dataclasses import replace
 from typing import Any
 
 from robots.base import Robot
-from runtime.crew import Member, MemberFailed
+from runtime.crew import SAY_EVERY_S, Member, MemberFailed
 from runtime.mailbox import (
     MOVING,
     Mailbox,
@@ -27,6 +27,8 @@ from runtime.recording import Recorder
 logger = logging.getLogger(__name__)
 
 READY_WITHIN_S = 60.0
+HANGS_AFTER_S = 2.0
+"""Beyond the age at which control stops the arm; then a sensing process is not waited for."""
 STOP_WITHIN_S = 10.0
 """For the arm to come to rest before the processes are killed: far more than any limit implies."""
 
@@ -152,12 +154,21 @@ class Supervisor:
         self._orders += 1
         self._mailbox.order.store(encode_order(self._orders, order, argument))
 
-    def wait_for(self, condition: Callable[[], bool], timeout_s: float) -> bool:
-        """Poll until ``condition``; whether it came true in time."""
-        deadline_s = time.monotonic() + timeout_s
+    def wait_for(self, condition: Callable[[], bool], timeout_s: float, what: str = "") -> bool:
+        """Poll until ``condition``; whether it came true in time.
+
+        Args:
+            what: Is said every few seconds to be waited for.
+        """
+        began_s = time.monotonic()
+        say_s = began_s + SAY_EVERY_S
         while not condition():
-            if time.monotonic() > deadline_s:
+            now_s = time.monotonic()
+            if now_s - began_s > timeout_s:
                 return False
+            if what and now_s > say_s:
+                say_s += SAY_EVERY_S
+                self._tell(f"waiting for {what}, {now_s - began_s:.0f} s so far")
             self.poll()
             time.sleep(0.005)
         self.poll()
@@ -182,10 +193,10 @@ class Supervisor:
         if address is not None and address != self.mission.address:
             self.mission = replace(self.mission, address=address)
             self._end_sensing()
-        if self._sensing is None or not self._sensing.alive:
+        if self._sensing is None or not self._sensing.alive or self._sensing_hangs():
             self._end_sensing()
             self._start_sensing()
-        if not self.wait_for(self._connected, READY_WITHIN_S):
+        if not self.wait_for(self._connected, READY_WITHIN_S, "the server"):
             raise MemberFailed(f"the server is still lost: {self.lost}")
 
     def _connected(self) -> bool:
@@ -227,23 +238,28 @@ class Supervisor:
         obeyed = int(self._progress.values["obeyed"])
         control.tell("go")
         self._orders = max(self._orders, obeyed)
-        alive = self.wait_for(self._commands_flow, READY_WITHIN_S)
-        if not alive:
+        commands = self.wait_for(
+            lambda: not control.alive or self._progress.refresh(),
+            READY_WITHIN_S,
+            "the control process to command",
+        )
+        if not (commands and control.alive):
             raise MemberFailed(f"the control process does not command ({control.status})")
-
-    def _commands_flow(self) -> bool:
-        """Whether the control process has published since it was told to go."""
-        if self._control is not None and not self._control.alive:
-            return False
-        return self._progress.refresh()
 
     def _start_sensing(self) -> None:
         self._sensing = Member("sensing", self.mission, self._fd)
         self.setting = self._sensing.wait_ready(READY_WITHIN_S, self._tell)
         self.lost = ""
 
+    def _sensing_hangs(self) -> bool:
+        """Whether the sensing process has given no sign of life for so long that none will come."""
+        silent_s = (time.monotonic_ns() - self.senses()["beat_ns"]) / 1e9
+        return bool(silent_s > self.mission.max_sensing_age_s + HANGS_AFTER_S)
+
     def _end_sensing(self) -> None:
         if self._sensing is not None:
+            if self._sensing_hangs():
+                self._sensing.process.kill()
             self._sensing.close(STOP_WITHIN_S)
             self._sensing = None
 
@@ -257,7 +273,11 @@ class Supervisor:
             return []
         self._saved.clear()
         self._sensing.tell(f"save {stem}")
-        self.wait_for(lambda: bool(self._saved) or "sensing" in self.dead, timeout_s)
+        self.wait_for(
+            lambda: bool(self._saved) or "sensing" in self.dead or self._sensing_hangs(),
+            timeout_s,
+            "the videos",
+        )
         if problem := self._saved.get("problem"):
             self._tell(problem)
         return list(self._saved.get("paths", ()))
@@ -270,6 +290,8 @@ class Supervisor:
         self.order(Order.QUIT)
         if self._control is not None and self._control.alive:
             self.wait_for(lambda: not (self._control and self._control.alive), STOP_WITHIN_S)
+        if self._sensing is not None and self._sensing_hangs():
+            self._sensing.process.kill()
         for member in (self._sensing, self._control, self._guardian):
             if member is not None:
                 member.close(STOP_WITHIN_S)

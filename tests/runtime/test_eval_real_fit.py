@@ -18,7 +18,7 @@ from robots.base import (
     RobotContract,
     Role,
 )
-from robots.errors import ContractViolated
+from robots.errors import ContractViolated, SensorLost
 from robots.limits import Limits
 from runtime.fitting import Unfit, check_fit
 from runtime.mission import Mission
@@ -36,10 +36,15 @@ class Statue(Robot):
     """Says what it is and does nothing."""
 
     start: np.ndarray | None = None
+    speed: np.ndarray | None = None
 
     @property
     def start_pose(self) -> np.ndarray | None:
         return self.start
+
+    @property
+    def start_velocity(self) -> np.ndarray | None:
+        return self.speed
 
     def _connect(self, role: Role, timeout_s: float) -> None: ...
     def _disconnect(self) -> None: ...
@@ -56,10 +61,16 @@ class Statue(Robot):
 
 
 def fit(
-    contract: RobotContract = ARM, *, start: Any = None, mission: Any = None, **policy: Any
+    contract: RobotContract = ARM,
+    *,
+    start: Any = None,
+    speed: Any = None,
+    mission: Any = None,
+    **policy: Any,
 ) -> None:
     robot = Statue("statue", contract, LIMITS)
     robot.start = None if start is None else np.array(start, np.float32)
+    robot.speed = None if speed is None else np.array(speed, np.float64)
     made = Mission(
         "statue",
         {},
@@ -88,6 +99,57 @@ def test_other_joints_are_noticed_unless_a_person_says_that_they_are_the_same() 
     with pytest.raises(Unfit, match=r"state_names: the policy has .*statue has .*--same_joints"):
         fit(state_names=other)
     fit(state_names=other, mission={"same_joints": True})
+
+
+@pytest.mark.parametrize("names", [("elbow", "shoulder", "x.vel"), ("base", "shoulder", "x.vel")])
+def test_a_persons_word_does_not_move_joints(names: tuple[str, ...]) -> None:
+    with pytest.raises(Unfit, match="one joint would be taken for another"):
+        fit(action_names=names, mission={"same_joints": True})
+
+
+@pytest.mark.parametrize("stops_s", [np.inf, np.nan, -1.0, 0.0, 0.005, 3600.0])
+def test_a_base_has_to_stop_alone_soon_and_not_between_two_commands(stops_s: float) -> None:
+    with pytest.raises(Unfit, match=r"stops_alone_after_s: got \S+ s, expected 0.04 \(two comm"):
+        fit(dataclasses.replace(BASE, stops_alone_after_s=stops_s))
+
+
+@pytest.mark.parametrize(
+    ("given", "message"),
+    [
+        ({"speed": [0.5, 0, 0.5]}, r"start velocity: elbow \(position\): got 0 rad, expected more"),
+        ({"speed": [0.5, -1, 0.5]}, r"start velocity: elbow .*got -1 rad"),
+        ({"speed": [0.5, np.nan, 0.5]}, r"start velocity: elbow .*got nan rad"),
+        ({"speed": [0.5, 0.5]}, r"start velocity: got shape \(2,\), expected \(3,\)"),
+        ({"start": [0.5]}, r"start pose: got shape \(1,\), expected \(3,\)"),
+        ({"start": [0.5, 9, 0]}, r"start pose: elbow .*got 9 rad, expected -2 to 2"),
+        ({"start": [0.5, np.nan, 0]}, r"start pose: elbow .*got nan rad"),
+    ],
+)
+def test_a_start_that_cannot_be_is_refused(given: dict[str, Any], message: str) -> None:
+    with pytest.raises(Unfit, match=message):
+        fit(**given)
+
+
+def test_how_fast_a_base_approaches_is_not_asked() -> None:
+    fit(dataclasses.replace(BASE, stops_alone_after_s=0.5), start=[1, 1, 0], speed=[1, 1, 0])
+
+
+def test_pictures_rarer_than_they_may_be_old_are_refused() -> None:
+    with pytest.raises(Unfit, match=r"--sensing_rate: got 1 Hz.*--max_sensing_age_s = 0.5 s"):
+        fit(mission={"sensing_rate": 1.0})
+
+
+@pytest.mark.parametrize("unit", ["degrees", "Deg", "°", "radians", "RAD"])
+def test_an_angle_has_one_name(unit: str) -> None:
+    with pytest.raises(ContractViolated, match=r"action 'a': unit: got .* \['rad', 'deg'\] for an"):
+        RobotContract(("a",), (ActionSpec("a", unit=unit),), {})
+
+
+def test_a_camera_that_is_missing_among_the_pictures_is_lost() -> None:
+    robot = Statue("statue", dataclasses.replace(ARM, cameras={"top": (4, 4)}), LIMITS)
+    robot.connect()
+    with pytest.raises(SensorLost, match=r"statue: got no picture of \['top'\], expected all of"):
+        robot.get_cameras()
 
 
 def test_a_base_that_would_drive_on_is_refused() -> None:

@@ -6,10 +6,12 @@ import os
 import re
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
 
+SILENCE_S = 60.0
 ROOT = Path(__file__).resolve().parents[2]
 
 
@@ -37,7 +39,7 @@ args:
         [
             *(sys.executable, "eval_real.py", "-m", f"python:{policy}"),
             *("-c", str(robot), "--task", "fake", "--yes", "-o", str(tmp_path / "out"), "--near"),
-            *("9", "--max_timesteps", "20", *flags),
+            *("9", "--max_timesteps", "100", *flags),
         ],
         check=False,
         cwd=ROOT,
@@ -77,6 +79,24 @@ def test_a_driver_that_never_connects_is_given_up(tmp_path: Path) -> None:
     ), said
     assert "waiting for the control process to be ready" in said
     assert status == 2
+
+
+@pytest.mark.parametrize(
+    ("habit", "last", "expected"),
+    [
+        ("asks when it is commanded", "the control process does not command", 2),
+        ("its camera hangs", "the sensing process has been silent|the newest picture is", 1),
+    ],
+)
+def test_one_that_asks_or_hangs_later_is_not_waited_for(
+    tmp_path: Path, habit: str, last: str, expected: int
+) -> None:
+    began_s = time.monotonic()
+    status, said = evaluate(tmp_path, habit)
+    assert re.search(last, said.splitlines()[-1]), said
+    assert "Traceback" not in said
+    assert status == expected
+    assert time.monotonic() - began_s < SILENCE_S  # far below what any single wait may take
 
 
 def test_what_it_prints_disturbs_nobody(tmp_path: Path) -> None:

@@ -9,8 +9,10 @@ import threading
 from collections.abc import Mapping
 from typing import Any
 
+import numpy as np
+
 from policies.yaml_config import parse_config
-from robots.base import Robot, Role
+from robots.base import CameraSample, Robot, Role
 from robots.dummy import DummyConfig, DummyRobot
 
 
@@ -29,6 +31,18 @@ class VendorRobot(DummyRobot):
         elif self.habit == "prints":
             print('{"event": "ready"}', "is not for the parent")  # noqa: T201
         super()._connect(role, timeout_s)
+        self._looks = 0
+
+    def _send_action(self, action: np.ndarray) -> None:
+        if self.habit == "asks when it is commanded":
+            input("Is the area clear? ")
+        super()._send_action(action)
+
+    def _get_cameras(self) -> dict[str, CameraSample]:
+        self._looks += 1
+        if self.habit == "its camera hangs" and self._looks > 20:
+            threading.Event().wait()
+        return super()._get_cameras()
 
 
 def make(args: Mapping[str, Any], name: str, source: str, overrides: Mapping[str, str]) -> Robot:

@@ -241,8 +241,6 @@ def test_both_transports_carry_it(transport: str) -> None:
     [
         (ArraySpec("data" + USED, "int64", ()), ArraySpec("other", "uint8", (3,))),
         (ArraySpec("data", "uint8", (3,)), ArraySpec("data" + USED, "int64", ())),
-        (ArraySpec("data" + USED, "int64", (1,)), ArraySpec("data", "uint8", (3,))),
-        (ArraySpec("data" + USED, "int32", ()), ArraySpec("data", "uint8", (3,))),
         (ArraySpec("data" + USED, "int64", ()), ArraySpec("data", "uint8", (3, 1))),
         (ArraySpec("data" + USED, "int64", ()),),
     ],
