@@ -11,6 +11,7 @@ meanwhile, and its ``disconnect`` and its destructor leave the torque off by def
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import importlib
 import inspect
@@ -140,6 +141,10 @@ class LeRobotDevice:
 
     @staticmethod
     def _is_calibrated(part: Any) -> bool:
+        """As LeRobot has it, which gives up at the first packet that is lost."""
+        for _ in range(TRIES):
+            with contextlib.suppress(ConnectionError):
+                return bool(part.is_calibrated)
         return bool(part.is_calibrated)
 
     def _adopt(self, part: Any, buses: list[Any]) -> None:
