@@ -30,11 +30,11 @@ from robots.factory import make_robot
 for package in ("lerobot", "scservo_sdk", "dynamixel_sdk"):
     pytest.importorskip(package, reason=f"needs the package {package}")
 
-pytestmark = [pytest.mark.filterwarnings("default"), pytest.mark.timeout(900)]  # LeRobot is slow
+pytestmark = [pytest.mark.filterwarnings("default"), pytest.mark.timeout(1500)]  # LeRobot is slow
 RIG = Path(__file__).with_name("lerobot_rig")
 PATIENCE_S = 300.0
 REPEATS = range(20 if os.environ.get("METRONOME_SOAK") else 1)
-LOWEST, HIGHEST, MIDDLE = 700, 3394, 2047
+LOWEST, HIGHEST = 700, 3394
 ARM = ("shoulder_pan", "shoulder_lift", "elbow_flex", "wrist_flex", "wrist_roll", "gripper")
 BASE = ("base_left_wheel", "base_back_wheel", "base_right_wheel")
 CAMERA = "{front: {type: opencv, index_or_path: 0, width: 128, height: 96, fps: 30}}"
@@ -65,18 +65,22 @@ class Servos:
 
     def writes(self, name: str, since: int = 0) -> np.ndarray:
         """(N, 4): time, motor, value, where the motor was."""
-        lines = [json.loads(line) for line in self._log.read_text().splitlines()[since:]]
+        lines = [json.loads(line) for line in self._whole_lines()[since:]]
         rows = [[when, motor, value, at] for when, what, motor, value, at in lines if what == name]
         return np.array(rows).reshape(-1, 4)
 
     @property
     def count(self) -> int:
-        return len(self._log.read_text().splitlines())
+        return len(self._whole_lines())
+
+    def _whole_lines(self) -> list[str]:
+        return self._log.read_text().rpartition("\n")[0].splitlines()
 
     def is_swinging(self, since: int) -> bool:
         goals = self.writes("goal", since)
         first = goals[goals[:, 1] == 1, 2]
-        return len(first) > 20 and abs(int(first[-1]) - MIDDLE) > 100
+        # Whoever holds an arm commands the same on and on.
+        return len(first) > 20 and bool(np.ptp(first[-10:]) > 20)
 
     def close(self) -> None:
         self.process.kill()
@@ -181,15 +185,13 @@ def test_killed_in_mid_motion_the_torque_is_never_off(
             since = motors.count
             until(lambda s=since: motors.is_swinging(s))
             os.kill(program.child("runtime.control"), signal.SIGKILL)
-            program.expect("at rest after a fault", PATIENCE_S)
             program.expect("stopped: ", PATIENCE_S)
             program.press("r")
         since = motors.count
         until(lambda s=since: motors.is_swinging(s))
         os.kill(program.child("robots.lerobot_owner"), signal.SIGKILL)
-        program.expect("stopped: ", PATIENCE_S)
-        program.press("q")
-        program.wait()
+        program.expect("neither the control process nor its guardian reach", PATIENCE_S)
+        assert program.wait() == 1
     _never_off(motors, begun)
     begun = motors.count
     with evaluate(config, "swing", tmp_path, "--max_timesteps", "30") as program:
@@ -281,12 +283,19 @@ def kiwi(servos, tmp_path: Path) -> Iterator[tuple[Servos, Path]]:
     motors = servos("feetech")
     calibration(tmp_path / "calibration", (*(f"arm_{name}" for name in ARM), *BASE))
     commands, observations = free_port(), free_port()
-    with Program(
-        "-m", "lerobot.robots.lekiwi.lekiwi_host", f"--robot.port={motors.port}", "--robot.id=rig",
-        f"--robot.calibration_dir={tmp_path / 'calibration'}", f"--robot.cameras={CAMERA}",
-        "--host.connection_time_s=3600", f"--host.port_zmq_cmd={commands}",
-        f"--host.port_zmq_observations={observations}",
-    ):  # fmt: skip
+    command = [
+        *("nice", "-n", "-10"),  # it is a computer of its own
+        sys.executable, "-m", "lerobot.robots.lekiwi.lekiwi_host", f"--robot.port={motors.port}",
+        "--robot.id=rig", f"--robot.calibration_dir={tmp_path / 'calibration'}",
+        f"--robot.cameras={CAMERA}", "--host.connection_time_s=3600",
+        f"--host.port_zmq_cmd={commands}", f"--host.port_zmq_observations={observations}",
+    ]  # fmt: skip
+    # It says 30 times a second that it hears nothing: a pipe that nobody reads would stop it.
+    with (tmp_path / "host.log").open("w") as log:
+        host = subprocess.Popen(
+            command, env=rig.ENVIRONMENT, stdin=subprocess.DEVNULL, stdout=log, stderr=log
+        )
+    try:
         until(lambda: len(motors.writes("torque")) >= 18)
         yield (
             motors,
@@ -297,6 +306,9 @@ def kiwi(servos, tmp_path: Path) -> Iterator[tuple[Servos, Path]]:
                 f"port_zmq_observations: {observations}, polling_timeout_ms: 5",
             ),
         )
+    finally:
+        host.kill()
+        host.wait()
 
 
 def speeds_of(motors: Servos, since: int = 0) -> np.ndarray:

@@ -10,12 +10,15 @@ vendors' published protocols and control tables.
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import pty
+import queue
 import select
 import signal
 import sys
+import threading
 import time
 import tty
 from collections.abc import Iterator
@@ -166,7 +169,8 @@ class Bus:
     def __init__(self, kind: type[Feetech] | type[Dynamixel], log: str) -> None:
         self._kind = kind
         self._motors = {ident: Motor(kind, ident) for ident in kind.ids}
-        self._log = Path(log).open("a", buffering=1)  # noqa: SIM115 (as long as the process)
+        self._lines: queue.SimpleQueue[str] = queue.SimpleQueue()
+        threading.Thread(target=self._write_down, args=(log,), daemon=True).start()
         self._master, other = pty.openpty()
         tty.setraw(self._master)
         tty.setraw(other)
@@ -224,11 +228,19 @@ class Bus:
         if (name := self._names.get(address)) is not None:
             value = int.from_bytes(data, "little")
             line = [time.monotonic(), name, ident, value, round(motor.at)]
-            self._log.write(json.dumps(line) + "\n")
+            self._lines.put(json.dumps(line) + "\n")
+
+    def _write_down(self, log: str) -> None:
+        """In a thread: a disk may take its time, a servo may not."""
+        with Path(log).open("a", buffering=1) as file:
+            while True:
+                file.write(self._lines.get())
 
 
 def main() -> None:
     signal.signal(signal.SIGINT, signal.SIG_IGN)
+    with contextlib.suppress(PermissionError):
+        os.nice(-15)  # real servos answer within a millisecond, whatever the machine does
     bus = Bus({"feetech": Feetech, "dynamixel": Dynamixel}[sys.argv[1]], sys.argv[2])
     sys.stdout.write(bus.port + "\n")
     sys.stdout.flush()
