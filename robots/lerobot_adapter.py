@@ -14,7 +14,7 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import json
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -22,15 +22,22 @@ from numpy.typing import NDArray
 
 from policies.yaml_config import parse_config
 from robots.attached import AttachedRobot
-from robots.base import RobotContract, Role
+from robots.base import ActionKind, ActionSpec, RobotContract, Role
 from robots.errors import ConfigError, RobotError, RobotLost
-from robots.lerobot_config import STOPS_ALONE_S, Description, LeRobotConfig, action_specs
+from robots.lerobot_config import (
+    STOPS_ALONE_S,
+    UNCOMMANDED_S,
+    Description,
+    LeRobotConfig,
+    action_specs,
+)
 from robots.limits import Limits
 from robots.processes import Child
 from robots.twin_board import REFUSED_SINCE
 
 IMPORT_TIMEOUT_S = 180.0
 """For LeRobot to be imported, which brings torch: seconds, minutes on a machine under load."""
+WHY_WITHIN_S = 0.02
 LET_GO_WITHIN_S = 10.0
 """For the owner to see that nobody commands any more, and to bring what moves to rest."""
 
@@ -76,7 +83,8 @@ class LeRobotRobot(AttachedRobot):
                 ours: said.pictures[theirs]
                 for ours, theirs in chosen_cameras(config, said, source).items()
             },
-            control_hz=(1.0, config.max_hz),
+            # The owner brakes what it takes for uncommanded.
+            control_hz=(2 / UNCOMMANDED_S if _has_speeds(specs) else 1.0, config.max_hz),
             stops_alone_after_s=(
                 STOPS_ALONE_S.get(config.type) if stops_alone_s is None else stops_alone_s
             ),
@@ -163,7 +171,9 @@ class LeRobotRobot(AttachedRobot):
 
     def _why_silent(self, name: str) -> str:
         with contextlib.suppress(RobotError):
-            if why := self._call("why", what=name).get("why"):
+            # Control asks from within its loop, perhaps because the owner is held up.
+            answer = self._connected()[0].call("why", timeout_s=WHY_WITHIN_S, what=name)
+            if why := answer.get("why"):
                 return f" ({why})"
         return ""
 
@@ -173,6 +183,10 @@ class LeRobotRobot(AttachedRobot):
             self._own.close(LET_GO_WITHIN_S)
             self._own = None
             self.config = dataclasses.replace(self.config, address=None)
+
+
+def _has_speeds(specs: Sequence[ActionSpec]) -> bool:
+    return any(spec.kind is ActionKind.VELOCITY for spec in specs)
 
 
 def describe(config: LeRobotConfig, source: str) -> str:

@@ -16,6 +16,8 @@ from robots.errors import ConfigError
 STOPS_ALONE_S: Mapping[str, float] = {"lekiwi_client": 0.5}
 """By LeRobot's type: when the device's own watchdog stops it. LeKiwi's host does (its
 ``watchdog_timeout_ms``); the same robot on its bus does not."""
+UNCOMMANDED_S = 0.25
+"""Without a command for so long, the owner brings what moves by itself to rest."""
 KINDS: Mapping[str, ActionKind] = {
     "pos": ActionKind.POSITION,
     "q": ActionKind.POSITION,

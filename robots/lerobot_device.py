@@ -37,6 +37,8 @@ TRIES = 3
 """Of a register, on a bus where packets get lost."""
 FIRST_WITHIN_S = 1.0
 """For the first whole observation, once LeRobot is connected."""
+FAILURES = (Exception, SystemExit, KeyboardInterrupt)
+"""What LeRobot's code and plug-ins end a call with; none of it may end the owner in motion."""
 LET_GO = "disable_torque_on_disconnect"
 
 
@@ -245,10 +247,10 @@ class LeRobotDevice:
         asked_ns = time.monotonic_ns()
         try:
             got: Mapping[str, Any] = self._robot.get_observation()
-        except Exception as error:
+            values = dict(got)
+        except FAILURES as error:
             raise SensorLost(f"{type(error).__name__}: {error}") from error
         # A client of a robot elsewhere answers what it had when nothing came.
-        values = dict(got)
         if got is self._answered and all(
             value is self._before.get(key) for key, value in values.items()
         ):
@@ -256,7 +258,11 @@ class LeRobotDevice:
         missing = [name for name in self.description.states if name not in values]
         if missing:
             raise ContractViolated(f"got {sorted(values)}, expected {missing} too")
-        position = np.array([float(values[key]) for key in self.description.states], np.float32)
+        try:
+            numbers = [float(values[key]) for key in self.description.states]
+        except (TypeError, ValueError) as error:
+            raise ContractViolated(f"got a state that is no number: {error}") from error
+        position = np.array(numbers, np.float32)
         if not np.isfinite(position).all():
             raise ContractViolated(f"got {position.tolist()}, expected finite numbers")
         self._answered, self._before = got, values
@@ -298,7 +304,7 @@ class LeRobotDevice:
             return  # the bus is closed by the end of this process, which tells the motors nothing
         try:
             self._robot.disconnect()
-        except Exception:
+        except FAILURES:
             logger.exception("LeRobot's disconnect failed")
 
 

@@ -19,25 +19,25 @@ import socket
 import sys
 import threading
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
-from robots.base import ActionKind
+from robots.base import ActionKind, ActionSpec
+from robots.delivery import Delivery
 from robots.errors import ConfigError, ConnectFailed, RobotError, SensorLost
 from robots.lerobot_adapter import IMPORT_TIMEOUT_S, chosen_cameras
-from robots.lerobot_config import LeRobotConfig, action_specs
-from robots.lerobot_device import LeRobotDevice, Observation
+from robots.lerobot_config import UNCOMMANDED_S, Description, LeRobotConfig, action_specs
+from robots.lerobot_device import FAILURES, LeRobotDevice, Observation
+from robots.limits import Limits
 from robots.link_server import LinkServer
 from robots.processes import Isolation, isolate, say
 from robots.twin_board import REFUSED_SINCE, Board, Stream
 
 logger = logging.getLogger(__name__)
 
-UNCOMMANDED_S = 0.25
-"""Without a command for so long, what moves by itself is brought to rest."""
 LEAVE_WITHIN_S = 8.0
 """After the parent's end, for whoever still commands to bring the robot to rest and to go."""
 FRAME_WITHIN_MS = 200
@@ -88,6 +88,17 @@ def show(stream: Stream, picture: NDArray[np.uint8], stamp_ns: int) -> None:
     stream.publish(slot)
 
 
+def _at_rest(
+    said: Description, specs: Sequence[ActionSpec], first: Observation
+) -> NDArray[np.float32]:
+    """(A,) the command that keeps the robot where it was seen first."""
+    command = np.zeros(len(specs), np.float32)
+    for index, spec in enumerate(specs):
+        if spec.kind.holds_position and first.position is not None:
+            command[index] = first.position[said.states.index(spec.name)]
+    return command
+
+
 class Owner:
     """Serves connections, keeps the board up to date, and passes commands on.
 
@@ -110,12 +121,12 @@ class Owner:
         }
         board_fd = Board.create(**shape)
         self._board = Board(board_fd, writable=True, **shape)
-        kinds = [spec.kind for spec in action_specs(config, said, "")]
+        specs = action_specs(config, said, "")
+        kinds = [spec.kind for spec in specs]
         self._speeds = np.array([kind is ActionKind.VELOCITY for kind in kinds])
         self._steps = np.array([kind is ActionKind.DELTA for kind in kinds])
-        self._newest: NDArray[np.float32] | None = None
-        self._last = np.zeros(len(kinds), np.float32)
-        self._told_ns = 0
+        self._newest: tuple[NDArray[np.float32], int] | None = None
+        self._told_ns = self._left_ns = 0
         self._why: dict[str, str] = {}
         self.parent_gone = threading.Event()
         self.told_to_end = threading.Event()
@@ -124,7 +135,12 @@ class Owner:
             for ours, theirs in self._cameras.items()
             if theirs in device.cameras
         }
-        self._show(device.first_look())
+        first = device.first_look()
+        self._last = _at_rest(said, specs, first)
+        given = dataclasses.astuple(config.limits)
+        limits = Limits(*(np.array(numbers, np.float64) for numbers in given))
+        self._delivery = Delivery(limits, specs, self._last)
+        self._show(first)
         for reader in self._readers.values():
             reader.start()
         for ours, reader in self._readers.items():
@@ -150,10 +166,9 @@ class Owner:
                 if isinstance(ready, socket.socket):
                     self._server.serve(ready)
             if self._newest is not None:
-                self._send(self._newest)  # commands that came meanwhile are of the past
-                self._newest = None
-            elif self._drives_on():
-                self._send(self._slower())
+                self._follow(*self._newest)  # commands that came meanwhile are of the past
+            if self._drives_on():
+                self._slow_down()
             if (now_ns := time.monotonic_ns()) >= due_ns:
                 self._read()
                 due_ns = max(due_ns + period_ns, now_ns)
@@ -161,7 +176,7 @@ class Owner:
     def rest(self) -> None:
         """Bring what moves by itself to rest."""
         while self._last[self._speeds].any():
-            self._send(self._slower())
+            self._slow_down()
             time.sleep(1 / self._config.read_hz)
 
     def _over(self) -> bool:
@@ -171,32 +186,54 @@ class Owner:
         return self.parent_gone.is_set() and not commanding
 
     def _take(self, action: NDArray[np.float32], sent_ns: int, source: int) -> None:
-        del sent_ns, source
-        self._newest, self._told_ns = action.copy(), time.monotonic_ns()
+        del source
+        self._newest, self._told_ns = (action.copy(), sent_ns), time.monotonic_ns()
+
+    def _follow(self, wanted: NDArray[np.float32], sent_ns: int) -> None:
+        """Send ``wanted``, or as far towards it as one command may go."""
+        try:
+            action = self._delivery.follow(wanted, sent_ns, time.monotonic_ns())
+        except RobotError as error:
+            self._refuse(str(error))
+            self._newest = None
+        else:
+            self._send(action)
+            if np.array_equal(action, wanted):
+                self._newest = None
+
+    def _refuse(self, why: str) -> None:
+        self._why["commands"] = why
+        if not self._board.head[REFUSED_SINCE]:
+            self._board.head[REFUSED_SINCE] = time.monotonic_ns()
 
     def _send(self, action: NDArray[np.float32]) -> None:
-        self._last = action
+        self._last, self._left_ns = action, time.monotonic_ns()
         try:
             self._device.send(action)
-        except Exception as error:
-            self._why["commands"] = f"{type(error).__name__}: {error}"
-            if not self._board.head[REFUSED_SINCE]:
-                self._board.head[REFUSED_SINCE] = time.monotonic_ns()
+        except FAILURES as error:
+            self._refuse(f"{type(error).__name__}: {error}")
         else:
-            self._board.head[REFUSED_SINCE] = 0
+            if not self._delivery.refused:
+                self._board.head[REFUSED_SINCE] = 0
 
     def _drives_on(self) -> bool:
+        """Whether something moves that nobody commands, or whose commands are not followed."""
         uncommanded_ns = time.monotonic_ns() - self._told_ns
-        return bool(self._last[self._speeds].any() and uncommanded_ns > UNCOMMANDED_S * 1e9)
+        left_alone = uncommanded_ns > UNCOMMANDED_S * 1e9 or self._delivery.refused
+        return bool(self._last[self._speeds].any() and left_alone)
 
-    def _slower(self) -> NDArray[np.float32]:
+    def _slow_down(self) -> None:
         """The last command with its speeds nearer to zero, by what the limits allow."""
         action = self._last.copy()
-        change = np.array(self._config.limits.acceleration, np.float32) / self._config.read_hz
+        now_ns = time.monotonic_ns()
+        since_s = min((now_ns - self._left_ns) / 1e9, 1 / self._config.read_hz)
+        change = np.array(self._config.limits.acceleration, np.float32) * since_s
         speed = np.maximum(np.abs(action) - change, 0) * np.sign(action)
         action[self._speeds] = speed[self._speeds]
         action[self._steps] = 0
-        return action
+        self._send(action)
+        self._delivery.reset(action, now_ns)
+        self._newest = None
 
     def _read(self) -> None:
         try:
@@ -258,8 +295,10 @@ def _own(config: LeRobotConfig, isolation: Isolation) -> None:
         target=_watch_parent, args=(owner, isolation.input_fd), name="parent", daemon=True
     ).start()
     say(address=owner.address)
-    owner.run()
-    owner.rest()
+    try:
+        owner.run()
+    finally:
+        owner.rest()
     device.end()
 
 
@@ -272,7 +311,7 @@ def _work(config: LeRobotConfig, isolation: Isolation, *, only_describe: bool) -
             _own(config, isolation)
     except RobotError as error:
         say(error=" ".join(str(error).split()), kind=type(error).__name__)
-    except Exception as error:
+    except FAILURES as error:
         logger.debug("LeRobot failed", exc_info=True)
         kind = ConfigError if only_describe else ConnectFailed
         message = isolation.explain(error)
@@ -290,11 +329,14 @@ def main(arguments: list[str] | None = None) -> None:
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     isolation = isolate()
     config = LeRobotConfig.from_json(options.config)
-    with contextlib.suppress(BrokenPipeError):
-        _work(config, isolation, only_describe=options.describe)
-    # Whatever LeRobot's objects do when they are destroyed, among it dropping the arm, is not done.
-    sys.stdout.flush()
-    os._exit(0)
+    try:
+        with contextlib.suppress(BrokenPipeError):
+            _work(config, isolation, only_describe=options.describe)
+        sys.stdout.flush()
+    finally:
+        # Whatever LeRobot's objects do when they are destroyed, among it dropping the arm, is not
+        # done.
+        os._exit(0)
 
 
 if __name__ == "__main__":

@@ -78,7 +78,7 @@ def test_the_command_line(
         ("make", ("--action_manager", "telepathy"), "got 'telepathy', expected one of"),
         ("make", ("--near", "0"), "--near: got 0, expected more than 0"),
         ("make", ("--max_timesteps", "-3"), "--max_timesteps: got -3, expected 1 to 1000000"),
-        ("make", (), "no simulator"),
+        ("make", (), "the simulator does not answer at"),
     ],
     indirect=["serving"],
 )
