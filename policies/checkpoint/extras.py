@@ -42,7 +42,7 @@ class Extras:
         camera_names: In the order the model sees them.
         n_heads: Of the transformer's attention.
         image_hw: (height, width) of every camera, where it is used as it comes.
-        cameras: Source size, crop and resize of each camera; wins over ``image_hw``.
+        cameras: Source size, crop and resize of each camera; in place of ``image_hw``.
         dt_s: Seconds per policy tick; None where it is not said.
         rendering: How the training pictures were rendered.
         n_action_steps: Actions of a chunk to play before the next.
@@ -102,15 +102,17 @@ class Extras:
         """A contract for each of ``names``; ``image_hw``, where given, wins over the file.
 
         Raises:
-            CheckpointError: ``cameras`` has other names, or sizes that differ between cameras.
+            CheckpointError: ``cameras`` has other names, sizes that differ between cameras, or
+                says something else than an ``image_hw``, the argument or the file's.
         """
-        if image_hw is None and self.cameras is not None:
+        if self.cameras is not None:
             by_name = {camera.name: camera for camera in self.cameras}
             if set(by_name) != set(names):
                 raise CheckpointError(
                     f"{source}: cameras: got {sorted(by_name)}, expected {sorted(names)}"
                 )
             cameras = tuple(by_name[name] for name in names)
+            self._check_image_hw(image_hw, source)
             sizes = {camera.model_hw for camera in cameras}
             if len(sizes) > 1:
                 raise CheckpointError(
@@ -119,6 +121,18 @@ class Extras:
             return cameras
         size = image_hw or self.image_hw or DEFAULT_IMAGE_HW
         return tuple(CameraContract(name, source_hw=size, model_hw=size) for name in names)
+
+    def _check_image_hw(self, image_hw: tuple[int, int] | None, source: Path) -> None:
+        """Raises ``CheckpointError`` where ``cameras`` and a size say two things."""
+        for said, size in (("--image_hw {} {}", image_hw), ("image_hw [{}, {}]", self.image_hw)):
+            if size is None:
+                continue
+            for camera in self.cameras or ():
+                if camera.crop is not None or not camera.source_hw == camera.model_hw == size:
+                    raise CheckpointError(
+                        f"{source}: got {said.format(*size)} beside cameras of {FILE_NAMES[0]}, of "
+                        f"which {camera.name!r} has a crop or another size; expected one of them"
+                    )
 
 
 def read_extras(folder: Path, given: Path | None = None) -> Extras:

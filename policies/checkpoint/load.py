@@ -43,7 +43,7 @@ def load_policy(
         chunk_size: Cut chunks to this many actions.
         camera_names, n_heads: What the original's layout does not say.
         image_hw: (height, width) of the pictures, where the checkpoint doesn't say or another size
-            is wanted.
+            is wanted; refused beside ``cameras`` of ``metronome.yaml`` that say something else.
         threads: CPU threads of one inference; all cores but one where None.
         fps: Policy ticks per second, where the checkpoint doesn't say or another rate is wanted.
 

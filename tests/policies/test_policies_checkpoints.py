@@ -24,7 +24,7 @@ from policies.checkpoint.load import load_policy, load_weights
 from policies.checkpoint.save import Saved, save_ilstudio, save_lerobot
 from policies.checkpoint.untrained import fresh_weights, make_untrained
 from policies.errors import CheckpointError, ContractMismatch
-from policies.types import MetaObs
+from policies.types import CameraContract, MetaObs
 
 STATS = {
     "state": {"mean": [0.1, 0.2, 0.3], "std": [0.5, 0.001, 2.0], "min": [-1.0] * 3,
@@ -183,7 +183,34 @@ def test_extras_come_back(tmp_path):
     contract = load_weights(str(tmp_path / "a")).contract()
     assert contract.cameras == CAMERAS
     assert (contract.dt_s, contract.n_action_steps, contract.chunk_size) == (0.1, 3, 5)
-    assert load_weights(str(tmp_path / "a"), image_hw=(64, 96)).cameras[0].source_hw == (64, 96)
+
+
+CAMERA = "cameras: [{name: top, source_hw: [40, 64], model_hw: [32, 64], %s}]"
+CROPPED, RESIZED = CAMERA % "crop: [4, 0, 32, 64]", CAMERA % "resize: area"
+
+
+@pytest.mark.parametrize(
+    ("cameras", "sizes"),
+    [(CROPPED, [(40, 64), (32, 64)]), (RESIZED, [(40, 64), (32, 64)]),
+     ("cameras: [{name: top, source_hw: [32, 64], model_hw: [32, 64]}]", [(64, 96)])],
+)  # fmt: skip
+@pytest.mark.parametrize("layout", [save_ilstudio, save_lerobot])
+def test_a_size_beside_cameras_of_another_is_refused(tmp_path, layout, cameras, sizes):
+    """A crop that was trained with would be dropped without a word."""
+    config = dataclasses.replace(TINY, n_cameras=1)
+    plain = (CameraContract("top", (32, 64), (32, 64)),)
+    layout(tmp_path / "a", saved(config, Extras(cameras=plain)))
+    file, folder = tmp_path / "a" / "metronome.yaml", str(tmp_path / "a")
+    # The same in other words is none.
+    assert load_weights(folder, image_hw=(32, 64)).cameras == plain
+    for height, width in sizes:
+        file.write_text(cameras)
+        said = f"got --image_hw {height} {width} beside cameras of metronome.yaml.* one of them"
+        with pytest.raises(CheckpointError, match=said):
+            load_weights(folder, image_hw=(height, width))
+        file.write_text(f"{cameras}\nimage_hw: [{height}, {width}]")
+        with pytest.raises(CheckpointError, match=rf"got image_hw \[{height}, {width}\] beside"):
+            load_weights(folder)
 
 
 def test_untrained_is_flagged_and_repeatable(tiny, tmp_path):
