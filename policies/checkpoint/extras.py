@@ -142,9 +142,14 @@ def read_extras(folder: Path, given: Path | None = None) -> Extras:
         given: The folder that the user named, where ``folder`` is below it; looked into, too.
 
     Raises:
-        CheckpointError: Two such files, an unknown key, a value of the wrong type.
+        CheckpointError: Two such files, one of another name that begins with ``metronome.``, an
+            unknown key, a value of the wrong type.
     """
     places = dict.fromkeys((folder, given or folder))
+    for path in (path for place in places for path in sorted(place.glob("[mM]etronome.*"))):
+        # Editors leave name.yaml~ behind.
+        if path.name not in FILE_NAMES and not path.name.endswith("~") and path.is_file():
+            raise CheckpointError(f"{path}: got this name, expected one of {list(FILE_NAMES)}")
     found = [place / name for place in places for name in FILE_NAMES if (place / name).is_file()]
     if not found:
         return Extras()

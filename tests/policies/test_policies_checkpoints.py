@@ -398,6 +398,13 @@ REFUSALS = {
         "cameras.a.crop: got .*a window inside",
     ),
     "two extras": (write("metronome.json", "{}"), "got both"),
+    **{
+        f"extras as {name}": (
+            write(name, "dt_s: 0.05"),
+            rf"{name}: got this name, expected one of \['metronome.yaml', 'metronome.json'\]",
+        )
+        for name in ("metronome.yml", "metronome.yaml.txt", "Metronome.yaml", "metronome.YAML")
+    },
     "masks": (edit_json("config.json", masks=True), "masks: got True, expected False"),
     "what it says itself": (
         write("metronome.yaml", "n_heads: 2"),
@@ -941,6 +948,12 @@ def test_metronome_yaml_may_lie_where_the_user_points(lerobot_folder, tmp_path):
     (run / "metronome.yaml").write_text("{dt_s: 0.04, action_names: [a, b]}")
     contract = load_weights(str(run)).contract()
     assert (contract.dt_s, contract.action_names) == (0.04, ("a", "b"))
+    (run / "metronome.yaml~").write_text("dt_s: 0.05")
+    assert load_weights(str(run)).dt_s == 0.04
+    (run / "metronome.yml").write_text("dt_s: 0.05")
+    with pytest.raises(CheckpointError, match=r"run/metronome.yml: got this name"):
+        load_weights(str(run))
+    (run / "metronome.yml").unlink()
     (run / "checkpoints/020000/pretrained_model/metronome.json").write_text("{}")
     with pytest.raises(CheckpointError, match=r"got both .*metronome.*expected one"):
         load_weights(str(run))
