@@ -51,6 +51,11 @@ DEPTHS: dict[str, type[np.generic]] = {
     "32FC1": np.float32,
 }
 """Encoding to dtype: millimetres, millimetres, metres."""
+_GIVEN_BYTES = {
+    **PIXEL_BYTES,
+    **{encoding: np.dtype(kind).itemsize for encoding, kind in DEPTHS.items()},
+}
+"""Bytes per pixel of what a message may say."""
 _BAYER_SIDE = 3
 """Pixels; OpenCV makes anything smaller black."""
 _PACKAGE, _RAW, _COMPRESSED = "sensor_msgs", "Image", "CompressedImage"
@@ -65,16 +70,17 @@ def decode_colour(message: Any, hw: tuple[int, int], encoding: str = "") -> NDAr
         message: A ``sensor_msgs/Image``.
         hw: What the configuration says.
         encoding: One of ``COLOURS`` in place of what the message says, with as many bytes per
-            pixel; the message's where empty.
+            pixel; the message's where empty. Where the message's own is not known, rows of twice
+            the bytes or more are refused.
 
     Raises:
         ContractViolated: Another size or encoding, data that do not fit them, or no OpenCV here
             for an encoding that needs it.
     """
-    encoding = encoding or message.encoding
+    configured, encoding = bool(encoding), encoding or message.encoding
     if encoding not in COLOURS:
         raise ContractViolated(f"got encoding {encoding!r}, expected one of {list(COLOURS)}")
-    given, taken = PIXEL_BYTES.get(message.encoding), PIXEL_BYTES[encoding]
+    given, taken = _GIVEN_BYTES.get(message.encoding), PIXEL_BYTES[encoding]
     if given not in (None, taken):
         # The rest of each row would pass for padding.
         raise ContractViolated(
@@ -82,6 +88,13 @@ def decode_colour(message: Any, hw: tuple[int, int], encoding: str = "") -> NDAr
             f"the configured {encoding!r}"
         )
     check_size((message.height, message.width), hw)
+    if configured and given is None and message.step >= 2 * message.width * taken:
+        # 16 bits per channel, as of rgb16, would pass for 8 and as much padding.
+        raise ContractViolated(
+            f"got encoding {message.encoding!r} in rows of {message.step} bytes, expected less "
+            f"than {2 * message.width * taken} for the configured {encoding!r}, {taken} bytes per "
+            "pixel"
+        )
     if encoding not in CHANNELS:
         return _convert(message, hw, encoding)
     channels, order = CHANNELS[encoding]

@@ -172,10 +172,25 @@ def test_the_configuration_outranks_the_message() -> None:
         ContractViolated, match=r"'8UC3', 3 bytes per pixel, expected 1, for the co"
     ):
         decode_colour(message, (2, 2), "mono8")
+    yuyv = image(bytes((235, 128, 235, 128)) * 2, (2, 2), "8UC2", pad=3)
+    assert (decode_colour(yuyv, (2, 2), "yuyv") == 255).all()
     robot = make_robot("agilex_aloha", {"cameras": "{top: {camera: front, encoding: rgb8}}"})
     assert robot.config.cameras["top"].encoding == "rgb8"
     with pytest.raises(ConfigError, match=r"cameras.top.*encoding: got 'rgb9', expected one of \["):
         make_robot("agilex_aloha", {"cameras": "{top: {camera: front, encoding: rgb9}}"})
+
+
+@pytest.mark.parametrize(
+    ("sent", "given", "configured"),
+    [("rgb16", 6, "rgb8"), ("rgba16", 8, "bgra8"), ("bayer_rggb16", 2, "bayer_rggb8"),
+     ("mono16", 2, "mono8"), ("32FC1", 4, "rgb8"), ("8UC2", 2, "mono8"), ("", 6, "rgb8")],
+)  # fmt: skip
+def test_wider_pixels_than_configured_are_refused(sent: str, given: int, configured: str) -> None:
+    """The second half of each row would pass for padding."""
+    message = image(bytes(4 * 4 * given), (4, 4), sent)
+    said = rf"got encoding '{sent}'.* for the configured '{configured}'"
+    with pytest.raises(ContractViolated, match=said):
+        decode_colour(message, (4, 4), configured)
 
 
 @pytest.mark.parametrize(
