@@ -116,6 +116,8 @@ def read_plan(argv: Sequence[str] | None) -> tuple[Plan, argparse.Namespace]:
         policy_name, equals, world_name = pair.partition("=")
         if not equals:
             raise ValueError(f"--camera_map: got {pair!r}, expected POLICY=WORLD")
+        if policy_name in mapped:
+            raise ValueError(f"--camera_map: got {policy_name!r} twice, expected it once")
         mapped[policy_name] = world_name
     SEED.require("--seed with --num_rollout", args.seed + args.num_rollout - 1)
     if args.realtime and args.num_envs > 1:

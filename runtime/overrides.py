@@ -12,7 +12,7 @@ def read_overrides(rest: Sequence[str], prefix: str, program: str) -> dict[str, 
         rest: What the parser of ``program`` did not know.
 
     Raises:
-        ValueError: Anything else.
+        ValueError: Anything else, or a key that was given before, or of which a part was.
     """
     start = f"--{prefix}."
     overrides: dict[str, str] = {}
@@ -26,5 +26,9 @@ def read_overrides(rest: Sequence[str], prefix: str, program: str) -> dict[str, 
             if following is None:
                 raise ValueError(f"{token}: expected a value after it")
             value = following
-        overrides[key.removeprefix(start)] = value
+        name = key.removeprefix(start)
+        for before in overrides:
+            if before == name or before.startswith(f"{name}."):
+                raise ValueError(f"{key}: got it after {start}{before}, expected one of them")
+        overrides[name] = value
     return overrides

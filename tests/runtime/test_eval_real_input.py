@@ -47,6 +47,15 @@ def refused(capsys: pytest.CaptureFixture[str], *flags: str) -> str:
         (("-c", "sim_twin", "--seed", "-1"), r"-s/--seed: got -1, expected 0 to 16777215"),
         (("-c", "sim_twin", "--gibberish"), r"got '--gibberish', expected a flag of"),
         (("-c", "sim_twin", "--robot.nonsense", "1"), r"nonsense"),
+        (
+            ("-c", "sim_twin", "--robot.limits.position_limit", ".inf",
+             "--robot.limits.position_limit=2"),
+            r"^error: --robot.limits.position_limit: got it after --robot.limits.position_limit, ",
+        ),
+        (
+            ("-c", "sim_twin", "--robot.limits.velocity", "[1, 1]", "--robot.limits", "{}"),
+            r"^error: --robot.limits: got it after --robot.limits.velocity, expected one of them$",
+        ),
         (("-c", "sim_twin", "-m", "no/such/place"), r"read as a path, which does not exist"),
         (
             ("-c", "sim_twin", "--robot.limits.position_lower", "[4, 0, 0, 0, 0, 0, 0]"),
