@@ -70,6 +70,11 @@ class CheckpointOptions:
             fps=self.fps,
         )
 
+    def given(self) -> list[str]:
+        """The flags of what is not left to the checkpoint or the machine."""
+        changed = (f.name for f in fields(self) if getattr(self, f.name) != f.default)
+        return [f"--{name}" for name in changed]
+
     def flags(self) -> list[str]:
         """The command line that says the same."""
         words: list[str] = []

@@ -180,12 +180,19 @@ def read_evaluation(argv: Sequence[str] | None) -> Evaluation:
     if args.seed > MOST_SEEDS - args.num_rollout:
         raise ValueError(f"--seed: got {args.seed}, expected 0 to {MOST_SEEDS - args.num_rollout}")
     overrides = read_overrides(rest, "robot", "eval_real.py")
+    model = read_model_name(args.model_name_or_path)
+    # The rate is applied to the contract here, wherever the policy is.
+    checkpoint = dataclasses.replace(from_flags(args), fps=None)
+    if isinstance(model, ServerAddress) and checkpoint != CheckpointOptions():
+        raise ValueError(
+            f"{', '.join(checkpoint.given())}: got with -m {model}, expected none: they are for "
+            "the server there, which loads the checkpoint"
+        )
     return Evaluation(
         args=args,
         overrides=overrides,
-        model=read_model_name(args.model_name_or_path),
-        # The rate is applied to the contract here, wherever the policy is.
-        checkpoint=dataclasses.replace(from_flags(args), fps=None),
+        model=model,
+        checkpoint=checkpoint,
         task=load_config(TaskConfig, args.task, kind="task"),
         robot=make_robot(args.robot_config, overrides),
         wishes=wishes.from_flags(args),

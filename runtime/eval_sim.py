@@ -178,7 +178,11 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def _evaluate(plan: Plan, path: Path) -> int:
     if isinstance(plan.model, ServerAddress) and plan.checkpoint != CheckpointOptions():
-        print("note: the checkpoint's options are the server's to choose; ignored", file=sys.stderr)
+        print(
+            f"note: {', '.join(plan.checkpoint.given())}: ignored; they are for the server at "
+            f"{plan.model}, which loads the checkpoint",
+            file=sys.stderr,
+        )
     episodes: list[Episode] = []
     setting: Setting | None = None
     failure, status = "", 0

@@ -56,6 +56,11 @@ def refused(capsys: pytest.CaptureFixture[str], *flags: str) -> str:
             ("-c", "sim_twin", "--robot.limits.velocity", "[1, 1]", "--robot.limits", "{}"),
             r"^error: --robot.limits: got it after --robot.limits.velocity, expected one of them$",
         ),
+        (
+            ("-c", "sim_twin", "-m", "127.0.0.1:1", "--fps", "50", "--chunk_size", "20",
+             "--image_hw", "100", "100", "--device", "cuda:9"),
+            r"^error: --device, --chunk_size, --image_hw: got with -m 127.0.0.1:1, expected none",
+        ),
         (("-c", "sim_twin", "-m", "no/such/place"), r"read as a path, which does not exist"),
         (
             ("-c", "sim_twin", "--robot.limits.position_lower", "[4, 0, 0, 0, 0, 0, 0]"),

@@ -173,6 +173,10 @@ def test_every_strategy_runs(tmp_path: Path, name: str) -> None:
         (["-m", TOY, "--evn.task", "x"], "got '--evn.task'"),
         (["-m", TOY, "--env.task"], "expected a value"),
         (["-m", TOY, "--env.dt_s=1", "--env.dt_s", "2"], "--env.dt_s: got it after --env.dt_s,"),
+        (
+            ["-m", "127.0.0.1:1", "--chunk_size", "20", "--device", "cuda:9"],
+            "note: --device, --chunk_size: ignored; they are for the server at 127.0.0.1:1,",
+        ),
         (["-m", TOY, "--fps", "30"], "1/30 s apart, the world runs at 50 Hz"),
         (["-m", TOY, "--action_manager", "fastest"], "got 'fastest', expected one of"),
         (["-m", TOY, "--n_action_steps", "11"], "got 11, expected 1 to chunk_size = 10"),

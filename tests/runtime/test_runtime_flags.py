@@ -332,7 +332,7 @@ def test_an_option_of_a_checkpoint_reaches_its_loader(
     for read in (
         lambda given: read_config(given)[0].checkpoint,
         lambda given: plan("-m", TOY, *given).checkpoint,
-        lambda given: read_evaluation(["-c", "dummy", *given]).checkpoint,
+        lambda given: read_evaluation(["-c", "dummy", "-m", TOY, *given]).checkpoint,
     ):
         assert loaded_with(option, monkeypatch, read(list(words))) == expected
         assert loaded_with(option, monkeypatch, read([])) != expected
