@@ -58,18 +58,23 @@ class Delivery:
         self._last = np.array(command, np.float64)
         self._delivered_ns = now_ns
 
-    def follow(self, wanted: NDArray[np.float32], sent_ns: int, now_ns: int) -> NDArray[np.float32]:
+    def note(self, sent_ns: int) -> None:
+        """Note that a command came, followed or not, which was sent at ``sent_ns``."""
+        gap_s = (sent_ns - self._sent_ns) / 1e9
+        self._sent_ns = sent_ns
+        if 0 < gap_s < 1:
+            self._gaps.append(gap_s)
+
+    def follow(self, wanted: NDArray[np.float32], now_ns: int) -> NDArray[np.float32]:
         """What to send for ``wanted``, both (A,) float32; to be asked again until it is that.
 
         Args:
-            sent_ns: When it was sent, by the sender's clock.
             now_ns: Our monotonic clock.
 
         Raises:
             RobotLost: Nothing was passed on for ``HELD_UP_S`` while the robot was to move. Until a
                 command is near to where it was left, none is followed.
         """
-        self._note_period(sent_ns)
         period_s = TOLERANCE * statistics.median(self._gaps) if self._gaps else 0.0
         longest_s = max(LONGEST_STEP_S, period_s)
         since_s = (now_ns - self._delivered_ns) / 1e9 if self._delivered_ns else longest_s
@@ -89,9 +94,3 @@ class Delivery:
         ).astype(np.float32)
         self.reset(action, now_ns)
         return action
-
-    def _note_period(self, sent_ns: int) -> None:
-        gap_s = (sent_ns - self._sent_ns) / 1e9
-        self._sent_ns = sent_ns
-        if 0 < gap_s < 1:
-            self._gaps.append(gap_s)

@@ -125,7 +125,7 @@ class Owner:
         kinds = [spec.kind for spec in specs]
         self._speeds = np.array([kind is ActionKind.VELOCITY for kind in kinds])
         self._steps = np.array([kind is ActionKind.DELTA for kind in kinds])
-        self._newest: tuple[NDArray[np.float32], int] | None = None
+        self._newest: NDArray[np.float32] | None = None
         self._told_ns = self._left_ns = 0
         self._why: dict[str, str] = {}
         self.parent_gone = threading.Event()
@@ -166,7 +166,7 @@ class Owner:
                 if isinstance(ready, socket.socket):
                     self._server.serve(ready)
             if self._newest is not None:
-                self._follow(*self._newest)  # commands that came meanwhile are of the past
+                self._follow(self._newest)  # commands that came meanwhile are of the past
             if self._drives_on():
                 self._slow_down()
             if (now_ns := time.monotonic_ns()) >= due_ns:
@@ -187,12 +187,13 @@ class Owner:
 
     def _take(self, action: NDArray[np.float32], sent_ns: int, source: int) -> None:
         del source
-        self._newest, self._told_ns = (action.copy(), sent_ns), time.monotonic_ns()
+        self._delivery.note(sent_ns)
+        self._newest, self._told_ns = action.copy(), time.monotonic_ns()
 
-    def _follow(self, wanted: NDArray[np.float32], sent_ns: int) -> None:
+    def _follow(self, wanted: NDArray[np.float32]) -> None:
         """Send ``wanted``, or as far towards it as one command may go."""
         try:
-            action = self._delivery.follow(wanted, sent_ns, time.monotonic_ns())
+            action = self._delivery.follow(wanted, time.monotonic_ns())
         except RobotError as error:
             self._refuse(str(error))
             self._newest = None

@@ -31,8 +31,9 @@ class Line:
     def command(self, target: tuple[float, float], *, arrives: bool = True) -> None:
         self.now_ns += round(1e9 * PERIOD_S)
         wanted = self.sender.limit(np.array(target)).copy()
+        self.delivery.note(self.now_ns)
         if arrives:
-            action = self.delivery.follow(wanted, self.now_ns, self.now_ns)
+            action = self.delivery.follow(wanted, self.now_ns)
             self.delivered.append(action.astype(np.float64))
 
     def settle(self) -> None:
@@ -68,7 +69,7 @@ def test_a_single_command_is_gone_after_at_the_limits_speed(line: Line) -> None:
     wanted, steps = np.array([45.0, 0.0], np.float32), 0
     while not np.array_equal(line.delivered[-1], wanted):
         line.now_ns += 10_000_000
-        action = line.delivery.follow(wanted, line.now_ns, line.now_ns)
+        action = line.delivery.follow(wanted, line.now_ns)
         line.delivered.append(action.astype(np.float64))
         steps += 1
     assert 45 <= steps <= 50  # 0.5 s at 90 degrees a second, a tenth more for jitter
