@@ -48,7 +48,12 @@ COMMANDS: dict[str, Callable[[], argparse.ArgumentParser]] = {
     "runtime/trace_file.py": trace_file.parser,
     "envs/demonstrations.py": demonstrations.parser,
 }
-NOT_FOR_PEOPLE = {"runtime/crew.py", "robots/twin_host.py", "robots/twin_cameras.py"}
+NOT_FOR_PEOPLE = {
+    "runtime/crew.py",
+    "robots/twin_host.py",
+    "robots/twin_cameras.py",
+    "robots/lerobot_owner.py",
+}
 """Started by our own processes, which write their flags."""
 NO_NUMBERS = {"robots/twin_ros_node.py"}
 
