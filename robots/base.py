@@ -191,11 +191,7 @@ class RobotContract:
 
         Positions and grippers where they are measured; zero for everything that is a rate.
         """
-        command = np.zeros(self.action_dim, np.float32)
-        for index, spec in enumerate(self.actions):
-            if spec.kind.holds_position:
-                command[index] = state[self.joint_names.index(spec.name)]
-        return command
+        return rest_command(self.joint_names, self.actions, state)
 
 
 class Robot(ABC):
@@ -446,6 +442,17 @@ class Robot(ABC):
     @abstractmethod
     def _disconnect(self) -> None:
         """Release everything; may be called at any time, and twice."""
+
+
+def rest_command(
+    joint_names: Sequence[str], actions: Sequence[ActionSpec], state: NDArray[np.float32]
+) -> NDArray[np.float32]:
+    """As ``RobotContract.rest_command``, for who has no contract."""
+    command = np.zeros(len(actions), np.float32)
+    for index, spec in enumerate(actions):
+        if spec.kind.holds_position:
+            command[index] = state[joint_names.index(spec.name)]
+    return command
 
 
 def arm_actions(names: Sequence[str], grippers: Collection[int]) -> tuple[ActionSpec, ...]:

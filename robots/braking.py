@@ -18,7 +18,7 @@ import math
 
 import numpy as np
 
-from robots.compiled import compiled, inlined
+from policies.compiled import compiled, inlined
 
 POSITION, VELOCITY, ACCELERATION = 0, 1, 2
 """Rows of the clamp counts."""

@@ -31,7 +31,6 @@ from robots.lerobot_config import (
     LeRobotConfig,
     action_specs,
 )
-from robots.limits import Limits
 from robots.processes import Child
 from robots.twin_board import REFUSED_SINCE
 
@@ -67,14 +66,7 @@ class LeRobotRobot(AttachedRobot):
             raise ConfigError(f"{source}: lerobot:{config.type}: got no action features")
         self._actions = said.actions
         specs = action_specs(config, said, source)
-        limits = Limits.from_config(
-            said.actions,
-            **{
-                field.name: getattr(config.limits, field.name)
-                for field in dataclasses.fields(config.limits)
-            },
-            source=source,
-        )
+        limits = config.limits.of(said.actions, source)
         stops_alone_s = config.stops_alone_after_s
         contract = RobotContract(
             joint_names=said.states,

@@ -5,13 +5,14 @@ from __future__ import annotations
 import dataclasses
 import json
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
 from policies.yaml_config import parse_config
 from robots.base import ActionKind, ActionSpec
 from robots.errors import ConfigError
+from robots.limits import Limits
 
 STOPS_ALONE_S: Mapping[str, float] = {"lekiwi_client": 0.5}
 """By LeRobot's type: when the device's own watchdog stops it. LeKiwi's host does (its
@@ -54,6 +55,10 @@ class LeRobotLimits:
     position_upper: tuple[float, ...]
     velocity: tuple[float, ...]
     acceleration: tuple[float, ...]
+
+    def of(self, actions: Sequence[str], source: str) -> Limits:
+        """As arrays. Raises ``ConfigError`` where they do not fit ``actions``."""
+        return Limits.from_config(actions, **dataclasses.asdict(self), source=source)
 
 
 @dataclass(frozen=True)

@@ -125,6 +125,7 @@ class LeRobotDevice:
             bus.connect()
         try:
             return any(self._torque(bus).values())
+        # Each bus of LeRobot's refuses in its own way what it has no register or argument for.
         except (KeyError, TypeError, ValueError, NotImplementedError) as error:
             if self._config.connect_unseen:
                 return False

@@ -19,19 +19,18 @@ import socket
 import sys
 import threading
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
-from robots.base import ActionKind, ActionSpec
+from robots.base import ActionKind, rest_command
 from robots.delivery import Delivery
 from robots.errors import ConfigError, ConnectFailed, RobotError, SensorLost
 from robots.lerobot_adapter import IMPORT_TIMEOUT_S, chosen_cameras
-from robots.lerobot_config import UNCOMMANDED_S, Description, LeRobotConfig, action_specs
+from robots.lerobot_config import UNCOMMANDED_S, LeRobotConfig, action_specs
 from robots.lerobot_device import FAILURES, LeRobotDevice, Observation
-from robots.limits import Limits
 from robots.link_server import LinkServer
 from robots.processes import Isolation, isolate, say
 from robots.twin_board import REFUSED_SINCE, Board, Stream
@@ -88,17 +87,6 @@ def show(stream: Stream, picture: NDArray[np.uint8], stamp_ns: int) -> None:
     stream.publish(slot)
 
 
-def _at_rest(
-    said: Description, specs: Sequence[ActionSpec], first: Observation
-) -> NDArray[np.float32]:
-    """(A,) the command that keeps the robot where it was seen first."""
-    command = np.zeros(len(specs), np.float32)
-    for index, spec in enumerate(specs):
-        if spec.kind.holds_position and first.position is not None:
-            command[index] = first.position[said.states.index(spec.name)]
-    return command
-
-
 class Owner:
     """Serves connections, keeps the board up to date, and passes commands on.
 
@@ -136,10 +124,10 @@ class Owner:
             if theirs in device.cameras
         }
         first = device.first_look()
-        self._last = _at_rest(said, specs, first)
-        given = dataclasses.astuple(config.limits)
-        limits = Limits(*(np.array(numbers, np.float64) for numbers in given))
-        self._delivery = Delivery(limits, specs, self._last)
+        seen = first.position if first.position is not None else np.zeros(len(said.states))
+        self._last = rest_command(said.states, specs, seen.astype(np.float32))
+        self._limits = config.limits.of(said.actions, "")
+        self._delivery = Delivery(self._limits, specs, self._last)
         self._show(first)
         for reader in self._readers.values():
             reader.start()
@@ -228,7 +216,7 @@ class Owner:
         action = self._last.copy()
         now_ns = time.monotonic_ns()
         since_s = min((now_ns - self._left_ns) / 1e9, 1 / self._config.read_hz)
-        change = np.array(self._config.limits.acceleration, np.float32) * since_s
+        change = (self._limits.acceleration * since_s).astype(np.float32)
         speed = np.maximum(np.abs(action) - change, 0) * np.sign(action)
         action[self._speeds] = speed[self._speeds]
         action[self._steps] = 0

@@ -65,6 +65,15 @@ def write_line(line: str) -> None:
         data = data[os.write(_Output.fd, data) :]
 
 
+def take_stdin() -> int:
+    """Standard input under another number; whoever reads the old one is at its end at once."""
+    kept = os.dup(0)
+    nothing = os.open(os.devnull, os.O_RDONLY)
+    os.dup2(nothing, 0)
+    os.close(nothing)
+    return kept
+
+
 class Isolation:
     """The parent's two pipes, out of reach of code that is not ours; see ``isolate``.
 
@@ -73,11 +82,8 @@ class Isolation:
     """
 
     def __init__(self) -> None:
-        self.input_fd = os.dup(0)
+        self.input_fd = take_stdin()
         _Output.fd = os.dup(_Output.fd)
-        nothing = os.open(os.devnull, os.O_RDONLY)
-        os.dup2(nothing, 0)
-        os.close(nothing)
         self._source, sink = os.pipe()
         os.dup2(sink, 1)
         os.close(sink)

@@ -19,7 +19,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from robots.compiled import compiled
+from policies.compiled import compiled
 from transport.atomics import fence, load_acquire, store_release
 from transport.schema import Schema
 from transport.shm import Mapping

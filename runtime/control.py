@@ -118,6 +118,7 @@ class Control:
         self._row = int(rows.values["row"]) + 1 if rows.sequence else 0
         self._clock = NotingClock(spin_for(mission.realtime.priority))
         self._loop = ControlLoop(self._clock, mission.period_s)
+        self._settle_ticks = SETTLE_S / mission.period_s
         self._latency = RequestLatency()
         self._captured_ns = np.zeros(1 << 16, np.int64)
         self._waited = self._submitted = 0
@@ -298,7 +299,7 @@ class Control:
                 pilot.requested(int(senses["obs_timestep"]))
         if pilot.phase is Phase.WAIT:
             self._waited += advance
-            if self._waited - advance < SETTLE_S / self._mission.period_s <= self._waited:
+            if self._waited - advance < self._settle_ticks <= self._waited:
                 self._ask += 1
             return
         self._waited = 0

@@ -11,6 +11,14 @@ from robots.base import ActionKind, Robot
 from runtime.errors import RuntimeFault
 from runtime.mission import Body, Mission
 
+POSITIVE_NUMBERS = (
+    "sensing_rate",
+    "near",
+    "max_chunk_age_s",
+    "max_sensing_age_s",
+    "connect_timeout_s",
+)
+"""Fields of a mission."""
 LONGEST_STOP_ALONE_S = 2.0
 """How long a base may drive on after everybody who commands it has died."""
 
@@ -154,9 +162,7 @@ def _check_rates(mission: Mission, robot: Robot) -> None:
             f"publish rate: got {rate:g} Hz, expected {lowest:g} to {highest:g}, which "
             f"{robot.name} takes"
         )
-    for name in (
-        *("sensing_rate", "near", "max_chunk_age_s", "max_sensing_age_s", "connect_timeout_s"),
-    ):
+    for name in POSITIVE_NUMBERS:
         value = getattr(mission, name)
         if value is not None and not (value > 0 and math.isfinite(value)):
             raise Unfit(f"{name}: got {value}, expected a positive number")

@@ -13,7 +13,7 @@ from typing import Literal, get_args
 import numpy as np
 from numpy.typing import NDArray
 
-from robots.compiled import compiled, inlined
+from policies.compiled import compiled, inlined
 
 Curve = Literal["linear", "pchip"]
 

@@ -19,6 +19,7 @@ from policies.console import run_command
 from policies.errors import PolicyError
 from policies.ranges import COUNT, DURATION_S_OR_NONE, PORT_OR_ANY, RATE_HZ_OR_ANY
 from policies.yaml_config import ConfigError, load_config
+from robots.processes import take_stdin
 from runtime import strategy_choice, trace
 from runtime.checkpoint_options import add_flags, from_flags
 from runtime.config import BATCH_WAIT_MS, DEFAULT_CHECKPOINT, TRANSPORTS, ServerConfig
@@ -127,7 +128,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     except (ConfigError, ValueError) as error:
         return _fail(error)
     if args.stop_with_stdin:
-        threading.Thread(target=_stop_at_end, args=(_own_stdin(),), daemon=True).start()
+        # A policy's code may ask: it must not read what tells of the parent's end.
+        threading.Thread(target=_stop_at_end, args=(take_stdin(),), daemon=True).start()
     logging.basicConfig(
         level=args.log_level, format="%(asctime)s %(levelname)s %(name)s: %(message)s"
     )
@@ -206,14 +208,6 @@ def _offices(server: PolicyServer, config: ServerConfig) -> Iterator[None]:
         loader = Loader(server, config.checkpoint.load, token, max_batch=config.max_batch)
         stack.callback(loader.close)
         yield
-
-
-def _own_stdin() -> int:
-    """Standard input under another number. A policy that asks a person gets an end at once."""
-    kept = os.dup(sys.stdin.fileno())
-    with Path(os.devnull).open() as nothing:
-        os.dup2(nothing.fileno(), sys.stdin.fileno())
-    return kept
 
 
 def _stop_at_end(fd: int) -> None:

@@ -150,38 +150,35 @@ class RobotBehaviour:
                 with pytest.raises(UnsafeCommand, match=rf"{bad} for joint {dim - 1} \({name}\)"):
                     robot.send_action(action)
 
+    def move(self, robot: Robot) -> Callable[[], bool]:
+        """Command joint 0 to another place until it is there; whether it still is."""
+        target = robot.contract.rest_command(robot.get_joints().position)
+        target[0] += self.MOVES
+        measured = robot.contract.joint_names.index(robot.contract.action_names[0])
+
+        def is_there() -> bool:
+            return bool(abs(robot.get_joints().position[measured] - target[0]) < self.NEAR)
+
+        def arrived() -> bool:
+            robot.send_action(target)
+            return is_there()
+
+        assert self.MOVES > 2 * self.NEAR
+        until(arrived)
+        return is_there
+
     def test_it_goes_where_it_is_told(self, robot: Robot) -> None:
         with robot:
             robot.connect()
             robot.reset(0)
-            target = robot.contract.rest_command(robot.get_joints().position)
-            target[0] += self.MOVES
-            measured = robot.contract.joint_names.index(robot.contract.action_names[0])
-
-            def arrived() -> bool:
-                robot.send_action(target)
-                return bool(abs(robot.get_joints().position[measured] - target[0]) < self.NEAR)
-
-            assert self.MOVES > 2 * self.NEAR
-            until(arrived)
+            self.move(robot)
 
     def test_let_go_it_stays_where_it_is(self, robot: Robot) -> None:
         """As after a rollout that ended normally: nothing drops, nothing drives on."""
         with robot:
             robot.connect()
             robot.reset(0)
-            target = robot.contract.rest_command(robot.get_joints().position)
-            target[0] += self.MOVES
-            measured = robot.contract.joint_names.index(robot.contract.action_names[0])
-
-            def is_there() -> bool:
-                return bool(abs(robot.get_joints().position[measured] - target[0]) < self.NEAR)
-
-            def arrived() -> bool:
-                robot.send_action(target)
-                return is_there()
-
-            until(arrived)
+            is_there = self.move(robot)
             robot.disconnect()
             robot.connect()
             first_ns = robot.get_joints().stamp_ns
