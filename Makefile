@@ -20,7 +20,7 @@ help:
 	@echo "make train   demonstrations, then a policy of your own: under an hour on two cores"
 
 demo: $(VENV)/.sim gl
-	$(BIN)/python -m runtime.demo
+	$(BIN)/python -m runtime.tools.demo
 
 test: $(VENV)/.dev gl
 	$(BIN)/python -m pytest tests -q
@@ -47,7 +47,7 @@ TASK     ?= sim_transfer_cube
 EPISODES ?= 200
 TRAIN    ?=
 train: | $(VENV)/.train gl data/$(TASK)
-	$(BIN)/python -m runtime.train --config act_$(TASK) $(TRAIN)
+	$(BIN)/python -m runtime.tools.train --config act_$(TASK) $(TRAIN)
 
 data/$(TASK): | $(VENV)/.train gl
 	$(BIN)/python -m envs.demonstrations --task $(TASK) --num $(EPISODES) --out $@.partial

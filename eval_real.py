@@ -1,5 +1,5 @@
 from policies.console import run_command
-from runtime.eval_real import main
+from runtime.eval_real.cli import main
 
 if __name__ == "__main__":
     raise SystemExit(run_command(main))

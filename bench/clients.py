@@ -20,9 +20,9 @@ import numpy as np
 from numpy.typing import NDArray
 
 from policies.types import MetaObs
-from runtime import messages
 from runtime.client import PolicyClient
-from runtime.warmup import synthetic_observation
+from runtime.protocol import messages
+from runtime.server.warmup import synthetic_observation
 
 ROOT = Path(__file__).resolve().parents[1]
 

@@ -18,7 +18,7 @@ from numpy.typing import NDArray
 
 from bench.contestant import Exchange
 from bench.payload import Payload, Sink, Source
-from transport.atomics import spin, store_release
+from transport.shm.atomics import spin, store_release
 
 _PAGE = 4096
 _ASKED, _ANSWERED, _REPLY = 0, 128, _PAGE

@@ -11,10 +11,10 @@ import numpy as np
 
 from bench.contestant import Exchange
 from bench.payload import Sink, Source
-from transport.auto import Dialer
 from transport.channel import Channel, Message
-from transport.control import Welcome
-from transport.listener import Listener
+from transport.dialer import Dialer
+from transport.handshake_messages import Welcome
+from transport.server.listener import Listener
 
 _PATIENCE_S = 3600.0
 

@@ -18,20 +18,20 @@ from numba import njit
 
 from bench.contestant import Exchange
 from bench.payload import Payload, Sink, Source
-from transport import steps
-from transport.atomics import load, pause, store
 from transport.base import Record
 from transport.channel import Kind
-from transport.layout import Layout
-from transport.ring import RingReader, RingWriter
-from transport.shm import Mapping
+from transport.shm import ring_kernels
+from transport.shm.atomics import load, pause, store
+from transport.shm.ring import RingReader, RingWriter
+from transport.shm.segment import Mapping
+from transport.shm.segment_layout import SegmentLayout
 
 _EPOCH = bytes(range(16))
 _ROUNDS = 100_000
 
 
-def _layouts(payload: Payload) -> tuple[Layout, Layout]:
-    return Layout.of(payload.observation), Layout.of(payload.reply)
+def _layouts(payload: Payload) -> tuple[SegmentLayout, SegmentLayout]:
+    return SegmentLayout.of(payload.observation), SegmentLayout.of(payload.reply)
 
 
 def _next(reader: RingReader) -> Record:
@@ -80,7 +80,7 @@ class Ring:
         yield exchange
 
     @staticmethod
-    def _segment(link: Connection, layout: Layout) -> Mapping:
+    def _segment(link: Connection, layout: SegmentLayout) -> Mapping:
         fd = os.memfd_create("ring")
         os.ftruncate(fd, layout.nbytes)
         # Both sides of the benchmark are ours: the second mapping need not be read-only here.
@@ -102,10 +102,10 @@ def _copy(source: int, target: int, nbytes: int) -> None:
 
 @njit("i8(i8, i8, i8, i8, i8)")
 def _send(state: int, payloads: int, stride: int, source: int, nbytes: int) -> int:
-    place = steps.claim(state)
+    place = ring_kernels.claim(state)
     if place >= 0:
         _copy(source, payloads + place * stride, nbytes)
-        steps.publish(state, 1, 0, steps.DATA, nbytes)
+        ring_kernels.publish(state, 1, 0, ring_kernels.DATA, nbytes)
     return place
 
 
@@ -115,10 +115,10 @@ def _receive(  # noqa: PLR0917  of compiled code
 ) -> int:
     """1 once a message was copied and released, 0 where none came within so many looks."""
     for _ in range(rounds):
-        found, sequence, _, _, _, _, place = steps.take(state)
-        if found == steps.TAKEN:
+        found, sequence, _, _, _, _, place = ring_kernels.take(state)
+        if found == ring_kernels.TAKEN:
             _copy(payloads + place * stride, target, nbytes)
-            steps.release(state, sequence)
+            ring_kernels.release(state, sequence)
             return 1
         pause()
     return 0
@@ -127,7 +127,9 @@ def _receive(  # noqa: PLR0917  of compiled code
 class _End:
     """One end's arguments, worked out once."""
 
-    def __init__(self, ring: RingReader | RingWriter, memory: Mapping, layout: Layout) -> None:
+    def __init__(
+        self, ring: RingReader | RingWriter, memory: Mapping, layout: SegmentLayout
+    ) -> None:
         first = layout.payload_offset(0)
         stride = layout.payload_offset(1) - first
         self.ring, self.place = ring, (ring._state, memory.address + first, stride)

@@ -16,15 +16,15 @@ from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from envs.meta import load_env_config
+from envs.factory import load_env_config
 from policies.command_line import CommandLine, Number
 from policies.ranges import COUNT, PROCESSES
-from runtime.checkpoint_options import CheckpointOptions
-from runtime.config import DEFAULT_CHECKPOINT
-from runtime.episode import Episode
-from runtime.model_name import read_model_name
-from runtime.results import summarize, versions
-from runtime.rollouts import Plan, run
+from runtime.eval_sim.runner import Plan, run
+from runtime.evaluation.episode_result import Episode
+from runtime.evaluation.results import summarize, versions
+from runtime.options.checkpoint import CheckpointOptions
+from runtime.options.defaults import DEFAULT_CHECKPOINT
+from runtime.options.model import read_model_name
 
 STRATEGIES: tuple[tuple[str, dict[str, Any]], ...] = (
     ("sequential, 100 steps", {"action_manager": "sequential", "n_action_steps": 100}),

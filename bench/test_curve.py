@@ -16,10 +16,10 @@ import pytest
 
 from bench.null_policy import NullPolicy
 from bench.records import Records
-from runtime.child import ServerChild
 from runtime.client import PolicyClient
-from runtime.keys import allow, new_keys
-from runtime.warmup import synthetic_observation
+from runtime.server.server_process import ServerProcess
+from runtime.server.warmup import synthetic_observation
+from runtime.tools.keys import allow, new_keys
 
 BLOCK, WARMUP = 50, 20
 CAMERAS = {"1 image": "one_camera", "4 images": "four_cameras"}
@@ -41,9 +41,9 @@ def test_curve(
     allow(client_public, listed)
     model = ("-m", f"python:{NullPolicy.__module__}:{CAMERAS[payload]}", "--transport", "zmq")
     with ExitStack() as stack:
-        plain = stack.enter_context(ServerChild(model))
+        plain = stack.enter_context(ServerProcess(model))
         secret = stack.enter_context(
-            ServerChild((*model, "--curve_key", str(server_secret), "--curve_allow", str(listed)))
+            ServerProcess((*model, "--curve_key", str(server_secret), "--curve_allow", str(listed)))
         )
         given = {"server_key": str(server_public), "client_key": str(client_secret)}
         clients = {

@@ -25,9 +25,9 @@ from bench.end_to_end.robot import RobotProcess
 from bench.records import Records
 from bench.ways import ways
 from policies.types import STAGES, Policy, PolicyContract
-from runtime.blending import make_strategy
-from runtime.config import DEFAULT_CHECKPOINT
-from runtime.executor import ChunkExecutor
+from runtime.control.blending import make_strategy
+from runtime.control.chunk_executor import ChunkExecutor
+from runtime.options.defaults import DEFAULT_CHECKPOINT
 
 EXCHANGES = int(os.environ.get("END_TO_END_EXCHANGES", "200"))
 BLOCK, WARMUP = 25, 5

@@ -18,8 +18,8 @@ from numpy.typing import NDArray
 from bench.clients import Answers, Clients
 from bench.inference.nets import SHIPPED
 from bench.records import Records
-from runtime import ctl
-from runtime.child import ServerChild
+from runtime.server.server_process import ServerProcess
+from runtime.tools import ctl
 
 MODEL = ("-m", str(SHIPPED), "--device", "cpu")
 CLIENTS, SIMULATIONS = 8, 7
@@ -56,7 +56,7 @@ def test_batches(capsys: pytest.CaptureFixture[str], records: Records, long: boo
     with ExitStack() as stack:
         crowds = {}
         for name, flags in settings.items():
-            server = stack.enter_context(ServerChild((*MODEL, *flags)))
+            server = stack.enter_context(ServerProcess((*MODEL, *flags)))
             crowds[name] = stack.enter_context(Clients(server.address, CLIENTS))
         for _ in range(rounds):
             for name, crowd in crowds.items():
@@ -88,7 +88,7 @@ def test_a_robot_among_simulations(
     seconds = 120.0 if long else 5.0
     wants = {"kind": "robot", "deadline_ms": ROBOT_DEADLINE_MS, "rate_hz": ROBOT_HZ}
     with (
-        ServerChild(MODEL) as server,
+        ServerProcess(MODEL) as server,
         Clients(server.address, 1, **wants) as robot,
         Clients(server.address, SIMULATIONS) as simulations,
     ):
@@ -123,7 +123,7 @@ def test_a_stranger_every_second(
     alone: list[Answers] = []
     visited: list[Answers] = []
     with (
-        ServerChild(MODEL) as server,
+        ServerProcess(MODEL) as server,
         Clients(server.address, 1, kind="robot") as robot,
         Clients(server.address, 1) as stranger,
     ):
@@ -149,7 +149,7 @@ def test_swaps_under_load(capsys: pytest.CaptureFixture[str], records: Records, 
     swaps = 100 if long else 3
     calm_s, during = 20.0 if long else 3.0, []
     with (
-        ServerChild(MODEL) as server,
+        ServerProcess(MODEL) as server,
         Clients(server.address, 1, kind="robot") as robot,
         Clients(server.address, 1) as simulation,
         ctl.dial(server.address, "", "") as dialer,

@@ -21,10 +21,10 @@ from numpy.typing import NDArray
 from bench.inference.nets import SHIPPED
 from bench.inference.report import RESULTS, cpu_name, versions
 from bench.records import Records
-from runtime.child import ServerChild
 from runtime.client import PolicyClient
-from runtime.latency import Percentiles
-from runtime.warmup import synthetic_observation
+from runtime.server.server_process import ServerProcess
+from runtime.server.warmup import synthetic_observation
+from runtime.stats import Percentiles
 
 REQUESTS = int(os.environ.get("SERVED_REQUESTS", "1000"))
 PACE_HZ, WARMUP = 25.0, 50
@@ -44,7 +44,7 @@ def empty_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Non
 
 def _ready_s() -> float:
     began_s = time.monotonic()
-    with ServerChild(FLAGS):
+    with ServerProcess(FLAGS):
         return time.monotonic() - began_s
 
 
@@ -66,7 +66,7 @@ def test_start_to_ready(capsys: pytest.CaptureFixture[str], records: Records) ->
 @pytest.mark.usefixtures("empty_cache")
 def test_paced_requests(capsys: pytest.CaptureFixture[str], records: Records) -> None:
     """One thread, over shared memory: the whole request, and the inference in it."""
-    with ServerChild(FLAGS) as server, PolicyClient(server.address, transport="shm") as client:
+    with ServerProcess(FLAGS) as server, PolicyClient(server.address, transport="shm") as client:
         info = client.info
         request_s, infer_s, late_s = _paced(client, REQUESTS)
     whole, inside = Percentiles.of(request_s), Percentiles.of(infer_s)

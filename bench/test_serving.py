@@ -16,8 +16,8 @@ import pytest
 from bench.records import Records
 from bench.ways import ways
 from policies.types import Policy
-from runtime.config import DEFAULT_CHECKPOINT
-from runtime.warmup import synthetic_observation
+from runtime.options.defaults import DEFAULT_CHECKPOINT
+from runtime.server.warmup import synthetic_observation
 
 BLOCKS, WARMUP = 10, 10
 MODELS = {

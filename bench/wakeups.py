@@ -25,7 +25,7 @@ from numba import njit, types
 
 from bench.process import cores, pinned
 from bench.records import Records
-from transport.atomics import load_acquire, store_release
+from transport.shm.atomics import load_acquire, store_release
 
 _FUTEX = {"x86_64": 202, "aarch64": 98}.get(platform.machine(), -1)
 _WAIT, _WAKE = 0, 1

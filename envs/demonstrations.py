@@ -47,7 +47,7 @@ MAX_FAILURES = 50
 
 
 @dataclass(frozen=True, slots=True)
-class Recording:
+class Demonstration:
     """What to record.
 
     Attributes:
@@ -67,7 +67,7 @@ class Recording:
 
 
 @dataclass(frozen=True, slots=True)
-class Outcome:
+class RecordedEpisode:
     """Of one attempt: its seed, its last and highest reward, and its file if it was kept."""
 
     seed: int
@@ -76,7 +76,7 @@ class Outcome:
     path: Path | None
 
 
-def record_episode(recording: Recording, seed: int) -> Outcome:
+def record_episode(recording: Demonstration, seed: int) -> RecordedEpisode:
     """Play the expert's plan from ``seed`` and write the episode if it ends in success.
 
     The file appears under its final name only when it is complete.
@@ -89,7 +89,7 @@ def record_episode(recording: Recording, seed: int) -> Outcome:
         actions = plan_episode(sim)
     except Unreachable as error:
         log.warning("seed %d: %s", seed, error)
-        return Outcome(seed, 0, 0, None)
+        return RecordedEpisode(seed, 0, 0, None)
     objects = len(sim.object_qpos)
     qpos, qvel = np.empty((2, EPISODE_TICKS, STATE_DIM), np.float32)
     object_qpos = np.empty((EPISODE_TICKS, objects), np.float32)
@@ -107,7 +107,7 @@ def record_episode(recording: Recording, seed: int) -> Outcome:
         reward = sim.step(action)
         highest = max(highest, reward)
     if reward != MAX_REWARD:
-        return Outcome(seed, reward, highest, None)
+        return RecordedEpisode(seed, reward, highest, None)
     path = recording.folder / f"seed_{seed}.hdf5"
     partial = path.with_suffix(".partial")
     with h5py.File(partial, "w") as file:
@@ -128,12 +128,12 @@ def record_episode(recording: Recording, seed: int) -> Outcome:
             )
         file["metronome/object_qpos"], file["metronome/reward"] = object_qpos, reward_seen
     partial.rename(path)
-    return Outcome(seed, reward, highest, path)
+    return RecordedEpisode(seed, reward, highest, path)
 
 
 def record(
-    recording: Recording, *, num: int, workers: int = 1, first_seed: int = FIRST_SEED
-) -> Generator[Outcome, None, None]:
+    recording: Demonstration, *, num: int, workers: int = 1, first_seed: int = FIRST_SEED
+) -> Generator[RecordedEpisode, None, None]:
     """Attempt seeds from ``first_seed`` on until ``num`` episodes are kept; yields each attempt.
 
     The episodes are ``episode_0.hdf5`` to ``episode_<num-1>.hdf5`` in the order of their seeds,
@@ -155,7 +155,7 @@ def record(
     kept = failures = 0
     spawn = multiprocessing.get_context("spawn")
     with ProcessPoolExecutor(workers, mp_context=spawn) as pool:
-        pending: deque[Future[Outcome]] = deque()
+        pending: deque[Future[RecordedEpisode]] = deque()
         while kept < num:
             # Never more attempts under way than could still be needed.
             while len(pending) < min(2 * workers, num - kept):
@@ -168,15 +168,17 @@ def record(
             else:
                 path = recording.folder / f"episode_{kept}.hdf5"
                 outcome.path.rename(path)
-                outcome = Outcome(outcome.seed, outcome.last_reward, outcome.highest_reward, path)
+                outcome = RecordedEpisode(
+                    outcome.seed, outcome.last_reward, outcome.highest_reward, path
+                )
                 kept, failures = kept + 1, 0
             yield outcome
 
 
-_simulations: dict[Recording, AlohaSim] = {}
+_simulations: dict[Demonstration, AlohaSim] = {}
 
 
-def _simulation(recording: Recording) -> AlohaSim:
+def _simulation(recording: Demonstration) -> AlohaSim:
     """One per process: compiling the model and its GL context takes longer than stepping it."""
     if recording not in _simulations:
         _simulations[recording] = AlohaSim(
@@ -211,7 +213,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     logging.basicConfig(level=logging.INFO, format="%(levelname)s %(message)s")
     from tqdm import tqdm
 
-    recording = Recording(
+    recording = Demonstration(
         task=options.task,
         folder=options.out,
         cameras=tuple(options.cameras),

@@ -19,7 +19,7 @@ from envs.world import Pictures, StepResult, check_action
 from policies.types import MetaObs
 
 if TYPE_CHECKING:
-    from envs.meta import EnvConfig
+    from envs.factory import EnvConfig
 
 logger = logging.getLogger(__name__)
 

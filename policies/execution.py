@@ -19,8 +19,8 @@ STRATEGIES = (
     "align_fade",
     "latest",
 )
-"""How chunks become commands; ``runtime.blending`` implements them."""
-ANCESTORS = (
+"""How chunks become commands; ``runtime.control.blending`` implements them."""
+ILSTUDIO_NAMES = (
     "OlderFirstManager",
     "TemporalAggManager",
     "TemporalOlderManager",
@@ -51,7 +51,9 @@ COEFFICIENTS: dict[str, Range | None] = {
 def check_strategy(name: str, coefficient: float | None) -> None:
     """Raises ``ValueError``: an unknown strategy, or a coefficient that it does not take."""
     if name not in COEFFICIENTS:
-        raise ValueError(f"action_manager: got {name!r}, expected one of {STRATEGIES + ANCESTORS}")
+        raise ValueError(
+            f"action_manager: got {name!r}, expected one of {STRATEGIES + ILSTUDIO_NAMES}"
+        )
     if coefficient is None:
         return
     allowed = COEFFICIENTS[name]
@@ -68,7 +70,7 @@ class Execution:
     """How a checkpoint says that its chunks are to be played. A flag of the user's wins.
 
     Attributes:
-        action_manager: One of ``STRATEGIES`` or ``ANCESTORS``.
+        action_manager: One of ``STRATEGIES`` or ``ILSTUDIO_NAMES``.
         manager_coef: The strategy's coefficient; None for its default.
         n_action_steps: Ticks between re-plannings; None for the strategy's default.
         source: Where that is said, e.g. ``"config.json: temporal_ensemble_coeff"``.

@@ -28,7 +28,7 @@ from robots.errors import (
     RobotLost,
     SensorLost,
 )
-from robots.limits import Limits
+from robots.limits import JointLimits
 from robots.ros_compressed import decode_compressed_colour, decode_compressed_depth
 from robots.ros_images import assumption, decode_colour, decode_depth, message_type
 from robots.ros_twin import TwinChannel
@@ -63,7 +63,7 @@ class AgilexAloha(Robot):
     ) -> None:
         self.config = config
         names = tuple(f"{side}_{joint}" for side in SIDES for joint in config.joint_names)
-        limits = Limits.from_config(
+        limits = JointLimits.from_config(
             names,
             position_lower=config.limit_pos.lower,
             position_upper=config.limit_pos.upper,

@@ -17,7 +17,7 @@ from numpy.typing import NDArray
 from robots.base import CameraSample, JointSample, Robot, Role
 from robots.errors import ConnectFailed, NotConnected, SensorLost
 from robots.twin_board import Board, Stream
-from robots.twin_link import Link
+from robots.twin_link import TwinLink
 
 CALL_TIMEOUT_S = 10.0
 LOOK_AGAIN_S = 0.002
@@ -31,7 +31,7 @@ class AttachedRobot(Robot):
     """
 
     owner = "the owner"
-    _link: Link | None = None
+    _link: TwinLink | None = None
     _board: Board | None = None
 
     @property
@@ -51,7 +51,7 @@ class AttachedRobot(Robot):
                 "within companion(), or its address as configuration"
             )
         self._seen: dict[str, tuple[int, CameraSample]] = {}
-        self._link = Link(self.address, role=role, timeout_s=timeout_s, peer=self.owner)
+        self._link = TwinLink(self.address, role=role, timeout_s=timeout_s, peer=self.owner)
         self._board = Board(
             self._link.board_fd,
             qpos=self._link.hello["qpos"],
@@ -92,7 +92,7 @@ class AttachedRobot(Robot):
             self._link.close()
             self._link = None
 
-    def _connected(self) -> tuple[Link, Board]:
+    def _connected(self) -> tuple[TwinLink, Board]:
         if self._link is None or self._board is None:
             raise NotConnected(f"{self.name}: not connected")
         return self._link, self._board

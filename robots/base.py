@@ -27,7 +27,7 @@ from robots.errors import (
     SensorLost,
     UnsafeCommand,
 )
-from robots.limits import Limits
+from robots.limits import JointLimits
 from robots.picture_watch import PictureWatch
 
 DEFAULT_TIMEOUT_S = 10.0
@@ -210,7 +210,7 @@ class Robot(ABC):
     _role: Role | None = None
     _picture_watch: PictureWatch | None = None
 
-    def __init__(self, name: str, contract: RobotContract, limits: Limits) -> None:
+    def __init__(self, name: str, contract: RobotContract, limits: JointLimits) -> None:
         self._name, self._contract, self._limits = name, contract, limits
 
     @property
@@ -223,7 +223,7 @@ class Robot(ABC):
         return self._contract
 
     @property
-    def limits(self) -> Limits:
+    def limits(self) -> JointLimits:
         """Of the contract's A actuators."""
         return self._limits
 

@@ -15,7 +15,7 @@ from numpy.typing import ArrayLike, NDArray
 
 from robots.base import ActionKind, ActionSpec
 from robots.errors import RobotLost
-from robots.limits import Limits
+from robots.limits import JointLimits
 
 HELD_UP_S = 0.25
 """Commands missed for longer are not caught up with: the motion that they were of is over."""
@@ -40,7 +40,9 @@ class Delivery:
         position: (A,) where it is, at rest.
     """
 
-    def __init__(self, limits: Limits, actions: Sequence[ActionSpec], position: ArrayLike) -> None:
+    def __init__(
+        self, limits: JointLimits, actions: Sequence[ActionSpec], position: ArrayLike
+    ) -> None:
         by_velocity = np.array([spec.kind is ActionKind.VELOCITY for spec in actions])
         self._fastest = np.where(by_velocity, limits.acceleration, limits.velocity)
         self._last = np.array(position, np.float64)

@@ -30,7 +30,7 @@ from robots.base import (
     Role,
 )
 from robots.errors import ConfigError
-from robots.limits import Limits
+from robots.limits import JointLimits
 
 _SHAPE = re.compile(r"\(\s*\d+\s*(,\s*\d+\s*)*,?\s*\)")
 
@@ -143,7 +143,7 @@ class DummyRobot(Robot):
             ctrl_space=config.ctrl_space,
             ctrl_type=config.ctrl_type,
         )
-        limits = Limits.from_config(
+        limits = JointLimits.from_config(
             contract.joint_names[:action_dim],
             position_lower=(-config.position_limit,) * action_dim,
             position_upper=(config.position_limit,) * action_dim,

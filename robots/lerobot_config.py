@@ -12,7 +12,7 @@ from typing import Any
 from policies.yaml_config import parse_config
 from robots.base import ActionKind, ActionSpec
 from robots.errors import ConfigError
-from robots.limits import Limits
+from robots.limits import JointLimits
 
 STOPS_ALONE_S: Mapping[str, float] = {"lekiwi_client": 0.5}
 """By LeRobot's type: when the device's own watchdog stops it. LeKiwi's host does (its
@@ -56,9 +56,9 @@ class LeRobotLimits:
     velocity: tuple[float, ...]
     acceleration: tuple[float, ...]
 
-    def of(self, actions: Sequence[str], source: str) -> Limits:
+    def of(self, actions: Sequence[str], source: str) -> JointLimits:
         """As arrays. Raises ``ConfigError`` where they do not fit ``actions``."""
-        return Limits.from_config(actions, **dataclasses.asdict(self), source=source)
+        return JointLimits.from_config(actions, **dataclasses.asdict(self), source=source)
 
 
 @dataclass(frozen=True)

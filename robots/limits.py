@@ -13,7 +13,7 @@ from robots.errors import ConfigError
 
 
 @dataclass(frozen=True, slots=True, eq=False)
-class Limits:
+class JointLimits:
     """Bounds per actuator, each (A,) float64 and read-only.
 
     Units are those of each command (``ActionSpec.unit``), per second and per second squared;
@@ -37,7 +37,7 @@ class Limits:
         velocity: Sequence[float],
         acceleration: Sequence[float],
         source: str,
-    ) -> Limits:
+    ) -> JointLimits:
         """The limits that a configuration gives, one number per joint.
 
         Args:

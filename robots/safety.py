@@ -30,7 +30,7 @@ from numpy.typing import ArrayLike, NDArray
 from robots.base import ActionKind, ActionSpec
 from robots.braking import ROUNDING, brake, limit
 from robots.errors import UnsafeCommand
-from robots.limits import Limits
+from robots.limits import JointLimits
 
 
 @dataclass(frozen=True, slots=True)
@@ -71,7 +71,9 @@ class MotionLimiter:
             cannot be limited (delta, effort), or a velocity whose limits leave out zero.
     """
 
-    def __init__(self, limits: Limits, period_s: float, actions: Sequence[ActionSpec] = ()) -> None:
+    def __init__(
+        self, limits: JointLimits, period_s: float, actions: Sequence[ActionSpec] = ()
+    ) -> None:
         if not (period_s > 0 and math.isfinite(period_s)):
             raise ValueError(f"period_s: got {period_s}, expected a positive number of seconds")
         self.limits = limits
@@ -200,7 +202,7 @@ class MotionLimiter:
         return ClampStatistics(self._commands, self._clamped, position, velocity, acceleration)
 
 
-def _by_velocity(limits: Limits, actions: Sequence[ActionSpec]) -> NDArray[np.bool_]:
+def _by_velocity(limits: JointLimits, actions: Sequence[ActionSpec]) -> NDArray[np.bool_]:
     """(A,) which actuators are commanded by velocity; checks that each can be limited."""
     mask = np.zeros(len(limits), np.bool_)
     if actions and len(actions) != len(limits):

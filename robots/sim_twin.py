@@ -20,7 +20,7 @@ from policies.yaml_config import parse_config
 from robots.attached import CALL_TIMEOUT_S, AttachedRobot
 from robots.base import Outcome, RobotContract, arm_actions
 from robots.errors import ConfigError
-from robots.limits import Limits
+from robots.limits import JointLimits
 from robots.processes import Child
 from robots.twin_board import WATCHING
 from robots.twin_config import GRIPPERS, JOINTS, SUBSTEP_HZ, TwinConfig
@@ -46,7 +46,7 @@ class SimTwin(AttachedRobot):
     def __init__(self, config: TwinConfig, *, name: str = "sim_twin", source: str = "") -> None:
         self.config = config
         given = config.limits
-        limits = Limits.from_config(
+        limits = JointLimits.from_config(
             JOINTS,
             **{
                 field.name: both_arms(getattr(given, field.name), f"{source}: limits.{field.name}")

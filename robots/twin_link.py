@@ -40,7 +40,7 @@ def abstract(address: str) -> str:
     return "\0" + address
 
 
-class Link:
+class TwinLink:
     """The client's end.
 
     Args:

@@ -31,7 +31,7 @@ from transport.errors import (
     WouldBlock,
 )
 from transport.schema import Schema
-from transport.views import Views
+from transport.slot_views import Views
 
 SLOTS = 4
 """Messages per direction: two requests in flight, and two more for what replaces them."""

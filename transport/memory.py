@@ -14,9 +14,9 @@ from numpy.typing import NDArray
 
 from transport.base import SLOTS, BaseChannel, Record
 from transport.channel import Kind
+from transport.receive_window import Window
 from transport.schema import Schema
-from transport.views import Views
-from transport.window import Window
+from transport.slot_views import Views
 
 
 class _Lane:

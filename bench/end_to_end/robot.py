@@ -22,7 +22,7 @@ from numpy.typing import NDArray
 
 from bench.process import ROOT
 from policies.types import MetaObs, PolicyContract
-from runtime.clock import MonotonicClock
+from runtime.control.clock import MonotonicClock
 
 HZ = 50.0
 _FRAME = struct.Struct("=qq")

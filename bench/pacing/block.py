@@ -20,9 +20,9 @@ from numpy.typing import NDArray
 
 from bench.pacing.peers import PEERS
 from bench.pacing.ways import Way
-from runtime.clock import MonotonicClock
-from runtime.loop import ControlLoop
-from runtime.realtime import UNPRIVILEGED, Realtime, RealtimeOptions, no_garbage_collection
+from runtime.control.clock import MonotonicClock
+from runtime.control.control_loop import ControlLoop
+from runtime.control.realtime import UNPRIVILEGED, Realtime, RealtimeOptions, no_garbage_collection
 
 NOBODY = 65534
 SETTLE_S = 0.2

@@ -18,10 +18,10 @@ from pathlib import Path
 import numpy as np
 
 from bench.null_policy import NullPolicy
-from envs.meta import load_env_config, make_world
-from runtime.child import ServerChild
+from envs.factory import load_env_config, make_world
 from runtime.client import PolicyClient
-from runtime.config import DEFAULT_CHECKPOINT
+from runtime.options.defaults import DEFAULT_CHECKPOINT
+from runtime.server.server_process import ServerProcess
 
 ROOT = Path(__file__).resolve().parents[2]
 CLIENTS = 4
@@ -40,7 +40,7 @@ def load(name: str) -> Iterator[None]:
         return
     model = DEFAULT_CHECKPOINT if Path(DEFAULT_CHECKPOINT).exists() else _NULL
     with ExitStack() as stack:
-        server = stack.enter_context(ServerChild(["-m", model]))
+        server = stack.enter_context(ServerProcess(["-m", model]))
         # One after the other: a handshake has two seconds, and all at once would starve it.
         running = []
         for part in [["client", server.address]] * CLIENTS + [["hog"]]:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass
 
-from runtime.clock import DEFAULT_SPIN_NS as SPIN_NS
+from runtime.control.clock import DEFAULT_SPIN_NS as SPIN_NS
 
 PRIORITY = 80
 

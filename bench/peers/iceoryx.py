@@ -20,7 +20,7 @@ import numpy as np
 
 from bench.contestant import Exchange
 from bench.payload import Sink, Source
-from transport.shm import FOLDER
+from transport.shm.segment import FOLDER
 
 _Bytes = iox.Slice[ctypes.c_uint8]
 

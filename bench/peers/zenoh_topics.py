@@ -21,7 +21,7 @@ from zenoh import shm
 
 from bench.contestant import Exchange
 from bench.payload import Payload, Sink, Source
-from transport.shm import FOLDER
+from transport.shm.segment import FOLDER
 
 _OBSERVATION, _ACTIONS = "bench/observation", "bench/actions"
 

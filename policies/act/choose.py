@@ -13,8 +13,8 @@ import torch
 
 from policies.act import hardware
 from policies.act.engine import Engine, EngineOptions, EngineUnavailable
-from policies.act.makers import MAKERS
-from policies.act.parity import LIMITS
+from policies.act.engine_check import LIMITS
+from policies.act.engine_factory import MAKERS
 from policies.act.weights import ActWeights
 from policies.errors import ContractMismatch, InferenceError
 

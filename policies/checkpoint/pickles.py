@@ -13,7 +13,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from policies.checkpoint.standins import NAMES, Array, Name
+from policies.checkpoint.safe_pickle_types import NAMES, Array, Name
 from policies.errors import CheckpointError
 
 MAX_BYTES = 64 * 2**20

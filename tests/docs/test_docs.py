@@ -16,7 +16,10 @@ from pathlib import Path
 import pytest
 import yaml
 
-from runtime import ctl, eval_real, eval_sim, keys, serve, top
+from runtime.eval_real import cli as eval_real
+from runtime.eval_sim import cli as eval_sim
+from runtime.server import cli as serve
+from runtime.tools import ctl, keys, top
 
 ROOT = Path(__file__).resolve().parents[2]
 GUIDES = (
@@ -34,9 +37,9 @@ CLIS: dict[str, Callable[[], argparse.ArgumentParser]] = {
     "runtime.server": serve.parser,
     "eval_sim.py": eval_sim.parser,
     "eval_real.py": eval_real.parser,
-    "runtime.keys": keys.parser,
-    "runtime.ctl": ctl.parser,
-    "runtime.top": top.parser,
+    "runtime.tools.keys": keys.parser,
+    "runtime.tools.ctl": ctl.parser,
+    "runtime.tools.top": top.parser,
 }
 PACKAGES = "policies|runtime|transport|envs|robots|tests|configs|docs"
 OVERRIDES = ("--env.", "--robot.")

@@ -46,7 +46,7 @@ def test_joints_rewards_and_pictures_equal_gym_alohas(task: str, seed: int, rend
 
 def test_importing_the_simulation_brings_neither_mujoco_nor_dm_control() -> None:
     code = (
-        "import sys, envs.physics, envs.meta; "
+        "import sys, envs.physics, envs.factory; "
         "print([m for m in ('mujoco', 'dm_control', 'gym_aloha', 'gymnasium') if m in sys.modules])"
     )
     done = subprocess.run(

@@ -7,7 +7,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from envs.demonstrations import FIRST_SEED, Recording, main, record, record_episode
+from envs.demonstrations import FIRST_SEED, Demonstration, main, record, record_episode
 from envs.errors import EnvError
 from envs.expert import EPISODE_TICKS
 from envs.physics import AlohaSim
@@ -32,7 +32,7 @@ def contents(path: Path) -> dict[str, np.ndarray]:
 @pytest.fixture(scope="module")
 def recorded(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("demonstrations") / "one_worker"
-    recording = Recording("sim_transfer_cube", folder, image_hw=SMALL)
+    recording = Demonstration("sim_transfer_cube", folder, image_hw=SMALL)
     outcomes = list(record(recording, num=2, workers=1))
     kept = [outcome.path for outcome in outcomes if outcome.path is not None]
     assert kept == [folder / "episode_0.hdf5", folder / "episode_1.hdf5"]
@@ -73,7 +73,7 @@ def test_replaying_the_actions_gives_what_was_recorded(recorded: Path) -> None:
 
 
 def test_the_number_of_workers_changes_nothing(recorded: Path, tmp_path: Path) -> None:
-    recording = Recording("sim_transfer_cube", tmp_path / "two_workers", image_hw=SMALL)
+    recording = Demonstration("sim_transfer_cube", tmp_path / "two_workers", image_hw=SMALL)
     list(record(recording, num=2, workers=2))
     for name in ("episode_0.hdf5", "episode_1.hdf5"):
         one, two = contents(recorded / name), contents(recording.folder / name)
@@ -89,7 +89,7 @@ def test_an_episode_that_does_not_end_in_success_is_not_kept(
         "envs.demonstrations.plan_episode",
         lambda sim: np.tile(sim.agent_pos.astype(np.float32), (EPISODE_TICKS, 1)),
     )
-    outcome = record_episode(Recording("sim_transfer_cube", tmp_path, image_hw=(6, 8)), 1)
+    outcome = record_episode(Demonstration("sim_transfer_cube", tmp_path, image_hw=(6, 8)), 1)
     assert (outcome.last_reward, outcome.path) == (0, None)
     assert list(tmp_path.iterdir()) == []
 
@@ -98,7 +98,7 @@ def test_a_folder_with_episodes_is_refused(
     recorded: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     with pytest.raises(EnvError, match="got a folder with episodes, expected a new one"):
-        next(record(Recording("sim_transfer_cube", recorded), num=1))
+        next(record(Demonstration("sim_transfer_cube", recorded), num=1))
     status = main(["--task", "sim_transfer_cube", "--num", "1", "--out", str(recorded)])
     assert status == 2
     assert "expected a new one" in capsys.readouterr().err

@@ -258,7 +258,7 @@ def test_physics_needs_no_renderer(value: str) -> None:
 def test_environments_of_others_render_with_what_was_chosen() -> None:
     """Gymnasium's own would take GLFW, and die where there is no screen."""
     code = (
-        "from envs.meta import load_env_config, make_world\n"
+        "from envs.factory import load_env_config, make_world\n"
         "keys = {'gym.images': '{top: render()}'}\n"
         "world = make_world(load_env_config('gym:InvertedPendulum-v5', keys))\n"
         "print(world.observe().images['top'].std() > 1)\n"
@@ -272,7 +272,7 @@ def test_environments_of_others_render_with_what_was_chosen() -> None:
 def test_environments_of_others_that_cannot_render_say_why() -> None:
     code = (
         "from envs.errors import EnvError\n"
-        "from envs.meta import load_env_config, make_world\n"
+        "from envs.factory import load_env_config, make_world\n"
         "keys = {'gym.images': '{top: render()}'}\n"
         "try:\n"
         "    make_world(load_env_config('gym:InvertedPendulum-v5', keys))\n"
@@ -288,7 +288,7 @@ def test_environments_of_others_that_cannot_render_say_why() -> None:
 
 def test_environments_of_others_that_do_not_render_need_no_renderer() -> None:
     code = (
-        "from envs.meta import load_env_config, make_world\n"
+        "from envs.factory import load_env_config, make_world\n"
         "world = make_world(load_env_config('gym:InvertedPendulum-v5'))\n"
         "print(world.observe().state.shape)\n"
     )

@@ -15,9 +15,9 @@ from gymnasium import spaces
 
 from envs.aloha_world import AlohaWorld
 from envs.errors import EnvError, UnknownCamera
+from envs.factory import EnvConfig, GymKeys, load_env_config, make_world
 from envs.fake import FakeWorld
 from envs.gym_world import GymWorld
-from envs.meta import EnvConfig, GymKeys, load_env_config, make_world
 from policies.types import CameraContract, Rendering
 from policies.yaml_config import ConfigError
 
@@ -96,7 +96,7 @@ class TestFakeWorld(WorldContract):
 
     def test_it_needs_neither_mujoco_nor_gymnasium(self) -> None:
         code = (
-            "import sys; from envs.meta import *; w = make_world(load_env_config('fake')); "
+            "import sys; from envs.factory import *; w = make_world(load_env_config('fake')); "
             "w.observe(); print('mujoco' in sys.modules, 'gymnasium' in sys.modules)"
         )
         done = subprocess.run(

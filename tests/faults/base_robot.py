@@ -33,7 +33,7 @@ from robots.base import (
     Role,
 )
 from robots.errors import ConnectFailed, RobotLost
-from robots.limits import Limits
+from robots.limits import JointLimits
 
 STOPS_ALONE_AFTER_S = 0.5
 COMMAND = struct.Struct("<2d")
@@ -103,7 +103,7 @@ class BaseRobot(Robot):
             {},
             stops_alone_after_s=STOPS_ALONE_AFTER_S if config.stops_alone else None,
         )
-        limits = Limits.from_config(
+        limits = JointLimits.from_config(
             contract.action_names,
             position_lower=(0.0, -0.5),
             position_upper=(400.0, 0.5),

@@ -22,9 +22,9 @@ from typing import Any
 import numpy as np
 
 from robots.base import Role
-from robots.limits import Limits
+from robots.limits import JointLimits
 from robots.sim_twin import SimTwin
-from runtime.mission import Mission
+from runtime.eval_real.run_config import RunConfig
 
 ROOT = Path(__file__).resolve().parents[2]
 PATIENCE_S = 60.0
@@ -155,7 +155,7 @@ class Twin:
         self.robot, self.address = robot, address
 
     @property
-    def limits(self) -> Limits:
+    def limits(self) -> JointLimits:
         return self.robot.limits
 
     def record(self) -> dict[str, np.ndarray]:
@@ -209,7 +209,7 @@ class Motion:
         again[1:] = (source[1:] != source[:-1]) & (action[1:] == action[:-1]).all(axis=1)
         return cls(arrived[~again], action[~again])
 
-    def check(self, limits: Limits) -> None:
+    def check(self, limits: JointLimits) -> None:
         """Every command within position, velocity and acceleration limits."""
         rounding = 2e-6  # float32 of a few rad, three of them
         speed = np.diff(self.action, axis=0) / PERIOD_S
@@ -238,11 +238,11 @@ class Motion:
         return max(0.0, (last - since_ns) / 1e9)
 
 
-def stop_s(limits: Limits) -> float:
+def stop_s(limits: JointLimits) -> float:
     """The longest stop there can be, with a tick for noticing and one for starting."""
     return float((limits.velocity / limits.acceleration).max()) + 2 * PERIOD_S
 
 
 def watchdog_s() -> float:
     """What ``eval_real.py`` allows for silence unless told otherwise."""
-    return float(Mission.__dataclass_fields__["max_sensing_age_s"].default)  # type: ignore[arg-type]
+    return float(RunConfig.__dataclass_fields__["max_sensing_age_s"].default)  # type: ignore[arg-type]

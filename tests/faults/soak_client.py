@@ -15,7 +15,7 @@ from collections import Counter
 import numpy as np
 
 from runtime.client import PolicyClient
-from runtime.warmup import synthetic_observation
+from runtime.server.warmup import synthetic_observation
 
 PERIOD_S = 0.02
 

@@ -146,21 +146,21 @@ def test_a_process_of_ours_dies(arm: Twin, tmp_path: Path) -> None:
     times = KILLS_OF_OURS
     with ride(arm, tmp_path) as riding:
         for _ in range(times):
-            pid = riding.program.child("runtime.sensing")
+            pid = riding.program.child("runtime.eval_real.sensing_process")
             allowed_s = watchdog_s() + stop_s(arm.limits)
             riding.fault("sensing", signal.SIGKILL, pid, allowed_s, "sensing process")
             riding.resume()
-            pid = riding.program.child("runtime.control")
+            pid = riding.program.child("runtime.eval_real.control_process")
             allowed_s = STALL_S + stop_s(arm.limits)
             riding.fault("control", signal.SIGKILL, pid, allowed_s, "control process died")
             riding.resume()
         if not SOAK:
             return
-        pid = riding.program.child("runtime.guardian")
+        pid = riding.program.child("runtime.eval_real.watchdog_process")
         allowed_s = watchdog_s() + stop_s(arm.limits)
-        riding.fault("guardian", signal.SIGKILL, pid, allowed_s, "guardian")
+        riding.fault("watchdog", signal.SIGKILL, pid, allowed_s, "watchdog")
         riding.resume()
-        pid = riding.program.child("runtime.control")
+        pid = riding.program.child("runtime.eval_real.control_process")
         riding.fault("stalled", signal.SIGSTOP, pid, STALL_S + stop_s(arm.limits), "stalled")
         riding.resume()
 
@@ -248,7 +248,7 @@ def test_the_parent_is_told_to_end_or_dies(arm: Twin, tmp_path: Path, number: in
     ):
         riding = Ride(arm, server, program)
         riding.start()
-        control = program.child("runtime.control")
+        control = program.child("runtime.eval_real.control_process")
         arm.robot.clear_record()
         riding.into_motion()
         at_ns = time.monotonic_ns()

@@ -110,7 +110,7 @@ def test_the_base_stands_when_the_server_dies(device: Device, tmp_path: Path) ->
     check_braking(rows)
 
 
-@pytest.mark.parametrize("name", ["control", "sensing", *(["guardian"] if SOAK else [])])
+@pytest.mark.parametrize("name", ["control", "sensing", *(["watchdog"] if SOAK else [])])
 def test_the_base_stands_when_a_process_dies(device: Device, tmp_path: Path, name: str) -> None:
     with evaluation(device, tmp_path / "out", "--max_timesteps", "100000") as program:
         device.driving()

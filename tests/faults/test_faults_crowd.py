@@ -10,7 +10,7 @@ import time
 
 import pytest
 
-from runtime.ctl import dial
+from runtime.tools.ctl import dial
 from tests.faults.rig import Program, Server
 from tests.faults.watch import Holdings
 

@@ -15,15 +15,15 @@ import numpy as np
 import pytest
 
 from policies.types import MetaObs
-from runtime import messages
 from runtime.client import PolicyClient
-from runtime.ctl import dial
 from runtime.errors import ServerLost
+from runtime.protocol import messages
+from runtime.tools.ctl import dial
 from tests.faults.crowd_policy import HW, STATE_DIM, expected
 from tests.faults.rig import Program, Server
 from tests.faults.watch import Holdings
-from transport.auto import Dialer
-from transport.control import NO_EPOCH, Hello, Opcode
+from transport.dialer import Dialer
+from transport.handshake_messages import NO_EPOCH, Hello, Opcode
 
 GREETING = b"\xff" + struct.pack(">Q", 1) + b"\x7f\x03\x00" + b"NULL".ljust(20, b"\0") + bytes(32)
 """Of ZMTP 3.0, RFC 23."""

@@ -14,8 +14,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from runtime.config import DEFAULT_CHECKPOINT
-from runtime.results import versions
+from runtime.evaluation.results import versions
+from runtime.options.defaults import DEFAULT_CHECKPOINT
 from tests.faults.rig import ROOT, Program
 from tests.faults.watch import Holdings
 

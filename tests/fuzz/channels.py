@@ -14,18 +14,18 @@ from typing import Any
 import numpy as np
 
 from policies.errors import InferenceError
-from runtime import messages
+from runtime.protocol import messages
 from tests.fuzz import samples
 from tests.fuzz.feed import Feed, reached
 from tests.fuzz.targets import Target
 from transport.base import SLOTS
 from transport.channel import MAX_BODY_BYTES, Kind, Message
 from transport.errors import PeerGone, TransportError
-from transport.layout import PAGE, Layout
 from transport.schema import USED, Schema
-from transport.shm import Parts
-from transport.shm_channel import ShmChannel
-from transport.zmq import ZmqChannel
+from transport.shm.channel import ShmChannel
+from transport.shm.segment import Parts
+from transport.shm.segment_layout import PAGE, SegmentLayout
+from transport.zeromq.channel import ZmqChannel
 
 STEPS = 12
 _SLOT = struct.Struct("<8q")
@@ -222,12 +222,12 @@ class Segments:
     recv: Schema
     own: Region
     peer: Region
-    layout: Layout
+    layout: SegmentLayout
     """Of the peer's."""
 
     @classmethod
     def of(cls, send: Schema, recv: Schema) -> Segments:
-        own, layout = Region(Layout.of(send).nbytes, writable=True), Layout.of(recv)
+        own, layout = Region(SegmentLayout.of(send).nbytes, writable=True), SegmentLayout.of(recv)
         return cls(send, recv, own, Region(layout.nbytes, writable=False), layout)
 
 
@@ -253,8 +253,8 @@ def _ring(feed: Feed, memory: Segments) -> None:
     memory.peer.wipe()
     ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
     ours.setblocking(False)
-    bells = [os.eventfd(0, os.EFD_NONBLOCK | os.EFD_CLOEXEC) for _ in range(2)]
-    parts = Parts(memory.own, memory.peer, *bells, ours)  # type: ignore[arg-type]
+    eventfds = [os.eventfd(0, os.EFD_NONBLOCK | os.EFD_CLOEXEC) for _ in range(2)]
+    parts = Parts(memory.own, memory.peer, *eventfds, ours)  # type: ignore[arg-type]
     channel = ShmChannel(memory.send, memory.recv, samples.EPOCH, parts, spin_us=0)
     held: list[Message] = []
     try:
@@ -285,7 +285,7 @@ def _ring(feed: Feed, memory: Segments) -> None:
     assert memory.own.intact() and memory.peer.intact(), "written outside of the segment"
 
 
-def _publish(feed: Feed, peer: Region, layout: Layout, length: int) -> None:
+def _publish(feed: Feed, peer: Region, layout: SegmentLayout, length: int) -> None:
     """The peer's next message as it should be, or with some words of its header changed."""
     head = peer.word(layout.head_offset)
     index = head % layout.slots
@@ -299,7 +299,7 @@ def _publish(feed: Feed, peer: Region, layout: Layout, length: int) -> None:
     peer.put(layout.head_offset, min(head + 1, 2**63 - 1))
 
 
-def _overwrite(feed: Feed, peer: Region, layout: Layout) -> None:
+def _overwrite(feed: Feed, peer: Region, layout: SegmentLayout) -> None:
     """Any word of the first page, most often one that is looked at."""
     where = feed.byte()
     offsets = layout.head_offset, layout.tail_offset, layout.asleep_offset, layout.closed_offset

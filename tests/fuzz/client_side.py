@@ -15,22 +15,22 @@ import zmq
 
 from policies.errors import PolicyError
 from policies.types import PolicyContract
-from runtime import messages
+from runtime.protocol import messages
 from tests.fuzz import samples
 from tests.fuzz.channels import check
 from tests.fuzz.feed import Feed, reached
 from tests.fuzz.parsers import check_contract
 from tests.fuzz.server_side import descriptors
 from tests.fuzz.targets import Target
-from transport import join as joining
-from transport.auto import Dialer
-from transport.control import NO_EPOCH, Opcode, ShmOffer, decode_body
+from transport.dialer import Dialer
 from transport.errors import ProtocolError, TransportError, TransportUnavailable
-from transport.join import join
-from transport.layout import Layout
-from transport.link import Link
-from transport.offer import ACCEPTED
-from transport.shm import create_all
+from transport.handshake_messages import NO_EPOCH, Opcode, ShmOffer, decode_body
+from transport.shm import client_handshake as joining
+from transport.shm.client_handshake import join
+from transport.shm.segment import create_all
+from transport.shm.segment_layout import SegmentLayout
+from transport.shm.segment_offer import ACCEPTED
+from transport.zeromq.client_socket import ClientSocket
 
 MESSAGES = 3
 
@@ -74,7 +74,7 @@ class _Sleep:
         return []
 
 
-class _Link(Link):
+class _Link(ClientSocket):
     """A link whose socket is scripted."""
 
     def __init__(self, answers: list[list[bytes]]) -> None:
@@ -196,7 +196,7 @@ class _Prompted(socket.socket):
 def side_socket() -> Iterator[Target]:
     """An offer of shared memory, what is in its segments, and the answer at the door."""
     mine = theirs = samples.SMALL
-    layout = Layout.of(mine)
+    layout = SegmentLayout.of(mine)
     created = create_all([layout.nbytes, layout.nbytes])
     written = [segment.map(writable=True) for segment in created]
     listening = socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET)
@@ -204,8 +204,8 @@ def side_socket() -> Iterator[Target]:
     listening.listen(8)
     address = listening.getsockname()
     name = address[1:].decode()
-    bell = os.eventfd(0)
-    answer: list[Any] = [ACCEPTED, [bell, bell]]
+    eventfd = os.eventfd(0)
+    answer: list[Any] = [ACCEPTED, [eventfd, eventfd]]
     identity = layout.identity(b"n" * 16)
     shim = types.SimpleNamespace(
         socket=lambda *kind: _Prompted(listening, answer, *kind),
@@ -231,7 +231,7 @@ def side_socket() -> Iterator[Target]:
         except ProtocolError:
             return
         kind = feed.byte()
-        fds = [bell] * (2 if kind < 192 else kind & 3)
+        fds = [eventfd] * (2 if kind < 192 else kind & 3)
         said = feed.bytes_near(ACCEPTED) if kind & 1 else ACCEPTED
         answer[:] = said, fds
         with contextlib.suppress(TransportUnavailable):
@@ -246,7 +246,7 @@ def side_socket() -> Iterator[Target]:
             yield target
     finally:
         listening.close()
-        os.close(bell)
+        os.close(eventfd)
         for mapping in written:
             mapping.close()
         for segment in created:

@@ -19,7 +19,7 @@ from tests.fuzz.feed import reached
 from tests.fuzz.targets import opened
 
 PACKAGES = ["transport", "runtime", "policies"]
-COMPILED = ["transport.atomics", "transport.steps"]
+COMPILED = ["transport.shm.atomics", "transport.shm.ring_kernels"]
 TELL_EVERY = 1024
 
 

@@ -16,13 +16,15 @@ import numpy as np
 
 from policies.errors import ContractMismatch, InferenceError, PolicyError
 from policies.types import PolicyContract
-from runtime import messages, trace
-from runtime.admission import MOST_DEADLINE_MS, MOST_HZ, Demand, Limits, admit
-from runtime.costs import Costs
+from runtime.protocol import messages
+from runtime.server.admission import MOST_DEADLINE_MS, MOST_HZ, Demand, SessionLimits, admit
+from runtime.server.cost_model import InferenceCostModel
+from runtime.trace import recorder as trace
 from tests.fuzz import samples
 from tests.fuzz.feed import Feed, reached
 from transport.channel import MAX_BODY_BYTES
-from transport.control import (
+from transport.errors import ProtocolError, Refused, SchemaMismatch
+from transport.handshake_messages import (
     EPOCH_BYTES,
     MAX_CLIENT_CHARS,
     MAX_CONTROL_BYTES,
@@ -33,7 +35,6 @@ from transport.control import (
     decode_body,
     decode_prefix,
 )
-from transport.errors import ProtocolError, Refused, SchemaMismatch
 from transport.schema import ALIGNMENT, MAX_ARRAYS, MAX_MESSAGE_BYTES, Schema
 
 
@@ -244,7 +245,7 @@ def demand(data: bytes) -> None:
             or body["deadline_ms"] is None
         )
         present = [Demand("robot", 20.0, 50.0, 4096)] * (feed.byte() & 3)
-        admit(read, present, Limits(rate_hz=100.0), Costs({1: 10_000_000}))
+        admit(read, present, SessionLimits(rate_hz=100.0), InferenceCostModel({1: 10_000_000}))
     except Refused:
         return
     reached["admitted"] += 1

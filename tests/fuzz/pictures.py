@@ -9,7 +9,7 @@ import numpy as np
 
 from policies import jpeg
 from policies.errors import ContractMismatch, ObservationError
-from runtime import frames, messages
+from runtime.protocol import image_codec, messages
 from tests.fuzz import samples
 from tests.fuzz.feed import Feed, reached
 from tests.fuzz.parsers import body_of
@@ -66,13 +66,13 @@ def pictures(data: bytes) -> None:
         schema = Schema.from_json(text)
         if attributes is None:
             return
-        read = frames.reader(schema, attributes, samples.CONTRACT)
+        read = image_codec.reader(schema, attributes, samples.CONTRACT)
     except (ProtocolError, SchemaMismatch, ContractMismatch):
         return
     reached["readers"] += 1
     assert schema.nbytes < 1 << 20, "a message far longer than an observation"
     arrays = schema.views(memoryview(bytearray(schema.nbytes)), writable=True)
-    lossy = frames.JPEG in schema.specs
+    lossy = image_codec.JPEG in schema.specs
     if lossy:
         _fill(feed, arrays)
     else:
@@ -93,15 +93,15 @@ def pictures(data: bytes) -> None:
         assert type(obs.timestep) is type(obs.t_capture_ns) is int
 
 
-def _fill(feed: Feed, arrays: frames.Arrays) -> None:
+def _fill(feed: Feed, arrays: image_codec.Arrays) -> None:
     """Both pictures of the samples, changed, with lengths that may lie."""
     datas = [feed.bytes_near(one) for one in samples.jpegs()]
-    joined = np.frombuffer(b"".join(datas), np.uint8)[: arrays[frames.JPEG].size]
-    arrays[frames.JPEG][: joined.size] = joined
-    arrays[frames.LENGTHS][:] = [len(one) for one in datas]
-    arrays[frames.JPEG + USED][()] = sum(len(one) for one in datas)
+    joined = np.frombuffer(b"".join(datas), np.uint8)[: arrays[image_codec.JPEG].size]
+    arrays[image_codec.JPEG][: joined.size] = joined
+    arrays[image_codec.LENGTHS][:] = [len(one) for one in datas]
+    arrays[image_codec.JPEG + USED][()] = sum(len(one) for one in datas)
     lies = feed.byte()
     if lies & 1:
-        arrays[frames.LENGTHS][lies >> 1 & 1] = feed.word()
+        arrays[image_codec.LENGTHS][lies >> 1 & 1] = feed.word()
     if lies & 4:
-        arrays[frames.JPEG + USED][()] = feed.word()
+        arrays[image_codec.JPEG + USED][()] = feed.word()

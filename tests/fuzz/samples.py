@@ -10,10 +10,10 @@ import numpy as np
 from policies import jpeg
 from policies.execution import Execution
 from policies.types import CameraContract, MetaObs, PolicyContract, PolicyInfo, Rendering
-from runtime import frames, messages
-from transport.control import MAGIC, NO_EPOCH, PROTOCOL_VERSION, Hello, Opcode, encode
+from runtime.protocol import image_codec, messages
+from transport.handshake_messages import MAGIC, NO_EPOCH, PROTOCOL_VERSION, Hello, Opcode, encode
 from transport.schema import USED, ArraySpec, Schema
-from transport.zmq import _HEADER, PAYLOAD_OFFSET
+from transport.zeromq.channel import _HEADER, PAYLOAD_OFFSET
 
 EPOCH, OTHER_EPOCH = b"e" * 16, b"o" * 16
 CONTRACT = PolicyContract(
@@ -58,9 +58,9 @@ EMPTY = Schema(())
 
 
 @functools.cache
-def pictures(quality: int | None) -> frames.Outgoing:
+def pictures(quality: int | None) -> image_codec.Outgoing:
     """A client's side for pixels (None) or JPEG."""
-    return frames.Outgoing(OBSERVATION, CONTRACT, resize=False, quality=quality)
+    return image_codec.Outgoing(OBSERVATION, CONTRACT, resize=False, quality=quality)
 
 
 def attributes(quality: int | None = None) -> dict[str, Any]:

@@ -23,21 +23,21 @@ from zmq import auth
 from zmq.utils import z85
 
 from policies.types import ActionChunk, MetaObs, PolicyContract
-from runtime.admission import Limits
-from runtime.answering import Answering
-from runtime.attendance import Attendance
-from runtime.core import Core
-from runtime.costs import Costs
-from runtime.operator_token import OperatorToken
-from runtime.scheduler import Scheduler
-from runtime.served_model import ServedModel
+from runtime.server.admin_token import AdminToken
+from runtime.server.admission import SessionLimits
+from runtime.server.cost_model import InferenceCostModel
+from runtime.server.model import LoadedModel
+from runtime.server.request_handler import RequestHandler
+from runtime.server.scheduler import Scheduler
+from runtime.server.sessions import SessionManager
+from runtime.server.state import ServerState
 from tests.fuzz import samples
 from tests.fuzz.channels import check
 from tests.fuzz.feed import Feed, reached
 from tests.fuzz.targets import Target
-from transport import listener as listening
 from transport.channel import Kind
-from transport.control import (
+from transport.errors import PeerGone, Refused, TransportError
+from transport.handshake_messages import (
     NO_EPOCH,
     PROTOCOL_VERSION,
     Hello,
@@ -46,15 +46,15 @@ from transport.control import (
     decode_body,
     decode_prefix,
 )
-from transport.curve import Gatekeeper, ServerKeys
-from transport.door import MAX_WAITING, Door
-from transport.errors import PeerGone, Refused, TransportError
-from transport.handshake import PENDING_S, Handshake
-from transport.listener import MAX_CONTROL_QUEUE, Listener
-from transport.offer import ACCEPTED, PROOF_BYTES
-from transport.reactor import Reactor
-from transport.sessions import Pending
-from transport.shm import Parts
+from transport.server import listener as listening
+from transport.server.event_loop import EventLoop
+from transport.server.handshake import PENDING_S, Handshake
+from transport.server.listener import MAX_CONTROL_QUEUE, Listener
+from transport.server.sessions import Pending
+from transport.server.shm_acceptor import MAX_WAITING, ShmAcceptor
+from transport.shm.segment import Parts
+from transport.shm.segment_offer import ACCEPTED, PROOF_BYTES
+from transport.zeromq.curve import Gatekeeper, ServerKeys
 
 MESSAGES = 4
 MAX_SESSIONS = 2
@@ -98,15 +98,19 @@ class Office:
     """
 
     def __init__(self) -> None:
-        model, costs = ServedModel.of(StandIn()), Costs({1: 10_000_000})
-        core = Core(model, costs, Scheduler(costs, model.sizes))
-        answering = Answering(core, lambda session: None)
+        model, costs = LoadedModel.of(StandIn()), InferenceCostModel({1: 10_000_000})
+        state = ServerState(model, costs, Scheduler(costs, model.sizes))
+        request_handler = RequestHandler(state, lambda session: None)
         self.present: Callable[[], list[Hello]] = list
-        self.attendance = Attendance(
-            core, answering, Limits(rate_hz=1000.0), hellos=self._hellos, timeout_s=0.0
+        self.session_manager = SessionManager(
+            state,
+            request_handler,
+            SessionLimits(rate_hz=1000.0),
+            hellos=self._hellos,
+            timeout_s=0.0,
         )
         self.describe = model.describe
-        self._token = object.__new__(OperatorToken)
+        self._token = object.__new__(AdminToken)
         self._token._secret = "0" * 64
 
     def _hellos(self) -> list[Hello]:
@@ -121,7 +125,7 @@ class Office:
         return {"state": "loading"}
 
 
-class Router:
+class ServerSocket:
     """A router of scripted messages; whoever is called ``gone`` is."""
 
     gatekeeper = None
@@ -208,13 +212,13 @@ class _Reception:
     """One handshake and those who come to it."""
 
     def __init__(self, office: Office) -> None:
-        self.router, self.counts = Router(), Counter[str]()
+        self.router, self.counts = ServerSocket(), Counter[str]()
         self.running: list[Parts | None] = []
         self.shake = Handshake(
             self.router,  # type: ignore[arg-type]
             _NamedDoor(),  # type: ignore[arg-type]
             describe=office.describe,
-            accept=office.attendance.welcome,
+            accept=office.session_manager.welcome,
             ask=office.ask,
             transports=("shm", "zmq"),
             max_sessions=MAX_SESSIONS,
@@ -318,7 +322,7 @@ def listener() -> Iterator[Target]:
             "",
             0,
             describe=office.describe,
-            accept=office.attendance.welcome,
+            accept=office.session_manager.welcome,
             ask=office.ask,
             transports=("zmq",),
             max_sessions=MAX_SESSIONS,
@@ -328,16 +332,16 @@ def listener() -> Iterator[Target]:
             _attend(Feed(data), served)
         assert descriptors() == before, "a descriptor was leaked"
 
-    bells = [os.eventfd(0), os.eventfd(0)]  # never readable
+    eventfds = [os.eventfd(0), os.eventfd(0)]  # never readable
     try:
         with (
-            mock.patch.object(listening, "Router", Router),
-            mock.patch.multiple(Router, fd=bells[0], monitor_fd=bells[1]),
+            mock.patch.object(listening, "Router", ServerSocket),
+            mock.patch.multiple(ServerSocket, fd=eventfds[0], monitor_fd=eventfds[1]),
         ):
             yield target
     finally:
-        for bell in bells:
-            os.close(bell)
+        for eventfd in eventfds:
+            os.close(eventfd)
 
 
 def _attend(feed: Feed, served: Listener) -> None:
@@ -369,10 +373,10 @@ def _multipart(feed: Feed, served: Listener) -> tuple[bytes, list[zmq.Frame]]:
     """What a client might send next."""
     identity = _identity(feed)
     said = feed.byte()
-    known = [*served._handshake._pending, *served._roster._carriers, samples.OTHER_EPOCH]
+    known = [*served._handshake._pending, *served._session_table._carriers, samples.OTHER_EPOCH]
     epoch = known[feed.byte() % len(known)]
-    if said & 3 != 3 and epoch in served._roster._carriers:
-        channel = served._roster._carriers[epoch].channel
+    if said & 3 != 3 and epoch in served._session_table._carriers:
+        channel = served._session_table._carriers[epoch].channel
         schema = channel.recv_schema
         data = samples.message(
             sequence=channel._window.cursor,
@@ -394,7 +398,7 @@ def _multipart(feed: Feed, served: Listener) -> tuple[bytes, list[zmq.Frame]]:
     if said & 4:
         count = feed.byte() & 3
         parts = (parts * 2)[:count]
-        # As ``Router.receive`` says: no frames where there were too many.
+        # As ``ServerSocket.receive`` says: no frames where there were too many.
         parts = [] if count > 2 else parts
     return identity, [zmq.Frame(part) for part in parts]
 
@@ -405,7 +409,7 @@ def _multipart(feed: Feed, served: Listener) -> tuple[bytes, list[zmq.Frame]]:
 @contextlib.contextmanager
 def door() -> Iterator[Target]:
     """Datagrams at the side socket, from clients that may hang up."""
-    reactor = Reactor()
+    event_loop = EventLoop()
     entered: list[socket.socket] = []
     proof = bytes(range(PROOF_BYTES))
 
@@ -418,7 +422,7 @@ def door() -> Iterator[Target]:
         entered.append(link)
         return None
 
-    guarded = Door(reactor, admit)
+    guarded = ShmAcceptor(event_loop, admit)
 
     def target(data: bytes) -> None:
         feed, before = Feed(data), descriptors()
@@ -436,9 +440,9 @@ def door() -> Iterator[Target]:
                     client.send(proof)
                 elif said < 240:
                     client.close()
-            reactor.run(0.0)
+            event_loop.run(0.0)
             if said & 1:
-                reactor.run(0.0)
+                event_loop.run(0.0)
             assert len(guarded._waiting) <= MAX_WAITING
             if not feed.left:
                 break
@@ -453,7 +457,7 @@ def door() -> Iterator[Target]:
         yield target
     finally:
         guarded.close()
-        reactor.close()
+        event_loop.close()
 
 
 # Who is let in

@@ -61,11 +61,14 @@ def test_a_reader_that_left_does_not_end_an_evaluation(tmp_path: Path) -> None:
 
 @pytest.mark.skipif(not Path("/dev/full").exists(), reason="this machine has no /dev/full")
 def test_output_that_is_lost_on_a_full_disk_is_a_failure(tmp_path: Path) -> None:
-    done = shell(">/dev/full", "-m", "runtime.keys", "new", str(tmp_path), "me")
+    done = shell(">/dev/full", "-m", "runtime.tools.keys", "new", str(tmp_path), "me")
     (line,) = done.stderr.splitlines()
     assert (done.returncode, line[:38]) == (1, "error: the output cannot be written: [")
     assert (tmp_path / "me.key").is_file()
-    assert shell(">/dev/full 2>/dev/full", "-m", "runtime.keys", "show", "/nosuch").returncode == 2
+    assert (
+        shell(">/dev/full 2>/dev/full", "-m", "runtime.tools.keys", "show", "/nosuch").returncode
+        == 2
+    )
 
 
 def test_a_terminal_of_few_characters_shows_the_others_as_question_marks() -> None:
@@ -112,7 +115,7 @@ def test_ctrl_c_is_a_status_and_no_traceback(
 
 
 @pytest.mark.parametrize(
-    "command", [["eval_sim.py"], ["-m", "runtime.keys"], ["-m", "envs.demonstrations"]]
+    "command", [["eval_sim.py"], ["-m", "runtime.tools.keys"], ["-m", "envs.demonstrations"]]
 )
 def test_a_command_prints_to_nobody_in_silence(command: list[str]) -> None:
     assert shell(">&- 2>&-", *command, "--help").returncode == 0

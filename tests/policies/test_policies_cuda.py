@@ -15,8 +15,8 @@ from policies.act import cuda_api, hardware
 from policies.act.choose import make_engine
 from policies.act.cuda_graph import SIZES, CudaGraphEngine
 from policies.act.engine import EngineOptions, EngineUnavailable, Frames
+from policies.act.engine_check import LIMITS
 from policies.act.fuse import fuse
-from policies.act.parity import LIMITS
 from policies.act.policy import ActPolicy
 from policies.checkpoint.untrained import random_weights
 from policies.errors import ContractMismatch, InferenceError
@@ -248,11 +248,13 @@ def gpu(monkeypatch):
         monkeypatch.setattr(hardware, "set_exact", lambda *_: None)
         monkeypatch.setattr(cuda_api, "TorchCuda", lambda device: fake)
         # Eager torch is on the CPU as well.
-        from policies.act import makers
+        from policies.act import engine_factory
 
-        make_torch = makers.make_torch
+        make_torch = engine_factory.make_torch
         monkeypatch.setitem(
-            makers.MAKERS, "torch", lambda w, d, p, t: make_torch(w, torch.device("cpu"), p, t)
+            engine_factory.MAKERS,
+            "torch",
+            lambda w, d, p, t: make_torch(w, torch.device("cpu"), p, t),
         )
         return fake
 

@@ -15,12 +15,12 @@ import torch
 from test_policies_fused import EXACT, inputs, plain_actions
 from tiny_act import TINY, needs_openvino, observation
 
-from policies.act import blob_cache, hardware, makers
+from policies.act import blob_cache, engine_factory, hardware
 from policies.act.blob_cache import BlobCache, Stored
 from policies.act.choose import make_engine
 from policies.act.config import ActConfig
 from policies.act.engine import MAX_BATCH, EngineOptions, EngineUnavailable, Frames
-from policies.act.parity import probe
+from policies.act.engine_check import probe
 from policies.act.policy import ActPolicy
 from policies.checkpoint.load import load_policy, load_weights
 from policies.checkpoint.untrained import random_weights
@@ -288,19 +288,19 @@ def test_the_second_start_compiles_nothing_and_says_the_same_bits(compilations, 
     ],
 )
 def test_another_network_is_another_key(weights, change):
-    before = makers.engine_key(weights, "fp32", 1, "a")
+    before = engine_factory.engine_key(weights, "fp32", 1, "a")
     same = random_weights(TINY)
-    assert before == makers.engine_key(same, "fp32", 1, "a")
-    assert makers.engine_key(change(same), "fp32", 1, "a") != before
+    assert before == engine_factory.engine_key(same, "fp32", 1, "a")
+    assert engine_factory.engine_key(change(same), "fp32", 1, "a") != before
 
 
 def test_other_settings_are_another_key(weights, monkeypatch):
     keys = {
-        makers.engine_key(weights, *said)
+        engine_factory.engine_key(weights, *said)
         for said in (("fp32", 1, "a"), ("bf16", 1, "a"), ("fp32", 2, "a"), ("fp32", 1, "b"))
     }
     monkeypatch.setattr(hardware, "cpu_flags", lambda: frozenset({"another machine"}))
-    assert len(keys | {makers.engine_key(weights, "fp32", 1, "a")}) == 5
+    assert len(keys | {engine_factory.engine_key(weights, "fp32", 1, "a")}) == 5
 
 
 SPOILT = {
@@ -416,8 +416,8 @@ def machine(monkeypatch):
             return make
 
         monkeypatch.setattr(hardware, "cpu_flags", lambda: frozenset(flags))
-        for name in makers.MAKERS:
-            monkeypatch.setitem(makers.MAKERS, name, maker(name))
+        for name in engine_factory.MAKERS:
+            monkeypatch.setitem(engine_factory.MAKERS, name, maker(name))
         return made
 
     return has

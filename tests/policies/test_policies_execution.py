@@ -17,7 +17,7 @@ from policies.checkpoint.extras import ExecutionKeys, Extras
 from policies.checkpoint.load import load_policy, load_weights
 from policies.checkpoint.save import save_ilstudio, save_lerobot
 from policies.errors import CheckpointError, ContractMismatch
-from policies.execution import ANCESTORS, COEFFICIENTS, STRATEGIES, Assumption, Execution
+from policies.execution import COEFFICIENTS, ILSTUDIO_NAMES, STRATEGIES, Assumption, Execution
 from policies.types import DEFAULT_DT_S, PolicyContract
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -296,4 +296,4 @@ def test_nonsense_is_refused(change: dict[str, Any]) -> None:
 
 
 def test_every_strategy_says_what_its_coefficient_may_be() -> None:
-    assert COEFFICIENTS.keys() == set(STRATEGIES + ANCESTORS)
+    assert COEFFICIENTS.keys() == set(STRATEGIES + ILSTUDIO_NAMES)

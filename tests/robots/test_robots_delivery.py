@@ -8,11 +8,11 @@ import pytest
 from robots.base import ActionKind, ActionSpec
 from robots.delivery import GAPS, HELD_UP_S, LONGEST_STEP_S, Delivery
 from robots.errors import RobotLost
-from robots.limits import Limits
+from robots.limits import JointLimits
 from robots.safety import MotionLimiter
 
 PERIOD_S = 1 / 30
-LIMITS = Limits(
+LIMITS = JointLimits(
     np.array([-100.0, -0.3]), np.array([100.0, 0.3]), np.array([90.0, 0.3]), np.array([600.0, 0.8])
 )
 ACTIONS = (ActionSpec("j", unit="deg"), ActionSpec("x.vel", ActionKind.VELOCITY, "m/s"))

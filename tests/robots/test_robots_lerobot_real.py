@@ -184,7 +184,7 @@ def test_killed_in_mid_motion_the_torque_is_never_off(
         for _ in REPEATS:
             since = motors.count
             until(lambda s=since: motors.is_swinging(s))
-            os.kill(program.child("runtime.control"), signal.SIGKILL)
+            os.kill(program.child("runtime.eval_real.control_process"), signal.SIGKILL)
             program.expect("stopped: ", PATIENCE_S)
             program.press("r")
         since = motors.count
@@ -335,9 +335,9 @@ def test_a_base_stands_when_all_of_our_processes_are_killed(kiwi, tmp_path: Path
         with evaluate(config, "drive", tmp_path, "--max_timesteps", "3000", *said) as program:
             until(lambda s=since: (speeds_of(motors, s)[:, 2] > 100).any())
             family = [
-                program.child(name)
-                for name in ("robots.lerobot_owner", "runtime.control", "runtime.guardian",
-                             "runtime.sensing")
+                program.child(name) for name in ("robots.lerobot_owner",
+                "runtime.eval_real.control_process", "runtime.eval_real.watchdog_process",
+                             "runtime.eval_real.sensing_process")
             ]  # fmt: skip
             for pid in (program.pid, *family):
                 os.kill(pid, signal.SIGKILL)

@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 
 from robots.base import ActionKind, ActionSpec
 from robots.errors import UnsafeCommand
-from robots.limits import Limits
+from robots.limits import JointLimits
 from robots.safety import MotionLimiter
 
 RELATIVE = 1e-9
@@ -21,8 +21,8 @@ RELATIVE = 1e-9
 
 def make_limits(
     lower: float = -1.0, upper: float = 1.0, velocity: float = 1.0, acceleration: float = 5.0
-) -> Limits:
-    return Limits.from_config(
+) -> JointLimits:
+    return JointLimits.from_config(
         ("joint",),
         position_lower=(lower,),
         position_upper=(upper,),
@@ -81,7 +81,7 @@ wishes = st.lists(st.one_of(st.none(), st.floats(-8, 8)), min_size=1, max_size=6
 
 @given(limits=machines, period_s=periods, targets=wishes, start=st.floats(0, 1))
 def test_every_command_keeps_the_limits_and_can_stop_inside_them(
-    limits: Limits, period_s: float, targets: list[float | None], start: float
+    limits: JointLimits, period_s: float, targets: list[float | None], start: float
 ) -> None:
     limiter = MotionLimiter(limits, period_s)
     low, high = limits.position_lower[0], limits.position_upper[0]
@@ -93,7 +93,7 @@ def test_every_command_keeps_the_limits_and_can_stop_inside_them(
 
 @given(limits=machines, period_s=periods, targets=wishes)
 def test_a_stop_ends_after_the_ticks_that_were_computed(
-    limits: Limits, period_s: float, targets: list[float | None]
+    limits: JointLimits, period_s: float, targets: list[float | None]
 ) -> None:
     limiter = MotionLimiter(limits, period_s)
     limiter.reset([0.0])
@@ -155,7 +155,7 @@ def test_a_motion_within_the_limits_passes_bit_for_bit(
 
 @given(limits=machines, period_s=periods, outside=st.floats(1e-3, 1), targets=wishes)
 def test_a_joint_that_starts_outside_only_comes_inside(
-    limits: Limits, period_s: float, outside: float, targets: list[float | None]
+    limits: JointLimits, period_s: float, outside: float, targets: list[float | None]
 ) -> None:
     limiter = MotionLimiter(limits, period_s)
     upper = limits.position_upper[0]
@@ -171,7 +171,7 @@ def test_a_joint_that_starts_outside_only_comes_inside(
 
 
 def test_what_was_clamped_is_counted_by_joint_and_limit() -> None:
-    limits = Limits.from_config(
+    limits = JointLimits.from_config(
         ("a", "b", "c"),
         position_lower=(-1, -1, -1),
         position_upper=(1, 1, 1),
@@ -192,7 +192,7 @@ def test_what_was_clamped_is_counted_by_joint_and_limit() -> None:
 
 @pytest.mark.parametrize("poison", [math.nan, math.inf, -math.inf])
 def test_nan_is_refused_by_joint_and_changes_nothing(poison: float) -> None:
-    limits = Limits.from_config(
+    limits = JointLimits.from_config(
         ("a", "b"),
         position_lower=(-1, -1),
         position_upper=(1, 1),
@@ -235,7 +235,7 @@ def test_a_stop_takes_over_what_somebody_else_set_in_motion() -> None:
 
 @given(last=st.floats(-1.2, 1.2), before=st.floats(-1.2, 1.2), limits=machines, period_s=periods)
 def test_from_any_state_a_stop_ends_in_time_and_goes_no_further_out(
-    last: float, before: float, limits: Limits, period_s: float
+    last: float, before: float, limits: JointLimits, period_s: float
 ) -> None:
     limiter = MotionLimiter(limits, period_s)
     limiter.reset([last], [before])
@@ -259,7 +259,7 @@ BASE = (ActionSpec("x.vel", ActionKind.VELOCITY, "m/s"),)
     start=st.floats(-20, 20),
 )
 def test_a_velocity_keeps_its_bounds_and_its_acceleration_and_rests_at_zero(
-    limits: Limits, period_s: float, requests: list[float | None], start: float
+    limits: JointLimits, period_s: float, requests: list[float | None], start: float
 ) -> None:
     limiter = MotionLimiter(limits, period_s, BASE)
     quantum = float(limits.acceleration[0]) * period_s

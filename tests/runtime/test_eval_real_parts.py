@@ -22,16 +22,18 @@ from robots.base import (
     arm_actions,
 )
 from robots.errors import RobotError, RobotLost
-from robots.limits import Limits
-from runtime.control import Control, EventLog
-from runtime.guardian import Guardian
-from runtime.mailbox import Dims, Mailbox, Phase, Signal, create_segment, get_text
-from runtime.mission import Mission
-from runtime.sensing import Sensing
+from robots.limits import JointLimits
+from runtime.eval_real.control_process import Control
+from runtime.eval_real.event_log import EventLog
+from runtime.eval_real.phases import Phase, Signal
+from runtime.eval_real.run_config import RunConfig
+from runtime.eval_real.sensing_process import Sensing
+from runtime.eval_real.shared_state import Dims, SharedState, create_segment, get_text
+from runtime.eval_real.watchdog_process import Watchdog
 
 CONTRACT = PolicyContract("toy", (CameraContract("top", (4, 4), (4, 4)),), 3, 3, 20, 10)
-MISSION = Mission("toy", {}, CONTRACT.to_json(), "127.0.0.1:1")
-LIMITS = Limits(np.full(3, -2.0), np.full(3, 2.0), np.full(3, 1.0), np.full(3, 5.0))
+MISSION = RunConfig("toy", {}, CONTRACT.to_json(), "127.0.0.1:1")
+LIMITS = JointLimits(np.full(3, -2.0), np.full(3, 2.0), np.full(3, 1.0), np.full(3, 5.0))
 
 
 class Lonely(Robot):
@@ -72,15 +74,15 @@ class Lonely(Robot):
 
 
 @pytest.fixture
-def box() -> Iterator[Mailbox]:
+def box() -> Iterator[SharedState]:
     dims = Dims(3, 3, 20)
     fd = create_segment(dims)
-    with Mailbox(fd, dims) as mailbox:
-        yield mailbox
+    with SharedState(fd, dims) as shared_state:
+        yield shared_state
     os.close(fd)
 
 
-def test_pictures_are_paired_with_the_states_of_their_stamps(box: Mailbox) -> None:
+def test_pictures_are_paired_with_the_states_of_their_stamps(box: SharedState) -> None:
     """Joints come through the mailbox where two processes cannot share the bus."""
     robot = Lonely()
     robot.connect(Role.SENSING)
@@ -98,7 +100,7 @@ def test_pictures_are_paired_with_the_states_of_their_stamps(box: Mailbox) -> No
         assert obs.t_capture_ns == 7_000 + expected  # our clock, of the earlier of the two
 
 
-def test_without_joints_there_is_no_observation(box: Mailbox) -> None:
+def test_without_joints_there_is_no_observation(box: SharedState) -> None:
     robot = Lonely()
     robot.connect(Role.SENSING)
     sensing = Sensing(
@@ -110,7 +112,7 @@ def test_without_joints_there_is_no_observation(box: Mailbox) -> None:
 
 @pytest.mark.parametrize("refuses", [set(), {1}, {2, 3}])
 def test_a_guardian_goes_on_where_control_stopped(
-    box: Mailbox, monkeypatch: pytest.MonkeyPatch, refuses: set[int]
+    box: SharedState, monkeypatch: pytest.MonkeyPatch, refuses: set[int]
 ) -> None:
     """It sends what control owed, brakes on the same grid, says that it latched, and records.
 
@@ -131,10 +133,10 @@ def test_a_guardian_goes_on_where_control_stopped(
 
     robot = Lonely()
     robot.refuses = refuses
-    made = Guardian(MISSION, box, robot, pidfd=-1, input_fd=-1)
+    made = Watchdog(MISSION, box, robot, pidfd=-1, input_fd=-1)
     made._progress.refresh()
     monkeypatch.setattr(
-        Guardian, "_released", lambda self, left_ns: len(robot.sent) > 30, raising=True
+        Watchdog, "_released", lambda self, left_ns: len(robot.sent) > 30, raising=True
     )
     made.take_over()
 
@@ -155,7 +157,7 @@ def test_a_guardian_goes_on_where_control_stopped(
         ticks.release()
     assert [int(row["row"]) for row in rows] == list(range(41, 41 + len(rows)))
     assert rows[0]["signals"] == Signal.NONE  # control's own
-    assert all(row["signals"] == Signal.GUARDIAN for row in rows[1:])
+    assert all(row["signals"] == Signal.WATCHDOG for row in rows[1:])
     deadlines = np.array([int(row["deadline_ns"]) for row in rows])
     assert ((deadlines - due_ns) % round(period_s * 1e9) == 0).all()
     now = box.latest_reader("progress")
@@ -175,7 +177,7 @@ class Driving(Lonely):
 
 
 def test_a_guardian_brings_a_base_that_drives_to_a_stand(
-    box: Mailbox, monkeypatch: pytest.MonkeyPatch
+    box: SharedState, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     commands, progress = box.latest_writer("commands"), box.latest_writer("progress")
     views = commands.claim()
@@ -185,10 +187,10 @@ def test_a_guardian_brings_a_base_that_drives_to_a_stand(
     progress.claim()["phase"][...] = Phase.RUN
     progress.publish()
     robot = Driving()
-    guardian = Guardian(MISSION, box, robot, pidfd=-1, input_fd=-1)
-    guardian._progress.refresh()
-    monkeypatch.setattr(Guardian, "_released", lambda self, left_ns: len(robot.sent) > 12)
-    guardian.take_over()
+    watchdog = Watchdog(MISSION, box, robot, pidfd=-1, input_fd=-1)
+    watchdog._progress.refresh()
+    monkeypatch.setattr(Watchdog, "_released", lambda self, left_ns: len(robot.sent) > 12)
+    watchdog.take_over()
     sent = np.stack(robot.sent).astype(np.float64)
     # 5 m/s² by 20 ms
     np.testing.assert_allclose(sent[:6, 2], [0.4, 0.3, 0.2, 0.1, 0, 0], atol=1e-6)
@@ -196,7 +198,7 @@ def test_a_guardian_brings_a_base_that_drives_to_a_stand(
     assert (sent[:, :2] == 0.5).all()
 
 
-def test_a_control_process_holds_what_is_measured_and_no_speed(box: Mailbox) -> None:
+def test_a_control_process_holds_what_is_measured_and_no_speed(box: SharedState) -> None:
     """The order of the state is not that of the commands, and a speed is not held."""
 
     class Measured(Driving):
@@ -213,4 +215,4 @@ def test_a_control_process_holds_what_is_measured_and_no_speed(box: Mailbox) -> 
     robot = Measured()
     robot.connect(Role.CONTROL)
     control = Control(MISSION, box, robot, EventLog(box.queue_writer("events")), None)
-    np.testing.assert_allclose(control._pilot.command(), [0.1, 0.2, 0.0])
+    np.testing.assert_allclose(control._machine.command(), [0.1, 0.2, 0.0])

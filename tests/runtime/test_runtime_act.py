@@ -13,8 +13,8 @@ from policies.checkpoint.load import load_policy
 from policies.checkpoint.untrained import make_untrained
 from policies.errors import ContractMismatch, ObservationError
 from policies.types import CameraContract, MetaObs
-from runtime.child import ServerChild
 from runtime.client import PolicyClient
+from runtime.server.server_process import ServerProcess
 
 CAMERAS = (
     CameraContract("top", source_hw=(60, 80), crop=(10, 12, 32, 64), model_hw=(32, 64)),
@@ -43,7 +43,7 @@ def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def address(checkpoint: Path) -> Iterator[str]:
-    with ServerChild(["-m", str(checkpoint)]) as server:
+    with ServerProcess(["-m", str(checkpoint)]) as server:
         yield server.address
 
 

@@ -10,14 +10,15 @@ from pathlib import Path
 
 import pytest
 
-from runtime import ctl, eval_sim, top
 from runtime.client import PolicyClient
+from runtime.eval_sim import cli as eval_sim
 from runtime.server import PolicyServer
+from runtime.tools import ctl, top
 from tests.runtime.serving import serving
 from tests.runtime.toy_policy import ToyPolicy, observation
 from transport import address
 from transport.address import parse_address
-from transport.auto import Dialer
+from transport.dialer import Dialer
 from transport.errors import AddressInUse, TransportError
 
 ROOT = Path(__file__).resolve().parents[2]

@@ -13,10 +13,11 @@ import pytest
 from policies.errors import ContractMismatch
 from policies.types import ActionChunk, CameraContract, MetaObs, PolicyContract
 from robots.base import CameraSample
-from runtime import footage, frames, messages
-from runtime.eval_sim import main, read_plan
-from runtime.footage import Footage, file_name
-from runtime.mailbox import Dims, Layout
+from runtime.eval_real import video_recorder
+from runtime.eval_real.shared_state import Dims, Layout
+from runtime.eval_real.video_recorder import VideoRecorder, file_name
+from runtime.eval_sim.cli import main, read_plan
+from runtime.protocol import image_codec, messages
 from tests.runtime.serving import connect, serving
 from tests.runtime.toy_policy import CONTRACT, ToyPolicy
 
@@ -25,7 +26,12 @@ OURS = {
     *(field.name for kind in (MetaObs, ActionChunk, PolicyContract) for field in fields(kind)),
     *(name for schema in LAYOUT.latest.values() for name in schema.specs),
     *(name for schema, _ in LAYOUT.queues.values() for name in schema.specs),
-    *(*CameraSample._fields, *messages.reply_schema(CONTRACT).specs, frames.JPEG, frames.LENGTHS),
+    *(
+        *CameraSample._fields,
+        *messages.reply_schema(CONTRACT).specs,
+        image_codec.JPEG,
+        image_codec.LENGTHS,
+    ),
     *("used", "lengths", "joints", "number", "weights", "schema", "contract", "info"),
 }
 """What we call our own fields."""
@@ -118,8 +124,8 @@ def test_a_video_of_every_camera_is_a_file_of_the_rollouts_folder(
     name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     said: list[dict[str, object]] = []
-    monkeypatch.setattr(footage, "say", lambda event, **fields: said.append(fields))
-    video = Footage(10.0)
+    monkeypatch.setattr(video_recorder, "say", lambda event, **fields: said.append(fields))
+    video = VideoRecorder(10.0)
     video.note({name: CameraSample(np.zeros((16, 16, 3), np.uint8), 1, 1)}, 1)
     video._write(tmp_path / "rollout_0")
     (path,) = tmp_path.iterdir()

@@ -14,10 +14,10 @@ from hypothesis import event, given
 from hypothesis import strategies as st
 
 from policies.types import ActionChunk, PolicyContract
-from runtime.blending import Strategy, make_strategy
-from runtime.clock import ManualClock
-from runtime.executor import ChunkExecutor
-from runtime.loop import ControlLoop
+from runtime.control.blending import Strategy, make_strategy
+from runtime.control.chunk_executor import ChunkExecutor
+from runtime.control.clock import ManualClock
+from runtime.control.control_loop import ControlLoop
 
 T = 8
 PERIOD_NS = 20_000_000

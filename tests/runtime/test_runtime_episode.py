@@ -10,10 +10,11 @@ import pytest
 from envs.fake import FakeWorld
 from policies.errors import ContractMismatch
 from policies.types import ActionChunk, MetaObs
-from runtime.blending import make_strategy
-from runtime.episode import LatencyEstimate, check_world, run_lockstep
+from runtime.control.blending import make_strategy
+from runtime.control.chunk_executor import ChunkExecutor
 from runtime.errors import RuntimeFault
-from runtime.executor import ChunkExecutor
+from runtime.eval_sim.episode import check_world, run_lockstep
+from runtime.stats import LatencyEstimate
 from tests.runtime.toy_policy import CHUNK, CONTRACT, ToyPolicy
 
 

@@ -15,9 +15,9 @@ from typing import Any
 import av
 import pytest
 
-from runtime import eval_sim
-from runtime.child import ServerChild
 from runtime.errors import RuntimeFault
+from runtime.eval_sim import cli as eval_sim
+from runtime.server.server_process import ServerProcess
 from tests.runtime.command import status_of
 
 TOY = "python:tests.runtime.toy_policy:make"
@@ -72,7 +72,7 @@ def test_the_same_episodes_however_many_processes(tmp_path: Path) -> None:
 @pytest.mark.parametrize("transport", ["shm", "zmq"])
 def test_served_equals_in_process_episode_by_episode(tmp_path: Path, transport: str) -> None:
     local = evaluate(tmp_path / "local", "-m", TOY, "-n", "4")
-    with ServerChild(["-m", TOY]) as server:
+    with ServerProcess(["-m", TOY]) as server:
         flags = ["-m", server.address, "--transport", transport, "-n", "4"]
         served = evaluate(tmp_path / "served", *flags)
         many = evaluate(tmp_path / "many", *flags, "--num_envs", "2")
@@ -96,7 +96,7 @@ def test_a_lost_server_keeps_the_finished_episodes(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     # A warm-up, then three requests an episode: it dies in the third one.
-    with ServerChild(["-m", "python:tests.runtime.toy_policy:make_mortal"]) as server:
+    with ServerProcess(["-m", "python:tests.runtime.toy_policy:make_mortal"]) as server:
         result = evaluate(tmp_path, "-m", server.address, "-n", "5", status=eval_sim.LOST)
     assert result["total"] == 2
     assert result["requested"] == 5
@@ -108,7 +108,7 @@ def test_a_lost_server_keeps_the_finished_episodes(
 def test_a_server_lost_between_two_requests(tmp_path: Path, transport: str) -> None:
     # The tenth request, the first of the fourth episode, is answered; the next is never sent.
     policy = "python:tests.runtime.toy_policy:make_leaving"
-    with ServerChild(["-m", policy]) as server:
+    with ServerProcess(["-m", policy]) as server:
         flags = ["-m", server.address, "--transport", transport, "-n", "5", "--videos", "0"]
         result = evaluate(tmp_path, *flags, status=eval_sim.LOST)
     assert result["total"] == 3
@@ -128,7 +128,7 @@ def test_a_process_that_dies_keeps_the_finished_episodes(
 
 def test_a_private_server_does_not_outlive_its_parent() -> None:
     code = (
-        "from runtime.child import ServerChild; import os, signal\n"
+        "from runtime.server.server_process import ServerChild; import os, signal\n"
         f"child = ServerChild(['-m', {TOY!r}])\n"
         "print(child.address, flush=True)\n"
         "os.kill(os.getpid(), signal.SIGKILL)\n"
@@ -232,7 +232,7 @@ def test_any_gymnasium_environment_by_its_id(tmp_path: Path) -> None:
 
 def test_a_server_that_cannot_start_says_why() -> None:
     with pytest.raises(RuntimeFault, match=r"nowhere/at/all.*read as a path, which does not exist"):
-        ServerChild(["-m", "nowhere/at/all"])
+        ServerProcess(["-m", "nowhere/at/all"])
 
 
 @pytest.mark.needs_reference

@@ -17,15 +17,18 @@ from typing import Any
 import numpy as np
 import pytest
 
-from envs.meta import make_world
+from envs.factory import make_world
 from policies.checkpoint import load
 from policies.types import PolicyContract
-from runtime import eval_real, eval_sim, replay, serve
-from runtime.eval_real import make_mission, read_evaluation
-from runtime.mission import Mission
-from runtime.model_name import LocalModel, ServerAddress
-from runtime.recording import Recording
-from runtime.serve import read_config
+from runtime.eval_real import cli as eval_real
+from runtime.eval_real import replay
+from runtime.eval_real.cli import make_run_config, read_evaluation
+from runtime.eval_real.recording import Recording
+from runtime.eval_real.run_config import RunConfig
+from runtime.eval_sim import cli as eval_sim
+from runtime.options.model import LocalModel, ServerAddress
+from runtime.server import cli as serve
+from runtime.server.cli import read_config
 from tests.runtime.command import status_of
 from tests.runtime.toy_policy import CONTRACT
 
@@ -68,16 +71,16 @@ def dests(cli: argparse.ArgumentParser) -> set[str]:
 # --- eval_real -------------------------------------------------------------------------------
 
 
-def mission(*words: str) -> Mission:
+def mission(*words: str) -> RunConfig:
     evaluation = read_evaluation(["-c", "dummy", *words])
     contract = PolicyContract.from_json(CONTRACT.to_json())
-    return make_mission(evaluation, "127.0.0.1:1", contract, {})
+    return make_run_config(evaluation, "127.0.0.1:1", contract, {})
 
 
-def stream(made: Mission) -> Any:
-    from runtime.mission import Body
+def stream(made: RunConfig) -> Any:
+    from runtime.eval_real.run_config import RobotLimits
 
-    return made.make_pilot(Body.of(made.make_robot())).stream
+    return made.make_state_machine(RobotLimits.of(made.make_robot())).stream
 
 
 REAL: dict[str, Row] = {

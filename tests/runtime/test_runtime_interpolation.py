@@ -9,7 +9,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from runtime.interpolation import Interpolation, Interpolator, control_ratio
+from runtime.control.interpolation import Interpolation, Interpolator, control_ratio
 
 fractions = st.floats(0, 1)
 points = st.lists(st.floats(-10, 10), min_size=4, max_size=4)

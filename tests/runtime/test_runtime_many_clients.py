@@ -14,28 +14,28 @@ import pytest
 from policies.checkpoint.load import load_policy
 from policies.errors import InferenceError, ObservationError
 from policies.types import ActionChunk
-from runtime import messages
-from runtime.admission import Limits
 from runtime.client import PolicyClient
-from runtime.config import DEFAULT_CHECKPOINT
-from runtime.costs import Costs
 from runtime.errors import ServerLost
+from runtime.options.defaults import DEFAULT_CHECKPOINT
+from runtime.protocol import messages
 from runtime.server import PolicyServer
-from runtime.warmup import synthetic_observation
+from runtime.server.admission import SessionLimits
+from runtime.server.cost_model import InferenceCostModel
+from runtime.server.warmup import synthetic_observation
 from tests.runtime.batch_policy import BatchPolicy
 from tests.runtime.serving import connect, serving
 from tests.runtime.toy_policy import ToyPolicy, observation
 from transport.base import SLOTS, Record
 from transport.channel import Kind, Message
-from transport.control import Hello, Peer
 from transport.errors import Refused
-from transport.sessions import ServerSession
+from transport.handshake_messages import Hello, Peer
+from transport.server.sessions import ServerSession
 
 PATIENCE_S = 30.0
 MS = 1_000_000
 
 
-class Fixed(Costs):
+class Fixed(InferenceCostModel):
     """What is said first stays: here an inference takes as long as the test holds it."""
 
     def __init__(self, known: dict[int, int]) -> None:
@@ -232,7 +232,7 @@ def test_what_can_not_be_in_time_any_more_is_answered_so_and_not_computed() -> N
 
 
 def test_a_session_that_asks_too_often_is_told_and_others_are_not_slowed() -> None:
-    with serving(BatchPolicy(), limits=Limits(rate_hz=20)) as server:
+    with serving(BatchPolicy(), limits=SessionLimits(rate_hz=20)) as server:
         with connect(server) as eager, connect(server) as calm:
             told = 0
             for value in range(40):
@@ -243,7 +243,7 @@ def test_a_session_that_asks_too_often_is_told_and_others_are_not_slowed() -> No
                     told += 1
             assert told >= 20
             assert calm.infer(observation(7)).actions[0, 0] == 7
-        assert server.statistics().too_many == told
+        assert server.statistics().reply_rate_limited == told
 
 
 @pytest.mark.parametrize(
@@ -287,12 +287,12 @@ def test_a_newcomer_that_would_break_anothers_deadline_is_refused() -> None:
 @pytest.mark.parametrize(
     ("limits", "says"),
     [
-        (Limits(message_bytes=1000), r"bytes, expected at most 1000"),
-        (Limits(total_bytes=1000), r"at most 1000 for all sessions"),
-        (Limits(rate_hz=10), r"expected at most 10"),
+        (SessionLimits(message_bytes=1000), r"bytes, expected at most 1000"),
+        (SessionLimits(total_bytes=1000), r"at most 1000 for all sessions"),
+        (SessionLimits(rate_hz=10), r"expected at most 10"),
     ],
 )
-def test_limits_are_said(limits: Limits, says: str) -> None:
+def test_limits_are_said(limits: SessionLimits, says: str) -> None:
     with (
         serving(BatchPolicy(), limits=limits) as server,
         connect(server, rate_hz=11) as client,
@@ -373,7 +373,7 @@ def test_a_session_counts_from_its_beginning_and_not_from_its_first_request() ->
 
 
 def test_who_says_nothing_from_the_beginning_is_ended_too(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("runtime.attendance.LOOK_EVERY_S", 0.05)
+    monkeypatch.setattr("runtime.server.sessions.LOOK_EVERY_S", 0.05)
     with (
         serving(BatchPolicy(), session_timeout_s=0.1) as server,
         connect(server) as client,
@@ -389,7 +389,7 @@ def test_who_says_nothing_from_the_beginning_is_ended_too(monkeypatch: pytest.Mo
 @pytest.mark.parametrize("transport", ["shm", "zmq"])
 def test_a_message_of_exactly_the_limit_crosses(transport: str) -> None:
     size = messages.observation_schema(observation(0)).nbytes
-    limits = Limits(message_bytes=max(size, 65536))
+    limits = SessionLimits(message_bytes=max(size, 65536))
     with (
         serving(BatchPolicy(), limits=limits) as server,
         connect(server, transport) as client,
@@ -428,7 +428,7 @@ def test_one_that_only_resets_does_not_keep_the_server() -> None:
     with PolicyServer(BatchPolicy()) as server:
         hello = Hello("c", messages.observation_schema(observation(0)), ("shm",))
         session = ServerSession(1, hello, Endless(), "", Peer())  # type: ignore[arg-type]
-        server._attendance.look_after(session)
+        server._session_manager.drain(session)
         assert session.channel.polled == SLOTS
         session.channel.close = served.append
-        server._attendance.end(session)
+        server._session_manager.end(session)

@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 
 from policies.errors import ContractMismatch, InferenceError, ObservationError, PolicyError
 from policies.types import ActionChunk, CameraContract, MetaObs, PolicyContract, PolicyInfo
-from runtime import messages
+from runtime.protocol import messages
 from transport.channel import MAX_BODY_BYTES
 from transport.schema import ArraySpec, Schema
 

@@ -20,7 +20,7 @@ import pytest
 import yaml
 
 from envs import demonstrations
-from envs.meta import EnvConfig, TaskConfig
+from envs.factory import EnvConfig, TaskConfig
 from policies.act.train import TrainConfig
 from policies.checkpoint.extras import Extras
 from policies.command_line import CommandLine, Number
@@ -32,24 +32,29 @@ from robots.dummy import DummyConfig
 from robots.factory import RobotFile
 from robots.lerobot_adapter import LeRobotConfig
 from robots.twin_config import TwinConfig
-from runtime import ctl, eval_real, eval_sim, keys, replay, serve, top, trace_file, train
-from runtime.config import ServerConfig
+from runtime.eval_real import cli as eval_real
+from runtime.eval_real import replay
+from runtime.eval_sim import cli as eval_sim
+from runtime.server import cli as serve
+from runtime.server.config import ServerConfig
+from runtime.tools import ctl, keys, top, train
+from runtime.trace import chrome_format
 
 ROOT = Path(__file__).resolve().parents[2]
 COMMANDS: dict[str, Callable[[], argparse.ArgumentParser]] = {
-    "runtime/eval_real.py": eval_real.parser,
-    "runtime/eval_sim.py": eval_sim.parser,
-    "runtime/serve.py": serve.parser,
-    "runtime/train.py": train.parser,
-    "runtime/ctl.py": ctl.parser,
-    "runtime/top.py": top.parser,
-    "runtime/keys.py": keys.parser,
-    "runtime/replay.py": replay.parser,
-    "runtime/trace_file.py": trace_file.parser,
+    "runtime/eval_real/cli.py": eval_real.parser,
+    "runtime/eval_sim/cli.py": eval_sim.parser,
+    "runtime/server/cli.py": serve.parser,
+    "runtime/tools/train.py": train.parser,
+    "runtime/tools/ctl.py": ctl.parser,
+    "runtime/tools/top.py": top.parser,
+    "runtime/tools/keys.py": keys.parser,
+    "runtime/eval_real/replay.py": replay.parser,
+    "runtime/trace/chrome_format.py": chrome_format.parser,
     "envs/demonstrations.py": demonstrations.parser,
 }
 NOT_FOR_PEOPLE = {
-    "runtime/crew.py",
+    "runtime/eval_real/processes.py",
     "robots/twin_host.py",
     "robots/twin_cameras.py",
     "robots/lerobot_owner.py",

@@ -11,8 +11,8 @@ from pathlib import Path
 
 import pytest
 
-from runtime import realtime
-from runtime.realtime import UNPRIVILEGED, Realtime, RealtimeOptions, no_garbage_collection
+from runtime.control import realtime
+from runtime.control.realtime import UNPRIVILEGED, Realtime, RealtimeOptions, no_garbage_collection
 
 PR_GET_TIMERSLACK = 30
 

@@ -10,10 +10,10 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from runtime.episode import Episode
-from runtime.executor import ExecutorStatistics
-from runtime.latency import Percentiles, StageTimes
-from runtime.results import summarize, wilson_95, write_result
+from runtime.control.chunk_executor import ExecutorStatistics
+from runtime.evaluation.episode_result import Episode
+from runtime.evaluation.results import summarize, wilson_95, write_result
+from runtime.stats import Percentiles, StageTimes
 
 
 def episode(seed: int, success: bool) -> Episode:

@@ -8,26 +8,26 @@ from dataclasses import dataclass, field
 
 import pytest
 
-from runtime.costs import Costs
-from runtime.scheduler import NEVER, Request, Scheduler, Turn
+from runtime.server.cost_model import InferenceCostModel
+from runtime.server.scheduler import NEVER, QueuedRequest, Scheduler, Turn
 
 MS = 1_000_000
 COST = {1: 10 * MS, 2: 14 * MS, 4: 22 * MS}
 PATTERNS = 1500
 
 
-def costs() -> Costs:
-    return Costs(COST)
+def costs() -> InferenceCostModel:
+    return InferenceCostModel(COST)
 
 
 @dataclass
-class Served:
+class SessionState:
     """One answer: which, when its computation began and ended, with whom."""
 
-    request: Request
+    request: QueuedRequest
     began_ns: int
     ended_ns: int
-    together: list[Request]
+    together: list[QueuedRequest]
 
 
 @dataclass
@@ -42,10 +42,10 @@ class World:
     max_wait_ns: int = 0
     alone: frozenset[int] = frozenset()
     span_ns: int = 800 * MS
-    served: list[Served] = field(default_factory=list)
-    late: list[tuple[Request, int]] = field(default_factory=list)
-    passed_over: list[Request] = field(default_factory=list)
-    asked: list[Request] = field(default_factory=list)
+    served: list[SessionState] = field(default_factory=list)
+    late: list[tuple[QueuedRequest, int]] = field(default_factory=list)
+    passed_over: list[QueuedRequest] = field(default_factory=list)
+    asked: list[QueuedRequest] = field(default_factory=list)
 
     def __post_init__(self) -> None:
         self.random = random.Random(self.seed)
@@ -80,7 +80,7 @@ class World:
                 self._check(turn, now)
                 size = next(n for n in sorted(COST) if n >= len(turn.batch))
                 ended = now + COST[size]
-                self.served += [Served(r, now, ended, turn.batch) for r in turn.batch]
+                self.served += [SessionState(r, now, ended, turn.batch) for r in turn.batch]
                 now = ended
             elif coming or turn.wait_until_ns is not None:
                 times = [coming[0][0]] if coming else []
@@ -94,7 +94,7 @@ class World:
     def _arrive(self, at: int, session: int) -> None:
         budget = self.robot_budget_ns if self.is_robot(session) else self.sim_budget_ns
         deadline = NEVER if budget == NEVER else at + budget
-        request = Request(session, at, deadline, session in self.alone)
+        request = QueuedRequest(session, at, deadline, session in self.alone)
         self.asked.append(request)
         older = self.scheduler.offer(request)
         if older is not None:
@@ -214,11 +214,11 @@ def test_nobody_starves() -> None:
     for number in (0, 1):
         scheduler.join(number, robot=True)
     scheduler.join(2, robot=False)
-    scheduler.offer(Request(2, 0))
+    scheduler.offer(QueuedRequest(2, 0))
     now = 0
     while now < 200 * MS:
         for number in (0, 1):
-            scheduler.offer(Request(number, now))
+            scheduler.offer(QueuedRequest(number, now))
         (batch,) = [scheduler.next(now).batch]
         if batch[0].session == 2:
             assert now >= 100 * MS
@@ -232,11 +232,11 @@ def test_a_starving_simulation_breaks_no_robots_deadline() -> None:
     scheduler = Scheduler(costs(), (1,), patience_ns=100 * MS)
     scheduler.join(0, robot=True, budget_ns=25 * MS)
     scheduler.join(1, robot=False)
-    scheduler.offer(Request(1, 0))
-    scheduler.offer(Request(0, 190 * MS, 215 * MS))
+    scheduler.offer(QueuedRequest(1, 0))
+    scheduler.offer(QueuedRequest(0, 190 * MS, 215 * MS))
     (first,) = scheduler.next(200 * MS).batch  # 10 for the other, 10 for it: 220
     assert first.session == 0
-    scheduler.offer(Request(0, 200 * MS, 225 * MS))
+    scheduler.offer(QueuedRequest(0, 200 * MS, 225 * MS))
     (first,) = scheduler.next(200 * MS).batch
     assert first.session == 1
 
@@ -248,12 +248,12 @@ def test_equals_take_turns() -> None:
     order = []
     for turn in range(20):
         for number in range(5):
-            scheduler.offer(Request(number, turn))
+            scheduler.offer(QueuedRequest(number, turn))
         order.append(scheduler.next(turn).batch[0].session)
     assert order == [0, 1, 2, 3, 4] * 4
 
 
-def feasible(requests: list[Request], now: int) -> bool:
+def feasible(requests: list[QueuedRequest], now: int) -> bool:
     """Whether one at a time, earliest deadline first, keeps all deadlines: then and only then can
     any order (Jackson 1955)."""
     for request in sorted(requests, key=lambda r: r.deadline_ns):
@@ -272,7 +272,7 @@ def test_deadlines_are_kept_whenever_that_is_possible() -> None:
         for number in range(pick.randrange(1, 9)):
             scheduler.join(number, robot=False)
             deadline = pick.choice((pick.randrange(10, 90) * MS, NEVER))
-            requests.append(Request(number, 0, deadline))
+            requests.append(QueuedRequest(number, 0, deadline))
             scheduler.offer(requests[-1])
         if not feasible(requests, 0):
             continue
@@ -298,19 +298,19 @@ def test_batches_are_capped_while_a_robot_lives() -> None:
 
 
 def test_a_batch_that_saves_nothing_is_not_made() -> None:
-    scheduler = Scheduler(Costs({1: 10 * MS, 2: 21 * MS}), (1, 2))
+    scheduler = Scheduler(InferenceCostModel({1: 10 * MS, 2: 21 * MS}), (1, 2))
     for number in (0, 1):
         scheduler.join(number, robot=False)
-        scheduler.offer(Request(number, 0))
+        scheduler.offer(QueuedRequest(number, 0))
     assert len(scheduler.next(0).batch) == 1
 
 
 def test_alone_in_the_world_a_request_is_served_or_refused_at_once() -> None:
     scheduler = Scheduler(costs(), tuple(COST), max_wait_ns=50 * MS)
     scheduler.join(0, robot=False)
-    scheduler.offer(Request(0, 0))
+    scheduler.offer(QueuedRequest(0, 0))
     assert len(scheduler.next(0).batch) == 1
-    scheduler.offer(Request(0, 0, 9 * MS))
+    scheduler.offer(QueuedRequest(0, 0, 9 * MS))
     turn = scheduler.next(0)
     assert (len(turn.batch), len(turn.late), len(scheduler)) == (0, 1, 0)
     assert scheduler.next(0).wait_until_ns is None
@@ -322,12 +322,12 @@ def test_one_slow_inference_refuses_nobody() -> None:
     scheduler = Scheduler(known)
     for number in (0, 1):
         scheduler.join(number, robot=True)
-        scheduler.offer(Request(number, 0, 50 * MS))
+        scheduler.offer(QueuedRequest(number, 0, 50 * MS))
     assert scheduler.next(0).late == []
 
 
 def test_costs_forget_an_interruption_and_learn_a_change() -> None:
-    known = Costs()
+    known = InferenceCostModel()
     assert known.most(4) == 0
     for _ in range(20):
         known.add(1, 10)
@@ -343,7 +343,7 @@ def test_waiting_for_partners_ends_where_the_deadline_could_not_be_kept() -> Non
     scheduler = Scheduler(costs(), tuple(COST), max_wait_ns=50 * MS)
     for number in (0, 1):
         scheduler.join(number, robot=False)
-    scheduler.offer(Request(0, 0, 30 * MS))
+    scheduler.offer(QueuedRequest(0, 0, 30 * MS))
     assert scheduler.next(0).wait_until_ns == 30 * MS - COST[2]
     assert len(scheduler.next(30 * MS - COST[2]).batch) == 1
 
@@ -359,7 +359,7 @@ def test_nobody_starves_in_its_own_class(robot: bool) -> None:
     waiting: set[int] = set()
     while now < 20_000 * MS:
         for number in set(answers) - waiting:
-            scheduler.offer(Request(number, now, NEVER if number == 2 else now + 5000 * MS))
+            scheduler.offer(QueuedRequest(number, now, NEVER if number == 2 else now + 5000 * MS))
             waiting.add(number)
         (request,) = scheduler.next(now).batch
         waiting.discard(request.session)
@@ -373,8 +373,8 @@ def test_what_was_declared_orders_what_has_no_deadline_of_its_own() -> None:
     scheduler = Scheduler(costs(), (1,))
     for number in range(2):
         scheduler.join(number, robot=True)
-    scheduler.offer(Request(0, 0, due_ns=90 * MS))
-    scheduler.offer(Request(1, 0, due_ns=30 * MS))
+    scheduler.offer(QueuedRequest(0, 0, due_ns=90 * MS))
+    scheduler.offer(QueuedRequest(1, 0, due_ns=30 * MS))
     assert [scheduler.next(0).batch[0].session for _ in range(2)] == [1, 0]
 
 
@@ -382,7 +382,7 @@ def test_what_is_overdue_is_computed_and_not_refused() -> None:
     scheduler = Scheduler(costs(), (1,))
     for number in range(2):
         scheduler.join(number, robot=True)
-        scheduler.offer(Request(number, 0, due_ns=5 * MS))
+        scheduler.offer(QueuedRequest(number, 0, due_ns=5 * MS))
     turn = scheduler.next(50 * MS)
     assert (len(turn.batch), len(turn.late)) == (1, 0)
 
@@ -391,7 +391,7 @@ def test_who_is_overdue_may_share_a_batch() -> None:
     scheduler = Scheduler(costs(), tuple(COST))
     for number in range(2):
         scheduler.join(number, robot=False)
-        scheduler.offer(Request(number, 0, due_ns=5 * MS))
+        scheduler.offer(QueuedRequest(number, 0, due_ns=5 * MS))
     assert len(scheduler.next(50 * MS).batch) == 2
 
 

@@ -14,16 +14,16 @@ import pytest
 from policies.checkpoint.load import load_policy
 from policies.errors import ContractMismatch, InferenceError, ObservationError
 from policies.types import STAGES, ActionChunk, MetaObs
-from runtime import messages
-from runtime.child import ServerChild
 from runtime.client import PolicyClient
-from runtime.costs import Costs
 from runtime.errors import RequestTimeout, ServerBusy, ServerLost
+from runtime.protocol import messages
 from runtime.server import PolicyServer
-from runtime.warmup import synthetic_observation, warm_up
+from runtime.server.cost_model import InferenceCostModel
+from runtime.server.server_process import ServerProcess
+from runtime.server.warmup import synthetic_observation, warm_up
 from tests.runtime.serving import connect, serving
 from tests.runtime.toy_policy import CONTRACT, ToyPolicy, observation
-from transport.auto import Dialer
+from transport.dialer import Dialer
 from transport.errors import AddressInUse, Refused, TransportTimeout
 
 TRANSPORTS = ["shm", "zmq"]
@@ -338,7 +338,7 @@ def test_a_late_answer_is_never_given_out(transport: str) -> None:
 
 @pytest.mark.parametrize("transport", TRANSPORTS)
 def test_what_cannot_be_inferred_in_time_is_a_timeout_at_once(transport: str) -> None:
-    class Minute(Costs):
+    class Minute(InferenceCostModel):
         def least(self, size: int = 1) -> int:
             return 60 * 10**9
 
@@ -355,7 +355,7 @@ def test_what_cannot_be_inferred_in_time_is_a_timeout_at_once(transport: str) ->
 @pytest.mark.parametrize("transport", TRANSPORTS)
 def test_a_short_timeout_is_kept_with_a_server_in_a_process_of_its_own(transport: str) -> None:
     with (
-        ServerChild(["-m", "python:tests.runtime.toy_policy:make_slow"]) as server,
+        ServerProcess(["-m", "python:tests.runtime.toy_policy:make_slow"]) as server,
         PolicyClient(server.address, transport=transport, timeout_s=30) as client,
     ):
         assert client.infer(observation(timestep=1)).obs_timestep == 1
@@ -538,6 +538,6 @@ def test_the_client_needs_neither_torch_nor_mujoco() -> None:
         "        if name.split('.')[0] in ('torch', 'mujoco', 'gymnasium', 'av', 'tqdm'):\n"
         "            raise ModuleNotFoundError(name)\n"
         "sys.meta_path.insert(0, Absent())\n"
-        "import runtime.client, runtime.loop, runtime.executor\n"
+        "import runtime.client, runtime.control.control_loop, runtime.control.chunk_executor\n"
     )
     subprocess.run([sys.executable, "-c", code], check=True)

@@ -14,10 +14,10 @@ import pytest
 
 from policies.execution import Execution
 from policies.types import PolicyContract
-from runtime import eval_sim
-from runtime.child import ServerChild
-from runtime.rollouts import _assumed
-from runtime.strategy_choice import choose_execution, describe, record, strategy_of
+from runtime.eval_sim import cli as eval_sim
+from runtime.eval_sim.runner import _assumed
+from runtime.options.execution import choose_execution, describe, record, strategy_of
+from runtime.server.server_process import ServerProcess
 from tests.runtime.command import status_of
 from tests.runtime.toy_policy import CONTRACT, ToyPolicy
 
@@ -149,15 +149,15 @@ def test_a_server_says_it_and_passes_it_on(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     banner: list[str] = []
-    lines = ServerChild._lines
+    lines = ServerProcess._lines
 
-    def listen(self: ServerChild) -> Any:
+    def listen(self: ServerProcess) -> Any:
         for line in lines(self):
             banner.append(line)
             yield line
 
-    monkeypatch.setattr(ServerChild, "_lines", listen)
-    with ServerChild(["-m", MODEL]) as server:
+    monkeypatch.setattr(ServerProcess, "_lines", listen)
+    with ServerProcess(["-m", MODEL]) as server:
         result = evaluate(tmp_path, capsys, "-m", server.address)
     assert result["action_manager"]["name"] == "temporal_ensemble"
     assert result["timing"]["chunks"] == 25

@@ -17,11 +17,13 @@ from typing import Any
 import pytest
 
 from policies.types import STAGES
-from runtime import eval_sim, trace, trace_file
-from runtime.child import ServerChild
-from runtime.clock import ManualClock
-from runtime.loop import ControlLoop
-from runtime.trace_memory import Kind, Link, Trace
+from runtime.control.clock import ManualClock
+from runtime.control.control_loop import ControlLoop
+from runtime.eval_sim import cli as eval_sim
+from runtime.server.server_process import ServerProcess
+from runtime.trace import chrome_format
+from runtime.trace import recorder as trace
+from runtime.trace.buffer import EventKind, FlowPosition, Trace
 
 TOY = "python:tests.runtime.toy_policy:make"
 TICKS, EPISODES = 25, 2
@@ -31,7 +33,7 @@ Events = list[dict[str, Any]]
 
 
 def load(path: Path) -> Events:
-    events: Events = trace_file.read(path)["traceEvents"]
+    events: Events = chrome_format.read(path)["traceEvents"]
     assert_spans_nest(events)
     return events
 
@@ -80,7 +82,7 @@ def test_a_served_evaluation_is_traced_on_both_sides(
     tmp_path: Path, folder: Path, transport: str
 ) -> None:
     ours, theirs, both = (tmp_path / f"{name}.json" for name in ("ours", "theirs", "both"))
-    with ServerChild(["-m", TOY, "--trace", str(theirs)]) as server:
+    with ServerProcess(["-m", TOY, "--trace", str(theirs)]) as server:
         flags = ["-m", server.address, "--transport", transport, "--trace", str(ours)]
         assert eval_sim.main([*EVALUATION, *flags, "-o", str(folder)]) == 0
     client, served = load(ours), load(theirs)
@@ -116,7 +118,7 @@ def test_a_served_evaluation_is_traced_on_both_sides(
         assert began_us <= serve["ts"]
         assert serve["ts"] <= began_us + requests[flow]["request"]
 
-    assert trace_file.main([str(ours), str(theirs), "-o", str(both)]) == 0
+    assert chrome_format.main([str(ours), str(theirs), "-o", str(both)]) == 0
     events = load(both)
     names = {e["args"]["name"] for e in named(events, "process_name", "M")}
     assert names == {"eval_sim", "policy server"}
@@ -147,7 +149,9 @@ def test_side_by_side_and_real_time_leave_a_file_per_process(tmp_path: Path, fol
     file = tmp_path / "real.json"
     assert eval_sim.main([*EVALUATION, *flags[:-1], str(file), "--realtime"]) == 0
     merged = tmp_path / "all.json"
-    assert trace_file.main([str(file), str(tmp_path / "real.server.json"), "-o", str(merged)]) == 0
+    assert (
+        chrome_format.main([str(file), str(tmp_path / "real.server.json"), "-o", str(merged)]) == 0
+    )
     events = load(merged)
     ticks = named(events, "tick")
     missed = sum(e["args"]["count"] for e in named(events, "missed", "i"))
@@ -169,7 +173,7 @@ def test_a_robots_evaluation_is_traced_in_every_process(tmp_path: Path) -> None:
     done = subprocess.run(command, stdin=subprocess.DEVNULL, capture_output=True, check=False)
     assert done.returncode == 0, done.stderr
     files = sorted(tmp_path.glob("run*.json"))
-    processes = {trace_file.read(file)["otherData"]["process"]: file for file in files}
+    processes = {chrome_format.read(file)["otherData"]["process"]: file for file in files}
     assert processes.keys() == {"eval_real", "control", "sensing", "policy server"}
     assert len(named(load(processes["eval_real"]), "rollout")) == 1
 
@@ -182,7 +186,7 @@ def test_a_robots_evaluation_is_traced_in_every_process(tmp_path: Path) -> None:
     asked = durations_us(load(processes["sensing"]))
     assert asked
     assert asked.keys() <= durations_us(load(processes["policy server"])).keys()
-    assert trace_file.main([*map(str, files), "-o", str(tmp_path / "all.json")]) == 0
+    assert chrome_format.main([*map(str, files), "-o", str(tmp_path / "all.json")]) == 0
     load(tmp_path / "all.json")
 
 
@@ -221,7 +225,7 @@ def test_when_memory_is_full_the_oldest_go_and_the_file_says_so(tmp_path: Path) 
     with trace.tracing(file, "test", capacity=10):
         for number in range(25):
             trace.add("a", number * 1000, number * 1000 + 500, number)
-    written = trace_file.read(file)
+    written = chrome_format.read(file)
     kept = [e["args"]["tick"] for e in written["traceEvents"] if e["ph"] == "X"]
     assert kept == [*range(15, 25)]
     about = written["otherData"]
@@ -255,15 +259,15 @@ def test_threads_have_names_and_tracks_of_their_own(tmp_path: Path) -> None:
 def test_parts_that_begin_and_end_together_stay_inside_their_request() -> None:
     memory = Trace("test", 100)
     for name, begin_ns, end_ns, kind in [
-        ("request", 10, 30, Kind.REQUEST),
-        ("pack", 10, 10, Kind.PART),
-        ("publish", 10, 20, Kind.PART),
-        ("unpack", 20, 30, Kind.PART),
+        ("request", 10, 30, EventKind.REQUEST),
+        ("pack", 10, 10, EventKind.PART),
+        ("publish", 10, 20, EventKind.PART),
+        ("unpack", 20, 30, EventKind.PART),
     ]:
         memory.add(name, begin_ns, end_ns, flow=7, kind=kind)
-    memory.add("inner", 10, 20, flow=7, link=Link.FIRST)
+    memory.add("inner", 10, 20, flow=7, link=FlowPosition.FIRST)
     memory.add("outer", 10, 30)
-    events = [e for e in trace_file.events(memory.recorded(), 1) if e["ph"] != "M"]
+    events = [e for e in chrome_format.events(memory.recorded(), 1) if e["ph"] != "M"]
     parts = [(e["name"], e["ph"]) for e in events if e["ph"] in "be"]
     assert parts == [
         *(("request", "b"), ("pack", "b"), ("pack", "e"), ("publish", "b"), ("publish", "e")),
@@ -303,8 +307,8 @@ def test_processes_of_one_number_are_kept_apart(tmp_path: Path) -> None:
     one, two = tmp_path / "one.json", tmp_path / "two.json"
     _write(one)
     _write(two)
-    trace_file.merge([one, two], tmp_path / "all.json")
-    whole = trace_file.read(tmp_path / "all.json")
+    chrome_format.merge([one, two], tmp_path / "all.json")
+    whole = chrome_format.read(tmp_path / "all.json")
     names = {e["pid"]: e["args"]["name"] for e in named(whole["traceEvents"], "process_name", "M")}
     assert sorted(names.values()) == ["one", "two"]
     assert [other["process"] for other in whole["otherData"]["merged"]] == ["one", "two"]
@@ -316,7 +320,7 @@ def test_two_hosts_are_not_put_on_one_time_line(
     one, two = tmp_path / "one.json", tmp_path / "two.json"
     _write(one)
     _write(two, host="elsewhere", clock_id="another boot")
-    assert trace_file.main([str(one), str(two), "-o", str(tmp_path / "all.json")]) == 2
+    assert chrome_format.main([str(one), str(two), "-o", str(tmp_path / "all.json")]) == 2
     error = capsys.readouterr().err
     assert "two.json: got the clock of elsewhere (another boot), expected that of" in error
     assert not (tmp_path / "all.json").exists()
@@ -352,7 +356,7 @@ def test_what_a_viewer_would_not_take_is_said(
     file = tmp_path / "bad.json"
     file.write_text(json.dumps({"traceEvents": [event]}))
     with pytest.raises(trace.TraceError) as caught:
-        trace_file.read(file)
+        chrome_format.read(file)
     assert message in str(caught.value)
     assert str(file) in str(caught.value)
 
@@ -393,7 +397,7 @@ def test_a_disk_that_is_full_at_the_end_costs_the_trace_alone(
     def full(*_: object) -> None:
         raise OSError(28, os.strerror(28))
 
-    monkeypatch.setattr(trace_file, "write", full)
+    monkeypatch.setattr(chrome_format, "write", full)
     with trace.tracing(tmp_path / "t.json", "test"):
         pass
     assert not trace.on

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 
 from policies.yaml_config import ConfigError
-from runtime import train
+from runtime.tools import train
 
 
 def test_two_runs_do_not_write_one_folder(tmp_path):

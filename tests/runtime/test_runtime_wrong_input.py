@@ -8,7 +8,8 @@ from pathlib import Path
 import pytest
 
 from envs import demonstrations
-from runtime import ctl, keys, replay, top
+from runtime.eval_real import replay
+from runtime.tools import ctl, keys, top
 
 Main = Callable[[Sequence[str]], int]
 DEMONSTRATIONS = ["--task", "sim_transfer_cube", "--num", "1", "--workers", "1", "--out"]

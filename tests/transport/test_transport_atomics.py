@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 from numba import njit
 
-from transport import atomics, steps
+from transport.shm import atomics, ring_kernels
 
 ARM = "aarch64-unknown-linux-gnu"
 
@@ -71,9 +71,9 @@ def arm_instructions(function: Any) -> list[str]:
         (atomics.load_acquire, {"ldar|ldapr"}),
         (atomics.store_release, {"stlr"}),
         (atomics.spin, {"ldar|ldapr", "isb"}),
-        (steps.publish, {"stlr", "dmb"}),
-        (steps.take, {"ldar|ldapr"}),
-        (steps.fall_asleep, {"stlr", "dmb", "ldar|ldapr"}),
+        (ring_kernels.publish, {"stlr", "dmb"}),
+        (ring_kernels.take, {"ldar|ldapr"}),
+        (ring_kernels.fall_asleep, {"stlr", "dmb", "ldar|ldapr"}),
     ],
     ids=lambda value: getattr(value, "__name__", ""),
 )
@@ -85,11 +85,11 @@ def test_arm_gets_acquiring_loads_and_releasing_stores(function: Any, needs: set
 
 def test_a_publisher_on_arm_looks_for_a_sleeper_only_after_its_fence() -> None:
     """store head, fence, load asleep: without the fence both sides may miss each other."""
-    found = arm_instructions(steps.publish)
+    found = arm_instructions(ring_kernels.publish)
     fence = found.index("dmb")
     assert found[fence - 1] == "stlr"
     assert set(found[fence + 1 :]) & {"ldar", "ldapr"}
-    sleeper = arm_instructions(steps.fall_asleep)
+    sleeper = arm_instructions(ring_kernels.fall_asleep)
     fence = sleeper.index("dmb")
     assert sleeper[fence - 1] == "stlr"
     assert set(sleeper[fence + 1 :]) & {"ldar", "ldapr"}

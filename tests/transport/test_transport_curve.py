@@ -15,11 +15,11 @@ from contracts.channel import PATIENCE_S
 from contracts.frames import OBSERVATION
 from transport_rig import make_listener, pumped
 
-from runtime.keys import allow, main, new_keys
-from transport import greeting
-from transport.auto import Dialer
-from transport.curve import ClientKeys, KeyFileError, ServerKeys, public_key
+from runtime.tools.keys import allow, main, new_keys
+from transport.dialer import Dialer
 from transport.errors import Refused, TransportTimeout
+from transport.zeromq import zmtp_greeting
+from transport.zeromq.curve import ClientKeys, KeyFileError, ServerKeys, public_key
 
 REFUSED_WITHIN_S = 1.0
 
@@ -265,15 +265,15 @@ def test_a_server_that_hangs_up_first_is_asked_what_it_wants(ring: Keyring) -> N
     """Which of two ends with different security hangs up first is chance; the reason is not."""
     for curve, wanted in ((None, "NULL"), (ring.server(), "CURVE")):
         with make_listener(curve=curve) as listener, pumped(listener):
-            assert greeting.mechanism(f"tcp://127.0.0.1:{listener.port}") == wanted
+            assert zmtp_greeting.mechanism(f"tcp://127.0.0.1:{listener.port}") == wanted
 
 
 def test_what_is_not_zmq_has_no_greeting(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(greeting, "PATIENCE_S", 0.05)
+    monkeypatch.setattr(zmtp_greeting, "PATIENCE_S", 0.05)
     with socket.create_server(("127.0.0.1", 0)) as listening:
         port = listening.getsockname()[1]
-        assert greeting.mechanism(f"tcp://127.0.0.1:{port}") == ""  # connected, and silence
-    assert greeting.mechanism(f"tcp://127.0.0.1:{port}") == ""
+        assert zmtp_greeting.mechanism(f"tcp://127.0.0.1:{port}") == ""  # connected, and silence
+    assert zmtp_greeting.mechanism(f"tcp://127.0.0.1:{port}") == ""
 
 
 def test_a_file_of_the_list_is_parsed_once_for_each_state(
@@ -287,7 +287,7 @@ def test_a_file_of_the_list_is_parsed_once_for_each_state(
         parsed.append(path)
         return public_key(path)
 
-    monkeypatch.setattr("transport.curve.public_key", counted)
+    monkeypatch.setattr("transport.zeromq.curve.public_key", counted)
     assert [keys.name_of(known) for _ in range(3)] == ["arm"] * 3
     assert len(parsed) == 1
     other, _ = new_keys(ring.folder, "other")

@@ -11,11 +11,11 @@ from contracts.frames import OBSERVATION, observation
 from transport_peers import PATIENCE_S, Peer, client, server
 from transport_rig import make_listener
 
-from transport.auto import Dialer
-from transport.control import NO_EPOCH, Hello, Opcode
+from transport.dialer import Dialer
 from transport.errors import TransportTimeout
-from transport.link import Link
-from transport.shm import FOLDER
+from transport.handshake_messages import NO_EPOCH, Hello, Opcode
+from transport.shm.segment import FOLDER
+from transport.zeromq.client_socket import ClientSocket
 
 TRANSPORTS = ("shm", "zmq")
 
@@ -89,9 +89,9 @@ def test_stopped_clients_hurt_nobody_and_may_go_on() -> None:
             dialing.expect("closed")
 
 
-def welcomed(port: int) -> tuple[Link, list[str]]:
+def welcomed(port: int) -> tuple[ClientSocket, list[str]]:
     """A client that stops inside the handshake: the names it was offered exist."""
-    link = Link(f"tcp://127.0.0.1:{port}", f"127.0.0.1:{port}", ipv6=False)
+    link = ClientSocket(f"tcp://127.0.0.1:{port}", f"127.0.0.1:{port}", ipv6=False)
     hello = Hello("stops", OBSERVATION, ("shm", "zmq"))
     _, body = link.request(
         Opcode.HELLO, NO_EPOCH, hello.to_body(), answer=Opcode.WELCOME, timeout_s=20.0

@@ -13,13 +13,13 @@ from hypothesis import given
 from hypothesis import strategies as st
 from transport_rig import make_listener, pumped
 
-from transport.auto import Dialer
 from transport.base import SLOTS
 from transport.channel import MAX_BODY_BYTES, Kind
-from transport.control import Opcode
+from transport.dialer import Dialer
 from transport.errors import SchemaMismatch
+from transport.handshake_messages import Opcode
 from transport.schema import USED, ArraySpec, Schema
-from transport.zmq import _HEADER, PAYLOAD_OFFSET, ZmqChannel
+from transport.zeromq.channel import _HEADER, PAYLOAD_OFFSET, ZmqChannel
 
 EPOCH = b"e" * 16
 ROOM = 1000

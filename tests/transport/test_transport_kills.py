@@ -21,7 +21,7 @@ import numpy as np
 import pytest
 from transport_forks import LONG, Forked, Nursery, isolated_if_possible, orphans
 
-from transport.shm import FOLDER, PREFIX
+from transport.shm.segment import FOLDER, PREFIX
 
 TIMES = 50 if LONG else 1
 TIMEOUT_S = 1.0

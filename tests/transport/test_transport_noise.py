@@ -13,8 +13,9 @@ from contracts.channel import PATIENCE_S
 from contracts.frames import CHUNK, OBSERVATION, chunk, observation
 from transport_rig import make_listener, pumped
 
-from transport.auto import Dialer
-from transport.control import (
+from transport.dialer import Dialer
+from transport.errors import Refused
+from transport.handshake_messages import (
     MAGIC,
     MAX_CONTROL_BYTES,
     NO_EPOCH,
@@ -25,9 +26,8 @@ from transport.control import (
     Welcome,
     encode,
 )
-from transport.errors import Refused
-from transport.listener import Listener, ListenerStatistics
 from transport.schema import MAX_MESSAGE_BYTES
+from transport.server.listener import Listener, ListenerStatistics
 
 
 @pytest.fixture

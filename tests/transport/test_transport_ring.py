@@ -20,15 +20,15 @@ from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, 
 
 from transport.channel import MAX_BODY_BYTES, Kind
 from transport.errors import ProtocolError
-from transport.layout import Layout
-from transport.ring import RingReader, RingWriter
 from transport.schema import ArraySpec, Schema
-from transport.shm import Mapping, Segment
+from transport.shm.ring import RingReader, RingWriter
+from transport.shm.segment import Mapping, Segment
+from transport.shm.segment_layout import SegmentLayout
 
 ROOT = Path(__file__).resolve().parents[2]
 SCHEMA = Schema((ArraySpec("value", "int64", (3,)), ArraySpec("image", "uint8", (5, 7))))
 EPOCH, OTHER_EPOCH = b"e" * 16, b"o" * 16
-LAYOUT = Layout.of(SCHEMA)
+LAYOUT = SegmentLayout.of(SCHEMA)
 PLACE = 56
 """Where a header says where its payload is."""
 FRAMES = 20_000
@@ -42,10 +42,10 @@ class Both:
     right: tuple[Mapping, Mapping]
 
     def writer(self, epoch: bytes = EPOCH) -> RingWriter:
-        return RingWriter(*self.left, epoch, SCHEMA, Layout.of(SCHEMA))
+        return RingWriter(*self.left, epoch, SCHEMA, SegmentLayout.of(SCHEMA))
 
     def reader(self) -> RingReader:
-        return RingReader(*self.right, EPOCH, SCHEMA, Layout.of(SCHEMA))
+        return RingReader(*self.right, EPOCH, SCHEMA, SegmentLayout.of(SCHEMA))
 
     def close(self) -> None:
         for mapping in (*self.left, *self.right):
@@ -55,7 +55,7 @@ class Both:
 def make_both() -> Both:
     maps = []
     for _ in range(2):
-        segment = Segment.create(Layout.of(SCHEMA).nbytes)
+        segment = Segment.create(SegmentLayout.of(SCHEMA).nbytes)
         maps.append((segment.map(writable=True), segment.map(writable=False)))
         segment.close()
     (left_own, left_seen), (right_own, right_seen) = maps
@@ -192,7 +192,7 @@ def poke(both: Both, offset: int, data: bytes) -> None:
 @pytest.mark.parametrize("head", [-1, 5, 2**62])
 def test_an_impossible_head_is_not_followed(both: Both, head: int) -> None:
     reader = both.reader()
-    poke(both, Layout.of(SCHEMA).head_offset, struct.pack("<q", head))
+    poke(both, SegmentLayout.of(SCHEMA).head_offset, struct.pack("<q", head))
     with pytest.raises(ProtocolError, match=f"head: got {head}, expected 0 to 4"):
         reader.take()
 
@@ -202,7 +202,7 @@ def test_an_impossible_tail_is_not_believed(both: Both, tail: int) -> None:
     writer = both.writer()
     for number in range(4):
         assert writer.publish(Kind.RESET, number, 0, b"")
-    offset = Layout.of(SCHEMA).tail_offset
+    offset = SegmentLayout.of(SCHEMA).tail_offset
     both.right[0].buffer[offset : offset + 8] = struct.pack("<q", tail)
     with pytest.raises(ProtocolError, match=f"tail: got {tail}, expected 0 to 4"):
         writer.claim()
@@ -225,7 +225,7 @@ def test_a_slot_that_is_not_what_it_should_be_is_dropped(both: Both, position, v
     writer.publish(Kind.DATA, 7, 0, None)
     header = [*GOOD]
     header[position] = value
-    poke(both, Layout.of(SCHEMA).header_offset(0), HEADER.pack(*header))
+    poke(both, SegmentLayout.of(SCHEMA).header_offset(0), HEADER.pack(*header))
     writer.publish(Kind.RESET, 8, 0, b"")
     assert reader.take().request_id == 8
     assert reader.dropped_malformed == 1
@@ -236,7 +236,7 @@ def test_a_body_of_an_impossible_length_is_dropped(both: Both, length: int) -> N
     writer, reader = both.writer(), both.reader()
     writer.publish(Kind.ERROR, 7, 0, b"text")
     header = HEADER.pack(EPOCH, 0, 7, 0, int(Kind.ERROR), length, 0)
-    poke(both, Layout.of(SCHEMA).header_offset(0), header)
+    poke(both, SegmentLayout.of(SCHEMA).header_offset(0), header)
     assert reader.take() is None
     assert reader.dropped_malformed == 1
 
@@ -258,11 +258,11 @@ def test_the_peers_segment_cannot_be_written(both: Both) -> None:
 
 
 def test_a_segment_of_another_layout_is_refused(both: Both) -> None:
-    layout = Layout.of(SCHEMA)
+    layout = SegmentLayout.of(SCHEMA)
     poke(both, 0, layout.identity(b"n" * 16))
     assert layout.read_nonce(both.right[1].buffer) == b"n" * 16
     with pytest.raises(ProtocolError, match="segment identity"):
-        Layout(layout.payload_bytes + 64).read_nonce(both.right[1].buffer)
+        SegmentLayout(layout.payload_bytes + 64).read_nonce(both.right[1].buffer)
     poke(both, 0, b"something else entirely")
     with pytest.raises(ProtocolError, match="segment identity"):
         layout.read_nonce(both.right[1].buffer)
@@ -274,7 +274,7 @@ BIG = Schema((ArraySpec("frame", "uint8", (4096,)), ArraySpec("crc", "int64", ()
 
 def publish_frames() -> None:
     """The child: FRAMES frames of changing content, each with its checksum."""
-    layout = Layout.of(BIG)
+    layout = SegmentLayout.of(BIG)
     maps = []
     for name, writable in zip(sys.argv[1:], (True, False), strict=True):
         segment = Segment.open(name, layout.nbytes, writable=writable)
@@ -295,7 +295,7 @@ def publish_frames() -> None:
 
 
 def test_no_frame_is_torn_between_two_processes() -> None:
-    layout = Layout.of(BIG)
+    layout = SegmentLayout.of(BIG)
     theirs, ours = Segment.create(layout.nbytes), Segment.create(layout.nbytes)
     own, peer = ours.map(writable=True), theirs.map(writable=False)
     reader = RingReader(own, peer, EPOCH, BIG, layout)

@@ -9,7 +9,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from transport.control import (
+from transport.errors import ProtocolError, SchemaMismatch, TransportError
+from transport.handshake_messages import (
     MAGIC,
     MAX_CONTROL_BYTES,
     NO_EPOCH,
@@ -21,7 +22,6 @@ from transport.control import (
     decode_prefix,
     encode,
 )
-from transport.errors import ProtocolError, SchemaMismatch, TransportError
 from transport.schema import (
     ALIGNMENT,
     DTYPES,

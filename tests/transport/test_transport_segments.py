@@ -13,9 +13,9 @@ from pathlib import Path
 
 import pytest
 
-from transport import shm
 from transport.errors import ProtocolError, TransportUnavailable
-from transport.shm import FOLDER, Segment, create_all, sweep
+from transport.shm import segment
+from transport.shm.segment import FOLDER, Segment, create_all, sweep
 
 
 def path_of(segment: Segment) -> Path:
@@ -94,7 +94,7 @@ def test_no_memory_leaves_nothing_and_says_how_much(monkeypatch: pytest.MonkeyPa
             raise OSError(errno.ENOSPC, "No space left on device")
         reserve(fd, offset, length)
 
-    monkeypatch.setattr(shm.os, "posix_fallocate", one_fits)
+    monkeypatch.setattr(segment.os, "posix_fallocate", one_fits)
     before = set(FOLDER.glob("metronome-*"))
     with pytest.raises(TransportUnavailable, match=r"/dev/shm is full: 28\.0 MiB wanted, .* there"):
         create_all([14 * 2**20, 14 * 2**20])
@@ -130,12 +130,12 @@ def test_a_sweep_between_creation_and_lock_is_survived(monkeypatch: pytest.Monke
             swept.extend(sweep())
         lock(fd, operation)
 
-    monkeypatch.setattr(shm.fcntl, "flock", slow_lock)
-    segment = Segment.create(4096)
+    monkeypatch.setattr(segment.fcntl, "flock", slow_lock)
+    created = Segment.create(4096)
     assert swept
-    assert path_of(segment).exists()
-    assert path_of(segment).name not in swept
-    segment.close()
+    assert path_of(created).exists()
+    assert path_of(created).name not in swept
+    created.close()
 
 
 def test_a_mapping_is_there_and_locked_where_that_is_allowed() -> None:

@@ -23,7 +23,7 @@ from importlib import import_module
 from pathlib import Path
 from typing import Any
 
-from transport.shm import FOLDER, PREFIX
+from transport.shm.segment import FOLDER, PREFIX
 
 ROOT = Path(__file__).resolve().parents[2]
 PATIENCE_S = 60.0

@@ -123,9 +123,9 @@ def say(event: str, **what: Any) -> None:
 def run_server(host: str, *transports: str) -> None:
     from contracts.frames import CHUNK
 
-    from transport.control import Welcome
     from transport.errors import PeerGone
-    from transport.listener import Listener
+    from transport.handshake_messages import Welcome
+    from transport.server.listener import Listener
 
     stopping: list[int] = []
 
@@ -168,14 +168,14 @@ def answer(arrays: Any) -> dict[str, Any]:
 def run_client(host: str, port: str, transport: str, user: str) -> None:
     from contracts.frames import OBSERVATION, observation
 
-    from transport.auto import Dialer
+    from transport.dialer import Dialer
     from transport.errors import TransportError
 
     with Dialer(host, int(port), timeout_s=20.0) as dialer:
         try:
             if user:
                 # Another user may not be able to read what is imported later.
-                import_module("transport.join")
+                import_module("transport.shm.client_handshake")
                 observation(0)
                 dialer.describe()
                 os.setuid(int(user))

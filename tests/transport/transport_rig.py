@@ -10,10 +10,10 @@ from typing import Any
 from contracts.channel import PATIENCE_S, Pair
 from contracts.frames import CHUNK, OBSERVATION
 
-from transport.auto import Dialer
-from transport.control import Welcome
-from transport.listener import Listener
-from transport.sessions import ServerSession
+from transport.dialer import Dialer
+from transport.handshake_messages import Welcome
+from transport.server.listener import Listener
+from transport.server.sessions import ServerSession
 
 
 def make_listener(**changes: Any) -> Listener:

@@ -16,13 +16,12 @@ import numpy as np
 from contracts.frames import CHUNK, OBSERVATION, observation
 from transport_forks import say
 
-import transport.join
-import transport.shm_channel  # noqa: F401  a client imports both once it has an offer
-from transport.auto import Dialer
+import transport.shm.channel  # noqa: F401  a client imports both once it has an offer
 from transport.base import BaseChannel
-from transport.control import Welcome
+from transport.dialer import Dialer
 from transport.errors import PeerGone, TransportError
-from transport.listener import Listener
+from transport.handshake_messages import Welcome
+from transport.server.listener import Listener
 
 "localhost".encode("idna")  # to be imported while this process may read the library
 HOST, PATIENCE_S = "127.0.0.1", 20.0

@@ -14,13 +14,13 @@ import numpy as np
 from transport_forks import say
 from transport_sides import HOST, PATIENCE_S
 
-from transport.auto import Dialer
 from transport.base import BaseChannel
 from transport.channel import Message
-from transport.control import Welcome
+from transport.dialer import Dialer
 from transport.errors import PeerGone, WouldBlock
-from transport.listener import Listener
+from transport.handshake_messages import Welcome
 from transport.schema import ArraySpec, Schema
+from transport.server.listener import Listener
 
 TINY = Schema((ArraySpec("number", "int64", ()),))
 FRAME = Schema((ArraySpec("content", "uint8", (4096,)), ArraySpec("crc", "int64", ())))

@@ -1,0 +1,134 @@
+"""From a checkpoint's weights to a measured engine, one function for each kind."""
+
+from __future__ import annotations
+
+import hashlib
+import logging
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+
+from policies.act import hardware
+from policies.act.blob_cache import BlobCache, Stored
+from policies.act.engine import MAX_BATCH, Engine, EngineUnavailable
+from policies.act.engine_check import LIMITS, error_of, reference_actions
+from policies.act.fuse import fuse
+from policies.act.fused import FusedAct
+from policies.act.torch_engine import TorchEngine
+from policies.act.weights import ActWeights
+from policies.errors import InferenceError
+
+logger = logging.getLogger(__name__)
+
+Make = Callable[[ActWeights, torch.device, str, int], tuple[Engine, float]]
+"""(weights, device, precision, threads) to an engine and its relative error on the probe."""
+
+HALF_UNIT = 2.0**-6
+"""Pictures of 0 to 255 want weights near 6e-5, where fp16 ends. A power of two is exact."""
+COMPILED_FROM = ("fuse.py", "fused.py", "openvino_graph.py", "openvino_engine.py", "backbone.py")
+
+
+def make_torch(
+    weights: ActWeights, device: torch.device, precision: str, threads: int
+) -> tuple[Engine, float]:
+    """The fused network in eager torch."""
+    hardware.set_exact(device, hardware.DTYPES[precision])
+    hardware.set_threads(threads)
+    fused, reference = _fused_and_reference(weights, precision)
+    engine = TorchEngine(fused, device, precision, threads)
+    return engine, error_of(engine, weights.config, reference)
+
+
+def make_cuda_graph(
+    weights: ActWeights, device: torch.device, precision: str, threads: int
+) -> tuple[Engine, float]:
+    """The captured graphs. Raises ``EngineUnavailable``."""
+    from policies.act.cuda_api import TorchCuda
+    from policies.act.cuda_graph import CudaGraphEngine
+
+    hardware.set_exact(device, hardware.DTYPES[precision])
+    hardware.set_threads(threads)
+    fused, reference = _fused_and_reference(weights, precision)
+    try:
+        api = TorchCuda(device)
+    except RuntimeError as error:
+        raise EngineUnavailable(f"{device}: {error}") from error
+    engine = CudaGraphEngine(fused, precision, api)
+    try:
+        return engine, error_of(engine, weights.config, reference)
+    except InferenceError:
+        if precision != "fp16":
+            raise
+        return engine, float("inf")
+
+
+def make_openvino(
+    weights: ActWeights, device: torch.device, precision: str, threads: int
+) -> tuple[Engine, float]:
+    """Compiled, or taken from the cache with the error that was measured then.
+
+    Raises:
+        EngineUnavailable: OpenVINO is not installed, or does not do it.
+    """
+    del device
+    try:
+        from policies.act import openvino_engine
+    except ImportError as missing:
+        raise EngineUnavailable(f"{missing} (pip install '.[server]')") from missing
+    hardware.set_threads(threads)
+    streams = min(MAX_BATCH, hardware.streams(threads))
+    cache = BlobCache()
+    compiler = f"{openvino_engine.version()} {streams}"
+    key = engine_key(weights, precision, threads, compiler)
+    stored = cache.read(key)
+    if stored is not None:
+        try:
+            engine = openvino_engine.import_blob(
+                stored.blob, weights.config, precision, threads, streams
+            )
+        except EngineUnavailable as refusal:
+            logger.warning("engine cache: %s; compiling again", refusal)
+            cache.remove(key)
+        else:
+            return engine, stored.error
+    fused, reference = _fused_and_reference(weights, precision)
+    engine = openvino_engine.compile_fused(fused, precision, threads, streams)
+    error = error_of(engine, weights.config, reference)
+    if error <= LIMITS[precision]:
+        cache.write(key, Stored(engine.export(), error))
+    return engine, error
+
+
+MAKERS: dict[str, Make] = {
+    "torch": make_torch,
+    "openvino": make_openvino,
+    "cuda-graph": make_cuda_graph,
+}
+
+
+def engine_key(weights: ActWeights, precision: str, threads: int, compiler: str) -> str:
+    """Names a compiled engine by everything that went into it: two that differ, differ here."""
+    state = hashlib.sha256()
+    for name, tensor in sorted(weights.tensors.items()):
+        if not name.startswith("style."):
+            state.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
+            state.update(tensor.contiguous().numpy().data)
+    for said in (weights.config, weights.image_mean, weights.image_std, precision, threads):
+        state.update(f"{said!r}\n".encode())
+    state.update(weights.action_normalizer.digest())
+    state.update(f"{compiler} {sorted(hardware.cpu_flags())}".encode())
+    for name in COMPILED_FROM:
+        state.update(Path(__file__).with_name(name).read_bytes())
+    return state.hexdigest()[:32]
+
+
+def _fused_and_reference(
+    weights: ActWeights, precision: str
+) -> tuple[FusedAct, NDArray[np.float32]]:
+    """The network as ``precision`` wants it, in float32 still, and what it says to the probe."""
+    fused = fuse(weights)
+    reference = reference_actions(fused)
+    return (fuse(weights, pixel_unit=HALF_UNIT) if precision == "fp16" else fused), reference

@@ -1,0 +1,1 @@
+"""Evaluation on a robot: the command and its control, sensing and watchdog processes."""

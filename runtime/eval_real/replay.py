@@ -1,0 +1,198 @@
+"""Play a recorded run again: the same chunks in the same periods give the same commands.
+
+``python -m runtime.eval_real.replay RUN``: a folder of recordings or one of them, by name without
+suffix. Exit status 0 when every command is the same bit for bit, 1 when one is not, 2 when there is
+none.
+"""
+
+from __future__ import annotations
+
+import argparse
+import logging
+import sys
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import numpy as np
+from numpy.typing import NDArray
+
+from policies.command_line import CommandLine
+from policies.console import run_command
+from policies.types import ActionChunk
+from robots.safety import MotionLimiter
+from runtime.control.chunk_executor import ChunkExecutor
+from runtime.control.command_stream import StreamStatistics
+from runtime.eval_real.motion_state_machine import MotionStateMachine
+from runtime.eval_real.phases import Signal
+from runtime.eval_real.recording import Recording
+
+DIFFERENT, BAD_INPUT = 1, 2
+_SILENT = logging.getLogger(f"{__name__}.silent")
+"""What was latched when it was recorded is no news."""
+_SILENT.disabled = True
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Replay:
+    """What came of it.
+
+    Attributes:
+        commands: (n, A) float32, made anew.
+        statistics: Of the pilot's stream at the end.
+        gaps: Rows that are missing from the recording; what comes after the first may differ.
+    """
+
+    commands: NDArray[np.float32]
+    statistics: StreamStatistics
+    gaps: int
+
+    def first_difference(self, recording: Recording) -> int | None:
+        """The first row whose command is another one, bit for bit; None when all are the same."""
+        recorded = recording.rows["command"]
+        same = (self.commands.view(np.uint32) == recorded.view(np.uint32)).all(axis=1)
+        return None if same.all() else int(np.argmin(same))
+
+
+def replay(recording: Recording) -> Replay:
+    """Feed the recording's inputs to a new pilot.
+
+    Raises:
+        ValueError: Nothing was recorded.
+    """
+    if not recording.rows:
+        raise ValueError("the recording holds no commands")
+    machine = recording.config.make_state_machine(recording.robot_limits, log=_SILENT)
+    rows = recording.rows
+    commands = np.empty_like(rows["command"])
+    chunks = _by_row(recording)
+    stopping: MotionLimiter | None = None
+    for i, number in enumerate(rows["row"].tolist()):
+        signals = Signal(int(rows["signals"][i]))
+        if signals & Signal.WATCHDOG:
+            stopping = stopping or _taken_over(machine, recording)
+            commands[i] = stopping.brake()
+            continue
+        stopping = None
+        _signal(machine, signals, rows["pose"][i])
+        for chunk in chunks.get(number, ()):
+            machine.accept(chunk)
+        commands[i] = machine.command(int(rows["advance"][i]))
+    gaps = int(rows["row"][-1] - rows["row"][0]) + 1 - len(recording)
+    return Replay(commands, machine.stream.statistics(), gaps)
+
+
+def _by_row(recording: Recording) -> dict[int, list[ActionChunk]]:
+    chunks: dict[int, list[ActionChunk]] = {}
+    for index, number in enumerate(recording.chunks.get("row", np.empty(0, np.int64)).tolist()):
+        chunks.setdefault(number, []).append(recording.chunk(index))
+    return chunks
+
+
+def _signal(machine: MotionStateMachine, signals: Signal, pose: NDArray[np.float32]) -> None:
+    """In the order in which the control process has them."""
+    if signals & Signal.RESET:
+        machine.reset(pose)
+    if signals & Signal.START:
+        machine.start()
+    if signals & Signal.RESUME:
+        machine.resume()
+    if signals & Signal.STOP:
+        machine.stop()
+    if signals & Signal.FAIL:
+        machine.fail("as recorded")
+
+
+def _taken_over(machine: MotionStateMachine, recording: Recording) -> MotionLimiter:
+    """The guardian's brake, from what control had written down."""
+    limiter = machine.stream.limiter
+    robot_limits = recording.robot_limits
+    brake = MotionLimiter(robot_limits.limits, recording.config.period_s, robot_limits.actions)
+    last = limiter.command.astype(np.float64)
+    brake.reset(last, last - limiter.velocity * recording.config.period_s)
+    return brake
+
+
+def weights(recording: Recording) -> NDArray[np.float32]:
+    """(ticks, m) the share of each chunk in the action planned for each policy tick played.
+
+    Blending is linear, so the plan of chunks that are 1 in a column of their own has the shares.
+    """
+    count = len(recording.chunks.get("row", ()))
+    ratio = recording.config.ratio
+    rows = recording.rows
+    played = rows["played"].astype(bool) if rows else np.empty(0, bool)
+    if not count or not played.any():
+        return np.zeros((0, count), np.float32)
+    executor = ChunkExecutor(
+        replace(recording.config.contract, action_dim=count, action_names=()),
+        recording.config.strategy(),
+    )
+    shares: list[NDArray[np.float32]] = []
+    index_at = _indices_by_row(recording)
+    for i, number in enumerate(rows["row"].tolist()):
+        for index in index_at.get(number, ()):
+            chunk = recording.chunk(index)
+            column = np.zeros((len(chunk), count), np.float32)
+            column[:, index] = 1
+            executor.accept(replace(chunk, actions=column))
+        tick = int(rows["tick"][i]) // ratio
+        if played[i] and tick >= executor.next_tick and executor.covers(tick):
+            shares.append(executor.command(tick).copy())
+    return np.stack(shares) if shares else np.zeros((0, count), np.float32)
+
+
+def _indices_by_row(recording: Recording) -> dict[int, list[int]]:
+    indices: dict[int, list[int]] = {}
+    for index, number in enumerate(recording.chunks["row"].tolist()):
+        indices.setdefault(number, []).append(index)
+    return indices
+
+
+def find(run: Path) -> list[Path]:
+    """The recordings that ``run`` means, by stem."""
+    if run.is_dir():
+        return sorted(path.with_suffix("") for path in run.rglob("*.npz") if _is_whole(path))
+    return [run.with_suffix("")] if _is_whole(run.with_suffix(".npz")) else []
+
+
+def _is_whole(path: Path) -> bool:
+    return path.is_file() and path.with_suffix(".json").is_file()
+
+
+def parser() -> argparse.ArgumentParser:
+    cli = CommandLine(prog="python -m runtime.eval_real.replay", description=__doc__)
+    cli.add_argument("run", type=Path, help="folder of an evaluation, or one rollout in it")
+    return cli
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    run: Path = parser().parse_args(argv).run
+    try:
+        stems = find(run)
+    except OSError as error:
+        print(f"error: {str(run)[:200]}: {error.strerror}", file=sys.stderr)
+        return BAD_INPUT
+    if not stems:
+        print(f"error: {run}: no recording there (an .npz and its .json)", file=sys.stderr)
+        return BAD_INPUT
+    status = 0
+    for stem in stems:
+        try:
+            recording = Recording.load(stem)
+            result = replay(recording)
+        except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+            print(f"error: {stem}: {error}", file=sys.stderr)
+            return BAD_INPUT
+        row = result.first_difference(recording)
+        if row is None:
+            print(f"{stem}: {len(recording)} commands, identical")
+        else:
+            status = DIFFERENT
+            gaps = f"; {result.gaps} rows were not recorded" if result.gaps else ""
+            print(f"{stem}: differs from row {row} of {len(recording)} on{gaps}")
+    return status
+
+
+if __name__ == "__main__":
+    raise SystemExit(run_command(main))

@@ -1,0 +1,274 @@
+"""Rollouts one after another, with a person beside the robot or without one."""
+
+from __future__ import annotations
+
+import contextlib
+import time
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from runtime.errors import RuntimeFault
+from runtime.eval_real.operator_console import QUIT, OperatorConsole
+from runtime.eval_real.phases import MOVING, Order, Phase, Signal
+from runtime.eval_real.recording import Recording
+from runtime.eval_real.replay import replay, weights
+from runtime.eval_real.run_config import RobotLimits
+from runtime.eval_real.supervisor import Supervisor
+from runtime.evaluation.episode_result import Episode
+from runtime.stats import StageTimes
+from runtime.trace import recorder as trace
+
+BEGIN_WITHIN_S = 20.0
+"""For the first chunk, once the arm waits for it."""
+ACKED_WITHIN_S = 20.0
+SAVED_WITHIN_S = 120.0
+LOOK_S = 0.005
+
+
+class SessionOver(RuntimeFault):
+    """No more rollouts: something was lost and nobody asked to go on."""
+
+
+class Interrupted(RuntimeFault):
+    """Somebody ended it: a key, SIGINT or SIGTERM."""
+
+
+@dataclass(frozen=True, slots=True)
+class Rollout:
+    """What came of one.
+
+    Attributes:
+        episode: As in simulation; ``seed`` counts the rollouts where the robot takes none.
+        judged: Whether anybody or the robot could tell how it went.
+        clamped_ticks: Commands that the limits changed.
+        faults: Why it stopped in between.
+        stem: Of the recording's files.
+        replayed: Whether the recording gives the same commands, bit for bit.
+    """
+
+    episode: Episode
+    judged: bool
+    clamped_ticks: int
+    faults: tuple[str, ...]
+    stem: Path
+    replayed: bool
+
+    def details(self) -> dict[str, Any]:
+        """For the result file, beside what every episode has."""
+        return {
+            "judged": self.judged,
+            "clamped_ticks": self.clamped_ticks,
+            "faults": list(self.faults),
+            "recording": str(self.stem),
+            "replays_bit_for_bit": self.replayed,
+        }
+
+
+class RolloutSession:
+    """Runs rollouts until all are done.
+
+    Args:
+        supervisor: Of the processes, at rest.
+        body: Of the robot, for recordings.
+        operator: The person.
+        folder: For recordings and videos.
+        unattended: Nobody is there: nothing is asked, and a fault ends the session.
+        new_server: Starts a private server anew where that died; its address, else None.
+        tell: Called with a line for everything that happens.
+    """
+
+    def __init__(
+        self,
+        supervisor: Supervisor,
+        robot_limits: RobotLimits,
+        operator: OperatorConsole,
+        *,
+        folder: Path,
+        unattended: bool,
+        new_server: Callable[[], str | None],
+        tell: Callable[[str], None],
+    ) -> None:
+        self._supervisor, self._robot_limits, self._operator = supervisor, robot_limits, operator
+        self._folder, self._unattended = folder, unattended
+        self._new_server, self._tell = new_server, tell
+        self._faults: list[str] = []
+        self._unwritten = ""
+
+    def run(self, seeds: Iterable[int]) -> Iterator[Rollout]:
+        """One rollout per seed, each as it ends. The arm is at rest between them.
+
+        Raises:
+            SessionOver, Interrupted: The arm is at rest.
+        """
+        for index, seed in enumerate(seeds):
+            if not self._unattended:
+                answer = self._ask(f"rollout {index}, seed {seed}:", {"\n": "start", QUIT: "quit"})
+                if answer == QUIT:
+                    raise Interrupted
+            over: RuntimeFault | None = None
+            try:
+                with trace.span("rollout", seed):
+                    self._play(seed)
+            except (SessionOver, Interrupted) as error:
+                over = error
+            except KeyboardInterrupt:
+                over = Interrupted()
+                self._stop()
+            rollout = self._conclude(index, seed, cut=over is not None)
+            if rollout is not None:
+                yield rollout
+            if over is not None:
+                raise over
+            if self._unwritten:
+                raise SessionOver(self._unwritten)
+
+    def _play(self, seed: int) -> None:
+        supervisor = self._supervisor
+        if supervisor.dead:
+            self._restore()
+        supervisor.recorder.rest()
+        self._faults.clear()
+        self._began_s = time.monotonic()
+        supervisor.record_video()
+        supervisor.order(Order.START, seed)
+        self._until_obeyed()
+        waiting_since_s = time.monotonic()
+        while True:
+            supervisor.poll()
+            if {"control", "watchdog"} <= set(supervisor.dead):
+                raise SessionOver("neither the control process nor its guardian reach the robot")
+            phase = supervisor.phase
+            if phase is Phase.HOLD and supervisor.acked_command:
+                return
+            if phase in (Phase.FAULT, Phase.ENDED):
+                self._on_fault()
+                waiting_since_s = time.monotonic()
+                continue
+            if phase is not Phase.WAIT:
+                waiting_since_s = time.monotonic()
+            elif time.monotonic() - waiting_since_s > BEGIN_WITHIN_S:
+                self._stop()
+                raise SessionOver(f"no first chunk within {BEGIN_WITHIN_S:g} s")
+            if self._operator.key(LOOK_S) and phase in (*MOVING, Phase.WAIT):
+                supervisor.order(Order.EMERGENCY)
+                self._tell("a key was pressed: stopping")
+
+    def _until_obeyed(self) -> None:
+        supervisor = self._supervisor
+        if not supervisor.wait_for(
+            lambda: supervisor.acked_command or "control" in supervisor.dead, ACKED_WITHIN_S
+        ):
+            raise SessionOver("the control process does not obey")
+
+    def _on_fault(self) -> None:
+        """The arm is at rest and latched: ask what now; go on, or end the rollout.
+
+        Raises:
+            SessionOver: Nobody is there to ask, or it cannot go on.
+            Interrupted: The person wants no more.
+        """
+        supervisor = self._supervisor
+        reason = supervisor.fault or "the control process ended"
+        self._faults.append(reason)
+        if self._unattended:
+            raise SessionOver(reason)
+        answer = self._ask(
+            f"stopped: {reason}.", {"r": "resume", "e": "end this rollout", QUIT: "quit"}
+        )
+        if answer == QUIT:
+            raise Interrupted
+        self._restore()
+        supervisor.order(Order.RESUME if answer == "r" else Order.RELEASE)
+        self._until_obeyed()
+
+    def _restore(self) -> None:
+        try:
+            self._supervisor.restore(self._new_server())
+        except RuntimeFault as error:
+            raise SessionOver(str(error)) from error
+
+    def _stop(self) -> None:
+        with contextlib.suppress(KeyboardInterrupt):  # once is enough: it is stopping
+            if not self._supervisor.stop():
+                self._tell("the arm did not come to rest in time")
+
+    def _ask(self, question: str, choices: dict[str, str]) -> str:
+        return self._operator.ask(question, choices, self._supervisor.poll)
+
+    # What came of it
+
+    def _conclude(self, index: int, seed: int, *, cut: bool) -> Rollout | None:
+        """Write it down; None where nothing was played."""
+        supervisor = self._supervisor
+        supervisor.poll()
+        senses = supervisor.senses()
+        recording = supervisor.recorder.take(supervisor.config, self._robot_limits)
+        if not recording.rows or not recording.rows["played"].any():
+            return None
+        if senses["tells"]:
+            judged, success = True, bool(senses["success"])
+        else:
+            judged, success = self._judge(cut)
+        stem = self._folder / f"rollout_{index:03d}"
+        again = replay(recording)
+        identical = again.first_difference(recording) is None
+        if not identical:
+            self._tell(f"{stem}: the recording does not replay to the same commands")
+        facts = {
+            "seed": seed,
+            "judged": judged,
+            "success": success,
+            "reward": senses["reward"],
+            "faults": list(self._faults),
+            "videos": supervisor.save_video(str(stem), SAVED_WITHIN_S),
+        }
+        recording = replace(recording, facts=facts)
+        try:
+            recording.save(stem, weights(recording))
+        except OSError as error:  # what came of it is known all the same
+            self._unwritten = f"{stem}: not recorded: {error.strerror or error}"
+            self._faults.append(self._unwritten)
+        episode = _episode(recording, again.statistics.executor, time.monotonic() - self._began_s)
+        verdict = ("success" if success else "failure") if judged else "not judged"
+        self._tell(
+            f"rollout {index}, seed {seed}: {verdict}, "
+            f"{episode.horizon} ticks, {episode.missed_ticks} missed, "
+            f"{episode.executor.starved_ticks} starved"
+        )
+        clamped = again.statistics.clamps.clamped_ticks
+        return Rollout(episode, judged, clamped, tuple(self._faults), stem, identical)
+
+    def _judge(self, cut: bool) -> tuple[bool, bool]:
+        """(judged, success) by the person; not judged without one."""
+        if self._unattended or cut:
+            return False, False
+        answer = self._ask("how did it go?", {"s": "success", "f": "failure", "k": "skip"})
+        return answer in ("s", "f"), answer == "s"
+
+
+def _episode(recording: Recording, executor: Any, wall_s: float) -> Episode:
+    rows, chunks = recording.rows, recording.chunks
+    played = rows["played"].astype(bool)
+    ratio = recording.config.ratio
+    stages = StageTimes()
+    for index in range(len(chunks.get("row", ()))):
+        stages.add(recording.chunk(index).stages_ns)
+    known = played & (rows["captured_ns"] > 0)
+    facts = recording.facts
+    missed = np.where(rows["signals"] & Signal.RESET, 0, rows["advance"] - 1)[played]
+    return Episode(
+        seed=facts["seed"],
+        success=facts["success"],
+        reward=facts["reward"],
+        horizon=-(-int(played.sum() + missed.sum()) // ratio),
+        missed_ticks=int(missed.sum()),
+        executor=executor,
+        action_age_s=(rows["sent_ns"] - rows["captured_ns"])[known] / 1e9,
+        lateness_s=(rows["sent_ns"] - rows["deadline_ns"])[played] / 1e9,
+        stages_ns=stages.samples_ns(),
+        wall_s=wall_s,
+    )

@@ -1,0 +1,268 @@
+"""What every process of a robot's evaluation has to know, as one line of JSON."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass, field, fields
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from policies.execution import Execution
+from policies.types import PolicyContract
+from robots.base import ANGLES, ActionKind, ActionSpec, Robot
+from robots.errors import ConfigError
+from robots.factory import make_robot
+from robots.limits import JointLimits
+from runtime.control.blending import Strategy
+from runtime.control.command_stream import CommandStream
+from runtime.control.interpolation import Interpolation, control_ratio
+from runtime.control.realtime import UNPRIVILEGED, RealtimeOptions
+from runtime.eval_real.motion_state_machine import MotionStateMachine
+from runtime.eval_real.shared_state import Dims
+from runtime.options.execution import strategy_of
+
+
+@dataclass(frozen=True, slots=True)
+class RunConfig:
+    """The same in all processes; the parent makes it.
+
+    Attributes:
+        robot: Name or path of the robot's configuration.
+        overrides: Of its keys, e.g. where its companion is to be found.
+        contract_json: The policy's, as its server describes it.
+        fps: The policy's rate as the user gives it; None for its contract's.
+        address: The policy server's.
+        wishes: How to be connected to it; see ``ConnectionOptions.keywords``.
+        language: The instruction.
+        action_manager, manager_coef, n_action_steps: The strategy; see ``Execution``, and
+        execution_source: why it is this one.
+        publish_rate: Commands per second.
+        sensing_rate: Looks at the cameras per second.
+        max_timesteps: Policy ticks per rollout.
+        near: How far the first action may be from the arm, in each joint's unit. None: see
+            ``default_near``.
+        same_joints: The policy's joints are the robot's, whatever both call them.
+        fault_after_s: How long chunks may stay away once the arm slows down for lack of them.
+        max_chunk_age_s: Of the observation behind a command; older, and the arm stops.
+        max_sensing_age_s: Of the newest picture, and of the sensing process' own sign of life.
+        connect_timeout_s: For the robot's sensors to speak at the start.
+        priority: Of SCHED_FIFO for the control process and its guardian, 0 for none.
+        video_fps: Frames per second kept for videos, 0 for none.
+        trace: File beside which each process writes what happened when; none if empty.
+    """
+
+    robot: str
+    overrides: Mapping[str, str]
+    contract_json: str
+    address: str
+    options: Mapping[str, Any] = field(default_factory=dict)
+    language: str = ""
+    action_manager: str = "sequential"
+    manager_coef: float | None = None
+    n_action_steps: int | None = None
+    publish_rate: float = 50.0
+    sensing_rate: float = 50.0
+    max_timesteps: int = 400
+    near: float | None = None
+    same_joints: bool = False
+    fault_after_s: float = 1.0
+    max_chunk_age_s: float = 5.0
+    max_sensing_age_s: float = 0.5
+    connect_timeout_s: float = 15.0
+    priority: int = 0
+    video_fps: float = 10.0
+    trace: str = ""
+    fps: float | None = None
+    execution_source: str = ""
+
+    def to_json(self) -> str:
+        return json.dumps(dataclasses.asdict(self))
+
+    @classmethod
+    def from_json(cls, text: str) -> RunConfig:
+        return cls(**json.loads(text))
+
+    @property
+    def served_contract(self) -> PolicyContract:
+        """As the server has it: what another session's is compared with."""
+        return PolicyContract.from_json(self.contract_json)
+
+    @property
+    def contract(self) -> PolicyContract:
+        """As it is played: at the user's rate."""
+        return self.served_contract.at_rate(self.fps)
+
+    @property
+    def execution(self) -> Execution:
+        """How chunks are played, and why so."""
+        return Execution(
+            self.action_manager, self.manager_coef, self.n_action_steps, self.execution_source
+        )
+
+    @property
+    def ratio(self) -> int:
+        """Control ticks per policy tick.
+
+        Raises:
+            ValueError: The publish rate is no integer multiple of the policy's.
+        """
+        return control_ratio(1 / self.contract.dt_s, self.publish_rate)
+
+    @property
+    def period_s(self) -> float:
+        """Between two commands."""
+        return self.contract.dt_s / self.ratio
+
+    def demand(self) -> dict[str, Any]:
+        """What a server is told of it, as ``PolicyClient`` takes it.
+
+        An answer later than the chunk is long has no action left. A strategy that plays its chunks
+        one after another needs them at that rate; the others take what they get.
+        """
+        contract, strategy = self.contract, self.strategy()
+        demand: dict[str, Any] = {"deadline_ms": contract.chunk_size * contract.dt_s * 1e3}
+        if strategy.windowed:
+            demand["rate_hz"] = 1 / (strategy.stride * contract.dt_s)
+        return demand
+
+    @property
+    def realtime(self) -> RealtimeOptions:
+        """Of the two processes that command the robot, whose driver may have threads."""
+        if not self.priority:
+            return UNPRIVILEGED
+        return RealtimeOptions(priority=self.priority, threads=True)
+
+    def strategy(self) -> Strategy:
+        """Raises ``ValueError``: an unknown name, or a coefficient out of range."""
+        return strategy_of(self.contract, self.execution)
+
+    def make_robot(self) -> Robot:
+        """The robot, not connected."""
+        return make_robot(self.robot, self.overrides)
+
+    def make_state_machine(self, robot_limits: RobotLimits, **options: Any) -> MotionStateMachine:
+        """What commands ``body``; ``options`` as ``CommandStream`` has them.
+
+        Raises:
+            ValueError: The policy's actions are not this robot's.
+        """
+        contract = self.contract
+        stream = CommandStream(
+            contract,
+            self.strategy(),
+            robot_limits.limits,
+            actions=robot_limits.actions,
+            ratio=self.ratio,
+            interpolation=Interpolation(hold=robot_limits.grippers),
+            fault_after_s=self.fault_after_s,
+            **options,
+        )
+        return MotionStateMachine(
+            stream,
+            max_ticks=self.max_timesteps * self.ratio,
+            start_pose=robot_limits.start_pose,
+            start_velocity=robot_limits.start_velocity,
+            near=(
+                default_near(robot_limits)
+                if self.near is None
+                else np.full(contract.action_dim, float(self.near))
+            ),
+            actions=robot_limits.actions,
+        )
+
+    def dims(self, robot: Robot) -> Dims:
+        contract = self.contract
+        return Dims(robot.contract.state_dim, contract.action_dim, contract.chunk_size)
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class RobotLimits:
+    """What a pilot has to know of a robot; kept with a recording.
+
+    Attributes:
+        limits: Of its A actuators.
+        start_pose: (A,) float32, or None.
+        start_velocity: (A,) per second, for approaches.
+        actions: What each of the A numbers means.
+    """
+
+    limits: JointLimits
+    start_pose: NDArray[np.float32] | None
+    start_velocity: NDArray[np.float64]
+    actions: tuple[ActionSpec, ...]
+
+    @property
+    def grippers(self) -> tuple[int, ...]:
+        """Dimensions that are not interpolated."""
+        return tuple(
+            index for index, spec in enumerate(self.actions) if spec.kind is ActionKind.GRIPPER
+        )
+
+    @classmethod
+    def of(cls, robot: Robot) -> RobotLimits:
+        given = robot.start_velocity
+        return cls(
+            robot.limits,
+            robot.start_pose,
+            robot.limits.velocity if given is None else given,
+            robot.contract.actions,
+        )
+
+    def to_dict(self) -> dict[str, Any]:
+        """As JSON has it; floats come back as they were."""
+        return {
+            **{f.name: getattr(self.limits, f.name).tolist() for f in fields(JointLimits)},
+            "start_pose": None if self.start_pose is None else self.start_pose.tolist(),
+            "start_velocity": self.start_velocity.tolist(),
+            "actions": [dataclasses.asdict(spec) for spec in self.actions],
+        }
+
+    @classmethod
+    def from_dict(cls, raw: Mapping[str, Any]) -> RobotLimits:
+        """What ``to_dict`` gave. Raises ``KeyError`` where something is missing."""
+        pose = raw["start_pose"]
+        return cls(
+            JointLimits(*(np.array(raw[f.name], np.float64) for f in fields(JointLimits))),
+            None if pose is None else np.array(pose, np.float32),
+            np.array(raw["start_velocity"], np.float64),
+            tuple(
+                ActionSpec(spec["name"], ActionKind(spec["kind"]), spec["unit"])
+                for spec in raw["actions"]
+            ),
+        )
+
+
+NEAR_RAD = 0.1
+"""5.7 degrees."""
+NEAR_GRIPPER, NEAR_OTHER = 0.1, 0.05
+"""Of what lies between the position limits."""
+
+
+def default_near(robot_limits: RobotLimits) -> NDArray[np.float64]:
+    """(A,) how far a policy's first action may be from the arm, in each joint's unit.
+
+    0.1 rad where the unit is an angle; else a part of what lies between the joint's limits, a tenth
+    for a gripper and a twentieth for other joints.
+
+    Raises:
+        ConfigError: A joint whose unit is no angle has no position limits.
+    """
+    near = np.zeros(len(robot_limits.actions))
+    spans = robot_limits.limits.position_upper - robot_limits.limits.position_lower
+    for index, spec in enumerate(robot_limits.actions):
+        if spec.unit in ANGLES and spec.kind is not ActionKind.GRIPPER:
+            near[index] = NEAR_RAD / ANGLES[spec.unit]
+        else:
+            near[index] = spans[index] * (
+                NEAR_GRIPPER if spec.kind is ActionKind.GRIPPER else NEAR_OTHER
+            )
+        if spec.kind.holds_position and not np.isfinite(near[index]):
+            raise ConfigError(
+                f"joint {index} ({spec.name}, {spec.unit}): got no position limits, expected both, "
+                "or --near: how far from the arm the policy may begin cannot be told otherwise"
+            )
+    return near

@@ -1,0 +1,57 @@
+"""Pictures kept while a rollout runs, and made a video of when it is over."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Mapping
+from pathlib import Path
+
+import numpy as np
+from numpy.typing import NDArray
+
+from robots.base import CameraSample
+from runtime.eval_real.processes import say
+from runtime.evaluation.video import write_video
+
+MOST_PICTURES = 1000
+"""Of each camera in a video; a longer rollout is shown with half as many per second."""
+
+
+class VideoRecorder:
+    """Pictures of one rollout, thinned out as they come, encoded when it is over."""
+
+    def __init__(self, fps: float) -> None:
+        self._fps = fps
+        self._next_ns = 0
+        self._pictures: dict[str, list[NDArray[np.uint8]]] = {}
+
+    def note(self, frames: Mapping[str, CameraSample], now_ns: int) -> None:
+        if self._fps <= 0 or now_ns < self._next_ns:
+            return
+        self._next_ns = max(self._next_ns + round(1e9 / self._fps), now_ns)
+        for name, sample in frames.items():
+            self._pictures.setdefault(name, []).append(sample.image)
+        if max(map(len, self._pictures.values()), default=0) > MOST_PICTURES:
+            self._fps /= 2
+            self._pictures = {name: shown[::2] for name, shown in self._pictures.items()}
+
+    def save(self, stem: Path) -> None:
+        """Write ``<stem>_<camera>.mp4`` in a thread (see ``file_name``); says which, or why not."""
+        threading.Thread(target=self._write, args=(stem,), name="video", daemon=True).start()
+
+    def _write(self, stem: Path) -> None:
+        paths, problem = [], ""
+        try:
+            for name, pictures in self._pictures.items():
+                path = stem.with_name(f"{stem.name}_{file_name(name)}.mp4")
+                write_video(path, pictures, max(1, round(self._fps)))
+                paths.append(str(path))
+        except (OSError, ImportError) as error:
+            problem = f"no video: {error}"
+        say("saved", paths=paths, problem=problem)
+
+
+def file_name(camera: str) -> str:
+    """``camera`` as part of a file's name: what is no letter, digit, ``.``, ``_``, ``-`` or blank
+    is written as ``%`` and its code, ``a/b`` as ``a%2Fb``."""
+    return "".join(c if c.isalnum() or c in "._- " else f"%{ord(c):02X}" for c in camera)

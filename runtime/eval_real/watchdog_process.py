@@ -1,0 +1,249 @@
+"""The guardian brings the arm to rest when the control process cannot.
+
+``python -m runtime.eval_real.watchdog_process``, started by ``eval_real.py``.
+
+It is connected to the robot beforehand and sleeps until the control process ends, which the kernel
+tells it at once, or until that has not commanded a moving arm for too long. Then
+
+* it kills the control process: one that was merely held up must not wake and command a moment of
+  the past;
+* it sends the last command again. Control writes a command down before it sends it, so either this
+  changes nothing or the arm gets what it was owed;
+* from the next deadline of control's own grid on it brakes within the robot's limits, and then
+  commands that pose until it is told to go, or for a while if there is nobody left to tell it.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+import os
+import select
+import signal
+import sys
+import time
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from robots.base import Robot, Role
+from robots.errors import RobotLost
+from robots.safety import MotionLimiter
+from runtime.control.clock import MonotonicClock
+from runtime.control.realtime import Realtime
+from runtime.eval_real.event_log import ORPHAN_HOLD_S, EventLog
+from runtime.eval_real.phases import MOVING, Phase, Signal
+from runtime.eval_real.processes import ParentPipe, child_main, say
+from runtime.eval_real.run_config import RunConfig
+from runtime.eval_real.shared_state import SharedState, put_text
+from transport.shm.latest_value import Views
+
+logger = logging.getLogger(__name__)
+
+LOOK_S = 0.005
+"""How often it looks whether control still commands; an end is told by the kernel at once."""
+STALLED_PERIODS, STALLED_S = 5, 0.1
+"""Control has stalled when it is late by the longer of the two with the arm in motion."""
+
+
+GIVE_UP_S = 5.0
+"""For a robot that takes no commands."""
+
+
+class Watchdog:
+    """Watches one control process.
+
+    Args:
+        mission, mailbox: Shared with control.
+        robot: Connected, or to be connected when needed where two processes cannot be at once.
+        pidfd: Of the control process.
+        input_fd: Where the parent says that it may go.
+    """
+
+    def __init__(
+        self, config: RunConfig, shared_state: SharedState, robot: Robot, pidfd: int, input_fd: int
+    ) -> None:
+        self._config, self._shared_state, self._robot = config, shared_state, robot
+        self._input_fd = input_fd
+        self._pidfd = pidfd
+        self._progress = shared_state.latest_reader("progress")
+        self._commands = shared_state.latest_reader("commands")
+        self._beat = shared_state.watchdog_beat
+        self._stall_ns = round(1e9 * max(STALLED_S, STALLED_PERIODS * config.period_s))
+        self._parent = os.getppid()
+        self._why = "the control process died"
+        self._refused_ns = 0
+        # All that takes time to make is made now: the arm would have to wait for it.
+        self._planner = MotionLimiter(robot.limits, config.period_s, robot.contract.actions)
+        self._recorder = _Recorder(shared_state)
+
+    def watch(self) -> bool:
+        """Wait for control's end; whether somebody has to take over."""
+        poller = select.poll()
+        poller.register(self._pidfd, select.POLLIN)
+        while not poller.poll(LOOK_S * 1e3):
+            self._beat.store(time.monotonic_ns())
+            if self._stalled():
+                self._why = "the control process had stalled and was killed"
+                with contextlib.suppress(ProcessLookupError):
+                    signal.pidfd_send_signal(self._pidfd, signal.SIGKILL)
+                poller.poll()
+        self._progress.refresh()
+        return bool(self._progress.sequence) and self._phase is not Phase.ENDED
+
+    @property
+    def _phase(self) -> Phase:
+        return Phase(int(self._progress.values["phase"]))
+
+    def _stalled(self) -> bool:
+        self._progress.refresh()
+        if not self._progress.sequence or self._phase not in MOVING:
+            return False
+        self._commands.refresh()
+        return time.monotonic_ns() - int(self._commands.values["deadline_ns"]) > self._stall_ns
+
+    def take_over(self) -> None:
+        """Stop the arm, then hold it until released."""
+        if self._robot.role is None:
+            self._robot.connect(Role.CONTROL, self._config.connect_timeout_s)
+        if not self._commands.refresh() and not self._commands.sequence:
+            return  # it never commanded anything
+        period_s, period_ns = self._config.period_s, round(self._config.period_s * 1e9)
+        intent = self._commands.values
+        last = intent["command"].astype(np.float64)
+        command = intent["command"]
+        sent = self._send(command)
+        planner, recorder = self._planner, self._recorder
+        planner.reset(last, last - intent["velocity"] * period_s)
+        recorder.take_over(intent, self._progress.values)
+        if sent:
+            recorder.note_last()
+        logger.error("%s: the guardian brings the arm to rest", self._why)
+        clock, deadline_ns = MonotonicClock(), int(intent["deadline_ns"])
+        rested, left_ns = False, 0
+        while not self._released(left_ns):
+            now_ns = time.monotonic_ns()
+            self._beat.store(now_ns)
+            deadline_ns += max(1, -((deadline_ns - now_ns) // period_ns)) * period_ns
+            clock.wait_until_ns(deadline_ns)
+            if sent:
+                command = planner.brake()
+                recorder.intend(command, planner.velocity, deadline_ns)
+            sent = self._send(command)
+            if not sent:
+                continue
+            recorder.note_last()
+            if planner.at_rest and not rested:
+                rested = True
+                logger.error("at rest after a fault, held by the guardian")
+                recorder.latch(self._why)
+            if os.getppid() != self._parent and not left_ns and rested:
+                left_ns = now_ns + round(1e9 * ORPHAN_HOLD_S)
+
+    def _send(self, command: NDArray[np.float32]) -> bool:
+        """Whether it left. What a robot that is held up does not take is owed, and goes first."""
+        try:
+            self._robot.send_action(command)
+        except RobotLost:
+            now_ns = time.monotonic_ns()
+            self._refused_ns = self._refused_ns or now_ns
+            if now_ns - self._refused_ns > GIVE_UP_S * 1e9:
+                raise
+            return False
+        self._refused_ns = 0
+        return True
+
+    def _released(self, left_ns: int) -> bool:
+        """Told to go; or left alone, and it has held for long enough."""
+        if left_ns:
+            return time.monotonic_ns() > left_ns
+        if os.getppid() != self._parent:
+            return False
+        readable, _, _ = select.select([self._input_fd], [], [], 0)
+        return bool(readable)
+
+
+class _Recorder:
+    """Goes on with what control wrote, in its place."""
+
+    def __init__(self, shared_state: SharedState) -> None:
+        self._ticks = shared_state.queue_writer("ticks")
+        self._commands = shared_state.latest_writer("commands")
+        self._progress = shared_state.latest_writer("progress")
+        self._row: dict[str, NDArray[Any]] = {}
+        self._before: dict[str, NDArray[Any]] = {}
+
+    def take_over(self, intent: Views, progress: Views) -> None:
+        """Control is dead: from here on these are ours to write."""
+        for writer in (self._ticks, self._commands, self._progress):
+            writer.take_over()
+        self._row = {name: value.copy() for name, value in intent.items()}
+        self._before = {name: value.copy() for name, value in progress.items()}
+
+    def intend(
+        self, command: NDArray[np.float32], velocity: NDArray[np.float64], deadline_ns: int
+    ) -> None:
+        """Write down what is about to be sent; a successor of the guardian may need it."""
+        row = self._row
+        row["row"] += 1
+        row["played"][...] = 0
+        row["phase"][...], row["signals"][...] = Phase.STOP, Signal.WATCHDOG
+        row["advance"][...], row["deadline_ns"][...] = 1, deadline_ns
+        row["command"][:], row["velocity"][:] = command, velocity
+        views = self._commands.claim()
+        for name, value in row.items():
+            np.copyto(views[name], value)
+        self._commands.publish()
+
+    def note_last(self) -> None:
+        """Record the command just sent. Control may have done so already: the row is the same."""
+        views = self._ticks.claim()
+        if views is not None:
+            for name, value in views.items():
+                if name != "sent_ns":
+                    np.copyto(value, self._row[name])
+            views["sent_ns"][...] = time.monotonic_ns()
+            self._ticks.publish()
+
+    def latch(self, why: str) -> None:
+        """Tell everybody that the arm is at rest after a fault."""
+        views = self._progress.claim()
+        for name, value in self._before.items():
+            views[name][...] = value
+        views["phase"][...] = Phase.FAULT
+        put_text(views["fault"], why)
+        self._progress.publish()
+
+
+def _work(config: RunConfig, shared_state: SharedState, parent: ParentPipe, pidfd: int) -> int:
+    robot = config.make_robot()
+    with robot:
+        if robot.shareable:
+            parent.connect(robot, Role.CONTROL, config.connect_timeout_s)
+        with Realtime(config.realtime):
+            watchdog = Watchdog(config, shared_state, robot, pidfd, parent.input_fd)
+            say("ready")
+            if watchdog.watch():
+                # One writer at a time: the queue of events was control's until it died.
+                log = EventLog(shared_state.queue_writer("events"))
+                logging.basicConfig(level=logging.INFO, handlers=[log], force=True)
+                watchdog.take_over()
+    return 0
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    arguments = list(sys.argv[1:] if argv is None else argv)
+    at = arguments.index("--control")
+    pidfd = int(arguments[at + 1])
+    del arguments[at : at + 2]
+    return child_main(
+        "runtime.eval_real.watchdog_process",
+        lambda config, shared_state, parent: _work(config, shared_state, parent, pidfd),
+        arguments,
+    )
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())

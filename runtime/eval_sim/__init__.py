@@ -1,0 +1,1 @@
+"""Evaluation in simulation: the command, its workers and their episodes."""

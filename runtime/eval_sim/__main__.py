@@ -1,0 +1,7 @@
+"""``python -m runtime.eval_sim``: evaluate a policy in simulation."""
+
+from policies.console import run_command
+from runtime.eval_sim.cli import main
+
+if __name__ == "__main__":
+    raise SystemExit(run_command(main))

@@ -1,0 +1,1 @@
+"""What every evaluation leaves behind: results, plots and videos."""

@@ -1,0 +1,49 @@
+"""The picture beside a result: how often which duration was exceeded."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+
+import numpy as np
+
+from runtime.evaluation.episode_result import Episode
+from runtime.evaluation.video import import_matplotlib
+from runtime.stats import StageTimes
+
+
+def write_timing_plot(path: Path, episodes: Sequence[Episode], title: str) -> None:
+    """Write a PNG: the complementary distribution of every duration, log-log.
+
+    A point (t, p) says that a share p of the samples took longer than t. A curve that falls
+    steeply is a steady one; a tail to the right is what a control loop feels.
+    """
+    import_matplotlib()
+    from matplotlib import pyplot as plt
+
+    stages = StageTimes()
+    for episode in episodes:
+        stages.extend(episode.stages_ns)
+    curves = {name: np.asarray(values) / 1e9 for name, values in stages.samples_ns().items()}
+    for name in ("lateness_s", "action_age_s"):
+        samples = np.concatenate([getattr(episode, name) for episode in episodes])
+        curves[name.removesuffix("_s").replace("_", " ")] = samples
+    figure, axes = plt.subplots(figsize=(8, 5), layout="constrained")
+    thick = {"request": "black", "lateness": "red", "action age": "blue"}
+    for name, samples in curves.items():
+        positive = np.sort(samples[samples > 0])
+        if positive.size:
+            share = 1 - np.arange(positive.size) / positive.size
+            axes.step(
+                1e3 * positive,
+                share,
+                where="post",
+                label=name,
+                color=thick.get(name),
+                linewidth=2.2 if name in thick else 1.0,
+            )
+    axes.set(xscale="log", yscale="log", xlabel="ms", ylabel="share of samples above", title=title)
+    axes.grid(alpha=0.3, which="both", linewidth=0.4)
+    axes.legend(fontsize=8, ncols=2)
+    figure.savefig(path, dpi=120)
+    plt.close(figure)

@@ -1,0 +1,173 @@
+"""What an evaluation leaves behind: one JSON per task, raw samples beside it, a line to read."""
+
+from __future__ import annotations
+
+import io
+import json
+import math
+import os
+import platform
+import re
+from collections.abc import Mapping, Sequence
+from importlib import metadata
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from policies.types import PolicyContract, PolicyInfo
+from runtime.evaluation.episode_result import Episode
+from runtime.stats import REQUEST, Percentiles, StageTimes
+
+PACKAGES = ("metronome", "numpy", "torch", "mujoco", "gymnasium", "gym-aloha", "pyzmq", "numba")
+
+
+def result_path(folder: str, world: str, task: str) -> Path:
+    """``<folder>/<world>/<task>.json``, whatever characters a name like ``gym:a/b`` has."""
+    world, task = (re.sub(r"[^\w.+-]", "_", name) for name in (world, task))
+    return Path(folder) / world / f"{task}.json"
+
+
+def wilson_95(successes: int, total: int) -> tuple[float, float]:
+    """The 95 % score interval of a proportion (Wilson 1927); (0, 1) without trials."""
+    if total == 0:
+        return 0.0, 1.0
+    z = 1.959963984540054
+    p = successes / total
+    centre = p + z * z / (2 * total)
+    spread = z * math.sqrt(p * (1 - p) / total + z * z / (4 * total * total))
+    scale = 1 + z * z / total
+    return max(0.0, (centre - spread) / scale), min(1.0, (centre + spread) / scale)
+
+
+def summarize(episodes: Sequence[Episode]) -> dict[str, Any]:
+    """The part of the result that follows from the episodes alone."""
+    ordered = sorted(episodes, key=lambda episode: episode.seed)
+    total, won = len(ordered), sum(episode.success for episode in ordered)
+    won_horizons = [episode.horizon for episode in ordered if episode.success]
+    return {
+        "success_rate": won / total if total else 0.0,
+        "wilson_95": wilson_95(won, total),
+        "total": total,
+        "total_success": won,
+        "horizon": [episode.horizon for episode in ordered],
+        "horizon_success": float(np.mean(won_horizons)) if won_horizons else None,
+        "episodes": [
+            {
+                "seed": episode.seed,
+                "success": episode.success,
+                "reward": episode.reward,
+                "horizon": episode.horizon,
+                "wall_s": round(episode.wall_s, 3),
+                "missed_ticks": episode.missed_ticks,
+                "starved_ticks": episode.executor.starved_ticks,
+                "seam_jump": episode.executor.seam_jump,
+            }
+            for episode in ordered
+        ],
+        "timing": timing(ordered),
+    }
+
+
+def timing(episodes: Sequence[Episode]) -> dict[str, Any]:
+    """Percentiles of all that has a duration (seconds), and the counts of what went wrong."""
+    stages = StageTimes()
+    for episode in episodes:
+        stages.extend(episode.stages_ns)
+    percentiles = stages.percentiles()
+    request = percentiles.pop(REQUEST, Percentiles.of(()))
+    return {
+        "unit": "s",
+        "stages": {name: p.as_dict() for name, p in percentiles.items()},
+        "request": request.as_dict(),
+        "action_age": Percentiles.of(_all(episodes, "action_age_s")).as_dict(),
+        "lateness": Percentiles.of(_all(episodes, "lateness_s")).as_dict(),
+        "ticks": sum(episode.horizon for episode in episodes),
+        "missed_ticks": sum(episode.missed_ticks for episode in episodes),
+        "starved_ticks": sum(episode.executor.starved_ticks for episode in episodes),
+        "chunks": sum(episode.executor.chunks for episode in episodes),
+        "dropped_stale": sum(episode.executor.dropped_stale for episode in episodes),
+        "discarded_actions": sum(episode.executor.discarded_actions for episode in episodes),
+        "seam_jump": max((episode.executor.seam_jump for episode in episodes), default=0.0),
+        "staleness": max((episode.executor.staleness_ticks for episode in episodes), default=0),
+    }
+
+
+def _all(episodes: Sequence[Episode], name: str) -> np.ndarray[Any, np.dtype[np.float64]]:
+    arrays = [getattr(episode, name) for episode in episodes]
+    return np.concatenate(arrays) if arrays else np.empty(0)
+
+
+def versions() -> dict[str, str]:
+    """Of everything that a result may depend on; a package that is absent is left out."""
+    found = {"python": platform.python_version(), "machine": platform.machine()}
+    for name in PACKAGES:
+        try:
+            found[name] = metadata.version(name)
+        except metadata.PackageNotFoundError:
+            continue
+    return found
+
+
+def policy_record(contract: PolicyContract, info: PolicyInfo) -> dict[str, Any]:
+    return {
+        **{name: getattr(info, name) for name in PolicyInfo.__slots__},
+        "contract": json.loads(contract.to_json()),
+    }
+
+
+def write_result(path: Path, result: Mapping[str, Any], episodes: Sequence[Episode]) -> None:
+    """Write ``path`` (JSON) and ``<stem>_samples.npz`` beside it, each whole or not at all."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    write_whole(path, json.dumps(result, indent=2, ensure_ascii=False).encode())
+    stages = StageTimes()
+    for episode in episodes:
+        stages.extend(episode.stages_ns)
+    arrays = {f"stage_{name}_ns": np.asarray(v) for name, v in stages.samples_ns().items()}
+    arrays["action_age_s"] = _all(episodes, "action_age_s")
+    arrays["lateness_s"] = _all(episodes, "lateness_s")
+    write_arrays(path.with_name(f"{path.stem}_samples.npz"), arrays)
+
+
+def write_arrays(path: Path, arrays: Mapping[str, NDArray[Any]]) -> None:
+    """Write an npz, whole or not at all. Raises ``OSError``."""
+    buffer = io.BytesIO()
+    np.savez_compressed(buffer, allow_pickle=False, **dict(arrays))
+    write_whole(path, buffer.getbuffer())
+
+
+def write_whole(path: Path, content: bytes | memoryview) -> None:
+    """Write ``path``, whole or not at all. Raises ``OSError``."""
+    partial = path.with_name(f".{path.name}.{os.getpid()}.partial")
+    try:
+        partial.write_bytes(content)
+        partial.replace(path)
+    finally:
+        partial.unlink(missing_ok=True)
+
+
+def report(result: Mapping[str, Any]) -> str:
+    """A few lines for the terminal."""
+    low, high = result["wilson_95"]
+    t = result["timing"]
+
+    def line(name: str, values: Mapping[str, Any]) -> str:
+        return f"  {name:<12} {Percentiles(**values).in_ms()}"
+
+    lines = [
+        f"success      {result['total_success']}/{result['total']} = "
+        f"{100 * result['success_rate']:.1f} %  (95 %: {100 * low:.1f} to {100 * high:.1f})",
+        f"transport    {result['transport']}: {result['transport_reason']}",
+        "timing",
+        line("request", t["request"]),
+        *(line(name, values) for name, values in t["stages"].items()),
+        line("action age", t["action_age"]),
+    ]
+    if t["lateness"]["count"]:
+        lines.append(line("lateness", t["lateness"]))
+    lines.append(
+        f"  ticks {t['ticks']}, missed {t['missed_ticks']}, starved {t['starved_ticks']}, "
+        f"chunks {t['chunks']}, largest seam {t['seam_jump']:.3f}"
+    )
+    return "\n".join(lines)

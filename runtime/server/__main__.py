@@ -1,0 +1,7 @@
+"""``python -m runtime.server``: run the policy server."""
+
+from policies.console import run_command
+from runtime.server.cli import main
+
+if __name__ == "__main__":
+    raise SystemExit(run_command(main))

@@ -1,0 +1,131 @@
+"""Figures of a server for Prometheus, read when somebody asks for them."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator
+from typing import Any
+
+from prometheus_client import CollectorRegistry, start_http_server
+from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metric
+from prometheus_client.registry import Collector
+
+from runtime.server.policy_server import PolicyServer
+from runtime.server.session import OUTCOMES
+from transport.address import format_address
+from transport.errors import AddressInUse
+
+PATIENCE_S = 2.0
+"""For the serving thread, which may be inferring."""
+
+
+class ServerCollector(Collector):
+    """Turns ``PolicyServer.status`` into metrics, anew for every scrape.
+
+    Args:
+        status: Gives it; ``TimeoutError`` where the server does not get round to it.
+    """
+
+    def __init__(self, status: Callable[[], dict[str, Any]]) -> None:
+        self._status = status
+
+    def describe(self) -> Iterable[Metric]:
+        """Nothing in advance."""
+        return []
+
+    def collect(self) -> Iterator[Metric]:
+        up = GaugeMetricFamily("metronome_up", "Whether the serving thread answered")
+        try:
+            status = self._status()
+        except TimeoutError:
+            up.add_metric([], 0)
+            yield up
+            return
+        up.add_metric([], 1)
+        yield up
+        yield from _of_the_server(status)
+        yield from _of_the_sessions(status["sessions"])
+
+
+def _of_the_server(status: dict[str, Any]) -> Iterator[Metric]:
+    policy, counts = status["policy"], status["counts"]
+    yield _gauge("metronome_uptime_seconds", "Since the server was made", status["up_s"])
+    names = ("checkpoint", "device", "engine", "precision")
+    info = GaugeMetricFamily(
+        "metronome_policy_id", "One more each time it is replaced", None, names
+    )
+    info.add_metric([str(policy[name]) for name in names], policy["id"])
+    yield info
+    requests = CounterMetricFamily(
+        "metronome_requests", "By what became of them", None, ["outcome"]
+    )
+    # As counted, ``failed`` has the other two in it.
+    failed = counts["failed"] - counts["late"] - counts["too_many"]
+    for outcome in (*OUTCOMES, "too_many"):
+        requests.add_metric([outcome], failed if outcome == "failed" else counts[outcome])
+    yield requests
+    for name, text in (
+        ("resets", "Episodes begun"),
+        ("refused", "Clients that were not let in"),
+        ("batches", "Inferences of more than one observation"),
+        ("swaps", "How often the policy was replaced"),
+    ):
+        yield CounterMetricFamily(f"metronome_{name}", text, counts[name])
+    cost = GaugeMetricFamily(
+        "metronome_inference_seconds", "Of the newest inferences", None, ["batch", "figure"]
+    )
+    for batch, figures in status["costs_ms"].items():
+        for figure, value in figures.items():
+            cost.add_metric([batch, figure], value / 1e3)
+    yield cost
+
+
+def _of_the_sessions(sessions: list[dict[str, Any]]) -> Iterator[Metric]:
+    yield _gauge("metronome_sessions", "Open now", len(sessions))
+    labels = ["session", "client", "kind", "transport"]
+    latency = GaugeMetricFamily(
+        "metronome_session_latency_seconds",
+        "From a request's arrival to its answer, of the last 1000",
+        None,
+        [*labels, "quantile"],
+    )
+    rate = GaugeMetricFamily(
+        "metronome_session_rate_hz", "Answers per second, of the last 5 s", None, labels
+    )
+    requests = CounterMetricFamily(
+        "metronome_session_requests", "By what became of them", None, [*labels, "outcome"]
+    )
+    for session in sessions:
+        who = [str(session[name]) for name in ("id", "client", "kind", "transport")]
+        rate.add_metric(who, session["rate_hz"])
+        for quantile, figure in (("0.5", "p50"), ("0.99", "p99")):
+            latency.add_metric([*who, quantile], session["latency_ms"][figure] / 1e3)
+        for outcome in OUTCOMES:
+            requests.add_metric([*who, outcome], session[outcome])
+    yield from (latency, rate, requests)
+
+
+def _gauge(name: str, text: str, value: float) -> GaugeMetricFamily:
+    return GaugeMetricFamily(name, text, value)
+
+
+def serve_metrics(server: PolicyServer, host: str, port: int) -> Callable[[], None]:
+    """Answer ``http://HOST:PORT/metrics`` until the function that comes back is called.
+
+    Raises:
+        AddressInUse: The address cannot be had.
+    """
+    registry = CollectorRegistry()
+    registry.register(ServerCollector(lambda: server.between(server.status, PATIENCE_S)))
+    try:
+        http, thread = start_http_server(port, host, registry)
+    except OSError as error:
+        raise AddressInUse(
+            f"--metrics_port: {format_address(host, port)}: {error.strerror}"
+        ) from error
+
+    def stop() -> None:
+        http.shutdown()
+        http.server_close()
+        thread.join()
+
+    return stop

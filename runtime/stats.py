@@ -1,0 +1,173 @@
+"""Durations summed up the same way everywhere: p50, p99, p99.9, max and the count."""
+
+from __future__ import annotations
+
+import math
+from collections import deque
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import numpy as np
+from numpy.typing import ArrayLike
+
+from policies.types import STAGES
+
+
+@dataclass(frozen=True, slots=True)
+class Percentiles:
+    """Of a set of durations; seconds unless the name of the field that holds it says else."""
+
+    count: int
+    p50: float
+    p99: float
+    p999: float
+    max: float
+
+    @classmethod
+    def of(cls, samples: ArrayLike) -> Percentiles:
+        values = np.asarray(samples, np.float64)
+        if values.size == 0:
+            return cls(0, 0.0, 0.0, 0.0, 0.0)
+        p50, p99, p999 = np.percentile(values, (50, 99, 99.9))
+        return cls(int(values.size), float(p50), float(p99), float(p999), float(values.max()))
+
+    def as_dict(self) -> dict[str, Any]:
+        return asdict(self)
+
+    def in_ms(self) -> str:
+        """e.g. ``p50 1.20  p99 1.90  p99.9 2.00  max 2.10 ms (n=400)``."""
+        if not self.count:
+            return "none"
+        p50, p99, p999, worst = (1e3 * v for v in (self.p50, self.p99, self.p999, self.max))
+        return (
+            f"p50 {p50:.2f}  p99 {p99:.2f}  p99.9 {p999:.2f}  max {worst:.2f} ms (n={self.count})"
+        )
+
+
+class RequestLatency:
+    """How long an answer takes, as the newest requests say: when to ask for the next one.
+
+    The p99 of the newest ``window`` answers, by nearest rank from above; with fewer than 100 it is
+    the worst. The first ``warmup`` answers do not count, once there are others: they stand for what
+    starts up only once. An estimate: it decides when to ask, never where an answer is played.
+
+    Args:
+        warmup: Answers not counted.
+        window: Answers remembered.
+    """
+
+    def __init__(self, warmup: int = 3, window: int = 1000) -> None:
+        self._skipped, self._warmup = 0, warmup
+        self._samples_ns = np.zeros(window, np.int64)
+        self._sorted_ns = np.zeros(window, np.int64)
+        self._count = 0
+        self._p99_ns = 0
+
+    def add(self, latency_ns: int) -> None:
+        """One answer: from the capture of its observation until it could be played."""
+        if self._skipped < self._warmup:
+            self._skipped += 1
+            self._p99_ns = max(self._p99_ns, latency_ns)
+            return
+        self._samples_ns[self._count % len(self._samples_ns)] = latency_ns
+        self._count += 1
+        held = min(self._count, len(self._samples_ns))
+        ordered = self._sorted_ns[:held]
+        ordered[:] = self._samples_ns[:held]
+        ordered.sort()
+        self._p99_ns = int(ordered[min(held - 1, math.ceil(0.99 * held))])
+
+    @property
+    def p99_s(self) -> float:
+        """Seconds; 0 before the first answer."""
+        return self._p99_ns / 1e9
+
+    def ticks(self, dt_s: float) -> int:
+        """Ticks ahead to ask: p99 in whole ticks, and one, since an answer is seen at a tick."""
+        return math.ceil(self._p99_ns / (dt_s * 1e9)) + 1
+
+
+def reach_warning(
+    *, chunk_size: int, stride: int, latency_s: float, dt_s: float, lead_ticks: int = 0
+) -> str | None:
+    """What to say before anything moves, where chunks do not reach far enough; None if they do.
+
+    No tick starves while stride + ⌈latency/dt⌉ <= chunk length (and the lead a stop needs).
+
+    Args:
+        stride: Ticks from one observation that is sent to the next.
+        latency_s: Measured.
+        lead_ticks: Ticks of the plan that must be left for a stop to follow it.
+    """
+    ticks = math.ceil(latency_s / dt_s)
+    if stride + ticks + lead_ticks <= chunk_size:
+        return None
+    longest = chunk_size - ticks - lead_ticks
+    stop = f" + {lead_ticks} for a stop" if lead_ticks else ""
+    need = f"{stride} played + {ticks} of latency ({latency_s * 1e3:.0f} ms){stop}"
+    if longest < 1:
+        return (
+            f"chunks of {chunk_size} ticks are too short: {need}; every chunk will starve. "
+            "A faster policy or longer chunks are needed"
+        )
+    return (
+        f"chunks of {chunk_size} ticks are shorter than {need}: the next one is asked for early, "
+        f"and about {longest} ticks of each are played"
+    )
+
+
+REQUEST = "request"
+"""The sum of a request's stages, kept beside them."""
+
+
+class StageTimes:
+    """Collects the stage durations of many requests, and each request's total."""
+
+    def __init__(self) -> None:
+        self._samples_ns: dict[str, list[int]] = {name: [] for name in (*STAGES, REQUEST)}
+
+    def add(self, stages_ns: Mapping[str, int]) -> None:
+        """One request. Stages of somebody's own count towards its total only."""
+        for stage in STAGES:
+            if stage in stages_ns:
+                self._samples_ns[stage].append(stages_ns[stage])
+        self._samples_ns[REQUEST].append(sum(stages_ns.values()))
+
+    def extend(self, samples_ns: Mapping[str, list[int]]) -> None:
+        """What another one's ``samples_ns`` said."""
+        for name, durations_ns in samples_ns.items():
+            self._samples_ns[name].extend(durations_ns)
+
+    def samples_ns(self) -> dict[str, list[int]]:
+        """Raw durations by stage, and ``REQUEST``; only what occurred."""
+        return {name: list(values) for name, values in self._samples_ns.items() if values}
+
+    def percentiles(self) -> dict[str, Percentiles]:
+        """Seconds, by the names of ``samples_ns``."""
+        return {
+            name: Percentiles.of(np.asarray(values) / 1e9)
+            for name, values in self._samples_ns.items()
+            if values
+        }
+
+
+class LatencyEstimate:
+    """How many ticks ahead to ask: twice the worst latency of the newest requests, rounded up.
+
+    Used only to decide when to ask. Asking early costs a little age, asking late stops the arm, so
+    the margin is generous; with this few samples the worst stands for the p99.
+    """
+
+    MARGIN = 2.0
+
+    def __init__(self, dt_s: float, window: int = 100) -> None:
+        self._dt_ns = dt_s * 1e9
+        self._samples_ns: deque[int] = deque(maxlen=window)
+
+    def add(self, latency_ns: int) -> None:
+        self._samples_ns.append(latency_ns)
+
+    def ticks(self) -> int:
+        """Ticks, at least 1: an answer is seen at the tick after it came."""
+        return math.ceil(self.MARGIN * max(self._samples_ns, default=0) / self._dt_ns) + 1

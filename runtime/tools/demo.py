@@ -1,0 +1,39 @@
+"""``make demo``: a server, and two episodes of ALOHA evaluated against it."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+
+from policies.console import run_command
+from runtime.errors import RuntimeFault
+from runtime.eval_sim import cli as eval_sim
+from runtime.options.defaults import DEFAULT_CHECKPOINT
+from runtime.server.server_process import ServerProcess
+
+UNTRAINED = "outputs/untrained_act"
+EPISODES = 2
+
+
+def main() -> int:
+    """Run the demo. Returns the exit status."""
+    checkpoint = DEFAULT_CHECKPOINT
+    if not Path(checkpoint).exists():
+        from policies.checkpoint.untrained import make_untrained
+
+        print(f"{checkpoint} is not here: the arm is driven by freshly initialized weights")
+        make_untrained(Path(UNTRAINED), task="sim_transfer_cube")
+        checkpoint = UNTRAINED
+    print(f"$ python -m runtime.server -m {checkpoint}", flush=True)
+    try:
+        with ServerProcess(["-m", checkpoint]) as server:
+            command = ["-m", server.address, "-e", "aloha", "--num_rollout", str(EPISODES)]
+            print(f"$ python eval_sim.py {' '.join(command)}", flush=True)
+            return eval_sim.main([*command, "-o", "results/demo"])
+    except RuntimeFault as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 1
+
+
+if __name__ == "__main__":
+    raise SystemExit(run_command(main))

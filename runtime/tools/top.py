@@ -1,0 +1,118 @@
+"""A server's sessions, live in the terminal: ``python -m runtime.tools.top HOST:PORT``."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+import time
+from collections.abc import Sequence
+from typing import Any, Literal
+
+from rich.box import SIMPLE
+from rich.console import Console, Group
+from rich.live import Live
+from rich.table import Table
+from rich.text import Text
+
+from policies.command_line import CommandLine, Number
+from policies.console import run_command
+from policies.ranges import Range
+from runtime.options.connection import add_key_flags, key_files
+from runtime.tools.ctl import BAD_INPUT, dial
+from transport.errors import TransportError
+from transport.zeromq.curve import KeyFileError
+
+COLUMNS: dict[str, Literal["left", "right"]] = {
+    "id": "right",
+    "client": "left",
+    "kind": "left",
+    "from": "left",
+    "req/s": "right",
+    "p50 ms": "right",
+    "p99 ms": "right",
+    "answered": "right",
+    "passed over": "right",
+    "late": "right",
+    "failed": "right",
+    "batches": "left",
+    "idle s": "right",
+}
+INTERVAL_S = Range(0.01, 3600)
+NARROWEST = 120
+"""Columns of a terminal that is none: a pipe or a file."""
+
+
+def picture(status: dict[str, Any]) -> Group:
+    """What is shown of ``PolicyServer.status``."""
+    policy, counts = status["policy"], status["counts"]
+    costs = ", ".join(
+        f"{size}: {figures['usual']:.1f}" for size, figures in status["costs_ms"].items()
+    )
+    head = Text(
+        f"{status['address']}  up {status['up_s']:.0f} s\n"
+        f"policy {policy['id']}: {policy['checkpoint']} on {policy['device']}, {policy['engine']}, "
+        f"{policy['precision']}\n"
+        f"inference, ms by batch size: {costs or '-'}\n"
+        + "  ".join(f"{name} {count}" for name, count in counts.items())
+    )
+    table = Table(box=SIMPLE, padding=(0, 1, 0, 0))
+    for name, justify in COLUMNS.items():
+        table.add_column(name, justify=justify)
+    for session in status["sessions"]:
+        table.add_row(*map(Text, _row(session)))  # a client's name is not markup
+    return Group(head, table)
+
+
+def _row(session: dict[str, Any]) -> tuple[str, ...]:
+    """In the order of ``COLUMNS``."""
+    latency = session["latency_ms"]
+    batches = ", ".join(f"{size}x{count}" for size, count in session["batches"].items())
+    return (
+        str(session["id"]),
+        session["client"][:40],
+        session["kind"],
+        f"{session['peer']} {session['transport']}",
+        f"{session['rate_hz']:.1f}",
+        f"{latency['p50']:.1f}",
+        f"{latency['p99']:.1f}",
+        *(str(session[name]) for name in ("answered", "superseded", "late", "failed")),
+        batches,
+        f"{session['idle_s']:.0f}",
+    )
+
+
+def parser() -> argparse.ArgumentParser:
+    cli = CommandLine(prog="python -m runtime.tools.top", description=__doc__)
+    cli.add_argument("address", metavar="HOST:PORT")
+    cli.add_argument(
+        "--interval_s", type=Number(float, INTERVAL_S), default=1.0, help="between two looks (1)"
+    )
+    cli.add_argument("--once", action="store_true", help="look once, and end")
+    add_key_flags(cli)
+    return cli
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Until Ctrl-C. Returns the exit status."""
+    args = parser().parse_args(argv)
+    console = Console()
+    if not console.is_terminal:
+        console.width = NARROWEST
+    try:
+        with dial(args.address, *key_files(args)) as dialer:
+            if args.once:
+                console.print(picture(dialer.ask("status")))
+                return 0
+            with Live(console=console, screen=True, auto_refresh=False) as live:
+                while True:
+                    live.update(picture(dialer.ask("status")), refresh=True)
+                    time.sleep(args.interval_s)
+    except KeyboardInterrupt:
+        return 0
+    except (TransportError, KeyFileError) as error:
+        print(f"error: {error}", file=sys.stderr)
+        return BAD_INPUT
+
+
+if __name__ == "__main__":
+    raise SystemExit(run_command(main))

@@ -1,0 +1,155 @@
+"""Train a policy on demonstrations: ``python -m runtime.tools.train --config act_sim_transfer_cube``.
+
+Interrupt it as you like: started again with the same configuration, it goes on where it was.
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import fcntl
+import logging
+import os
+import sys
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from envs.errors import EnvError
+from envs.factory import load_env_config
+from policies.command_line import CommandLine
+from policies.console import run_command
+from policies.errors import PolicyError
+from policies.yaml_config import ConfigError, load_config
+from runtime.errors import RuntimeFault
+from runtime.eval_sim.runner import Plan, run
+from runtime.evaluation.episode_result import Episode
+from runtime.options.checkpoint import CheckpointOptions
+from runtime.options.model import LocalModel
+
+if TYPE_CHECKING:
+    from policies.act.train import TrainConfig
+
+SELECTION_SEED = 900_000
+"""Evaluations on the way use the seeds from here on, so that none of a final evaluation is used
+for choosing anything."""
+EXPORTS = ("lerobot",)
+
+
+def success_rate(folder: Path, config: TrainConfig) -> float:
+    """Of the checkpoint in ``folder``, over ``config.evaluate_episodes`` in lockstep."""
+    plan = Plan(
+        model=LocalModel(str(folder)),
+        # The same threads as the training, for torch has one number for the whole process.
+        checkpoint=CheckpointOptions(device="cpu", precision="fp32", threads=_threads(config)),
+        env=load_env_config("aloha", {"task": config.task}),
+        seeds=tuple(range(SELECTION_SEED, SELECTION_SEED + config.evaluate_episodes)),
+    )
+    episodes = [report for report in run(plan) if isinstance(report, Episode)]
+    return sum(episode.success for episode in episodes) / len(episodes)
+
+
+@contextlib.contextmanager
+def sole_writer(folder: Path) -> Iterator[None]:
+    """Hold ``folder`` for this run; a run that died has let go of it.
+
+    Raises:
+        ConfigError: Another run is writing there.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    with (folder / ".lock").open("w") as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError as error:
+            raise ConfigError(f"output: {folder}: another run is writing there") from error
+        yield
+
+
+def parser() -> argparse.ArgumentParser:
+    cli = CommandLine(
+        prog="python -m runtime.tools.train",
+        description="Train a policy on demonstrations.",
+        epilog="--KEY VALUE overrides KEY of the configuration, e.g. --steps 100.",
+    )
+    cli.add_argument("--config", required=True, help="name under configs/train, or a YAML path")
+    cli.add_argument("--export", choices=EXPORTS, help="write this layout too, beside the policy")
+    cli.add_argument("--no_evaluate", action="store_true", help="never run the environment")
+    return cli
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """The command line; returns the exit status."""
+    # Threads that wait by spinning take each other's cores when something else runs as well.
+    os.environ.setdefault("OMP_WAIT_POLICY", "passive")
+    import torch
+    from tqdm import tqdm
+
+    from policies.act.dataset import Demonstrations
+    from policies.act.train import Progress, TrainConfig, Trainer
+    from policies.checkpoint.save import save_lerobot
+
+    args, rest = parser().parse_known_args(argv)
+    logging.basicConfig(level=logging.INFO, format="%(levelname)s %(message)s")
+    try:
+        config = load_config(TrainConfig, args.config, kind="train", overrides=_overrides(rest))
+        torch.set_num_threads(_threads(config))
+        with tqdm(desc="reading", unit="episode") as bar:
+
+            def reading(done: int, total: int) -> None:
+                bar.total, bar.n = total, done
+                bar.refresh()
+
+            data = Demonstrations(
+                config.demonstrations,
+                config.cameras,
+                chunk_size=config.chunk_size,
+                with_objects=config.aux_weight > 0,
+                limit=config.max_episodes,
+                progress=reading,
+            )
+        evaluate = None
+        if not args.no_evaluate and config.evaluate_episodes > 0:
+
+            def evaluate(folder: Path) -> float:
+                return success_rate(folder, config)
+
+        with contextlib.ExitStack() as stack:
+            stack.enter_context(sole_writer(config.output))
+            trainer = Trainer(config, data, evaluate)
+            bar = stack.enter_context(
+                tqdm(total=config.steps, initial=trainer.step, desc=config.task, unit="step")
+            )
+
+            def report(progress: Progress) -> None:
+                bar.update()
+                bar.set_postfix_str(f"l1 {progress.l1:.4f} aux {progress.aux:.4f}")
+                if progress.success is not None:
+                    bar.write(f"step {progress.step}: success {progress.success:.0%}")
+
+            trainer.run(report)
+        if args.export == "lerobot":
+            save_lerobot(config.output / "lerobot", trainer.saved(), stored_as=config.stored_as)
+    except KeyboardInterrupt:
+        print("interrupted; start again to go on from the last save", file=sys.stderr)
+        return 130
+    except (ConfigError, EnvError, PolicyError, RuntimeFault, ValueError) as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    rate = trainer.step * config.batch_size / trainer.seconds if trainer.seconds else 0.0
+    print(f"{config.output / 'policy'}: {trainer.step} steps, {rate:.1f} samples/s")
+    return 0
+
+
+def _threads(config: TrainConfig) -> int:
+    return os.cpu_count() or 1 if config.threads is None else config.threads
+
+
+def _overrides(rest: Sequence[str]) -> dict[str, str]:
+    """``--KEY VALUE`` pairs. Raises ``ValueError`` for anything else."""
+    if len(rest) % 2 or any(not key.startswith("--") for key in rest[::2]):
+        raise ValueError(f"got {' '.join(rest)!r}, expected pairs of --KEY VALUE")
+    return {key.removeprefix("--"): value for key, value in zip(rest[::2], rest[1::2], strict=True)}
+
+
+if __name__ == "__main__":
+    sys.exit(run_command(main))

@@ -1,0 +1,1 @@
+"""Tracing: what happened when, for a trace viewer."""

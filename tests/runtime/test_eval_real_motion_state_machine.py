@@ -1,0 +1,372 @@
+"""Whatever happens to a pilot: its commands keep the limits, and a recording makes them again."""
+
+from __future__ import annotations
+
+import dataclasses
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from policies.types import ActionChunk, PolicyContract
+from robots.base import ActionKind, ActionSpec, arm_actions
+from robots.errors import ConfigError
+from robots.limits import JointLimits
+from runtime.eval_real.motion_state_machine import MOST_APPROACHES, MotionStateMachine
+from runtime.eval_real.phases import MOVING, Phase, Signal
+from runtime.eval_real.recording import Recording
+from runtime.eval_real.replay import main, replay, weights
+from runtime.eval_real.run_config import RobotLimits, RunConfig, default_near
+
+CONTRACT = PolicyContract("toy", (), 3, 3, chunk_size=20, n_action_steps=10)
+LIMITS = JointLimits(
+    np.array([-1.0, -2.0, 0.0]),
+    np.array([1.0, 2.0, 1.0]),
+    np.array([1.0, 2.0, 3.0]),
+    np.array([10.0, 8.0, 30.0]),
+)
+START = np.array([0.2, -0.3, 0.5], np.float32)
+BODY = RobotLimits(LIMITS, START, np.array([0.5, 0.5, 0.5]), arm_actions(("a", "b", "grip"), (2,)))
+
+
+def config(**changes: object) -> RunConfig:
+    made = RunConfig(
+        "toy", {}, CONTRACT.to_json(), "127.0.0.1:1", max_timesteps=60, fault_after_s=0.2
+    )
+    return dataclasses.replace(made, **changes)  # type: ignore[arg-type]
+
+
+class Flight:
+    """A pilot, and what a control process would write down of it."""
+
+    def __init__(self, plan: RunConfig, robot_limits: RobotLimits = BODY) -> None:
+        self.plan, self.robot_limits = plan, robot_limits
+        self.machine = plan.make_state_machine(robot_limits)
+        self.rows: list[dict[str, object]] = []
+        self.chunks: list[dict[str, object]] = []
+        self.signals = Signal.NONE
+        self.pose = np.zeros(3, np.float32)
+
+    def reset(self, pose: np.ndarray) -> None:
+        self.pose = np.asarray(pose, np.float32)
+        self.signals |= Signal.RESET
+        self.machine.reset(self.pose)
+
+    def signal(self, signal: Signal) -> None:
+        """As the control process: what does not apply now is not done, and not written down."""
+        machine = self.machine
+        rests = machine.phase in (Phase.HOLD, Phase.FAULT)
+        if signal in (Signal.START, Signal.RESUME) and self.signals & ~Signal.RESET:
+            return  # one order a period, and what watches comes after it
+        if signal is Signal.START and rests:
+            self.reset(machine.stream.last_command.copy())
+            machine.start()
+        elif signal is Signal.RESUME and rests:
+            machine.resume()
+        elif signal is Signal.STOP:
+            machine.stop()
+        elif signal is Signal.FAIL and not machine.fault and machine.phase is not Phase.FAULT:
+            machine.fail("a test")
+        else:
+            return
+        self.signals |= signal
+
+    def give(self, chunk: ActionChunk) -> None:
+        if self.machine.phase not in (Phase.WAIT, Phase.RUN):
+            return
+        actions = np.zeros((CONTRACT.chunk_size, 3), np.float32)
+        actions[: len(chunk)] = chunk.actions
+        self.machine.accept(chunk)
+        self.chunks.append(
+            {"row": len(self.rows), "actions": actions, "count": len(chunk),
+             "obs_timestep": chunk.obs_timestep, "first_action_offset": 0,
+             "t_capture_ns": 0, "stages_ns": np.zeros(8, np.int64)}
+        )  # fmt: skip
+
+    def command(self, advance: int = 1) -> np.ndarray:
+        tick = self.machine.tick
+        command = self.machine.command(advance).copy()
+        played = self.machine.tick != tick
+        self.rows.append(
+            {"row": len(self.rows), "tick": self.machine.tick - played, "played": int(played),
+             "signals": int(self.signals), "advance": advance, "command": command,
+             "pose": self.pose.copy()}
+        )  # fmt: skip
+        self.signals = Signal.NONE
+        return command
+
+    def recording(self) -> Recording:
+        rows, chunks = (
+            {name: np.stack([row[name] for row in table]) for name in table[0]} if table else {}
+            for table in (self.rows, self.chunks)
+        )
+        return Recording(rows, chunks, self.plan, self.robot_limits, {"seed": 0})
+
+    def until(self, phase: Phase, most: int = 500) -> list[np.ndarray]:
+        commands = []
+        while self.machine.phase is not phase:
+            commands.append(self.command())
+            assert len(commands) < most, f"still {self.machine.phase.name}"
+        return commands
+
+
+def check_limits(commands: np.ndarray, period_s: float) -> None:
+    commands = commands.astype(np.float64)
+    speed = np.diff(commands, axis=0) / period_s
+    force = np.diff(speed, axis=0) / period_s
+    assert (commands >= LIMITS.position_lower).all()
+    assert (commands <= LIMITS.position_upper).all()
+    assert (np.abs(speed) <= LIMITS.velocity + 1e-5 / period_s).all()
+    assert (np.abs(force) <= LIMITS.acceleration + 1e-6 / period_s**2).all()
+
+
+def chunk(timestep: int, values: np.ndarray | float, length: int = 20) -> ActionChunk:
+    actions = np.zeros((length, 3), np.float32) + np.asarray(values, np.float32)
+    return ActionChunk(actions, timestep)
+
+
+finite = st.floats(-3, 3, width=32)
+events = st.one_of(
+    st.tuples(st.just("signal"), st.sampled_from([*Signal][:-1])),
+    st.tuples(
+        st.just("chunk"),
+        st.tuples(st.integers(-3, 3), st.lists(finite, min_size=6, max_size=6)),
+    ),
+    st.tuples(st.just("nan"), st.just(0)),
+    st.tuples(st.just("command"), st.integers(1, 4)),
+    st.tuples(st.just("many"), st.integers(1, 40)),
+)
+
+
+def play(flight: Flight, steps: list[tuple[str, object]]) -> np.ndarray:
+    """The commands of ``steps``, from where the flight was reset to."""
+    commands = [flight.pose.copy()] * 2
+    commands.append(flight.command())
+    for kind, value in steps:
+        if kind == "signal":
+            flight.signal(value)
+        elif kind in ("chunk", "nan"):
+            ahead, ends = value if kind == "chunk" else (0, [np.nan] * 6)
+            path = np.linspace(ends[:3], ends[3:], 20)
+            tick = flight.machine.tick // flight.machine.stream.ratio
+            flight.give(chunk(max(0, tick + ahead), path))
+        else:
+            for _ in range(value if kind == "many" else 1):
+                commands.append(flight.command(value if kind == "command" else 1))
+    return np.stack(commands)
+
+
+several_steps = st.lists(events, max_size=60)
+managers = st.sampled_from(["sequential", "temporal_ensemble", "latest"])
+rates = st.sampled_from([50.0, 100.0])
+
+
+@settings(max_examples=60)
+@given(several_steps, managers, rates)
+def test_limits_hold_and_the_recording_replays(
+    steps: list[tuple[str, object]], manager: str, rate: float
+) -> None:
+    flight = Flight(config(action_manager=manager, publish_rate=rate))
+    flight.reset(np.array([0.5, 1.0, 0.2]))
+    check_limits(play(flight, steps), flight.plan.period_s)
+    recording = flight.recording()
+    assert replay(recording).first_difference(recording) is None
+
+
+DRIVES = RobotLimits(
+    LIMITS,
+    np.array([START[0], START[1], 0], np.float32),
+    np.array([0.5, 0.5, 0.5]),
+    (ActionSpec("a"), ActionSpec("b"), ActionSpec("x.vel", ActionKind.VELOCITY, "m/s")),
+)
+"""Two joints and a base that is commanded by its velocity."""
+
+
+@settings(max_examples=60)
+@given(several_steps, managers, rates)
+def test_a_velocity_is_within_its_limits_zero_at_rest_and_replayed(
+    steps: list[tuple[str, object]], manager: str, rate: float
+) -> None:
+    flight = Flight(config(action_manager=manager, publish_rate=rate), DRIVES)
+    flight.reset(np.array([0.5, 1.0, 0.0]))
+    commands = play(flight, steps)
+    period_s = flight.plan.period_s
+    check_limits(np.where([True, True, False], commands, 0.0), period_s)
+    speeds = commands[:, 2].astype(np.float64)
+    assert (np.abs(speeds) <= min(LIMITS.velocity[2], LIMITS.position_upper[2])).all()
+    assert (np.abs(np.diff(speeds)) <= LIMITS.acceleration[2] * period_s + 1e-6).all()
+    flight.signal(Signal.STOP)
+    resting = (Phase.HOLD, Phase.FAULT, Phase.WAIT)
+    for _ in range(flight.machine.stream.limiter.worst_ticks_to_rest() + 1):
+        last = flight.command()
+    assert flight.machine.phase in resting
+    assert last[2] == 0
+    recording = flight.recording()
+    assert replay(recording).first_difference(recording) is None
+
+
+@pytest.mark.parametrize("how", ["played to its end", "starved", "stopped", "failed"])
+def test_a_base_that_drives_stands_still_after(how: str) -> None:
+    """Whatever ends a rollout, "hold" is zero for a velocity."""
+    flight = Flight(config(), DRIVES)
+    flight.reset(DRIVES.start_pose)
+    flight.signal(Signal.START)
+    flight.until(Phase.WAIT)
+    driving = np.array([START[0], START[1], 0.4])
+    flight.give(chunk(0, driving))  # at rest it may begin with any speed: no approach
+    assert flight.machine.phase is Phase.RUN
+    commands = [flight.command() for _ in range(12)]
+    assert commands[-1][2] == pytest.approx(0.4)
+    if how == "played to its end":
+        for tick in range(10, 70, 10):
+            flight.give(chunk(tick, driving))
+            commands += [flight.command() for _ in range(10)]
+    elif how != "starved":
+        flight.signal(Signal.STOP if how == "stopped" else Signal.FAIL)
+    commands += flight.until(Phase.HOLD if how in ("played to its end", "stopped") else Phase.FAULT)
+    commands += [flight.command() for _ in range(5)]
+    speeds = np.stack(commands)[:, 2].astype(np.float64)
+    assert not speeds[-5:].any()
+    assert (np.abs(np.diff(speeds)) <= LIMITS.acceleration[2] * flight.plan.period_s + 1e-6).all()
+
+
+def test_how_near_a_policy_has_to_begin_follows_from_unit_and_range() -> None:
+    limits = JointLimits(
+        np.array([-100.0, 0, -90, -2]), np.array([100.0, 50, 90, 2]), *np.ones((2, 4))
+    )
+    robot_limits = RobotLimits(
+        limits,
+        None,
+        np.ones(4),
+        (
+            ActionSpec("lift", unit="range"),
+            ActionSpec("grip", ActionKind.GRIPPER, "range"),
+            ActionSpec("wrist", unit="deg"),
+            ActionSpec("waist"),
+        ),
+    )
+    np.testing.assert_allclose(default_near(robot_limits), [10.0, 5.0, 5.729578, 0.1], rtol=1e-6)
+    endless = dataclasses.replace(
+        robot_limits, limits=JointLimits(np.full(4, -np.inf), np.full(4, np.inf), *np.ones((2, 4)))
+    )
+    with pytest.raises(
+        ConfigError, match=r"joint 0 \(lift, range\): got no position limits.*--near"
+    ):
+        default_near(endless)
+
+
+def test_a_rollout_from_far_away_is_approached_slowly_and_ends_by_itself(tmp_path: Path) -> None:
+    flight = Flight(config())
+    flight.reset(np.array([-0.9, 1.8, 1.0]))
+    flight.signal(Signal.START)
+    approach = np.stack(flight.until(Phase.WAIT)).astype(np.float64)
+    assert np.array_equal(approach[-1].astype(np.float32), START)
+    assert np.abs(np.diff(approach, axis=0)).max() <= 0.5 * flight.plan.period_s + 1e-6
+    # The policy wants to begin elsewhere: there too only slowly, and then it is asked again.
+    flight.give(chunk(0, START + np.float32(0.4)))
+    assert flight.machine.phase is Phase.APPROACH
+    flight.until(Phase.WAIT)
+    assert flight.machine.tick == 0
+    for tick in range(0, 60, 10):
+        flight.give(chunk(tick, START + np.float32(0.4)))
+        for _ in range(10):
+            flight.command()
+    flight.until(Phase.HOLD)
+    assert flight.machine.finished
+    recording = flight.recording()
+    shares = weights(recording)
+    assert shares.shape == (60, 7)  # the first one only said where to begin
+    np.testing.assert_allclose(shares.sum(axis=1), 1.0)
+
+    recording.save(tmp_path / "rollout_000", shares)
+    loaded = Recording.load(tmp_path / "rollout_000")
+    assert replay(loaded).first_difference(loaded) is None
+    assert main([str(tmp_path)]) == 0
+    changed = dict(loaded.rows)
+    changed["command"] = changed["command"].copy()
+    changed["command"][-1, 0] = np.nextafter(changed["command"][-1, 0], np.float32(9))
+    dataclasses.replace(loaded, rows=changed).save(tmp_path / "rollout_001", shares)
+    assert main([str(tmp_path / "rollout_001")]) == 1
+    assert main([str(tmp_path / "nothing")]) == 2
+
+
+def test_a_policy_that_never_begins_where_it_said_is_a_fault() -> None:
+    flight = Flight(config())
+    flight.reset(START)
+    flight.signal(Signal.START)
+    for attempt in range(MOST_APPROACHES + 1):
+        flight.until(Phase.WAIT)
+        flight.give(chunk(0, START + np.float32(0.3 * (-1) ** attempt)))
+    flight.until(Phase.FAULT)
+    assert re.fullmatch(
+        r"joint 1 \(b\): the policy begins 0\.6\d+ rad away \(--near: 0\.1\), after 3 moves to "
+        "where it wanted to begin",
+        flight.machine.fault,
+    )
+
+
+@pytest.mark.parametrize("rate", [50.0, 150.0])
+def test_a_fault_is_latched_until_it_is_resumed_and_ticks_go_on(rate: float) -> None:
+    flight = Flight(config(publish_rate=rate))
+    flight.reset(START)
+    flight.signal(Signal.START)
+    flight.until(Phase.WAIT)
+    flight.give(chunk(0, START))
+    for _ in range(5):
+        flight.command()
+    flight.signal(Signal.FAIL)
+    flight.until(Phase.FAULT)
+    assert flight.machine.phase not in MOVING
+    flight.give(chunk(9, START + np.float32(0.1)))
+    rest = [flight.command() for _ in range(5)]
+    assert np.ptp(rest, axis=0).max() == 0
+    flight.signal(Signal.RESUME)
+    assert flight.machine.phase is Phase.WAIT
+    tick = flight.machine.tick
+    assert tick >= 5
+    assert tick % flight.machine.stream.ratio == 0
+    flight.give(chunk(tick // flight.machine.stream.ratio, START + np.float32(0.05)))
+    flight.command()
+    assert flight.machine.phase is Phase.RUN
+    assert flight.machine.tick == tick + 1
+
+
+def test_without_chunks_it_stops_and_latches_by_itself() -> None:
+    flight = Flight(config())
+    flight.reset(START)
+    flight.signal(Signal.START)
+    flight.until(Phase.WAIT)
+    flight.give(chunk(0, np.linspace(START, START + 0.3, 20)))
+    flight.until(Phase.FAULT)
+    assert "no chunk" in flight.machine.fault
+
+
+@pytest.mark.parametrize(
+    "module", ["runtime.eval_real.control_process", "runtime.eval_real.watchdog_process"]
+)
+def test_what_commands_the_robot_imports_no_heavy_thing(module: str) -> None:
+    """Nor does the twin's driver in it: a page fault or a thread of theirs would cost a tick."""
+    code = (
+        f"import sys, {module}\n"
+        "from robots.factory import make_robot\n"
+        "make_robot('sim_twin')\n"
+        "print([m for m in ('torch', 'zmq', 'mujoco', 'envs', 'av') if m in sys.modules])"
+    )
+    said = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert said.stdout.strip() == "[]"
+
+
+def test_a_pilot_cannot_be_started_in_motion() -> None:
+    machine: MotionStateMachine = config().make_state_machine(BODY)
+    machine.reset(START + np.float32(0.3))
+    machine.start()
+    assert machine.phase is Phase.APPROACH
+    with pytest.raises(ValueError, match="got phase APPROACH, expected HOLD"):
+        machine.start()
+    with pytest.raises(ValueError, match="got phase APPROACH, expected HOLD or FAULT"):
+        machine.resume()

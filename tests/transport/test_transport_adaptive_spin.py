@@ -1,0 +1,73 @@
+"""When to watch memory before sleeping."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator
+
+import pytest
+
+from transport.shm.adaptive_spin import MAX_SPIN_US, AdaptiveSpin
+
+
+@pytest.fixture
+def clock(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[int]]:
+    """Of a machine of two cores; every look at it takes 50 µs."""
+    now = [0]
+
+    def tick() -> int:
+        now[0] += 50_000
+        return now[0]
+
+    monkeypatch.setattr("time.perf_counter_ns", tick)
+    monkeypatch.setattr(os, "cpu_count", lambda: 2)
+    yield now
+
+
+def never(_rounds: int) -> bool:
+    return False
+
+
+def always(_rounds: int) -> bool:
+    return True
+
+
+def test_a_spin_in_vain_turns_it_off_until_waits_are_short_again(clock: list[int]) -> None:
+    spin = AdaptiveSpin()
+    assert spin.worthwhile and spin.watch(always)
+    assert not spin.watch(never)
+    spin.waited(10**9)
+    assert not spin.worthwhile and not spin.watch(always)
+    for _ in range(8):
+        assert not spin.worthwhile
+        spin.waited(1000)
+    assert spin.worthwhile
+
+
+def test_what_was_announced_is_watched_for_where_hope_is_off(clock: list[int]) -> None:
+    spin = AdaptiveSpin(0)
+    assert not spin.watch(always)
+    looks = iter([False] * 5 + [True])
+    assert spin.expect(lambda rounds: next(looks))
+    before = clock[0]
+    assert not spin.expect(never)
+    assert clock[0] - before < 1_200_000, "bounded"
+
+
+def test_who_announced_in_vain_is_not_believed_for_a_while(clock: list[int]) -> None:
+    spin = AdaptiveSpin()
+    assert not spin.expect(never)
+    assert [spin.expect(always) for _ in range(9)] == [False] * 8 + [True]
+
+
+def test_nobody_watches_on_one_core(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(os, "cpu_count", lambda: 1)
+    spin = AdaptiveSpin()
+    assert not spin.worthwhile and not spin.watch(always)
+    assert not spin.expect(never)
+
+
+@pytest.mark.parametrize("spin_us", [-1, MAX_SPIN_US + 1])
+def test_out_of_range(spin_us: float) -> None:
+    with pytest.raises(ValueError, match=f"got {spin_us}, expected 0 to {MAX_SPIN_US}"):
+        AdaptiveSpin(spin_us)

@@ -1,0 +1,1 @@
+"""The accepting side: listener, handshake and sessions."""

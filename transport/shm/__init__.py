@@ -1,0 +1,1 @@
+"""Shared memory: segments, rings, latest values and the channel over them."""

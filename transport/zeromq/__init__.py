@@ -1,0 +1,1 @@
+"""ZeroMQ over TCP: sockets, encryption and the channel over them."""
