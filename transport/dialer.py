@@ -199,11 +199,10 @@ class Dialer:
         return channel, welcome
 
     def _join(self, offer: ShmOffer, epoch: bytes, mine: Schema, theirs: Schema) -> BaseChannel:
-        from transport.shm.client_handshake import (
-            join,  # what only shared memory needs is imported with it
-        )
+        # What only shared memory needs is imported with it.
+        from transport.shm.client_handshake import client_handshake
 
-        parts = join(offer, epoch, mine, theirs, timeout_s=self._timeout_s)
+        parts = client_handshake(offer, epoch, mine, theirs, timeout_s=self._timeout_s)
         try:
             from transport.shm.channel import ShmChannel
 

@@ -1,4 +1,6 @@
-"""The control process: nothing but the loop that commands the robot. ``python -m runtime.eval_real.control_process``.
+"""The control process: the loop that commands the robot, and nothing else.
+
+Started as ``python -m runtime.eval_real.control_process``.
 
 Chunks reach it through the mailbox, commands leave through the driver. It imports neither torch nor
 zmq nor a simulator, opens no file while it runs and writes to no terminal, which may block: what it

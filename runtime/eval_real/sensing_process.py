@@ -1,4 +1,6 @@
-"""The sensing process: cameras, the policy client, the outcome. ``python -m runtime.eval_real.sensing_process``.
+"""The sensing process: cameras, the policy client, the outcome.
+
+Started as ``python -m runtime.eval_real.sensing_process``.
 
 It looks at the cameras at its own rate and, when the control process has asked for a chunk, sends
 the newest observation; answers go into the mailbox. An observation is for the policy tick nearest

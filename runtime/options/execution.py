@@ -24,8 +24,8 @@ def add_flags(cli: argparse.ArgumentParser) -> None:
     add = cli.add_argument
     add(
         "--action_manager",
-        help=f"one of {', '.join(STRATEGIES)}; or {', '.join(ILSTUDIO_NAMES)} (the checkpoint's, else "
-        f"{DEFAULT})",
+        help=f"one of {', '.join(STRATEGIES)}; or {', '.join(ILSTUDIO_NAMES)} "
+        f"(the checkpoint's, else {DEFAULT})",
     )
     add("--manager_coef", type=Number(float, COEFFICIENT), help="the strategy's coefficient")
     add(

@@ -260,7 +260,7 @@ def _warn(server: PolicyServer) -> None:
     logger.warning(
         "NO ENCRYPTION, NO KEYS on %s: anybody who reaches port %d can use this policy, and "
         "whoever is in between can read and change what a robot is told. Make keys with "
-        "`python -m runtime.tools.keys`, give --curve_key and --curve_allow; --insecure silences this",
+        "`metronome keys`, give --curve_key and --curve_allow; --insecure silences this",
         server.host,
         server.port,
     )

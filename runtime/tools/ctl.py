@@ -1,4 +1,4 @@
-"""Questions and orders to a running server: ``python -m runtime.tools.ctl HOST:PORT status | load CKPT``.
+"""Ask or command a running server: ``metronome ctl HOST:PORT status | load CKPT``.
 
 Everybody who may connect may ask for the status. Orders are for whoever runs the server, on its
 machine, and for keys listed under ``operators/``.

@@ -1,4 +1,4 @@
-"""Train a policy on demonstrations: ``python -m runtime.tools.train --config act_sim_transfer_cube``.
+"""Train a policy on demonstrations: ``metronome train --config act_sim_transfer_cube``.
 
 Interrupt it as you like: started again with the same configuration, it goes on where it was.
 """

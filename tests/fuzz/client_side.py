@@ -26,7 +26,7 @@ from transport.dialer import Dialer
 from transport.errors import ProtocolError, TransportError, TransportUnavailable
 from transport.handshake_messages import NO_EPOCH, Opcode, ShmOffer, decode_body
 from transport.shm import client_handshake as joining
-from transport.shm.client_handshake import join
+from transport.shm.client_handshake import client_handshake
 from transport.shm.segment import create_all
 from transport.shm.segment_layout import SegmentLayout
 from transport.shm.segment_offer import ACCEPTED
@@ -235,7 +235,7 @@ def side_socket() -> Iterator[Target]:
         said = feed.bytes_near(ACCEPTED) if kind & 1 else ACCEPTED
         answer[:] = said, fds
         with contextlib.suppress(TransportUnavailable):
-            parts = join(read, samples.EPOCH, mine, theirs, timeout_s=0.05)
+            parts = client_handshake(read, samples.EPOCH, mine, theirs, timeout_s=0.05)
             assert said == ACCEPTED and len(fds) >= 2  # the kernel drops what is too many
             parts.close()
             reached["joined"] += 1

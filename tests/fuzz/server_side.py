@@ -335,7 +335,7 @@ def listener() -> Iterator[Target]:
     eventfds = [os.eventfd(0), os.eventfd(0)]  # never readable
     try:
         with (
-            mock.patch.object(listening, "Router", ServerSocket),
+            mock.patch.object(listening, "ServerSocket", ServerSocket),
             mock.patch.multiple(ServerSocket, fd=eventfds[0], monitor_fd=eventfds[1]),
         ):
             yield target

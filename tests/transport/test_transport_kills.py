@@ -46,48 +46,54 @@ class Point:
 
 
 CLIENT_HANDSHAKE = [
-    Point("join", "join", 1),
-    Point("join", "_map", 4),
-    Point("join", "_map", 0, call=2),
-    Point("join", "_prove", 3),
-    Point("join", "_prove", 5),
-    Point("join", "_prove", 0),
-    Point("shm_channel", "ShmChannel.__init__", 3),
+    Point("shm.client_handshake", "client_handshake", 1),
+    Point("shm.client_handshake", "_map", 4),
+    Point("shm.client_handshake", "_map", 0, call=2),
+    Point("shm.client_handshake", "_prove", 3),
+    Point("shm.client_handshake", "_prove", 5),
+    Point("shm.client_handshake", "_prove", 0),
+    Point("shm.channel", "ShmChannel.__init__", 3),
 ]
 CLIENT_DATA = [
     Point("base", "BaseChannel.loan", 0),
-    Point("ring", "RingWriter.claim", 3),
-    Point("ring", "RingWriter.publish", 0),
-    Point("shm_channel", "ShmChannel._publish", 3),
-    Point("ring", "RingReader.fall_asleep", 0),
-    Point("shm_channel", "ShmChannel._wait", 3),
-    Point("ring", "RingReader.wake_up", 0),
-    Point("ring", "RingReader.take", 0),
+    Point("shm.ring", "RingWriter.claim", 3),
+    Point("shm.ring", "RingWriter.publish", 0),
+    Point("shm.channel", "ShmChannel._publish", 3),
+    Point("shm.ring", "RingReader.fall_asleep", 0),
+    Point("shm.channel", "ShmChannel._wait", 3),
+    Point("shm.ring", "RingReader.wake_up", 0),
+    Point("shm.ring", "RingReader.take", 0),
     Point("base", "BaseChannel.let_go", 1),
-    Point("ring", "RingReader.release", 0),
+    Point("shm.ring", "RingReader.release", 0),
 ]
-CLIENT_CLOSE = [Point("shm_channel", "ShmChannel._close", 4), Point("shm", "Parts.close", 2)]
+CLIENT_CLOSE = [
+    Point("shm.channel", "ShmChannel._close", 4),
+    Point("shm.segment", "Parts.close", 2),
+]
+    Point("shm.channel", "ShmChannel._close", 4),
+    Point("shm.segment", "Parts.close", 2),
+]
 SERVER_HANDSHAKE = [
-    Point("shm", "Segment._lock", 1),
-    Point("shm", "Segment._lock", 0),
-    Point("shm", "Segment.create", 0),
-    Point("shm", "create_all", 0),
-    Point("offer", "Offer.describe", 1),
-    Point("handshake", "Handshake._hello", 0),
-    Point("door", "Door._let_in", 4),
-    Point("offer", "Offer.redeem", 3),
-    Point("offer", "Offer.redeem", 0),
-    Point("handshake", "Handshake._confirm", 0),
+    Point("shm.segment", "Segment._lock", 1),
+    Point("shm.segment", "Segment._lock", 0),
+    Point("shm.segment", "Segment.create", 0),
+    Point("shm.segment", "create_all", 0),
+    Point("shm.segment_offer", "Offer.describe", 1),
+    Point("server.handshake", "Handshake._hello", 0),
+    Point("server.shm_acceptor", "ShmAcceptor._let_in", 4),
+    Point("shm.segment_offer", "Offer.accept", 3),
+    Point("shm.segment_offer", "Offer.accept", 0),
+    Point("server.handshake", "Handshake._confirm", 0),
 ]
 SERVER_DATA = [
-    Point("listener", "Listener.wait", 4, call=20),
-    Point("awake", "Awake.fall_asleep", 0, call=60),
-    Point("awake", "Awake.wake", 1, call=5),
-    Point("ring", "RingReader.take", 0),
-    Point("ring", "RingWriter.claim", 3),
-    Point("ring", "RingWriter.publish", 0),
-    Point("shm_channel", "ShmChannel._publish", 3),
-    Point("ring", "RingReader.release", 0),
+    Point("server.listener", "Listener.wait", 4, call=20),
+    Point("server.polled_sessions", "PolledSessions.fall_asleep", 0, call=60),
+    Point("server.polled_sessions", "PolledSessions.wake", 1, call=5),
+    Point("shm.ring", "RingReader.take", 0),
+    Point("shm.ring", "RingWriter.claim", 3),
+    Point("shm.ring", "RingWriter.publish", 0),
+    Point("shm.channel", "ShmChannel._publish", 3),
+    Point("shm.ring", "RingReader.release", 0),
 ]
 
 

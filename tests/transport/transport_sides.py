@@ -35,7 +35,7 @@ def arm(point: dict[str, Any] | None) -> None:
     """
     if point is None:
         return
-    code = f"/transport/{point['module']}.py", point["function"]
+    code = f"/transport/{point['module'].replace('.', '/')}.py", point["function"]
     calls = 0
 
     def die() -> None:

@@ -1,7 +1,7 @@
 """A server's shared-memory sessions that are looked at, because their clients do not ring.
 
 Each session over shared memory is in one of two states. Asleep: its client rings a bell, which is
-in the epoll, and costs nothing until it does. Awake: its client publishes without a system call,
+in the epoll, and costs nothing until it does. Polled: its client publishes without a system call,
 and the server looks. A bell wakes a session; only a server that is about to block puts them all to
 sleep. So a thousand idle sessions cost a busy one nothing, and a busy one costs itself no bell.
 """

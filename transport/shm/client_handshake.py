@@ -21,7 +21,11 @@ _ABSENT = {
 _ANSWER_BYTES = 256
 
 
-def join(offer: ShmOffer, epoch: bytes, mine: Schema, theirs: Schema, *, timeout_s: float) -> Parts:
+def client_handshake(
+    offer: ShmOffer, epoch: bytes, mine: Schema, theirs: Schema, *, timeout_s: float
+) -> Parts:
+    offer: ShmOffer, epoch: bytes, mine: Schema, theirs: Schema, *, timeout_s: float
+) -> Parts:
     """Take up ``offer``.
 
     Raises:
