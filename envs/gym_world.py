@@ -8,18 +8,16 @@ import sys
 import time
 import traceback
 from collections.abc import Iterator, Mapping
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
+from envs.config import EnvConfig
 from envs.errors import EnvError
 from envs.gl import one_line, why_not
 from envs.world import Pictures, StepResult, check_action
 from policies.types import MetaObs
-
-if TYPE_CHECKING:
-    from envs.factory import EnvConfig
 
 logger = logging.getLogger(__name__)
 

@@ -19,7 +19,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, TypeVar
 
-from envs.factory import TaskConfig
+from envs.config import TaskConfig
 from policies.command_line import CommandLine, Number
 from policies.console import run_command
 from policies.ranges import COUNT, DURATION_S, POSITIVE, RATE_HZ, TICKS, Range
@@ -53,6 +53,7 @@ from runtime.options.model import LocalModel, ServerAddress, read_model_name
 from runtime.options.overrides import read_overrides
 from runtime.server.server_process import ServerProcess
 from runtime.trace import recorder as trace
+from runtime.trace.buffer import TraceError
 
 T = TypeVar("T")
 logger = logging.getLogger(__name__)
@@ -273,7 +274,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     try:
         with trace.tracing(evaluation.args.trace, "eval_real"):
             _evaluate(evaluation)
-    except trace.TraceError as error:
+    except TraceError as error:
         return _fail(error)
     except SessionOver as over:
         failure, status = str(over), LOST

@@ -20,8 +20,9 @@ from typing import Any
 
 from tqdm import tqdm
 
+from envs.config import EnvConfig
 from envs.errors import EnvError
-from envs.factory import GYM_PREFIX, EnvConfig, load_env_config
+from envs.factory import GYM_PREFIX, load_env_config
 from policies.command_line import CommandLine, Number
 from policies.console import run_command
 from policies.execution import Execution
@@ -46,6 +47,7 @@ from runtime.options.checkpoint import CheckpointOptions, add_flags, from_flags
 from runtime.options.model import ServerAddress, read_model_name
 from runtime.options.overrides import read_overrides
 from runtime.trace import recorder as trace
+from runtime.trace.buffer import TraceError
 
 BAD_INPUT, LOST, INTERRUPTED = 2, 1, 130
 
@@ -170,7 +172,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     try:
         with trace.tracing(args.trace, "eval_sim"):
             status = _evaluate(plan, path)
-    except trace.TraceError as error:
+    except TraceError as error:
         print(f"error: {error}", file=sys.stderr)
         return BAD_INPUT
     if args.trace is not None:

@@ -16,7 +16,7 @@ from dataclasses import dataclass, field
 import numpy as np
 from numpy.typing import NDArray
 
-from envs.factory import World
+from envs.world import World
 from policies.types import MetaObs, Policy, PolicyContract
 from runtime.client.policy_client import PolicyClient
 from runtime.control.chunk_executor import ChunkExecutor

@@ -18,9 +18,11 @@ from multiprocessing.connection import Connection, wait
 from pathlib import Path
 from typing import Any
 
+from envs.config import EnvConfig
 from envs.errors import EnvError
-from envs.factory import EnvConfig, World, make_world
+from envs.factory import make_world
 from envs.gl import why_not
+from envs.world import World
 from policies.errors import PolicyError
 from policies.execution import Assumption, Execution
 from policies.types import Policy, PolicyContract

@@ -33,6 +33,7 @@ from runtime.server.policy_server import PolicyServer
 from runtime.server.warmup import measure_costs, warm_up
 from runtime.stats import Percentiles
 from runtime.trace import recorder as trace
+from runtime.trace.buffer import TraceError
 from transport.address import format_address
 from transport.errors import TransportError
 from transport.zeromq.curve import KeyFileError
@@ -138,7 +139,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     try:
         with trace.tracing(args.trace, "policy server"):
             return _serve(config, insecure=args.insecure)
-    except trace.TraceError as error:
+    except TraceError as error:
         return _fail(error)
     except KeyboardInterrupt:
         print("interrupted before the server was ready", file=sys.stderr)
@@ -194,20 +195,34 @@ def _offices(server: PolicyServer, config: ServerConfig) -> Iterator[None]:
     with contextlib.ExitStack() as stack:
         if config.metrics_port:
             try:
-                from runtime.server.metrics import serve_metrics
+                from runtime.server.metrics import PATIENCE_S, serve_metrics
             except ImportError as error:
                 raise TransportError(
                     f"--metrics_port: {error}: pip install prometheus_client"
                 ) from error
 
-            stack.callback(serve_metrics(server, config.metrics_host, config.metrics_port))
+            stack.callback(
+                serve_metrics(
+                    lambda: server.between(server.status, PATIENCE_S),
+                    config.metrics_host,
+                    config.metrics_port,
+                )
+            )
         token = None
         try:
             token = AdminToken(server.port)
             stack.callback(token.close)
         except OSError as error:
             logger.warning("orders only with an operator's key: %s", error)
-        loader = ModelReloader(server, config.checkpoint.load, token, max_batch=config.max_batch)
+        loader = ModelReloader(
+            config.checkpoint.load,
+            token,
+            check=server.check_successor,
+            swap=server.swap,
+            call_in_serving_thread=server.between,
+            max_batch=config.max_batch,
+        )
+        server.add_orders(loader.orders)
         stack.callback(loader.close)
         yield
 

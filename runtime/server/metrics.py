@@ -9,13 +9,12 @@ from prometheus_client import CollectorRegistry, start_http_server
 from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metric
 from prometheus_client.registry import Collector
 
-from runtime.server.policy_server import PolicyServer
 from runtime.server.session import OUTCOMES
 from transport.address import format_address
 from transport.errors import AddressInUse
 
 PATIENCE_S = 2.0
-"""For the serving thread, which may be inferring."""
+"""How long a scrape waits for the serving thread, which may be inferring."""
 
 
 class ServerCollector(Collector):
@@ -108,14 +107,17 @@ def _gauge(name: str, text: str, value: float) -> GaugeMetricFamily:
     return GaugeMetricFamily(name, text, value)
 
 
-def serve_metrics(server: PolicyServer, host: str, port: int) -> Callable[[], None]:
+def serve_metrics(status: Callable[[], dict[str, Any]], host: str, port: int) -> Callable[[], None]:
     """Answer ``http://HOST:PORT/metrics`` until the function that comes back is called.
+
+    Args:
+        status: As ``ServerCollector``; called in threads of its own.
 
     Raises:
         AddressInUse: The address cannot be had.
     """
     registry = CollectorRegistry()
-    registry.register(ServerCollector(lambda: server.between(server.status, PATIENCE_S)))
+    registry.register(ServerCollector(status))
     try:
         http, thread = start_http_server(port, host, registry)
     except OSError as error:

@@ -18,8 +18,9 @@ from typing import Any
 
 from policies.types import Policy
 from runtime.server.admin_token import AdminToken
+from runtime.server.cost_model import InferenceCostModel
 from runtime.server.model import close
-from runtime.server.policy_server import ERRAND_S, PolicyServer
+from runtime.server.state import Order
 from runtime.server.warmup import measure_costs, warm_up
 from transport.errors import Refused
 from transport.handshake_messages import Peer
@@ -51,28 +52,38 @@ class LoadState:
 
 
 class ModelReloader:
-    """Gives a server the orders ``load`` and ``load_state``.
+    """Loads checkpoints for a server that goes on serving.
 
     Args:
         load: A checkpoint's policy; raises ``PolicyError``.
         token: What gives the right to order; operators' keys do, too.
+        check: Whether a policy could take the place of what is served; raises ``PolicyError``.
+        swap: Serves a policy from the next inference on, and what its inferences take; its id.
+            For the serving thread.
+        call_in_serving_thread: Runs a function there; raises ``TimeoutError``.
         max_batch: As the server's.
     """
 
     def __init__(
         self,
-        server: PolicyServer,
         load: Callable[[str], Policy],
         token: AdminToken | None,
         *,
+        check: Callable[[Policy], None],
+        swap: Callable[[Policy, InferenceCostModel], int],
+        call_in_serving_thread: Callable[[Callable[[], int]], int],
         max_batch: int | None = None,
     ) -> None:
-        self._server, self._load, self._token = server, load, token
-        self._max_batch = max_batch
+        self._load, self._token, self._max_batch = load, token, max_batch
+        self._check, self._swap = check, swap
+        self._call_in_serving_thread = call_in_serving_thread
         self.state = LoadState()
         self._thread: threading.Thread | None = None
-        server.add_order("load", self._order)
-        server.add_order("load_state", lambda *_: dataclasses.asdict(self.state))
+
+    @property
+    def orders(self) -> dict[str, Order]:
+        """What operators may ask for, by name."""
+        return {"load": self._order, "load_state": lambda *_: dataclasses.asdict(self.state)}
 
     def start(self, checkpoint: str) -> None:
         """Begin to load ``checkpoint``; ``state`` says how it goes.
@@ -119,19 +130,19 @@ class ModelReloader:
         policy: Policy | None = None
         try:
             policy = self._load(self.state.checkpoint)
-            self._server.check_successor(policy)
+            self._check(policy)
             self._step(state="warming up")
             costs = measure_costs(policy, warm_up(policy), self._max_batch)
             self._step(state="switching")
             successor = policy
-            number = self._server.between(lambda: self._server.swap(successor, costs))
+            number = self._call_in_serving_thread(lambda: self._swap(successor, costs))
         except Exception as error:  # a checkpoint can fail in any way; the old one serves on
             if policy is not None:
                 close(policy)
             logger.warning("%s was not loaded: %s", self.state.checkpoint, error)
             reason = str(error) or repr(error)
             if isinstance(error, TimeoutError):
-                reason = f"the server was busy for {ERRAND_S:g} s, not switched; try again"
+                reason = f"{reason}, not switched; try again"
             self._step(state="failed", error=reason, took_s=time.monotonic() - began_s)
         else:
             self._step(state="serving", policy_id=number, took_s=time.monotonic() - began_s)

@@ -30,7 +30,7 @@ from runtime.server.model import LoadedModel
 from runtime.server.request_handler import RequestHandler
 from runtime.server.scheduler import Scheduler
 from runtime.server.sessions import SessionManager
-from runtime.server.state import ServerState, ServerStatistics
+from runtime.server.state import Order, ServerState, ServerStatistics
 from transport.address import format_address
 from transport.errors import Refused
 from transport.handshake_messages import Peer
@@ -41,9 +41,6 @@ from transport.zeromq.curve import ServerKeys
 
 logger = logging.getLogger(__name__)
 Result = TypeVar("Result")
-Order = Callable[[Mapping[str, Any], Peer], dict[str, Any]]
-"""What an operator asks for: arguments and who asks; the answer, JSON values. Raises ``Refused``.
-In the serving thread: what takes time belongs elsewhere."""
 
 ERRAND_S = 10.0
 """How long another thread waits for the serving one, which may be inferring."""
@@ -163,7 +160,7 @@ class PolicyServer:
         """Run ``errand`` in the serving thread between two inferences; for other threads.
 
         Raises:
-            TimeoutError: The server is not serving, or infers for longer.
+            TimeoutError: The server is not serving, or infers for longer; says how long it was.
             Exception: Whatever ``errand`` raises.
         """
         future: Future[Result] = Future()
@@ -181,12 +178,12 @@ class PolicyServer:
             return future.result(timeout_s)
         except TimeoutError:
             if future.cancel():
-                raise
+                raise TimeoutError(f"the server was busy for {timeout_s:g} s") from None
             return future.result()  # it has begun, and is short
 
-    def add_order(self, name: str, order: Order) -> None:
-        """Let operators ask for ``name``, beside ``status``. Before ``serve``."""
-        self._orders[name] = order
+    def add_orders(self, orders: Mapping[str, Order]) -> None:
+        """Let operators ask for these by name, beside ``status``. Before ``serve``."""
+        self._orders.update(orders)
 
     def check_successor(self, policy: Policy) -> None:
         """Whether ``policy`` could take the place of what is served; for any thread.
@@ -283,7 +280,6 @@ class PolicyServer:
 
 
 if __name__ == "__main__":
-    # `python -m runtime.server` is the documented command; the command line is a noun of its own.
     from policies.console import run_command
     from runtime.server.cli import main
 

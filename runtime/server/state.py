@@ -2,12 +2,19 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
+from typing import Any
 
 from runtime.server.cost_model import InferenceCostModel
 from runtime.server.model import LoadedModel
 from runtime.server.scheduler import Scheduler
+from transport.handshake_messages import Peer
 from transport.server.sessions import ServerSession
+
+Order = Callable[[Mapping[str, Any], Peer], dict[str, Any]]
+"""What an operator asks for: arguments and who asks; the answer, JSON values. Raises ``Refused``.
+In the serving thread: what takes time belongs elsewhere."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -31,6 +31,10 @@ RECORD = np.dtype(
 _pack_into = struct.Struct("=qqQqqHBBI").pack_into
 
 
+class TraceError(Exception):
+    """A trace that cannot be had, read or put together."""
+
+
 class EventKind(IntEnum):
     """What a record is.
 

@@ -34,16 +34,12 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from types import FrameType
 
-from runtime.trace.buffer import CAPACITY, EventKind, FlowPosition, Trace
+from runtime.trace.buffer import CAPACITY, EventKind, FlowPosition, Trace, TraceError
 
 logger = logging.getLogger(__name__)
 
 _NUMBER_BITS = 24
 KEY_BITS = 64 - _NUMBER_BITS
-
-
-class TraceError(Exception):
-    """A trace that cannot be had, read or put together."""
 
 
 class _Span:
@@ -266,8 +262,7 @@ def _exit(number: int, _: FrameType | None) -> None:
 
 
 if __name__ == "__main__":
-    # The files are a noun of their own; the command is found where the recorder is.
     from policies.console import run_command
-    from runtime.trace.chrome_format import main
+    from runtime.trace.merge import main
 
     raise SystemExit(run_command(main))

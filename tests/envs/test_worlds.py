@@ -14,8 +14,9 @@ from contracts.world import WorldContract
 from gymnasium import spaces
 
 from envs.aloha_world import AlohaWorld
+from envs.config import EnvConfig, GymKeys
 from envs.errors import EnvError, UnknownCamera
-from envs.factory import EnvConfig, GymKeys, load_env_config, make_world
+from envs.factory import load_env_config, make_world
 from envs.fake import FakeWorld
 from envs.gym_world import GymWorld
 from policies.types import CameraContract, Rendering

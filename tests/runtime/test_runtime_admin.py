@@ -11,6 +11,7 @@ import sys
 import threading
 import time
 import urllib.request
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -19,7 +20,7 @@ from policies.errors import CheckpointError, ContractMismatch
 from policies.types import Policy
 from runtime.client import PolicyClient
 from runtime.errors import ServerLost
-from runtime.server import admin_token
+from runtime.server import PolicyServer, admin_token
 from runtime.server import cli as serve
 from runtime.server.admin_token import AdminToken, read_token
 from runtime.server.cli import read_config
@@ -147,7 +148,7 @@ def test_an_errand_waits_for_a_serving_thread_and_not_for_ever() -> None:
         blocked = threading.Thread(target=lambda: server.between(lambda: stuck.wait(PATIENCE_S)))
         blocked.start()
         done: list[int] = []
-        with pytest.raises(TimeoutError):
+        with pytest.raises(TimeoutError, match=r"busy for 0\.05 s"):
             server.between(lambda: done.append(1), timeout_s=0.05)
         stuck.set()
         blocked.join(PATIENCE_S)
@@ -172,10 +173,25 @@ def load(name: str) -> Policy:
     raise CheckpointError(f"{name}: no such checkpoint")
 
 
+def loader_of(
+    server: PolicyServer, load: Callable[[str], Policy], token: AdminToken | None
+) -> ModelReloader:
+    """One whose orders ``server`` takes, as the command line makes it."""
+    loader = ModelReloader(
+        load,
+        token,
+        check=server.check_successor,
+        swap=server.swap,
+        call_in_serving_thread=server.between,
+    )
+    server.add_orders(loader.orders)
+    return loader
+
+
 def test_an_order_by_command_line(capsys: pytest.CaptureFixture[str]) -> None:
     with serving(BatchPolicy()) as server, connect(server) as client:
         address, token = f"127.0.0.1:{server.port}", AdminToken(server.port)
-        loader = ModelReloader(server, load, token)
+        loader = loader_of(server, load, token)
         client.infer(observation(1))
         for bad, says in (
             ("nowhere", "no such checkpoint"),
@@ -206,7 +222,7 @@ def test_an_order_by_command_line(capsys: pytest.CaptureFixture[str]) -> None:
 @pytest.mark.parametrize("token", ["", "0" * 64, None, 7, ["x"]])
 def test_who_cannot_read_the_token_orders_nothing(token: object) -> None:
     with serving(BatchPolicy()) as server:
-        loader = ModelReloader(server, load, AdminToken(server.port))
+        loader = loader_of(server, load, AdminToken(server.port))
         with (
             ctl.dial(f"127.0.0.1:{server.port}", "", "") as dialer,
             pytest.raises(Refused, match="operator"),
@@ -223,7 +239,7 @@ def test_one_load_at_a_time() -> None:
         return load(name)
 
     with serving(BatchPolicy()) as server:
-        loader = ModelReloader(server, slow, None)
+        loader = loader_of(server, slow, None)
         loader.start("good one")
         with pytest.raises(Refused, match="the end of loading good one"):
             loader.start("good two")
@@ -250,7 +266,7 @@ def test_operators_by_key_and_others_by_key(tmp_path: Path) -> None:
         allow(public, listed, operator=operator)
     config, _ = read_config(["--curve_key", str(server_secret), "--curve_allow", str(listed)])
     with serving(BatchPolicy(), curve=config.keys()) as server:
-        loader = ModelReloader(server, load, None)
+        loader = loader_of(server, load, None)
         address = f"127.0.0.1:{server.port}"
 
         def dial(name: str):
@@ -339,15 +355,15 @@ def test_top_shows_it(capsys: pytest.CaptureFixture[str]) -> None:
 def test_prometheus_gets_figures() -> None:
     with serving(BatchPolicy()) as server, connect(server, name='a"b') as client:
         client.infer(observation(1))
-        stop = serve_metrics(server, "127.0.0.1", 0)
+        stop = serve_metrics(lambda: server.between(server.status), "127.0.0.1", 0)
         stop()
         port = _free_port()
-        stop = serve_metrics(server, "127.0.0.1", port)
+        stop = serve_metrics(lambda: server.between(server.status), "127.0.0.1", port)
         try:
             with urllib.request.urlopen(f"http://127.0.0.1:{port}/metrics", timeout=10) as page:
                 text = page.read().decode()
             with pytest.raises(AddressInUse, match=f"--metrics_port: 127.0.0.1:{port}"):
-                serve_metrics(server, "127.0.0.1", port)
+                serve_metrics(lambda: server.between(server.status), "127.0.0.1", port)
         finally:
             stop()
     assert "metronome_up 1.0" in text

@@ -20,7 +20,7 @@ import pytest
 import yaml
 
 from envs import demonstrations
-from envs.factory import EnvConfig, TaskConfig
+from envs.config import EnvConfig, TaskConfig
 from policies.act.train import TrainConfig
 from policies.checkpoint.extras import Extras
 from policies.command_line import CommandLine, Number
@@ -38,7 +38,7 @@ from runtime.eval_sim import cli as eval_sim
 from runtime.server import cli as serve
 from runtime.server.config import ServerConfig
 from runtime.tools import ctl, keys, top, train
-from runtime.trace import chrome_format
+from runtime.trace import merge
 
 ROOT = Path(__file__).resolve().parents[2]
 COMMANDS: dict[str, Callable[[], argparse.ArgumentParser]] = {
@@ -50,7 +50,7 @@ COMMANDS: dict[str, Callable[[], argparse.ArgumentParser]] = {
     "runtime/tools/top.py": top.parser,
     "runtime/tools/keys.py": keys.parser,
     "runtime/eval_real/replay.py": replay.parser,
-    "runtime/trace/chrome_format.py": chrome_format.parser,
+    "runtime/trace/merge.py": merge.parser,
     "envs/demonstrations.py": demonstrations.parser,
 }
 NOT_FOR_PEOPLE = {

@@ -21,9 +21,9 @@ from runtime.control.clock import ManualClock
 from runtime.control.control_loop import ControlLoop
 from runtime.eval_sim import cli as eval_sim
 from runtime.server.server_process import ServerProcess
-from runtime.trace import chrome_format
+from runtime.trace import chrome_format, merge
 from runtime.trace import recorder as trace
-from runtime.trace.buffer import EventKind, FlowPosition, Trace
+from runtime.trace.buffer import EventKind, FlowPosition, Trace, TraceError
 
 TOY = "python:tests.runtime.toy_policy:make"
 TICKS, EPISODES = 25, 2
@@ -33,7 +33,7 @@ Events = list[dict[str, Any]]
 
 
 def load(path: Path) -> Events:
-    events: Events = chrome_format.read(path)["traceEvents"]
+    events: Events = merge.read(path)["traceEvents"]
     assert_spans_nest(events)
     return events
 
@@ -118,7 +118,7 @@ def test_a_served_evaluation_is_traced_on_both_sides(
         assert began_us <= serve["ts"]
         assert serve["ts"] <= began_us + requests[flow]["request"]
 
-    assert chrome_format.main([str(ours), str(theirs), "-o", str(both)]) == 0
+    assert merge.main([str(ours), str(theirs), "-o", str(both)]) == 0
     events = load(both)
     names = {e["args"]["name"] for e in named(events, "process_name", "M")}
     assert names == {"eval_sim", "policy server"}
@@ -149,9 +149,7 @@ def test_side_by_side_and_real_time_leave_a_file_per_process(tmp_path: Path, fol
     file = tmp_path / "real.json"
     assert eval_sim.main([*EVALUATION, *flags[:-1], str(file), "--realtime"]) == 0
     merged = tmp_path / "all.json"
-    assert (
-        chrome_format.main([str(file), str(tmp_path / "real.server.json"), "-o", str(merged)]) == 0
-    )
+    assert merge.main([str(file), str(tmp_path / "real.server.json"), "-o", str(merged)]) == 0
     events = load(merged)
     ticks = named(events, "tick")
     missed = sum(e["args"]["count"] for e in named(events, "missed", "i"))
@@ -173,7 +171,7 @@ def test_a_robots_evaluation_is_traced_in_every_process(tmp_path: Path) -> None:
     done = subprocess.run(command, stdin=subprocess.DEVNULL, capture_output=True, check=False)
     assert done.returncode == 0, done.stderr
     files = sorted(tmp_path.glob("run*.json"))
-    processes = {chrome_format.read(file)["otherData"]["process"]: file for file in files}
+    processes = {merge.read(file)["otherData"]["process"]: file for file in files}
     assert processes.keys() == {"eval_real", "control", "sensing", "policy server"}
     assert len(named(load(processes["eval_real"]), "rollout")) == 1
 
@@ -186,7 +184,7 @@ def test_a_robots_evaluation_is_traced_in_every_process(tmp_path: Path) -> None:
     asked = durations_us(load(processes["sensing"]))
     assert asked
     assert asked.keys() <= durations_us(load(processes["policy server"])).keys()
-    assert chrome_format.main([*map(str, files), "-o", str(tmp_path / "all.json")]) == 0
+    assert merge.main([*map(str, files), "-o", str(tmp_path / "all.json")]) == 0
     load(tmp_path / "all.json")
 
 
@@ -225,7 +223,7 @@ def test_when_memory_is_full_the_oldest_go_and_the_file_says_so(tmp_path: Path) 
     with trace.tracing(file, "test", capacity=10):
         for number in range(25):
             trace.add("a", number * 1000, number * 1000 + 500, number)
-    written = chrome_format.read(file)
+    written = merge.read(file)
     kept = [e["args"]["tick"] for e in written["traceEvents"] if e["ph"] == "X"]
     assert kept == [*range(15, 25)]
     about = written["otherData"]
@@ -307,8 +305,8 @@ def test_processes_of_one_number_are_kept_apart(tmp_path: Path) -> None:
     one, two = tmp_path / "one.json", tmp_path / "two.json"
     _write(one)
     _write(two)
-    chrome_format.merge([one, two], tmp_path / "all.json")
-    whole = chrome_format.read(tmp_path / "all.json")
+    merge.merge([one, two], tmp_path / "all.json")
+    whole = merge.read(tmp_path / "all.json")
     names = {e["pid"]: e["args"]["name"] for e in named(whole["traceEvents"], "process_name", "M")}
     assert sorted(names.values()) == ["one", "two"]
     assert [other["process"] for other in whole["otherData"]["merged"]] == ["one", "two"]
@@ -320,7 +318,7 @@ def test_two_hosts_are_not_put_on_one_time_line(
     one, two = tmp_path / "one.json", tmp_path / "two.json"
     _write(one)
     _write(two, host="elsewhere", clock_id="another boot")
-    assert chrome_format.main([str(one), str(two), "-o", str(tmp_path / "all.json")]) == 2
+    assert merge.main([str(one), str(two), "-o", str(tmp_path / "all.json")]) == 2
     error = capsys.readouterr().err
     assert "two.json: got the clock of elsewhere (another boot), expected that of" in error
     assert not (tmp_path / "all.json").exists()
@@ -355,8 +353,8 @@ def test_what_a_viewer_would_not_take_is_said(
 ) -> None:
     file = tmp_path / "bad.json"
     file.write_text(json.dumps({"traceEvents": [event]}))
-    with pytest.raises(trace.TraceError) as caught:
-        chrome_format.read(file)
+    with pytest.raises(TraceError) as caught:
+        merge.read(file)
     assert message in str(caught.value)
     assert str(file) in str(caught.value)
 
@@ -387,7 +385,7 @@ def test_a_place_that_cannot_be_written_is_found_out_first(
     flags = ["-m", TOY, "--trace", str(tmp_path / "file" / "t.json"), "-o", str(folder)]
     assert eval_sim.main([*EVALUATION, *flags]) == eval_sim.BAD_INPUT
     assert "--trace: " in capsys.readouterr().err
-    with pytest.raises(trace.TraceError, match="is a folder"), trace.tracing(tmp_path, "test"):
+    with pytest.raises(TraceError, match="is a folder"), trace.tracing(tmp_path, "test"):
         pass
 
 

@@ -1,0 +1,165 @@
+"""``python -m runtime.trace``: several traces of one host, checked and put on one time line."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import math
+import sys
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from policies.command_line import CommandLine
+from runtime.trace.buffer import TraceError
+from runtime.trace.chrome_format import Event, save
+
+
+def read(path: Path) -> dict[str, Any]:
+    """A trace file, checked.
+
+    Raises:
+        TraceError: It is none; says where.
+    """
+    try:
+        trace = json.loads(path.read_text(encoding="utf-8"))
+        check(trace)
+    except (OSError, UnicodeDecodeError, json.JSONDecodeError, TraceError) as error:
+        raise TraceError(f"{path}: {error}") from error
+    return dict(trace)
+
+
+def check(trace: Any) -> None:
+    """Whether Perfetto and Chrome will take it: the fields that each kind of event needs.
+
+    Raises:
+        TraceError: They will not; names event, got and expected.
+    """
+    if not isinstance(trace, dict) or not isinstance(trace.get("traceEvents"), list):
+        raise TraceError("got no traceEvents, expected an object with a list of them")
+    open_parts: dict[tuple[Any, ...], int] = {}
+    for index, event in enumerate(trace["traceEvents"]):
+        if not isinstance(event, dict):
+            raise TraceError(f"event {index}: got {event!r:.80}, expected an object")
+        ph = event.get("ph")
+        needs = {**_ALL, **_NEEDS[ph]} if ph in _NEEDS else None
+        if needs is None:
+            raise TraceError(f"event {index}: ph: got {ph!r}, expected one of {sorted(_NEEDS)}")
+        for field, (holds, expected) in needs.items():
+            if not holds(event.get(field)):
+                raise TraceError(
+                    f"event {index} ({event.get('name')!r}, ph {ph}): {field}: got "
+                    f"{event.get(field)!r:.80}, expected {expected}"
+                )
+        if ph in ("b", "e"):
+            key = (event["pid"], event["id2"]["local"], event["name"])
+            open_parts[key] = open_parts.get(key, 0) + (1 if ph == "b" else -1)
+    for (_, part, name), balance in open_parts.items():
+        if balance:
+            raise TraceError(f"{name!r} of {part}: got {balance:+d} b than e, expected as many")
+
+
+def _is_text(value: Any) -> bool:
+    return isinstance(value, str) and bool(value)
+
+
+def _is_time(value: Any) -> bool:
+    return type(value) in (int, float) and math.isfinite(value) and value >= 0
+
+
+def _is_number(value: Any) -> bool:
+    return type(value) is int and 0 <= value < 1 << 32
+
+
+Need = tuple[Callable[[Any], bool], str]
+_TIME: Need = (_is_time, "microseconds, 0 or more")
+_ALL: dict[str, Need] = {
+    "name": (_is_text, "a text"),
+    "pid": (_is_number, "a process"),
+    "tid": (_is_number, "a thread"),
+    "ts": _TIME,
+}
+_FLOW: dict[str, Need] = {"id": (_is_text, "a text"), "cat": (_is_text, "a text")}
+_END: dict[str, Need] = {**_FLOW, "bp": (lambda value: value == "e", "'e'")}
+_PART: dict[str, Need] = {
+    "cat": (_is_text, "a text"),
+    "id2": (lambda v: isinstance(v, dict) and _is_text(v.get("local")), "{'local': a text}"),
+}
+_NEEDS: Mapping[Any, dict[str, Need]] = {
+    "X": {"dur": _TIME},
+    "i": {"s": (lambda value: value in ("t", "p", "g"), "'t', 'p' or 'g'")},
+    "C": {
+        "args": (
+            lambda v: isinstance(v, dict) and all(type(x) in (int, float) for x in v.values()),
+            "numbers by name",
+        )
+    },
+    "M": {
+        "name": (lambda v: v in ("process_name", "thread_name"), "process_name or thread_name"),
+        "args": (lambda v: isinstance(v, dict) and _is_text(v.get("name")), "{'name': a text}"),
+    },
+    "b": _PART,
+    "e": _PART,
+    "s": _FLOW,
+    "t": _END,
+    "f": _END,
+}
+
+
+def merge(paths: Sequence[Path], out: Path) -> None:
+    """Put traces of one host on one time line.
+
+    Raises:
+        TraceError: One is no trace of ours, or of another clock than the first.
+        OSError: ``out`` cannot be written.
+    """
+    merged: list[Event] = []
+    about: list[Mapping[str, Any]] = []
+    pids: set[int] = set()
+    for path in paths:
+        trace = read(path)
+        other = trace.get("otherData")
+        if not isinstance(other, dict) or "clock_id" not in other:
+            raise TraceError(f"{path}: otherData.clock_id: got nothing, expected whose clock it is")
+        if about and other["clock_id"] != about[0]["clock_id"]:
+            raise TraceError(
+                f"{path}: got the clock of {other.get('host')} ({other['clock_id']}), expected "
+                f"that of {about[0].get('host')} ({about[0]['clock_id']}) as in {paths[0]}: two "
+                "hosts' clocks, or one's before and after a boot, have no common time"
+            )
+        renamed = _apart({event["pid"] for event in trace["traceEvents"]}, pids)
+        merged += ({**event, "pid": renamed[event["pid"]]} for event in trace["traceEvents"])
+        about.append(other)
+    merged.sort(key=lambda event: (event["ph"] != "M", event["ts"]))
+    whole = {name: about[0].get(name) for name in ("host", "clock", "clock_id")}
+    dropped = sum(int(other.get("dropped", 0)) for other in about)
+    save(out, merged, {**whole, "dropped": dropped, "merged": about})
+
+
+def _apart(theirs: set[int], taken: set[int]) -> dict[int, int]:
+    """Numbers for processes: their own, but where another container's has that already."""
+    renamed = {}
+    for pid in sorted(theirs):
+        renamed[pid] = pid if pid not in taken else max(taken | theirs) + 1
+        taken.add(renamed[pid])
+    return renamed
+
+
+def parser() -> argparse.ArgumentParser:
+    cli = CommandLine(
+        prog="python -m runtime.trace", description="Put traces of one host on one time line."
+    )
+    cli.add_argument("traces", nargs="+", type=Path, metavar="TRACE", help="files of --trace")
+    cli.add_argument("-o", "--out", type=Path, required=True, help="for ui.perfetto.dev")
+    return cli
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """``python -m runtime.trace``. Returns the exit status."""
+    args = parser().parse_args(argv)
+    try:
+        merge(args.traces, args.out)
+    except (TraceError, OSError) as error:
+        sys.stderr.write(f"error: {error}\n")
+        return 2
+    return 0
