@@ -70,9 +70,6 @@ CLIENT_CLOSE = [
     Point("shm.channel", "ShmChannel._close", 4),
     Point("shm.segment", "Parts.close", 2),
 ]
-    Point("shm.channel", "ShmChannel._close", 4),
-    Point("shm.segment", "Parts.close", 2),
-]
 SERVER_HANDSHAKE = [
     Point("shm.segment", "Segment._lock", 1),
     Point("shm.segment", "Segment._lock", 0),

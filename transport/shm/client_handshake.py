@@ -24,8 +24,6 @@ _ANSWER_BYTES = 256
 def client_handshake(
     offer: ShmOffer, epoch: bytes, mine: Schema, theirs: Schema, *, timeout_s: float
 ) -> Parts:
-    offer: ShmOffer, epoch: bytes, mine: Schema, theirs: Schema, *, timeout_s: float
-) -> Parts:
     """Take up ``offer``.
 
     Raises:
