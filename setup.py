@@ -50,7 +50,8 @@ setup(
         # Data, found beside the packages by policies.yaml_config.
         *find_namespace_packages(include=["configs", "configs.*"]),
     ],
-    package_data={"": ["*.yaml"]},
+    package_data={"": ["*.yaml", "py.typed"]},
+    entry_points={"console_scripts": ["metronome = runtime.__main__:console"]},
     install_requires=["numpy>=1.26", "numba>=0.59", "posix_ipc>=1.1", "pyzmq>=26", "pyyaml>=6"],
     extras_require={
         "server": SERVER,

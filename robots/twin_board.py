@@ -19,9 +19,9 @@ from numpy.typing import NDArray
 JOINT_SLOTS, FRAME_SLOTS = 256, 4
 PAGE = 4096
 WATCHING = 0
-"""Word of the head: how many connections look at pictures. With none, none are rendered."""
+"""In the head: how many connections look at pictures. With none, none are rendered."""
 REFUSED_SINCE = 1
-"""Word of the head: since when no command reaches the device, our monotonic clock in ns; or 0."""
+"""In the head: since when no command reaches the device, our monotonic clock in ns; or 0."""
 FIRST_STREAM = 8
 WORDS_PER_LINE = 8
 

@@ -212,7 +212,7 @@ def make_run_config(
         found: Overrides by which the robot's companion is found.
 
     Raises:
-        Unfit: Nobody says how fast the policy is to be played.
+        Incompatible: Nobody says how fast the policy is to be played.
         ValueError: A strategy that cannot be.
     """
     args = evaluation.args

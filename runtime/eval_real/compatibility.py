@@ -31,7 +31,7 @@ def check_compatible(config: RunConfig, robot: Robot) -> None:
     """Compare the policy's contract and the mission's rates with the robot.
 
     Raises:
-        Unfit, ValueError: The first thing that does not fit.
+        Incompatible, ValueError: The first thing that does not fit.
     """
     policy, robot_limits = config.contract, robot.contract
     _equal("action_dim", policy.action_dim, robot_limits.action_dim, robot)

@@ -178,7 +178,7 @@ class WorkerProcess:
             tell: Called with a line every few seconds that it takes.
 
         Raises:
-            MemberFailed: It failed, ended, or took longer.
+            WorkerProcessFailed: It failed, ended, or took longer.
         """
         said = None
         began_s = time.monotonic()

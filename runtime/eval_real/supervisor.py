@@ -38,7 +38,7 @@ class Supervisor:
         realtime: What the control process could have of the kernel, in words.
 
     Raises:
-        MemberFailed: One did not come up; says why. Nothing has moved.
+        WorkerProcessFailed: One did not come up; says why. Nothing has moved.
     """
 
     def __init__(self, config: RunConfig, robot: Robot, tell: Callable[[str], None]) -> None:
@@ -178,7 +178,7 @@ class Supervisor:
             address: Of the server that is to be asked from now on, where that has changed.
 
         Raises:
-            MemberFailed: A successor did not come up, or the server is still lost.
+            WorkerProcessFailed: A successor did not come up, or the server is still lost.
         """
         if self._control is not None and not (self._control.alive and self._guardian_alive):
             self._start_control()

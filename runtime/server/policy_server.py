@@ -277,10 +277,3 @@ class PolicyServer:
         if order is None:
             raise Refused("command", repr(command)[:80], f"one of {sorted(self._orders)}")
         return order(arguments, peer)
-
-
-if __name__ == "__main__":
-    from policies.console import run_command
-    from runtime.server.cli import main
-
-    raise SystemExit(run_command(main))

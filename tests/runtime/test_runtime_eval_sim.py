@@ -128,8 +128,8 @@ def test_a_process_that_dies_keeps_the_finished_episodes(
 
 def test_a_private_server_does_not_outlive_its_parent() -> None:
     code = (
-        "from runtime.server.server_process import ServerChild; import os, signal\n"
-        f"child = ServerChild(['-m', {TOY!r}])\n"
+        "from runtime.server.server_process import ServerProcess; import os, signal\n"
+        f"child = ServerProcess(['-m', {TOY!r}])\n"
         "print(child.address, flush=True)\n"
         "os.kill(os.getpid(), signal.SIGKILL)\n"
     )
