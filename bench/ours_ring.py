@@ -23,7 +23,7 @@ from transport.channel import Kind
 from transport.shm import ring_kernels
 from transport.shm.atomics import load, pause, store
 from transport.shm.ring import RingReader, RingWriter
-from transport.shm.segment import Mapping
+from transport.shm.segment import Mapping, create_anonymous
 from transport.shm.segment_layout import SegmentLayout
 
 _EPOCH = bytes(range(16))
@@ -81,8 +81,7 @@ class Ring:
 
     @staticmethod
     def _segment(link: Connection, layout: SegmentLayout) -> Mapping:
-        fd = os.memfd_create("ring")
-        os.ftruncate(fd, layout.nbytes)
+        fd = create_anonymous("ring", layout.nbytes)
         # Both sides of the benchmark are ours: the second mapping need not be read-only here.
         mapping = Mapping(fd, layout.nbytes, writable=True)
         send_handle(link, fd, os.getpid())

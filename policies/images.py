@@ -186,10 +186,10 @@ def _resizer() -> Callable[..., Any]:
     """``_resize_impl``, compiled."""
     from numba import types
 
-    from policies.compiled import compiled
+    from transport.jit import compiled
 
     picture = types.Array(types.uint8, 3, "C", readonly=True)
     firsts = types.Array(types.int32, 1, "C", readonly=True)
     weights = types.Array(types.int32, 2, "C", readonly=True)
     given = (picture, firsts, weights, firsts, weights, types.uint8[:, :, ::1])
-    return compiled(types.void(*given), _resize_impl)
+    return compiled(types.void(*given), nogil=True)(_resize_impl)

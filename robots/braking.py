@@ -18,7 +18,7 @@ import math
 
 import numpy as np
 
-from policies.compiled import compiled, inlined
+from transport.jit import compiled, inlined
 
 POSITION, VELOCITY, ACCELERATION = 0, 1, 2
 """Rows of the clamp counts."""
@@ -161,7 +161,7 @@ def _brake_impl(  # noqa: PLR0917 - numba takes arrays, not objects
     return rested
 
 
-limit = compiled(
-    "i8(f8[::1], f8[:,::1], f4[:,::1], b1[::1], f8, f8[:,::1], f4[::1], i8[:,::1])", _limit_impl
+limit = compiled("i8(f8[::1], f8[:,::1], f4[:,::1], b1[::1], f8, f8[:,::1], f4[::1], i8[:,::1])")(
+    _limit_impl
 )
-brake = compiled("i8(f8[:,::1], f4[:,::1], b1[::1], f8, f8[:,::1], f4[::1])", _brake_impl)
+brake = compiled("i8(f8[:,::1], f4[:,::1], b1[::1], f8, f8[:,::1], f4[::1])")(_brake_impl)

@@ -1,4 +1,8 @@
-"""Which messages a reader holds, and how far its writer may go. The arithmetic of every ring.
+"""Which messages a reader holds, and how far its writer may go.
+
+The ZMQ channel and the one within a process use this. The shared-memory ring follows the same rules
+in compiled code, on words that processes share: ``take`` and ``release`` of
+``transport.shm.ring_kernels``.
 
 Sequence numbers count messages from 0 and never wrap (2**63 of them outlast the machine).
 ``tail <= held sequences < cursor <= tail + slots``: the writer may use the slot of sequence ``s``

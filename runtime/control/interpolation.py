@@ -13,7 +13,7 @@ from typing import Literal, get_args
 import numpy as np
 from numpy.typing import NDArray
 
-from policies.compiled import compiled, inlined
+from transport.jit import compiled, inlined
 
 Curve = Literal["linear", "pchip"]
 
@@ -166,7 +166,7 @@ def _interpolate_impl(points: np.ndarray, at: float, kinds: np.ndarray, out: np.
             _slerp(points[1, dimension:stop], points[2, dimension:stop], at, out[dimension:stop])
 
 
-_interpolate = compiled("void(f8[:,::1], f8, i8[::1], f8[::1])", _interpolate_impl)
+_interpolate = compiled("void(f8[:,::1], f8, i8[::1], f8[::1])")(_interpolate_impl)
 
 
 class Interpolator:

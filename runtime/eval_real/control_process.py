@@ -33,7 +33,7 @@ from runtime.eval_real.run_config import RobotLimits, RunConfig
 from runtime.eval_real.shared_state import SharedState, decode_order, get_text, put_text, read_chunk
 from runtime.stats import RequestLatency
 from runtime.trace import recorder as trace
-from transport.shm.latest_value import Views
+from transport.channel import Arrays
 
 logger = logging.getLogger(__name__)
 
@@ -250,7 +250,7 @@ class Control:
                 self._take(views)
             self._chunks.release()
 
-    def _take(self, views: Views) -> None:
+    def _take(self, views: Arrays) -> None:
         chunk = read_chunk(views)
         now_ns = time.monotonic_ns()
         self._latency.add(now_ns - chunk.t_capture_ns)
@@ -298,7 +298,7 @@ class Control:
             views["stamp_ns"][...], views["received_ns"][...] = sample.stamp_ns, sample.received_ns
             self._joints.publish()
 
-    def _intend(self, advance: int, command: NDArray[np.float32], *, played: bool) -> Views:
+    def _intend(self, advance: int, command: NDArray[np.float32], *, played: bool) -> Arrays:
         """Write down what is about to be sent, and from which inputs.
 
         Before it is sent: a successor sends it again, which changes nothing if it was sent.
@@ -319,7 +319,7 @@ class Control:
         self._commands.publish()
         return views
 
-    def _record(self, intent: Views, sent_ns: int) -> None:
+    def _record(self, intent: Arrays, sent_ns: int) -> None:
         self._row += 1
         self._signals = Signal.NONE
         views = self._ticks.claim()

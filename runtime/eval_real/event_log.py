@@ -6,7 +6,7 @@ import logging
 import time
 
 from runtime.eval_real.shared_state import put_text
-from transport.shm.latest_value import QueueWriter
+from transport.shm.spsc_queue import QueueWriter
 
 ORPHAN_HOLD_S = 1.0
 """How long the pose is commanded on after a stop when there is no parent any more."""

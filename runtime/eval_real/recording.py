@@ -31,7 +31,7 @@ from policies.types import STAGES, ActionChunk
 from runtime.eval_real.phases import Signal
 from runtime.eval_real.run_config import RobotLimits, RunConfig
 from runtime.evaluation.results import write_arrays, write_whole
-from transport.shm.latest_value import QueueReader
+from transport.shm.spsc_queue import QueueReader
 
 FORMAT = 3
 

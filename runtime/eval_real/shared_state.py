@@ -17,7 +17,6 @@ The segment has no name: no death of anybody can leak it.
 
 from __future__ import annotations
 
-import os
 from dataclasses import dataclass
 
 import numpy as np
@@ -25,19 +24,12 @@ from numpy.typing import NDArray
 
 from policies.types import STAGES, ActionChunk
 from runtime.eval_real.phases import Order
+from transport.channel import Arrays
 from transport.schema import ArraySpec, Schema
-from transport.shm.latest_value import (
-    LATEST_SLOTS,
-    LINE,
-    AtomicInt64,
-    LatestReader,
-    LatestWriter,
-    QueueReader,
-    QueueWriter,
-    Views,
-    slots_nbytes,
-)
-from transport.shm.segment import Mapping
+from transport.shm.atomics import CACHE_LINES, AtomicInt64
+from transport.shm.latest_value import LatestValueReader, LatestValueWriter, latest_value_nbytes
+from transport.shm.segment import Mapping, create_anonymous
+from transport.shm.spsc_queue import QueueReader, QueueWriter, queue_nbytes
 
 TEXT_BYTES = 240
 CHUNKS, ACCEPTED, JOINTS, TICKS, EVENTS = 16, 64, 256, 2048, 64
@@ -107,11 +99,11 @@ class SharedStateLayout:
         self.offsets: dict[str, int] = {}
         end = 0
         for word in ("order", "guardian_beat"):
-            self.offsets[word], end = end, end + LINE
+            self.offsets[word], end = end, end + CACHE_LINES
         for name, schema in self.latest.items():
-            self.offsets[name], end = end, end + slots_nbytes(schema, LATEST_SLOTS)
+            self.offsets[name], end = end, end + latest_value_nbytes(schema)
         for name, (schema, count) in self.queues.items():
-            self.offsets[name], end = end, end + slots_nbytes(schema, count)
+            self.offsets[name], end = end, end + queue_nbytes(schema, count)
         self.nbytes = end
 
 
@@ -121,13 +113,7 @@ def create_segment(dims: Dims) -> int:
     Raises:
         OSError: There is not that much memory.
     """
-    fd = os.memfd_create("metronome-mailbox", os.MFD_CLOEXEC)
-    try:
-        os.posix_fallocate(fd, 0, SharedStateLayout(dims).nbytes)
-    except BaseException:
-        os.close(fd)
-        raise
-    return fd
+    return create_anonymous("metronome-mailbox", SharedStateLayout(dims).nbytes)
 
 
 class SharedState:
@@ -138,24 +124,25 @@ class SharedState:
         dims: Those it was made with.
 
     Raises:
-        ValueError: The segment is not of this size.
+        ProtocolError: The segment is not of this size.
     """
 
     def __init__(self, fd: int, dims: Dims) -> None:
         self.dims = dims
         self._layout = SharedStateLayout(dims)
-        nbytes = os.fstat(fd).st_size
-        if nbytes != self._layout.nbytes:
-            raise ValueError(f"mailbox: got {nbytes} bytes, expected {self._layout.nbytes}")
-        self._memory = Mapping(fd, nbytes, writable=True)
+        self._memory = Mapping(fd, self._layout.nbytes, writable=True)
         self.order = AtomicInt64(self._memory, self._layout.offsets["order"])
         self.watchdog_beat = AtomicInt64(self._memory, self._layout.offsets["guardian_beat"])
 
-    def latest_writer(self, name: str) -> LatestWriter:
-        return LatestWriter(self._memory, self._layout.offsets[name], self._layout.latest[name])
+    def latest_writer(self, name: str) -> LatestValueWriter:
+        return LatestValueWriter(
+            self._memory, self._layout.offsets[name], self._layout.latest[name]
+        )
 
-    def latest_reader(self, name: str) -> LatestReader:
-        return LatestReader(self._memory, self._layout.offsets[name], self._layout.latest[name])
+    def latest_reader(self, name: str) -> LatestValueReader:
+        return LatestValueReader(
+            self._memory, self._layout.offsets[name], self._layout.latest[name]
+        )
 
     def queue_writer(self, name: str) -> QueueWriter:
         return QueueWriter(self._memory, self._layout.offsets[name], *self._layout.queues[name])
@@ -195,7 +182,7 @@ def get_text(view: NDArray[np.uint8]) -> str:
     return view.tobytes().rstrip(b"\0").decode(errors="replace")
 
 
-def write_chunk(chunk: ActionChunk, attempt: int, ask: int, views: Views) -> None:
+def write_chunk(chunk: ActionChunk, attempt: int, ask: int, views: Arrays) -> None:
     """Copy ``chunk`` into a message of the mailbox."""
     count = len(chunk)
     views["actions"][:count] = chunk.actions
@@ -207,7 +194,7 @@ def write_chunk(chunk: ActionChunk, attempt: int, ask: int, views: Views) -> Non
     views["stages_ns"][:] = [chunk.stages_ns.get(stage, 0) for stage in STAGES]
 
 
-def read_chunk(views: Views) -> ActionChunk:
+def read_chunk(views: Arrays) -> ActionChunk:
     """The chunk in the mailbox, copied out of it."""
     count = int(views["count"])
     return ActionChunk(

@@ -38,7 +38,7 @@ from runtime.eval_real.phases import MOVING, Phase, Signal
 from runtime.eval_real.processes import ParentPipe, child_main, say
 from runtime.eval_real.run_config import RunConfig
 from runtime.eval_real.shared_state import SharedState, put_text
-from transport.shm.latest_value import Views
+from transport.channel import Arrays
 
 logger = logging.getLogger(__name__)
 
@@ -175,7 +175,7 @@ class _Recorder:
         self._row: dict[str, NDArray[Any]] = {}
         self._before: dict[str, NDArray[Any]] = {}
 
-    def take_over(self, intent: Views, progress: Views) -> None:
+    def take_over(self, intent: Arrays, progress: Arrays) -> None:
         """Control is dead: from here on these are ours to write."""
         for writer in (self._ticks, self._commands, self._progress):
             writer.take_over()

@@ -38,7 +38,7 @@ class ServerStatistics:
     failed: int
     superseded: int
     late: int
-    reply_rate_limited: int
+    too_many: int
     resets: int
     refused: int
     batches: int

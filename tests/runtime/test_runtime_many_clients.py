@@ -243,7 +243,7 @@ def test_a_session_that_asks_too_often_is_told_and_others_are_not_slowed() -> No
                     told += 1
             assert told >= 20
             assert calm.infer(observation(7)).actions[0, 0] == 7
-        assert server.statistics().reply_rate_limited == told
+        assert server.statistics().too_many == told
 
 
 @pytest.mark.parametrize(

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import ast
+import os
 import re
 import threading
+from pathlib import Path
 from typing import Any
 
 import llvmlite.binding as llvm
@@ -12,6 +15,8 @@ import pytest
 from numba import njit
 
 from transport.shm import atomics, ring_kernels
+from transport.shm.atomics import AtomicInt64
+from transport.shm.segment import Mapping, create_anonymous
 
 ARM = "aarch64-unknown-linux-gnu"
 
@@ -25,6 +30,17 @@ def test_words_are_read_as_they_were_stored() -> None:
         assert atomics.spin(address, value - 1 if value > -(2**62) else 0, 10) == value
     assert atomics.spin(address, -1, 1000) == -1
     assert words[0] == words[2] == 0
+
+
+def test_an_atomic_integer_keeps_its_value_and_keeps_its_memory_mapped() -> None:
+    fd = create_anonymous("test", 4096)
+    memory, seen = Mapping(fd, 4096, writable=True), Mapping(fd, 4096, writable=False)
+    os.close(fd)
+    AtomicInt64(memory, 128).store(-7)
+    value = AtomicInt64(seen, 128)
+    memory.close()
+    seen.close()
+    assert value.load() == -7
 
 
 def test_a_spinning_reader_sees_another_threads_store() -> None:
@@ -71,8 +87,10 @@ def arm_instructions(function: Any) -> list[str]:
         (atomics.load_acquire, {"ldar|ldapr"}),
         (atomics.store_release, {"stlr"}),
         (atomics.spin, {"ldar|ldapr", "isb"}),
+        (ring_kernels.claim, {"ldar|ldapr"}),
         (ring_kernels.publish, {"stlr", "dmb"}),
         (ring_kernels.take, {"ldar|ldapr"}),
+        (ring_kernels.release, {"stlr"}),
         (ring_kernels.fall_asleep, {"stlr", "dmb", "ldar|ldapr"}),
     ],
     ids=lambda value: getattr(value, "__name__", ""),
@@ -93,3 +111,36 @@ def test_a_publisher_on_arm_looks_for_a_sleeper_only_after_its_fence() -> None:
     fence = sleeper.index("dmb")
     assert sleeper[fence - 1] == "stlr"
     assert set(sleeper[fence + 1 :]) & {"ldar", "ldapr"}
+
+
+def test_only_synchronization_points_order_memory_on_arm() -> None:
+    """One's own state and a header's fields are accessed by plain instructions."""
+    assert len(arm_instructions(ring_kernels.claim)) == 1  # tail
+    assert len(arm_instructions(ring_kernels.publish)) == 3  # head, fence, asleep
+    assert len(arm_instructions(ring_kernels.take)) == 3  # head, closed, head again
+    assert len(arm_instructions(ring_kernels.release)) == 1  # tail
+
+
+_MARK = re.compile(r"# SYNC POINT: pairs with ([\w.]+)\.(\w+): \w")
+
+
+def test_each_synchronization_point_is_named_by_its_pair() -> None:
+    marks = set()
+    for path in Path(ring_kernels.__file__).parent.glob("**/*.py"):
+        text = path.read_text()
+        spans = {}
+        for node in ast.parse(text).body:
+            inner = node.body if isinstance(node, ast.ClassDef) else [node]
+            prefix = f"{node.name}." if isinstance(node, ast.ClassDef) else ""
+            for each in inner:
+                if isinstance(each, ast.FunctionDef):
+                    spans[prefix + each.name] = range(each.lineno, (each.end_lineno or 0) + 1)
+        for number, line in enumerate(text.splitlines(), 1):
+            if "# SYNC POINT" in line:
+                found = _MARK.search(line)
+                assert found, f"{path.name}:{number}"
+                (function,) = (name for name, span in spans.items() if number in span)
+                marks.add((function, *found.groups()))
+    assert len(marks) >= 8
+    for function, pair, where in marks:
+        assert (pair, function, where) in marks, f"{pair} does not name {function}.{where}"

@@ -15,7 +15,7 @@ import pytest
 
 from transport.errors import ProtocolError, TransportUnavailable
 from transport.shm import segment
-from transport.shm.segment import FOLDER, Segment, create_all, sweep
+from transport.shm.segment import FOLDER, Mapping, Segment, create_all, create_anonymous, sweep
 
 
 def path_of(segment: Segment) -> Path:
@@ -77,6 +77,42 @@ def test_a_segment_of_another_length_is_refused() -> None:
     with pytest.raises(ProtocolError, match="got 4096 bytes, expected 8192"):
         Segment.open(segment.name, 8192, writable=False)
     segment.close()
+
+
+def test_an_anonymous_segment_is_zeros_reserved_and_not_inherited() -> None:
+    fd = create_anonymous("test", 100_000)
+    try:
+        status = os.fstat(fd)
+        assert status.st_size == 100_000 <= status.st_blocks * 512
+        assert not os.get_inheritable(fd)
+        mapping = Mapping(fd, 100_000, writable=False)
+        assert not mapping.bytes.any()
+        mapping.close()
+    finally:
+        os.close(fd)
+
+
+def test_an_anonymous_segment_that_does_not_fit_leaves_no_descriptor(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    def full(fd: int, offset: int, length: int) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(segment.os, "posix_fallocate", full)
+    before = len(list(Path("/proc/self/fd").iterdir()))
+    with pytest.raises(OSError, match="No space left"):
+        create_anonymous("test", 4096)
+    assert len(list(Path("/proc/self/fd").iterdir())) == before
+
+
+@pytest.mark.parametrize("nbytes", [4096, 16384])
+def test_a_descriptor_of_another_length_is_not_mapped(nbytes: int) -> None:
+    fd = create_anonymous("test", 8192)
+    try:
+        with pytest.raises(ProtocolError, match=f"segment: got 8192 bytes, expected {nbytes}"):
+            Mapping(fd, nbytes, writable=False)
+    finally:
+        os.close(fd)
 
 
 def test_a_segment_that_is_not_there() -> None:

@@ -1,11 +1,13 @@
-"""Words, latest values and queues in memory that processes share. No lock, one writer each.
+"""The newest value of something, in memory that processes share: one writer, any number of readers.
 
-Guaranteed, wherever a writer dies, even by ``kill -9`` between two instructions:
+No lock. Guaranteed, wherever the writer dies, even by ``kill -9`` between two instructions: a
+reader gets the newest value that was published whole. A value goes into a slot that nobody reads
+and becomes visible with one store; what was half written never was. The counter of published
+values is in the memory, so a successor of the writer goes on where the dead one stopped.
 
-* A ``LatestReader`` gets the newest value that was published whole. A value goes into a slot that
-  nobody reads and becomes visible with one store; what was half written never was.
-* A ``QueueReader`` gets every value that was published, once and in order. Counters live in the
-  memory, so that a successor of the writer, or of the reader, goes on where the dead one stopped.
+Readers never wait and never disturb the writer. A reader copies a slot and then looks whether the
+writer may have come round to it meanwhile; if so, the copy is dropped. This is a seqlock whose
+sequence number is that of the newest value and covers several slots.
 
 Rejected: one slot with a sequence number around it (a writer that dies inside leaves it odd for
 ever), and any lock (its owner's death would hold it).
@@ -13,164 +15,122 @@ ever), and any lock (its owner's death would hold it).
 
 from __future__ import annotations
 
-from collections.abc import Mapping as MappingType
-from typing import Any
-
 import numpy as np
 from numpy.typing import NDArray
 
-from policies.compiled import compiled
+from transport.channel import Arrays
 from transport.schema import Schema
-from transport.shm.atomics import fence, load_acquire, store_release
+from transport.shm.atomics import CACHE_LINES, AtomicInt64, full_fence
 from transport.shm.segment import Mapping
+from transport.shm.slot_array import SlotArray
 
-LINE = 128
-"""Counters are this far apart: processors fetch cache lines in pairs."""
 LATEST_SLOTS = 4
 """One visible, one being written; two more, so that a reader is overtaken only when it was held up
 for two whole publications, and then reads again."""
 
-Views = MappingType[str, NDArray[Any]]
+
+def latest_value_nbytes(schema: Schema, slots: int = LATEST_SLOTS) -> int:
+    """Bytes that a value of ``schema`` takes with its counter; a multiple of ``CACHE_LINES``."""
+    return CACHE_LINES + SlotArray.nbytes(schema, slots)
 
 
-def _fence_impl() -> None:
-    fence()
+class LatestValueWriter:
+    """Publishes the newest value. Allocates nothing per value.
 
+    Args:
+        memory: Zeros at first, mapped writable.
+        offset: Where the value's ``latest_value_nbytes`` begin.
+        slots: At least 3. Readers find ``slots - 1`` values: the newest, and those before it.
+    """
 
-_fence = compiled("void()", _fence_impl)
-
-
-class AtomicInt64:
-    """One int64 that one process writes and others read."""
-
-    NBYTES = LINE
-
-    def __init__(self, memory: Mapping, offset: int) -> None:
-        self._address = memory.address + offset
-
-    def load(self) -> int:
-        """The value, and with it everything its writer wrote before."""
-        return int(load_acquire(self._address))
-
-    def store(self, value: int) -> None:
-        store_release(self._address, value)
-
-
-class _Slots:
-    """Room for ``count`` values of ``schema``, behind two counters."""
-
-    def __init__(self, memory: Mapping, offset: int, schema: Schema, count: int) -> None:
-        self.schema, self.count = schema, count
-        self.head, self.tail = AtomicInt64(memory, offset), AtomicInt64(memory, offset + LINE)
-        stride = _stride(schema)
-        begin = offset + 2 * LINE
-        self.blocks: list[NDArray[np.uint8]] = [
-            memory.bytes[begin + i * stride : begin + i * stride + schema.nbytes]
-            for i in range(count)
-        ]
-        self.views: list[Views] = [schema.views(block, writable=True) for block in self.blocks]
-
-
-def slots_nbytes(schema: Schema, count: int) -> int:
-    """Bytes that ``count`` values of ``schema`` and their counters take; a multiple of ``LINE``."""
-    return 2 * LINE + count * _stride(schema)
-
-
-def _stride(schema: Schema) -> int:
-    return -(-max(1, schema.nbytes) // LINE) * LINE
-
-
-class LatestWriter:
-    """Publishes the newest value; older ones are forgotten. Allocates nothing per value."""
-
-    def __init__(self, memory: Mapping, offset: int, schema: Schema) -> None:
-        self._slots = _Slots(memory, offset, schema, LATEST_SLOTS)
-        self._head = self._slots.head.load()
+    def __init__(
+        self, memory: Mapping, offset: int, schema: Schema, slots: int = LATEST_SLOTS
+    ) -> None:
+        self._head = AtomicInt64(memory, offset)
+        self._slots = SlotArray(memory, offset + CACHE_LINES, schema, slots)
+        self._published = self._head.load()
 
     def take_over(self) -> None:
         """Go on where another writer, dead by now, stopped."""
-        self._head = self._slots.head.load()
+        self._published = self._head.load()
 
-    def claim(self) -> Views:
+    def claim(self) -> Arrays:
         """The next value's arrays, to be filled in wholly before ``publish``."""
-        # What is written from here on must not be seen before the last publication is.
-        _fence()
-        return self._slots.views[(self._head + 1) % LATEST_SLOTS]
+        # SYNC POINT: pairs with LatestValueReader._copy.fence: a reader that sees any of what is
+        # written from here on sees the last head as well.
+        full_fence()
+        return self._slots.views[(self._published + 1) % self._slots.count]
 
     def publish(self) -> None:
-        self._head += 1
-        self._slots.head.store(self._head)
+        """Make the claimed value the newest."""
+        self._published += 1
+        # SYNC POINT: pairs with LatestValueReader.newest.head: publishes the value's arrays.
+        self._head.store(self._published)
 
 
-class LatestReader:
-    """Copies the newest value out.
+class LatestValueReader:
+    """Copies values out.
 
     Attributes:
-        values: The copy, by name; changed by ``refresh`` alone.
+        values: The copy that ``refresh`` made, by name; changed by nothing else.
         sequence: Which value it is, counted from 1; 0 before the first.
     """
 
-    def __init__(self, memory: Mapping, offset: int, schema: Schema) -> None:
-        self._slots = _Slots(memory, offset, schema, LATEST_SLOTS)
-        self._copy = np.zeros(schema.nbytes, np.uint8)
-        self.values: Views = schema.views(self._copy)
+    def __init__(
+        self, memory: Mapping, offset: int, schema: Schema, slots: int = LATEST_SLOTS
+    ) -> None:
+        self._head = AtomicInt64(memory, offset)
+        self._slots = SlotArray(memory, offset + CACHE_LINES, schema, slots)
+        self._own = np.zeros(schema.nbytes, np.uint8)
+        self.values: Arrays = schema.views(self._own)
         self.sequence = 0
+
+    @property
+    def newest(self) -> int:
+        """Sequence of the newest value; 0 before the first."""
+        # SYNC POINT: pairs with LatestValueWriter.publish.head: the newest value is whole.
+        return self._head.load()
 
     def refresh(self) -> bool:
         """Copy the newest value, if there is one that was not seen yet; whether there was."""
-        head = self._slots.head.load()
-        if head == self.sequence:
+        newest = self.newest
+        if newest == self.sequence:
             return False
-        while True:
-            np.copyto(self._copy, self._slots.blocks[head % LATEST_SLOTS])
-            _fence()
-            newest = self._slots.head.load()
-            # The writer may be at work in slot newest + 1: ours only when that is a lap ahead.
-            if newest - head < LATEST_SLOTS - 1:
-                break
-            head = newest
-        self.sequence = head
+        while not self._copy(newest, self._own):
+            newest = self.newest
+        self.sequence = newest
         return True
 
+    def read(self) -> tuple[int, Arrays] | None:
+        """The newest value's sequence and a copy in memory of its own; None before the first."""
+        while newest := self.newest:
+            if (arrays := self._read(newest)) is not None:
+                return newest, arrays
+        return None
 
-class QueueWriter:
-    """The sending end of a queue of ``count`` values."""
+    def nearest(self, name: str, to: int) -> tuple[int, Arrays] | None:
+        """As ``read``, of that value, among those still there, whose scalar ``name`` is nearest."""
+        slots = self._slots.count
+        while newest := self.newest:
+            # The writer may be changing the column. What it changed is not found by ``_read``.
+            distances = np.abs(self._slots.column(name) - to)
+            sequences = newest - (newest - np.arange(slots)) % slots
+            there = sequences > max(0, newest - (slots - 1))
+            index = np.where(there, distances, np.iinfo(np.int64).max).argmin()
+            sequence = int(sequences[index])
+            if (arrays := self._read(sequence)) is not None:
+                return sequence, arrays
+        return None
 
-    def __init__(self, memory: Mapping, offset: int, schema: Schema, count: int) -> None:
-        self._slots = _Slots(memory, offset, schema, count)
-        self._head = self._slots.head.load()
-        self.refused = 0
+    def _read(self, sequence: int) -> Arrays | None:
+        copy = np.empty(self._slots.schema.nbytes, np.uint8)
+        return self._slots.schema.views(copy, writable=True) if self._copy(sequence, copy) else None
 
-    def take_over(self) -> None:
-        """Go on where another writer, dead by now, stopped."""
-        self._head = self._slots.head.load()
-
-    def claim(self) -> Views | None:
-        """The next value's arrays; None, and counted in ``refused``, while the queue is full."""
-        if self._head - self._slots.tail.load() >= self._slots.count:
-            self.refused += 1
-            return None
-        return self._slots.views[self._head % self._slots.count]
-
-    def publish(self) -> None:
-        self._head += 1
-        self._slots.head.store(self._head)
-
-
-class QueueReader:
-    """The receiving end."""
-
-    def __init__(self, memory: Mapping, offset: int, schema: Schema, count: int) -> None:
-        self._slots = _Slots(memory, offset, schema, count)
-        self._tail = self._slots.tail.load()
-
-    def peek(self) -> Views | None:
-        """The oldest value's arrays, valid until ``release``; None when the queue is empty."""
-        if self._slots.head.load() == self._tail:
-            return None
-        return self._slots.views[self._tail % self._slots.count]
-
-    def release(self) -> None:
-        """Give the slot of what was peeked back to the writer."""
-        self._tail += 1
-        self._slots.tail.store(self._tail)
+    def _copy(self, sequence: int, target: NDArray[np.uint8]) -> bool:
+        """Whether the value was still there when it had been copied."""
+        np.copyto(target, self._slots.blocks[sequence % self._slots.count])
+        # SYNC POINT: pairs with LatestValueWriter.claim.fence: if any of the copy is of a later
+        # value, the head before that value's is seen now.
+        full_fence()
+        # The writer may be at work in the slot behind the newest.
+        return self._head.load() - sequence < self._slots.count - 1

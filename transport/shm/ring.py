@@ -27,7 +27,6 @@ stores cost ten times as much.
 
 from __future__ import annotations
 
-from collections.abc import Mapping as Words
 from typing import Any
 
 import numpy as np
@@ -45,13 +44,12 @@ from transport.slot_views import Views
 
 
 def _state(
-    epoch: bytes, layout: SegmentLayout, schema: Schema, words: Words[int, int]
+    dtype: np.dtype[Any], own: Mapping, peer: Mapping, epoch: bytes, layout: SegmentLayout
 ) -> NDArray[Any]:
-    state = np.zeros(ring_kernels.PLACES + layout.slots, np.int64)
-    state[ring_kernels.EPOCH_0 : ring_kernels.EPOCH_1 + 1] = np.frombuffer(epoch, np.int64)
-    state[ring_kernels.SLOT_COUNT], state[ring_kernels.LENGTH] = layout.slots, schema.nbytes
-    for word, value in words.items():
-        state[word] = value
+    """What ``steps.WRITER`` and ``steps.READER`` have in common, filled in."""
+    state = np.zeros((), dtype)
+    state["own"], state["peer"], state["slots"] = own.address, peer.address, layout.slots
+    state["epoch_low"], state["epoch_high"] = np.frombuffer(epoch, np.int64)
     return state
 
 
@@ -68,16 +66,10 @@ class RingWriter:
         self._own, self._layout, self._length = own, layout, schema.nbytes
         self._closed_at = own.address + layout.closed_offset
         self._reader_asleep_at = peer.address + layout.asleep_offset
-        head_at = own.address + layout.head_offset
-        words = {
-            ring_kernels.HEAD_AT: head_at,
-            ring_kernels.TAIL_AT: peer.address + layout.tail_offset,
-            ring_kernels.HEADERS_AT: own.address + layout.header_offset(0),
-            ring_kernels.ASLEEP_AT: self._reader_asleep_at,
-            ring_kernels.COUNT: load_acquire(head_at),
-        }
-        self._words = _state(epoch, layout, schema, words)
-        self._state: int = self._words.ctypes.data
+        self._reader_tail_at = peer.address + layout.tail_offset
+        self._record = _state(ring_kernels.WRITER, own, peer, epoch, layout)
+        self._record["published"] = load_acquire(own.address + layout.head_offset)
+        self._state: int = self._record.ctypes.data
         self.reader_sleeps = False
         self._views: list[dict[str, NDArray[Any]]] = [
             schema.views(layout.payload(own.bytes, place), writable=True)
@@ -123,12 +115,13 @@ class RingWriter:
     def close(self) -> None:
         """Say that nothing will follow; let go of the memory. The mappings are the channel's."""
         if self._views:
+            # SYNC POINT: pairs with take.closed: publishes that the last head is stored.
             store_release(self._closed_at, 1)
             self._views.clear()
 
     def _bad_tail(self) -> ProtocolError:
-        tail = load_acquire(int(self._words[ring_kernels.TAIL_AT]))
-        first, last = self._words[ring_kernels.TAIL], self._words[ring_kernels.COUNT]
+        tail = load_acquire(self._reader_tail_at)
+        first, last = self._record["released"], self._record["published"]
         return ProtocolError(f"tail: got {tail}, expected {first} to {last}")
 
 
@@ -146,15 +139,9 @@ class RingReader:
         self._peer, self._layout = peer, layout
         self._head_at = peer.address + layout.head_offset
         self._asleep_at = own.address + layout.asleep_offset
-        words = {
-            ring_kernels.HEAD_AT: self._head_at,
-            ring_kernels.TAIL_AT: own.address + layout.tail_offset,
-            ring_kernels.HEADERS_AT: peer.address + layout.header_offset(0),
-            ring_kernels.ASLEEP_AT: self._asleep_at,
-            ring_kernels.CLOSED_AT: peer.address + layout.closed_offset,
-        }
-        self._words = _state(epoch, layout, schema, words)
-        self._state: int = self._words.ctypes.data
+        self._record = _state(ring_kernels.READER, own, peer, epoch, layout)
+        self._record["data_length"] = schema.nbytes
+        self._state: int = self._record.ctypes.data
         self._cursor = 0
         self._views: list[Views] = [
             Views(schema, peer.buffer, layout.payload_offset(place))
@@ -165,7 +152,7 @@ class RingReader:
 
     @property
     def unread(self) -> bool:
-        """Whether something is published that was not taken."""
+        """Whether something is published that was not taken. A hint: ``take`` synchronizes."""
         return bool(load_acquire(self._head_at) != self._cursor)
 
     def spin(self, rounds: int) -> bool:
@@ -196,7 +183,7 @@ class RingReader:
                 self.closed = found == ring_kernels.CLOSED
                 return None
             if found == ring_kernels.IMPOSSIBLE:
-                first = int(self._words[ring_kernels.TAIL]) + self._layout.slots
+                first = int(self._record["released"]) + self._layout.slots
                 raise ProtocolError(f"head: got {sequence}, expected {self._cursor} to {first}")
             if found == ring_kernels.OTHER_EPOCH:
                 self.dropped_epoch += 1
@@ -215,7 +202,7 @@ class RingReader:
         return bool(ring_kernels.fall_asleep(self._state))
 
     def wake_up(self) -> None:
-        """The writer need not ring any more."""
+        """The writer need not ring any more. Not a sync point: it may ring once too often."""
         store_release(self._asleep_at, 0)
 
     def close(self) -> None:

@@ -1,7 +1,8 @@
 """Shared-memory segments that no death can leak.
 
-A segment has a name only during a handshake. Its creator holds ``flock`` on it for that long, so
-a name of ours whose lock is free belongs to nobody alive, and ``sweep`` removes it.
+A segment of ``create_anonymous`` never has a name: processes inherit its descriptor, or are sent
+it. A ``Segment`` has a name only during a handshake. Its creator holds ``flock`` on it for that
+long, so a name of ours whose lock is free belongs to nobody alive, and ``sweep`` removes it.
 """
 
 from __future__ import annotations
@@ -39,6 +40,12 @@ _libc.mlock.argtypes = (ctypes.c_void_p, ctypes.c_size_t)
 class Mapping:
     """A mapped segment, its pages there already and, where the system allows it, kept in memory.
 
+    Args:
+        fd: The segment's; stays the caller's to close.
+
+    Raises:
+        ProtocolError: The segment is not ``nbytes`` long.
+
     Attributes:
         address: Of its first byte, page-aligned.
         bytes: (nbytes,) uint8 view, read-only where the mapping is.
@@ -46,6 +53,7 @@ class Mapping:
     """
 
     def __init__(self, fd: int, nbytes: int, *, writable: bool) -> None:
+        _check_length(fd, nbytes, "segment")
         protection = mmap.PROT_READ | (mmap.PROT_WRITE if writable else 0)
         # Populated at once, so that the first frames do not pay a page fault per 4 KiB.
         flags = mmap.MAP_SHARED | getattr(mmap, "MAP_POPULATE", 0)
@@ -116,8 +124,7 @@ class Segment:
                 if not segment._lock():
                     segment.close()
                     continue
-                # ftruncate would succeed on a full tmpfs; the first touch would then be a SIGBUS.
-                os.posix_fallocate(fd, 0, nbytes)
+                _reserve(fd, nbytes)
             except BaseException:
                 segment.close()
                 raise
@@ -135,10 +142,11 @@ class Segment:
             raise ProtocolError(f"segment name: got {name[:80]!r}, expected {_NAME.pattern}")
         fd = _open(name, 0, read_only=not writable)
         segment = cls(name, fd, nbytes, owner=False)
-        length = os.fstat(fd).st_size
-        if length != nbytes:
+        try:
+            _check_length(fd, nbytes, f"segment {name}")
+        except ProtocolError:
             segment.close()
-            raise ProtocolError(f"segment {name}: got {length} bytes, expected {nbytes}")
+            raise
         return segment
 
     def write(self, data: bytes, offset: int = 0) -> None:
@@ -166,6 +174,24 @@ class Segment:
         except BlockingIOError:
             return False
         return os.fstat(self._fd).st_nlink > 0
+
+
+def create_anonymous(label: str, nbytes: int) -> int:
+    """The descriptor of a segment of zeros without a name, its memory reserved.
+
+    Args:
+        label: What ``/proc`` shows it as.
+
+    Raises:
+        OSError: There is not that much memory.
+    """
+    fd = os.memfd_create(label, os.MFD_CLOEXEC)
+    try:
+        _reserve(fd, nbytes)
+    except BaseException:
+        os.close(fd)
+        raise
+    return fd
 
 
 def create_all(sizes: Sequence[int]) -> list[Segment]:
@@ -209,6 +235,17 @@ def sweep() -> list[str]:
         finally:
             os.close(fd)
     return removed
+
+
+def _reserve(fd: int, nbytes: int) -> None:
+    # ftruncate would succeed on a full tmpfs; the first touch would then be a SIGBUS.
+    os.posix_fallocate(fd, 0, nbytes)
+
+
+def _check_length(fd: int, nbytes: int, what: str) -> None:
+    length = os.fstat(fd).st_size
+    if length != nbytes:
+        raise ProtocolError(f"{what}: got {length} bytes, expected {nbytes}")
 
 
 def _open(name: str, flags: int, *, read_only: bool) -> int:

@@ -18,15 +18,12 @@ from transport.base import SLOTS
 from transport.channel import MAX_BODY_BYTES
 from transport.errors import ProtocolError
 from transport.schema import Schema
-from transport.shm.ring_kernels import HEADER_BYTES
+from transport.shm import ring_kernels
 
 NONCE_BYTES = 16
 _MAGIC = b"METRNM02"
 _IDENTITY = struct.Struct(f"<8s{NONCE_BYTES}sIQ")
-_LINE = 128
-"""Counters are this far apart: processors fetch cache lines in pairs."""
-_HEADERS = 1024
-PAGE = 4096
+PAGE = ring_kernels.FIRST_PAGE.itemsize
 
 
 @dataclass(frozen=True, slots=True)
@@ -35,7 +32,7 @@ class SegmentLayout:
 
     Attributes:
         payload_bytes: Room for one message's payload.
-        slots: How many messages it has room for.
+        slots: How many messages it has room for, at most ``steps.MAX_SLOTS``.
     """
 
     payload_bytes: int
@@ -49,22 +46,22 @@ class SegmentLayout:
     @property
     def head_offset(self) -> int:
         """Of the writer's count of messages it published in this segment."""
-        return _LINE
+        return ring_kernels.HEAD
 
     @property
     def tail_offset(self) -> int:
         """Of the same process' count of messages it released in the other segment."""
-        return 2 * _LINE
+        return ring_kernels.TAIL
 
     @property
     def asleep_offset(self) -> int:
         """Of the flag by which the same process says that it sleeps until its bell is rung."""
-        return 3 * _LINE
+        return ring_kernels.ASLEEP
 
     @property
     def closed_offset(self) -> int:
         """Of the flag by which the same process says that it has closed the session."""
-        return 4 * _LINE
+        return ring_kernels.CLOSED_FLAG
 
     @property
     def slot_bytes(self) -> int:
@@ -75,7 +72,7 @@ class SegmentLayout:
         return PAGE + self.slots * self.slot_bytes
 
     def header_offset(self, slot: int) -> int:
-        return _HEADERS + slot * HEADER_BYTES
+        return ring_kernels.HEADERS + slot * ring_kernels.HEADER_BYTES
 
     def payload_offset(self, slot: int) -> int:
         return PAGE + slot * self.slot_bytes

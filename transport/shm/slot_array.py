@@ -1,0 +1,52 @@
+"""Room in shared memory for several values of one schema, one after the other."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from transport.channel import Arrays
+from transport.schema import Schema
+from transport.shm.atomics import CACHE_LINES
+from transport.shm.segment import Mapping
+
+
+class SlotArray:
+    """``count`` slots, each of which holds one value of ``schema``.
+
+    Args:
+        memory: Where they are. Its views here keep it mapped.
+        offset: Of the first slot.
+
+    Attributes:
+        blocks: The bytes of each slot.
+        views: The arrays of each slot; read-only where ``memory`` is.
+    """
+
+    def __init__(self, memory: Mapping, offset: int, schema: Schema, count: int) -> None:
+        self.schema, self.count = schema, count
+        self._memory, self._offset = memory.bytes, offset
+        self._stride = _stride(schema)
+        begins = [offset + index * self._stride for index in range(count)]
+        self.blocks: list[NDArray[np.uint8]] = [
+            memory.bytes[begin : begin + schema.nbytes] for begin in begins
+        ]
+        self.views: list[Arrays] = [schema.views(block, writable=True) for block in self.blocks]
+
+    def column(self, name: str) -> NDArray[Any]:
+        """(count, ...) view of one array of every slot."""
+        spec, begin = self.schema.specs[name], self._offset + self.schema.offsets[name]
+        one = np.ndarray(spec.shape, spec.dtype, self._memory, begin)
+        shape, strides = (self.count, *spec.shape), (self._stride, *one.strides)
+        return np.ndarray(shape, spec.dtype, self._memory, begin, strides)
+
+    @staticmethod
+    def nbytes(schema: Schema, count: int) -> int:
+        """How long it is: a multiple of ``CACHE_LINES``."""
+        return count * _stride(schema)
+
+
+def _stride(schema: Schema) -> int:
+    return -(-max(1, schema.nbytes) // CACHE_LINES) * CACHE_LINES
