@@ -15,6 +15,7 @@ from transport.channel import Channel, Message
 from transport.dialer import Dialer
 from transport.handshake_messages import Welcome
 from transport.server.listener import Listener
+from transport.zeromq.malloc import keep_freed_memory
 
 _PATIENCE_S = 3600.0
 
@@ -47,6 +48,7 @@ class ChannelContestant:
         self._next: Callable[[Channel], Message] = _watch if watch else _receive
 
     def serve(self, sink: Sink, link: Connection) -> None:
+        keep_freed_memory()  # as the server's command does
         reply = sink.payload.reply
         with Listener(
             "127.0.0.1", 0, describe=dict, accept=lambda hello: Welcome(reply), **self._spin

@@ -12,6 +12,7 @@ from bench.payload import Sink, Source
 from policies.types import MetaObs
 from runtime.client import PolicyClient
 from runtime.server import PolicyServer
+from transport.zeromq.malloc import keep_freed_memory
 
 
 class PolicyContestant:
@@ -27,6 +28,7 @@ class PolicyContestant:
         self.name, self._transport, self._idle = name, transport, idle
 
     def serve(self, sink: Sink, link: Connection) -> None:
+        keep_freed_memory()  # as the server's command does
         with PolicyServer(NullPolicy(sink)) as server:
             link.send(f"127.0.0.1:{server.port}")
             server.serve()

@@ -80,11 +80,6 @@ class AlohaEnv(gymnasium.Env[Observation, NDArray[np.float32]]):
         self.observation_space = spaces.Dict(keys)
         self.action_space = spaces.Box(-1.0, 1.0, (ACTION_DIM,), np.float32)
 
-    @property
-    def renderer_name(self) -> str:
-        """What renders: ``"egl"``, ``"osmesa"`` or ``"glfw"``."""
-        return self.sim.renderer.name
-
     def reset(
         self, *, seed: int | None = None, options: dict[str, Any] | None = None
     ) -> tuple[Observation, dict[str, Any]]:

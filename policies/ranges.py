@@ -1,7 +1,7 @@
 """The range of every number that a person may give: declared once, for flags and YAML keys alike.
 
-A configuration's field declares it in its annotation, ``port: Annotated[int, PORT]``, which
-``policies.yaml_config`` checks; a flag in its type, ``type=Number(int, PORT)``.
+A configuration's field declares it in its annotation, ``port: Annotated[int, PORT_OR_ANY]``, which
+``policies.yaml_config`` checks; a flag in its type, ``type=Number(int, COUNT)``.
 """
 
 from __future__ import annotations
@@ -59,7 +59,6 @@ PERIOD_S = Range(0.0001, 100)
 """1 / ``RATE_HZ``."""
 DURATION_S = Range(0, 1_000_000, above=True)
 DURATION_S_OR_NONE = Range(0, 1_000_000)
-PORT = Range(1, 65_535)
 PORT_OR_ANY = Range(0, 65_535)
 PIXELS = Range(1, 8192)
 OFFSET = Range(0, 8191)

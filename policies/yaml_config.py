@@ -131,21 +131,6 @@ def find_config(name: str, *, kind: str) -> Path:
     )
 
 
-def dump_config(config: Any) -> str:
-    """YAML that ``load_config`` reads back as an equal ``config``, a dataclass instance."""
-    return yaml.safe_dump(_plain(config), sort_keys=False, allow_unicode=True)
-
-
-def _plain(value: Any) -> Any:
-    if dataclasses.is_dataclass(value) and not isinstance(value, type):
-        return {f.name: _plain(getattr(value, f.name)) for f in dataclasses.fields(value)}
-    if isinstance(value, Mapping):
-        return {key: _plain(item) for key, item in value.items()}
-    if isinstance(value, list | tuple):
-        return [_plain(item) for item in value]
-    return str(value) if isinstance(value, Path) else value
-
-
 def _put(raw: dict[str, Any], dotted: str, text: str, source: str) -> None:
     """Set ``dotted`` in ``raw``, copying the mappings on the way."""
     *parents, last = dotted.split(".")

@@ -88,35 +88,6 @@ class RequestLatency:
         return math.ceil(self._p99_ns / (dt_s * 1e9)) + 1
 
 
-def reach_warning(
-    *, chunk_size: int, stride: int, latency_s: float, dt_s: float, lead_ticks: int = 0
-) -> str | None:
-    """What to say before anything moves, where chunks do not reach far enough; None if they do.
-
-    No tick starves while stride + ⌈latency/dt⌉ <= chunk length (and the lead a stop needs).
-
-    Args:
-        stride: Ticks from one observation that is sent to the next.
-        latency_s: Measured.
-        lead_ticks: Ticks of the plan that must be left for a stop to follow it.
-    """
-    ticks = math.ceil(latency_s / dt_s)
-    if stride + ticks + lead_ticks <= chunk_size:
-        return None
-    longest = chunk_size - ticks - lead_ticks
-    stop = f" + {lead_ticks} for a stop" if lead_ticks else ""
-    need = f"{stride} played + {ticks} of latency ({latency_s * 1e3:.0f} ms){stop}"
-    if longest < 1:
-        return (
-            f"chunks of {chunk_size} ticks are too short: {need}; every chunk will starve. "
-            "A faster policy or longer chunks are needed"
-        )
-    return (
-        f"chunks of {chunk_size} ticks are shorter than {need}: the next one is asked for early, "
-        f"and about {longest} ticks of each are played"
-    )
-
-
 REQUEST = "request"
 """The sum of a request's stages, kept beside them."""
 

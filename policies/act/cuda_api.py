@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 from collections.abc import Callable
 from typing import Any, Protocol
 
@@ -12,8 +11,6 @@ from torch import Tensor
 WARM_UP_RUNS = 3
 """Before a capture: libraries choose kernels and allocate workspaces, which no graph may."""
 HIGH_PRIORITY = -1
-READ_ONLY, DEFAULT = 8, 0
-"""cudaHostRegisterReadOnly: what a peer wrote is mapped without the right to write."""
 
 
 class CudaApi(Protocol):
@@ -49,14 +46,6 @@ class CudaApi(Protocol):
         """Until all that was queued is done."""
         ...
 
-    def register(self, address: int, nbytes: int) -> bool:
-        """Let the device read host memory directly; False where the driver refuses."""
-        ...
-
-    def unregister(self, address: int) -> None:
-        """Undo ``register``."""
-        ...
-
 
 class TorchCuda:
     """``CudaApi`` by torch: a stream of high priority, a memory pool of its own."""
@@ -64,7 +53,6 @@ class TorchCuda:
     def __init__(self, device: torch.device) -> None:
         self.device = device
         cuda: Any = torch.cuda  # hardly typed
-        self._runtime = cuda.cudart()
         with torch.cuda.device(device):
             self._stream = cuda.Stream(device, priority=HIGH_PRIORITY)
             self._done = cuda.Event()
@@ -106,17 +94,3 @@ class TorchCuda:
     def wait(self) -> None:
         self._done.record(self._stream)
         self._done.synchronize()
-
-    def register(self, address: int, nbytes: int) -> bool:
-        with torch.cuda.device(self.device):
-            for flags in (READ_ONLY, DEFAULT):
-                if int(self._runtime.cudaHostRegister(address, nbytes, flags)) == 0:
-                    return True
-                # The runtime keeps the refusal and would report it at the next launch: ask here.
-                with contextlib.suppress(RuntimeError):
-                    torch.zeros(1, device=self.device)
-        return False
-
-    def unregister(self, address: int) -> None:
-        with torch.cuda.device(self.device):
-            self._runtime.cudaHostUnregister(address)

@@ -1,14 +1,13 @@
 """The whole tick as one CUDA graph for each batch size, over buffers that never move.
 
 A graph takes normalized states from pinned memory and pictures on the device, and leaves actions in
-physical units in pinned memory. Per request that is: copies of the pictures, one launch, one wait.
+physical units in pinned memory. Per observation that is one copy of its pictures; per batch, one
+launch and one wait.
 """
 
 from __future__ import annotations
 
 import functools
-import logging
-import threading
 from collections.abc import Sequence
 
 import numpy as np
@@ -19,10 +18,7 @@ from policies.act.cuda_api import CudaApi
 from policies.act.engine import MAX_BATCH, EngineUnavailable, Frames
 from policies.act.fused import FusedAct
 from policies.act.hardware import DTYPES
-from policies.act.views import nominally_writable
 from policies.errors import InferenceError
-
-logger = logging.getLogger(__name__)
 
 SIZES = (1, 2, 4, MAX_BATCH)
 """A batch of 3 is computed as 4: padding costs less than a graph for every number."""
@@ -51,8 +47,6 @@ class CudaGraphEngine:
         self.name = f"cuda-graph, torch {torch.__version__}"
         self.device, self.precision, self.sizes = str(api.device), precision, sizes
         self._api = api
-        self._registered: tuple[tuple[int, int], ...] = ()
-        self._registering = threading.Lock()
         largest = sizes[-1]
         pictures = (largest, config.n_cameras, *config.image_hw, 3)
         states = (largest, config.state_dim)
@@ -84,8 +78,10 @@ class CudaGraphEngine:
         """As ``Engine``.
 
         Raises:
-            InferenceError: The device failed, or an action is NaN or infinite. Every value passes
-                through a layer-norm behind it, which makes NaN of an infinity: none is hidden.
+            InferenceError: The device failed; or, at fp16, an action is NaN or infinite, because a
+                value had no number in fp16. Every value passes through a layer-norm behind it,
+                which makes NaN of an infinity: none is hidden. At other precisions NaN and
+                infinity are the caller's to look for; ``ActPolicy`` does at any.
             ValueError: More observations than the largest size.
         """
         if not 0 < len(batch) <= self.sizes[-1]:
@@ -108,26 +104,7 @@ class CudaGraphEngine:
             )
         return actions
 
-    def register_host(self, address: int, nbytes: int) -> bool:
-        """As ``Engine``; for one thread at a time, beside the one that runs."""
-        with self._registering:
-            if not self._api.register(address, nbytes):
-                logger.info("%s: memory not registered; pictures are copied once more", self.name)
-                return False
-            self._registered = (*self._registered, (address, address + nbytes))
-            return True
-
-    def unregister_host(self, address: int) -> None:
-        """As ``Engine``; no ``run`` may be reading that memory."""
-        with self._registering:
-            kept = tuple(range_ for range_ in self._registered if range_[0] != address)
-            if len(kept) != len(self._registered):
-                self._registered = kept
-                self._api.unregister(address)
-
     def close(self) -> None:
-        for start, _ in self._registered:
-            self.unregister_host(start)
         self._graphs = {}
 
     def _step(self, size: int) -> None:
@@ -141,28 +118,7 @@ class CudaGraphEngine:
         staging = self._staging[slot]
         if frames.state is not staging.state:
             np.copyto(staging.state, frames.state)
-        direct = 0
-        for camera, (image, pinned) in enumerate(zip(frames.images, staging.images, strict=True)):
-            if image is pinned:
-                continue
-            if self._is_registered(image):
-                source = torch.from_numpy(nominally_writable(image))
-                self._api.copy(self._images[slot, camera], source)
-                direct += 1
-            else:
+        for image, pinned in zip(frames.images, staging.images, strict=True):
+            if image is not pinned:
                 np.copyto(pinned, image)
-        if direct == 0:
-            self._api.copy(self._images[slot], self._host_images[slot])
-        elif direct < len(staging.images):
-            for camera, (image, pinned) in enumerate(
-                zip(frames.images, staging.images, strict=True)
-            ):
-                if image is pinned or not self._is_registered(image):
-                    self._api.copy(self._images[slot, camera], self._host_images[slot, camera])
-
-    def _is_registered(self, image: NDArray[np.uint8]) -> bool:
-        if not self._registered or not image.flags.c_contiguous:
-            return False
-        start = image.ctypes.data
-        end = start + image.nbytes
-        return any(first <= start and end <= last for first, last in self._registered)
+        self._api.copy(self._images[slot], self._host_images[slot])

@@ -104,25 +104,13 @@ class Engine(Protocol):
         """
         ...
 
-    def register_host(self, address: int, nbytes: int) -> bool:
-        """Let the device read pictures in this memory where they lie, e.g. a mapped segment.
-
-        Slow, and not for the request path. False where it changes nothing: on a CPU, or where the
-        driver refused.
-        """
-        ...
-
-    def unregister_host(self, address: int) -> None:
-        """Before that memory is unmapped. Nothing happens where it was not registered."""
-        ...
-
     def close(self) -> None:
         """Release what it holds. Idempotent."""
         ...
 
 
 class HostEngine:
-    """What engines on a CPU share: arrays to write into, and memory that needs no registration."""
+    """What engines on a CPU share: arrays to write into."""
 
     sizes: tuple[int, ...] = (1,)
     exact = True
@@ -140,13 +128,6 @@ class HostEngine:
             state = np.zeros(self._config.state_dim, np.float32)
             self._staging[slot] = Frames(list(images), state)
         return self._staging[slot]
-
-    def register_host(self, address: int, nbytes: int) -> bool:
-        """False: a CPU reads everything where it lies."""
-        return False
-
-    def unregister_host(self, address: int) -> None:
-        """Nothing to undo."""
 
     def close(self) -> None:
         """Nothing is held that outlives the object."""

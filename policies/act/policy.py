@@ -102,14 +102,6 @@ class ActPolicy:
         """Whether a chunk has the same bits whatever it is computed with."""
         return self._engine.exact
 
-    def register_host(self, address: int, nbytes: int) -> bool:
-        """Let the device read pictures where they lie in this memory; see ``Engine``."""
-        return self._engine.register_host(address, nbytes)
-
-    def unregister_host(self, address: int) -> None:
-        """Before that memory is unmapped."""
-        self._engine.unregister_host(address)
-
     def reset(self) -> None:
         """Nothing to forget."""
 

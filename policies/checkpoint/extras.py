@@ -87,11 +87,9 @@ class Extras:
             )
         return None
 
-    def assumed_sizes(
-        self, image_hw: tuple[int, int] | None, *, layouts_own: bool = False
-    ) -> tuple[Assumption, ...]:
-        """What ``camera_contracts`` had to assume; ``layouts_own``: the layout says a size."""
-        if layouts_own or image_hw is not None or self.image_hw is not None or self.cameras:
+    def assumed_sizes(self, image_hw: tuple[int, int] | None) -> tuple[Assumption, ...]:
+        """What ``camera_contracts`` had to assume."""
+        if image_hw is not None or self.image_hw is not None or self.cameras:
             return ()
         height, width = DEFAULT_IMAGE_HW
         return (Assumption("picture size", f"{height}x{width}", "--image_hw"),)

@@ -6,8 +6,7 @@ Guaranteed:
   never. What a chunk says about ticks that were already emitted is discarded; that delay is
   measured by the tick counter, never estimated.
 * Chunks only get newer: one whose observation is not newer than the newest accepted is dropped and
-  counted, so a late or repeated answer cannot pull the arm back. One of another epoch, that is from
-  before the last ``reset``, is dropped and counted likewise.
+  counted, so a late or repeated answer cannot pull the arm back.
 * ``command`` allocates nothing: the plan is a ring of ticks, made once.
 
 A simulated world is commanded from here, a robot through ``runtime.control.command_stream``, which
@@ -38,7 +37,6 @@ class ExecutorStatistics:
     Attributes:
         chunks: Chunks accepted.
         dropped_stale: Chunks dropped because a newer one had been accepted.
-        dropped_epoch: Chunks dropped because they were asked for before the last ``reset``.
         discarded_actions: Actions that came after their tick.
         starved_ticks: Ticks asked for that no chunk covered; the last command was repeated, or,
             where actions are not absolute, zero was commanded.
@@ -53,7 +51,6 @@ class ExecutorStatistics:
     starved_ticks: int
     seam_jump: float
     staleness_ticks: int
-    dropped_epoch: int = 0
 
 
 class ChunkExecutor:
@@ -82,13 +79,10 @@ class ChunkExecutor:
                 f"action manager: got {strategy.name!r} for actions that are "
                 f"{contract.ctrl_type!r}, expected one without a seam to align"
             )
-        self._epoch = -1
         self.reset()
 
-    def reset(self) -> int:
-        """Forget the episode: the next tick is 0 and nothing is planned. Returns the new epoch."""
-        self._epoch += 1
-        self._dropped_epoch = 0
+    def reset(self) -> None:
+        """Forget the episode: the next tick is 0 and nothing is planned."""
         self._tick_of.fill(NEVER)
         self._count.fill(0)
         self._next_tick = 0
@@ -100,12 +94,6 @@ class ChunkExecutor:
         self._covered_to = -1
         self._chunks = self._stale = self._discarded = self._starved = self._staleness = 0
         self._seam_jump = 0.0
-        return self._epoch
-
-    @property
-    def epoch(self) -> int:
-        """How many resets there were before this one; goes with every request."""
-        return self._epoch
 
     def flush(self) -> None:
         """Drop what is planned and asked for; ticks go on. Older observations count no more."""
@@ -136,13 +124,10 @@ class ChunkExecutor:
         """Note that the observation of ``tick`` was sent."""
         self._requested = tick
 
-    def accept(
-        self, chunk: ActionChunk, *, epoch: int | None = None, at_once: bool = False
-    ) -> bool:
+    def accept(self, chunk: ActionChunk, *, at_once: bool = False) -> bool:
         """Blend ``chunk`` into the plan; False if it was dropped because it is not newer.
 
         Args:
-            epoch: The ``epoch`` at which it was asked for; None for the present one.
             at_once: It takes over at the next tick, whatever the window: the robot is not where
                 the plan says.
 
@@ -161,9 +146,6 @@ class ChunkExecutor:
             raise ValueError(
                 "chunk: got NaN or infinity among its actions, expected finite numbers"
             )
-        if epoch is not None and epoch != self._epoch:
-            self._dropped_epoch += 1
-            return False
         if chunk.obs_timestep <= self._newest_obs:
             self._stale += 1
             return False
@@ -287,5 +269,4 @@ class ChunkExecutor:
             starved_ticks=self._starved,
             seam_jump=self._seam_jump,
             staleness_ticks=self._staleness,
-            dropped_epoch=self._dropped_epoch,
         )

@@ -33,7 +33,6 @@ from robots.limits import JointLimits
 from robots.safety import ClampStatistics, MotionLimiter
 from runtime.control.blending import Strategy
 from runtime.control.chunk_executor import ChunkExecutor, ExecutorStatistics
-from runtime.control.interpolation import Interpolation
 from runtime.control.plan_sampler import PlanSampler
 
 logger = logging.getLogger(__name__)
@@ -78,7 +77,7 @@ class CommandStream:
         limits: Of the robot's actuators.
         actions: What each number of a command is; none: positions.
         ratio: Control ticks per policy tick, see ``control_ratio``.
-        interpolation: Between two policy ticks.
+        hold: Joints that step at a policy tick, where the others move on a line to the next.
         fault_after_s: How long chunks may stay away, from the first tick that slows down.
         log: Where it is said that something was latched or resumed.
 
@@ -96,7 +95,7 @@ class CommandStream:
         *,
         actions: Sequence[ActionSpec] = (),
         ratio: int = 1,
-        interpolation: Interpolation | None = None,
+        hold: Sequence[int] = (),
         fault_after_s: float = 1.0,
         log: logging.Logger = logger,
     ) -> None:
@@ -117,9 +116,7 @@ class CommandStream:
         self.executor = ChunkExecutor(contract, strategy)
         self.limiter = MotionLimiter(limits, self.period_s, actions)
         self._fault_after = max(1, math.ceil(fault_after_s / self.period_s))
-        self._playback = PlanSampler(
-            self.executor, interpolation or Interpolation(), contract.action_dim, ratio
-        )
+        self._playback = PlanSampler(self.executor, contract.action_dim, ratio, hold)
         self._worst_ticks = self.limiter.worst_ticks_to_rest()
         self.stop_lead_ticks = max(0, math.ceil((self._worst_ticks - 1) / 2 / ratio))
         """Policy ticks of the plan that the longest stop along it takes up."""
@@ -127,8 +124,8 @@ class CommandStream:
         """How long any stop takes at most, from the first command that slows down."""
         self.reset(self.limiter.command)
 
-    def reset(self, position: ArrayLike) -> int:
-        """A new episode: hold ``position``, (A,), until a chunk comes. Returns the new epoch.
+    def reset(self, position: ArrayLike) -> None:
+        """A new episode: hold ``position``, (A,), until a chunk comes.
 
         Raises:
             ValueError: Another length than A, or NaN or infinity.
@@ -141,7 +138,7 @@ class CommandStream:
         self._stops = self._faults = self._refused = self._starved_for = self._slow_ticks = 0
         self._phase = 0.0
         self._path_end = -1
-        return self.executor.reset()
+        self.executor.reset()
 
     @property
     def motion(self) -> Motion:
@@ -178,19 +175,16 @@ class CommandStream:
         """Note that the observation of control tick ``tick`` was sent."""
         self.executor.requested(tick // self.ratio)
 
-    def accept(self, chunk: ActionChunk, *, epoch: int | None = None) -> bool:
+    def accept(self, chunk: ActionChunk) -> bool:
         """Blend ``chunk`` into the plan; False if it was dropped or refused.
 
         A chunk that must not be played (NaN, infinity, a wrong shape) latches a fault.
-
-        Args:
-            epoch: What ``reset`` returned when it was asked for; None for the present one.
         """
         if self._motion is Motion.FAULT:
             self._refused += 1
             return False
         try:
-            accepted = self.executor.accept(chunk, epoch=epoch, at_once=self._aligns)
+            accepted = self.executor.accept(chunk, at_once=self._aligns)
         except ValueError as error:
             self.fail(str(error))
             return False

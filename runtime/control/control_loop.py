@@ -6,7 +6,6 @@ Guaranteed, whatever a tick costs and however late the machine wakes us:
 * Ticks are strictly increasing. One that cannot start within half a period of its deadline is
   skipped and counted as missed; so two steps never start closer than half a period. Late ticks are
   not bunched to catch up, because a robot that gets two commands at once has been given a jump.
-* A pause takes a whole number of periods: the grid of deadlines stays where it was.
 
 Rejected: sleeping dt after each tick (drifts by the tick's cost), deadline = last wake-up + dt
 (drifts by the wake-up latency), running missed ticks back to back (bunches).
@@ -29,8 +28,6 @@ Step = Callable[[int], bool | None]
 """Called with the tick; a False return ends the loop. None goes on."""
 Slack = Callable[[int], None]
 """Called with the tick after its step: work that may use up what is left of the period."""
-Idle = Callable[[], bool | None]
-"""Called once per period while the loop is paused; a False return ends the loop. None goes on."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -41,13 +38,11 @@ class LoopStatistics:
         ticks: Ticks run.
         missed_ticks: Ticks skipped because the one before them overran.
         lateness: Time at which the step had returned − its deadline, over all ticks run; seconds.
-        paused_periods: Periods spent paused; no ticks, and none missed.
     """
 
     ticks: int
     missed_ticks: int
     lateness: Percentiles
-    paused_periods: int = 0
 
 
 class ControlLoop:
@@ -72,9 +67,7 @@ class ControlLoop:
         self._lateness_ns = np.zeros(capacity, np.int64)
         self._ticks = 0
         self._missed = 0
-        self._paused_periods = 0
         self._stopping = False
-        self._paused = False
 
     @property
     def period_ns(self) -> int:
@@ -86,17 +79,11 @@ class ControlLoop:
         max_ticks: int | None = None,
         *,
         slack: Slack | None = None,
-        idle: Idle | None = None,
     ) -> None:
         """Call ``step(k)`` at t0 + k·dt, k from 0, t0 being now, and ``slack(k)`` after it.
 
-        Ends before tick ``max_ticks``, when ``step`` or ``idle`` returns False, or after
-        ``stop()``. What they raise ends the loop and is the caller's. Lateness is taken when
-        ``step`` returns.
-
-        Args:
-            idle: Called once per period instead of ``step`` while paused, where a robot wants to be
-                told to hold still. The tick does not advance.
+        Ends before tick ``max_ticks``, when ``step`` returns False, or after ``stop()``. What they
+        raise ends the loop and is the caller's. Lateness is taken when ``step`` returns.
         """
         clock, period_ns, lateness_ns = self._clock, self._period_ns, self._lateness_ns
         capacity, tolerance_ns = len(lateness_ns), period_ns // 2
@@ -106,14 +93,6 @@ class ControlLoop:
         while (max_ticks is None or tick < max_ticks) and not self._stopping:
             deadline_ns = t0_ns + tick * period_ns
             clock.wait_until_ns(deadline_ns)
-            if self._paused:
-                if idle is not None and idle() is False:
-                    break
-                late_ns = clock.now_ns() - deadline_ns
-                periods = max(1, -(-(late_ns - tolerance_ns) // period_ns))
-                self._paused_periods += periods
-                t0_ns += periods * period_ns
-                continue
             # Not of the loop's own clock, which may be anybody's.
             began_ns = time.monotonic_ns() if trace.on else 0
             going_on = step(tick)
@@ -141,21 +120,6 @@ class ControlLoop:
         """End ``run`` after the tick in progress. Safe from a signal handler or another thread."""
         self._stopping = True
 
-    def pause(self) -> None:
-        """Run no ticks from the next deadline on, until ``resume``. Safe like ``stop``.
-
-        The loop does not know what it drives: bring a robot to rest first.
-        """
-        self._paused = True
-
-    def resume(self) -> None:
-        """Go on with the tick that is next, at the next deadline. Safe like ``stop``."""
-        self._paused = False
-
-    @property
-    def paused(self) -> bool:
-        return self._paused
-
     def lateness_ns(self) -> NDArray[np.int64]:
         """Raw lateness samples, (n,) nanoseconds, the newest ``capacity`` ones, oldest first."""
         capacity = len(self._lateness_ns)
@@ -169,5 +133,4 @@ class ControlLoop:
             ticks=self._ticks,
             missed_ticks=self._missed,
             lateness=Percentiles.of(self.lateness_ns() / 1e9),
-            paused_periods=self._paused_periods,
         )

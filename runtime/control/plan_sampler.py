@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import numpy as np
 from numpy.typing import NDArray
 
 from runtime.control.blending import DEFAULT_FADE_TICKS, fade_in
 from runtime.control.chunk_executor import ChunkExecutor
-from runtime.control.interpolation import Interpolation, Interpolator
+from runtime.control.interpolation import Interpolator
 
 
 class PlanSampler:
@@ -15,19 +17,20 @@ class PlanSampler:
 
     Args:
         executor: Whose plan.
-        interpolation: Between two ticks of it.
+        action_dim: A.
         ratio: Control ticks per policy tick.
+        hold: Dimensions that step at a policy tick; the others move on a line to the next.
 
     Attributes:
         target: (A,) float64: what ``read`` found.
     """
 
     def __init__(
-        self, executor: ChunkExecutor, interpolation: Interpolation, action_dim: int, ratio: int
+        self, executor: ChunkExecutor, action_dim: int, ratio: int, hold: Sequence[int]
     ) -> None:
         self._executor = executor
         self._ratio = ratio
-        self._interpolator = Interpolator(action_dim, interpolation)
+        self._interpolator = Interpolator(action_dim, hold)
         self.target = np.zeros(action_dim)
         self._offset = np.zeros(action_dim)
         self._residual = np.zeros(action_dim)
@@ -69,10 +72,8 @@ class PlanSampler:
         Args:
             base: A tick that the plan covers; the one after it too, unless ``fraction`` is 0.
         """
-        executor, points = self._executor, self._interpolator.points
-        executor.copy_planned(base, points[1])
+        executor, between = self._executor, self._interpolator
+        executor.copy_planned(base, between.start)
         if fraction:
-            executor.copy_planned(base - 1 if executor.covers(base - 1) else base, points[0])
-            executor.copy_planned(base + 1, points[2])
-            executor.copy_planned(base + 2 if executor.covers(base + 2) else base + 1, points[3])
-        np.add(self._interpolator.at(fraction), self._residual, out=self.target)
+            executor.copy_planned(base + 1, between.end)
+        np.add(between.at(fraction), self._residual, out=self.target)

@@ -48,7 +48,6 @@ class RealtimeOptions:
             must hold a tick's work and spin. 0 leaves it.
         forbid_deep_idle: Keep the machine's CPUs out of idle states that take long to wake from,
             until closed.
-        cpus: The CPUs to run on; empty for any.
         threads: Whether the process' other threads, and those that they start, get SCHED_FIFO too,
             one priority below. For a driver with threads of its own: one of them that is kept
             from the CPU by somebody ordinary, while it holds the interpreter, keeps the loop
@@ -60,7 +59,6 @@ class RealtimeOptions:
     timer_slack_ns: int = 1
     slice_ns: int = SLICE_NS
     forbid_deep_idle: bool = True
-    cpus: frozenset[int] = frozenset()
     threads: bool = False
 
     def __post_init__(self) -> None:
@@ -79,7 +77,7 @@ UNPRIVILEGED = RealtimeOptions(priority=0, lock_memory=False, forbid_deep_idle=F
 class Realtime:
     """The options in force for the calling thread, until closed or the process ends.
 
-    Scheduling, timer slack and affinity are the thread's own: make this in the thread that runs
+    Scheduling and timer slack are the thread's own: make this in the thread that runs
     the loop. Threads and processes started later do not inherit the scheduling. A context manager.
 
     Attributes:
@@ -91,8 +89,6 @@ class Realtime:
         self._undo: list[Callable[[], None]] = []
         self.granted: tuple[str, ...] = ()
         self.refused: tuple[str, ...] = ()
-        if options.cpus:
-            self._try(f"CPU {_listed(options.cpus)}", lambda: self._affinity(options.cpus))
         if options.timer_slack_ns:
             slack_ns = options.timer_slack_ns
             self._try(f"timer slack {slack_ns} ns", lambda: _prctl_timer_slack(slack_ns))
@@ -146,11 +142,6 @@ class Realtime:
         trace: TracebackType | None,
     ) -> None:
         self.close()
-
-    def _affinity(self, cpus: frozenset[int]) -> None:
-        before = os.sched_getaffinity(0)
-        os.sched_setaffinity(0, cpus)
-        self._undo.append(lambda: os.sched_setaffinity(0, before))
 
     def _slice(self, slice_ns: int) -> None:
         _sched_slice(slice_ns)
@@ -256,7 +247,3 @@ def _check(result: int) -> None:
     if result != 0:
         number = ctypes.get_errno()
         raise OSError(number, os.strerror(number))
-
-
-def _listed(cpus: frozenset[int]) -> str:
-    return ",".join(map(str, sorted(cpus)))

@@ -19,7 +19,7 @@ from robots.factory import make_robot
 from robots.limits import JointLimits
 from runtime.control.blending import Strategy
 from runtime.control.command_stream import CommandStream
-from runtime.control.interpolation import Interpolation, control_ratio
+from runtime.control.interpolation import control_ratio
 from runtime.control.realtime import UNPRIVILEGED, RealtimeOptions
 from runtime.eval_real.motion_state_machine import MotionStateMachine
 from runtime.eval_real.shared_state import Dims
@@ -157,7 +157,7 @@ class RunConfig:
             robot_limits.limits,
             actions=robot_limits.actions,
             ratio=self.ratio,
-            interpolation=Interpolation(hold=robot_limits.grippers),
+            hold=robot_limits.grippers,
             fault_after_s=self.fault_after_s,
             **options,
         )

@@ -38,6 +38,7 @@ from runtime.eval_real.video_recorder import VideoRecorder
 from runtime.protocol.messages import check_observation_schema, observation_schema
 from runtime.trace import recorder as trace
 from transport.errors import TransportError
+from transport.zeromq.malloc import keep_freed_memory
 
 logger = logging.getLogger(__name__)
 
@@ -369,6 +370,7 @@ def _work(config: RunConfig, shared_state: SharedState, parent: ParentPipe) -> i
 
 
 def main(argv: Sequence[str] | None = None) -> int:
+    keep_freed_memory()
     return child_main("runtime.eval_real.sensing_process", _work, argv)
 
 

@@ -48,6 +48,7 @@ from runtime.options.model import ServerAddress, read_model_name
 from runtime.options.overrides import read_overrides
 from runtime.trace import recorder as trace
 from runtime.trace.buffer import TraceError
+from transport.zeromq.malloc import keep_freed_memory
 
 BAD_INPUT, LOST, INTERRUPTED = 2, 1, 130
 
@@ -167,6 +168,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     except (ConfigError, EnvError, RuntimeFault, ValueError) as error:
         print(f"error: {error}", file=sys.stderr)
         return BAD_INPUT
+    keep_freed_memory()
     signal.signal(signal.SIGTERM, signal.default_int_handler)  # ends as Ctrl-C does
     logging.basicConfig(level=args.log_level, format="%(levelname)s %(name)s: %(message)s")
     try:

@@ -42,6 +42,7 @@ from runtime.server.server_process import ServerProcess
 from runtime.trace import recorder as trace
 from transport.address import parse_address
 from transport.errors import TransportError
+from transport.zeromq.malloc import keep_freed_memory
 
 logger = logging.getLogger(__name__)
 
@@ -313,6 +314,7 @@ def _collect(workers: dict[Connection, Any]) -> Iterator[Report]:
 
 def _work(plan: Plan, seeds: tuple[int, ...], reports: Connection) -> None:
     """A worker process: its reports, then None; or the failure."""
+    keep_freed_memory()
     send: Callable[[Any], None] = reports.send
     try:
         with trace.tracing(trace.sibling(plan.trace, f"worker-{os.getpid()}"), "eval_sim worker"):

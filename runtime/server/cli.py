@@ -37,6 +37,7 @@ from runtime.trace.buffer import TraceError
 from transport.address import format_address
 from transport.errors import TransportError
 from transport.zeromq.curve import KeyFileError
+from transport.zeromq.malloc import keep_freed_memory
 
 logger = logging.getLogger(__name__)
 
@@ -133,6 +134,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     if args.stop_with_stdin:
         # A policy's code may ask: it must not read what tells of the parent's end.
         threading.Thread(target=_stop_at_end, args=(take_stdin(),), daemon=True).start()
+    keep_freed_memory()
     logging.basicConfig(
         level=args.log_level, format="%(asctime)s %(levelname)s %(name)s: %(message)s"
     )

@@ -96,11 +96,11 @@ def span(name: str, number: int = -1) -> _Span | _Nothing:
     return _Span(name, number) if on else _NOTHING
 
 
-def instant(name: str, value: int = 1) -> None:
-    """Note that something happened now, ``value`` times."""
+def instant(name: str) -> None:
+    """Note that something happened now."""
     if on:
         now_ns = time.monotonic_ns()
-        add(name, now_ns, now_ns, value=value, kind=EventKind.INSTANT)
+        add(name, now_ns, now_ns, value=1, kind=EventKind.INSTANT)
 
 
 def tick(number: int, begin_ns: int, late_ns: int, missed: int) -> None:

@@ -50,7 +50,6 @@ def test_lazy_pixels_render_only_when_asked() -> None:
     slot = np.zeros((48, 64, 3), np.uint8)
     assert env.render_camera("angle", out=slot) is slot
     assert slot.any()
-    assert env.renderer_name in ("egl", "osmesa", "glfw")
     env.close()
     env.close()
 

@@ -33,10 +33,10 @@ class FakeCuda:
 
     device = torch.device("cpu")
 
-    def __init__(self, *, capture_error=None, register=True):
-        self.capture_error, self.accepts = capture_error, register
+    def __init__(self, *, capture_error=None):
+        self.capture_error = capture_error
         self.queue, self.copied, self.replayed = [], [], []
-        self.captured, self.registered = [], {}
+        self.captured = []
         self.allocated_after_capture = 0
 
     def buffer(self, shape, dtype):
@@ -66,14 +66,6 @@ class FakeCuda:
         for work in self.queue:
             work()
         self.queue.clear()
-
-    def register(self, address, nbytes):
-        if self.accepts:
-            self.registered[address] = nbytes
-        return self.accepts
-
-    def unregister(self, address):
-        del self.registered[address]
 
 
 @pytest.fixture(scope="module")
@@ -138,58 +130,6 @@ def test_what_was_staged_is_copied_once_and_as_one(engine, api, weights):
     got = engine.run([own])
     assert api.copied == [(own.images[0].ctypes.data, sum(image.size for image in own.images))]
     np.testing.assert_allclose(got, expected(weights, 3), rtol=1e-5, atol=1e-6)
-
-
-def test_registered_memory_is_copied_from_where_it_lies(engine, api, weights):
-    segment = np.zeros(4096 + sum(image.nbytes for image in frames().images), np.uint8)
-    given = frames(seed=2)
-    offset, views = 64, []
-    for image in given.images:
-        view = segment[offset : offset + image.nbytes].reshape(image.shape)
-        view[:] = image
-        view.flags.writeable = False
-        views.append(view)
-        offset += image.nbytes
-    address = segment.ctypes.data
-    assert engine.register_host(address, segment.nbytes)
-    assert api.registered == {address: segment.nbytes}
-    got = engine.run([Frames(views, given.state)])
-    assert [pointer for pointer, _ in api.copied] == [view.ctypes.data for view in views]
-    np.testing.assert_allclose(got, expected(weights, 2), rtol=1e-5, atol=1e-6)
-    # One camera in the segment, the other anywhere.
-    api.copied.clear()
-    got = engine.run([Frames([views[0], given.images[1]], given.state)])
-    pinned = engine.staging(0).images[1].ctypes.data
-    assert [pointer for pointer, _ in api.copied] == [views[0].ctypes.data, pinned]
-    np.testing.assert_allclose(got, expected(weights, 2), rtol=1e-5, atol=1e-6)
-    engine.unregister_host(address)
-    engine.unregister_host(address)
-    assert api.registered == {}
-    api.copied.clear()
-    engine.run([Frames(views, given.state)])
-    assert [pointer for pointer, _ in api.copied] == [engine.staging(0).images[0].ctypes.data]
-
-
-def test_memory_at_the_edge_of_a_registered_range_is_not_in_it(engine, api):
-    image = frames().images[0]
-    engine.register_host(image.ctypes.data, image.nbytes - 1)
-    engine.run([frames()])
-    assert len(api.copied) == 1
-
-
-def test_a_driver_that_refuses_costs_a_copy(weights, caplog):
-    caplog.set_level(logging.INFO)
-    engine = CudaGraphEngine(fuse(weights), "fp32", FakeCuda(register=False))
-    assert not engine.register_host(4096, 4096)
-    assert "memory not registered" in caplog.text
-    engine.run([frames()])
-
-
-def test_close_gives_registered_memory_back(engine, api):
-    engine.register_host(4096, 4096)
-    engine.close()
-    engine.close()
-    assert api.registered == {}
 
 
 @pytest.mark.parametrize(
@@ -336,17 +276,12 @@ def test_real_graphs_compute_the_plain_network(weights, precision):
 
 
 @needs_gpu
-def test_real_graphs_repeat_their_bits_and_read_registered_memory(weights):
+def test_real_graphs_repeat_their_bits(weights):
     options = EngineOptions(device="cuda", engine="cuda-graph", precision="bf16")
     engine = make_engine(weights, options)
     given = frames(seed=5)
     first = engine.run([given]).copy()
     assert engine.run([given]).tobytes() == first.tobytes()
-    segment = np.concatenate([image.ravel() for image in given.images])
-    half = segment.size // 2
-    views = [part.reshape(given.images[0].shape) for part in (segment[:half], segment[half:])]
-    if engine.register_host(segment.ctypes.data, segment.nbytes):
-        assert engine.run([Frames(views, given.state)]).tobytes() == first.tobytes()
     engine.close()
 
 

@@ -211,8 +211,6 @@ def test_a_batch_is_its_observations_one_by_one(options, weights):
     assert engine.exact
     with pytest.raises(ValueError, match="slot: got 8, expected 0 to 7"):
         engine.staging(MAX_BATCH)
-    assert engine.register_host(0, 1) is False
-    engine.unregister_host(0)
     engine.close()
     engine.close()
 
@@ -555,8 +553,6 @@ def test_a_bad_observation_of_a_batch_costs_no_other(tiny):
         assert answer.obs_timestep == obs.timestep
     assert policy.infer_batch([]) == []
     assert policy.batch_sizes == (1,)
-    assert policy.register_host(0, 1) is False
-    policy.unregister_host(0)
 
 
 def test_an_engine_that_fails_fails_all_it_was_given(tiny, monkeypatch):

@@ -42,7 +42,6 @@ class Naive:
     """Everything by its definition."""
 
     strategy: Strategy
-    epoch: int = 0
     contributions: dict[int, list[float]] = field(default_factory=dict)
     value: dict[int, float] = field(default_factory=dict)
     newest: int = -1
@@ -50,8 +49,8 @@ class Naive:
     window_end: int = 0
     last: float | None = None
 
-    def accept(self, chunk: ActionChunk, epoch: int) -> bool:
-        if epoch != self.epoch or chunk.obs_timestep <= self.newest:
+    def accept(self, chunk: ActionChunk) -> bool:
+        if chunk.obs_timestep <= self.newest:
             return False
         self.newest = chunk.obs_timestep
         first = chunk.obs_timestep + chunk.first_action_offset
@@ -104,7 +103,7 @@ class Naive:
         return self.last
 
     def reset(self) -> None:
-        self.__init__(self.strategy, self.epoch + 1)
+        self.__init__(self.strategy)
 
 
 strategies = st.one_of(
@@ -126,13 +125,12 @@ strategies = st.one_of(
 
 @dataclass(frozen=True)
 class Arrival:
-    """A chunk that comes in some step: how old its observation is, and whose epoch."""
+    """A chunk that comes in some step, and how old its observation is."""
 
     age: int
     length: int
     offset: int
     values: tuple[float, ...]
-    epochs_ago: int
 
 
 arrivals = st.builds(
@@ -141,7 +139,6 @@ arrivals = st.builds(
     length=st.integers(1, T),
     offset=st.integers(0, 2),
     values=st.tuples(*[st.floats(-3, 3, width=32)] * T),
-    epochs_ago=st.sampled_from((0, 0, 0, 0, 0, 1)),
 )
 steps = st.lists(
     st.tuples(
@@ -163,7 +160,7 @@ def actions(arrival: Arrival, obs_timestep: int) -> ActionChunk:
 def test_the_executor_is_its_definition(
     strategy: Strategy, script: list[tuple[list[Arrival], float, bool]]
 ) -> None:
-    """Gaps, late and out-of-order chunks, missed ticks, other epochs, many times round the ring."""
+    """Gaps, late and out-of-order chunks, missed ticks, many times round the ring."""
     # The contract's offset is the longest in the script: it says how far the ring must reach.
     executor = ChunkExecutor(replace(CONTRACT, first_action_offset=2), strategy)
     naive = Naive(strategy)
@@ -175,8 +172,7 @@ def test_the_executor_is_its_definition(
         coming, cost, ends = next(remaining, ([], 0.0, True))
         for arrival in coming:
             chunk = actions(arrival, max(0, tick - arrival.age))
-            epoch = executor.epoch - arrival.epochs_ago
-            assert executor.accept(chunk, epoch=epoch) == naive.accept(chunk, epoch)
+            assert executor.accept(chunk) == naive.accept(chunk)
         assert executor.covers(tick) == (tick in naive.value)
         if tick in naive.value or naive.last is not None:
             expected = naive.command(tick)

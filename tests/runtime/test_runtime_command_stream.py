@@ -18,7 +18,6 @@ from robots.limits import JointLimits
 from runtime.control.blending import Strategy, make_strategy
 from runtime.control.chunk_executor import ChunkExecutor
 from runtime.control.command_stream import CommandStream, Motion
-from runtime.control.interpolation import Interpolation
 
 T, A, DT_S = 20, 2, 0.02
 CONTRACT = PolicyContract(
@@ -99,7 +98,7 @@ def test_between_two_ticks_a_line_is_followed() -> None:
 
 
 def test_a_gripper_steps_where_a_joint_glides() -> None:
-    stream = make_stream(limits(100, 1e6, 50), ratio=2, interpolation=Interpolation(hold=(1,)))
+    stream = make_stream(limits(100, 1e6, 50), ratio=2, hold=(1,))
     stream.accept(line(0.1, 0))
     got = np.array([stream.command(tick).copy() for tick in range(6)])
     np.testing.assert_allclose(got[:, 0], [0, 0.05, 0.1, 0.15, 0.2, 0.25], atol=1e-6)
@@ -138,18 +137,17 @@ scripts = st.lists(
     script=scripts,
     ratio=st.integers(1, 4),
     name=st.sampled_from(("sequential", "temporal_ensemble", "crossfade", "align_fade", "latest")),
-    curve=st.sampled_from(("linear", "pchip")),
     velocity=st.floats(0.1, 20),
     acceleration=st.floats(0.5, 200),
 )
-def test_whatever_comes_the_limits_are_kept_and_rest_is_reached_in_time(  # noqa: PLR0917
-    script, ratio: int, name: str, curve: str, velocity: float, acceleration: float
+def test_whatever_comes_the_limits_are_kept_and_rest_is_reached_in_time(
+    script, ratio: int, name: str, velocity: float, acceleration: float
 ) -> None:
     stream = make_stream(
         limits(velocity, acceleration),
         name,
         ratio=ratio,
-        interpolation=Interpolation(curve, hold=(1,)),
+        hold=(1,),
         fault_after_s=0.1,
     )
     tick = 0
@@ -347,23 +345,11 @@ def test_a_fault_before_the_first_chunk_holds_the_pose() -> None:
     assert stream.resume()
 
 
-def test_another_epochs_chunk_is_dropped() -> None:
-    stream = make_stream()
-    old = stream.executor.epoch
-    new = stream.reset(np.zeros(A))
-    assert new == old + 1
-    assert not stream.accept(line(0.01, 0), epoch=old)
-    assert stream.motion is Motion.WAITING
-    assert stream.accept(line(0.01, 0), epoch=new)
-    assert stream.statistics().executor.dropped_epoch == 1
-
-
 # cost
 
 
-@pytest.mark.parametrize("curve", ["linear", "pchip"])
-def test_a_tick_allocates_nothing_that_stays(curve: str) -> None:
-    stream = make_stream(limits(1.0, 5.0), ratio=4, interpolation=Interpolation(curve))
+def test_a_tick_allocates_nothing_that_stays() -> None:
+    stream = make_stream(limits(1.0, 5.0), ratio=4)
     period = [line(math.sin(obs) / 50, obs, start=-obs * math.sin(obs) / 50) for obs in range(400)]
     now = 0
 

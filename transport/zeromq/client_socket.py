@@ -33,7 +33,6 @@ from transport.handshake_messages import (
 from transport.schema import MAX_MESSAGE_BYTES
 from transport.zeromq import zmtp_greeting
 from transport.zeromq.curve import ClientKeys
-from transport.zeromq.malloc import keep_freed_memory
 
 HEARTBEAT_MS = 1000
 SILENCE_MS = 5000
@@ -64,7 +63,6 @@ _MECHANISM_MISMATCH = int(zmq.PROTOCOL_ERROR_ZMTP_MECHANISM_MISMATCH)
 
 def configure(socket: zmq.Socket[bytes]) -> None:
     """What both ends of every connection set, before they bind or connect."""
-    keep_freed_memory()
     socket.set(zmq.HEARTBEAT_IVL, HEARTBEAT_MS)
     socket.set(zmq.HEARTBEAT_TIMEOUT, SILENCE_MS)
     socket.set(zmq.HEARTBEAT_TTL, SILENCE_MS)

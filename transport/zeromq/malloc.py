@@ -3,6 +3,9 @@
 ZMQ allocates every frame it receives and frees it when it was read. By itself glibc gives memory of
 that size back to the kernel, and the next frame faults it in again, page by page: with pictures of
 0.9 MB a tenth of a round trip. Told to keep it, a process holds at most ``KEEP_BYTES`` more.
+
+This is a setting of the whole process, so only a command's ``main`` may ask for it. No module of
+this package does: a ``PolicyClient`` or ``PolicyServer`` in somebody's program leaves malloc alone.
 """
 
 from __future__ import annotations
