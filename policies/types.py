@@ -447,12 +447,37 @@ class Policy(Protocol):
         ...
 
 
-@runtime_checkable
-class AsyncPolicy(Protocol):
-    """A policy whose answer arrives later; ``infer`` is ``submit`` and wait."""
+class RolloutPolicy(Policy, Protocol):
+    """A policy as a rollout plays it, wherever it runs. Nobody's own policy needs to be one."""
 
     @property
-    def contract(self) -> PolicyContract: ...
+    def transport(self) -> str:
+        """How observations reach it: ``"in process"``, ``"shm"`` or ``"zmq"``."""
+        ...
+
+    @property
+    def transport_reason(self) -> str:
+        """Why so."""
+        ...
+
+    @property
+    def pictures(self) -> str:
+        """How pictures reach it, in words."""
+        ...
+
+    @property
+    def deterministic(self) -> bool:
+        """Whether the same observation gives the same bits wherever the policy runs."""
+        ...
+
+    def loan_images(self) -> Mapping[str, NDArray[np.uint8]]:
+        """Arrays by camera to render the next observation into, which saves a copy; empty where
+        there are none."""
+        ...
+
+
+class AsyncPolicy(RolloutPolicy, Protocol):
+    """A policy whose answer arrives later; ``infer`` is ``submit`` and wait."""
 
     def submit(self, obs: MetaObs) -> int:
         """Hand over an observation and return its request id. Never waits for the model."""
@@ -465,5 +490,3 @@ class AsyncPolicy(Protocol):
     def cancel(self) -> None:
         """Forget every request in flight; their answers will be dropped."""
         ...
-
-    def reset(self) -> None: ...

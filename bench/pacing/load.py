@@ -81,7 +81,7 @@ def _client(address: str) -> None:
         world.reset(0)
         timestep = 0
         while True:
-            obs = world.observe(policy.loan_images() if policy.transport else None)
+            obs = world.observe(policy.loan_images())
             obs.timestep = timestep
             chunk = policy.infer(obs)
             world.step(chunk.actions[0])

@@ -149,11 +149,6 @@ class PolicyClient:
         return self._session.pictures.description if self._session else ""
 
     @property
-    def lossy(self) -> bool:
-        """Whether what the policy sees is not quite what was sent."""
-        return self._session is not None and self._session.pictures.lossy
-
-    @property
     def deterministic(self) -> bool:
         """Whether the server grants that answers are bit-equal wherever the policy runs."""
         return self._session is not None and self._session.deterministic
@@ -206,8 +201,8 @@ class PolicyClient:
     # Requests
 
     def loan_images(self) -> Mapping[str, NDArray[np.uint8]]:
-        """Arrays by camera to render the next observation into (needs an open session): the
-        message's own, where pictures cross as they are.
+        """Arrays by camera to render the next observation into: the message's own, where pictures
+        cross as they are. Empty before the session is open.
 
         Give an observation with these very arrays to the next ``submit`` or ``infer`` and the
         pictures are not copied on the way out.
@@ -215,10 +210,11 @@ class PolicyClient:
         Raises:
             ServerLost: The server is gone.
             ServerBusy: As ``submit``.
-            ValueError: The session is not open.
         """
         self._require_server()
-        session = self._open_session()
+        session = self._session
+        if session is None:
+            return {}
         self._requests.supersede()
         return session.pictures.canvas(self._take_loan(session).arrays)
 

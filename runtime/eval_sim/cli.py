@@ -30,7 +30,8 @@ from policies.ranges import COUNT, COUNT_OR_NONE, PROCESSES, SEED
 from policies.types import PolicyContract, PolicyInfo
 from policies.yaml_config import ConfigError
 from runtime.errors import RuntimeFault
-from runtime.eval_sim.runner import Plan, Setting, WorkerFailed, run
+from runtime.eval_sim.runner import Plan, Setting, run
+from runtime.eval_sim.worker_processes import WorkerFailed
 from runtime.evaluation.episode_result import Episode
 from runtime.evaluation.plots import write_timing_plot
 from runtime.evaluation.results import (

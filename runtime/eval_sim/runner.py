@@ -8,13 +8,10 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import functools
 import logging
-import multiprocessing
-import os
-import signal
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
-from multiprocessing.connection import Connection, wait
 from pathlib import Path
 from typing import Any
 
@@ -25,24 +22,25 @@ from envs.gl import why_not
 from envs.world import World
 from policies.errors import PolicyError
 from policies.execution import Assumption, Execution
-from policies.types import Policy, PolicyContract
+from policies.types import PolicyContract, RolloutPolicy
 from policies.yaml_config import ConfigError
 from runtime.client.policy_client import PolicyClient
 from runtime.control.chunk_executor import ChunkExecutor
 from runtime.errors import RequestTimeout, RuntimeFault, ServerBusy, ServerLost
-from runtime.eval_sim.episode import check_world, run_lockstep, run_realtime
+from runtime.eval_sim.episode import OnTick, run_lockstep, run_realtime
+from runtime.eval_sim.episode_video import EpisodeVideo
+from runtime.eval_sim.in_process_policy import InProcessPolicy
+from runtime.eval_sim.worker_processes import WorkerFailed, in_processes
+from runtime.eval_sim.world_compatibility import check_world
 from runtime.evaluation.episode_result import Episode
-from runtime.evaluation.video import write_still, write_video
 from runtime.options.checkpoint import CheckpointOptions
 from runtime.options.connection import ConnectionOptions
 from runtime.options.execution import choose_execution, strategy_of
 from runtime.options.model import LocalModel, ServerAddress
-from runtime.protocol import messages
 from runtime.server.server_process import ServerProcess
 from runtime.trace import recorder as trace
 from transport.address import parse_address
 from transport.errors import TransportError
-from transport.zeromq.malloc import keep_freed_memory
 
 logger = logging.getLogger(__name__)
 
@@ -108,26 +106,8 @@ class Setting:
 
 
 Report = Setting | Episode
-
-
-class WorkerFailed(RuntimeFault):
-    """A process could not go on.
-
-    Attributes:
-        bad_input: Whether the user asked for what cannot be; else a server or process was lost.
-    """
-
-    def __init__(self, message: str, *, bad_input: bool) -> None:
-        super().__init__(message)
-        self.bad_input = bad_input
-
-
-@dataclass(frozen=True, slots=True)
-class _Failure:
-    """A ``WorkerFailed`` on its way between processes."""
-
-    message: str
-    bad_input: bool
+RunEpisode = Callable[[World, ChunkExecutor, int, OnTick | None], Episode]
+"""Plays one policy, in lockstep or in real time: world, executor, seed, what to do every tick."""
 
 
 def run(plan: Plan) -> Iterator[Report]:
@@ -143,10 +123,16 @@ def run(plan: Plan) -> Iterator[Report]:
                 flags += ["--trace", str(trace.sibling(plan.trace, "server"))]
             child = stack.enter_context(ServerProcess(flags))
             plan = dataclasses.replace(plan, model=ServerAddress(*parse_address(child.address)))
+        evaluate = functools.partial(_guarded, plan)
         if plan.num_envs == 1:
-            yield from _guarded(plan, plan.seeds)
-        else:
-            yield from _side_by_side(plan)
+            yield from evaluate(plan.seeds)
+            return
+        told = False
+        reports = in_processes(evaluate, plan.seeds, plan.num_envs, plan.trace)
+        for report in stack.enter_context(contextlib.closing(reports)):
+            if not (told and isinstance(report, Setting)):  # every process has the same one
+                yield report
+            told = True
 
 
 def _guarded(plan: Plan, seeds: tuple[int, ...]) -> Iterator[Report]:
@@ -159,17 +145,12 @@ def _guarded(plan: Plan, seeds: tuple[int, ...]) -> Iterator[Report]:
 
 
 def _episodes(plan: Plan, seeds: tuple[int, ...]) -> Iterator[Report]:
+    if plan.env.kind != "fake":
+        why_not()  # before anybody's policy imports mujoco; the world says it if it matters
     with contextlib.ExitStack() as stack:
-        if plan.env.kind != "fake":
-            why_not()  # before anybody's policy imports mujoco; the world says it if it matters
-        policy = stack.enter_context(contextlib.closing(_policy(plan)))
-        contract = policy.contract
-        unknown = sorted(set(plan.camera_names) - set(contract.camera_names))
-        if unknown:
-            raise ValueError(
-                f"--camera_map: got {unknown}, expected some of {list(contract.camera_names)}"
-            )
-        contract = contract.at_rate(plan.fps)
+        policy, run_episode = _policy(plan)
+        stack.enter_context(contextlib.closing(policy))
+        contract = _contract(plan, policy.contract)
         world = stack.enter_context(
             contextlib.closing(
                 make_world(plan.env, cameras=contract.cameras, rendering=contract.rendering)
@@ -182,79 +163,66 @@ def _episodes(plan: Plan, seeds: tuple[int, ...]) -> Iterator[Report]:
         executor = ChunkExecutor(contract, strategy_of(contract, execution))
         yield _setting(plan, world, policy, contract, execution)
         for seed in seeds:
-            yield _one(plan, world, policy, executor, seed)
+            yield _one(plan, world, run_episode, executor, seed)
 
 
-def _policy(plan: Plan) -> Policy:
-    if isinstance(plan.model, ServerAddress):
-        return PolicyClient(
-            str(plan.model), deterministic=not plan.realtime, **plan.options.keywords()
+def _policy(plan: Plan) -> tuple[RolloutPolicy, RunEpisode]:
+    """The policy, wherever it runs, and what plays it."""
+    if isinstance(plan.model, LocalModel):
+        policy = InProcessPolicy(plan.checkpoint.load(plan.model.name))
+        return policy, functools.partial(run_lockstep, policy)
+    client = PolicyClient(
+        str(plan.model), deterministic=not plan.realtime, **plan.options.keywords()
+    )
+    if plan.realtime:
+        return client, functools.partial(run_realtime, client)
+    return client, functools.partial(run_lockstep, client)
+
+
+def _contract(plan: Plan, contract: PolicyContract) -> PolicyContract:
+    """The policy's, at the rate that it is played at."""
+    unknown = sorted(set(plan.camera_names) - set(contract.camera_names))
+    if unknown:
+        raise ValueError(
+            f"--camera_map: got {unknown}, expected some of {list(contract.camera_names)}"
         )
-    return plan.checkpoint.load(plan.model.name)
+    return contract.at_rate(plan.fps)
 
 
-def _one(plan: Plan, world: World, policy: Policy, executor: ChunkExecutor, seed: int) -> Episode:
-    recorder = None
+def _one(
+    plan: Plan, world: World, run_episode: RunEpisode, executor: ChunkExecutor, seed: int
+) -> Episode:
+    video = None
     if plan.video_dir is not None and plan.seeds.index(seed) < plan.videos:
-        recorder = _Recorder(world)
-    on_tick = recorder.note if recorder else None
+        video = EpisodeVideo(world)
     with trace.span("episode", seed):
-        if plan.realtime:
-            if not isinstance(policy, PolicyClient):
-                raise TypeError("run() gives a real-time plan a server")
-            episode = run_realtime(world, policy, executor, seed, on_tick)
-        else:
-            episode = run_lockstep(world, policy, executor, seed, on_tick)
-    if recorder and plan.video_dir:
+        episode = run_episode(world, executor, seed, video.note if video else None)
+    if video and plan.video_dir:
         outcome = "success" if episode.success else "failure"
         try:
-            recorder.write(plan.video_dir / f"seed{seed}_{outcome}")
+            video.write(plan.video_dir / f"seed{seed}_{outcome}")
         except OSError as error:  # a full disk costs the video, not the episode
             logger.warning("no video of seed %d: %s", seed, error)
     return episode
 
 
-class _Recorder:
-    """Notes the world's state every other tick and renders afterwards, off the clock."""
-
-    EVERY = 2
-
-    def __init__(self, world: World) -> None:
-        self._world = world
-        self._snapshots: list[Any] = []
-        self._ticks = 0
-
-    def note(self, world: World) -> None:
-        if self._ticks % self.EVERY == 0:
-            self._snapshots.append(world.snapshot())
-        self._ticks += 1
-
-    def write(self, stem: Path) -> None:
-        """Write ``stem``.mp4, and ``stem``.png of the last moment: the success, if it is one."""
-        moments = [*self._snapshots, self._world.snapshot()]
-        frames = (self._world.frame(snapshot) for snapshot in moments)
-        write_video(stem.with_suffix(".mp4"), frames, fps=round(1 / self._world.dt_s / self.EVERY))
-        write_still(stem.with_suffix(".png"), self._world.frame())
-
-
 def _setting(
-    plan: Plan, world: World, policy: Policy, contract: PolicyContract, execution: Execution
+    plan: Plan,
+    world: World,
+    policy: RolloutPolicy,
+    contract: PolicyContract,
+    execution: Execution,
 ) -> Setting:
     info = policy.info
-    lossy = isinstance(policy, PolicyClient) and policy.lossy
     return Setting(
         contract_json=contract.to_json(),
         execution=dataclasses.asdict(execution),
         assumed=_assumed(plan, world, contract),
         policy_info={name: getattr(info, name) for name in type(info).__slots__},
-        transport=policy.transport if isinstance(policy, PolicyClient) else "in process",
-        transport_reason=(
-            policy.transport_reason
-            if isinstance(policy, PolicyClient)
-            else "-m is a checkpoint: no server is needed"
-        ),
-        pictures=policy.pictures if isinstance(policy, PolicyClient) else "as they are",
-        deterministic=not plan.realtime and messages.is_deterministic(info) and not lossy,
+        transport=policy.transport,
+        transport_reason=policy.transport_reason,
+        pictures=policy.pictures,
+        deterministic=not plan.realtime and policy.deterministic,
         world=world.info(),
     )
 
@@ -267,78 +235,3 @@ def _assumed(plan: Plan, world: World, contract: PolicyContract) -> tuple[str, .
         how = f"shadows {str(info['shadows']).lower()}, msaa {info['msaa']}"
         lines.append(str(Assumption("rendering", how, "--env.shadows, --env.msaa")))
     return (*lines, *info.get("assumed", ()))
-
-
-def _side_by_side(plan: Plan) -> Iterator[Report]:
-    """The seeds dealt out to ``num_envs`` spawned processes, reports as they come."""
-    context = multiprocessing.get_context("spawn")
-    workers: dict[Connection, Any] = {}
-    with contextlib.ExitStack() as stack:
-        for index in range(min(plan.num_envs, len(plan.seeds))):
-            ours, theirs = context.Pipe(duplex=False)
-            stack.callback(ours.close)
-            process = context.Process(
-                target=_work, args=(plan, plan.seeds[index :: plan.num_envs], theirs), daemon=True
-            )
-            with _ignoring_interrupts():
-                process.start()
-            theirs.close()
-            stack.callback(_end, process)
-            workers[ours] = process
-        yield from _collect(workers)
-
-
-def _collect(workers: dict[Connection, Any]) -> Iterator[Report]:
-    said = False
-    while workers:
-        for connection in wait(list(workers)):
-            if not isinstance(connection, Connection):
-                raise TypeError(f"{connection}")
-            try:
-                report = connection.recv()
-            except EOFError:
-                process = workers.pop(connection)
-                process.join()
-                raise WorkerFailed(
-                    f"an evaluation process died (exit status {process.exitcode})",
-                    bad_input=False,
-                ) from None
-            if report is None:
-                workers.pop(connection).join()
-            elif isinstance(report, _Failure):
-                raise WorkerFailed(report.message, bad_input=report.bad_input)
-            elif not isinstance(report, Setting) or not said:
-                said = said or isinstance(report, Setting)
-                yield report
-
-
-def _work(plan: Plan, seeds: tuple[int, ...], reports: Connection) -> None:
-    """A worker process: its reports, then None; or the failure."""
-    keep_freed_memory()
-    send: Callable[[Any], None] = reports.send
-    try:
-        with trace.tracing(trace.sibling(plan.trace, f"worker-{os.getpid()}"), "eval_sim worker"):
-            for report in _guarded(plan, seeds):
-                send(report)
-        send(None)
-    except WorkerFailed as error:
-        with contextlib.suppress(BrokenPipeError):
-            send(_Failure(str(error), error.bad_input))
-    except BrokenPipeError:
-        pass  # whoever wanted the reports is gone
-
-
-@contextlib.contextmanager
-def _ignoring_interrupts() -> Iterator[None]:
-    """What is started meanwhile ignores Ctrl-C: its parent hears it, and ends its children."""
-    before = signal.signal(signal.SIGINT, signal.SIG_IGN)
-    try:
-        yield
-    finally:
-        signal.signal(signal.SIGINT, before)
-
-
-def _end(process: Any) -> None:
-    if process.is_alive():
-        process.terminate()
-    process.join()

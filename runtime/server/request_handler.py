@@ -33,26 +33,26 @@ class RequestHandler:
 
     def answer(self, request: QueuedRequest) -> None:
         """One observation, alone."""
-        session, message = self._state.sessions[request.session], request.content
+        served, message = self._state.sessions[request.session], request.content
         try:
             with message:
-                self._serve_one(session, request, message)
+                self._serve_one(served, request, message)
         except ViewsHeld as error:
-            self.end_for_kept_views(session, error)
+            self.end_for_kept_views(served.session, error)
 
-    def _serve_one(self, session: ServerSession, request: QueuedRequest, message: Message) -> None:
+    def _serve_one(self, served: SessionState, request: QueuedRequest, message: Message) -> None:
         began_ns = time.monotonic_ns()
         try:
-            chunk = self._infer(session.attachment, message)
+            chunk = self._infer(served, message)
         except PolicyError as error:
-            self._fail(session, message, error)
+            self._fail(served, message, error)
         except Exception as error:
             # Anyone's policy runs here. Its bug costs this request, not the other robots.
-            logger.exception("session %d: the policy failed", session.id)
-            self._fail(session, message, InferenceError(f"the policy failed: {error!r}"))
+            logger.exception("session %d: the policy failed", served.session.id)
+            self._fail(served, message, InferenceError(f"the policy failed: {error!r}"))
         else:
             self._state.costs.add(1, time.monotonic_ns() - began_ns)
-            self._reply(session, request, chunk, began_ns - request.arrived_ns, 1)
+            self._reply(served, request, chunk, began_ns - request.arrived_ns, 1)
 
     def _infer(self, served: SessionState, message: Message) -> ActionChunk:
         """A call of its own, so that the observation's views end with it, before the release."""
@@ -74,23 +74,23 @@ class RequestHandler:
             self._state.costs.add(size, time.monotonic_ns() - began_ns)
         self._state.counts["batches"] += 1
         for request, answer in zip(batch, answers, strict=True):
-            session, message = self._state.sessions[request.session], request.content
+            served, message = self._state.sessions[request.session], request.content
             try:
                 with message:
                     if isinstance(answer, PolicyError):
-                        self._fail(session, message, answer)
+                        self._fail(served, message, answer)
                     else:
                         waited_ns = began_ns - request.arrived_ns
-                        self._reply(session, request, answer, waited_ns, len(batch))
+                        self._reply(served, request, answer, waited_ns, len(batch))
             except ViewsHeld as error:
-                self.end_for_kept_views(session, error)
+                self.end_for_kept_views(served.session, error)
 
     def _infer_batch(self, batch: list[QueuedRequest]) -> list[ActionChunk | PolicyError]:
         """In the batch's order; a call of its own as ``_infer``."""
         answers: list[ActionChunk | PolicyError | None] = [None] * len(batch)
         places, observations = [], []
         for place, request in enumerate(batch):
-            served: SessionState = self._state.sessions[request.session].attachment
+            served = self._state.sessions[request.session]
             try:
                 observations.append(served.read(request.content.arrays))
                 places.append(place)
@@ -120,8 +120,8 @@ class RequestHandler:
     def reply_expired(self, request: QueuedRequest) -> None:
         """Its time was up before it could be computed."""
         self._state.counts["late"] += 1
-        session, message = self._state.sessions[request.session], request.content
-        session.attachment.counts["late"] += 1
+        served, message = self._state.sessions[request.session], request.content
+        served.counts["late"] += 1
         budget_ms, waited_ms = (
             (ns - request.arrived_ns) / 1e6 for ns in (request.deadline_ns, time.monotonic_ns())
         )
@@ -131,44 +131,42 @@ class RequestHandler:
         )
         try:
             with message:
-                self._fail(session, message, error)
+                self._fail(served, message, error)
         except ViewsHeld as held:
-            self.end_for_kept_views(session, held)
+            self.end_for_kept_views(served.session, held)
 
-    def reply_rate_limited(
-        self, session: ServerSession, message: Message, pace: TokenBucket
-    ) -> None:
+    def reply_rate_limited(self, served: SessionState, message: Message, pace: TokenBucket) -> None:
         """The session asks more often than it may."""
         self._state.counts["too_many"] += 1
         with message:
             error = InferenceError(f"too many requests: expected at most {pace.rate_hz:g} per s")
-            self._fail(session, message, error)
+            self._fail(served, message, error)
 
-    def reply_superseded(self, session: ServerSession, message: Message, by: int) -> None:
+    def reply_superseded(self, served: SessionState, message: Message, by: int) -> None:
         """A newer request of the session, ``by``, takes its place."""
         self._state.counts["superseded"] += 1
-        session.attachment.counts["superseded"] += 1
+        served.counts["superseded"] += 1
         with message:
             body = str(by).encode()
             self._send(
-                session,
-                lambda: session.channel.send_body(Kind.SUPERSEDED, message.request_id, body),
+                served,
+                lambda: served.session.channel.send_body(Kind.SUPERSEDED, message.request_id, body),
             )
 
     def _reply(
         self,
-        session: ServerSession,
+        served: SessionState,
         request: QueuedRequest,
         chunk: ActionChunk,
         waited_ns: int,
         n: int,
     ) -> None:
+        session = served.session
         try:
             loan = session.channel.loan()
         except TransportError as error:
             logger.warning("session %d: the answer was not sent: %s", session.id, error)
             return
-        served: SessionState = session.attachment
         loan.announce()
         number = request.content.request_id
         inferred_ns = time.monotonic_ns() if trace.on else 0
@@ -178,7 +176,7 @@ class RequestHandler:
             # Anyone's policy made it, and only its actions were checked.
             loan.cancel()
             failure = InferenceError(f"the policy's answer cannot be sent: {error!r}")
-            self._fail(session, request.content, failure)
+            self._fail(served, request.content, failure)
             return
         try:
             loan.publish(number)
@@ -190,18 +188,20 @@ class RequestHandler:
             flow, arrived_ns = trace.flow(served.trace_key, number), request.arrived_ns
             trace.served(chunk.stages_ns, arrived_ns, arrived_ns + waited_ns, inferred_ns, flow)
 
-    def _fail(self, session: ServerSession, message: Message, error: PolicyError) -> None:
-        logger.info("session %d: request %d: %s", session.id, message.request_id, error)
+    def _fail(self, served: SessionState, message: Message, error: PolicyError) -> None:
+        logger.info("session %d: request %d: %s", served.session.id, message.request_id, error)
         self._state.counts["failed"] += 1
-        session.attachment.counts["failed"] += 1
+        served.counts["failed"] += 1
         body = messages.encode_error(error)
-        self._send(session, lambda: session.channel.send_body(Kind.ERROR, message.request_id, body))
+        self._send(
+            served, lambda: served.session.channel.send_body(Kind.ERROR, message.request_id, body)
+        )
 
-    def _send(self, session: ServerSession, send: Callable[[], None]) -> None:
+    def _send(self, served: SessionState, send: Callable[[], None]) -> None:
         try:
             send()
         except TransportError as error:
-            logger.warning("session %d: the answer was not sent: %s", session.id, error)
+            logger.warning("session %d: the answer was not sent: %s", served.session.id, error)
 
     def end_for_kept_views(self, session: ServerSession, error: ViewsHeld) -> None:
         """Its next observations could not be sent. Better now, with the reason, than silence."""

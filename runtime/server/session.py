@@ -14,6 +14,8 @@ from runtime.protocol import image_codec
 from runtime.server.admission import Demand
 from runtime.server.rate_limiter import TokenBucket
 from runtime.server.scheduler import NEVER, QueuedRequest
+from transport.channel import Message
+from transport.server.sessions import ServerSession
 
 WINDOW = 1000
 """Answers that the figures are of."""
@@ -25,6 +27,7 @@ class SessionState:
     """The server's side of a session.
 
     Attributes:
+        session: Whose; the transport's.
         policy: Its own, or the one all share.
         own: Whether it is its own, to be closed with the session.
         read: What turns its messages into observations.
@@ -37,6 +40,7 @@ class SessionState:
         heard_ns: When it last sent something.
     """
 
+    session: ServerSession
     policy: Policy
     own: bool
     read: image_codec.Read
@@ -56,12 +60,12 @@ class SessionState:
         deadline_ms = self.demand.deadline_ms
         return round(deadline_ms * 1e6) if deadline_ms < 1e9 else NEVER
 
-    def request(self, session: int, content: Any, budget_ns: int, *, alone: bool) -> QueuedRequest:
-        """What came just now. ``budget_ns`` as the message says; 0 for none."""
+    def request(self, message: Message, *, alone: bool) -> QueuedRequest:
+        """What came just now. Its budget is as the message says; 0 for none."""
         now = self.heard_ns = time.monotonic_ns()
-        deadline_ns = now + budget_ns if budget_ns else NEVER
+        deadline_ns = now + message.budget_ns if message.budget_ns else NEVER
         due_ns = NEVER if self.budget_ns == NEVER else now + self.budget_ns
-        return QueuedRequest(session, now, deadline_ns, alone, content, due_ns)
+        return QueuedRequest(self.session.id, now, deadline_ns, alone, message, due_ns)
 
     def answered(self, request: QueuedRequest, batch: int) -> None:
         """Count an answer that has just been sent."""

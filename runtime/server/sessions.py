@@ -92,7 +92,7 @@ class SessionManager:
 
     def drain(self, session: ServerSession) -> None:
         """Take what a session has sent, its beginning, or its end."""
-        if session.ended is None or session.attachment is not None:
+        if session.ended is None or session.id in self._state.sessions:
             try:
                 self._drain(session)
             except ViewsHeld as error:
@@ -106,9 +106,9 @@ class SessionManager:
         At most what fits its slots: they are refilled while they are emptied, and somebody who
         does nothing else would keep the server. What is left is handed out again.
         """
-        if session.attachment is None and not self._begin(session):
+        served = self._state.sessions.get(session.id) or self._begin(session)
+        if served is None:
             return
-        served: SessionState = session.attachment
         channel = session.channel
         try:
             for _ in range(SLOTS):
@@ -116,30 +116,30 @@ class SessionManager:
                 if message is None:
                     return
                 if message.kind is Kind.DATA:
-                    self._take(session, served, message)
+                    self._take(served, message)
                 else:
                     with message:
-                        if message.kind is Kind.RESET and not self._reset(session, message):
+                        if message.kind is Kind.RESET and not self._reset(served, message):
                             return
                 if not channel.unread:
                     return
         except PeerGone as error:
             logger.debug("session %d: %s", session.id, error)
 
-    def _take(self, session: ServerSession, served: SessionState, message: Message) -> None:
+    def _take(self, served: SessionState, message: Message) -> None:
         model = self._state.model
         # Of an older model, which finishes its episode: not to be computed together with others.
         alone = served.generation != model.generation or (served.exact and not model.exact)
-        request = served.request(session.id, message, message.budget_ns, alone=alone)
+        request = served.request(message, alone=alone)
         if served.pace is not None and not served.pace.allows(request.arrived_ns):
-            self._request_handler.reply_rate_limited(session, message, served.pace)
+            self._request_handler.reply_rate_limited(served, message, served.pace)
             return
         older = self._state.scheduler.offer(request)
         if older is not None:
-            self._request_handler.reply_superseded(session, older.content, message.request_id)
+            self._request_handler.reply_superseded(served, older.content, message.request_id)
 
-    def _begin(self, session: ServerSession) -> bool:
-        """Give the session a policy of its own; whether it has one now."""
+    def _begin(self, session: ServerSession) -> SessionState | None:
+        """Give the session a policy of its own; None where that failed."""
         hello, model = session.hello, self._state.model
         logger.info(
             "session %d: %s (%s) from %s over %s: %s",
@@ -155,8 +155,9 @@ class SessionManager:
         except Exception as error:
             logger.exception("session %d: the policy could not be forked", session.id)
             session.channel.close(f"the policy could not be forked: {error!r}")
-            return False
-        served = session.attachment = SessionState(
+            return None
+        served = self._state.sessions[session.id] = SessionState(
+            session,
             policy,
             policy is not model.policy,
             image_codec.reader(hello.schema, hello.attributes, model.policy.contract),
@@ -166,20 +167,18 @@ class SessionManager:
             trace_key=trace.read_key(hello.attributes.get("trace")),
             generation=model.generation,
         )
-        self._state.sessions[session.id] = session
         robot, budget_ns = served.demand.robot, served.budget_ns
         self._state.scheduler.join(session.id, robot=robot, budget_ns=budget_ns)
-        return self._start_episode(session, served)
+        return served if self._start_episode(served) else None
 
-    def _reset(self, session: ServerSession, message: Message) -> bool:
+    def _reset(self, served: SessionState, message: Message) -> bool:
         """A new episode, which nothing that still waits belongs to."""
-        waiting = self._state.scheduler.withdraw(session.id)
+        waiting = self._state.scheduler.withdraw(served.session.id)
         if waiting is not None:
-            self._request_handler.reply_superseded(session, waiting.content, message.request_id)
+            self._request_handler.reply_superseded(served, waiting.content, message.request_id)
         self._state.counts["resets"] += 1
-        served: SessionState = session.attachment
         served.heard_ns = time.monotonic_ns()
-        return self._start_episode(session, served)
+        return self._start_episode(served)
 
     def _renew(self, served: SessionState) -> None:
         """A fork of the model that is served now."""
@@ -191,13 +190,14 @@ class SessionManager:
         served.generation = model.generation
         self._close_retired()
 
-    def _start_episode(self, session: ServerSession, served: SessionState) -> bool:
+    def _start_episode(self, served: SessionState) -> bool:
         """A policy that fails to costs its session only."""
         try:
             if served.generation != self._state.model.generation:
                 self._renew(served)
             served.policy.reset()
         except Exception as error:
+            session = served.session
             logger.exception("session %d: the policy failed to reset", session.id)
             session.channel.close(f"the policy failed to reset: {error!r}")
             self.end(session)
@@ -206,11 +206,9 @@ class SessionManager:
 
     def end(self, session: ServerSession) -> None:
         """Forget it. Idempotent."""
-        served: SessionState | None = session.attachment
+        served = self._state.sessions.pop(session.id, None)
         if served is None:
             return
-        session.attachment = None
-        self._state.sessions.pop(session.id, None)
         waiting = self._state.scheduler.leave(session.id)
         if waiting is not None:
             with contextlib.suppress(ViewsHeld):  # it ends, with whatever is held
@@ -228,10 +226,10 @@ class SessionManager:
         now_s = time.monotonic()
         if now_s >= self._look_at_s:
             self._look_at_s = now_s + LOOK_EVERY_S
-            for session in list(self._state.sessions.values()):
-                if now_s - session.attachment.heard_ns / 1e9 > self._timeout_s:
-                    session.channel.close(f"nothing was said for {self._timeout_s:g} s")
-                    self.end(session)
+            for served in list(self._state.sessions.values()):
+                if now_s - served.heard_ns / 1e9 > self._timeout_s:
+                    served.session.channel.close(f"nothing was said for {self._timeout_s:g} s")
+                    self.end(served.session)
         return LOOK_EVERY_S
 
     # Another model
@@ -243,15 +241,14 @@ class SessionManager:
         state = self._state
         old, state.model = state.model, new
         self._retired[old.generation] = old.policy
-        for session in state.sessions.values():
-            served: SessionState = session.attachment
+        for served in state.sessions.values():
             if old.shared and new.shared and not served.own:
                 served.policy, served.generation = new.policy, new.generation
         self._close_retired()
 
     def _close_retired(self) -> None:
         if self._retired:
-            needed = {session.attachment.generation for session in self._state.sessions.values()}
+            needed = {served.generation for served in self._state.sessions.values()}
             for generation in [g for g in self._retired if g not in needed]:
                 close(self._retired.pop(generation))
 
@@ -259,16 +256,16 @@ class SessionManager:
         """For those who look; JSON values."""
         return [
             {
-                "id": session.id,
-                "client": session.hello.client,
-                "peer": str(session.peer),
-                "transport": session.channel.transport,
-                **session.attachment.status(),
+                "id": served.session.id,
+                "client": served.session.hello.client,
+                "peer": str(served.session.peer),
+                "transport": served.session.channel.transport,
+                **served.status(),
             }
-            for session in self._state.sessions.values()
+            for served in self._state.sessions.values()
         ]
 
     def close(self) -> None:
         """End every session, and whatever waits for them."""
-        for session in list(self._state.sessions.values()):
-            self.end(session)
+        for served in list(self._state.sessions.values()):
+            self.end(served.session)

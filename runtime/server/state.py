@@ -9,8 +9,8 @@ from typing import Any
 from runtime.server.cost_model import InferenceCostModel
 from runtime.server.model import LoadedModel
 from runtime.server.scheduler import Scheduler
+from runtime.server.session import SessionState
 from transport.handshake_messages import Peer
-from transport.server.sessions import ServerSession
 
 Order = Callable[[Mapping[str, Any], Peer], dict[str, Any]]
 """What an operator asks for: arguments and who asks; the answer, JSON values. Raises ``Refused``.
@@ -55,7 +55,7 @@ class ServerState:
         costs: What its inferences take.
         scheduler: Whose turn it is.
         counts: By the names of ``ServerStatistics``.
-        sessions: Those that were given a policy, by id; each has a ``SessionState`` attached.
+        sessions: Those that were given a policy, by id.
     """
 
     model: LoadedModel
@@ -64,4 +64,4 @@ class ServerState:
     counts: dict[str, int] = field(
         default_factory=lambda: dict.fromkeys(ServerStatistics.__slots__, 0)
     )
-    sessions: dict[int, ServerSession] = field(default_factory=dict)
+    sessions: dict[int, SessionState] = field(default_factory=dict)

@@ -13,7 +13,9 @@ from policies.types import ActionChunk, MetaObs
 from runtime.control.blending import make_strategy
 from runtime.control.chunk_executor import ChunkExecutor
 from runtime.errors import RuntimeFault
-from runtime.eval_sim.episode import check_world, run_lockstep
+from runtime.eval_sim.episode import run_lockstep
+from runtime.eval_sim.in_process_policy import InProcessPolicy
+from runtime.eval_sim.world_compatibility import check_world
 from runtime.stats import LatencyEstimate
 from tests.runtime.toy_policy import CHUNK, CONTRACT, ToyPolicy
 
@@ -45,7 +47,9 @@ def test_lockstep_reaches_the_target_and_stops_there() -> None:
     there = world()
     oracle = Oracle(there)
     seen: list[object] = []
-    episode = run_lockstep(there, oracle, executor(3), 5, lambda w: seen.append(w.snapshot()))
+    episode = run_lockstep(
+        InProcessPolicy(oracle), there, executor(3), 5, lambda w: seen.append(w.snapshot())
+    )
     assert episode.success
     assert episode.reward == 4.0
     assert oracle.ticks == list(range(0, episode.horizon, 3))
@@ -56,7 +60,7 @@ def test_lockstep_reaches_the_target_and_stops_there() -> None:
 
 
 def test_a_failure_lasts_to_the_end() -> None:
-    episode = run_lockstep(world(25), ToyPolicy(), executor(10), 5)
+    episode = run_lockstep(InProcessPolicy(ToyPolicy()), world(25), executor(10), 5)
     assert (episode.success, episode.horizon) == (False, 25)
 
 
@@ -64,7 +68,8 @@ def test_the_same_seed_is_the_same_episode() -> None:
     def poses(seed: int) -> list[object]:
         there = world()
         seen: list[object] = []
-        run_lockstep(there, Oracle(there), executor(4), seed, lambda w: seen.append(w.snapshot()))
+        policy = InProcessPolicy(Oracle(there))
+        run_lockstep(policy, there, executor(4), seed, lambda w: seen.append(w.snapshot()))
         return [pose.tolist() for pose in seen]
 
     assert poses(1) == poses(1)
@@ -113,4 +118,4 @@ def test_a_policy_that_answers_for_another_tick_is_found_out() -> None:
             return dataclasses.replace(super().infer(obs), obs_timestep=0)
 
     with pytest.raises(RuntimeFault, match="answered for tick 0, asked for 10"):
-        run_lockstep(world(), Forgetful(), executor(10), 0)
+        run_lockstep(InProcessPolicy(Forgetful()), world(), executor(10), 0)

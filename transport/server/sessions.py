@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from transport.base import BaseChannel
 from transport.handshake_messages import Hello, Peer, Welcome
@@ -73,7 +73,6 @@ class ServerSession:
         channel: The server's side. Once the session has ended the listener closes it, too.
         transport_reason: Why it is this transport, as both sides were told.
         ended: Why it is over, once it is. What had arrived can still be read.
-        attachment: Whatever whoever serves it wants to keep with it.
     """
 
     id: int
@@ -82,4 +81,3 @@ class ServerSession:
     transport_reason: str
     peer: Peer
     ended: str | None = None
-    attachment: Any = None
