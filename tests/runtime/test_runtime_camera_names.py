@@ -14,14 +14,14 @@ from policies.errors import ContractMismatch
 from policies.types import ActionChunk, CameraContract, MetaObs, PolicyContract
 from robots.base import CameraSample
 from runtime.eval_real import video_recorder
-from runtime.eval_real.shared_state import Dims, Layout
+from runtime.eval_real.shared_state import Dims, SharedStateLayout
 from runtime.eval_real.video_recorder import VideoRecorder, file_name
 from runtime.eval_sim.cli import main, read_plan
 from runtime.protocol import image_codec, messages
 from tests.runtime.serving import connect, serving
 from tests.runtime.toy_policy import CONTRACT, ToyPolicy
 
-LAYOUT = Layout(Dims(1, 1, 1))
+LAYOUT = SharedStateLayout(Dims(1, 1, 1))
 OURS = {
     *(field.name for kind in (MetaObs, ActionChunk, PolicyContract) for field in fields(kind)),
     *(name for schema in LAYOUT.latest.values() for name in schema.specs),
