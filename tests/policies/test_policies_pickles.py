@@ -44,7 +44,7 @@ def dtype(code, *state):
 
 def array(number, shape, content, fortran=False):
     empty = (np.ndarray, (0,), b"b")
-    return _Call(np._state.multiarray._reconstruct, empty, (1, shape, number, fortran, content))
+    return _Call(np._core.multiarray._reconstruct, empty, (1, shape, number, fortran, content))
 
 
 ARRAYS = {
@@ -113,16 +113,16 @@ LIES = {
     "a negative size": (array(dtype("f8"), (-1, -1), POINTER), r"of shape \(-1, -1\)"),
     "a third truth": (array(dtype("b1"), (1,), b"\2"), "neither 0 nor 1"),
     "no content": (
-        _Call(np._state.multiarray._reconstruct, (np.ndarray, (10**11,), b"d")),
+        _Call(np._core.multiarray._reconstruct, (np.ndarray, (10**11,), b"d")),
         "an array without content",
     ),
     "an array made directly": (_Call(np.ndarray, (10**11,)), "an array without content"),
     "another kind of array": (
-        _Call(np._state.multiarray._reconstruct, (np.dtype, (0,), b"b")),
+        _Call(np._core.multiarray._reconstruct, (np.dtype, (0,), b"b")),
         "a kind of array of its own",
     ),
     "a scalar of objects": (
-        _Call(np._state.multiarray.scalar, (dtype("O8"), POINTER)),
+        _Call(np._core.multiarray.scalar, (dtype("O8"), POINTER)),
         "the dtype 'O8'",
     ),
     "a set": ({1, 2}, "a set|builtins.set"),
