@@ -4,7 +4,7 @@ PYTHON ?= python3
 VENV   := .venv
 BIN    := $(VENV)/bin
 PIP    := $(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt
-CAN_RENDER := $(BIN)/python -c 'from envs.gl import make_context; make_context(64, 64)[1].free()'
+CAN_RENDER := $(BIN)/python -c 'from envs.gl_context import make_context; make_context(64, 64)[1].free()'
 # No thread pools fighting the tests for two cores.
 export OMP_NUM_THREADS ?= 1
 

@@ -1,4 +1,4 @@
-from policies.console import run_command
+from policies.standard_streams import run_command
 from runtime.eval_real.cli import main
 
 if __name__ == "__main__":

@@ -27,7 +27,7 @@ from typing import Any
 
 from bench.records import RESULTS, Records
 from policies.command_line import CommandLine, Number
-from policies.ranges import COUNT
+from policies.number_ranges import COUNT
 from runtime.options.defaults import DEFAULT_CHECKPOINT
 from tests.hosts import INSIDE, other_host
 from tests.robots.ros_rig import MISSING, WHY_NOT, master, twin_node

@@ -18,7 +18,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from envs.factory import load_env_config
 from policies.command_line import CommandLine, Number
-from policies.ranges import COUNT, PROCESSES
+from policies.number_ranges import COUNT, PROCESSES
 from runtime.eval_sim.runner import Plan, run
 from runtime.evaluation.episode_result import Episode
 from runtime.evaluation.results import summarize, versions

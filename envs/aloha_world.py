@@ -9,8 +9,8 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from envs.aloha_physics import ACTION_DIM, DT_S, STATE_DIM, AlohaSim
 from envs.errors import UnknownCamera
-from envs.physics import ACTION_DIM, DT_S, STATE_DIM, AlohaSim
 from envs.rendering import OffscreenRenderer
 from envs.world import Pictures, StepResult
 from policies.types import MetaObs, Rendering

@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Annotated, Any, Literal
 
-from policies.ranges import FINITE, MSAA, PERIOD_S, TICKS, check_ranges
+from policies.number_ranges import FINITE, MSAA, PERIOD_S, TICKS, check_ranges
 from policies.types import Pixels
 
 

@@ -27,15 +27,15 @@ from pathlib import Path
 
 import numpy as np
 
+from envs.aloha_physics import DT_S, STATE_DIM, AlohaSim
+from envs.aloha_tasks import MAX_REWARD, TASKS, find_task
 from envs.errors import EnvError
-from envs.expert import EPISODE_TICKS, plan_episode
-from envs.gl import import_mujoco
+from envs.gl_context import import_mujoco
 from envs.kinematics import Unreachable
-from envs.physics import DT_S, STATE_DIM, AlohaSim
-from envs.tasks import MAX_REWARD, TASKS, find_task
+from envs.scripted_expert import EPISODE_TICKS, plan_episode
 from policies.command_line import CommandLine, Number
-from policies.console import run_command
-from policies.ranges import COUNT, MSAA, PIXELS, PROCESSES, SEED
+from policies.number_ranges import COUNT, MSAA, PIXELS, PROCESSES, SEED
+from policies.standard_streams import run_command
 
 log = logging.getLogger(__name__)
 

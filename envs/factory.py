@@ -77,7 +77,7 @@ def make_world(
         ),
     )
     if config.kind == "fake":
-        from envs.fake import FakeWorld
+        from envs.fake_world import FakeWorld
 
         return FakeWorld(
             task=task.name,
@@ -86,8 +86,8 @@ def make_world(
             max_timesteps=task.max_timesteps,
             dt_s=FakeWorld.DT_S if config.dt_s is None else config.dt_s,
         )
+    from envs.aloha_physics import DT_S
     from envs.aloha_world import AlohaWorld
-    from envs.physics import DT_S
 
     if config.dt_s is not None and config.dt_s != DT_S:
         raise EnvError(f"dt_s: got {config.dt_s}, expected {DT_S}, which the task fixes")

@@ -15,7 +15,7 @@ from numpy.typing import NDArray
 
 from envs.config import EnvConfig
 from envs.errors import EnvError
-from envs.gl import one_line, why_not
+from envs.gl_context import one_line, why_not
 from envs.world import Pictures, StepResult, check_action
 from policies.types import MetaObs
 

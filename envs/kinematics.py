@@ -11,9 +11,9 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from numpy.typing import NDArray
 
+from envs.aloha_physics import JOINTS_PER_ARM, START_POSE
 from envs.errors import EnvError
-from envs.gl import import_mujoco
-from envs.physics import JOINTS_PER_ARM, START_POSE
+from envs.gl_context import import_mujoco
 
 if TYPE_CHECKING:
     import mujoco

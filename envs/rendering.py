@@ -10,7 +10,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from envs.errors import EnvError, RenderingUnavailable, UnknownCamera
-from envs.gl import broken, import_mujoco, make_context
+from envs.gl_context import broken, import_mujoco, make_context
 
 if TYPE_CHECKING:
     import mujoco

@@ -6,7 +6,7 @@ import argparse
 from dataclasses import dataclass
 from typing import NoReturn
 
-from policies.ranges import Range
+from policies.number_ranges import Range
 
 
 class CommandLine(argparse.ArgumentParser):

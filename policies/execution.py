@@ -9,7 +9,7 @@ import math
 from dataclasses import dataclass, field
 from typing import Annotated
 
-from policies.ranges import FRACTION, TICKS, Range, check_ranges
+from policies.number_ranges import FRACTION, TICKS, Range, check_ranges
 
 STRATEGIES = (
     "sequential",

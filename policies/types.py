@@ -18,7 +18,7 @@ from numpy.typing import NDArray
 
 from policies.errors import ContractMismatch
 from policies.execution import RATE, Assumption, Execution, assumed_rate
-from policies.ranges import MSAA, OFFSET, PERIOD_S, PIXELS
+from policies.number_ranges import MSAA, OFFSET, PERIOD_S, PIXELS
 
 CtrlSpace = Literal["joint", "ee"]
 CtrlType = Literal["abs", "delta", "relative"]

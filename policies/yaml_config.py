@@ -4,7 +4,7 @@ A configuration is a dataclass; its annotations are the schema. Supported: ``boo
 ``float``, ``str``, ``Path``, ``Literal``, ``X | None`` and other unions, ``tuple``, ``dict`` and
 ``Mapping`` with string keys, nested dataclasses, ``Any``. Nothing is guessed: an unknown key and a
 value of the wrong type are errors that name the file and the key path. A number's range is part
-of its annotation: ``Annotated[int, Range(1, 8)]`` (``policies.ranges``).
+of its annotation: ``Annotated[int, Range(1, 8)]`` (``policies.number_ranges``).
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ from typing import Annotated, Any, Literal, TypeVar
 import yaml
 
 from policies.errors import PolicyError
-from policies.ranges import Range
+from policies.number_ranges import Range
 
 T = TypeVar("T")
 

@@ -17,7 +17,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from policies.yaml_config import parse_config
-from robots import ros
+from robots import ros_node
 from robots.agilex_config import GRIPPERS, JOINTS_PER_ARM, SIDES, AgilexCamera, AgilexConfig
 from robots.base import CameraSample, JointSample, Outcome, Robot, RobotContract, Role, arm_actions
 from robots.errors import (
@@ -28,11 +28,11 @@ from robots.errors import (
     RobotLost,
     SensorLost,
 )
-from robots.limits import JointLimits
-from robots.ros_compressed import decode_compressed_colour, decode_compressed_depth
+from robots.joint_limits import JointLimits
+from robots.ros_compressed_images import decode_compressed_colour, decode_compressed_depth
 from robots.ros_images import assumption, decode_colour, decode_depth, message_type
-from robots.ros_twin import TwinChannel
-from robots.stamps import SampleStream
+from robots.ros_twin_channel import TwinChannel
+from robots.sample_stream import SampleStream
 
 logger = logging.getLogger(__name__)
 
@@ -137,10 +137,10 @@ class AgilexAloha(Robot):
 
     def _connect(self, role: Role, timeout_s: float) -> None:
         deadline_s = time.monotonic() + timeout_s
-        rospy = ros.start_node("metronome", timeout_s)
+        rospy = ros_node.start_node("metronome", timeout_s)
         self._time = rospy.Time
-        self._published = ros.published_types(timeout_s)
-        self._messages = ros.import_ros("sensor_msgs.msg")
+        self._published = ros_node.published_types(timeout_s)
+        self._messages = ros_node.import_ros("sensor_msgs.msg")
         topics = self.config.ros_operator
         for side in SIDES:
             topic = getattr(topics, f"puppet_arm_{side}_topic")
@@ -150,7 +150,7 @@ class AgilexAloha(Robot):
             if role is not Role.SENSING:
                 # Sent by a thread of its own, the newest only: one that does not read its messages,
                 # a recorder perhaps, must not be able to hold up the arm.
-                self._publishers[side] = ros.publisher(
+                self._publishers[side] = ros_node.publisher(
                     rospy,
                     getattr(topics, f"puppet_arm_{side}_cmd_topic"),
                     self._messages.JointState,

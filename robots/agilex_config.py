@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Annotated, Literal
 
-from policies.ranges import DURATION_S, FINITE, PIXELS, POSITIVE, RATE_HZ, check_ranges
+from policies.number_ranges import DURATION_S, FINITE, PIXELS, POSITIVE, RATE_HZ, check_ranges
 from robots.ros_images import COLOURS
 
 SIDES = ("left", "right")

@@ -27,8 +27,8 @@ from robots.errors import (
     SensorLost,
     UnsafeCommand,
 )
-from robots.limits import JointLimits
-from robots.picture_watch import PictureWatch
+from robots.frozen_image_check import FrozenImageCheck
+from robots.joint_limits import JointLimits
 
 DEFAULT_TIMEOUT_S = 10.0
 DEFAULT_SENSOR_TIMEOUT_S = 0.5
@@ -208,7 +208,7 @@ class Robot(ABC):
     """
 
     _role: Role | None = None
-    _picture_watch: PictureWatch | None = None
+    _picture_watch: FrozenImageCheck | None = None
 
     def __init__(self, name: str, contract: RobotContract, limits: JointLimits) -> None:
         self._name, self._contract, self._limits = name, contract, limits
@@ -274,7 +274,7 @@ class Robot(ABC):
             self._disconnect()
             raise
         self._role = Role(role)
-        self._picture_watch = PictureWatch(
+        self._picture_watch = FrozenImageCheck(
             round(self.sensor_timeout_s * 1e9), repeats=self.contract.repeats_pictures
         )
 

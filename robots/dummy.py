@@ -17,7 +17,7 @@ from typing import Annotated, Any
 import numpy as np
 from numpy.typing import NDArray
 
-from policies.ranges import PIXELS, POSITIVE_OR_ANY, RATE_HZ, check_ranges
+from policies.number_ranges import PIXELS, POSITIVE_OR_ANY, RATE_HZ, check_ranges
 from policies.types import CtrlSpace, CtrlType
 from policies.yaml_config import parse_config
 from robots.base import (
@@ -30,7 +30,7 @@ from robots.base import (
     Role,
 )
 from robots.errors import ConfigError
-from robots.limits import JointLimits
+from robots.joint_limits import JointLimits
 
 _SHAPE = re.compile(r"\(\s*\d+\s*(,\s*\d+\s*)*,?\s*\)")
 

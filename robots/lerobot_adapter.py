@@ -1,7 +1,7 @@
 """``lerobot:<type>``: any robot of LeRobot's, where that package is installed.
 
 LeRobot's robot is a bus and cameras that one process can open. That process is the owner,
-``robots.lerobot_owner``, which ``companion`` runs; everybody else attaches to it. So a process
+``robots.lerobot_process``, which ``companion`` runs; everybody else attaches to it. So a process
 that dies or takes over never connects, configures or calibrates the device. ``connect`` outside
 ``companion`` starts an owner of its own, which ends with the connection.
 
@@ -21,7 +21,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from policies.yaml_config import parse_config
-from robots.attached import AttachedRobot
+from robots.attached_robot import AttachedRobot
 from robots.base import ActionKind, ActionSpec, RobotContract, Role
 from robots.errors import ConfigError, RobotError, RobotLost
 from robots.lerobot_config import (
@@ -32,7 +32,7 @@ from robots.lerobot_config import (
     action_specs,
 )
 from robots.processes import Child
-from robots.twin_board import REFUSED_SINCE
+from robots.sensor_memory import REFUSED_SINCE
 
 IMPORT_TIMEOUT_S = 180.0
 """For LeRobot to be imported, which brings torch: seconds, minutes on a machine under load."""
@@ -121,7 +121,7 @@ class LeRobotRobot(AttachedRobot):
 
     def _start_owner(self) -> Child:
         return Child(
-            "robots.lerobot_owner",
+            "robots.lerobot_process",
             ["--config", self.config.to_json()],
             start_within_s=IMPORT_TIMEOUT_S + 2 * self.config.connect_timeout_s,
             name=self.name,
@@ -156,9 +156,9 @@ class LeRobotRobot(AttachedRobot):
         super()._connect(role, timeout_s)
 
     def _send_action(self, action: NDArray[np.float32]) -> None:
-        link, board = self._connected()
+        link, sensor_memory = self._connected()
         link.send_action(action)
-        if board.head[REFUSED_SINCE]:
+        if sensor_memory.head[REFUSED_SINCE]:
             raise RobotLost(f"{self.name}: commands do not reach it{self._why_silent('commands')}")
 
     def _why_silent(self, name: str) -> str:
@@ -189,7 +189,7 @@ def describe(config: LeRobotConfig, source: str) -> str:
     """
     try:
         with Child(
-            "robots.lerobot_owner",
+            "robots.lerobot_process",
             ["--describe", "--config", config.to_json()],
             start_within_s=IMPORT_TIMEOUT_S + 10.0,
             name=f"{source}: lerobot:{config.type}",

@@ -12,7 +12,7 @@ from typing import Any
 from policies.yaml_config import parse_config
 from robots.base import ActionKind, ActionSpec
 from robots.errors import ConfigError
-from robots.limits import JointLimits
+from robots.joint_limits import JointLimits
 
 STOPS_ALONE_S: Mapping[str, float] = {"lekiwi_client": 0.5}
 """By LeRobot's type: when the device's own watchdog stops it. LeKiwi's host does (its

@@ -17,12 +17,12 @@ import numpy as np
 from numpy.typing import NDArray
 
 from policies.yaml_config import parse_config
-from robots.attached import CALL_TIMEOUT_S, AttachedRobot
+from robots.attached_robot import CALL_TIMEOUT_S, AttachedRobot
 from robots.base import Outcome, RobotContract, arm_actions
 from robots.errors import ConfigError
-from robots.limits import JointLimits
+from robots.joint_limits import JointLimits
 from robots.processes import Child
-from robots.twin_board import WATCHING
+from robots.sensor_memory import WATCHING
 from robots.twin_config import GRIPPERS, JOINTS, SUBSTEP_HZ, TwinConfig
 
 START_POSE = (0.0, -0.96, 1.16, 0.0, -0.3, 0.0, 0.1) * 2
@@ -90,7 +90,7 @@ class SimTwin(AttachedRobot):
             yield {}  # one is running already, somebody else's
             return
         before = self.config
-        with Child("robots.twin_host", ["--config", before.to_json()]) as host:
+        with Child("robots.twin_process", ["--config", before.to_json()]) as host:
             self.config = dataclasses.replace(before, address=host.said["address"])
             try:
                 yield {"address": host.said["address"]}
@@ -98,7 +98,7 @@ class SimTwin(AttachedRobot):
                 self.config = before
 
     def save_record(self, path: Path) -> None:
-        """Write what the arms did and were told since the record began; see ``TwinRecord``."""
+        """Write what the arms did and were told since the record began; see ``TwinMotionLog``."""
         self._call("save_record", path=str(path.resolve()))
 
     def clear_record(self) -> None:
@@ -106,18 +106,18 @@ class SimTwin(AttachedRobot):
         self._call("clear_record")
 
     def _outcome(self) -> Outcome:
-        link, board = self._connected()
+        link, sensor_memory = self._connected()
         link.check_alive()
-        state: Any = board.joints.newest()
+        state: Any = sensor_memory.joints.newest()
         return Outcome(bool(state["success"]), float(state["reward"]), int(state["step"]))
 
     def _reset(self, seed: int) -> bool:
         """As in simulation with the same seed. Returns once pictures show it, if anybody looks."""
         stamp_ns = self._call("reset", seed=seed)["stamp_ns"]
-        _, board = self._connected()
-        if board.head[WATCHING]:
+        _, sensor_memory = self._connected()
+        if sensor_memory.head[WATCHING]:
             self._wait_for(
-                list(board.cameras.items()),
+                list(sensor_memory.cameras.items()),
                 lambda sample: bool(sample["stamp_ns"] >= stamp_ns),
                 CALL_TIMEOUT_S,
             )

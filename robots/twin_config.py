@@ -8,7 +8,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Annotated
 
-from policies.ranges import (
+from policies.number_ranges import (
     DURATION_S,
     FINITE,
     MSAA,

@@ -4,7 +4,7 @@
 
 Needs a ROS master. Publishes joints and pictures on the topics of the first configuration, in the
 twin's units, with the simulation's own clock as stamps; obeys its command topics. Beyond what the
-real robot has: an outcome, and resets (``robots.ros_twin``).
+real robot has: an outcome, and resets (``robots.ros_twin_channel``).
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ from typing import Any
 
 import numpy as np
 
-from robots import ros
+from robots import ros_node
 from robots.agilex_aloha import AgilexAloha
 from robots.agilex_config import ACTION_DIM, JOINTS_PER_ARM, SIDES, TwinTopics
 from robots.base import CameraSample, Role
@@ -88,8 +88,8 @@ class TwinNode:
     ) -> None:
         self._config, self._twin = robot.config, sensing
         self._time = rospy.Time
-        self._sensors: Any = ros.import_ros("sensor_msgs.msg")
-        self._string = ros.import_ros("std_msgs.msg").String
+        self._sensors: Any = ros_node.import_ros("sensor_msgs.msg")
+        self._string = ros_node.import_ros("std_msgs.msg").String
         self._commands = Commands(control)
         self._asked: list[str] = []
         self._report: dict[str, Any] = {"id": "", "stamp_ns": 0}
@@ -189,7 +189,7 @@ def twin_node(robot_config: str, twin_config: str) -> Iterator[TwinNode]:
     if not isinstance(sensing, SimTwin):
         raise ConfigError(f"{twin_config}: expected a sim_twin robot")
     with sensing.companion(), SimTwin(sensing.config) as control, sensing:
-        rospy = ros.start_node("twin", timeout_s=5.0)
+        rospy = ros_node.start_node("twin", timeout_s=5.0)
         sensing.connect(Role.SENSING)
         control.connect(Role.CONTROL)
         yield TwinNode(rospy, robot, robot.config.twin, sensing, control)

@@ -6,7 +6,7 @@ import sys
 from collections.abc import Callable
 from importlib import import_module
 
-from policies.console import run_command
+from policies.standard_streams import run_command
 
 COMMANDS = {
     "serve": ("runtime.server.cli", "serve a policy"),

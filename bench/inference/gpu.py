@@ -25,7 +25,7 @@ from bench.inference.report import RESULTS, goals, record, table
 from policies.act.engine import EngineOptions, Frames
 from policies.command_line import CommandLine, Number
 from policies.errors import PolicyError
-from policies.ranges import COUNT, DURATION_S
+from policies.number_ranges import COUNT, DURATION_S
 
 NO_GPU = 3
 TOLERANCES = {"fp32": 1e-5, "bf16": 2e-2, "fp16": 2e-2}
@@ -94,7 +94,7 @@ def _against_h200(result: Comparison) -> list[str]:
 
 def _batches(net: str) -> dict[str, dict[str, float]]:
     """Median seconds of a batch, by precision and size; the reason where there is none."""
-    from policies.act.choose import make_engine
+    from policies.act.engine_selection import make_engine
 
     with checkpoint_of(net) as folder:
         weights = load(folder)

@@ -23,7 +23,7 @@ from bench.inference import torchvision_standin
 from bench.inference.contestants import Absent, Run, Setting
 from policies.act.config import ActConfig
 from policies.act.weights import ActWeights
-from policies.checkpoint.keys import lerobot_keys
+from policies.checkpoint.weight_names import lerobot_keys
 
 _STATE, _IMAGES, _ENVIRONMENT = (
     f"observation.{name}" for name in ("state", "images", "environment_state")

@@ -9,8 +9,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from bench.inference.contestants import Absent, Run, Setting
-from policies.act.choose import make_engine
 from policies.act.engine import EngineOptions, Frames
+from policies.act.engine_selection import make_engine
 from policies.act.weights import ActWeights
 from policies.errors import ContractMismatch
 

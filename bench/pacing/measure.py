@@ -19,7 +19,7 @@ from bench.pacing.picture import draw
 from bench.pacing.ways import PRIVILEGED, UNPRIVILEGED, WAYS
 from bench.records import Records
 from policies.command_line import CommandLine, Number
-from policies.ranges import COUNT, DURATION_S, RATE_HZ
+from policies.number_ranges import COUNT, DURATION_S, RATE_HZ
 
 STEM = "jitter"
 RATES = (50, 200, 500)

@@ -16,7 +16,7 @@ from numpy.typing import NDArray
 
 from policies.act.cuda_api import CudaApi
 from policies.act.engine import MAX_BATCH, EngineUnavailable, Frames
-from policies.act.fused import FusedAct
+from policies.act.fused_model import FusedAct
 from policies.act.hardware import DTYPES
 from policies.errors import InferenceError
 

@@ -1,7 +1,7 @@
 """What runs the network: the seam behind which a faster engine may be put.
 
 An engine takes pictures of the model's size as they came, uint8, and normalized states, and gives
-actions in physical units. ``policies.act.choose`` picks one.
+actions in physical units. ``policies.act.engine_selection`` picks one.
 """
 
 from __future__ import annotations

@@ -8,7 +8,7 @@ from numpy.typing import NDArray
 
 from policies.act.config import ActConfig
 from policies.act.engine import Engine, Frames
-from policies.act.fused import FusedAct
+from policies.act.fused_model import FusedAct
 
 LIMITS = {"fp32": 1e-5, "bf16": 2e-2, "fp16": 2e-2}
 """Largest error, by precision, that is taken without a word."""

@@ -12,12 +12,12 @@ import torch
 from numpy.typing import NDArray
 
 from policies.act import hardware
-from policies.act.blob_cache import BlobCache, Stored
+from policies.act.compiled_model_cache import BlobCache, Stored
 from policies.act.engine import MAX_BATCH, Engine, EngineUnavailable
 from policies.act.engine_check import LIMITS, error_of, reference_actions
-from policies.act.fuse import fuse
-from policies.act.fused import FusedAct
+from policies.act.fused_model import FusedAct
 from policies.act.torch_engine import TorchEngine
+from policies.act.weight_fusion import fuse
 from policies.act.weights import ActWeights
 from policies.errors import InferenceError
 

@@ -9,9 +9,9 @@ from numpy.typing import NDArray
 
 from policies.act.config import ActConfig
 from policies.act.engine import MAX_BATCH, EngineUnavailable, Frames, HostEngine
-from policies.act.fused import FusedAct
+from policies.act.fused_model import FusedAct
 from policies.act.quiet_openvino import ov
-from policies.act.views import nominally_writable
+from policies.act.writable_views import nominally_writable
 from policies.errors import InferenceError
 
 HINTS = {"fp32": "f32", "bf16": "bf16", "fp16": "f16"}

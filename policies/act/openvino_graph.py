@@ -14,7 +14,7 @@ from typing import Any, cast
 import numpy as np
 from torch import Tensor, nn
 
-from policies.act.fused import (
+from policies.act.fused_model import (
     FirstDecoderLayer,
     FusedAct,
     FusedAttention,

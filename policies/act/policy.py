@@ -8,11 +8,11 @@ from collections.abc import Sequence
 import numpy as np
 from numpy.typing import NDArray
 
-from policies.act.choose import make_engine
 from policies.act.engine import MAX_BATCH, EngineOptions, Frames
+from policies.act.engine_selection import make_engine
 from policies.act.weights import ActWeights
 from policies.errors import ContractMismatch, InferenceError, ObservationError, PolicyError
-from policies.images import check_image, is_source, prepare, warm_up
+from policies.image_resize import check_image, is_source, prepare, warm_up
 from policies.types import ActionChunk, MetaObs, PolicyContract, PolicyInfo
 
 

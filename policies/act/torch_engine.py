@@ -9,7 +9,7 @@ import torch
 from numpy.typing import NDArray
 
 from policies.act.engine import MAX_BATCH, Frames, HostEngine
-from policies.act.fused import FusedAct
+from policies.act.fused_model import FusedAct
 from policies.act.hardware import DTYPES, set_threads
 from policies.errors import InferenceError
 

@@ -17,7 +17,7 @@ from policies.act.backbone import fold_batch_norm
 from policies.act.config import ActConfig
 from policies.act.model import ActModel
 from policies.execution import Assumption, Execution
-from policies.normalize import Normalizer, normalizer_hash
+from policies.normalizer import Normalizer, normalizer_hash
 from policies.types import NOT_SAID, CameraContract, CtrlSpace, CtrlType, PolicyContract, Rendering
 
 Triples = tuple[tuple[float, float, float], ...]

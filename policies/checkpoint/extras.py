@@ -13,7 +13,7 @@ from typing import Annotated, Any, Literal
 
 from policies.errors import CheckpointError, PolicyError
 from policies.execution import COEFFICIENT, Assumption, Execution, check_strategy
-from policies.ranges import COUNT, PERIOD_S, TICKS
+from policies.number_ranges import COUNT, PERIOD_S, TICKS
 from policies.types import CameraContract, Pixels, Rendering
 from policies.yaml_config import ConfigError, load_config
 

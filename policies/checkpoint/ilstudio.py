@@ -12,15 +12,15 @@ from typing import Any, cast
 
 from policies.act.config import LARGEST_LAYERS, ActConfig
 from policies.act.weights import ActWeights
-from policies.checkpoint.assemble import assemble
 from policies.checkpoint.extras import Extras
-from policies.checkpoint.files import need, only, read_json, read_weights
-from policies.checkpoint.folders import WEIGHTS
-from policies.checkpoint.keys import detr_dead_keys, detr_keys, translate
-from policies.checkpoint.pickles import read_pickle
+from policies.checkpoint.file_readers import need, only, read_json, read_weights
+from policies.checkpoint.policy_assembly import assemble
+from policies.checkpoint.safe_pickle import read_pickle
+from policies.checkpoint.weight_folders import WEIGHTS
+from policies.checkpoint.weight_names import detr_dead_keys, detr_keys, translate
 from policies.errors import CheckpointError
 from policies.execution import Assumption
-from policies.normalize import Normalizer, from_stats, identity
+from policies.normalizer import Normalizer, from_stats, identity
 from policies.types import CtrlSpace, CtrlType
 
 CONFIG = "config.json"

@@ -11,11 +11,8 @@ from torch import Tensor
 
 from policies.act.config import ActConfig
 from policies.act.weights import ActWeights
-from policies.checkpoint.assemble import assemble
 from policies.checkpoint.extras import Extras
-from policies.checkpoint.files import need, read_weights
-from policies.checkpoint.folders import WEIGHTS
-from policies.checkpoint.keys import LEROBOT_DEAD_KEYS, LEROBOT_FIRST_NAMES, lerobot_keys, translate
+from policies.checkpoint.file_readers import need, read_weights
 from policies.checkpoint.lerobot_config import (
     ACTION,
     STATE,
@@ -31,6 +28,14 @@ from policies.checkpoint.lerobot_processor import (
     read_processors,
 )
 from policies.checkpoint.lerobot_stats import Statistics
+from policies.checkpoint.policy_assembly import assemble
+from policies.checkpoint.weight_folders import WEIGHTS
+from policies.checkpoint.weight_names import (
+    LEROBOT_DEAD_KEYS,
+    LEROBOT_FIRST_NAMES,
+    lerobot_keys,
+    translate,
+)
 from policies.errors import CheckpointError
 from policies.execution import Execution
 

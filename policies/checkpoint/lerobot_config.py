@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from policies.checkpoint.files import need, read_json
+from policies.checkpoint.file_readers import need, read_json
 from policies.errors import CheckpointError
 
 IMAGES = "observation.images."

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from policies.checkpoint.files import need, only, read_json, read_safetensors
+from policies.checkpoint.file_readers import need, only, read_json, read_safetensors
 from policies.checkpoint.lerobot_config import FEATURE_TYPES, check_modes
 from policies.checkpoint.lerobot_stats import EPS, Statistics
 from policies.errors import CheckpointError

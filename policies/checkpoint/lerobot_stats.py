@@ -17,7 +17,7 @@ from torch import Tensor
 from policies.act.weights import Triples
 from policies.checkpoint.lerobot_config import ACTION, PAIRS
 from policies.errors import CheckpointError
-from policies.normalize import Array, Normalizer, constant_where, identity
+from policies.normalizer import Array, Normalizer, constant_where, identity
 
 EPS = 1e-8
 

@@ -6,8 +6,8 @@ import dataclasses
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
-from policies.checkpoint.factory import PREFIX, load_factory
-from policies.checkpoint.folders import ADAPTERS, find_folder, user_path
+from policies.checkpoint.python_factory import PREFIX, load_factory
+from policies.checkpoint.weight_folders import ADAPTERS, find_folder, user_path
 from policies.errors import CheckpointError
 from policies.types import Policy
 
@@ -101,7 +101,7 @@ def load_weights(
 ) -> ActWeights:
     """The checkpoint folder at ``path``, before anything runs it; arguments as ``load_policy``."""
     from policies.checkpoint.extras import read_extras
-    from policies.checkpoint.files import read_json, read_weights
+    from policies.checkpoint.file_readers import read_json, read_weights
     from policies.checkpoint.ilstudio import load_ilstudio
     from policies.checkpoint.lerobot import load_lerobot
     from policies.checkpoint.lerobot_config import is_lerobot

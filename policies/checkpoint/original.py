@@ -15,10 +15,8 @@ from torch import Tensor
 
 from policies.act.config import ActConfig
 from policies.act.weights import ActWeights
-from policies.checkpoint.assemble import assemble
 from policies.checkpoint.extras import Extras
-from policies.checkpoint.files import read_torch
-from policies.checkpoint.keys import detr_dead_keys, detr_keys, translate
+from policies.checkpoint.file_readers import read_torch
 from policies.checkpoint.original_variants import (
     BACKBONES,
     Settings,
@@ -28,9 +26,11 @@ from policies.checkpoint.original_variants import (
     unused_names,
     with_original_names,
 )
-from policies.checkpoint.pickles import read_pickle
+from policies.checkpoint.policy_assembly import assemble
+from policies.checkpoint.safe_pickle import read_pickle
+from policies.checkpoint.weight_names import detr_dead_keys, detr_keys, translate
 from policies.errors import CheckpointError
-from policies.normalize import Normalizer, from_stats
+from policies.normalizer import Normalizer, from_stats
 
 STATS = "dataset_stats.pkl"
 BEST = "policy_best.ckpt"

@@ -16,9 +16,9 @@ import torch
 from torch import Tensor
 
 from policies.act.config import Backbone
-from policies.checkpoint.files import need
-from policies.checkpoint.keys import LINEAR, style_names, transformer_names
-from policies.checkpoint.pickles import read_pickle
+from policies.checkpoint.file_readers import need
+from policies.checkpoint.safe_pickle import read_pickle
+from policies.checkpoint.weight_names import LINEAR, style_names, transformer_names
 from policies.errors import CheckpointError
 from policies.execution import Execution
 

@@ -19,7 +19,7 @@ from policies.act.config import ActConfig
 from policies.act.model import IMAGENET_MEAN, IMAGENET_STD
 from policies.act.transformer import sequence_positions
 from policies.checkpoint.extras import FILE_NAMES, Extras
-from policies.checkpoint.keys import detr_keys, lerobot_keys
+from policies.checkpoint.weight_names import detr_keys, lerobot_keys
 from policies.errors import CheckpointError
 
 StoredAs = Literal["fp32", "bf16"]
@@ -195,7 +195,7 @@ def save_lerobot(folder: Path, saved: Saved, *, stored_as: StoredAs = "fp32") ->
 
 
 def _lerobot_stats(saved: Saved, images: Sequence[str]) -> dict[str, Tensor]:
-    from policies.normalize import MIN_SIGMA
+    from policies.normalizer import MIN_SIGMA
 
     stats: dict[str, Tensor] = {}
     for feature, what in (("observation.state", "state"), ("action", "action")):

@@ -14,7 +14,7 @@ from policies.act.model import IMAGENET_MEAN, IMAGENET_STD, ActModel
 from policies.act.weights import ActWeights
 from policies.checkpoint.extras import Extras
 from policies.checkpoint.save import Saved, StoredAs, save_ilstudio
-from policies.normalize import zscore
+from policies.normalizer import zscore
 from policies.types import CameraContract, Rendering
 
 START_ARM = (0.0, -0.96, 1.16, 0.0, -0.3, 0.0, 0.1)

@@ -3,7 +3,7 @@
 Guaranteed for every command, whatever the policy, the network and the server do:
 
 * It keeps the robot's position, velocity and acceleration limits, and the robot can stop inside
-  them from there (``robots.safety``).
+  them from there (``robots.motion_limiter``).
 * When no newer chunk comes, what is left of the plan is played ever more slowly, so that the robot
   comes to rest on its planned path, at the plan's end or before; commanded velocities fall to zero
   with it. It stays there, and goes on when a chunk comes, its offset faded out. After
@@ -29,8 +29,8 @@ from numpy.typing import ArrayLike, NDArray
 from policies.types import ActionChunk, PolicyContract
 from robots.base import ActionSpec
 from robots.errors import UnsafeCommand
-from robots.limits import JointLimits
-from robots.safety import ClampStatistics, MotionLimiter
+from robots.joint_limits import JointLimits
+from robots.motion_limiter import ClampStatistics, MotionLimiter
 from runtime.control.blending import Strategy
 from runtime.control.chunk_executor import ChunkExecutor, ExecutorStatistics
 from runtime.control.plan_sampler import PlanSampler

@@ -1,6 +1,6 @@
 """``python -m runtime.eval_real``: evaluate a policy on a robot."""
 
-from policies.console import run_command
+from policies.standard_streams import run_command
 from runtime.eval_real.cli import main
 
 if __name__ == "__main__":

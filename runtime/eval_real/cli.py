@@ -21,8 +21,8 @@ from typing import Any, TypeVar
 
 from envs.config import TaskConfig
 from policies.command_line import CommandLine, Number
-from policies.console import run_command
-from policies.ranges import COUNT, DURATION_S, POSITIVE, RATE_HZ, TICKS, Range
+from policies.number_ranges import COUNT, DURATION_S, POSITIVE, RATE_HZ, TICKS, Range
+from policies.standard_streams import run_command
 from policies.types import PolicyContract, PolicyInfo
 from policies.yaml_config import load_config
 from robots.base import Robot

@@ -18,9 +18,9 @@ import numpy as np
 from numpy.typing import NDArray
 
 from policies.command_line import CommandLine
-from policies.console import run_command
+from policies.standard_streams import run_command
 from policies.types import ActionChunk
-from robots.safety import MotionLimiter
+from robots.motion_limiter import MotionLimiter
 from runtime.control.chunk_executor import ChunkExecutor
 from runtime.control.command_stream import StreamStatistics
 from runtime.eval_real.motion_state_machine import MotionStateMachine

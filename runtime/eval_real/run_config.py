@@ -16,7 +16,7 @@ from policies.types import PolicyContract
 from robots.base import ANGLES, ActionKind, ActionSpec, Robot
 from robots.errors import ConfigError
 from robots.factory import make_robot
-from robots.limits import JointLimits
+from robots.joint_limits import JointLimits
 from runtime.control.blending import Strategy
 from runtime.control.command_stream import CommandStream
 from runtime.control.interpolation import control_ratio

@@ -30,7 +30,7 @@ from numpy.typing import NDArray
 
 from robots.base import Robot, Role
 from robots.errors import RobotLost
-from robots.safety import MotionLimiter
+from robots.motion_limiter import MotionLimiter
 from runtime.control.clock import MonotonicClock
 from runtime.control.realtime import Realtime
 from runtime.eval_real.event_log import ORPHAN_HOLD_S, EventLog

@@ -1,6 +1,6 @@
 """``python -m runtime.eval_sim``: evaluate a policy in simulation."""
 
-from policies.console import run_command
+from policies.standard_streams import run_command
 from runtime.eval_sim.cli import main
 
 if __name__ == "__main__":

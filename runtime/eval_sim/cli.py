@@ -24,9 +24,9 @@ from envs.config import EnvConfig
 from envs.errors import EnvError
 from envs.factory import GYM_PREFIX, load_env_config
 from policies.command_line import CommandLine, Number
-from policies.console import run_command
 from policies.execution import Execution
-from policies.ranges import COUNT, COUNT_OR_NONE, PROCESSES, SEED
+from policies.number_ranges import COUNT, COUNT_OR_NONE, PROCESSES, SEED
+from policies.standard_streams import run_command
 from policies.types import PolicyContract, PolicyInfo
 from policies.yaml_config import ConfigError
 from runtime.errors import RuntimeFault

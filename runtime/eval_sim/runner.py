@@ -18,7 +18,7 @@ from typing import Any
 from envs.config import EnvConfig
 from envs.errors import EnvError
 from envs.factory import make_world
-from envs.gl import why_not
+from envs.gl_context import why_not
 from envs.world import World
 from policies.errors import PolicyError
 from policies.execution import Assumption, Execution

@@ -10,7 +10,7 @@ from typing import Annotated
 from policies.act.config import LARGEST
 from policies.act.engine import ENGINES, PRECISIONS
 from policies.command_line import Number
-from policies.ranges import PIXELS, RATE_HZ, THREADS, Range, check_ranges
+from policies.number_ranges import PIXELS, RATE_HZ, THREADS, Range, check_ranges
 from policies.types import Policy
 
 CHUNK = Range(1, LARGEST["chunk_size"])

@@ -11,7 +11,7 @@ from typing import Annotated, Any
 from policies import jpeg
 from policies.command_line import Number
 from policies.jpeg import JpegMissing, QualityError
-from policies.ranges import Range
+from policies.number_ranges import Range
 from runtime.options.defaults import TRANSPORTS
 from runtime.protocol.image_codec import DEFAULT_QUALITY
 from transport.zeromq.curve import ClientKeys, KeyFileError

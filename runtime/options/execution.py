@@ -10,7 +10,7 @@ from typing import Any
 
 from policies.command_line import Number
 from policies.execution import COEFFICIENT, Execution
-from policies.ranges import TICKS
+from policies.number_ranges import TICKS
 from policies.types import PolicyContract
 from runtime.control.blending import ILSTUDIO_NAMES, STRATEGIES, Strategy, make_strategy
 

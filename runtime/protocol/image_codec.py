@@ -1,7 +1,7 @@
 """How a session's pictures cross: as they are, brought to the model's size, or as JPEG.
 
 Declared in the handshake and settled there. Pictures of the model's size are the same bytes
-wherever they were resized (``policies.images``), so they change nothing but the load. JPEG is
+wherever they were resized (``policies.image_resize``), so they change nothing but the load. JPEG is
 lossy and for slow links: its pictures share one array of a declared maximum, end to end, and only
 what is used of it crosses (``transport.schema.USED``).
 """
@@ -17,7 +17,7 @@ from numpy.typing import NDArray
 
 from policies import jpeg
 from policies.errors import ContractMismatch, ObservationError
-from policies.images import prepare, warm_up
+from policies.image_resize import prepare, warm_up
 from policies.types import CameraContract, MetaObs, PolicyContract
 from runtime.protocol import messages
 from transport.schema import USED, ArraySpec, Schema

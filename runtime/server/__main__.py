@@ -1,6 +1,6 @@
 """``python -m runtime.server``: run the policy server."""
 
-from policies.console import run_command
+from policies.standard_streams import run_command
 from runtime.server.cli import main
 
 if __name__ == "__main__":

@@ -19,7 +19,7 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Annotated, Any
 
-from policies.ranges import RATE_HZ_OR_ANY, Range, check_ranges
+from policies.number_ranges import RATE_HZ_OR_ANY, Range, check_ranges
 from runtime.server.cost_model import InferenceCostModel
 from runtime.server.rate_limiter import TokenBucket
 from transport.errors import Refused

@@ -15,9 +15,9 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 from policies.command_line import CommandLine, Number
-from policies.console import run_command
 from policies.errors import PolicyError
-from policies.ranges import COUNT, DURATION_S_OR_NONE, PORT_OR_ANY, RATE_HZ_OR_ANY
+from policies.number_ranges import COUNT, DURATION_S_OR_NONE, PORT_OR_ANY, RATE_HZ_OR_ANY
+from policies.standard_streams import run_command
 from policies.yaml_config import ConfigError, load_config
 from robots.processes import take_stdin
 from runtime.errors import ModelNameError

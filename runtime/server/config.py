@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Annotated
 
-from policies.ranges import COUNT, DURATION_S_OR_NONE, PORT_OR_ANY, Range, check_ranges
+from policies.number_ranges import COUNT, DURATION_S_OR_NONE, PORT_OR_ANY, Range, check_ranges
 from runtime.options.checkpoint import CheckpointOptions
 from runtime.options.defaults import DEFAULT_CHECKPOINT, DEFAULT_PORT, TRANSPORTS
 from runtime.server.admission import SessionLimits

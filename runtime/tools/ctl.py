@@ -16,8 +16,8 @@ from pathlib import Path
 from typing import Any
 
 from policies.command_line import CommandLine, Number
-from policies.console import run_command
-from policies.ranges import DURATION_S
+from policies.number_ranges import DURATION_S
+from policies.standard_streams import run_command
 from runtime.options.connection import add_key_flags, key_files
 from runtime.server.admin_token import read_token
 from transport.address import parse_address

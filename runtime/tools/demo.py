@@ -5,7 +5,7 @@ from __future__ import annotations
 import sys
 from pathlib import Path
 
-from policies.console import run_command
+from policies.standard_streams import run_command
 from runtime.errors import RuntimeFault
 from runtime.eval_sim import cli as eval_sim
 from runtime.options.defaults import DEFAULT_CHECKPOINT

@@ -19,7 +19,7 @@ from pathlib import Path
 from zmq import auth
 
 from policies.command_line import CommandLine
-from policies.console import run_command
+from policies.standard_streams import run_command
 from transport.zeromq.curve import OPERATORS, KeyFileError, public_key
 
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,63}")

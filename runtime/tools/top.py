@@ -15,8 +15,8 @@ from rich.table import Table
 from rich.text import Text
 
 from policies.command_line import CommandLine, Number
-from policies.console import run_command
-from policies.ranges import Range
+from policies.number_ranges import Range
+from policies.standard_streams import run_command
 from runtime.options.connection import add_key_flags, key_files
 from runtime.tools.ctl import BAD_INPUT, dial
 from transport.errors import TransportError

@@ -18,8 +18,8 @@ from typing import TYPE_CHECKING
 from envs.errors import EnvError
 from envs.factory import load_env_config
 from policies.command_line import CommandLine
-from policies.console import run_command
 from policies.errors import PolicyError
+from policies.standard_streams import run_command
 from policies.yaml_config import ConfigError, load_config
 from runtime.errors import RuntimeFault
 from runtime.eval_sim.runner import Plan, run
@@ -28,7 +28,7 @@ from runtime.options.checkpoint import CheckpointOptions
 from runtime.options.model import LocalModel
 
 if TYPE_CHECKING:
-    from policies.act.train import TrainConfig
+    from policies.training.trainer import TrainConfig
 
 SELECTION_SEED = 900_000
 """Evaluations on the way use the seeds from here on, so that none of a final evaluation is used
@@ -84,9 +84,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     import torch
     from tqdm import tqdm
 
-    from policies.act.dataset import Demonstrations
-    from policies.act.train import Progress, TrainConfig, Trainer
     from policies.checkpoint.save import save_lerobot
+    from policies.training.dataset import Demonstrations
+    from policies.training.trainer import Progress, TrainConfig, Trainer
 
     args, rest = parser().parse_known_args(argv)
     logging.basicConfig(level=logging.INFO, format="%(levelname)s %(message)s")

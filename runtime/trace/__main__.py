@@ -1,6 +1,6 @@
 """``python -m runtime.trace``: merge trace files."""
 
-from policies.console import run_command
+from policies.standard_streams import run_command
 from runtime.trace.merge import main
 
 if __name__ == "__main__":

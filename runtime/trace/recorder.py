@@ -262,7 +262,7 @@ def _exit(number: int, _: FrameType | None) -> None:
 
 
 if __name__ == "__main__":
-    from policies.console import run_command
+    from policies.standard_streams import run_command
     from runtime.trace.merge import main
 
     raise SystemExit(run_command(main))

@@ -190,7 +190,7 @@ def bench_flags() -> frozenset[str]:
 def overrides_of(program: str) -> tuple[str, ...]:
     """How flags that its parser leaves alone may begin."""
     if program == COMMANDS["train"]:
-        from policies.act.train import TrainConfig
+        from policies.training.trainer import TrainConfig
 
         return tuple(f"--{field.name}" for field in dataclasses.fields(TrainConfig))
     if program in (COMMANDS["eval-sim"], "eval_sim.py"):
@@ -285,7 +285,7 @@ def test_the_policies_are_what_a_server_would_load(
 ) -> None:
     import numpy as np
 
-    from policies.checkpoint.factory import load_factory
+    from policies.checkpoint.python_factory import load_factory
     from policies.types import MetaObs
 
     monkeypatch.syspath_prepend(str(folder))

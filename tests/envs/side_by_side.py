@@ -19,7 +19,7 @@ from gym_aloha.constants import ASSETS_DIR  # noqa: E402
 from gym_aloha.tasks import sim as theirs  # noqa: E402
 from gym_aloha.utils import sample_box_pose, sample_insertion_pose  # noqa: E402
 
-from envs.physics import AlohaSim  # noqa: E402
+from envs.aloha_physics import AlohaSim  # noqa: E402
 
 STEPS = 400
 

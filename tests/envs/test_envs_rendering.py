@@ -13,9 +13,9 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from envs import gl
+from envs import gl_context
+from envs.aloha_physics import AlohaSim
 from envs.errors import EnvError, RenderingUnavailable, UnknownCamera
-from envs.physics import AlohaSim
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -79,12 +79,12 @@ def test_rendering_after_close_is_an_error() -> None:
 @pytest.fixture
 def unsettled(monkeypatch: pytest.MonkeyPatch) -> pytest.MonkeyPatch:
     """Nothing chosen yet; what is chosen in a test is forgotten after it."""
-    monkeypatch.setattr(gl, "_settled", set())
-    monkeypatch.setattr(gl, "_unsettled", [])
+    monkeypatch.setattr(gl_context, "_settled", set())
+    monkeypatch.setattr(gl_context, "_unsettled", [])
     for name in ("MUJOCO_GL", "PYOPENGL_PLATFORM", "DISPLAY", "WAYLAND_DISPLAY"):
         monkeypatch.setenv(name, "")
         monkeypatch.delenv(name)
-    monkeypatch.setattr(gl, "_loaded_platform", lambda: "")
+    monkeypatch.setattr(gl_context, "_loaded_platform", lambda: "")
     return monkeypatch
 
 
@@ -92,7 +92,7 @@ def test_without_any_gl_the_error_names_the_packages(
     unsettled: pytest.MonkeyPatch,
 ) -> None:
     unsettled.setattr(
-        gl,
+        gl_context,
         "_PROBES",
         {"egl": lambda: "no libEGL", "osmesa": lambda: "no mesa", "glfw": lambda: "no screen"},
     )
@@ -100,17 +100,17 @@ def test_without_any_gl_the_error_names_the_packages(
         RenderingUnavailable,
         match=r"egl: no libEGL; osmesa: no mesa.*apt-get install libegl1 .*libosmesa6",
     ):
-        gl.make_context(10, 10)
+        gl_context.make_context(10, 10)
 
 
 def test_a_users_choice_is_the_only_one_tried(unsettled: pytest.MonkeyPatch) -> None:
     unsettled.setenv("MUJOCO_GL", "osmesa")
-    unsettled.setattr(gl, "_PROBES", {"egl": lambda: None, "osmesa": lambda: "absent"})
+    unsettled.setattr(gl_context, "_PROBES", {"egl": lambda: None, "osmesa": lambda: "absent"})
     with pytest.raises(RenderingUnavailable, match=r"\(osmesa: absent\)"):
-        gl.make_context(10, 10)
+        gl_context.make_context(10, 10)
     unsettled.setenv("MUJOCO_GL", "off")
     with pytest.raises(RenderingUnavailable, match="switched off: MUJOCO_GL=off"):
-        gl.make_context(10, 10)
+        gl_context.make_context(10, 10)
 
 
 def test_osmesa_renders_where_it_is_installed() -> None:
@@ -119,7 +119,7 @@ def test_osmesa_renders_where_it_is_installed() -> None:
     except OSError as error:
         pytest.skip(f"no OSMesa: {error}")
     code = (
-        "from envs.physics import AlohaSim\n"
+        "from envs.aloha_physics import AlohaSim\n"
         "with AlohaSim('sim_insertion', max_hw=(24, 32)) as sim:\n"
         "    picture = sim.render_camera('top', hw=(24, 32))\n"
         "    print(sim.renderer.name, picture.std() > 5)\n"
@@ -138,7 +138,7 @@ def test_osmesa_renders_where_it_is_installed() -> None:
 
 def test_a_simulation_that_is_never_closed_exits_in_silence() -> None:
     code = (
-        "from envs.physics import AlohaSim\n"
+        "from envs.aloha_physics import AlohaSim\n"
         "sim = AlohaSim('sim_transfer_cube', max_hw=(24, 32))\n"
         "sim.render_camera('top', hw=(24, 32))\n"
     )
@@ -174,12 +174,12 @@ def test_what_was_chosen_is_everybodys_choice(
     expected: str,
 ) -> None:
     _set(unsettled, mujoco_gl, platform)
-    unsettled.setattr(gl, "_PROBES", _probes(*working))
-    assert gl.settle() == expected
+    unsettled.setattr(gl_context, "_PROBES", _probes(*working))
+    assert gl_context.settle() == expected
     assert os.environ["MUJOCO_GL"] == expected
     if expected != "glfw":
         assert os.environ["PYOPENGL_PLATFORM"] == expected
-    assert gl.settle() == expected
+    assert gl_context.settle() == expected
 
 
 @pytest.mark.parametrize(
@@ -201,9 +201,9 @@ def test_without_a_renderer_one_line_says_what_was_tried_and_the_remedy(
     message: str,
 ) -> None:
     _set(unsettled, mujoco_gl, platform)
-    unsettled.setattr(gl, "_PROBES", _probes(*working))
+    unsettled.setattr(gl_context, "_PROBES", _probes(*working))
     with pytest.raises(RenderingUnavailable, match=message) as raised:
-        gl.settle()
+        gl_context.settle()
     assert "\n" not in str(raised.value)
     assert os.environ.get("MUJOCO_GL") == mujoco_gl
 
@@ -211,10 +211,10 @@ def test_without_a_renderer_one_line_says_what_was_tried_and_the_remedy(
 def test_a_screen_that_is_not_there_is_no_screen(unsettled: pytest.MonkeyPatch) -> None:
     unsettled.setenv("MUJOCO_GL", "glfw")
     with pytest.raises(RenderingUnavailable, match=r"glfw: no screen \(DISPLAY is not set"):
-        gl.make_context(8, 8)
+        gl_context.make_context(8, 8)
     unsettled.setenv("DISPLAY", ":77")
     with pytest.raises(RenderingUnavailable, match=r"glfw: .*display :77"):
-        gl.make_context(8, 8)
+        gl_context.make_context(8, 8)
 
 
 def test_a_device_number_that_is_none_is_named(unsettled: pytest.MonkeyPatch) -> None:
@@ -225,7 +225,7 @@ def test_a_device_number_that_is_none_is_named(unsettled: pytest.MonkeyPatch) ->
     except OSError as error:
         pytest.skip(f"no EGL: {error}")
     with pytest.raises(RenderingUnavailable, match=r"MUJOCO_EGL_DEVICE_ID: got 'first', expected"):
-        gl.make_context(8, 8)
+        gl_context.make_context(8, 8)
 
 
 def test_a_backend_that_breaks_when_used_is_named(unsettled: pytest.MonkeyPatch) -> None:
@@ -234,19 +234,19 @@ def test_a_backend_that_breaks_when_used_is_named(unsettled: pytest.MonkeyPatch)
         def GLContext(width: int, height: int) -> None:  # noqa: N802  mujoco's name
             raise RuntimeError("no\nluck")
 
-    unsettled.setattr(gl, "_PROBES", _probes("osmesa"))
+    unsettled.setattr(gl_context, "_PROBES", _probes("osmesa"))
     unsettled.setitem(sys.modules, "mujoco.osmesa", Broken("mujoco.osmesa"))
     with pytest.raises(
         RenderingUnavailable, match=r"osmesa was found .*\(no luck\). Set MUJOCO_GL"
     ):
-        gl.make_context(8, 8)
+        gl_context.make_context(8, 8)
 
 
 @pytest.mark.parametrize("value", ["nonsense", "osmesa", "glfw", "disable", ""])
 def test_physics_needs_no_renderer(value: str) -> None:
     code = (
         "import os\n"
-        "from envs.physics import AlohaSim\n"
+        "from envs.aloha_physics import AlohaSim\n"
         "sim = AlohaSim('sim_transfer_cube')\n"
         "sim.step(sim.agent_pos)\n"
         "print(repr(os.environ['MUJOCO_GL']))\n"
@@ -303,7 +303,7 @@ def _set(monkeypatch: pytest.MonkeyPatch, mujoco_gl: str | None, platform: str |
 
 
 def _probes(*working: str) -> dict[str, Callable[[], str | None]]:
-    return {name: lambda n=name: None if n in working else "broken" for name in gl.BACKENDS}
+    return {name: lambda n=name: None if n in working else "broken" for name in gl_context.BACKENDS}
 
 
 def _python(code: str, **environment: str) -> subprocess.CompletedProcess[str]:

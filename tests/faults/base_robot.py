@@ -33,7 +33,7 @@ from robots.base import (
     Role,
 )
 from robots.errors import ConnectFailed, RobotLost
-from robots.limits import JointLimits
+from robots.joint_limits import JointLimits
 
 STOPS_ALONE_AFTER_S = 0.5
 COMMAND = struct.Struct("<2d")

@@ -22,7 +22,7 @@ from typing import Any
 import numpy as np
 
 from robots.base import Role
-from robots.limits import JointLimits
+from robots.joint_limits import JointLimits
 from robots.sim_twin import SimTwin
 from runtime.eval_real.run_config import RunConfig
 

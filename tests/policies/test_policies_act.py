@@ -54,7 +54,7 @@ def test_observations_are_only_read_and_chunks_are_the_callers(policy):
 
 
 def test_client_side_crop_gives_the_same_action(policy):
-    from policies.images import prepare
+    from policies.image_resize import prepare
 
     obs = observation(policy.contract)
     cropped = {c.name: prepare(obs.images[c.name], c) for c in policy.contract.cameras}

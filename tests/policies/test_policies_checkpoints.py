@@ -17,12 +17,12 @@ from tiny_act import CAMERAS, TINY, observation
 
 from policies.act.policy import ActPolicy
 from policies.checkpoint.extras import Extras
-from policies.checkpoint.files import read_safetensors
-from policies.checkpoint.folders import find_folder
-from policies.checkpoint.keys import detr_keys, lerobot_keys
+from policies.checkpoint.file_readers import read_safetensors
 from policies.checkpoint.load import load_policy, load_weights
 from policies.checkpoint.save import Saved, save_ilstudio, save_lerobot
 from policies.checkpoint.untrained import fresh_weights, make_untrained
+from policies.checkpoint.weight_folders import find_folder
+from policies.checkpoint.weight_names import detr_keys, lerobot_keys
 from policies.errors import CheckpointError, ContractMismatch
 from policies.types import CameraContract, MetaObs
 

@@ -12,12 +12,12 @@ from test_policies_fused import inputs, plain_actions
 from tiny_act import TINY
 
 from policies.act import cuda_api, hardware
-from policies.act.choose import make_engine
 from policies.act.cuda_graph import SIZES, CudaGraphEngine
 from policies.act.engine import EngineOptions, EngineUnavailable, Frames
 from policies.act.engine_check import LIMITS
-from policies.act.fuse import fuse
+from policies.act.engine_selection import make_engine
 from policies.act.policy import ActPolicy
+from policies.act.weight_fusion import fuse
 from policies.checkpoint.untrained import random_weights
 from policies.errors import ContractMismatch, InferenceError
 

@@ -15,12 +15,12 @@ import torch
 from test_policies_fused import EXACT, inputs, plain_actions
 from tiny_act import TINY, needs_openvino, observation
 
-from policies.act import blob_cache, engine_factory, hardware
-from policies.act.blob_cache import BlobCache, Stored
-from policies.act.choose import make_engine
+from policies.act import compiled_model_cache, engine_factory, hardware
+from policies.act.compiled_model_cache import BlobCache, Stored
 from policies.act.config import ActConfig
 from policies.act.engine import MAX_BATCH, EngineOptions, EngineUnavailable, Frames
 from policies.act.engine_check import probe
+from policies.act.engine_selection import make_engine
 from policies.act.policy import ActPolicy
 from policies.checkpoint.load import load_policy, load_weights
 from policies.checkpoint.untrained import random_weights
@@ -113,7 +113,7 @@ def test_openvino_computes_the_plain_network(config):
 @needs_openvino
 @pytest.mark.parametrize("backbone_per_camera", [False, True])
 def test_openvino_normalizes_each_camera_and_clips_actions(backbone_per_camera):
-    from policies.normalize import percentile
+    from policies.normalizer import percentile
 
     weights = dataclasses.replace(
         random_weights(dataclasses.replace(TINY, backbone_per_camera=backbone_per_camera)),
@@ -147,8 +147,8 @@ def test_openvino_computes_the_reference_checkpoints(reference, name, arguments)
 
 @needs_openvino
 def test_the_compiled_graph_has_what_was_written_and_no_more(weights):
-    from policies.act.fuse import fuse
     from policies.act.openvino_graph import build_graph
+    from policies.act.weight_fusion import fuse
 
     kinds = [node.get_type_name() for node in build_graph(fuse(weights)).get_ops()]
     layers = TINY.n_encoder_layers
@@ -308,7 +308,7 @@ SPOILT = {
     "one bit": lambda content: content[:-1] + bytes([content[-1] ^ 1]),
     "a byte less": lambda content: content[:-1],
     "another error": lambda content: content.replace(b"0.25", b"0.05"),
-    "only the digest": lambda content: content[: len(blob_cache.MAGIC) + 32],
+    "only the digest": lambda content: content[: len(compiled_model_cache.MAGIC) + 32],
 }
 
 
@@ -375,10 +375,10 @@ def test_the_longest_unused_go_first(tmp_path):
 def test_where_the_cache_is(monkeypatch, tmp_path):
     monkeypatch.delenv("METRONOME_CACHE")
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
-    assert blob_cache.default_folder() == tmp_path / "metronome"
+    assert compiled_model_cache.default_folder() == tmp_path / "metronome"
     monkeypatch.delenv("XDG_CACHE_HOME")
     monkeypatch.setenv("HOME", "/home/somebody")
-    assert str(blob_cache.default_folder()) == "/home/somebody/.cache/metronome"
+    assert str(compiled_model_cache.default_folder()) == "/home/somebody/.cache/metronome"
 
 
 # --- the choice --------------------------------------------------------------------------------
@@ -507,7 +507,7 @@ def test_without_openvino_torch_serves_and_says_why(weights, monkeypatch, caplog
 @needs_openvino
 def test_openvino_refuses_a_format_the_cpu_only_emulates(weights):
     from policies.act import openvino_engine
-    from policies.act.fuse import fuse
+    from policies.act.weight_fusion import fuse
 
     if "fp16" in hardware.precisions(torch.device("cpu")):
         pytest.skip("this CPU has fp16 units")

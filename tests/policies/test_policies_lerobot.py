@@ -17,8 +17,8 @@ from lerobot_cases import CASES, IMAGE, fill, observation
 from safetensors.torch import load_file, save_file
 
 from policies.act.policy import ActPolicy
-from policies.checkpoint.folders import WEIGHTS
 from policies.checkpoint.load import load_weights
+from policies.checkpoint.weight_folders import WEIGHTS
 from policies.errors import CheckpointError
 from policies.types import MetaObs
 

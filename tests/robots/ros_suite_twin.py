@@ -33,8 +33,8 @@ class TestTwin(RobotBehaviour):
         assert robot.reset(3)
 
     def test_the_scripted_expert_succeeds_over_ros(self, robot) -> None:
-        from envs.expert import plan_episode
-        from envs.physics import AlohaSim
+        from envs.aloha_physics import AlohaSim
+        from envs.scripted_expert import plan_episode
 
         sim = AlohaSim("sim_transfer_cube")
         sim.reset(11)

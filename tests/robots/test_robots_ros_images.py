@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 from robots import ros_images
 from robots.errors import ConfigError, ContractViolated
 from robots.factory import make_robot
-from robots.ros_compressed import decode_compressed_colour, decode_compressed_depth
+from robots.ros_compressed_images import decode_compressed_colour, decode_compressed_depth
 from robots.ros_images import COLOURS, assumption, decode_colour, message_type
 
 simplejpeg = pytest.importorskip("simplejpeg")

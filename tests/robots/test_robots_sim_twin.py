@@ -16,7 +16,7 @@ import numpy as np
 import pytest
 from contracts.robot import RobotBehaviour, until
 
-from envs.physics import AlohaSim
+from envs.aloha_physics import AlohaSim
 from robots.base import Role
 from robots.errors import ConfigError, ConnectFailed, RobotError, RobotLost, SensorLost
 from robots.factory import make_robot
@@ -116,7 +116,7 @@ def test_two_processes_share_it(robot: SimTwin, tmp_path: Path) -> None:
 
 def test_the_scripted_expert_succeeds_in_real_time(robot: SimTwin) -> None:
     """Open loop, so a command late by a fraction of a tick is all that may differ."""
-    from envs.expert import plan_episode
+    from envs.scripted_expert import plan_episode
 
     sim = AlohaSim("sim_transfer_cube")
     sim.reset(11)
@@ -180,7 +180,7 @@ def test_without_a_simulator_it_says_so() -> None:
 @pytest.mark.parametrize(
     ("overrides", "message"),
     [
-        ({"task": "sim_fold"}, r"robots.twin_host: task: got 'sim_fold', expected one of"),
+        ({"task": "sim_fold"}, r"robots.twin_process: task: got 'sim_fold', expected one of"),
         ({"cameras": "{top: {camera: ceiling, hw: [8, 8]}}"}, r"camera: got 'ceiling', expected"),
     ],
 )

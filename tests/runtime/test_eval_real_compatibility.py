@@ -19,7 +19,7 @@ from robots.base import (
     Role,
 )
 from robots.errors import ContractViolated, SensorLost
-from robots.limits import JointLimits
+from robots.joint_limits import JointLimits
 from runtime.eval_real.compatibility import Incompatible, check_compatible
 from runtime.eval_real.run_config import RunConfig
 

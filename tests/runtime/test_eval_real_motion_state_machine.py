@@ -16,7 +16,7 @@ from hypothesis import strategies as st
 from policies.types import ActionChunk, PolicyContract
 from robots.base import ActionKind, ActionSpec, arm_actions
 from robots.errors import ConfigError
-from robots.limits import JointLimits
+from robots.joint_limits import JointLimits
 from runtime.eval_real.motion_state_machine import MOST_APPROACHES, MotionStateMachine
 from runtime.eval_real.phases import MOVING, Phase, Signal
 from runtime.eval_real.recording import Recording

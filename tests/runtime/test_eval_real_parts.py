@@ -22,7 +22,7 @@ from robots.base import (
     arm_actions,
 )
 from robots.errors import RobotError, RobotLost
-from robots.limits import JointLimits
+from robots.joint_limits import JointLimits
 from runtime.eval_real.control_process import Control
 from runtime.eval_real.event_log import EventLog
 from runtime.eval_real.phases import Phase, Signal

@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 
 from policies.types import ActionChunk, PolicyContract
 from robots.base import ActionKind, ActionSpec
-from robots.limits import JointLimits
+from robots.joint_limits import JointLimits
 from runtime.control.blending import Strategy, make_strategy
 from runtime.control.chunk_executor import ChunkExecutor
 from runtime.control.command_stream import CommandStream, Motion

@@ -7,7 +7,7 @@ import dataclasses
 import numpy as np
 import pytest
 
-from envs.fake import FakeWorld
+from envs.fake_world import FakeWorld
 from policies.errors import ContractMismatch
 from policies.types import ActionChunk, MetaObs
 from runtime.control.blending import make_strategy

@@ -13,7 +13,7 @@ import pytest
 
 from policies import jpeg
 from policies.errors import ContractMismatch, ObservationError
-from policies.images import prepare
+from policies.image_resize import prepare
 from policies.types import ActionChunk, CameraContract, MetaObs, PolicyContract, PolicyInfo
 from runtime.client import PolicyClient
 from runtime.options.connection import ConnectionOptions

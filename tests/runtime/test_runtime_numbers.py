@@ -21,10 +21,10 @@ import yaml
 
 from envs import demonstrations
 from envs.config import EnvConfig, TaskConfig
-from policies.act.train import TrainConfig
 from policies.checkpoint.extras import Extras
 from policies.command_line import CommandLine, Number
-from policies.ranges import Range
+from policies.number_ranges import Range
+from policies.training.trainer import TrainConfig
 from policies.types import CameraContract
 from policies.yaml_config import ConfigError, parse_config
 from robots.agilex_config import AgilexConfig
@@ -55,9 +55,9 @@ COMMANDS: dict[str, Callable[[], argparse.ArgumentParser]] = {
 }
 NOT_FOR_PEOPLE = {
     "runtime/eval_real/processes.py",
-    "robots/twin_host.py",
-    "robots/twin_cameras.py",
-    "robots/lerobot_owner.py",
+    "robots/twin_process.py",
+    "robots/twin_render_process.py",
+    "robots/lerobot_process.py",
 }
 """Started by our own processes, which write their flags."""
 NO_NUMBERS = {"robots/twin_ros_node.py"}

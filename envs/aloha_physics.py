@@ -1,0 +1,235 @@
+"""Two ViperX arms on a table, simulated: physics, reward and cameras, without gymnasium.
+
+Equal to gym-aloha for equal seeds and actions, and free of what makes that slow: nothing is
+rendered unless a camera is asked for.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from envs.aloha_tasks import find_task
+from envs.errors import EnvError, PhysicsDiverged
+from envs.gl_context import import_mujoco
+from envs.rendering import OffscreenRenderer, camera_names
+from envs.world import check_action
+
+DT_S = 0.02
+"""One control step, 50 Hz."""
+JOINTS_PER_ARM = 6
+ACTION_DIM = STATE_DIM = 14
+"""Per arm: waist, shoulder, elbow, forearm roll, wrist angle, wrist rotate (rad), gripper (0 to 1).
+The left arm first."""
+FINGER_OPEN_M, FINGER_CLOSED_M = 0.05800, 0.01844
+"""Finger travel that a normalized gripper position of 1 and 0 stand for."""
+START_POSE = (0.0, -0.96, 1.16, 0.0, -0.3, 0.0, 0.02239, -0.02239) * 2
+"""qpos of both arms at reset; two fingers each."""
+ROBOT_QPOS = len(START_POSE)
+DEFAULT_HW = (480, 640)
+MAX_SEED = 2**32 - 1
+
+
+class AlohaSim:
+    """The simulation of one task.
+
+    Args:
+        task: ``sim_transfer_cube`` or ``sim_insertion``.
+        max_hw: The largest (height, width) to be rendered.
+        shadows, msaa: See ``OffscreenRenderer``; gym-aloha's are True and 4.
+
+    Attributes:
+        model, data: MuJoCo's, for whoever needs more than this class gives.
+
+    Raises:
+        EnvError: An unknown task, an invalid size, or the package gym-aloha is not installed.
+    """
+
+    def __init__(
+        self,
+        task: str,
+        *,
+        max_hw: tuple[int, int] = DEFAULT_HW,
+        shadows: bool = True,
+        msaa: int = 4,
+    ) -> None:
+        self.task = find_task(task)
+        if min(max_hw) < 1:
+            raise EnvError(f"max_hw: got {max_hw}, expected a positive height and width")
+        if msaa not in (0, 2, 4, 8, 16):
+            raise EnvError(f"msaa: got {msaa}, expected one of 0, 2, 4, 8, 16")
+        mujoco = import_mujoco()
+        self._mj: Any = mujoco
+        self.model = mujoco.MjModel.from_xml_path(str(assets_folder() / self.task.scene))
+        self.data = mujoco.MjData(self.model)
+        self.camera_names = camera_names(self.model)
+        self._substeps = round(DT_S / self.model.opt.timestep)
+        self._geom_names = [self.model.geom(i).name for i in range(self.model.ngeom)]
+        self._warnings = np.zeros(len(self.data.warning), np.int64)
+        self._max_hw, self._shadows, self._msaa = max_hw, shadows, msaa
+        self._renderer: OffscreenRenderer | None = None
+        self._shown: Any = None
+        self._closed = False
+        self.reset(0)
+
+    def reset(self, seed: int) -> None:
+        """Arms at the start pose, objects where ``seed`` (0 to 2³²−1) puts them."""
+        if not 0 <= seed <= MAX_SEED:
+            raise EnvError(f"seed: got {seed}, expected 0 to {MAX_SEED}")
+        self.place_objects(self.task.sample(seed))
+
+    def place_objects(self, poses: NDArray[np.float64]) -> None:
+        """As ``reset``, with the objects at ``poses``, (7 * objects,) as ``object_qpos``."""
+        if poses.shape != self.object_qpos.shape:
+            raise EnvError(f"poses: got {poses.shape}, expected {self.object_qpos.shape}")
+        self._mj.mj_resetData(self.model, self.data)
+        # dm_control computes the model's default pose first and the start pose twice; each leaves
+        # a warm start for the contact solver, which the first steps would show.
+        self._forward_without_actuation()
+        self.data.qpos[:ROBOT_QPOS] = START_POSE
+        self.data.ctrl[:] = START_POSE
+        self.data.qpos[ROBOT_QPOS:] = poses
+        self._forward_without_actuation()
+        self._forward_without_actuation()
+        self._warnings[:] = self._warning_counts()
+
+    def step(self, action: NDArray[np.floating[Any]], *, substeps: int | None = None) -> int:
+        """One control step (10 substeps of 2 ms) towards ``action``, (14,); returns the reward.
+
+        Args:
+            substeps: Fewer of them, for who follows commands more often than once per ``DT_S``.
+
+        Raises:
+            EnvError: Another shape, or a value that is not finite.
+            PhysicsDiverged: The state is no longer valid; ``reset`` makes it so.
+        """
+        check_action(action, ACTION_DIM)
+        control = self.data.ctrl
+        for arm in (0, 1):
+            first, target = arm * 7, arm * 8
+            control[target : target + JOINTS_PER_ARM] = action[first : first + JOINTS_PER_ARM]
+            # In the action's own precision, as gym-aloha computes it.
+            finger = action[first + 6] * (FINGER_OPEN_M - FINGER_CLOSED_M) + FINGER_CLOSED_M
+            control[target + 6], control[target + 7] = finger, -finger
+        # The first half of a step was taken at the end of the last one, so that contacts and
+        # pictures belong to the positions they are read with.
+        self._mj.mj_step2(self.model, self.data)
+        self._mj.mj_step(self.model, self.data, (substeps or self._substeps) - 1)
+        self._mj.mj_step1(self.model, self.data)
+        counts = self._warning_counts()
+        if (counts > self._warnings).any():
+            names = list(self._mj.mjtWarning.__members__)
+            raised = [names[i] for i in np.flatnonzero(counts > self._warnings)]
+            self._warnings[:] = counts
+            raise PhysicsDiverged(f"the simulation is invalid at {self.data.time:.2f} s: {raised}")
+        return self.reward()
+
+    def reward(self) -> int:
+        """How far the job is done in the present state, 0 to 4; see ``envs.aloha_tasks``."""
+        names = self._geom_names
+        pairs = self.data.contact.geom[: self.data.ncon].tolist()
+        return self.task.reward(frozenset((names[first], names[second]) for first, second in pairs))
+
+    @property
+    def agent_pos(self) -> NDArray[np.float64]:
+        """(14,) joint positions as the action orders them; the grippers normalized."""
+        qpos = self.data.qpos
+        arms = [*qpos[:7], *qpos[8:15]]
+        for gripper in (6, 13):
+            arms[gripper] = (arms[gripper] - FINGER_CLOSED_M) / (FINGER_OPEN_M - FINGER_CLOSED_M)
+        return np.array(arms, np.float64)
+
+    @property
+    def agent_vel(self) -> NDArray[np.float64]:
+        """(14,) velocities of ``agent_pos``: rad/s, and gripper travel per second."""
+        qvel = self.data.qvel
+        arms = np.array([*qvel[:7], *qvel[8:15]])
+        arms[[6, 13]] /= FINGER_OPEN_M - FINGER_CLOSED_M
+        return arms
+
+    @property
+    def object_qpos(self) -> NDArray[np.float64]:
+        """(7 * objects,) poses of the free bodies: x, y, z (m), quaternion wxyz."""
+        return np.array(self.data.qpos[ROBOT_QPOS:])
+
+    def render_camera(
+        self,
+        name: str,
+        *,
+        hw: tuple[int, int] = DEFAULT_HW,
+        out: NDArray[np.uint8] | None = None,
+        qpos: NDArray[np.float64] | None = None,
+    ) -> NDArray[np.uint8]:
+        """What camera ``name`` sees, into ``out`` (H, W, 3) where given, else a new array.
+
+        Args:
+            qpos: A position to show instead of the present one, a copy of an earlier ``data.qpos``;
+                the simulation itself is not touched.
+        """
+        if self._closed:
+            raise EnvError("the simulation is closed")
+        if out is None:
+            out = np.empty((*hw, 3), np.uint8)
+        self.renderer.render(self.data if qpos is None else self.posed(qpos), name, out)
+        return out
+
+    def posed(self, qpos: NDArray[np.float64]) -> Any:
+        """Data other than ``data``, at ``qpos``, with all that a picture depends on."""
+        if self._shown is None:
+            self._shown = self._mj.MjData(self.model)
+        self._shown.qpos[:] = qpos
+        self._mj.mj_kinematics(self.model, self._shown)
+        self._mj.mj_comPos(self.model, self._shown)
+        self._mj.mj_camlight(self.model, self._shown)
+        return self._shown
+
+    @property
+    def renderer(self) -> OffscreenRenderer:
+        """Made on first use: stepping alone needs no GL."""
+        if self._renderer is None:
+            self._renderer = OffscreenRenderer(
+                self.model, max_hw=self._max_hw, shadows=self._shadows, msaa=self._msaa
+            )
+        return self._renderer
+
+    def close(self) -> None:
+        """Release the GL context. Idempotent."""
+        self._closed = True
+        if self._renderer is not None:
+            self._renderer.close()
+            self._renderer = None
+
+    def __enter__(self) -> AlohaSim:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+    def _forward_without_actuation(self) -> None:
+        flags = self.model.opt.disableflags
+        self.model.opt.disableflags = flags | self._mj.mjtDisableBit.mjDSBL_ACTUATION.value
+        try:
+            self._mj.mj_forward(self.model, self.data)
+        finally:
+            self.model.opt.disableflags = flags
+
+    def _warning_counts(self) -> NDArray[np.int64]:
+        return np.array(self.data.warning.number, np.int64)
+
+
+def assets_folder() -> Path:
+    """gym-aloha's models and meshes, found without importing it (it would bring dm_control).
+
+    Raises:
+        EnvError: It is not installed.
+    """
+    spec = importlib.util.find_spec("gym_aloha")
+    for location in (spec.submodule_search_locations or ()) if spec is not None else ():
+        folder = Path(location) / "assets"
+        if folder.is_dir():
+            return folder
+    raise EnvError("the models of gym-aloha are not installed: pip install '.[sim]'")

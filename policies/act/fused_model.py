@@ -1,0 +1,285 @@
+"""The network as it is run: only what depends on the observation is left.
+
+``policies.act.weight_fusion`` makes it from a checkpoint.
+
+Plain torch, for any device and number format. ``ActModel`` is the readable reference, and this
+gives the same actions. All token tensors are (batch, tokens, width).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from policies.act.config import ActConfig
+
+
+class FusedBlock(nn.Module):
+    """A residual block; batch-norm is in the convolutions."""
+
+    def __init__(self, conv1: nn.Conv2d, conv2: nn.Conv2d, downsample: nn.Conv2d | None) -> None:
+        super().__init__()
+        self.conv1, self.conv2, self.downsample = conv1, conv2, downsample
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = self.conv2(self.conv1(x).relu_())
+        return y.add_(x if self.downsample is None else self.downsample(x)).relu_()  # type: ignore[no-any-return]
+
+
+class FusedBackbone(nn.Module):
+    """The convolutions that pictures of one camera go through, or of all cameras.
+
+    Args:
+        stem: The first convolution.
+        blocks: All residual blocks, first to last.
+    """
+
+    def __init__(self, stem: nn.Conv2d, blocks: Sequence[FusedBlock]) -> None:
+        super().__init__()
+        self.stem, self.blocks = stem, nn.ModuleList(blocks)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(B, 3, H, W), channels last, to (B, 512, h, w)."""
+        x = F.max_pool2d(self.stem(x).relu_(), 3, stride=2, padding=1)
+        for block in self.blocks:
+            x = block(x)
+        return x
+
+
+class FusedAttention(nn.Module):
+    """Attention with one projection and one table of constants for all that comes from ``x``.
+
+    Args:
+        n_heads: Heads.
+        project: Queries, keys and values of ``x`` (D to 3D), or only keys and values (D to 2D).
+        table: (tokens, 3D or 2D), what positions and biases add to that.
+        out: D to D; its bias holds what the values' bias gives.
+    """
+
+    table: Tensor
+
+    def __init__(self, n_heads: int, project: nn.Linear, table: Tensor, out: nn.Linear) -> None:
+        super().__init__()
+        self.n_heads, self.project, self.out = n_heads, project, out
+        self.register_buffer("table", table)
+
+    def forward(self, x: Tensor, query: Tensor | None = None) -> Tensor:
+        """(B, tokens, D) to (B, T, D), where ``query`` (B, T, D) is projected already."""
+        projected = self.project(x) + self.table
+        parts = projected.split(self.out.in_features, dim=-1)
+        if query is not None:
+            parts = (query, *parts)
+        q, k, v = (part.unflatten(-1, (self.n_heads, -1)).transpose(1, 2) for part in parts)
+        attended = F.scaled_dot_product_attention(q, k, v, scale=1.0)
+        return self.out(attended.transpose(1, 2).flatten(2))  # type: ignore[no-any-return]
+
+
+class FusedFeedForward(nn.Module):
+    """norm(x + linear2(activation(linear1(x))))."""
+
+    def __init__(
+        self, linear1: nn.Linear, linear2: nn.Linear, norm: nn.LayerNorm, *, gelu: bool
+    ) -> None:
+        super().__init__()
+        self.linear1, self.linear2, self.norm, self.gelu = linear1, linear2, norm, gelu
+
+    def forward(self, x: Tensor) -> Tensor:
+        hidden = self.linear1(x)
+        hidden = F.gelu(hidden) if self.gelu else hidden.relu_()
+        return self.norm(self.linear2(hidden).add_(x))  # type: ignore[no-any-return]
+
+
+class FusedEncoderLayer(nn.Module):
+    def __init__(
+        self, attention: FusedAttention, norm: nn.LayerNorm, feed_forward: FusedFeedForward
+    ) -> None:
+        super().__init__()
+        self.attention, self.norm, self.feed_forward = attention, norm, feed_forward
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.feed_forward(self.norm(self.attention(x).add_(x)))  # type: ignore[no-any-return]
+
+
+class FirstDecoderLayer(nn.Module):
+    """The layer that sees zeros: its queries are constants, and what its self-attention would add
+    is in the bias of ``cross.out``.
+
+    Args:
+        query: (T, D) projected queries of the cross-attention.
+    """
+
+    query: Tensor
+
+    def __init__(
+        self,
+        query: Tensor,
+        cross: FusedAttention,
+        norm: nn.LayerNorm,
+        feed_forward: FusedFeedForward,
+    ) -> None:
+        super().__init__()
+        self.cross, self.norm, self.feed_forward = cross, norm, feed_forward
+        self.register_buffer("query", query)
+
+    def forward(self, memory: Tensor) -> Tensor:
+        query = self.query.expand(len(memory), -1, -1)
+        return self.feed_forward(self.norm(self.cross(memory, query)))  # type: ignore[no-any-return]
+
+
+class LaterDecoderLayer(nn.Module):
+    """A decoder layer behind the first.
+
+    Args:
+        query: The cross-attention's queries, D to D.
+        query_table: (T, D), what positions and biases add to them.
+    """
+
+    query_table: Tensor
+
+    def __init__(
+        self,
+        *,
+        attention: FusedAttention,
+        norm1: nn.LayerNorm,
+        query: nn.Linear,
+        query_table: Tensor,
+        cross: FusedAttention,
+        norm2: nn.LayerNorm,
+        feed_forward: FusedFeedForward,
+    ) -> None:
+        super().__init__()
+        self.attention, self.norm1, self.query, self.cross = attention, norm1, query, cross
+        self.norm2, self.feed_forward = norm2, feed_forward
+        self.register_buffer("query_table", query_table)
+
+    def forward(self, x: Tensor, memory: Tensor) -> Tensor:
+        x = self.norm1(self.attention(x).add_(x))
+        attended = self.cross(memory, self.query(x) + self.query_table)
+        return self.feed_forward(self.norm2(attended.add_(x)))  # type: ignore[no-any-return]
+
+
+class FusedAct(nn.Module):
+    """(B, N, H, W, 3) uint8 and normalized state to actions in physical units. Inference only.
+
+    ``to(dtype)`` is ``set_dtype``: pictures, and the way from the last features to physical units,
+    stay in float32.
+
+    Args:
+        config: Sizes.
+        pixel_mean: (N, 1, 1, 3), subtracted from pictures of 0 to 255.
+        pixel_scale: (N, 1, 1, 3), what they are then multiplied by; None for 1.
+        backbones: One for all cameras, or one for each.
+        image_proj: 512 to D.
+        style_token: (D,), the token of a latent that is zero.
+        state_proj: S to D.
+        encoder, first, later: The transformer's layers.
+        norm: Behind the decoder.
+        action_head: D to A, the network's units.
+        action_scale, action_shift: (A,) from those to physical ones.
+        action_limits: (A,) lowest and highest that the normalizer lets through; None for no limit.
+    """
+
+    pixel_mean: Tensor
+    pixel_scale: Tensor | None
+    style_token: Tensor
+    action_scale: Tensor
+    action_shift: Tensor
+    action_lower: Tensor | None
+    action_upper: Tensor | None
+
+    def __init__(
+        self,
+        config: ActConfig,
+        *,
+        pixel_mean: Tensor,
+        pixel_scale: Tensor | None,
+        backbones: Sequence[FusedBackbone],
+        image_proj: nn.Linear,
+        style_token: Tensor,
+        state_proj: nn.Linear,
+        encoder: Sequence[FusedEncoderLayer],
+        first: FirstDecoderLayer,
+        later: Sequence[LaterDecoderLayer],
+        norm: nn.LayerNorm,
+        action_head: nn.Linear,
+        action_scale: Tensor,
+        action_shift: Tensor,
+        action_limits: tuple[Tensor, Tensor] | None,
+    ) -> None:
+        super().__init__()
+        self.config = config
+        self.image_proj, self.state_proj = image_proj, state_proj
+        self.backbones, self.encoder = nn.ModuleList(backbones), nn.ModuleList(encoder)
+        self.first, self.later = first, nn.ModuleList(later)
+        self.norm, self.action_head = norm, action_head
+        lower, upper = action_limits or (None, None)
+        buffers = {
+            "pixel_mean": pixel_mean,
+            "pixel_scale": pixel_scale,
+            "style_token": style_token,
+            "action_scale": action_scale,
+            "action_shift": action_shift,
+            "action_lower": lower,
+            "action_upper": upper,
+        }
+        for name, value in buffers.items():
+            self.register_buffer(name, value)
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """Of the convolutions and the transformer."""
+        return self.image_proj.weight.dtype
+
+    def set_dtype(self, dtype: torch.dtype) -> FusedAct:
+        """Compute the convolutions and the transformer in ``dtype``; returns itself."""
+        for module in (self.backbones, self.image_proj, self.state_proj, self.encoder):
+            module.to(dtype=dtype)
+        self.first.to(dtype=dtype)
+        self.later.to(dtype=dtype)
+        self.style_token = self.style_token.to(dtype)
+        return self
+
+    def forward(self, images: Tensor, state: Tensor) -> Tensor:
+        """(B, N, H, W, 3) uint8, (B, S) float32 normalized, to (B, T, A) float32 physical."""
+        memory = self.tokens(images, state)
+        for layer in self.encoder:
+            memory = layer(memory)
+        y = self.first(memory)
+        for layer in self.later:
+            y = layer(y, memory)
+        return self.physical(self.action_head(self.norm(y.float())))
+
+    def tokens(self, images: Tensor, state: Tensor) -> Tensor:
+        """(B, 2 + N * h * w, D): style, state, and the pictures' features as they lie in memory."""
+        features = self.features(images)
+        image_tokens = self.image_proj(features.permute(0, 2, 3, 1).flatten(1, 2))
+        image_tokens = image_tokens.reshape(len(images), -1, self.config.width)
+        style = self.style_token.expand(len(images), 1, -1)
+        return torch.cat((style, self.state_proj(state.to(self.dtype))[:, None], image_tokens), 1)
+
+    def features(self, images: Tensor) -> Tensor:
+        """(B * N, 512, h, w), channels last. All cameras are one batch where they share a backbone;
+        with a backbone for each, they go one after another.
+        """
+        x = images - self.pixel_mean
+        if self.pixel_scale is not None:
+            x *= self.pixel_scale
+        x = x.permute(0, 1, 4, 2, 3).to(self.dtype)
+        if not self.config.backbone_per_camera:
+            return self.backbones[0](x.flatten(0, 1))  # type: ignore[no-any-return]
+        # Stacked as they lie in memory, channels last, so that the next reshape copies nothing.
+        rows = [
+            backbone(pictures).permute(0, 2, 3, 1)
+            for backbone, pictures in zip(self.backbones, x.unbind(1), strict=True)
+        ]
+        return torch.stack(rows, 1).flatten(0, 1).permute(0, 3, 1, 2)
+
+    def physical(self, normalized: Tensor) -> Tensor:
+        """The network's units to physical ones, within the normalizer's limits."""
+        actions = torch.addcmul(self.action_shift, normalized, self.action_scale)
+        if self.action_lower is not None:
+            actions = torch.clamp(actions, self.action_lower, self.action_upper)
+        return actions

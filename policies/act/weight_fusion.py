@@ -1,0 +1,246 @@
+"""A checkpoint's weights to ``FusedAct``. Exact: an identity of algebra each, no approximation.
+
+* Batch-norm goes into the convolutions, and so does the division of the pictures by 255 and by
+  their standard deviation. The mean is still subtracted, since the convolution pads behind it.
+* A projection of ``x + pos`` is one of ``x`` plus a table of constants. So an attention's queries,
+  keys and values are one product, and 1 / sqrt(d) goes into the queries.
+* A bias of the keys adds one number to all scores of a query, which softmax ignores; a bias of the
+  values passes unchanged through the average that attention is, into the bias behind it.
+* The first decoder layer sees zeros: its self-attention is a constant, and so are the queries of
+  its cross-attention.
+
+Constants are computed in float64 and rounded once.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from policies.act.backbone import fold_batch_norm
+from policies.act.config import BLOCKS, CHANNELS, ActConfig
+from policies.act.fused_model import (
+    FirstDecoderLayer,
+    FusedAct,
+    FusedAttention,
+    FusedBackbone,
+    FusedBlock,
+    FusedEncoderLayer,
+    FusedFeedForward,
+    LaterDecoderLayer,
+)
+from policies.act.transformer import grid_positions
+from policies.act.weights import ActWeights
+
+Doubles = Mapping[str, Tensor]
+"""Weights in float64, by ``ActModel``'s names."""
+
+
+def fuse(weights: ActWeights, *, pixel_unit: float = 1.0) -> FusedAct:
+    """The network of ``weights``, float32 on the CPU, its convolutions channels last.
+
+    Args:
+        weights: The checkpoint.
+        pixel_unit: What the first convolution sees for a pixel's step of 1. A number format of
+            narrow range wants a power of two that makes pictures small and weights large.
+    """
+    config = weights.config
+    trunk = {k: v.double() for k, v in weights.tensors.items() if not k.startswith("style.")}
+    doubles = fold_batch_norm(trunk)
+    mean, std = (_double(x) for x in (weights.image_mean, weights.image_std))
+    # A backbone's first camera gives its deviation to the weights; where another camera of that
+    # backbone has its own, its pictures are rescaled to that.
+    for name, deviation in zip(config.backbone_names, std, strict=False):
+        doubles[f"{name}.conv1.weight"] /= 255 * pixel_unit * deviation[:, None, None]
+    scale = pixel_unit * (torch.ones_like(std) if config.backbone_per_camera else std[0] / std)
+    pos = torch.cat(
+        (
+            doubles["token_pos.weight"],
+            grid_positions(*config.features_hw, config.width).repeat(config.n_cameras, 1).double(),
+        )
+    )
+    normalizer = weights.action_normalizer
+    limits = _double(normalizer.lower), _double(normalizer.upper)
+    fused = FusedAct(
+        config,
+        pixel_mean=_single((255 * mean)[:, None, None, :]),
+        pixel_scale=None if bool((scale == 1).all()) else _single(scale[:, None, None, :]),
+        backbones=[_backbone(config, doubles, name) for name in config.backbone_names],
+        image_proj=_linear(doubles["image_proj.weight"].flatten(1), doubles["image_proj.bias"]),
+        style_token=_single(doubles["latent_proj.bias"]),
+        state_proj=_named_linear(doubles, "state_proj"),
+        encoder=[
+            FusedEncoderLayer(
+                _self_attention(config, doubles, f"encoder.{i}.self_attn", pos),
+                _norm(doubles, f"encoder.{i}.norm1"),
+                _feed_forward(config, doubles, f"encoder.{i}", "norm2"),
+            )
+            for i in range(config.n_encoder_layers)
+        ],
+        first=_first_decoder_layer(config, doubles, pos),
+        later=[
+            _later_decoder_layer(config, doubles, f"decoder.{i}", pos)
+            for i in range(1, config.n_decoder_layers)
+        ],
+        norm=_norm(doubles, "decoder_norm"),
+        action_head=_named_linear(doubles, "action_head"),
+        action_scale=_single(_double(normalizer.scale)),
+        action_shift=_single(_double(normalizer.shift)),
+        action_limits=(
+            (_single(limits[0]), _single(limits[1]))
+            if any(bool(torch.isfinite(limit).any()) for limit in limits)
+            else None
+        ),
+    )
+    return fused.eval().requires_grad_(False)
+
+
+def _backbone(config: ActConfig, doubles: Doubles, name: str) -> FusedBackbone:
+    blocks = []
+    for stage, count in enumerate(BLOCKS[config.backbone][: len(CHANNELS)], start=1):
+        for block in range(count):
+            at = f"{name}.layer{stage}.{block}"
+            stride = 2 if stage > 1 and block == 0 else 1
+            downsample = _conv(doubles, f"{at}.downsample.0", stride=2) if stride == 2 else None
+            blocks.append(
+                FusedBlock(
+                    _conv(doubles, f"{at}.conv1", stride=stride),
+                    _conv(doubles, f"{at}.conv2", stride=1),
+                    downsample,
+                )
+            )
+    return FusedBackbone(_conv(doubles, f"{name}.conv1", stride=2), blocks)
+
+
+def _self_attention(config: ActConfig, doubles: Doubles, name: str, pos: Tensor) -> FusedAttention:
+    q, k, v = doubles[f"{name}.in_proj_weight"].chunk(3)
+    query_bias, _, value_bias = doubles[f"{name}.in_proj_bias"].chunk(3)
+    scale = _query_scale(config)
+    table = torch.cat(((pos @ q.T + query_bias) * scale, pos @ k.T, torch.zeros_like(pos)), dim=1)
+    return FusedAttention(
+        config.n_heads,
+        _linear(torch.cat((q * scale, k, v)), None),
+        _single(table),
+        _attention_out(doubles, name, value_bias),
+    )
+
+
+def _cross_attention(
+    config: ActConfig, doubles: Doubles, name: str, pos: Tensor, added: Tensor | None = None
+) -> FusedAttention:
+    """``added`` (D,) is what to add to its output."""
+    _, k, v = doubles[f"{name}.in_proj_weight"].chunk(3)
+    _, _, value_bias = doubles[f"{name}.in_proj_bias"].chunk(3)
+    table = torch.cat((pos @ k.T, torch.zeros_like(pos)), dim=1)
+    return FusedAttention(
+        config.n_heads,
+        _linear(torch.cat((k, v)), None),
+        _single(table),
+        _attention_out(doubles, name, value_bias, added),
+    )
+
+
+def _cross_query(config: ActConfig, doubles: Doubles, name: str) -> tuple[Tensor, Tensor]:
+    """Weight and bias of its queries, scaled."""
+    weight = doubles[f"{name}.in_proj_weight"].chunk(3)[0]
+    bias = doubles[f"{name}.in_proj_bias"].chunk(3)[0]
+    scale = _query_scale(config)
+    return weight * scale, bias * scale
+
+
+def _first_decoder_layer(config: ActConfig, doubles: Doubles, pos: Tensor) -> FirstDecoderLayer:
+    at = "decoder.0"
+    own = f"{at}.self_attn"
+    value_bias = doubles[f"{own}.in_proj_bias"].chunk(3)[2]
+    attended = doubles[f"{own}.out_proj.weight"] @ value_bias + doubles[f"{own}.out_proj.bias"]
+    x = F.layer_norm(
+        attended,
+        attended.shape,
+        doubles[f"{at}.norm1.weight"],
+        doubles[f"{at}.norm1.bias"],
+    )
+    weight, bias = _cross_query(config, doubles, f"{at}.multihead_attn")
+    return FirstDecoderLayer(
+        _single((x + doubles["query_pos.weight"]) @ weight.T + bias),
+        _cross_attention(config, doubles, f"{at}.multihead_attn", pos, added=x),
+        _norm(doubles, f"{at}.norm2"),
+        _feed_forward(config, doubles, at, "norm3"),
+    )
+
+
+def _later_decoder_layer(
+    config: ActConfig, doubles: Doubles, at: str, pos: Tensor
+) -> LaterDecoderLayer:
+    query_pos = doubles["query_pos.weight"]
+    weight, bias = _cross_query(config, doubles, f"{at}.multihead_attn")
+    return LaterDecoderLayer(
+        attention=_self_attention(config, doubles, f"{at}.self_attn", query_pos),
+        norm1=_norm(doubles, f"{at}.norm1"),
+        query=_linear(weight, None),
+        query_table=_single(query_pos @ weight.T + bias),
+        cross=_cross_attention(config, doubles, f"{at}.multihead_attn", pos),
+        norm2=_norm(doubles, f"{at}.norm2"),
+        feed_forward=_feed_forward(config, doubles, at, "norm3"),
+    )
+
+
+def _query_scale(config: ActConfig) -> float:
+    return 1 / math.sqrt(config.width // config.n_heads)
+
+
+def _attention_out(
+    doubles: Doubles, name: str, value_bias: Tensor, added: Tensor | None = None
+) -> nn.Linear:
+    weight, bias = doubles[f"{name}.out_proj.weight"], doubles[f"{name}.out_proj.bias"]
+    bias = bias + weight @ value_bias
+    return _linear(weight, bias if added is None else bias + added)
+
+
+def _feed_forward(config: ActConfig, doubles: Doubles, at: str, norm: str) -> FusedFeedForward:
+    return FusedFeedForward(
+        _named_linear(doubles, f"{at}.linear1"),
+        _named_linear(doubles, f"{at}.linear2"),
+        _norm(doubles, f"{at}.{norm}"),
+        gelu=config.activation == "gelu",
+    )
+
+
+def _conv(doubles: Doubles, name: str, stride: int) -> nn.Conv2d:
+    weight = doubles[f"{name}.weight"]
+    outputs, inputs, kernel, _ = weight.shape
+    conv = nn.Conv2d(inputs, outputs, kernel, stride, padding=kernel // 2, device="meta")
+    conv.weight = nn.Parameter(_single(weight).contiguous(memory_format=torch.channels_last))
+    conv.bias = nn.Parameter(_single(doubles[f"{name}.bias"]))
+    return conv
+
+
+def _named_linear(doubles: Doubles, name: str) -> nn.Linear:
+    return _linear(doubles[f"{name}.weight"], doubles[f"{name}.bias"])
+
+
+def _linear(weight: Tensor, bias: Tensor | None) -> nn.Linear:
+    linear = nn.Linear(weight.shape[1], weight.shape[0], bias=bias is not None, device="meta")
+    linear.weight = nn.Parameter(_single(weight))
+    if bias is not None:
+        linear.bias = nn.Parameter(_single(bias))
+    return linear
+
+
+def _norm(doubles: Doubles, name: str) -> nn.LayerNorm:
+    norm = nn.LayerNorm(len(doubles[f"{name}.weight"]), device="meta")
+    norm.weight = nn.Parameter(_single(doubles[f"{name}.weight"]))
+    norm.bias = nn.Parameter(_single(doubles[f"{name}.bias"]))
+    return norm
+
+
+def _double(values: object) -> Tensor:
+    return torch.from_numpy(np.array(values, dtype=np.float64))
+
+
+def _single(tensor: Tensor) -> Tensor:
+    return tensor.float().contiguous()

@@ -1,0 +1,153 @@
+"""Robots whose devices one process owns; every process that uses one attaches to its owner.
+
+Joint states and pictures are read from shared memory, commands go through a socket. So any number
+of processes may use the robot at once, and their beginning and end do nothing to its devices.
+"""
+
+from __future__ import annotations
+
+import time
+from abc import abstractmethod
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from robots.base import CameraSample, JointSample, Robot, Role
+from robots.errors import ConnectFailed, NotConnected, SensorLost
+from robots.owner_connection import OwnerConnection
+from robots.sensor_memory import SensorMemory, Stream
+
+CALL_TIMEOUT_S = 10.0
+LOOK_AGAIN_S = 0.002
+
+
+class AttachedRobot(Robot):
+    """A robot seen from one process. ``companion`` runs the owner that others connect to.
+
+    Attributes:
+        owner: What the owner is called in errors.
+    """
+
+    owner = "the owner"
+    _link: OwnerConnection | None = None
+    _sensor_memory: SensorMemory | None = None
+
+    @property
+    @abstractmethod
+    def address(self) -> str | None:
+        """Of a running owner."""
+
+    @property
+    def host_pid(self) -> int:
+        """The owner's process id."""
+        return int(self._connected()[0].hello["pid"])
+
+    def _connect(self, role: Role, timeout_s: float) -> None:
+        if self.address is None:
+            raise ConnectFailed(
+                f"{self.name}: no {self.owner.removeprefix('the ')} to connect to; expected to be "
+                "within companion(), or its address as configuration"
+            )
+        self._seen: dict[str, tuple[int, CameraSample]] = {}
+        self._link = OwnerConnection(self.address, role=role, timeout_s=timeout_s, peer=self.owner)
+        self._sensor_memory = SensorMemory(
+            self._link.memory_fd,
+            qpos=self._link.hello["qpos"],
+            joints=self.contract.state_dim,
+            cameras=self.contract.cameras,
+            writable=False,
+        )
+        streams = [("joints", self._sensor_memory.joints)]
+        if role is not Role.CONTROL:
+            streams += self._sensor_memory.cameras.items()
+        since_ns = time.monotonic_ns()
+        self._wait_for(streams, lambda sample: bool(sample["received_ns"] >= since_ns), timeout_s)
+
+    def _get_joints(self) -> JointSample:
+        return _joint_sample(self._fresh("joints", self._connected()[1].joints))
+
+    def _get_joints_at(self, stamp_ns: int) -> JointSample:
+        stream = self._connected()[1].joints
+        self._fresh("joints", stream)
+        return _joint_sample(stream.nearest(stamp_ns))
+
+    def _get_cameras(self) -> dict[str, CameraSample]:
+        for name, stream in self._connected()[1].cameras.items():
+            if name not in self._seen or self._seen[name][0] != stream.count:
+                slot = self._fresh(name, stream)
+                self._seen[name] = int(slot["number"]) + 1, _camera_sample(slot)
+            else:
+                self._check_age(name, self._seen[name][1].received_ns)
+        return {name: sample for name, (_, sample) in self._seen.items()}
+
+    def _send_action(self, action: NDArray[np.float32]) -> None:
+        self._connected()[0].send_action(action)
+
+    def _disconnect(self) -> None:
+        self._sensor_memory = None
+        self._seen = {}
+        if self._link is not None:
+            self._link.close()
+            self._link = None
+
+    def _connected(self) -> tuple[OwnerConnection, SensorMemory]:
+        if self._link is None or self._sensor_memory is None:
+            raise NotConnected(f"{self.name}: not connected")
+        return self._link, self._sensor_memory
+
+    def _call(self, call: str, **arguments: Any) -> Mapping[str, Any]:
+        return self._connected()[0].call(call, timeout_s=CALL_TIMEOUT_S, **arguments)
+
+    def _why_silent(self, name: str) -> str:
+        """What the owner knows about a sensor that is silent, to be added to an error."""
+        del name
+        return ""
+
+    def _fresh(self, name: str, stream: Stream) -> Any:
+        """The newest slot of ``stream``, if it is new enough."""
+        slot: Any = stream.newest()
+        self._check_age(name, int(slot["received_ns"]))
+        return slot
+
+    def _check_age(self, name: str, received_ns: int) -> None:
+        self._connected()[0].check_alive()
+        age_s = (time.monotonic_ns() - received_ns) / 1e9
+        if age_s > self.sensor_timeout_s:
+            raise SensorLost(
+                f"{self.name}: {name}: nothing new for {age_s:.2f} s, expected something within "
+                f"{self.sensor_timeout_s:g} s{self._why_silent(name)}"
+            )
+
+    def _wait_for(
+        self,
+        streams: Sequence[tuple[str, Stream]],
+        arrived: Callable[[Any], bool],
+        timeout_s: float,
+    ) -> None:
+        """Until the newest of every stream has ``arrived``."""
+        deadline_s = time.monotonic() + timeout_s
+        missing = list(streams)
+        while missing:
+            self._connected()[0].check_alive()
+            for entry in list(missing):
+                newest = entry[1].newest()
+                if newest is not None and arrived(newest):
+                    missing.remove(entry)
+            if missing and time.monotonic() >= deadline_s:
+                silent = [name for name, _ in missing]
+                raise SensorLost(
+                    f"{self.name}: nothing from {silent} within {timeout_s:g} s"
+                    f"{self._why_silent(silent[0])}"
+                )
+            if missing:
+                time.sleep(LOOK_AGAIN_S)
+
+
+def _joint_sample(slot: Any) -> JointSample:
+    return JointSample(slot["position"], int(slot["stamp_ns"]), int(slot["received_ns"]))
+
+
+def _camera_sample(slot: Any) -> CameraSample:
+    return CameraSample(slot["image"], int(slot["stamp_ns"]), int(slot["received_ns"]))

@@ -1,0 +1,238 @@
+"""Commands a robot can follow and can always stop from.
+
+Most joints are driven by positions, one per control period h. From one command to the next such a
+joint moves by h·v, and v may change by no more than u = a·h. Guaranteed for every command that
+``MotionLimiter`` lets out, joint by joint, whatever is asked for (float64; what is sent is that,
+rounded to float32 inside the position limits):
+
+* |v| <= velocity limit, |Δv| <= u.
+* The position is inside its limits, *and the joint can still stop inside them*: braking at u from
+  now on ends before the limit.
+* A request that keeps to the limits passes unchanged, bit for bit.
+* One that does not is followed as fast as the limits allow and met without overshoot.
+
+A joint that is commanded by velocity keeps |v| <= velocity limit, v within its position limits
+(which bound the number that is sent) and |Δv| <= u. Braking brings it to zero, and zero is its
+rest: repeating its last command would drive it on.
+
+How: ``robots.braking_kernels``.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+from numpy.typing import ArrayLike, NDArray
+
+from robots.base import ActionKind, ActionSpec
+from robots.braking_kernels import ROUNDING, brake, limit
+from robots.errors import UnsafeCommand
+from robots.joint_limits import JointLimits
+
+
+@dataclass(frozen=True, slots=True)
+class ClampStatistics:
+    """What the limits changed since the last ``reset``.
+
+    Attributes:
+        commands: Commands let out by ``limit``.
+        clamped_ticks: Those that were not what was asked for, in any joint.
+        position, velocity, acceleration: How often each joint met each limit. Position: asked for
+            outside, or faster towards a limit than can be stopped. One command may meet several.
+    """
+
+    commands: int
+    clamped_ticks: int
+    position: tuple[int, ...]
+    velocity: tuple[int, ...]
+    acceleration: tuple[int, ...]
+
+
+class MotionLimiter:
+    """Clamps position commands; see the module for what is guaranteed.
+
+    It goes by the last two commands that it let out, never by measurements, and takes commands to
+    be one period apart: after a missed tick the true speeds are lower. ``limit`` and ``brake``
+    allocate nothing that outlives the call.
+
+    Args:
+        limits: Of the robot's A actuators.
+        period_s: Between two commands, seconds.
+        actions: What each of the A numbers is; none: positions.
+
+    Attributes:
+        by_velocity: (A,) bool, which of them are velocities.
+
+    Raises:
+        ValueError: ``period_s`` is not positive, another number of actions than A, a kind that
+            cannot be limited (delta, effort), or a velocity whose limits leave out zero.
+    """
+
+    def __init__(
+        self, limits: JointLimits, period_s: float, actions: Sequence[ActionSpec] = ()
+    ) -> None:
+        if not (period_s > 0 and math.isfinite(period_s)):
+            raise ValueError(f"period_s: got {period_s}, expected a positive number of seconds")
+        self.limits = limits
+        self.period_s = period_s
+        self._names = [spec.name for spec in actions]
+        self.by_velocity = _by_velocity(limits, actions)
+        lower, upper, fastest = limits.position_lower, limits.position_upper, limits.velocity
+        lower = np.where(self.by_velocity, np.maximum(lower, -fastest), lower)
+        upper = np.where(self.by_velocity, np.minimum(upper, fastest), upper)
+        fastest = np.where(self.by_velocity, np.maximum(-lower, upper), fastest)
+        # Columns: lower, upper, velocity, u; and command, velocity, the command aimed at.
+        self._bounds = np.ascontiguousarray(
+            np.stack([lower, upper, fastest, limits.acceleration * period_s], axis=1)
+        )
+        self._state = np.zeros((len(lower), 3))
+        self._inside = np.ascontiguousarray(
+            np.stack([_round_up(lower), -_round_up(-upper)], axis=1), np.float32
+        )
+        self._target = np.zeros(len(lower))
+        self._sent = np.zeros(len(lower), np.float32)
+        self._counts = np.zeros((3, len(lower)), np.int64)
+        self._commands = self._clamped = 0
+        self.reset(np.clip(np.zeros(len(lower)), lower, upper))
+
+    def reset(self, position: ArrayLike, before: ArrayLike | None = None) -> None:
+        """Start from a pose, with all counts at zero.
+
+        Args:
+            position: (A,) where the robot is, or the last command it was given; of a velocity,
+                the last command, and zero for a robot at rest. A joint outside its limits never
+                moves further out and comes inside within the other limits.
+            before: (A,) the command before that, one period earlier; None for a robot at rest.
+
+        Raises:
+            ValueError: Another length than A, or NaN or infinity.
+        """
+        last = self._checked("position", position)
+        earlier = last if before is None else self._checked("before", before)
+        self._state[:, 0] = self._state[:, 2] = last
+        self._state[:, 1] = np.where(self.by_velocity, last, (last - earlier) / self.period_s)
+        self._sent[:] = last
+        self._counts.fill(0)
+        self._commands = self._clamped = 0
+
+    def _checked(self, name: str, values: ArrayLike) -> NDArray[np.float64]:
+        array = np.asarray(values, np.float64)
+        if array.shape != self._target.shape or not np.isfinite(array).all():
+            raise ValueError(
+                f"{name}: got {array}, expected {self._target.size} finite numbers, one per joint"
+            )
+        return array
+
+    def limit(self, target: NDArray[np.float32] | NDArray[np.float64]) -> NDArray[np.float32]:
+        """The command nearest to ``target`` that keeps the guarantees.
+
+        Args:
+            target: (A,) positions asked for.
+
+        Returns:
+            (A,) float32, valid until the next call.
+
+        Raises:
+            UnsafeCommand: NaN or infinity was asked for; names the joint. Nothing has changed: go
+                on with ``brake``.
+        """
+        self._target[:] = target
+        result = limit(
+            self._target,
+            self._bounds,
+            self._inside,
+            self.by_velocity,
+            self.period_s,
+            self._state,
+            self._sent,
+            self._counts,
+        )
+        if result < 0:
+            joint = -1 - result
+            name = f" ({self._names[joint]})" if self._names else ""
+            raise UnsafeCommand(
+                f"joint {joint}{name}: got {target[joint]} for a command, expected a finite number"
+            )
+        self._commands += 1
+        self._clamped += result
+        return self._sent
+
+    def brake(self) -> NDArray[np.float32]:
+        """The next command of the shortest stop, each joint on its own; at rest, the same again.
+
+        Returns:
+            (A,) float32, valid until the next call.
+        """
+        brake(self._bounds, self._inside, self.by_velocity, self.period_s, self._state, self._sent)
+        return self._sent
+
+    @property
+    def command(self) -> NDArray[np.float32]:
+        """(A,) float32: the last command, or where ``reset`` said the robot is."""
+        return self._sent
+
+    @property
+    def position(self) -> NDArray[np.float64]:
+        """(A,) the last command before it was rounded; a view, not to be kept."""
+        return self._state[:, 0]
+
+    @property
+    def velocity(self) -> NDArray[np.float64]:
+        """(A,) per second, of the last command against the one before; a view, not to be kept."""
+        return self._state[:, 1]
+
+    @property
+    def at_rest(self) -> bool:
+        """Whether the last two commands held the same positions, and all velocities are zero."""
+        return not self._state[:, 1].any()
+
+    def ticks_to_rest(self) -> int:
+        """How many more ``brake`` commands until one repeats its predecessor."""
+        return _ticks_to_rest(np.abs(self._state[:, 1]), self._bounds[:, 3])
+
+    def worst_ticks_to_rest(self) -> int:
+        """The same from every joint's highest speed."""
+        return _ticks_to_rest(self._bounds[:, 2], self._bounds[:, 3])
+
+    def statistics(self) -> ClampStatistics:
+        position, velocity, acceleration = (tuple(map(int, row)) for row in self._counts)
+        return ClampStatistics(self._commands, self._clamped, position, velocity, acceleration)
+
+
+def _by_velocity(limits: JointLimits, actions: Sequence[ActionSpec]) -> NDArray[np.bool_]:
+    """(A,) which actuators are commanded by velocity; checks that each can be limited."""
+    mask = np.zeros(len(limits), np.bool_)
+    if actions and len(actions) != len(limits):
+        raise ValueError(f"actions: got {len(actions)}, expected {len(limits)}, one per limit")
+    for index, spec in enumerate(actions):
+        if spec.kind is ActionKind.VELOCITY:
+            lower, upper = limits.position_lower[index], limits.position_upper[index]
+            if not lower <= 0 <= upper:
+                raise ValueError(
+                    f"joint {index} ({spec.name}): got a velocity between {lower:g} and {upper:g} "
+                    f"{spec.unit}, expected limits with zero between them: at rest it is zero"
+                )
+            mask[index] = True
+        elif not spec.kind.holds_position:
+            raise ValueError(
+                f"joint {index} ({spec.name}): got a command of kind {spec.kind} ({spec.unit}), "
+                f"expected {ActionKind.POSITION}, {ActionKind.GRIPPER} or {ActionKind.VELOCITY}: "
+                "for no other is it known how to come to rest"
+            )
+    return mask
+
+
+def _ticks_to_rest(speed: NDArray[np.float64], quantum: NDArray[np.float64]) -> int:
+    with np.errstate(invalid="ignore"):  # any speed over any acceleration: at once
+        ticks = np.nan_to_num(np.ceil(speed / quantum - ROUNDING), nan=1.0, posinf=np.inf)
+    return int(np.maximum(ticks, speed > 0.0).max(initial=0.0))
+
+
+def _round_up(values: NDArray[np.float64]) -> NDArray[np.float32]:
+    """The least float32 that is not below, where plain rounding may be."""
+    rounded = values.astype(np.float32)
+    below = rounded.astype(np.float64) < values
+    return np.where(below, np.nextafter(rounded, np.float32(np.inf)), rounded)

@@ -1,0 +1,201 @@
+"""The process that is the twin: physics in real time, whoever is connected.
+
+One thread waits for the next control step and for every connection at once, so a command is
+stamped when it arrives and nothing contends with the physics. The world does not wait: with no new
+command an arm keeps its last target, and a step that came late is made up for at once, so that
+simulated time is real time.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import select
+import signal
+import socket
+import sys
+import time
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from envs.aloha_physics import ACTION_DIM, DT_S, AlohaSim
+from envs.errors import EnvError, PhysicsDiverged
+from robots.errors import ConnectFailed
+from robots.owner_server import OwnerServer
+from robots.processes import Child, die_with_parent, say
+from robots.sensor_memory import SensorMemory
+from robots.twin_config import JOINTS, SUBSTEP_HZ, TwinConfig
+from robots.twin_motion_log import TwinMotionLog
+
+MAX_BEHIND_S = 0.5
+"""A world that was held up for longer (a stopped process) goes on from there instead."""
+
+
+class Twin:
+    """The simulated robot: control steps, reward, record, and the board that shows them."""
+
+    def __init__(self, sim: AlohaSim, sensor_memory: SensorMemory, config: TwinConfig) -> None:
+        self._sim, self._sensor_memory, self._config = sim, sensor_memory, config
+        self._substeps = SUBSTEP_HZ // config.control_hz
+        self._per_tick = max(1, round(DT_S * config.control_hz))
+        self.period_ns = round(1e9 / config.control_hz)
+        self.record = TwinMotionLog(ACTION_DIM)
+        self.episode = -1
+        self._count = 0
+        self.reset(0)
+
+    def reset(self, seed: int) -> int:
+        """A new episode; the stamp of its first state."""
+        self._sim.reset(seed)
+        self._target = self._sim.agent_pos.astype(np.float32)
+        self.episode += 1
+        self._step = self._success_step = 0
+        self._reward = 0.0
+        self._count += 1  # no two states have one stamp
+        self._show()
+        return self._count * self.period_ns
+
+    def command(self, action: NDArray[np.float32], *, sent_ns: int, source: int) -> None:
+        self.record.add_command(
+            arrived_ns=time.monotonic_ns(),
+            sent_ns=sent_ns,
+            action=action,
+            source=source,
+            episode=self.episode,
+        )
+        self._target = action
+
+    def step(self, due_ns: int) -> None:
+        """One control step towards the target."""
+        began_ns = time.monotonic_ns()
+        try:
+            reward = self._sim.step(self._target, substeps=self._substeps)
+        except PhysicsDiverged as error:
+            sys.exit(f"twin: {error}")
+        self._count += 1
+        self._step += 1
+        # Judged at the rate at which the task's environment judges: more often would be easier.
+        if self._step % self._per_tick == 0:
+            self._reward = max(self._reward, float(reward))
+            if not self._success_step and reward >= self._config.success_reward:
+                self._success_step = self._step
+        self._show()
+        self.record.add_step(
+            due_ns=due_ns,
+            began_ns=began_ns,
+            position=self._sim.agent_pos,
+            velocity=self._sim.agent_vel,
+            target=self._target,
+            reward=reward,
+            episode=self.episode,
+        )
+
+    def skip(self, steps: int) -> None:
+        """Time passed in which the world stood still."""
+        self._count += steps
+
+    def _show(self) -> None:
+        slot = self._sensor_memory.joints.begin()
+        slot["stamp_ns"] = self._count * self.period_ns
+        slot["received_ns"] = time.monotonic_ns()
+        slot["episode"], slot["success"] = self.episode, self._success_step > 0
+        slot["step"] = (self._success_step or self._step) // self._per_tick
+        slot["reward"] = self._reward
+        slot["position"] = self._sim.agent_pos
+        slot["qpos"] = self._sim.data.qpos
+        self._sensor_memory.joints.publish(slot)
+
+
+class Host:
+    """Serves connections and keeps the twin's time."""
+
+    def __init__(
+        self, twin: Twin, sensor_memory: SensorMemory, memory_fd: int, qpos: int, cameras: Child
+    ) -> None:
+        self._twin, self._cameras = twin, cameras
+        self._server = OwnerServer(
+            sensor_memory,
+            memory_fd,
+            action_dim=ACTION_DIM,
+            hello={"qpos": qpos},
+            command=lambda action, sent_ns, source: twin.command(
+                action, sent_ns=sent_ns, source=source
+            ),
+            call=self._call,
+        )
+
+    @property
+    def address(self) -> str:
+        return self._server.address
+
+    def run(self) -> None:
+        """Until stdin ends."""
+        twin, period_ns = self._twin, self._twin.period_ns
+        due_ns = time.monotonic_ns() + period_ns
+        cameras = os.pidfd_open(self._cameras.pid)
+        while True:
+            wait_s = max(0, due_ns - time.monotonic_ns()) / 1e9
+            waiting = [sys.stdin, cameras, *self._server.sockets]
+            for ready in select.select(waiting, [], [], wait_s)[0]:
+                if ready is sys.stdin:
+                    return
+                if ready == cameras:
+                    sys.exit("twin: the process that draws its pictures has ended")
+                if isinstance(ready, socket.socket):
+                    self._server.serve(ready)
+            behind_ns = time.monotonic_ns() - due_ns
+            if behind_ns > MAX_BEHIND_S * 1e9:
+                steps = behind_ns // period_ns
+                twin.skip(steps)
+                due_ns += steps * period_ns
+            while time.monotonic_ns() >= due_ns:
+                twin.step(due_ns)
+                due_ns += period_ns
+
+    def _call(self, call: str, asked: Mapping[str, Any]) -> Mapping[str, Any]:
+        try:
+            if call == "reset":
+                return {"stamp_ns": self._twin.reset(int(asked["seed"]))}
+            if call == "save_record":
+                self._twin.record.save(Path(asked["path"]))
+            elif call == "clear_record":
+                self._twin.record.clear()
+            else:
+                return {"error": f"unknown call {call!r}"}
+        except (EnvError, OSError) as error:
+            return {"error": str(error)}
+        return {}
+
+
+def main(arguments: list[str] | None = None) -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--config", required=True)
+    parser.add_argument("--parent", type=int, required=True)
+    options = parser.parse_args(arguments)
+    # A terminal's Ctrl-C reaches the whole group; the arm must outlive it to be stopped properly.
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    die_with_parent(options.parent)
+    config = TwinConfig.from_json(options.config)
+    shape: dict[str, Any] = {"joints": len(JOINTS), "cameras": config.camera_hw}
+    try:
+        sim = AlohaSim(config.task)
+        shape["qpos"] = sim.model.nq
+        memory_fd = SensorMemory.create(**shape)
+        sensor_memory = SensorMemory(memory_fd, writable=True, **shape)
+        flags = ["--config", options.config, "--board", str(memory_fd)]
+        with Child("robots.twin_render_process", flags, pass_fds=[memory_fd]) as cameras:
+            host = Host(
+                Twin(sim, sensor_memory, config), sensor_memory, memory_fd, shape["qpos"], cameras
+            )
+            say(address=host.address, **cameras.said)
+            host.run()
+    except (EnvError, ConnectFailed, OSError, ValueError) as error:
+        say(error=str(error))
+
+
+if __name__ == "__main__":
+    main()
