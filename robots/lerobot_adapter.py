@@ -23,6 +23,7 @@ from numpy.typing import NDArray
 from policies.yaml_config import parse_config
 from robots.attached_robot import AttachedRobot
 from robots.base import ActionKind, ActionSpec, RobotContract, Role
+from robots.companion import start_companion
 from robots.errors import ConfigError, RobotError, RobotLost
 from robots.lerobot_config import (
     STOPS_ALONE_S,
@@ -31,8 +32,8 @@ from robots.lerobot_config import (
     LeRobotConfig,
     action_specs,
 )
-from robots.processes import Child
 from robots.sensor_memory import REFUSED_SINCE
+from transport.child_process import ChildProcess
 
 IMPORT_TIMEOUT_S = 180.0
 """For LeRobot to be imported, which brings torch: seconds, minutes on a machine under load."""
@@ -84,7 +85,7 @@ class LeRobotRobot(AttachedRobot):
         )
         super().__init__(name, contract, limits)
         self._start_pose = self._checked_start_pose()
-        self._own: Child | None = None
+        self._own: ChildProcess | None = None
 
     @property
     def address(self) -> str | None:
@@ -113,17 +114,17 @@ class LeRobotRobot(AttachedRobot):
         before = self.config
         child = self._start_owner()
         try:
-            self.config = dataclasses.replace(before, address=child.said["address"])
-            yield {**found, "address": child.said["address"]}
+            self.config = dataclasses.replace(before, address=child.ready["address"])
+            yield {**found, "address": child.ready["address"]}
         finally:
             self.config = before
             child.close(LET_GO_WITHIN_S)
 
-    def _start_owner(self) -> Child:
-        return Child(
+    def _start_owner(self) -> ChildProcess:
+        return start_companion(
             "robots.lerobot_process",
             ["--config", self.config.to_json()],
-            start_within_s=IMPORT_TIMEOUT_S + 2 * self.config.connect_timeout_s,
+            ready_within_s=IMPORT_TIMEOUT_S + 2 * self.config.connect_timeout_s,
             name=self.name,
             outlives=True,
         )
@@ -152,7 +153,7 @@ class LeRobotRobot(AttachedRobot):
     def _connect(self, role: Role, timeout_s: float) -> None:
         if self.config.address is None:
             self._own = self._start_owner()
-            self.config = dataclasses.replace(self.config, address=self._own.said["address"])
+            self.config = dataclasses.replace(self.config, address=self._own.ready["address"])
         super()._connect(role, timeout_s)
 
     def _send_action(self, action: NDArray[np.float32]) -> None:
@@ -188,13 +189,13 @@ def describe(config: LeRobotConfig, source: str) -> str:
         ConfigError: As ``LeRobotRobot``.
     """
     try:
-        with Child(
+        with start_companion(
             "robots.lerobot_process",
             ["--describe", "--config", config.to_json()],
-            start_within_s=IMPORT_TIMEOUT_S + 10.0,
+            ready_within_s=IMPORT_TIMEOUT_S + 10.0,
             name=f"{source}: lerobot:{config.type}",
         ) as child:
-            return json.dumps(child.said["description"])
+            return json.dumps(child.ready["description"])
     except ConfigError:
         raise
     except RobotError as error:

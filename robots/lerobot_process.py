@@ -9,7 +9,6 @@ any more it brings to zero.
 from __future__ import annotations
 
 import argparse
-import contextlib
 import dataclasses
 import logging
 import os
@@ -32,8 +31,8 @@ from robots.lerobot_adapter import IMPORT_TIMEOUT_S, chosen_cameras
 from robots.lerobot_config import UNCOMMANDED_S, LeRobotConfig, action_specs
 from robots.lerobot_device import FAILURES, LeRobotDevice, Observation
 from robots.owner_server import OwnerServer
-from robots.processes import Isolation, isolate, say
 from robots.sensor_memory import REFUSED_SINCE, SensorMemory, Stream
+from transport.child_process import Isolation, isolate, send_event
 
 logger = logging.getLogger(__name__)
 
@@ -276,16 +275,14 @@ def _own(config: LeRobotConfig, isolation: Isolation) -> None:
     device = _imported(config, isolation)
     what = f"LeRobot's connect() of {config.type}"
     todo = f"check its power and cables, and run {config.calibrate_command} first if it asks"
-    with isolation.deadline(
-        config.connect_timeout_s, what, lambda why: say(error=f"{why}; {todo}")
-    ):
+    with isolation.deadline(config.connect_timeout_s, what, todo):
         device.connect()
         owner = Owner(config, device)
     signal.signal(signal.SIGTERM, lambda *_: owner.told_to_end.set())
     threading.Thread(
         target=_watch_parent, args=(owner, isolation.input_fd), name="parent", daemon=True
     ).start()
-    say(address=owner.address)
+    send_event("ready", address=owner.address)
     try:
         owner.run()
     finally:
@@ -297,18 +294,18 @@ def _work(config: LeRobotConfig, isolation: Isolation, *, only_describe: bool) -
     try:
         if only_describe:
             description = _imported(config, isolation).description
-            say(description=dataclasses.asdict(description))
+            send_event("ready", description=dataclasses.asdict(description))
         else:
             _own(config, isolation)
     except RobotError as error:
-        say(error=" ".join(str(error).split()), kind=type(error).__name__)
+        send_event("failed", error=" ".join(str(error).split()), kind=type(error).__name__)
     except FAILURES as error:
         logger.debug("LeRobot failed", exc_info=True)
         kind = ConfigError if only_describe else ConnectFailed
         message = isolation.explain(error)
         if isinstance(error, EOFError):
             message += f"; run {config.calibrate_command} first"
-        say(error=message, kind=kind.__name__)
+        send_event("failed", error=message, kind=kind.__name__)
 
 
 def main(arguments: list[str] | None = None) -> None:
@@ -321,8 +318,7 @@ def main(arguments: list[str] | None = None) -> None:
     isolation = isolate()
     config = LeRobotConfig.from_json(options.config)
     try:
-        with contextlib.suppress(BrokenPipeError):
-            _work(config, isolation, only_describe=options.describe)
+        _work(config, isolation, only_describe=options.describe)
         sys.stdout.flush()
     finally:
         # Whatever LeRobot's objects do when they are destroyed, among it dropping the arm, is not

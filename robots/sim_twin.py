@@ -19,9 +19,9 @@ from numpy.typing import NDArray
 from policies.yaml_config import parse_config
 from robots.attached_robot import CALL_TIMEOUT_S, AttachedRobot
 from robots.base import Outcome, RobotContract, arm_actions
+from robots.companion import start_companion
 from robots.errors import ConfigError
 from robots.joint_limits import JointLimits
-from robots.processes import Child
 from robots.sensor_memory import WATCHING
 from robots.twin_config import GRIPPERS, JOINTS, SUBSTEP_HZ, TwinConfig
 
@@ -90,10 +90,10 @@ class SimTwin(AttachedRobot):
             yield {}  # one is running already, somebody else's
             return
         before = self.config
-        with Child("robots.twin_process", ["--config", before.to_json()]) as host:
-            self.config = dataclasses.replace(before, address=host.said["address"])
+        with start_companion("robots.twin_process", ["--config", before.to_json()]) as host:
+            self.config = dataclasses.replace(before, address=host.ready["address"])
             try:
-                yield {"address": host.said["address"]}
+                yield {"address": host.ready["address"]}
             finally:
                 self.config = before
 

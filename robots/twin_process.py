@@ -9,7 +9,6 @@ simulated time is real time.
 from __future__ import annotations
 
 import argparse
-import os
 import select
 import signal
 import socket
@@ -24,12 +23,13 @@ from numpy.typing import NDArray
 
 from envs.aloha_physics import ACTION_DIM, DT_S, AlohaSim
 from envs.errors import EnvError, PhysicsDiverged
+from robots.companion import start_companion
 from robots.errors import ConnectFailed
 from robots.owner_server import OwnerServer
-from robots.processes import Child, die_with_parent, say
 from robots.sensor_memory import SensorMemory
 from robots.twin_config import JOINTS, SUBSTEP_HZ, TwinConfig
 from robots.twin_motion_log import TwinMotionLog
+from transport.child_process import ChildProcess, die_with_parent, send_event
 
 MAX_BEHIND_S = 0.5
 """A world that was held up for longer (a stopped process) goes on from there instead."""
@@ -114,7 +114,12 @@ class Host:
     """Serves connections and keeps the twin's time."""
 
     def __init__(
-        self, twin: Twin, sensor_memory: SensorMemory, memory_fd: int, qpos: int, cameras: Child
+        self,
+        twin: Twin,
+        sensor_memory: SensorMemory,
+        memory_fd: int,
+        qpos: int,
+        cameras: ChildProcess,
     ) -> None:
         self._twin, self._cameras = twin, cameras
         self._server = OwnerServer(
@@ -136,14 +141,13 @@ class Host:
         """Until stdin ends."""
         twin, period_ns = self._twin, self._twin.period_ns
         due_ns = time.monotonic_ns() + period_ns
-        cameras = os.pidfd_open(self._cameras.pid)
         while True:
             wait_s = max(0, due_ns - time.monotonic_ns()) / 1e9
-            waiting = [sys.stdin, cameras, *self._server.sockets]
+            waiting = [sys.stdin, self._cameras.pidfd, *self._server.sockets]
             for ready in select.select(waiting, [], [], wait_s)[0]:
                 if ready is sys.stdin:
                     return
-                if ready == cameras:
+                if ready == self._cameras.pidfd:
                     sys.exit("twin: the process that draws its pictures has ended")
                 if isinstance(ready, socket.socket):
                     self._server.serve(ready)
@@ -187,14 +191,14 @@ def main(arguments: list[str] | None = None) -> None:
         memory_fd = SensorMemory.create(**shape)
         sensor_memory = SensorMemory(memory_fd, writable=True, **shape)
         flags = ["--config", options.config, "--board", str(memory_fd)]
-        with Child("robots.twin_render_process", flags, pass_fds=[memory_fd]) as cameras:
+        with start_companion("robots.twin_render_process", flags, pass_fds=[memory_fd]) as cameras:
             host = Host(
                 Twin(sim, sensor_memory, config), sensor_memory, memory_fd, shape["qpos"], cameras
             )
-            say(address=host.address, **cameras.said)
+            send_event("ready", address=host.address)
             host.run()
     except (EnvError, ConnectFailed, OSError, ValueError) as error:
-        say(error=str(error))
+        send_event("failed", error=str(error))
 
 
 if __name__ == "__main__":

@@ -9,9 +9,9 @@ import time
 
 from envs.aloha_physics import AlohaSim
 from envs.errors import EnvError
-from robots.processes import die_with_parent, say
 from robots.sensor_memory import WATCHING, SensorMemory
 from robots.twin_config import JOINTS, TwinConfig
+from transport.child_process import die_with_parent, send_event
 
 IDLE_S = 0.02
 """How soon after somebody began to look there are pictures."""
@@ -72,10 +72,10 @@ def main(arguments: list[str] | None = None) -> None:
                 cameras=config.camera_hw,
                 writable=True,
             )
-            say(ready=True, renderer=sim.renderer.name)
+            send_event("ready")
             draw_forever(sim, sensor_memory, config)
     except EnvError as error:
-        say(error=str(error))
+        send_event("failed", error=str(error))
 
 
 if __name__ == "__main__":

@@ -61,3 +61,16 @@ class ChannelClosed(TransportError):
 
 class ViewsHeld(TransportError):
     """Arrays of too many released messages are still held; the message says how many."""
+
+
+class ChildFailed(TransportError):
+    """A child process did not become ready; the message says which and why.
+
+    Attributes:
+        error: What the child itself said; empty if it ended or took too long instead.
+        kind: The name of the exception that it was there, if the child said that.
+    """
+
+    def __init__(self, message: str, *, error: str = "", kind: str = "") -> None:
+        super().__init__(message)
+        self.error, self.kind = error, kind

@@ -28,12 +28,13 @@ from runtime.control.control_loop import ControlLoop
 from runtime.control.realtime import Realtime, no_garbage_collection
 from runtime.eval_real.event_log import ORPHAN_HOLD_S, EventLog
 from runtime.eval_real.phases import MOVING, Order, Phase, Server, Signal
-from runtime.eval_real.processes import ParentPipe, child_main, say
+from runtime.eval_real.processes import ParentPipe, child_main
 from runtime.eval_real.run_config import RobotLimits, RunConfig
 from runtime.eval_real.shared_state import SharedState, decode_order, get_text, put_text, read_chunk
 from runtime.stats import RequestLatency
 from runtime.trace import recorder as trace
 from transport.channel import Arrays
+from transport.child_process import send_event
 
 logger = logging.getLogger(__name__)
 
@@ -374,7 +375,7 @@ def _work(config: RunConfig, shared_state: SharedState, parent: ParentPipe) -> i
     with robot:
         parent.connect(robot, Role.CONTROL, config.connect_timeout_s)
         with Realtime(config.realtime) as realtime:
-            say("ready", realtime=realtime.report())
+            send_event("ready", realtime=realtime.report())
             if not os.read(parent.input_fd, 4096):
                 return 0
             # From here on, and not before, is the predecessor's guardian gone.
@@ -387,7 +388,7 @@ def _work(config: RunConfig, shared_state: SharedState, parent: ParentPipe) -> i
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    return child_main("runtime.eval_real.control_process", _work, argv)
+    return child_main("control", _work, argv)
 
 
 if __name__ == "__main__":

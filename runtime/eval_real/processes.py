@@ -1,25 +1,16 @@
-"""The processes beside the parent: how they are started, what they say, how their end is seen.
+"""The processes beside the parent of a real evaluation: how they are started, and how they fail.
 
-A member is ``python -m runtime.<name>`` with the mailbox's descriptor and the mission on its
-command line. It says one JSON object per line on its standard output and hears lines on its input.
-It is in a session of its own, so that Ctrl-C reaches the parent alone, which then ends things in
-order.
+Each has the mailbox's descriptor and the mission on its command line. Each is in a session of its
+own, so that Ctrl-C reaches the parent alone, which then ends things in order.
 """
 
 from __future__ import annotations
 
 import argparse
-import contextlib
-import json
 import logging
 import os
-import queue
 import signal
-import subprocess
-import sys
-import threading
-import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -27,12 +18,12 @@ from policies.errors import PolicyError
 from policies.yaml_config import ConfigError
 from robots.base import Robot, Role
 from robots.errors import ConnectFailed, RobotError
-from robots.processes import isolate, write_line
 from runtime.errors import RuntimeFault
 from runtime.eval_real.run_config import RunConfig
 from runtime.eval_real.shared_state import SharedState
 from runtime.trace import recorder as trace
-from transport.errors import TransportError
+from transport.child_process import TELL_EVERY_S, ChildProcess, isolate, send_event
+from transport.errors import ChildFailed, TransportError
 
 logger = logging.getLogger(__name__)
 
@@ -41,7 +32,11 @@ EXPECTED_FAILURES = (ConfigError, RobotError, PolicyError, RuntimeFault, Transpo
 FAILED = 1
 CONNECT_GRACE_S = 10.0
 """What connecting may take beyond its own timeout."""
-SAY_EVERY_S = 5.0
+MODULES = {
+    "control": "runtime.eval_real.control_process",
+    "watchdog": "runtime.eval_real.watchdog_process",
+    "sensing": "runtime.eval_real.sensing_process",
+}
 
 
 class WorkerProcessFailed(RuntimeFault):
@@ -49,12 +44,6 @@ class WorkerProcessFailed(RuntimeFault):
 
 
 # In the child
-
-
-def say(event: str, **fields: Any) -> None:
-    """Tell the parent; whether it still listens is not this process' concern."""
-    with contextlib.suppress(OSError):
-        write_line(json.dumps({"event": event, **fields}))
 
 
 class ParentPipe:
@@ -68,13 +57,10 @@ class ParentPipe:
         self._isolation = isolate()
         self.input_fd = self._isolation.input_fd
 
-    def fail(self, error: BaseException | str) -> None:
+    def fail(self, error: BaseException) -> None:
         """Tell the parent why this process ends."""
-        if isinstance(error, (str, *EXPECTED_FAILURES)):
-            text = str(error)
-        else:
-            text = self._isolation.explain(error)
-        say("failed", error=text)
+        expected = isinstance(error, EXPECTED_FAILURES)
+        send_event("failed", error=str(error) if expected else self._isolation.explain(error))
 
     def connect(self, robot: Robot, role: Role, timeout_s: float) -> None:
         """``robot.connect``, which may not take much longer than it was told to.
@@ -82,7 +68,7 @@ class ParentPipe:
         Code of others can hang, and cannot be interrupted: this process ends then.
         """
         what = f"{robot.name}: connecting as {role}"
-        with self._isolation.deadline(timeout_s + CONNECT_GRACE_S, what, self.fail):
+        with self._isolation.deadline(timeout_s + CONNECT_GRACE_S, what):
             try:
                 robot.connect(role, timeout_s)
             except EXPECTED_FAILURES:
@@ -92,12 +78,14 @@ class ParentPipe:
 
 
 def child_main(
-    module: str,
+    short_name: str,
     work: Callable[[RunConfig, SharedState, ParentPipe], int],
     argv: Sequence[str] | None,
 ) -> int:
-    """What every member's ``main`` does: open what it was given, work, report a failure."""
-    cli = argparse.ArgumentParser(prog=f"python -m {module}", description="Started by eval_real.py")
+    """What the ``main`` of each does: open what it was given, work, report a failure."""
+    cli = argparse.ArgumentParser(
+        prog=f"python -m {MODULES[short_name]}", description="Started by eval_real.py"
+    )
     cli.add_argument("--shared_state", type=int, required=True, help="inherited descriptor")
     cli.add_argument("--config", required=True, help="JSON")
     args = cli.parse_args(argv)
@@ -106,16 +94,18 @@ def child_main(
     try:
         config = RunConfig.from_json(args.config)
         dims = config.dims(config.make_robot())
-        worker = module.rpartition(".")[2]
         # A watchdog sleeps; and whoever may have to wake for a dying arm writes no files.
-        file = Path(config.trace) if config.trace and worker != "watchdog" else None
+        file = Path(config.trace) if config.trace and short_name != "watchdog" else None
         # Written after the work, the robot's end included. A successor's does not replace it.
-        beside = trace.sibling(file, f"{worker}-{os.getpid()}")
-        with trace.tracing(beside, worker), SharedState(args.shared_state, dims) as shared_state:
+        beside = trace.sibling(file, f"{short_name}-{os.getpid()}")
+        with (
+            trace.tracing(beside, short_name),
+            SharedState(args.shared_state, dims) as shared_state,
+        ):
             return work(config, shared_state, parent)
     except Exception as error:  # a driver's own errors are of any kind
         if not isinstance(error, (*EXPECTED_FAILURES, OSError, EOFError)):
-            logger.info("%s ended", module, exc_info=error)
+            logger.info("%s ended", short_name, exc_info=error)
         parent.fail(error)
         return FAILED
 
@@ -123,11 +113,11 @@ def child_main(
 # In the parent
 
 
-class WorkerProcess:
-    """One process, running.
+class WorkerProcess(ChildProcess):
+    """One process of an evaluation, running. Several are called ``the control process`` in turn.
 
     Args:
-        name: ``control``, ``watchdog`` or ``sensing``.
+        short_name: ``control``, ``watchdog`` or ``sensing``.
         mission: For its command line.
         mailbox_fd: Inherited by it.
         pass_fds: Further descriptors that it inherits, and ``arguments`` that say which.
@@ -135,110 +125,34 @@ class WorkerProcess:
 
     def __init__(
         self,
-        name: str,
+        short_name: str,
         config: RunConfig,
         shared_state_fd: int,
         *,
         pass_fds: Sequence[int] = (),
         arguments: Sequence[str] = (),
     ) -> None:
-        self.name = name
-        self.process = subprocess.Popen(
-            [
-                *(sys.executable, "-m", f"runtime.{name}", "--shared_state", str(shared_state_fd)),
-                *("--config", config.to_json(), *arguments),
-            ],
-            stdin=subprocess.PIPE,
-            stdout=subprocess.PIPE,
+        self.short_name = short_name
+        super().__init__(
+            MODULES[short_name],
+            ["--shared_state", str(shared_state_fd), "--config", config.to_json(), *arguments],
+            name=f"the {short_name} process",
             pass_fds=[shared_state_fd, *pass_fds],
-            start_new_session=True,
+            outlives=True,
         )
-        # Opened while the child cannot have been reaped, so it means this very process.
-        self.pidfd = os.pidfd_open(self.process.pid)
-        self._said: queue.SimpleQueue[dict[str, Any]] = queue.SimpleQueue()
-        self._listener = threading.Thread(target=self._listen, name=f"{name} says", daemon=True)
-        self._listener.start()
 
-    @property
-    def alive(self) -> bool:
-        return self.process.poll() is None
-
-    @property
-    def status(self) -> str:
-        """How it ended, in words."""
-        code = self.process.poll()
-        if code is None:
-            return "alive"
-        return f"killed by {signal.Signals(-code).name}" if code < 0 else f"exit status {code}"
-
-    def wait_ready(self, timeout_s: float, tell: Callable[[str], None]) -> dict[str, Any]:
-        """What it says when it is ready.
-
-        Args:
-            tell: Called with a line every few seconds that it takes.
+    def wait_ready(
+        self,
+        timeout_s: float,
+        tell: Callable[[str], None] | None = None,
+        tell_every_s: float = TELL_EVERY_S,
+    ) -> Mapping[str, Any]:
+        """As ``ChildProcess.wait_ready``.
 
         Raises:
-            WorkerProcessFailed: It failed, ended, or took longer.
+            WorkerProcessFailed: It failed, which it says in its own words, ended, or took longer.
         """
-        said = None
-        began_s = time.monotonic()
-        while said is None:
-            waited_s = time.monotonic() - began_s
-            if waited_s >= timeout_s:
-                raise WorkerProcessFailed(
-                    f"the {self.name} process was not ready within {timeout_s:g} s"
-                )
-            try:
-                said = self._said.get(timeout=min(SAY_EVERY_S, timeout_s - waited_s))
-            except queue.Empty:
-                waited_s = time.monotonic() - began_s
-                tell(f"waiting for the {self.name} process to be ready, {waited_s:.0f} s so far")
-        if said["event"] == "ready":
-            return said
-        if said["event"] == "failed":
-            raise WorkerProcessFailed(said["error"])
-        self.process.wait()
-        raise WorkerProcessFailed(
-            f"the {self.name} process ended before it was ready ({self.status})"
-        )
-
-    def heard(self) -> Iterator[dict[str, Any]]:
-        """What it has said since, without waiting."""
-        with contextlib.suppress(queue.Empty):
-            while True:
-                yield self._said.get_nowait()
-
-    def tell(self, line: str) -> None:
-        """Say a line to it; a dead one does not hear."""
-        if self.process.stdin is not None:
-            with contextlib.suppress(OSError, ValueError):
-                self.process.stdin.write(f"{line}\n".encode())
-                self.process.stdin.flush()
-
-    def close(self, grace_s: float) -> None:
-        """Wait so long for it to end, then kill it. Idempotent."""
-        if self.process.stdin is not None:
-            with contextlib.suppress(OSError):
-                self.process.stdin.close()
         try:
-            self.process.wait(grace_s)
-        except subprocess.TimeoutExpired:
-            logger.error("the %s process did not end within %g s: killed", self.name, grace_s)
-            self.process.kill()
-            self.process.wait()
-        self._listener.join()
-        if self.process.stdout is not None:
-            self.process.stdout.close()
-        if self.pidfd >= 0:
-            os.close(self.pidfd)
-            self.pidfd = -1
-
-    def _listen(self) -> None:
-        for line in self.process.stdout or ():
-            try:
-                said = json.loads(line)
-            except ValueError:
-                logger.info("%s: %s", self.name, line.decode(errors="replace").rstrip())
-                continue
-            self._said.put(said)
-        self._said.put({"event": "ended"})
+            return super().wait_ready(timeout_s, tell, tell_every_s)
+        except ChildFailed as failed:
+            raise WorkerProcessFailed(failed.error or str(failed)) from failed

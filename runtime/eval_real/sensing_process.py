@@ -27,16 +27,16 @@ from policies.errors import ContractMismatch, PolicyError
 from policies.types import MetaObs
 from robots.base import CameraSample, JointSample, Robot, Role
 from robots.errors import RobotError
-from robots.processes import die_with_parent
 from runtime.client.policy_client import PolicyClient
 from runtime.errors import RuntimeFault, ServerBusy, ServerLost
 from runtime.eval_real.phases import Phase, Server
-from runtime.eval_real.processes import ParentPipe, child_main, say
+from runtime.eval_real.processes import ParentPipe, child_main
 from runtime.eval_real.run_config import RunConfig
 from runtime.eval_real.shared_state import SharedState, put_text, write_chunk
 from runtime.eval_real.video_recorder import VideoRecorder
 from runtime.protocol.messages import check_observation_schema, observation_schema
 from runtime.trace import recorder as trace
+from transport.child_process import die_with_parent, send_event
 from transport.errors import TransportError
 from transport.zeromq.malloc import keep_freed_memory
 
@@ -290,7 +290,7 @@ class Sensing:
     def _lose(self, reason: str) -> None:
         if not self._lost:
             self._lost = True
-            say("lost", reason=reason)
+            send_event("lost", reason=reason)
             self._unanswered = False
         if self._reconnecting is None:
             self._reconnect()
@@ -303,13 +303,13 @@ class Sensing:
         try:
             self._client.reconnect(RECONNECT_S)
         except ContractMismatch as error:
-            say("wrong_policy", reason=str(error))
+            send_event("wrong_policy", reason=str(error))
             time.sleep(RECONNECT_S)
         except (RuntimeFault, TransportError) as error:
             logger.debug("%s", error)
         else:
             self._lost = False
-            say("connected", transport=self._client.transport)
+            send_event("connected", transport=self._client.transport)
 
     # What the others see and say
 
@@ -358,7 +358,7 @@ def _work(config: RunConfig, shared_state: SharedState, parent: ParentPipe) -> i
         client.infer(obs)  # opens the session, and everything has been done once
         client.reset()
         info = client.info
-        say(
+        send_event(
             "ready",
             transport=client.transport,
             transport_reason=client.transport_reason,
@@ -371,7 +371,7 @@ def _work(config: RunConfig, shared_state: SharedState, parent: ParentPipe) -> i
 
 def main(argv: Sequence[str] | None = None) -> int:
     keep_freed_memory()
-    return child_main("runtime.eval_real.sensing_process", _work, argv)
+    return child_main("sensing", _work, argv)
 
 
 if __name__ == "__main__":

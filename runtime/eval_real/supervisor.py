@@ -11,10 +11,11 @@ from typing import Any
 
 from robots.base import Robot
 from runtime.eval_real.phases import MOVING, Order, Phase, Server
-from runtime.eval_real.processes import SAY_EVERY_S, WorkerProcess, WorkerProcessFailed
+from runtime.eval_real.processes import WorkerProcess, WorkerProcessFailed
 from runtime.eval_real.recording import RecordingWriter
 from runtime.eval_real.run_config import RunConfig
 from runtime.eval_real.shared_state import SharedState, create_segment, encode_order, get_text
+from transport.child_process import TELL_EVERY_S
 
 logger = logging.getLogger(__name__)
 
@@ -108,7 +109,7 @@ class Supervisor:
     def dead(self) -> list[str]:
         """Members that ended although nobody told them to."""
         workers = (self._control, self._watchdog, self._sensing)
-        return [worker.name for worker in workers if worker is not None and not worker.alive]
+        return [worker.short_name for worker in workers if worker is not None and not worker.alive]
 
     def poll(self) -> None:
         """Record what came, tell what happened. To be called a hundred times a second or more."""
@@ -117,13 +118,13 @@ class Supervisor:
             self._tell(get_text(views["text"]))
             self._events.release()
         for worker in (self._control, self._watchdog, self._sensing):
-            for said in worker.heard() if worker is not None else ():
-                self._hear(said)
-            if worker is None or worker.alive or worker.process.pid in self._reported:
+            for event in worker.events() if worker is not None else ():
+                self._hear(event)
+            if worker is None or worker.alive or worker.pid in self._reported:
                 continue
-            self._reported.add(worker.process.pid)
-            if not self._closing or worker.process.returncode:
-                self._tell(f"the {worker.name} process ended: {worker.status}")
+            self._reported.add(worker.pid)
+            if not self._closing or worker.returncode:
+                self._tell(f"{worker.name} ended: {worker.status}")
 
     def _hear(self, said: dict[str, Any]) -> None:
         event = said["event"]
@@ -153,13 +154,13 @@ class Supervisor:
             what: Is said every few seconds to be waited for.
         """
         began_s = time.monotonic()
-        say_s = began_s + SAY_EVERY_S
+        say_s = began_s + TELL_EVERY_S
         while not condition():
             now_s = time.monotonic()
             if now_s - began_s > timeout_s:
                 return False
             if what and now_s > say_s:
-                say_s += SAY_EVERY_S
+                say_s += TELL_EVERY_S
                 self._tell(f"waiting for {what}, {now_s - began_s:.0f} s so far")
             self.poll()
             time.sleep(0.005)
@@ -222,13 +223,13 @@ class Supervisor:
             raise
         for worker in before:
             if worker is not None:
-                if worker.name == "control" and worker.alive:
-                    worker.process.terminate()  # its guardian died; it comes to rest first
+                if worker.short_name == "control" and worker.alive:
+                    worker.terminate()  # its guardian died; it comes to rest first
                 worker.close(STOP_WITHIN_S)
         self._control, self._watchdog = control, watchdog
         self._progress.refresh()
         acked_command = int(self._progress.values["obeyed"])
-        control.tell("go")
+        control.send_line("go")
         self._orders = max(self._orders, acked_command)
         commands = self.wait_for(
             lambda: not control.alive or self._progress.refresh(),
@@ -240,7 +241,7 @@ class Supervisor:
 
     def _start_sensing(self) -> None:
         self._sensing = WorkerProcess("sensing", self.config, self._fd)
-        self.setting = self._sensing.wait_ready(READY_WITHIN_S, self._tell)
+        self.setting = dict(self._sensing.wait_ready(READY_WITHIN_S, self._tell))
         self.lost = ""
 
     def _sensing_hangs(self) -> bool:
@@ -251,20 +252,20 @@ class Supervisor:
     def _end_sensing(self) -> None:
         if self._sensing is not None:
             if self._sensing_hangs():
-                self._sensing.process.kill()
+                self._sensing.kill()
             self._sensing.close(STOP_WITHIN_S)
             self._sensing = None
 
     def record_video(self) -> None:
         if self._sensing is not None:
-            self._sensing.tell("record")
+            self._sensing.send_line("record")
 
     def save_video(self, stem: str, timeout_s: float) -> list[str]:
         """Have what was recorded written; which files there are."""
         if self._sensing is None:
             return []
         self._saved.clear()
-        self._sensing.tell(f"save {stem}")
+        self._sensing.send_line(f"save {stem}")
         self.wait_for(
             lambda: bool(self._saved) or "sensing" in self.dead or self._sensing_hangs(),
             timeout_s,
@@ -283,7 +284,7 @@ class Supervisor:
         if self._control is not None and self._control.alive:
             self.wait_for(lambda: not (self._control and self._control.alive), STOP_WITHIN_S)
         if self._sensing is not None and self._sensing_hangs():
-            self._sensing.process.kill()
+            self._sensing.kill()
         for worker in (self._sensing, self._control, self._watchdog):
             if worker is not None:
                 worker.close(STOP_WITHIN_S)

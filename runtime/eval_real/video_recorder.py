@@ -10,8 +10,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from robots.base import CameraSample
-from runtime.eval_real.processes import say
 from runtime.evaluation.video import write_video
+from transport.child_process import send_event
 
 MOST_PICTURES = 1000
 """Of each camera in a video; a longer rollout is shown with half as many per second."""
@@ -48,7 +48,7 @@ class VideoRecorder:
                 paths.append(str(path))
         except (OSError, ImportError) as error:
             problem = f"no video: {error}"
-        say("saved", paths=paths, problem=problem)
+        send_event("saved", paths=paths, problem=problem)
 
 
 def file_name(camera: str) -> str:

@@ -35,10 +35,11 @@ from runtime.control.clock import MonotonicClock
 from runtime.control.realtime import Realtime
 from runtime.eval_real.event_log import ORPHAN_HOLD_S, EventLog
 from runtime.eval_real.phases import MOVING, Phase, Signal
-from runtime.eval_real.processes import ParentPipe, child_main, say
+from runtime.eval_real.processes import ParentPipe, child_main
 from runtime.eval_real.run_config import RunConfig
 from runtime.eval_real.shared_state import SharedState, put_text
 from transport.channel import Arrays
+from transport.child_process import send_event
 
 logger = logging.getLogger(__name__)
 
@@ -224,7 +225,7 @@ def _work(config: RunConfig, shared_state: SharedState, parent: ParentPipe, pidf
             parent.connect(robot, Role.CONTROL, config.connect_timeout_s)
         with Realtime(config.realtime):
             watchdog = Watchdog(config, shared_state, robot, pidfd, parent.input_fd)
-            say("ready")
+            send_event("ready")
             if watchdog.watch():
                 # One writer at a time: the queue of events was control's until it died.
                 log = EventLog(shared_state.queue_writer("events"))
@@ -239,7 +240,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     pidfd = int(arguments[at + 1])
     del arguments[at : at + 2]
     return child_main(
-        "runtime.eval_real.watchdog_process",
+        "watchdog",
         lambda config, shared_state, parent: _work(config, shared_state, parent, pidfd),
         arguments,
     )

@@ -16,10 +16,9 @@ from pathlib import Path
 
 from policies.command_line import CommandLine, Number
 from policies.errors import PolicyError
-from policies.number_ranges import COUNT, DURATION_S_OR_NONE, PORT_OR_ANY, RATE_HZ_OR_ANY
+from policies.number_ranges import COUNT, DURATION_S_OR_NONE, PORT_OR_ANY, RATE_HZ_OR_ANY, Range
 from policies.standard_streams import run_command
 from policies.yaml_config import ConfigError, load_config
-from robots.processes import take_stdin
 from runtime.errors import ModelNameError
 from runtime.options import execution as strategy_options
 from runtime.options.checkpoint import add_flags, from_flags
@@ -35,6 +34,7 @@ from runtime.stats import Percentiles
 from runtime.trace import recorder as trace
 from runtime.trace.buffer import TraceError
 from transport.address import format_address
+from transport.child_process import take_stdin, write_event
 from transport.errors import TransportError
 from transport.zeromq.curve import KeyFileError
 from transport.zeromq.malloc import keep_freed_memory
@@ -42,6 +42,7 @@ from transport.zeromq.malloc import keep_freed_memory
 logger = logging.getLogger(__name__)
 
 BAD_INPUT, INTERRUPTED = 2, 130
+DESCRIPTOR = Range(3, 1_048_576)
 FLAGS = (
     "model_name_or_path",
     "host",
@@ -104,6 +105,8 @@ def parser() -> argparse.ArgumentParser:
     )
     add("--config", default="default", help="name under configs/server, or a YAML's path")
     add("--stop_with_stdin", action="store_true", help="stop when standard input closes")
+    # For a program that starts the server: the address as JSON, on a pipe that it inherits.
+    add("--ready_fd", type=Number(int, DESCRIPTOR), help=argparse.SUPPRESS)
     add("--trace", type=Path, metavar="FILE", help="what happened when, for ui.perfetto.dev")
     add_flags(cli)
     add("--log_level", default="INFO", choices=("DEBUG", "INFO", "WARNING", "ERROR"))
@@ -131,6 +134,11 @@ def main(argv: Sequence[str] | None = None) -> int:
         config, args = read_config(argv)
     except (ConfigError, ValueError) as error:
         return _fail(error)
+    if args.ready_fd is not None:
+        try:
+            os.set_inheritable(args.ready_fd, False)
+        except OSError as error:
+            return _fail(ValueError(f"--ready_fd: got {args.ready_fd}: {error.strerror}"))
     if args.stop_with_stdin:
         # A policy's code may ask: it must not read what tells of the parent's end.
         threading.Thread(target=_stop_at_end, args=(take_stdin(),), daemon=True).start()
@@ -140,7 +148,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     )
     try:
         with trace.tracing(args.trace, "policy server"):
-            return _serve(config, insecure=args.insecure)
+            return _serve(config, insecure=args.insecure, ready_fd=args.ready_fd)
     except TraceError as error:
         return _fail(error)
     except KeyboardInterrupt:
@@ -148,7 +156,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         return INTERRUPTED
 
 
-def _serve(config: ServerConfig, *, insecure: bool) -> int:
+def _serve(config: ServerConfig, *, insecure: bool, ready_fd: int | None = None) -> int:
     signal.signal(signal.SIGTERM, signal.default_int_handler)  # until the server is there
     try:
         model = read_model_name(config.model_name_or_path)
@@ -178,6 +186,8 @@ def _serve(config: ServerConfig, *, insecure: bool) -> int:
             _stop_on_signals(server)
             with _offices(server, config):
                 _announce(server, config, transports, warm)
+                if ready_fd is not None:
+                    write_event(ready_fd, "ready", address=server.address)
                 if keys is None and not insecure and not is_loopback(server.host):
                     _warn(server)
                 server.serve()

@@ -293,7 +293,8 @@ SERVER: dict[str, Row] = {
         ("k", "d"),
     ),
 }
-SERVER_ELSEWHERE = {"curve_allow", "insecure", "config", "stop_with_stdin", "trace", "log_level"}
+SERVER_ELSEWHERE = {"curve_allow", "insecure", "config", "trace", "log_level"}
+SERVER_ELSEWHERE |= {"stop_with_stdin", "ready_fd"}  # of every test that uses ``ServerProcess``
 PASSED_ON = ("host", "max_sessions", "max_batch", "batch_wait_ms", "session_timeout_s")
 
 

@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import dataclasses
+import os
+import select
+import signal
 import subprocess
 import sys
 import threading
@@ -27,6 +30,7 @@ from transport.dialer import Dialer
 from transport.errors import AddressInUse, Refused, TransportTimeout
 
 TRANSPORTS = ["shm", "zmq"]
+TOY = ("-m", "python:tests.runtime.toy_policy:make")
 
 
 def poll_until(client: PolicyClient, replies: int) -> list[int]:
@@ -466,39 +470,22 @@ def test_a_stopped_server_is_lost_with_its_reason_until_reconnect(transport: str
 
 @pytest.mark.parametrize("transport", TRANSPORTS)
 def test_a_killed_server_is_lost(transport: str) -> None:
-    process, address = start_server("-m", "python:tests.runtime.toy_policy:make")
-    with process, PolicyClient(address, transport=transport) as client:
+    with ServerProcess(TOY) as server, PolicyClient(server.address, transport=transport) as client:
         client.infer(observation())
-        process.kill()
+        server.kill()
         with pytest.raises(ServerLost):
             client.infer(observation())
 
 
 @pytest.mark.parametrize("number", ["SIGINT", "SIGTERM"])
 def test_a_signal_stops_it_cleanly_and_the_client_is_told(number: str) -> None:
-    import signal
-
-    process, address = start_server("-m", "python:tests.runtime.toy_policy:make")
-    with process, PolicyClient(address) as client:
+    with ServerProcess(TOY) as server, PolicyClient(server.address) as client:
         client.infer(observation())
-        process.send_signal(getattr(signal, number))
-        assert process.wait(20) == 0
+        os.kill(server.pid, getattr(signal, number))
+        assert select.select([server.pidfd], [], [], 20)[0]
+        assert server.returncode == 0
         with pytest.raises(ServerLost, match=f"shutting down \\({number}\\)"):
             client.infer(observation())
-
-
-def start_server(*flags: str) -> tuple[subprocess.Popen[str], str]:
-    process = subprocess.Popen(
-        [sys.executable, "-m", "runtime.server", "--port", "0", *flags],
-        stdout=subprocess.PIPE,
-        stderr=subprocess.DEVNULL,
-        text=True,
-    )
-    if process.stdout is None:
-        raise RuntimeError("no stdout")
-    line = process.stdout.readline()
-    assert "🚀 Policy Server started on " in line
-    return process, line.split()[-1]
 
 
 def test_nobody_there_is_said_so() -> None:

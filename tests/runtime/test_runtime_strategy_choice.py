@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import logging
 from pathlib import Path
 from typing import Any
 
@@ -146,23 +147,16 @@ def test_a_flag_of_the_simulation_wins(tmp_path: Path, capsys: pytest.CaptureFix
 def test_a_server_says_it_and_passes_it_on(
     tmp_path: Path,
     capsys: pytest.CaptureFixture[str],
-    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
 ) -> None:
-    banner: list[str] = []
-    lines = ServerProcess._lines
-
-    def listen(self: ServerProcess) -> Any:
-        for line in lines(self):
-            banner.append(line)
-            yield line
-
-    monkeypatch.setattr(ServerProcess, "_lines", listen)
+    caplog.set_level(logging.INFO, "transport.child_process")
     with ServerProcess(["-m", MODEL]) as server:
         result = evaluate(tmp_path, capsys, "-m", server.address)
     assert result["action_manager"]["name"] == "temporal_ensemble"
     assert result["timing"]["chunks"] == 25
     assert result["assumed"] == [ASSUMED.removeprefix("assumed      ")]
-    said = "".join(banner)
+    said = "\n".join(caplog.messages)
+    assert f"🚀 Policy Server started on {server.address}" in said
     assert EVERY_TICK in said
     assert ASSUMED in said
     assert "rate         50 Hz" in said
