@@ -85,6 +85,7 @@ def make_world(
             camera_hw=camera_hw,
             max_timesteps=task.max_timesteps,
             dt_s=FakeWorld.DT_S if config.dt_s is None else config.dt_s,
+            camera_map=config.camera_map,
         )
     from envs.aloha_physics import DT_S
     from envs.aloha_world import AlohaWorld

@@ -36,6 +36,7 @@ class FakeWorld:
     Args:
         task, language: Passed through.
         camera_hw: Camera names, any, to (height, width).
+        camera_map: Of those, which show the picture of a camera of another name.
         max_timesteps: Ticks per episode.
         dt_s: Seconds per tick.
 
@@ -55,11 +56,13 @@ class FakeWorld:
         language: str = "",
         max_timesteps: int = 400,
         dt_s: float = DT_S,
+        camera_map: Mapping[str, str] | None = None,
     ) -> None:
         self.task, self.language = task, language
         self.max_timesteps, self.dt_s = max_timesteps, dt_s
         self.camera_names = tuple(camera_hw)
         self.camera_hw = dict(camera_hw)
+        self._camera_map = dict(camera_map or {})
         self._closed = False
         self.reset(0)
 
@@ -134,7 +137,7 @@ class FakeWorld:
         height, width = out.shape[:2]
         out[..., 0] = np.linspace(0, 255, width, dtype=np.uint8)
         out[..., 1] = np.linspace(0, 255, height, dtype=np.uint8)[:, None]
-        out[..., 2] = zlib.crc32(name.encode()) % 256
+        out[..., 2] = zlib.crc32(self._camera_map.get(name, name).encode()) % 256
         for pose, colour in ((self.target, (255, 0, 0)), (shown, (255, 255, 255))):
             # The first two joints, from START ± 0.5 rad onto the picture.
             x, y = np.clip(pose[:2] - START[:2] + 0.5, 0.0, 1.0) * (1.0 - SQUARE)

@@ -189,6 +189,11 @@ class MotionLimiter:
         """Whether the last two commands held the same positions, and all velocities are zero."""
         return not self._state[:, 1].any()
 
+    @property
+    def clamped_ticks(self) -> int:
+        """Of ``statistics``, by itself: to be had in every period."""
+        return self._clamped
+
     def ticks_to_rest(self) -> int:
         """How many more ``brake`` commands until one repeats its predecessor."""
         return _ticks_to_rest(np.abs(self._state[:, 1]), self._bounds[:, 3])

@@ -31,6 +31,7 @@ from runtime.eval_real.phases import MOVING, Order, Phase, Server, Signal
 from runtime.eval_real.processes import ParentPipe, child_main
 from runtime.eval_real.run_config import RobotLimits, RunConfig
 from runtime.eval_real.shared_state import SharedState, decode_order, get_text, put_text, read_chunk
+from runtime.eval_real.rollout_counts import RolloutCounter, RolloutCounts
 from runtime.stats import RequestLatency
 from runtime.trace import recorder as trace
 from transport.channel import Arrays
@@ -91,6 +92,7 @@ class Control:
         rows = shared_state.latest_reader("commands")
         rows.refresh()
         self._row = int(rows.values["row"]) + 1 if rows.sequence else 0
+        self._counter = RolloutCounter(self._machine.stream, RolloutCounts.read(rows.values))
         self._clock = NotingClock(spin_for(config.realtime.priority))
         self._loop = ControlLoop(self._clock, config.period_s)
         self._settle_ticks = SETTLE_S / config.period_s
@@ -148,7 +150,8 @@ class Control:
         elif order is Order.RESUME and machine.phase in (Phase.HOLD, Phase.FAULT):
             self._leg += 1
             self._signals |= Signal.RESUME
-            machine.resume()
+            with self._counter.across_reset():
+                machine.resume()
         elif order is Order.STOP:
             self._stop()
         elif order is Order.RELEASE and machine.phase is Phase.FAULT:
@@ -168,11 +171,13 @@ class Control:
         self._latency = RequestLatency()
         self._signals |= Signal.START
         self._machine.start()
+        self._counter.begin()
 
     def _reset(self, pose: NDArray[np.float32]) -> None:
         self._pose[:] = pose
         self._signals |= Signal.RESET
-        self._machine.reset(self._pose)
+        with self._counter.across_reset():
+            self._machine.reset(self._pose)
 
     def _joints_after(self, stamp_ns: int) -> JointSample:
         while True:
@@ -317,6 +322,7 @@ class Control:
         views["command"][:], views["pose"][:] = command, self._pose
         views["state"][:] = self._sample.position
         views["velocity"][:] = self._machine.stream.limiter.velocity
+        self._counter.write(views)
         self._commands.publish()
         return views
 

@@ -5,7 +5,10 @@ needs to make the same commands again, and what came of it.
 
 Rows (n of them): ``row``, ``leg``, ``tick``, ``played``, ``phase``, ``signals``, ``advance``,
 ``source``, ``deadline_ns``, ``sent_ns``, ``captured_ns``, ``stamp_ns``, ``received_ns`` (n,) int64;
-``command``, ``pose`` (n, A), ``state`` (n, S) float32.
+``command``, ``pose`` (n, A), ``state`` (n, S) float32. What the control process had counted of the
+rollout by then: ``chunks``, ``dropped_stale``, ``discarded_actions``, ``starved_ticks``,
+``staleness_ticks``, ``clamped_ticks`` (n,) int64, ``seam_jump`` (n,) float64; older recordings have
+none of these, and a replay needs none.
 
 Chunks (m): ``chunk_row`` (the row before whose command it was taken), ``chunk_leg``,
 ``chunk_ask``, ``chunk_obs_timestep``, ``chunk_first_action_offset``, ``chunk_count``,

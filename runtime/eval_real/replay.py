@@ -22,7 +22,6 @@ from policies.standard_streams import run_command
 from policies.types import ActionChunk
 from robots.motion_limiter import MotionLimiter
 from runtime.control.chunk_executor import ChunkExecutor
-from runtime.control.command_stream import StreamStatistics
 from runtime.eval_real.motion_state_machine import MotionStateMachine
 from runtime.eval_real.phases import Signal
 from runtime.eval_real.recording import Recording
@@ -39,12 +38,10 @@ class Replay:
 
     Attributes:
         commands: (n, A) float32, made anew.
-        statistics: Of the pilot's stream at the end.
         gaps: Rows that are missing from the recording; what comes after the first may differ.
     """
 
     commands: NDArray[np.float32]
-    statistics: StreamStatistics
     gaps: int
 
     def first_difference(self, recording: Recording) -> int | None:
@@ -79,7 +76,7 @@ def replay(recording: Recording) -> Replay:
             machine.accept(chunk)
         commands[i] = machine.command(int(rows["advance"][i]))
     gaps = int(rows["row"][-1] - rows["row"][0]) + 1 - len(recording)
-    return Replay(commands, machine.stream.statistics(), gaps)
+    return Replay(commands, gaps)
 
 
 def _by_row(recording: Recording) -> dict[int, list[ActionChunk]]:

@@ -11,6 +11,7 @@ from typing import Any
 
 import numpy as np
 
+from runtime.control.chunk_executor import ExecutorStatistics
 from runtime.errors import RuntimeFault
 from runtime.eval_real.operator_console import QUIT, OperatorConsole
 from runtime.eval_real.phases import MOVING, Order, Phase, Signal
@@ -19,6 +20,7 @@ from runtime.eval_real.replay import replay, weights
 from runtime.eval_real.run_config import RobotLimits
 from runtime.eval_real.supervisor import Supervisor
 from runtime.evaluation.episode_result import Episode
+from runtime.eval_real.rollout_counts import last_counts
 from runtime.stats import StageTimes
 from runtime.trace import recorder as trace
 
@@ -214,8 +216,7 @@ class RolloutSession:
         else:
             judged, success = self._judge(cut)
         stem = self._folder / f"rollout_{index:03d}"
-        again = replay(recording)
-        identical = again.first_difference(recording) is None
+        identical = replay(recording).first_difference(recording) is None
         if not identical:
             self._tell(f"{stem}: the recording does not replay to the same commands")
         facts = {
@@ -232,15 +233,16 @@ class RolloutSession:
         except OSError as error:  # what came of it is known all the same
             self._unwritten = f"{stem}: not recorded: {error.strerror or error}"
             self._faults.append(self._unwritten)
-        episode = _episode(recording, again.statistics.executor, time.monotonic() - self._began_s)
+        counts = last_counts(recording.rows)
+        episode = _episode(recording, counts.executor, time.monotonic() - self._began_s)
         verdict = ("success" if success else "failure") if judged else "not judged"
         self._tell(
             f"rollout {index}, seed {seed}: {verdict}, "
             f"{episode.horizon} ticks, {episode.missed_ticks} missed, "
             f"{episode.executor.starved_ticks} starved"
         )
-        clamped = again.statistics.clamps.clamped_ticks
-        return Rollout(episode, judged, clamped, tuple(self._faults), stem, identical)
+        faults = tuple(self._faults)
+        return Rollout(episode, judged, counts.clamped_ticks, faults, stem, identical)
 
     def _judge(self, cut: bool) -> tuple[bool, bool]:
         """(judged, success) by the person; not judged without one."""
@@ -250,7 +252,7 @@ class RolloutSession:
         return answer in ("s", "f"), answer == "s"
 
 
-def _episode(recording: Recording, executor: Any, wall_s: float) -> Episode:
+def _episode(recording: Recording, executor: ExecutorStatistics, wall_s: float) -> Episode:
     rows, chunks = recording.rows, recording.chunks
     played = rows["played"].astype(bool)
     ratio = recording.config.ratio

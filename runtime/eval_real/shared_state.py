@@ -25,6 +25,7 @@ from numpy.typing import NDArray
 from policies.types import STAGES, ActionChunk
 from runtime.eval_real.phases import Order
 from transport.channel import Arrays
+from runtime.eval_real.rollout_counts import COUNTED
 from transport.schema import ArraySpec, Schema
 from transport.shm.atomics import CACHE_LINES, AtomicInt64
 from transport.shm.latest_value import LatestValueReader, LatestValueWriter, latest_value_nbytes
@@ -66,6 +67,7 @@ class SharedStateLayout:
         row = (
             *_numbers("row", "leg", "tick", "played", "phase", "signals", "advance", "source"),
             *_numbers("deadline_ns", "captured_ns", "stamp_ns", "received_ns"),
+            *((name, "float64" if name == "seam_jump" else "int64", ()) for name in COUNTED),
             ("command", "float32", action),
             ("pose", "float32", action),
             ("state", "float32", state),

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import subprocess
 import sys
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -32,7 +34,9 @@ class Dots(gymnasium.Env[Any, Any]):
     metadata = {"render_modes": ["rgb_array"], "render_fps": 25}  # noqa: RUF012
     observation_space = spaces.Dict(
         {
-            "pixels": spaces.Dict({"eye": spaces.Box(0, 255, (12, 16, 3), np.uint8)}),
+            "pixels": spaces.Dict(
+                {name: spaces.Box(0, 255, (12, 16, 3), np.uint8) for name in ("eye", "hand")}
+            ),
             "pos": spaces.Box(-100, 100, (2,), np.float64),
             "goal": spaces.Box(0, 1, (1,), np.float64),
         }
@@ -57,7 +61,11 @@ class Dots(gymnasium.Env[Any, Any]):
 
     def _observation(self):
         picture = np.full((12, 16, 3), int(self.point[0] * 50) % 256, np.uint8)
-        return {"pixels": {"eye": picture}, "pos": self.point, "goal": np.ones(1)}
+        return {
+            "pixels": {"eye": picture, "hand": 255 - picture},
+            "pos": self.point,
+            "goal": np.ones(1),
+        }
 
 
 gymnasium.register("metronome-tests/Dots-v0", entry_point=Dots)
@@ -178,6 +186,36 @@ class TestGymWorld(WorldContract):
         camera = CameraContract("top", (24, 32), (24, 32))
         with pytest.raises(EnvError, match=r"images.top: got \(12, 16\) .* expected \(24, 32\)"):
             make_world(DOTS, cameras=[camera])
+
+
+TWO_EYES = replace(
+    DOTS, gym=replace(DOTS.gym, images={"left": "pixels.eye", "right": "pixels.hand"})
+)
+
+
+@pytest.mark.parametrize("config", [TWO_EYES, load_env_config("fake")], ids=["gym", "fake"])
+def test_a_mapped_camera_shows_the_picture_of_the_camera_it_is_mapped_to(
+    config: EnvConfig,
+) -> None:
+    def pictures(names: Sequence[str], camera_map: Mapping[str, str]) -> dict[str, np.ndarray]:
+        cameras = [CameraContract(name, (12, 16), (12, 16)) for name in names]
+        world = make_world(replace(config, camera_map=camera_map), cameras=cameras)
+        world.reset(3)
+        shown = {name: image.copy() for name, image in world.observe().images.items()}
+        world.close()
+        return shown
+
+    own = pictures(("left", "right"), {})
+    assert not np.array_equal(own["left"], own["right"])
+    mapped = pictures(("primary", "right"), {"primary": "left", "right": "left"})
+    np.testing.assert_array_equal(mapped["primary"], own["left"])
+    np.testing.assert_array_equal(mapped["right"], own["left"])
+
+
+def test_a_camera_that_a_gym_world_does_not_have_cannot_be_mapped_to() -> None:
+    camera = CameraContract("primary", (12, 16), (12, 16))
+    with pytest.raises(EnvError, match=r"cameras: got \['back'\], expected some of \['left', 'rig"):
+        make_world(replace(TWO_EYES, camera_map={"primary": "back"}), cameras=[camera])
 
 
 def test_gym_errors_name_the_key_and_the_choices() -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import time
 
 import numpy as np
 
@@ -11,6 +12,8 @@ from policies.types import ActionChunk, CameraContract, MetaObs, PolicyContract,
 START = np.array((0.0, -0.96, 1.16, 0.0, -0.3, 0.0, 0.1) * 2, np.float64)
 AMPLITUDE = np.array((0.5, 0.1, 0.1, 0.6, 0.3, 0.8, 0.0) * 2, np.float64)
 HERTZ = 0.3
+STALL_S = 1.3
+"""Longer than a chunk of ``Stalling``."""
 
 CONTRACT = PolicyContract(
     policy_type="sine",
@@ -105,3 +108,27 @@ class Broken(SinePolicy):
 
 def make_broken() -> SinePolicy:
     return Broken()
+
+
+class Stalling(SinePolicy):
+    """Wants every joint at one place at once, and is late with every third answer of a rollout."""
+
+    PLACE = 1.0
+
+    def __init__(self) -> None:
+        super().__init__(dataclasses.replace(CONTRACT, chunk_size=50, n_action_steps=25))
+        self._asked = 0
+
+    def infer(self, obs: MetaObs) -> ActionChunk:
+        self._asked = self._asked + 1 if obs.timestep else 0
+        if self._asked % 3 == 2:
+            time.sleep(STALL_S)
+        return super().infer(obs)
+
+    def spoiled(self, actions: np.ndarray, obs: MetaObs) -> np.ndarray:
+        actions[:] = self.PLACE
+        return actions
+
+
+def make_stalling() -> Stalling:
+    return Stalling()
