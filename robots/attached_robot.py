@@ -17,7 +17,8 @@ from numpy.typing import NDArray
 from robots.base import CameraSample, JointSample, Robot, Role
 from robots.errors import ConnectFailed, NotConnected, SensorLost
 from robots.owner_connection import OwnerConnection
-from robots.sensor_memory import SensorMemory, Stream
+from robots.sensor_memory import Sample, SampleReader, SensorMemory
+from transport.errors import ProtocolError
 
 CALL_TIMEOUT_S = 10.0
 LOOK_AGAIN_S = 0.002
@@ -52,32 +53,37 @@ class AttachedRobot(Robot):
             )
         self._seen: dict[str, tuple[int, CameraSample]] = {}
         self._link = OwnerConnection(self.address, role=role, timeout_s=timeout_s, peer=self.owner)
-        self._sensor_memory = SensorMemory(
-            self._link.memory_fd,
-            qpos=self._link.hello["qpos"],
-            joints=self.contract.state_dim,
-            cameras=self.contract.cameras,
-            writable=False,
-        )
-        streams = [("joints", self._sensor_memory.joints)]
+        try:
+            self._sensor_memory = SensorMemory(
+                self._link.memory_fd,
+                qpos=self._link.hello["qpos"],
+                joints=self.contract.state_dim,
+                cameras=self.contract.cameras,
+                writable=False,
+            )
+        except ProtocolError as error:
+            raise ConnectFailed(
+                f"{self.name}: {self.owner} has other joints or cameras ({error})"
+            ) from error
+        sensors = [("joints", self._sensor_memory.joints)]
         if role is not Role.CONTROL:
-            streams += self._sensor_memory.cameras.items()
+            sensors += self._sensor_memory.cameras.items()
         since_ns = time.monotonic_ns()
-        self._wait_for(streams, lambda sample: bool(sample["received_ns"] >= since_ns), timeout_s)
+        self._wait_for(sensors, lambda sample: sample.received_ns >= since_ns, timeout_s)
 
     def _get_joints(self) -> JointSample:
         return _joint_sample(self._fresh("joints", self._connected()[1].joints))
 
     def _get_joints_at(self, stamp_ns: int) -> JointSample:
-        stream = self._connected()[1].joints
-        self._fresh("joints", stream)
-        return _joint_sample(stream.nearest(stamp_ns))
+        joints = self._connected()[1].joints
+        newest = self._fresh("joints", joints)
+        return _joint_sample(joints.nearest(stamp_ns) or newest)
 
     def _get_cameras(self) -> dict[str, CameraSample]:
-        for name, stream in self._connected()[1].cameras.items():
-            if name not in self._seen or self._seen[name][0] != stream.count:
-                slot = self._fresh(name, stream)
-                self._seen[name] = int(slot["number"]) + 1, _camera_sample(slot)
+        for name, reader in self._connected()[1].cameras.items():
+            if name not in self._seen or self._seen[name][0] != reader.count:
+                sample = self._fresh(name, reader)
+                self._seen[name] = sample.sequence, _camera_sample(sample)
             else:
                 self._check_age(name, self._seen[name][1].received_ns)
         return {name: sample for name, (_, sample) in self._seen.items()}
@@ -86,7 +92,9 @@ class AttachedRobot(Robot):
         self._connected()[0].send_action(action)
 
     def _disconnect(self) -> None:
-        self._sensor_memory = None
+        if self._sensor_memory is not None:
+            self._sensor_memory.close()
+            self._sensor_memory = None
         self._seen = {}
         if self._link is not None:
             self._link.close()
@@ -105,11 +113,14 @@ class AttachedRobot(Robot):
         del name
         return ""
 
-    def _fresh(self, name: str, stream: Stream) -> Any:
-        """The newest slot of ``stream``, if it is new enough."""
-        slot: Any = stream.newest()
-        self._check_age(name, int(slot["received_ns"]))
-        return slot
+    def _fresh(self, name: str, reader: SampleReader) -> Sample:
+        """The newest sample, if it is new enough."""
+        sample = reader.newest()
+        if sample is None:
+            self._connected()[0].check_alive()
+            raise SensorLost(f"{self.name}: {name}: nothing yet{self._why_silent(name)}")
+        self._check_age(name, sample.received_ns)
+        return sample
 
     def _check_age(self, name: str, received_ns: int) -> None:
         self._connected()[0].check_alive()
@@ -122,13 +133,13 @@ class AttachedRobot(Robot):
 
     def _wait_for(
         self,
-        streams: Sequence[tuple[str, Stream]],
-        arrived: Callable[[Any], bool],
+        sensors: Sequence[tuple[str, SampleReader]],
+        arrived: Callable[[Sample], bool],
         timeout_s: float,
     ) -> None:
-        """Until the newest of every stream has ``arrived``."""
+        """Until the newest sample of each of ``sensors`` has ``arrived``."""
         deadline_s = time.monotonic() + timeout_s
-        missing = list(streams)
+        missing = list(sensors)
         while missing:
             self._connected()[0].check_alive()
             for entry in list(missing):
@@ -145,9 +156,9 @@ class AttachedRobot(Robot):
                 time.sleep(LOOK_AGAIN_S)
 
 
-def _joint_sample(slot: Any) -> JointSample:
-    return JointSample(slot["position"], int(slot["stamp_ns"]), int(slot["received_ns"]))
+def _joint_sample(sample: Sample) -> JointSample:
+    return JointSample(sample.arrays["position"], sample.stamp_ns, sample.received_ns)
 
 
-def _camera_sample(slot: Any) -> CameraSample:
-    return CameraSample(slot["image"], int(slot["stamp_ns"]), int(slot["received_ns"]))
+def _camera_sample(sample: Sample) -> CameraSample:
+    return CameraSample(sample.arrays["image"], sample.stamp_ns, sample.received_ns)

@@ -32,7 +32,6 @@ from robots.lerobot_config import (
     LeRobotConfig,
     action_specs,
 )
-from robots.sensor_memory import REFUSED_SINCE
 from transport.child_process import ChildProcess
 
 IMPORT_TIMEOUT_S = 180.0
@@ -159,7 +158,7 @@ class LeRobotRobot(AttachedRobot):
     def _send_action(self, action: NDArray[np.float32]) -> None:
         link, sensor_memory = self._connected()
         link.send_action(action)
-        if sensor_memory.head[REFUSED_SINCE]:
+        if sensor_memory.refused_since_ns.load():
             raise RobotLost(f"{self.name}: commands do not reach it{self._why_silent('commands')}")
 
     def _why_silent(self, name: str) -> str:

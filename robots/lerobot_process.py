@@ -31,8 +31,10 @@ from robots.lerobot_adapter import IMPORT_TIMEOUT_S, chosen_cameras
 from robots.lerobot_config import UNCOMMANDED_S, LeRobotConfig, action_specs
 from robots.lerobot_device import FAILURES, LeRobotDevice, Observation
 from robots.owner_server import OwnerServer
-from robots.sensor_memory import REFUSED_SINCE, SensorMemory, Stream
+
 from transport.child_process import Isolation, isolate, send_event
+from robots.sensor_memory import SensorMemory
+from transport.shm.latest_value import LatestValueWriter
 
 logger = logging.getLogger(__name__)
 
@@ -46,10 +48,12 @@ SAY_AFTER_S = 5.0
 class CameraReader(threading.Thread):
     """Waits for the pictures of one camera and shows them. Its end is the process' end."""
 
-    def __init__(self, device: LeRobotDevice, name: str, camera: Any, stream: Stream) -> None:
+    def __init__(
+        self, device: LeRobotDevice, name: str, camera: Any, writer: LatestValueWriter
+    ) -> None:
         super().__init__(name=f"camera {name}", daemon=True)
         self._device, self._lerobots, self._camera = device, name, camera
-        self._stream = stream
+        self._writer = writer
         self.why = ""
         self.shown = threading.Event()
 
@@ -67,7 +71,7 @@ class CameraReader(threading.Thread):
                 continue
             if picture is not before:
                 before = picture
-                show(self._stream, checked, self._came_ns(now_ns))
+                show(self._writer, checked, self._came_ns(now_ns))
                 self.why = ""
                 self.shown.set()
 
@@ -79,11 +83,11 @@ class CameraReader(threading.Thread):
         return now_ns
 
 
-def show(stream: Stream, picture: NDArray[np.uint8], stamp_ns: int) -> None:
-    slot = stream.begin()
-    slot["image"], slot["stamp_ns"] = picture, stamp_ns
-    slot["received_ns"] = time.monotonic_ns()
-    stream.publish(slot)
+def show(writer: LatestValueWriter, picture: NDArray[np.uint8], stamp_ns: int) -> None:
+    shown = writer.claim()
+    shown["image"][...], shown["stamp_ns"][...] = picture, stamp_ns
+    shown["received_ns"][...] = time.monotonic_ns()
+    writer.publish()
 
 
 class Owner:
@@ -108,6 +112,8 @@ class Owner:
         }
         memory_fd = SensorMemory.create(**shape)
         self._sensor_memory = SensorMemory(memory_fd, writable=True, **shape)
+        self._joints = self._sensor_memory.joint_writer()
+        self._pictures = {ours: self._sensor_memory.camera_writer(ours) for ours in self._cameras}
         specs = action_specs(config, said, "")
         kinds = [spec.kind for spec in specs]
         self._speeds = np.array([kind is ActionKind.VELOCITY for kind in kinds])
@@ -118,9 +124,7 @@ class Owner:
         self.parent_gone = threading.Event()
         self.told_to_end = threading.Event()
         self._readers = {
-            ours: CameraReader(
-                device, theirs, device.cameras[theirs], self._sensor_memory.cameras[ours]
-            )
+            ours: CameraReader(device, theirs, device.cameras[theirs], self._pictures[ours])
             for ours, theirs in self._cameras.items()
             if theirs in device.cameras
         }
@@ -193,8 +197,8 @@ class Owner:
 
     def _refuse(self, why: str) -> None:
         self._why["commands"] = why
-        if not self._sensor_memory.head[REFUSED_SINCE]:
-            self._sensor_memory.head[REFUSED_SINCE] = time.monotonic_ns()
+        if not self._sensor_memory.refused_since_ns.load():
+            self._sensor_memory.refused_since_ns.store(time.monotonic_ns())
 
     def _send(self, action: NDArray[np.float32]) -> None:
         self._last, self._left_ns = action, time.monotonic_ns()
@@ -204,7 +208,7 @@ class Owner:
             self._refuse(f"{type(error).__name__}: {error}")
         else:
             if not self._delivery.refused:
-                self._sensor_memory.head[REFUSED_SINCE] = 0
+                self._sensor_memory.refused_since_ns.store(0)
 
     def _drives_on(self) -> bool:
         """Whether something moves that nobody commands, or whose commands are not followed."""
@@ -233,14 +237,14 @@ class Owner:
 
     def _show(self, seen: Observation) -> None:
         if seen.position is not None:
-            slot = self._sensor_memory.joints.begin()
-            slot["position"], slot["stamp_ns"] = seen.position, seen.stamp_ns
-            slot["received_ns"] = time.monotonic_ns()
-            self._sensor_memory.joints.publish(slot)
+            state = self._joints.claim()
+            state["position"][...], state["stamp_ns"][...] = seen.position, seen.stamp_ns
+            state["received_ns"][...] = time.monotonic_ns()
+            self._joints.publish()
             self._why.pop("joints", None)
         for ours, theirs in self._cameras.items():
             if theirs in seen.pictures:
-                show(self._sensor_memory.cameras[ours], seen.pictures[theirs], seen.stamp_ns)
+                show(self._pictures[ours], seen.pictures[theirs], seen.stamp_ns)
 
     def _answer(self, call: str, asked: Mapping[str, Any]) -> Mapping[str, Any]:
         if call != "why":

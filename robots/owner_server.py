@@ -15,7 +15,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from robots.owner_connection import ACTION, ACTION_HEAD, CALL, MAX_MESSAGE, abstract, decode_action
-from robots.sensor_memory import WATCHING, SensorMemory
+from robots.sensor_memory import SensorMemory
 
 Command = Callable[[NDArray[np.float32], int, int], None]
 """Called with the action, the sender's monotonic clock, and which connection it came through."""
@@ -25,7 +25,7 @@ class OwnerServer:
     """The listening end of ``robots.owner_connection``. Belongs to one thread, which selects.
 
     Args:
-        board: Handed out to everyone who connects; its head counts who looks at pictures.
+        board: Handed out to everyone who connects; it says how many look at pictures.
         board_fd: Its descriptor.
         action_dim: A.
         hello: What is told to everyone who connects.
@@ -121,4 +121,4 @@ class OwnerServer:
 
     def _count_watchers(self) -> None:
         watching = [role for role in self._roles.values() if role in ("sensing", "both")]
-        self._sensor_memory.head[WATCHING] = len(watching)
+        self._sensor_memory.watchers.store(len(watching))

@@ -1,78 +1,63 @@
 """What a robot's owner shows to everyone on its host: joint states and pictures in one segment.
 
-Each stream is a ring of slots with one writer. A slot carries its number last and first withdrawn;
-a reader copies the newest slot and takes the copy only if the number was the same before and after.
-Readers never wait and never disturb the writer. Relies on stores being seen in order, as x86 and
-everything that emulates it does.
+Each sensor is a latest value of ``transport.shm.latest_value``, which keeps some values before the
+newest one as well: one writer, readers that never wait and never disturb it.
 """
 
 from __future__ import annotations
 
-import mmap
-import os
-from collections.abc import Mapping
-from typing import Any
+from collections.abc import Mapping as MappingType
+from dataclasses import dataclass
 
-import numpy as np
-from numpy.typing import NDArray
+from transport.channel import Arrays
+from transport.schema import ArraySpec, Schema
+from transport.shm.atomics import CACHE_LINES, AtomicInt64
+from transport.shm.latest_value import (
+    LATEST_SLOTS,
+    LatestValueReader,
+    LatestValueWriter,
+    latest_value_nbytes,
+)
+from transport.shm.segment import Mapping, create_anonymous
 
-JOINT_SLOTS, FRAME_SLOTS = 256, 4
-PAGE = 4096
-WATCHING = 0
-"""In the head: how many connections look at pictures. With none, none are rendered."""
-REFUSED_SINCE = 1
-"""In the head: since when no command reaches the device, our monotonic clock in ns; or 0."""
-FIRST_STREAM = 8
-WORDS_PER_LINE = 8
+JOINT_SLOTS, FRAME_SLOTS = 256, LATEST_SLOTS
 
 
-class Stream:
-    """One ring. ``slots`` have the fields ``number``, ``stamp_ns`` and ``received_ns``."""
+@dataclass(frozen=True, slots=True)
+class Sample:
+    """A copy of what a sensor showed.
 
-    def __init__(self, count: NDArray[np.int64], slots: NDArray[Any]) -> None:
-        self._count = count
-        self._slots = slots
-        self._numbers = slots["number"]
-        self._stamps = slots["stamp_ns"]
+    Attributes:
+        sequence: Which value it is, counted from 1.
+        stamp_ns: When it was measured.
+        received_ns: When its owner had it; our monotonic clock.
+        arrays: See ``Board``.
+    """
+
+    sequence: int
+    stamp_ns: int
+    received_ns: int
+    arrays: Arrays
+
+
+class SampleReader:
+    """Reads the samples of one sensor."""
+
+    def __init__(self, reader: LatestValueReader) -> None:
+        self._reader = reader
 
     @property
     def count(self) -> int:
-        """Slots published so far."""
-        return int(self._count[0])
+        """Samples published so far: the newest one's sequence."""
+        return self._reader.newest
 
-    def begin(self) -> Any:
-        """The next slot, withdrawn from readers, to be filled in."""
-        slot = self._slots[self.count % len(self._slots)]
-        slot["number"] = -1
-        return slot
+    def newest(self) -> Sample | None:
+        """The newest sample, None where there is none yet."""
+        return _sample(self._reader.read())
 
-    def publish(self, slot: Any) -> None:
-        slot["number"] = self.count
-        self._count[0] += 1
-
-    def newest(self) -> Any | None:
-        """A copy of the newest slot, None where there is none yet."""
-        while (number := self.count - 1) >= 0:
-            if (copy := self._take(number)) is not None:
-                return copy
-        return None
-
-    def nearest(self, stamp_ns: int) -> Any | None:
-        """A copy of the slot, of those still there, whose stamp is nearest."""
-        while (newest := self.count - 1) >= 0:
-            stamps = np.where(self._numbers >= 0, self._stamps, -(2**62))
-            index = int(np.abs(stamps - stamp_ns).argmin())
-            behind = (newest - index) % len(self._slots)
-            if (copy := self._take(newest - behind)) is not None:
-                return copy
-        return None
-
-    def _take(self, number: int) -> Any | None:
-        index = number % len(self._slots)
-        if self._numbers[index] != number:
-            return None
-        copy = self._slots[index].copy()
-        return copy if self._numbers[index] == number else None
+    def nearest(self, stamp_ns: int) -> Sample | None:
+        """The sample, of those still there, whose stamp is nearest."""
+        return _sample(self._reader.nearest("stamp_ns", stamp_ns))
 
 
 class SensorMemory:
@@ -80,15 +65,20 @@ class SensorMemory:
 
     Args:
         fd: Of a segment that ``create`` made. Stays the caller's.
-        qpos: Length of a simulation's position vector, 0 without one.
+        qpos: Q, the length of a simulation's position vector; 0 without one.
         joints: S.
         cameras: Name to (height, width), in the segment's order.
         writable: Whether this process writes.
 
     Attributes:
-        head: (512,) int64 words; see ``WATCHING``.
-        joints: Slots with ``position`` (S,) float32, ``qpos`` (Q,) float64, and the outcome.
-        cameras: Slots with ``image`` (H, W, 3) uint8.
+        watchers: How many connections look at pictures. With none, none are rendered.
+        refused_since_ns: Since when no command reaches the device, our monotonic clock; or 0.
+        joints: Samples with ``position`` (S,) float32, ``qpos`` (Q,) float64 if there is one, and
+            the outcome: ``episode``, ``step``, ``success`` and ``reward``.
+        cameras: Samples with ``image`` (H, W, 3) uint8.
+
+    Raises:
+        ProtocolError: The segment was made for other lengths.
     """
 
     def __init__(
@@ -97,58 +87,77 @@ class SensorMemory:
         *,
         qpos: int,
         joints: int,
-        cameras: Mapping[str, tuple[int, int]],
+        cameras: MappingType[str, tuple[int, int]],
         writable: bool,
     ) -> None:
-        size = _size(qpos, joints, cameras)
-        access = mmap.ACCESS_WRITE if writable else mmap.ACCESS_READ
-        memory = memoryview(mmap.mmap(fd, size, access=access))
-        self.head = np.frombuffer(memory[:PAGE], np.int64)
-        offset, word = PAGE, FIRST_STREAM
-
-        def stream(kind: np.dtype[Any], slots: int) -> Stream:
-            nonlocal offset, word
-            end = offset + slots * kind.itemsize
-            made = Stream(self.head[word : word + 1], np.frombuffer(memory[offset:end], kind))
-            offset, word = end, word + WORDS_PER_LINE
-            return made
-
-        self.joints = stream(_joint_slot(qpos, joints), JOINT_SLOTS)
-        self.cameras = {name: stream(_frame_slot(hw), FRAME_SLOTS) for name, hw in cameras.items()}
+        self._layout = _Layout(qpos, joints, cameras)
+        self._memory = Mapping(fd, self._layout.nbytes, writable=writable)
+        self.watchers = AtomicInt64(self._memory, 0)
+        self.refused_since_ns = AtomicInt64(self._memory, CACHE_LINES)
+        self.joints = self._reader(self._layout.joints)
+        self.cameras = {name: self._reader(at) for name, at in self._layout.cameras.items()}
 
     @staticmethod
-    def create(*, qpos: int, joints: int, cameras: Mapping[str, tuple[int, int]]) -> int:
+    def create(*, qpos: int, joints: int, cameras: MappingType[str, tuple[int, int]]) -> int:
         """The descriptor of a new segment, full of zeros. It has no name that could be left."""
-        fd = os.memfd_create("metronome-robot")
-        os.posix_fallocate(fd, 0, _size(qpos, joints, cameras))
-        return fd
+        return create_anonymous("metronome-robot", _Layout(qpos, joints, cameras).nbytes)
+
+    def joint_writer(self) -> LatestValueWriter:
+        """For the one who writes the joints; each value with ``stamp_ns`` and ``received_ns``."""
+        return self._writer(self._layout.joints)
+
+    def camera_writer(self, name: str) -> LatestValueWriter:
+        """As ``joint_writer``, of one camera."""
+        return self._writer(self._layout.cameras[name])
+
+    def close(self) -> None:
+        """Unmap, once the last reader and writer is gone. Idempotent."""
+        self._memory.close()
+
+    def _writer(self, place: _Place) -> LatestValueWriter:
+        return LatestValueWriter(self._memory, place.offset, place.schema, place.slots)
+
+    def _reader(self, place: _Place) -> SampleReader:
+        return SampleReader(
+            LatestValueReader(self._memory, place.offset, place.schema, place.slots)
+        )
 
 
-def _joint_slot(qpos: int, joints: int) -> np.dtype[Any]:
-    return _slot(
-        ("episode", np.int64),
-        ("step", np.int64),
-        ("success", np.int64),
-        ("reward", np.float64),
-        ("position", np.float32, (joints,)),
-        ("qpos", np.float64, (qpos,)),
-    )
+@dataclass(frozen=True, slots=True)
+class _Place:
+    """Where one sensor's samples are."""
+
+    offset: int
+    schema: Schema
+    slots: int
 
 
-def _frame_slot(hw: tuple[int, int]) -> np.dtype[Any]:
-    return _slot(("image", np.uint8, (*hw, 3)))
+class _Layout:
+    """Where everything is, the same in every process that knows the lengths."""
+
+    def __init__(self, qpos: int, joints: int, cameras: MappingType[str, tuple[int, int]]) -> None:
+        self.nbytes = 2 * CACHE_LINES
+        self.joints = self._add(JOINT_SLOTS, *_joint_arrays(qpos, joints))
+        self.cameras = {
+            name: self._add(FRAME_SLOTS, ArraySpec("image", "uint8", (*hw, 3)))
+            for name, hw in cameras.items()
+        }
+
+    def _add(self, slots: int, *arrays: ArraySpec) -> _Place:
+        stamps = ArraySpec("stamp_ns", "int64", ()), ArraySpec("received_ns", "int64", ())
+        place = _Place(self.nbytes, Schema((*stamps, *arrays)), slots)
+        self.nbytes += latest_value_nbytes(place.schema, slots)
+        return place
 
 
-def _slot(*fields: Any) -> np.dtype[Any]:
-    head = [("number", np.int64), ("stamp_ns", np.int64), ("received_ns", np.int64)]
-    packed = np.dtype([*head, *fields], align=True)
-    lines = -(-packed.itemsize // 64) * 64
-    padding = [("padding", np.uint8, (lines - packed.itemsize,))]
-    return np.dtype([*head, *fields, *padding], align=True)
+def _joint_arrays(qpos: int, joints: int) -> list[ArraySpec]:
+    arrays = [ArraySpec(name, "int64", ()) for name in ("episode", "step", "success")]
+    arrays += ArraySpec("reward", "float64", ()), ArraySpec("position", "float32", (joints,))
+    return [*arrays, ArraySpec("qpos", "float64", (qpos,))] if qpos else arrays
 
 
-def _size(qpos: int, joints: int, cameras: Mapping[str, tuple[int, int]]) -> int:
-    if FIRST_STREAM + WORDS_PER_LINE * (1 + len(cameras)) > PAGE // 8:
-        raise ValueError(f"cameras: got {len(cameras)}, expected fewer")
-    frames = sum(_frame_slot(hw).itemsize for hw in cameras.values())
-    return PAGE + JOINT_SLOTS * _joint_slot(qpos, joints).itemsize + FRAME_SLOTS * frames
+def _sample(found: tuple[int, Arrays] | None) -> Sample | None:
+    if found is None:
+        return None
+    sequence, arrays = found
+    return Sample(sequence, int(arrays["stamp_ns"]), int(arrays["received_ns"]), arrays)

@@ -22,7 +22,6 @@ from robots.base import Outcome, RobotContract, arm_actions
 from robots.companion import start_companion
 from robots.errors import ConfigError
 from robots.joint_limits import JointLimits
-from robots.sensor_memory import WATCHING
 from robots.twin_config import GRIPPERS, JOINTS, SUBSTEP_HZ, TwinConfig
 
 START_POSE = (0.0, -0.96, 1.16, 0.0, -0.3, 0.0, 0.1) * 2
@@ -109,16 +108,17 @@ class SimTwin(AttachedRobot):
         link, sensor_memory = self._connected()
         link.check_alive()
         state: Any = sensor_memory.joints.newest()
-        return Outcome(bool(state["success"]), float(state["reward"]), int(state["step"]))
+        success, reward, step = (state.arrays[name] for name in ("success", "reward", "step"))
+        return Outcome(bool(success), float(reward), int(step))
 
     def _reset(self, seed: int) -> bool:
         """As in simulation with the same seed. Returns once pictures show it, if anybody looks."""
         stamp_ns = self._call("reset", seed=seed)["stamp_ns"]
         _, sensor_memory = self._connected()
-        if sensor_memory.head[WATCHING]:
+        if sensor_memory.watchers.load():
             self._wait_for(
                 list(sensor_memory.cameras.items()),
-                lambda sample: bool(sample["stamp_ns"] >= stamp_ns),
+                lambda sample: sample.stamp_ns >= stamp_ns,
                 CALL_TIMEOUT_S,
             )
         return True

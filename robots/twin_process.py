@@ -39,7 +39,8 @@ class Twin:
     """The simulated robot: control steps, reward, record, and the board that shows them."""
 
     def __init__(self, sim: AlohaSim, sensor_memory: SensorMemory, config: TwinConfig) -> None:
-        self._sim, self._sensor_memory, self._config = sim, sensor_memory, config
+        self._sim, self._config = sim, config
+        self._joints = sensor_memory.joint_writer()
         self._substeps = SUBSTEP_HZ // config.control_hz
         self._per_tick = max(1, round(DT_S * config.control_hz))
         self.period_ns = round(1e9 / config.control_hz)
@@ -99,15 +100,15 @@ class Twin:
         self._count += steps
 
     def _show(self) -> None:
-        slot = self._sensor_memory.joints.begin()
-        slot["stamp_ns"] = self._count * self.period_ns
-        slot["received_ns"] = time.monotonic_ns()
-        slot["episode"], slot["success"] = self.episode, self._success_step > 0
-        slot["step"] = (self._success_step or self._step) // self._per_tick
-        slot["reward"] = self._reward
-        slot["position"] = self._sim.agent_pos
-        slot["qpos"] = self._sim.data.qpos
-        self._sensor_memory.joints.publish(slot)
+        state = self._joints.claim()
+        state["stamp_ns"][...] = self._count * self.period_ns
+        state["received_ns"][...] = time.monotonic_ns()
+        state["episode"][...], state["success"][...] = self.episode, self._success_step > 0
+        state["step"][...] = (self._success_step or self._step) // self._per_tick
+        state["reward"][...] = self._reward
+        state["position"][...] = self._sim.agent_pos
+        state["qpos"][...] = self._sim.data.qpos
+        self._joints.publish()
 
 
 class Host:

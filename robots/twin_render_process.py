@@ -9,7 +9,7 @@ import time
 
 from envs.aloha_physics import AlohaSim
 from envs.errors import EnvError
-from robots.sensor_memory import WATCHING, SensorMemory
+from robots.sensor_memory import SensorMemory
 from robots.twin_config import JOINTS, TwinConfig
 from transport.child_process import die_with_parent, send_event
 
@@ -25,8 +25,9 @@ def draw_forever(sim: AlohaSim, sensor_memory: SensorMemory, config: TwinConfig)
     period_ns = round(1e9 / config.camera_hz)
     due_ns = time.monotonic_ns()
     shown_ns = -1
+    writers = {name: sensor_memory.camera_writer(name) for name in config.cameras}
     while True:
-        watched = bool(sensor_memory.head[WATCHING])
+        watched = sensor_memory.watchers.load() > 0
         wait_s = max(0, due_ns - time.monotonic_ns()) / 1e9 if watched else IDLE_S
         if select.select([sys.stdin], [], [], wait_s)[0]:
             return
@@ -36,16 +37,16 @@ def draw_forever(sim: AlohaSim, sensor_memory: SensorMemory, config: TwinConfig)
         if time.monotonic_ns() < due_ns:
             continue
         state = sensor_memory.joints.newest()
-        if state is not None and state["stamp_ns"] != shown_ns:
-            shown_ns = int(state["stamp_ns"])
+        if state is not None and state.stamp_ns != shown_ns:
+            shown_ns = state.stamp_ns
             for name, camera in config.cameras.items():
-                stream = sensor_memory.cameras[name]
-                slot = stream.begin()
+                picture = writers[name].claim()
                 sim.render_camera(
-                    camera.camera, hw=camera.hw, out=slot["image"], qpos=state["qpos"]
+                    camera.camera, hw=camera.hw, out=picture["image"], qpos=state.arrays["qpos"]
                 )
-                slot["stamp_ns"], slot["received_ns"] = shown_ns, time.monotonic_ns()
-                stream.publish(slot)
+                picture["stamp_ns"][...] = shown_ns
+                picture["received_ns"][...] = time.monotonic_ns()
+                writers[name].publish()
         now_ns = time.monotonic_ns()
         # Pictures that could not be drawn in time are left out, not drawn late.
         due_ns += max(1, -(-(now_ns - due_ns) // period_ns)) * period_ns

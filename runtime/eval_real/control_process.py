@@ -29,9 +29,9 @@ from runtime.control.realtime import Realtime, no_garbage_collection
 from runtime.eval_real.event_log import ORPHAN_HOLD_S, EventLog
 from runtime.eval_real.phases import MOVING, Order, Phase, Server, Signal
 from runtime.eval_real.processes import ParentPipe, child_main
+from runtime.eval_real.rollout_counts import RolloutCounter, RolloutCounts
 from runtime.eval_real.run_config import RobotLimits, RunConfig
 from runtime.eval_real.shared_state import SharedState, decode_order, get_text, put_text, read_chunk
-from runtime.eval_real.rollout_counts import RolloutCounter, RolloutCounts
 from runtime.stats import RequestLatency
 from runtime.trace import recorder as trace
 from transport.channel import Arrays

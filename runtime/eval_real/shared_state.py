@@ -24,8 +24,8 @@ from numpy.typing import NDArray
 
 from policies.types import STAGES, ActionChunk
 from runtime.eval_real.phases import Order
-from transport.channel import Arrays
 from runtime.eval_real.rollout_counts import COUNTED
+from transport.channel import Arrays
 from transport.schema import ArraySpec, Schema
 from transport.shm.atomics import CACHE_LINES, AtomicInt64
 from transport.shm.latest_value import LatestValueReader, LatestValueWriter, latest_value_nbytes

@@ -20,6 +20,7 @@ from envs.aloha_physics import AlohaSim
 from robots.base import Role
 from robots.errors import ConfigError, ConnectFailed, RobotError, RobotLost, SensorLost
 from robots.factory import make_robot
+from robots.sensor_memory import Sample
 from robots.sim_twin import START_POSE, SimTwin
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -58,28 +59,37 @@ def children(pid: int) -> list[int]:
     return [int(child) for child in Path(f"/proc/{pid}/task/{pid}/children").read_text().split()]
 
 
+def first_of_episode(robot: SimTwin) -> Sample:
+    """The first state of the running episode, which began a moment ago."""
+    joints, period_ns = robot._connected()[1].joints, round(1e9 / robot.config.control_hz)
+    first = joints.newest()
+    while (before := joints.nearest(first.stamp_ns - period_ns)).stamp_ns < first.stamp_ns:
+        if before.arrays["episode"] != first.arrays["episode"]:
+            return first
+        first = before
+    raise AssertionError("the episode's first state is not there any more")
+
+
 def test_an_episode_begins_as_in_simulation_and_is_shown(robot: SimTwin) -> None:
     sim = AlohaSim("sim_transfer_cube", max_hw=(24, 32), shadows=False, msaa=0)
     robot.connect()
     for seed in (3, 2**32 - 1):
         assert robot.reset(seed)
         sim.reset(seed)
-        shown = robot._connected()[1].joints
-        first = next(s for s in shown._slots if s["step"] == 0 and s["number"] >= shown.count - 200
-                     and s["episode"] == shown.newest()["episode"])  # fmt: skip
-        np.testing.assert_array_equal(first["qpos"], sim.data.qpos)
+        first = first_of_episode(robot)
+        assert first.arrays["step"] == 0
+        np.testing.assert_array_equal(first.arrays["qpos"], sim.data.qpos)
         # The cube falls 3 cm and rests: from then on the pictures are the simulation's too.
         until(lambda: robot.outcome().steps > 50)
-        state = robot._connected()[1].joints.newest()
-        stamp_ns = int(state["stamp_ns"])
+        stamp_ns = robot._connected()[1].joints.newest().stamp_ns
         until(lambda s=stamp_ns: robot.get_cameras()["top"].stamp_ns >= s)
         picture = robot.get_cameras()["top"]
         belonging = robot._connected()[1].joints.nearest(picture.stamp_ns)
-        assert belonging["stamp_ns"] == picture.stamp_ns
-        expected = sim.render_camera("top", hw=(24, 32), qpos=belonging["qpos"])
+        assert belonging.stamp_ns == picture.stamp_ns
+        expected = sim.render_camera("top", hw=(24, 32), qpos=belonging.arrays["qpos"])
         np.testing.assert_array_equal(picture.image, expected)
         np.testing.assert_array_equal(
-            robot.get_joints_at(picture.stamp_ns).position, belonging["position"]
+            robot.get_joints_at(picture.stamp_ns).position, belonging.arrays["position"]
         )
     sim.close()
 
@@ -148,11 +158,17 @@ def test_it_refuses_what_it_cannot_do(robot: SimTwin, tmp_path: Path) -> None:
         robot.get_joints()  # and goes on
 
 
+def test_a_client_of_other_cameras_is_refused(robot: SimTwin) -> None:
+    bigger = {"cameras": "{top: {camera: top, hw: [240, 320]}}", "address": robot.config.address}
+    with pytest.raises(ConnectFailed, match=r"the simulator has other joints or cameras \(segment"):
+        make_robot("sim_twin", bigger).connect()
+
+
 def test_nobody_looks_nothing_is_drawn(robot: SimTwin) -> None:
     robot.connect(Role.CONTROL)
     robot.reset(0)
     frames = robot._connected()[1].cameras["top"]
-    until(lambda: robot._connected()[1].head[0] == 0)
+    until(lambda: robot._connected()[1].watchers.load() == 0)
     steps, drawn = robot.outcome().steps, frames.count
     until(lambda: robot.outcome().steps > steps + 20)
     assert frames.count <= drawn + 1  # one may have been under way

@@ -17,8 +17,8 @@ from robots.factory import make_robot
 from robots.motion_limiter import MotionLimiter
 from runtime.eval_real.recording import Recording
 from runtime.eval_real.replay import main, replay
-from runtime.eval_real.run_config import RobotLimits, RunConfig
 from runtime.eval_real.rollout_counts import COUNTED, RolloutCounter, RolloutCounts, last_counts
+from runtime.eval_real.run_config import RobotLimits, RunConfig
 from tests.faults.sine_policy import CONTRACT, Stalling
 
 ROOT = Path(__file__).resolve().parents[2]

@@ -27,6 +27,7 @@ from transport.shm.slot_array import SlotArray
 LATEST_SLOTS = 4
 """One visible, one being written; two more, so that a reader is overtaken only when it was held up
 for two whole publications, and then reads again."""
+_NOT_THERE = 2**63 - 1
 
 
 def latest_value_nbytes(schema: Schema, slots: int = LATEST_SLOTS) -> int:
@@ -114,10 +115,10 @@ class LatestValueReader:
         while newest := self.newest:
             # The writer may be changing the column. What it changed is not found by ``_read``.
             distances = np.abs(self._slots.column(name) - to)
-            sequences = newest - (newest - np.arange(slots)) % slots
-            there = sequences > max(0, newest - (slots - 1))
-            index = np.where(there, distances, np.iinfo(np.int64).max).argmin()
-            sequence = int(sequences[index])
+            distances[(newest + 1) % slots] = _NOT_THERE  # being written
+            if newest < slots:
+                distances[0] = distances[newest + 1 :] = _NOT_THERE  # values are counted from 1
+            sequence = newest - (newest - int(distances.argmin())) % slots
             if (arrays := self._read(sequence)) is not None:
                 return sequence, arrays
         return None

@@ -29,6 +29,7 @@ class SlotArray:
         self.schema, self.count = schema, count
         self._memory, self._offset = memory.bytes, offset
         self._stride = _stride(schema)
+        self._columns: dict[str, NDArray[Any]] = {}
         begins = [offset + index * self._stride for index in range(count)]
         self.blocks: list[NDArray[np.uint8]] = [
             memory.bytes[begin : begin + schema.nbytes] for begin in begins
@@ -37,10 +38,14 @@ class SlotArray:
 
     def column(self, name: str) -> NDArray[Any]:
         """(count, ...) view of one array of every slot."""
+        if name in self._columns:
+            return self._columns[name]
         spec, begin = self.schema.specs[name], self._offset + self.schema.offsets[name]
         one = np.ndarray(spec.shape, spec.dtype, self._memory, begin)
         shape, strides = (self.count, *spec.shape), (self._stride, *one.strides)
-        return np.ndarray(shape, spec.dtype, self._memory, begin, strides)
+        column: NDArray[Any] = np.ndarray(shape, spec.dtype, self._memory, begin, strides)
+        self._columns[name] = column
+        return column
 
     @staticmethod
     def nbytes(schema: Schema, count: int) -> int:
