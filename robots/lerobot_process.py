@@ -31,9 +31,8 @@ from robots.lerobot_adapter import IMPORT_TIMEOUT_S, chosen_cameras
 from robots.lerobot_config import UNCOMMANDED_S, LeRobotConfig, action_specs
 from robots.lerobot_device import FAILURES, LeRobotDevice, Observation
 from robots.owner_server import OwnerServer
-
-from transport.child_process import Isolation, isolate, send_event
 from robots.sensor_memory import SensorMemory
+from transport.child_process import Isolation, isolate, send_event
 from transport.shm.latest_value import LatestValueWriter
 
 logger = logging.getLogger(__name__)
