@@ -16,7 +16,6 @@ Not thread-safe. Needs neither torch nor mujoco.
 from __future__ import annotations
 
 import contextlib
-import logging
 import os
 import time
 from collections.abc import Mapping
@@ -27,18 +26,16 @@ from numpy.typing import NDArray
 
 from policies.errors import RequestExpired
 from policies.types import ActionChunk, MetaObs, PolicyContract, PolicyInfo
-from runtime.client.connection import OpenSession, ServerConnection
-from runtime.client.requests import ClientStatistics, PendingRequests, with_stages
+from runtime.client.connection import ServerConnection
+from runtime.client.requests import ClientStatistics, PendingRequests
+from runtime.client_session import ClientSession
 from runtime.errors import RequestTimeout, ServerBusy, ServerLost
 from runtime.options.connection import ConnectionOptions
 from runtime.protocol import messages
 from runtime.trace import recorder as trace
 from transport.base import SLOTS
-from transport.channel import Kind, Loan, Message
-from transport.errors import PeerGone, TransportError, TransportTimeout, WouldBlock
+from transport.errors import PeerGone, TransportTimeout, WouldBlock
 from transport.schema import Schema
-
-logger = logging.getLogger(__name__)
 
 SessionKind = Literal["robot", "sim"]
 MOST_S = 1e6
@@ -70,10 +67,6 @@ class PolicyClient:
             its public one, and one's own secret one.
         rate_hz: How often it means to ask, and deadline_ms: how soon it needs its answers. A server
             of many clients that cannot keep them refuses the session, with the numbers.
-
-    Attributes:
-        policy_id: Which of the server's policies gave the last answer: 1, and one more each time
-            an operator replaced it; 0 before the first.
 
     Raises:
         JpegMissing: ``jpeg_quality`` without ``simplejpeg``.
@@ -113,13 +106,9 @@ class PolicyClient:
         }
         self._name = name or f"pid {os.getpid()}"
         self._schema: Schema | None = None
-        self._session: OpenSession | None = None
-        self._loan: Loan | None = None  # the waiting request's, or rendered into
+        self._session: ClientSession | None = None
         self._requests = PendingRequests(max_in_flight)
-        self._reset_due = False
         self._lost = ""
-        self._trace_key = 0
-        self.policy_id = 0
         self._service = ServerConnection(address, timeout_s, self._options.keys())
 
     # What it is
@@ -153,6 +142,12 @@ class PolicyClient:
         """Whether the server grants that answers are bit-equal wherever the policy runs."""
         return self._session is not None and self._session.deterministic
 
+    @property
+    def policy_id(self) -> int:
+        """Which of the server's policies gave the last answer: 1, and one more each time an
+        operator replaced it; 0 before the first."""
+        return self._requests.policy_id
+
     def statistics(self) -> ClientStatistics:
         return self._requests.statistics()
 
@@ -169,18 +164,21 @@ class PolicyClient:
         """
         if self._session is not None:
             raise ValueError("open: the session is already open")
-        self._trace_key = trace.new_key()
+        self._open(schema)
+
+    def _open(self, schema: Schema) -> ClientSession:
+        trace_key = trace.new_key()
         attributes = {
             "kind": self._kind,
             "deterministic": self._deterministic,
-            "trace": self._trace_key,
+            "trace": trace_key,
             **self._demand,
         }
-        self._session = self._service.open(
-            schema, self._options, client=self._name, attributes=attributes
-        )
-        self._schema = schema
+        opened = self._service.open(schema, self._options, client=self._name, attributes=attributes)
+        session = ClientSession(opened, self.contract, self._requests, trace_key)
+        self._session, self._schema = session, schema
         self._requests.counts["sessions"] += 1
+        return session
 
     def reconnect(self, timeout_s: float = 30.0) -> None:
         """Start a new session after ``ServerLost``, trying with back-off for ``timeout_s``.
@@ -212,11 +210,12 @@ class PolicyClient:
             ServerBusy: As ``submit``.
         """
         self._require_server()
-        session = self._session
-        if session is None:
+        if self._session is None:
             return {}
-        self._requests.supersede()
-        return session.pictures.canvas(self._take_loan(session).arrays)
+        try:
+            return self._session.loan_images()
+        except (PeerGone, WouldBlock) as error:
+            raise self._mapped(error) from error
 
     def submit(self, obs: MetaObs) -> int:
         """Hand over an observation, return its request id.
@@ -227,31 +226,11 @@ class PolicyClient:
             ContractMismatch: Not an observation of this session's kind.
             Refused, TransportUnavailable, RequestTimeout: At the opening, as ``open``.
         """
-        return self._submit(obs, 0)
-
-    def _submit(self, obs: MetaObs, budget_ns: int) -> int:
-        self._require_server()
-        session = self._session
-        if session is None:
-            try:
-                self.open(messages.observation_schema(obs))
-            except TransportTimeout as error:
-                raise RequestTimeout(f"the session did not open: {error}") from error
-            except PeerGone as error:
-                raise self._server_lost(str(error)) from error
-            session = self._open_session()
-        began_ns = time.monotonic_ns()  # opening the session is not part of any request
-        self._requests.supersede()
-        loan = self._take_loan(session)
-        if session.pictures.copied:
-            loan.announce()
-        session.pictures.write(obs, loan.arrays)
-        request = self._requests.begin(began_ns, budget_ns)
-        if trace.on:
-            flow = trace.flow(self._trace_key, request.id)
-            trace.add("pack", began_ns, request.packed_ns, request.id, flow=flow)
-        self._publish_waiting()
-        return request.id
+        session = self._session_for(obs)
+        try:
+            return session.submit(obs, budget_ns=0)
+        except (PeerGone, WouldBlock) as error:
+            raise self._mapped(error) from error
 
     def poll(self) -> ActionChunk | None:
         """The next finished chunk, or None; never blocks.
@@ -264,13 +243,9 @@ class PolicyClient:
         if self._session is None:
             return None
         try:
-            while (message := self._session.channel.poll()) is not None:
-                chunk = self._take(message)
-                if chunk is not None:
-                    return chunk
+            return self._session.poll()
         except PeerGone as error:
-            raise self._server_lost(str(error)) from error
-        return None
+            raise self._mapped(error) from error
 
     def infer(self, obs: MetaObs, timeout_s: float | None = None) -> ActionChunk:
         """The chunk for ``obs``: ``submit`` and wait. Earlier requests are cancelled.
@@ -286,17 +261,17 @@ class PolicyClient:
             ValueError: ``timeout_s`` is not 0 to ``MOST_S``.
         """
         timeout_s = self.timeout_s if timeout_s is None else _finite("timeout_s", timeout_s)
-        deadline_ns = time.monotonic_ns() + round(timeout_s * 1e9)
         self.cancel()
+        session = self._session_for(obs)
+        deadline_ns = time.monotonic_ns() + round(timeout_s * 1e9)
         request_id: int | None = None
         while True:
             remaining_s = (deadline_ns - time.monotonic_ns()) / 1e9
             try:
                 if request_id is None:
-                    with contextlib.suppress(ServerBusy):
-                        request_id = self._submit(obs, max(1, round(remaining_s * 1e9)))
-                message = self._open_session().channel.recv(max(0.0, remaining_s))
-                answered_id, chunk = message.request_id, self._take(message)
+                    with contextlib.suppress(WouldBlock):  # its next answer makes room
+                        request_id = session.submit(obs, max(1, round(remaining_s * 1e9)))
+                answered_id, chunk = session.receive(max(0.0, remaining_s))
             except RequestExpired as error:
                 raise RequestTimeout(
                     f"no answer from {self.address} within {timeout_s:g} s: {error}"
@@ -307,7 +282,7 @@ class PolicyClient:
                     f"no answer from {self.address} within {timeout_s:g} s"
                 ) from error
             except PeerGone as error:
-                raise self._server_lost(str(error)) from error
+                raise self._mapped(error) from error
             if chunk is not None and answered_id == request_id:
                 return chunk
 
@@ -319,11 +294,11 @@ class PolicyClient:
         """Start a new episode: cancel, and tell the server to forget this session's episode."""
         self.cancel()
         self._require_server()
-        self._drop_loan()
         if self._session is not None:
-            self._reset_due = True
-            with contextlib.suppress(ServerBusy):  # then it goes before the next observation
-                self._send_reset(self._session)
+            try:
+                self._session.reset()
+            except PeerGone as error:
+                raise self._mapped(error) from error
 
     def fork(self) -> PolicyClient:
         """A client with a session of its own at the same server."""
@@ -352,93 +327,34 @@ class PolicyClient:
 
     # Inside
 
-    def _open_session(self) -> OpenSession:
-        if self._session is None:
-            raise ValueError("the session is not open: call open(schema) first")
-        return self._session
-
-    def _take_loan(self, session: OpenSession) -> Loan:
-        if self._loan is None:
-            self._send_reset(session)
-            try:
-                self._loan = session.channel.loan()
-            except (PeerGone, WouldBlock) as error:
-                raise self._mapped(error) from error
-        return self._loan
-
-    def _send_reset(self, session: OpenSession) -> None:
-        if self._reset_due:
-            try:
-                session.channel.send_body(Kind.RESET, self._requests.next_id())
-            except (PeerGone, WouldBlock) as error:
-                raise self._mapped(error) from error
-            self._reset_due = False
-
-    def _publish_waiting(self) -> None:
-        """Publish the waiting observation if the bound allows."""
-        request, loan = self._requests.waiting, self._loan
-        if request is None or loan is None or not self._requests.may_publish:
-            return
-        self._loan = None
-        began_ns = time.monotonic_ns() if trace.on else 0
+    def _session_for(self, obs: MetaObs) -> ClientSession:
+        """The session; where there is none, one for observations like ``obs`` is opened."""
+        self._require_server()
+        if self._session is not None:
+            return self._session
         try:
-            loan.publish(request.id, budget_ns=request.budget_ns)
-        except (PeerGone, WouldBlock) as error:
+            return self._open(messages.observation_schema(obs))
+        except TransportTimeout as error:
+            raise RequestTimeout(f"the session did not open: {error}") from error
+        except PeerGone as error:
             raise self._mapped(error) from error
-        self._requests.published(request)
-        if trace.on:
-            trace.published(began_ns, trace.flow(self._trace_key, request.id))
-
-    def _take(self, message: Message) -> ActionChunk | None:
-        """Account for an answer; its chunk, or None when there is none to give out."""
-        received_ns = time.monotonic_ns()
-        with message:
-            try:
-                request = self._requests.settle(message)
-                if request is None:
-                    return None
-                chunk = messages.read_chunk(message.arrays, self.contract)
-                self.policy_id = messages.policy_id(message.arrays)
-                self._requests.counts["replies"] += 1
-                chunk = with_stages(chunk, request, received_ns)
-                if trace.on:
-                    flow = trace.flow(self._trace_key, request.id)
-                    trace.answered(chunk.stages_ns, request.began_ns, received_ns, flow)
-                return chunk
-            finally:
-                if self._requests.waiting is not None:
-                    with contextlib.suppress(ServerLost, ServerBusy):  # the next call will say so
-                        self._publish_waiting()
 
     def _require_server(self) -> None:
         if self._lost:
             raise ServerLost(self._lost)
 
     def _mapped(self, error: PeerGone | WouldBlock) -> ServerLost | ServerBusy:
-        if isinstance(error, PeerGone):
-            return self._server_lost(str(error))
-        return ServerBusy(f"the server at {self.address} is busy: {error}")
-
-    def _server_lost(self, reason: str) -> ServerLost:
-        self._lost = f"the server at {self.address} is gone: {reason}"
+        """What a transport's error means here. Without its server a client has no session."""
+        if isinstance(error, WouldBlock):
+            return ServerBusy(f"the server at {self.address} is busy: {error}")
+        self._lost = f"the server at {self.address} is gone: {error}"
         self._drop_session()
         return ServerLost(self._lost)
 
-    def _drop_loan(self) -> None:
-        if self._loan is not None:
-            self._loan.cancel()
-            self._loan = None
-
     def _drop_session(self) -> None:
-        self._drop_loan()
-        self._requests.forget()
-        self._reset_due = False
         session, self._session = self._session, None
         if session is not None:
-            try:
-                session.channel.close()
-            except TransportError as error:
-                logger.debug("closing the channel: %s", error)
+            session.close()
 
 
 def _finite(name: str, seconds: float) -> float:

@@ -53,6 +53,7 @@ class PendingRequests:
     Attributes:
         counts: By the names of ``ClientStatistics``.
         waiting: The request whose observation is written and not published.
+        policy_id: Of the policy that gave the last chunk; 0 before the first.
     """
 
     def __init__(self, bound: int) -> None:
@@ -61,6 +62,7 @@ class PendingRequests:
         self._last_id = 0
         self.counts = dict.fromkeys(ClientStatistics.__slots__, 0)
         self.waiting: PendingRequest | None = None
+        self.policy_id = 0
 
     def next_id(self) -> int:
         """Ids rise, also across sessions."""
@@ -129,6 +131,11 @@ class PendingRequests:
             return None
         self.counts["failures"] += 1
         raise messages.decode_error(message.body)
+
+    def answered(self, policy_id: int) -> None:
+        """A chunk that this policy gave is given out."""
+        self.counts["replies"] += 1
+        self.policy_id = policy_id
 
     def statistics(self) -> ClientStatistics:
         return ClientStatistics(**self.counts)

@@ -217,7 +217,7 @@ def test_what_can_not_be_in_time_any_more_is_answered_so_and_not_computed() -> N
         hasty, robot = client(), client(kind="robot")
         policy.done.clear()
         occupy(policy, first, 1)
-        hasty._submit(observation(2), 30 * MS)
+        hasty._session_for(observation(2)).submit(observation(2), 30 * MS)
         robot.submit(observation(3))
         gate.release(1)  # now it sees both, and takes the robot's
         await_chunk(first)
@@ -326,11 +326,11 @@ def test_a_client_that_never_reads_delays_nobody(transport: str) -> None:
         connect(server, transport) as other,
     ):
         stuck.infer(observation(1))
-        session = stuck._open_session()
+        session = stuck._session
         for number in range(20):  # beyond what a direction holds, and never a look at an answer
             with contextlib.suppress(Exception):
                 loan = session.channel.loan()
-                stuck._session.pictures.write(observation(number), loan.arrays)
+                session.pictures.write(observation(number), loan.arrays)
                 loan.publish(1000 + number)
         for value in range(50):
             assert other.infer(observation(value), timeout_s=2.0).actions[0, 0] == value

@@ -428,6 +428,17 @@ def test_a_loss_is_noticed_by_whatever_is_called_next(transport: str) -> None:
                 client.loan_images()
 
 
+@pytest.mark.parametrize("transport", TRANSPORTS)
+def test_a_loss_is_noticed_while_arrays_are_lent(transport: str) -> None:
+    with serving(ToyPolicy()) as server:
+        client = connect(server, transport)
+        client.infer(observation())
+        client.loan_images()
+    with client, pytest.raises(ServerLost, match="the test is over"):
+        for _ in range(1_000_000):  # over TCP the news takes a moment
+            client.loan_images()
+
+
 def test_another_servers_policy_is_not_mistaken_for_the_one_asked_for() -> None:
     class Other(ToyPolicy):
         def __init__(self) -> None:
