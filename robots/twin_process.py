@@ -191,7 +191,7 @@ def main(arguments: list[str] | None = None) -> None:
         shape["qpos"] = sim.model.nq
         memory_fd = SensorMemory.create(**shape)
         sensor_memory = SensorMemory(memory_fd, writable=True, **shape)
-        flags = ["--config", options.config, "--board", str(memory_fd)]
+        flags = ["--config", options.config, "--sensor_memory", str(memory_fd)]
         with start_companion("robots.twin_render_process", flags, pass_fds=[memory_fd]) as cameras:
             host = Host(
                 Twin(sim, sensor_memory, config), sensor_memory, memory_fd, shape["qpos"], cameras

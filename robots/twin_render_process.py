@@ -55,7 +55,7 @@ def draw_forever(sim: AlohaSim, sensor_memory: SensorMemory, config: TwinConfig)
 def main(arguments: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--config", required=True)
-    parser.add_argument("--board", type=int, required=True)
+    parser.add_argument("--sensor_memory", type=int, required=True)
     parser.add_argument("--parent", type=int, required=True)
     options = parser.parse_args(arguments)
     die_with_parent(options.parent)

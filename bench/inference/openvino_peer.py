@@ -24,7 +24,7 @@ def bf16(weights: ActWeights, setting: Setting) -> Run:
     """Raises:
     Absent: The CPU would only emulate it.
     """
-    capabilities = ov.ServerState().get_property("CPU", "OPTIMIZATION_CAPABILITIES")
+    capabilities = ov.Core().get_property("CPU", "OPTIMIZATION_CAPABILITIES")
     if "BF16" not in capabilities:
         raise Absent(f"no bfloat16 units here: OpenVINO names {', '.join(capabilities)}")
     return _runner(weights, setting, "bf16")
@@ -32,7 +32,7 @@ def bf16(weights: ActWeights, setting: Setting) -> Run:
 
 def _runner(weights: ActWeights, setting: Setting, precision: str) -> Run:
     config, denormalize = weights.config, weights.action_normalizer.denormalize
-    core = ov.ServerState()
+    core = ov.Core()
     hints = {
         "CACHE_DIR": str(setting.cache),
         "INFERENCE_NUM_THREADS": setting.threads,

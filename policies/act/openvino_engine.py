@@ -167,7 +167,7 @@ def compile_fused(
     """
     from policies.act.openvino_graph import build_graph
 
-    core = ov.ServerState()
+    core = ov.Core()
     capabilities = core.get_property("CPU", "OPTIMIZATION_CAPABILITIES")
     if CAPABILITIES[precision] not in capabilities:
         raise EngineUnavailable(f"openvino: {precision} is not among this CPU's {capabilities}")
@@ -189,9 +189,7 @@ def import_blob(
         EngineUnavailable: OpenVINO does not take it.
     """
     try:
-        compiled = ov.ServerState().import_model(
-            blob, "CPU", _settings(precision, threads, streams)
-        )
+        compiled = ov.Core().import_model(blob, "CPU", _settings(precision, threads, streams))
         return OpenVinoEngine(config, compiled, precision, threads, streams)
     except RuntimeError as error:
         raise EngineUnavailable(f"openvino: {error}") from error

@@ -28,7 +28,7 @@ from policies.errors import RequestExpired
 from policies.types import ActionChunk, MetaObs, PolicyContract, PolicyInfo
 from runtime.client.connection import ServerConnection
 from runtime.client.requests import ClientStatistics, PendingRequests
-from runtime.client_session import ClientSession
+from runtime.client.session import ClientSession
 from runtime.errors import RequestTimeout, ServerBusy, ServerLost
 from runtime.options.connection import ConnectionOptions
 from runtime.protocol import messages

@@ -37,7 +37,7 @@ OLD_MODULES = {
     """,
 }
 """Modules that moved or were renamed, by the folder they were in."""
-NOT_OURS = re.compile(r"\bLoader=|bench/peers/|tests/fuzz/corpus")
+NOT_OURS = re.compile(r"\bLoader=|ov\.Core|bench/peers/|tests/fuzz/corpus")
 """yaml's keyword argument; other projects' names; recorded inputs."""
 
 
