@@ -1,1 +1,1 @@
-"""Simulated worlds as gymnasium environments, and their mapping to MetaObs."""
+"""Simulated environments: the ALOHA tasks, gymnasium environments and a fake one for tests."""

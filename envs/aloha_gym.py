@@ -1,8 +1,8 @@
 """The ALOHA tasks as ``gymnasium`` environments; importing this module registers them.
 
-``metronome/AlohaTransferCube-v0`` and ``metronome/AlohaInsertion-v0`` replace gym-aloha's with
-``obs_type="pixels_agent_pos"``: the same keys, seeds, rewards and pictures, rendering only the
-cameras that were asked for.
+``metronome/AlohaTransferCube-v0`` and ``metronome/AlohaInsertion-v0`` replace gym-aloha's
+environments with ``obs_type="pixels_agent_pos"``: they have the same observation keys, seeds,
+rewards and images. They render only the cameras that were asked for.
 """
 
 from __future__ import annotations
@@ -23,27 +23,32 @@ Observation = dict[str, Any]
 
 FPS = 50
 EPISODE_STEPS = 400
-"""Ticks of an episode in the ACT paper; ``gymnasium.make(..., max_episode_steps=N)`` overrides."""
+"""Ticks of an episode in the ACT paper; ``gymnasium.make(..., max_episode_steps=N)`` changes it."""
 POSITION_BOUND = 1000.0
+"""Bound of ``agent_pos`` in the observation space, in each direction."""
 
 
 class AlohaEnv(gymnasium.Env[Observation, NDArray[np.float32]]):
-    """One task.
+    """One ALOHA task as a gymnasium environment.
 
     Observations: ``pixels``, camera to (H, W, 3) uint8 RGB, and ``agent_pos``, (14,) float64: per
-    arm six joint angles in rad and the gripper from 0, closed, to 1, open; left arm first. Actions
-    are targets for the same 14 numbers; as in gym-aloha the action space says −1 to 1 and larger
-    angles are accepted, up to the joints' limits. The reward is 0 to 4; 4 ends the episode.
+    arm six joint angles in rad and the gripper from 0 (closed) to 1 (open), left arm first.
+    Actions are targets for the same 14 numbers. As in gym-aloha the action space says -1 to 1, but
+    larger angles are accepted up to the joints' limits. The reward is 0 to 4; 4 ends the episode.
 
     Args:
         task: ``sim_transfer_cube`` or ``sim_insertion``.
-        cameras: What to put into ``pixels``.
-        height, width: Size of the pictures.
-        shadows: Whether lights cast shadows; the larger part of what software rendering costs.
+        cameras: Cameras in ``pixels``.
+        height, width: Size of the images in pixels.
+        shadows: Whether lights cast shadows. They are most of the cost of software rendering.
         msaa: Samples per pixel, 0 for none.
-        lazy_pixels: Leave ``pixels`` out of observations and of their space; whoever wants a
-            picture calls ``env.unwrapped.render_camera``.
+        lazy_pixels: Leave ``pixels`` out of observations and of the observation space. Callers
+            that need an image call ``env.unwrapped.render_camera``.
         render_mode: ``"rgb_array"`` or None.
+
+    Raises:
+        EnvError: An unknown task or render mode, no cameras, or an invalid size.
+        UnknownCamera: A camera that the model does not have.
     """
 
     metadata: ClassVar[dict[str, Any]] = {"render_modes": ["rgb_array"], "render_fps": FPS}  # type: ignore[misc]
@@ -83,7 +88,7 @@ class AlohaEnv(gymnasium.Env[Observation, NDArray[np.float32]]):
     def reset(
         self, *, seed: int | None = None, options: dict[str, Any] | None = None
     ) -> tuple[Observation, dict[str, Any]]:
-        """A new episode; ``seed`` (0 to 2³²−1) says where the objects are, as in gym-aloha."""
+        """Start a new episode; ``seed`` (0 to 2³²-1) places the objects as in gym-aloha."""
         super().reset(seed=seed)
         if seed is None:
             seed = int(self.np_random.integers(2**32))
@@ -93,12 +98,13 @@ class AlohaEnv(gymnasium.Env[Observation, NDArray[np.float32]]):
     def step(
         self, action: NDArray[np.float32]
     ) -> tuple[Observation, float, bool, bool, dict[str, Any]]:
+        """Run one control step; success (a reward of 4) terminates the episode."""
         reward = self.sim.step(action)
         success = reward == MAX_REWARD
         return self._observation(), float(reward), success, False, {"is_success": success}
 
     def render(self) -> NDArray[np.uint8] | None:
-        """What the first camera sees now, (H, W, 3) uint8."""
+        """Return the first camera's current image, (H, W, 3) uint8."""
         if self.render_mode is None:
             return None
         return self.render_camera(self._cameras[0])
@@ -106,10 +112,11 @@ class AlohaEnv(gymnasium.Env[Observation, NDArray[np.float32]]):
     def render_camera(
         self, name: str, *, out: NDArray[np.uint8] | None = None
     ) -> NDArray[np.uint8]:
-        """What camera ``name`` (any of the model's) sees now, into ``out`` (H, W, 3) if given."""
+        """Render camera ``name`` (any of the model's), into ``out`` (H, W, 3) uint8 if given."""
         return self.sim.render_camera(name, hw=self._hw, out=out)
 
     def close(self) -> None:
+        """Release the simulation and its GL context. Idempotent."""
         self.sim.close()
 
     def _observation(self) -> Observation:

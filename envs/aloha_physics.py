@@ -1,7 +1,7 @@
-"""Two ViperX arms on a table, simulated: physics, reward and cameras, without gymnasium.
+"""Simulates two ViperX arms on a table: physics, reward and cameras, without gymnasium.
 
-Equal to gym-aloha for equal seeds and actions, and free of what makes that slow: nothing is
-rendered unless a camera is asked for.
+Results equal gym-aloha's for equal seeds and actions. It is faster because it renders nothing
+unless a camera is asked for.
 """
 
 from __future__ import annotations
@@ -28,8 +28,9 @@ The left arm first."""
 FINGER_OPEN_M, FINGER_CLOSED_M = 0.05800, 0.01844
 """Finger travel that a normalized gripper position of 1 and 0 stand for."""
 START_POSE = (0.0, -0.96, 1.16, 0.0, -0.3, 0.0, 0.02239, -0.02239) * 2
-"""qpos of both arms at reset; two fingers each."""
+"""qpos of both arms at reset, with two finger joints each."""
 ROBOT_QPOS = len(START_POSE)
+"""Entries of qpos that belong to the arms; the objects' follow."""
 DEFAULT_HW = (480, 640)
 MAX_SEED = 2**32 - 1
 
@@ -39,11 +40,11 @@ class AlohaSim:
 
     Args:
         task: ``sim_transfer_cube`` or ``sim_insertion``.
-        max_hw: The largest (height, width) to be rendered.
-        shadows, msaa: See ``OffscreenRenderer``; gym-aloha's are True and 4.
+        max_hw: The largest (height, width) to be rendered, in pixels.
+        shadows, msaa: See ``OffscreenRenderer``; gym-aloha uses True and 4.
 
     Attributes:
-        model, data: MuJoCo's, for whoever needs more than this class gives.
+        model, data: MuJoCo's objects, for callers that need more than this class offers.
 
     Raises:
         EnvError: An unknown task, an invalid size, or the package gym-aloha is not installed.
@@ -72,23 +73,23 @@ class AlohaSim:
         self._warnings = np.zeros(len(self.data.warning), np.int64)
         self._max_hw, self._shadows, self._msaa = max_hw, shadows, msaa
         self._renderer: OffscreenRenderer | None = None
-        self._shown: Any = None
+        self._pose_data: Any = None
         self._closed = False
         self.reset(0)
 
     def reset(self, seed: int) -> None:
-        """Arms at the start pose, objects where ``seed`` (0 to 2³²−1) puts them."""
+        """Set the arms to the start pose and place the objects by ``seed`` (0 to 2³²-1)."""
         if not 0 <= seed <= MAX_SEED:
             raise EnvError(f"seed: got {seed}, expected 0 to {MAX_SEED}")
         self.place_objects(self.task.sample(seed))
 
     def place_objects(self, poses: NDArray[np.float64]) -> None:
-        """As ``reset``, with the objects at ``poses``, (7 * objects,) as ``object_qpos``."""
+        """As ``reset``, with the objects at ``poses``, (7 * objects,) as in ``object_qpos``."""
         if poses.shape != self.object_qpos.shape:
             raise EnvError(f"poses: got {poses.shape}, expected {self.object_qpos.shape}")
         self._mj.mj_resetData(self.model, self.data)
-        # dm_control computes the model's default pose first and the start pose twice; each leaves
-        # a warm start for the contact solver, which the first steps would show.
+        # dm_control computes the model's default pose first and the start pose twice. Each leaves
+        # a warm start for the contact solver that changes the first steps, so this does the same.
         self._forward_without_actuation()
         self.data.qpos[:ROBOT_QPOS] = START_POSE
         self.data.ctrl[:] = START_POSE
@@ -98,14 +99,14 @@ class AlohaSim:
         self._warnings[:] = self._warning_counts()
 
     def step(self, action: NDArray[np.floating[Any]], *, substeps: int | None = None) -> int:
-        """One control step (10 substeps of 2 ms) towards ``action``, (14,); returns the reward.
+        """Run one control step (10 substeps of 2 ms) towards ``action``, (14,); return the reward.
 
         Args:
-            substeps: Fewer of them, for who follows commands more often than once per ``DT_S``.
+            substeps: Fewer substeps, for callers that send commands more often than every ``DT_S``.
 
         Raises:
             EnvError: Another shape, or a value that is not finite.
-            PhysicsDiverged: The state is no longer valid; ``reset`` makes it so.
+            PhysicsDiverged: The state is no longer valid; ``reset`` restores a valid one.
         """
         check_action(action, ACTION_DIM)
         control = self.data.ctrl
@@ -115,8 +116,8 @@ class AlohaSim:
             # In the action's own precision, as gym-aloha computes it.
             finger = action[first + 6] * (FINGER_OPEN_M - FINGER_CLOSED_M) + FINGER_CLOSED_M
             control[target + 6], control[target + 7] = finger, -finger
-        # The first half of a step was taken at the end of the last one, so that contacts and
-        # pictures belong to the positions they are read with.
+        # The previous call ran the first half of this step (mj_step1), so that contacts and images
+        # belong to the positions that are read with them.
         self._mj.mj_step2(self.model, self.data)
         self._mj.mj_step(self.model, self.data, (substeps or self._substeps) - 1)
         self._mj.mj_step1(self.model, self.data)
@@ -129,14 +130,14 @@ class AlohaSim:
         return self.reward()
 
     def reward(self) -> int:
-        """How far the job is done in the present state, 0 to 4; see ``envs.aloha_tasks``."""
+        """Return the task's progress in the current state, 0 to 4; see ``envs.aloha_tasks``."""
         names = self._geom_names
         pairs = self.data.contact.geom[: self.data.ncon].tolist()
         return self.task.reward(frozenset((names[first], names[second]) for first, second in pairs))
 
     @property
     def agent_pos(self) -> NDArray[np.float64]:
-        """(14,) joint positions as the action orders them; the grippers normalized."""
+        """(14,) joint positions in the order of the action; grippers normalized to 0 to 1."""
         qpos = self.data.qpos
         arms = [*qpos[:7], *qpos[8:15]]
         for gripper in (6, 13):
@@ -145,7 +146,7 @@ class AlohaSim:
 
     @property
     def agent_vel(self) -> NDArray[np.float64]:
-        """(14,) velocities of ``agent_pos``: rad/s, and gripper travel per second."""
+        """(14,) velocities of ``agent_pos``: rad/s, and normalized gripper travel per second."""
         qvel = self.data.qvel
         arms = np.array([*qvel[:7], *qvel[8:15]])
         arms[[6, 13]] /= FINGER_OPEN_M - FINGER_CLOSED_M
@@ -164,32 +165,39 @@ class AlohaSim:
         out: NDArray[np.uint8] | None = None,
         qpos: NDArray[np.float64] | None = None,
     ) -> NDArray[np.uint8]:
-        """What camera ``name`` sees, into ``out`` (H, W, 3) where given, else a new array.
+        """Render camera ``name`` into ``out`` (H, W, 3) if given, else into a new array of size
+        ``hw``.
 
         Args:
-            qpos: A position to show instead of the present one, a copy of an earlier ``data.qpos``;
-                the simulation itself is not touched.
+            qpos: A copy of an earlier ``data.qpos`` to show instead of the current state. The
+                simulation itself does not change.
+
+        Raises:
+            EnvError: After ``close``.
+            UnknownCamera: No such camera.
         """
         if self._closed:
             raise EnvError("the simulation is closed")
         if out is None:
             out = np.empty((*hw, 3), np.uint8)
-        self.renderer.render(self.data if qpos is None else self.posed(qpos), name, out)
+        self.renderer.render(self.data if qpos is None else self.data_at(qpos), name, out)
         return out
 
-    def posed(self, qpos: NDArray[np.float64]) -> Any:
-        """Data other than ``data``, at ``qpos``, with all that a picture depends on."""
-        if self._shown is None:
-            self._shown = self._mj.MjData(self.model)
-        self._shown.qpos[:] = qpos
-        self._mj.mj_kinematics(self.model, self._shown)
-        self._mj.mj_comPos(self.model, self._shown)
-        self._mj.mj_camlight(self.model, self._shown)
-        return self._shown
+    def data_at(self, qpos: NDArray[np.float64]) -> Any:
+        """Return MuJoCo data at ``qpos`` with everything that an image depends on; not ``data``
+        itself.
+        """
+        if self._pose_data is None:
+            self._pose_data = self._mj.MjData(self.model)
+        self._pose_data.qpos[:] = qpos
+        self._mj.mj_kinematics(self.model, self._pose_data)
+        self._mj.mj_comPos(self.model, self._pose_data)
+        self._mj.mj_camlight(self.model, self._pose_data)
+        return self._pose_data
 
     @property
     def renderer(self) -> OffscreenRenderer:
-        """Made on first use: stepping alone needs no GL."""
+        """The renderer, created on first use: stepping needs no GL."""
         if self._renderer is None:
             self._renderer = OffscreenRenderer(
                 self.model, max_hw=self._max_hw, shadows=self._shadows, msaa=self._msaa
@@ -222,10 +230,12 @@ class AlohaSim:
 
 
 def assets_folder() -> Path:
-    """gym-aloha's models and meshes, found without importing it (it would bring dm_control).
+    """Return the folder of gym-aloha's models and meshes.
+
+    Finds it without importing the package, which would import dm_control.
 
     Raises:
-        EnvError: It is not installed.
+        EnvError: gym-aloha is not installed.
     """
     spec = importlib.util.find_spec("gym_aloha")
     for location in (spec.submodule_search_locations or ()) if spec is not None else ():

@@ -1,6 +1,6 @@
-"""The two ALOHA tasks: their scene, where objects start, and how far the job is done.
+"""The two ALOHA tasks: their scene, the objects' start poses, and the reward.
 
-Rewards, sampling and names are those of gym-aloha, so that seeds and numbers can be compared.
+Rewards, sampling and names are those of gym-aloha, so that seeds and numbers are comparable.
 """
 
 from __future__ import annotations
@@ -20,18 +20,19 @@ LEFT_FINGER = "vx300s_left/10_left_gripper_finger"
 RIGHT_FINGER = "vx300s_right/10_left_gripper_finger"
 SOCKET = ("socket-1", "socket-2", "socket-3", "socket-4")
 MAX_REWARD = 4
+"""Reward of a completed task."""
 
 
 @dataclass(frozen=True, slots=True)
 class Task:
-    """One task.
+    """Definition of one task.
 
     Attributes:
-        name: As users write it.
+        name: The name that users give.
         scene: The model's file among gym-aloha's assets.
         objects: Names of the free bodies, in the order of their qpos.
         sample: Seed to the objects' start poses, (7 * objects,): x, y, z (m), quaternion wxyz.
-        reward: Contacts to 0 … ``MAX_REWARD``.
+        reward: Contacts to a reward of 0 to ``MAX_REWARD``.
     """
 
     name: str
@@ -42,10 +43,10 @@ class Task:
 
 
 def find_task(name: str) -> Task:
-    """The task called ``name``, with or without the suffix ``_scripted``.
+    """Return the task called ``name``, with or without the suffix ``_scripted``.
 
     Raises:
-        EnvError: No such task; lists the known ones.
+        EnvError: No such task; the message lists the known ones.
     """
     task = TASKS.get(name.removesuffix("_scripted"))
     if task is None:
@@ -64,18 +65,23 @@ def _sample_insertion(seed: int) -> NDArray[np.float64]:
 def _sample_poses(
     seed: int, ranges: tuple[tuple[tuple[float, float], tuple[float, float]], ...]
 ) -> NDArray[np.float64]:
-    """Upright poses 5 cm above the ground; the legacy generator is what makes seeds agree."""
+    """Return upright poses, drawn uniformly from x and y ``ranges`` (m), 5 cm above the ground.
+
+    gym-aloha uses numpy's legacy generator; only the same one gives the same poses for a seed.
+    """
     generator = np.random.RandomState(seed)
     poses = []
     for (x_low, x_high), (y_low, y_high) in ranges:
-        # The height is drawn too: it moves the generator on to the next object.
+        # gym-aloha draws the constant height too, which advances the generator.
         position = generator.uniform((x_low, y_low, 0.05), (x_high, y_high, 0.05))
         poses.append(np.concatenate([position, (1.0, 0.0, 0.0, 0.0)]))
     return np.concatenate(poses)
 
 
 def _reward_transfer(contacts: Contacts) -> int:
-    """1 right finger touches the cube, 2 lifted, 3 left finger touches it, 4 held off the table."""
+    """Return 1 if the right finger touches the cube, 2 if the cube is also off the table, 3 if the
+    left finger touches it, 4 if it is then also off the table.
+    """
     lifted = ("red_box", "table") not in contacts
     if ("red_box", LEFT_FINGER) in contacts:
         return 4 if lifted else 3
@@ -85,7 +91,9 @@ def _reward_transfer(contacts: Contacts) -> int:
 
 
 def _reward_insertion(contacts: Contacts) -> int:
-    """1 both held, 2 both lifted, 3 peg and socket touch in the air, 4 the pin is reached."""
+    """Return 1 if both objects are held, 2 if both are also off the table, 3 if peg and socket
+    touch in the air, 4 if the peg touches the pin.
+    """
     if ("red_peg", "pin") in contacts:
         return 4
     lifted = ("red_peg", "table") not in contacts and not any(

@@ -16,23 +16,23 @@ from envs.world import Pictures, StepResult
 from policies.types import MetaObs, Rendering
 
 VIDEO_MSAA = 4
-"""Videos are looked at by people: smooth edges, but no shadows, which cost most of a frame."""
+"""Videos are for people: antialiased edges, but no shadows, which are most of a frame's cost."""
 
 
 class AlohaWorld:
-    """One task, seen by a policy.
+    """One ALOHA task with the cameras, sizes and names that a policy expects.
 
     Args:
         task: ``sim_transfer_cube`` or ``sim_insertion``.
         camera_hw: The policy's camera names, in its order, to (height, width).
-        camera_map: The policy's camera name to the model's; a name that is the model's own needs
-            no entry.
+        camera_map: The policy's camera name to the model's. A name that the model has needs no
+            entry.
         rendering: Shadows and multisampling.
         max_timesteps: Ticks per episode.
-        success_reward: Reward from which on a tick counts as success.
-        video_camera: The model's camera for ``frame``; None for the policy's first.
-        video_hw: (height, width) of ``frame``, drawn smoothly by a renderer of its own; None for
-            the policy's own picture of that camera.
+        success_reward: A tick with at least this reward counts as success.
+        video_camera: The model's camera for ``frame``; None for the policy's first camera.
+        video_hw: (height, width) of ``frame``, rendered with antialiasing by a renderer of its own;
+            None to use the policy's image of that camera.
         language: The instruction.
 
     Raises:
@@ -85,10 +85,12 @@ class AlohaWorld:
         self._highest_reward = 0.0
 
     def reset(self, seed: int) -> None:
+        """Start a new episode; ``seed`` (0 to 2³²-1) places the objects as in gym-aloha."""
         self.sim.reset(seed)
         self._timestep, self._highest_reward = 0, 0.0
 
     def observe(self, out: Pictures | None = None) -> MetaObs:
+        """Render every camera and read the joint positions, (14,) float32."""
         captured_ns = time.monotonic_ns()
         images = {}
         for name, sim_name in self._sim_names.items():
@@ -103,6 +105,7 @@ class AlohaWorld:
         )
 
     def step(self, action: NDArray[np.float32]) -> StepResult:
+        """Run one control step of ``DT_S`` towards ``action``, (14,)."""
         reward = float(self.sim.step(action))
         self._timestep += 1
         self._highest_reward = max(self._highest_reward, reward)
@@ -116,9 +119,11 @@ class AlohaWorld:
         )
 
     def snapshot(self) -> object:
+        """Copy ``qpos``, which is all that an image depends on."""
         return self.sim.data.qpos.copy()
 
     def frame(self, snapshot: object = None) -> NDArray[np.uint8]:
+        """Render the video camera, at ``snapshot`` if given."""
         qpos = snapshot if isinstance(snapshot, np.ndarray) else None
         if not self._smooth:
             return self.sim.render_camera(self._video_camera, hw=self._frame_hw, qpos=qpos)
@@ -127,11 +132,12 @@ class AlohaWorld:
                 self.sim.model, max_hw=self._frame_hw, shadows=False, msaa=VIDEO_MSAA
             )
         picture = np.empty((*self._frame_hw, 3), np.uint8)
-        data = self.sim.data if qpos is None else self.sim.posed(qpos)
+        data = self.sim.data if qpos is None else self.sim.data_at(qpos)
         self._video.render(data, self._video_camera, picture)
         return picture
 
     def info(self) -> dict[str, Any]:
+        """Return the task, MuJoCo's version, the renderer and the cameras."""
         import mujoco
 
         return {
@@ -150,6 +156,7 @@ class AlohaWorld:
         }
 
     def close(self) -> None:
+        """Release the simulation and its GL contexts. Idempotent."""
         if self._video is not None:
             self._video.close()
         self.sim.close()

@@ -1,12 +1,13 @@
-"""Demonstrations by the scripted expert, as ACT's HDF5 files.
+"""Records demonstrations of the scripted expert in ACT's HDF5 format.
 
 ``python -m envs.demonstrations --task sim_transfer_cube --num 200 --out data/transfer_cube``
 
 Each file is one episode: ``observations/qpos``, ``observations/qvel`` and ``action`` (T, 14)
-float32, ``observations/images/<camera>`` (T, H, W, 3) uint8, the attribute ``sim``; and, which
-other trainers ignore, ``metronome/object_qpos`` (T, 7 * objects) and ``metronome/reward`` (T,),
-both of the moment of the observation, and attributes saying what made it. Row t is what was seen
-at tick t and what was then commanded. An episode whose last tick is no success is thrown away.
+float32, ``observations/images/<camera>`` (T, H, W, 3) uint8, and the attribute ``sim``. Other
+trainers ignore the additional ``metronome/object_qpos`` (T, 7 * objects) and
+``metronome/reward`` (T,), both at the time of the observation, and the attributes that describe
+the recording. Row t holds the observation of tick t and the action commanded after it. An episode
+whose last tick is not a success is discarded.
 """
 
 from __future__ import annotations
@@ -41,21 +42,21 @@ log = logging.getLogger(__name__)
 
 FAILED, BAD_INPUT, INTERRUPTED = 1, 2, 130
 FIRST_SEED = 1_000_000
-"""Demonstrations start here; evaluations use the seeds below."""
+"""First seed of demonstrations; evaluations use the seeds below it."""
 MAX_FAILURES = 50
-"""In a row, after which the expert is given up on."""
+"""Consecutive failures of the expert after which recording stops."""
 
 
 @dataclass(frozen=True, slots=True)
 class Demonstration:
-    """What to record.
+    """Options of a recording.
 
     Attributes:
         task: Name of the task.
-        folder: Where the episodes go.
+        folder: Output folder for the episodes.
         cameras: The model's cameras.
-        image_hw: (height, width) of every picture.
-        shadows, msaa: How they are rendered.
+        image_hw: (height, width) of every image in pixels.
+        shadows, msaa: Render options, see ``OffscreenRenderer``.
     """
 
     task: str
@@ -68,7 +69,7 @@ class Demonstration:
 
 @dataclass(frozen=True, slots=True)
 class RecordedEpisode:
-    """Of one attempt: its seed, its last and highest reward, and its file if it was kept."""
+    """Result of one attempt: seed, last and highest reward, and the file if the episode is kept."""
 
     seed: int
     last_reward: int
@@ -77,9 +78,9 @@ class RecordedEpisode:
 
 
 def record_episode(recording: Demonstration, seed: int) -> RecordedEpisode:
-    """Play the expert's plan from ``seed`` and write the episode if it ends in success.
+    """Execute the expert's plan from ``seed`` and write the episode if it ends in success.
 
-    The file appears under its final name only when it is complete.
+    The file gets its final name only when it is complete.
     """
     import h5py
 
@@ -134,20 +135,21 @@ def record_episode(recording: Demonstration, seed: int) -> RecordedEpisode:
 def record(
     recording: Demonstration, *, num: int, workers: int = 1, first_seed: int = FIRST_SEED
 ) -> Generator[RecordedEpisode, None, None]:
-    """Attempt seeds from ``first_seed`` on until ``num`` episodes are kept; yields each attempt.
+    """Attempt seeds from ``first_seed`` on until ``num`` episodes are kept; yield each attempt.
 
-    The episodes are ``episode_0.hdf5`` to ``episode_<num-1>.hdf5`` in the order of their seeds,
-    however many workers there are.
+    The episodes are ``episode_0.hdf5`` to ``episode_<num-1>.hdf5`` in the order of their seeds, for
+    any number of workers.
 
     Raises:
-        EnvError: ``folder`` already has episodes, an unknown task, or the expert keeps failing.
+        EnvError: ``folder`` already has episodes or cannot be created, the task is unknown, or the
+            expert keeps failing.
     """
     find_task(recording.task)
     try:
         recording.folder.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise EnvError(
-            f"{recording.folder}: {error.strerror}; expected a folder that can be made"
+            f"{recording.folder}: {error.strerror}; expected a folder that can be created"
         ) from error
     if any(recording.folder.glob("*.hdf5")):
         raise EnvError(f"{recording.folder}: got a folder with episodes, expected a new one")
@@ -157,7 +159,7 @@ def record(
     with ProcessPoolExecutor(workers, mp_context=spawn) as pool:
         pending: deque[Future[RecordedEpisode]] = deque()
         while kept < num:
-            # Never more attempts under way than could still be needed.
+            # Never run more attempts at a time than can still be needed.
             while len(pending) < min(2 * workers, num - kept):
                 pending.append(pool.submit(record_episode, recording, next(seeds)))
             outcome = pending.popleft().result()
@@ -179,7 +181,11 @@ _simulations: dict[Demonstration, AlohaSim] = {}
 
 
 def _simulation(recording: Demonstration) -> AlohaSim:
-    """One per process: compiling the model and its GL context takes longer than stepping it."""
+    """Return this process's simulation for ``recording``.
+
+    Compiling the model and creating its GL context takes longer than stepping it, so each process
+    does that once.
+    """
     if recording not in _simulations:
         _simulations[recording] = AlohaSim(
             recording.task,
@@ -191,6 +197,7 @@ def _simulation(recording: Demonstration) -> AlohaSim:
 
 
 def parser() -> argparse.ArgumentParser:
+    """Return the command line's parser."""
     cli = CommandLine(description="Record demonstrations by the scripted expert.")
     add = cli.add_argument
     pixels = Number(int, PIXELS)
@@ -208,7 +215,7 @@ def parser() -> argparse.ArgumentParser:
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """The command line; returns the exit status."""
+    """Run the command line; return the exit status."""
     options = parser().parse_args(arguments)
     logging.basicConfig(level=logging.INFO, format="%(levelname)s %(message)s")
     from tqdm import tqdm

@@ -1,9 +1,9 @@
-"""A tiny deterministic world without MuJoCo or GL, for tests and for machines that have neither.
+"""A small deterministic world without MuJoCo or GL, for tests and for machines without either.
 
 Fourteen joints move a fixed fraction of the way to the commanded position every tick. The seed
-draws a target pose; success is being within a tolerance of it. The pictures show a gradient, a
-square at the target and one at the present pose, so that they depend on seed, state and camera.
-It does not model contact, gravity, noise or latency.
+sets a target pose; success is a pose within a tolerance of it. The images show a gradient, a
+square at the target and one at the current pose, so they depend on seed, state and camera. The
+world does not model contact, gravity, noise or latency.
 """
 
 from __future__ import annotations
@@ -22,26 +22,29 @@ from envs.world import Pictures, StepResult, check_action
 from policies.types import MetaObs
 
 START = np.array((*START_POSE[:6], 0.1) * 2, np.float64)
+"""(14,) start pose: rad, grippers 0 to 1."""
 FOLLOW = 0.2
-"""Part of the way to the command that is made in one tick."""
+"""Fraction of the distance to the command that one tick covers."""
 TOLERANCE = 0.1
+"""Largest distance of any joint from the target that counts as success."""
 TARGET_SPREAD = 0.3
+"""Largest distance of the target from ``START``, per joint."""
 SQUARE = 1 / 8
-"""Side of a drawn square, as a part of the picture."""
+"""Side of a drawn square, as a fraction of the image's side."""
 
 
 class FakeWorld:
-    """See the module.
+    """The fake world; see the module.
 
     Args:
-        task, language: Passed through.
         camera_hw: Camera names, any, to (height, width).
         camera_map: Of those, which show the picture of a camera of another name.
+        task, language: Reported as they are.
         max_timesteps: Ticks per episode.
         dt_s: Seconds per tick.
 
     Attributes:
-        target: (14,) the pose that means success; a test's perfect policy commands it.
+        target: (14,) the pose that counts as success. A test's perfect policy commands it.
     """
 
     DT_S = 0.02
@@ -67,6 +70,7 @@ class FakeWorld:
         self.reset(0)
 
     def reset(self, seed: int) -> None:
+        """Start a new episode; ``seed`` (0 to 2³²-1) sets the target."""
         if not 0 <= seed <= MAX_SEED:
             raise EnvError(f"seed: got {seed}, expected 0 to {MAX_SEED}")
         generator = np.random.default_rng(seed)
@@ -75,6 +79,7 @@ class FakeWorld:
         self._timestep, self._highest_reward = 0, 0.0
 
     def observe(self, out: Pictures | None = None) -> MetaObs:
+        """Draw every camera's image and return the pose, (14,) float32."""
         captured_ns = time.monotonic_ns()
         return MetaObs(
             images={
@@ -88,6 +93,7 @@ class FakeWorld:
         )
 
     def step(self, action: NDArray[np.float32]) -> StepResult:
+        """Move ``FOLLOW`` of the way to ``action``, (14,)."""
         if self._closed:
             raise EnvError("the world is closed")
         check_action(action, self.action_dim)
@@ -95,7 +101,7 @@ class FakeWorld:
         self._timestep += 1
         distance = float(np.abs(self._pose - self.target).max())
         success = distance <= TOLERANCE
-        # 0 to 4 as in the real tasks: whoever reads rewards needs no special case.
+        # 0 to 4 as in the ALOHA tasks, so that code that reads rewards needs no special case.
         reward = 4.0 if success else float(np.clip(3.0 * (1.0 - distance / TARGET_SPREAD), 0, 3))
         self._highest_reward = max(self._highest_reward, reward)
         return StepResult(
@@ -107,14 +113,17 @@ class FakeWorld:
         )
 
     def snapshot(self) -> object:
+        """Copy the pose."""
         return self._pose.copy()
 
     def frame(self, snapshot: object = None) -> NDArray[np.uint8]:
+        """Draw the first camera's image, at ``snapshot`` if given."""
         name = self.camera_names[0] if self.camera_names else "video"
         pose = snapshot if isinstance(snapshot, np.ndarray) else self._pose
         return self._draw(name, None, pose)
 
     def info(self) -> dict[str, Any]:
+        """Return the task, the cameras and the episode's length."""
         return {
             "world": "fake",
             "task": self.task,
@@ -125,6 +134,7 @@ class FakeWorld:
         }
 
     def close(self) -> None:
+        """Make further steps fail. Idempotent."""
         self._closed = True
 
     def _draw(
@@ -139,7 +149,7 @@ class FakeWorld:
         out[..., 1] = np.linspace(0, 255, height, dtype=np.uint8)[:, None]
         out[..., 2] = zlib.crc32(self._camera_map.get(name, name).encode()) % 256
         for pose, colour in ((self.target, (255, 0, 0)), (shown, (255, 255, 255))):
-            # The first two joints, from START ± 0.5 rad onto the picture.
+            # Map the first two joints, START ± 0.5 rad, to the image.
             x, y = np.clip(pose[:2] - START[:2] + 0.5, 0.0, 1.0) * (1.0 - SQUARE)
             top, left = int(y * height), int(x * width)
             side_h, side_w = max(1, int(SQUARE * height)), max(1, int(SQUARE * width))

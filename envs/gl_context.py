@@ -1,12 +1,12 @@
-"""An OpenGL context without a screen: EGL, then OSMesa, then a window that is never shown.
+"""Creates an OpenGL context without a screen: EGL, else OSMesa, else a hidden GLFW window.
 
-``import mujoco`` picks a context class from ``MUJOCO_GL`` once and for all, PyOpenGL a platform
-from ``PYOPENGL_PLATFORM`` likewise, and either dies with an unrelated exception where the library
-is missing or the value is not its own. So the libraries are probed first, through ctypes, and the
-class is imported directly. A user's own ``MUJOCO_GL`` is obeyed: then only that one is tried.
+``import mujoco`` picks its context class from ``MUJOCO_GL`` once per process, and PyOpenGL its
+platform from ``PYOPENGL_PLATFORM``. Both fail with an unrelated exception where the library is
+missing or the value is unknown to them. So this module probes the libraries first, through ctypes,
+and imports the context class directly. If the user set ``MUJOCO_GL``, only that backend is tried.
 
-``settle`` writes what was chosen into both variables: environments of other packages (dm_control,
-gymnasium's own) and child processes then choose the same, whoever imports mujoco first.
+``choose_backend`` writes its choice into both variables, so that other packages' environments
+(dm_control, gymnasium's own) and child processes use the same backend, in any order of imports.
 """
 
 from __future__ import annotations
@@ -25,70 +25,81 @@ from envs.errors import EnvError, RenderingUnavailable
 EGL_PLATFORM_DEVICE_EXT = 0x313F
 MAX_EGL_DEVICES = 10
 BACKENDS = ("egl", "osmesa", "glfw")
-CHOOSE = ("", "on", "enable", "enabled", "true", "1")
-"""Values of ``MUJOCO_GL`` that name no backend; mujoco takes GLFW for them, we what works."""
-SWITCHED_OFF = ("disable", "disabled", "off", "false", "0")
+AUTO_VALUES = ("", "on", "enable", "enabled", "true", "1")
+"""Values of ``MUJOCO_GL`` that name no backend. MuJoCo uses GLFW for them; this module uses the
+first backend that works.
+"""
+DISABLED_VALUES = ("disable", "disabled", "off", "false", "0")
+"""Values of ``MUJOCO_GL`` that switch rendering off."""
 INSTALL = (
     "Install a software renderer: "
     "apt-get install libegl1 libgl1-mesa-dri libopengl0, or apt-get install libosmesa6"
 )
 
 
-_settled: set[str] = set()
+_chosen: set[str] = set()
 """Backends that were chosen in this process."""
-_unsettled: list[str] = []
-"""Why none was, once somebody asked who may not need one."""
+_unavailable: list[str] = []
+"""At most one text: why no backend works, once ``why_not`` found that out."""
 
 
 class GLContext(Protocol):
-    """What mujoco's context classes have in common."""
+    """The interface that mujoco's context classes share."""
 
-    def make_current(self) -> None: ...
-    def free(self) -> None: ...
+    def make_current(self) -> None:
+        """Make this the calling thread's current context."""
+        ...
+
+    def free(self) -> None:
+        """Destroy the context."""
+        ...
 
 
 def make_context(width: int, height: int) -> tuple[str, GLContext]:
-    """The name of the backend (one of ``BACKENDS``) and a context of it.
+    """Create a context for images of up to ``width`` times ``height`` pixels.
+
+    Returns:
+        The backend, one of ``BACKENDS``, and the context.
 
     Raises:
-        RenderingUnavailable: None works here.
+        RenderingUnavailable: No backend works here.
     """
-    name = settle()
+    name = choose_backend()
     try:
-        with _glfw_errors() as said:
+        with _glfw_errors() as messages:
             import_mujoco()
             module: Any = importlib.import_module(f"mujoco.{name}")
             context: GLContext = module.GLContext(width, height)
             context.make_current()
             if name == "glfw" and getattr(context, "_context", None) is None:
-                raise RenderingUnavailable("; ".join(said) or "no window could be made")
-    except Exception as error:  # anybody's driver
+                raise RenderingUnavailable("; ".join(messages) or "no window could be created")
+    except Exception as error:  # a driver may raise anything
         raise RenderingUnavailable(broken(name, error)) from error
     return name, context
 
 
-def settle() -> str:
-    """Choose one of ``BACKENDS`` for this process and all that it starts from now on.
+def choose_backend() -> str:
+    """Choose one of ``BACKENDS`` for this process and its future child processes.
 
-    Writes ``MUJOCO_GL`` and ``PYOPENGL_PLATFORM``; leaves them alone where it raises.
+    Writes ``MUJOCO_GL`` and ``PYOPENGL_PLATFORM``; leaves both unchanged where it raises.
 
     Raises:
         RenderingUnavailable: None works here; says what was tried, and what to install or unset.
     """
-    if _unsettled:
-        raise RenderingUnavailable(_unsettled[0])
-    wish = os.environ.get("MUJOCO_GL", "")
-    chosen = wish.strip().lower()
+    if _unavailable:
+        raise RenderingUnavailable(_unavailable[0])
+    requested = os.environ.get("MUJOCO_GL", "")
+    chosen = requested.strip().lower()
     chosen = "glfw" if chosen == "glx" else chosen
     platform = os.environ.get("PYOPENGL_PLATFORM", "").strip().lower()
-    if chosen in SWITCHED_OFF:
+    if chosen in DISABLED_VALUES:
         raise RenderingUnavailable(
             f"rendering is switched off: MUJOCO_GL={chosen}; unset it to render"
         )
-    if chosen not in (*BACKENDS, *CHOOSE):
+    if chosen not in (*BACKENDS, *AUTO_VALUES):
         raise RenderingUnavailable(
-            f"MUJOCO_GL: got {wish!r}, expected one of {', '.join(BACKENDS)}; "
-            "unset it to have one chosen"
+            f"MUJOCO_GL: got {requested!r}, expected one of {', '.join(BACKENDS)}; "
+            "unset it to choose automatically"
         )
     reasons = []
     for name in (chosen,) if chosen in BACKENDS else BACKENDS:
@@ -100,19 +111,21 @@ def settle() -> str:
             os.environ["MUJOCO_GL"] = name
             if name != "glfw":
                 os.environ["PYOPENGL_PLATFORM"] = name
-            _settled.add(name)
+            _chosen.add(name)
             return name
         reasons.append(f"{name}: {reason}")
-    raise RenderingUnavailable(f"nothing to render with ({'; '.join(reasons)}). {_remedy()}")
+    raise RenderingUnavailable(f"no rendering backend works ({'; '.join(reasons)}). {_remedy()}")
 
 
 def _remedy() -> str:
-    wishes = [name for name in ("MUJOCO_GL", "PYOPENGL_PLATFORM") if os.environ.get(name)]
-    works = next((name for name in BACKENDS if wishes and _probe(name) is None), None)
-    return INSTALL if works is None else f"{works} works here: unset {' and '.join(wishes)}"
+    """Say which variables to unset if that helps, else what to install."""
+    variables = [name for name in ("MUJOCO_GL", "PYOPENGL_PLATFORM") if os.environ.get(name)]
+    works = next((name for name in BACKENDS if variables and _probe(name) is None), None)
+    return INSTALL if works is None else f"{works} works here: unset {' and '.join(variables)}"
 
 
 def _probe(name: str) -> str | None:
+    """Return why backend ``name`` cannot be used, or None if it can."""
     loaded = "" if name == "glfw" else _loaded_platform()
     if loaded not in ("", name):
         return (
@@ -123,24 +136,25 @@ def _probe(name: str) -> str | None:
 
 
 def why_not() -> str:
-    """As ``settle``, for those who may not need to render: why that is impossible, or nothing.
+    """Return why rendering is impossible, or "" if it is possible.
 
-    Then rendering is switched off for this process, so that nobody imports a library that fails
-    where it is imported, not where it is needed.
+    As ``choose_backend``, for callers that may not need to render. Where rendering is impossible,
+    this switches it off for the process. A library imported later then fails when it renders, not
+    already when it is imported.
     """
-    if _unsettled:
-        return _unsettled[0]
+    if _unavailable:
+        return _unavailable[0]
     try:
-        settle()
+        choose_backend()
     except RenderingUnavailable as error:
-        _unsettled.append(str(error))
+        _unavailable.append(str(error))
         os.environ["MUJOCO_GL"] = "disable"
         return str(error)
     return ""
 
 
 def broken(name: str, error: Exception) -> str:
-    """What to say of a backend that was found and does not work."""
+    """Return the error message for a backend that was found but does not work."""
     return (
         f"{name} was found and does not work ({one_line(error) or type(error).__name__}). "
         f"Set MUJOCO_GL to another one of {', '.join(BACKENDS)}. {INSTALL}"
@@ -148,25 +162,27 @@ def broken(name: str, error: Exception) -> str:
 
 
 def one_line(error: object) -> str:
-    """The text of ``error`` without its line breaks."""
+    """Return the text of ``error`` without its line breaks."""
     return " ".join(str(error).split())
 
 
 def import_mujoco() -> Any:
-    """The module mujoco, whatever ``MUJOCO_GL`` says: importing it imports a backend, and fails
-    where that is missing, also for those who only want its physics.
+    """Import the module mujoco, whatever ``MUJOCO_GL`` says.
+
+    A plain import also imports the rendering backend, and fails where that is missing, even for
+    callers that only need the physics.
 
     Raises:
-        EnvError: It is not installed.
+        EnvError: mujoco is not installed.
     """
-    wish = os.environ.get("MUJOCO_GL")
-    if "mujoco" in sys.modules or wish is None or wish in _settled:
+    requested = os.environ.get("MUJOCO_GL")
+    if "mujoco" in sys.modules or requested is None or requested in _chosen:
         return _mujoco()
     del os.environ["MUJOCO_GL"]
     try:
         return _mujoco()
     finally:
-        os.environ["MUJOCO_GL"] = wish
+        os.environ["MUJOCO_GL"] = requested
 
 
 def _mujoco() -> Any:
@@ -177,7 +193,7 @@ def _mujoco() -> Any:
 
 
 def _loaded_platform() -> str:
-    """For which platform PyOpenGL was imported already; empty where it was not."""
+    """Return the platform that PyOpenGL was already imported for; "" where it was not imported."""
     loaded: Any = sys.modules.get("OpenGL.platform")
     name = type(getattr(loaded, "PLATFORM", None)).__name__.removesuffix("Platform").lower()
     return "" if name == "nonetype" else name
@@ -185,14 +201,14 @@ def _loaded_platform() -> str:
 
 @contextlib.contextmanager
 def _glfw_errors() -> Iterator[list[str]]:
-    """What GLFW reports, as text, instead of warnings."""
-    said: list[str] = []
+    """Collect what GLFW reports as text instead of as warnings."""
+    messages: list[str] = []
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
         try:
-            yield said
+            yield messages
         finally:
-            said += [one_line(w.message) for w in caught if "GLFW" in type(w.message).__name__]
+            messages += [one_line(w.message) for w in caught if "GLFW" in type(w.message).__name__]
     for warning in caught:
         if "GLFW" not in type(warning.message).__name__:
             warnings.warn_explicit(
@@ -201,9 +217,10 @@ def _glfw_errors() -> Iterator[list[str]]:
 
 
 def _probe_egl() -> str | None:
-    """Why EGL cannot be used, or None. Initializes a display as mujoco will, and leaves it so.
+    """Return why EGL cannot be used, or None.
 
-    It is not terminated afterwards: that would end the contexts of anyone else in this process.
+    Initializes a display as mujoco will. Does not terminate it: that would end every other EGL
+    context in this process.
     """
     try:
         egl = ctypes.CDLL("libEGL.so.1")
@@ -241,6 +258,7 @@ def _probe_egl() -> str | None:
 
 
 def _probe_osmesa() -> str | None:
+    """Return why OSMesa cannot be loaded, or None."""
     reason = ""
     for library in ("libOSMesa.so.8", "libOSMesa.so.6", "libOSMesa.so"):
         try:
@@ -253,18 +271,18 @@ def _probe_osmesa() -> str | None:
 
 
 def _probe_glfw() -> str | None:
-    """Why no window can be made. Initializes GLFW, as mujoco will, and leaves it so."""
+    """Return why no window can be created, or None. Initializes GLFW, as mujoco will."""
     if not (os.environ.get("DISPLAY") or os.environ.get("WAYLAND_DISPLAY")):
         return "no screen (DISPLAY is not set)"
     try:
-        with _glfw_errors() as said:
+        with _glfw_errors() as messages:
             import glfw
 
             if glfw.init():
                 return None
-    except Exception as error:  # what is missing is a library, by whatever exception
+    except Exception as error:  # a missing library shows as one of several exception types
         return f"{type(error).__name__}: {one_line(error)}"
-    return "; ".join(said) or "GLFW cannot be initialized"
+    return "; ".join(messages) or "GLFW cannot be initialized"
 
 
 _PROBES: dict[str, Callable[[], str | None]] = {

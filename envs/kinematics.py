@@ -1,7 +1,7 @@
-"""Inverse kinematics of one arm: where its joints must be for the fingertips to be at a pose.
+"""Inverse kinematics of one arm: joint angles that put the fingertips at a pose.
 
-Damped least squares on the very model that is simulated, so that no second description of the arm
-can disagree with it. Kinematics only: gravity, friction and contacts are the physics' business.
+The solver is damped least squares on the model that is simulated, so there is no second
+description of the arm that could disagree with it. It ignores gravity, friction and contacts.
 """
 
 from __future__ import annotations
@@ -21,27 +21,31 @@ if TYPE_CHECKING:
 Vector = NDArray[np.float64]
 
 TIP_OFFSET_M = 0.145
-"""From the gripper's frame forward to between the pads of the fingertips."""
+"""Distance from the gripper's frame forward to the point between the fingertip pads."""
 DAMPING = 1e-3
-"""Times the squared error: firm where far away, fading where convergence should be quadratic."""
+"""Damping per squared error: large far from the goal, and vanishing near it for quadratic
+convergence.
+"""
 MAX_ITERATIONS = 100
 TOLERANCE = 1e-4
-"""Of position (m) and orientation (rad), the norm of all six errors."""
+"""Norm of all six errors (position in m, orientation in rad) at which the solver stops."""
 MAX_STEP_RAD = 0.2
+"""Largest change of a joint per iteration."""
 
 
 class Unreachable(EnvError):
-    """A pose that the arm cannot take within its joint limits."""
+    """The arm cannot take this pose within its joint limits."""
 
 
 class ArmKinematics:
     """Forward and inverse kinematics of one arm.
 
-    Poses are of the point between the fingertips, in the world's frame; the rotation's columns are
-    where the gripper points, the direction in which the fingers close, and their cross product.
+    Poses are those of the point between the fingertips, in the world frame. The rotation's columns
+    are the direction in which the gripper points, the direction in which the fingers close, and
+    their cross product.
 
     Args:
-        model: The simulation's.
+        model: The simulation's model.
         side: ``"left"`` or ``"right"``.
     """
 
@@ -49,7 +53,7 @@ class ArmKinematics:
         mj = import_mujoco()
         self._mj: Any = mj
         self._model, self._side = model, side
-        # Data of its own: a plan must not disturb the simulation.
+        # Separate data, so that planning does not change the simulation's state.
         self._data = mj.MjData(model)
         self._data.qpos[: len(START_POSE)] = START_POSE
         self._body = model.body(f"vx300s_{side}/gripper_link").id
@@ -64,11 +68,11 @@ class ArmKinematics:
 
     @property
     def start(self) -> Vector:
-        """(6,) joint angles at the start of an episode."""
+        """(6,) joint angles in rad at the start of an episode."""
         return np.array(START_POSE[:JOINTS_PER_ARM])
 
     def forward(self, joints: Vector) -> tuple[Vector, Vector]:
-        """Position (3,) in m and rotation (3, 3) for ``joints`` (6,) in rad."""
+        """Return position (3,) in m and rotation (3, 3) for ``joints`` (6,) in rad."""
         self._data.qpos[self._qpos] = joints
         self._mj.mj_kinematics(self._model, self._data)
         rotation: Vector = self._data.xmat[self._body].reshape(3, 3).copy()
@@ -76,7 +80,7 @@ class ArmKinematics:
         return body + rotation[:, 0] * TIP_OFFSET_M, rotation
 
     def inverse(self, position: Vector, rotation: Vector, guess: Vector) -> Vector:
-        """Joints (6,) in rad, near ``guess``, for a pose.
+        """Return joints (6,) in rad, near ``guess``, for a pose.
 
         Raises:
             Unreachable: No solution was found within the joint limits.
@@ -102,9 +106,10 @@ class ArmKinematics:
 
 
 def pointing(side: str, pitch_rad: float, roll_rad: float = 0.0) -> Vector:
-    """The rotation of a gripper that points inwards from ``side``, and down by ``pitch_rad``.
+    """Return the rotation of a gripper that points inwards from ``side`` and down by ``pitch_rad``.
 
-    Without roll the fingers close along the world's y; the roll turns about where it points.
+    Without roll the fingers close along the world's y axis. The roll turns about the gripper's
+    axis.
     """
     sign = 1.0 if side == "left" else -1.0
     forward = np.array([sign * np.cos(pitch_rad), 0.0, -np.sin(pitch_rad)])
@@ -115,7 +120,7 @@ def pointing(side: str, pitch_rad: float, roll_rad: float = 0.0) -> Vector:
 
 
 def _rotation_error(current: Vector, target: Vector) -> Vector:
-    """The rotation vector (3,), in the world's frame, that turns ``current`` into ``target``."""
+    """Return the rotation vector (3,), world frame, that turns ``current`` into ``target``."""
     turn = target @ current.T
     axis = np.array([turn[2, 1] - turn[1, 2], turn[0, 2] - turn[2, 0], turn[1, 0] - turn[0, 1]])
     sine, cosine = float(np.linalg.norm(axis)) / 2, (float(np.trace(turn)) - 1) / 2

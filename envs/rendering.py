@@ -1,4 +1,4 @@
-"""Pictures of a MuJoCo model, written straight into the caller's array."""
+"""Renders the cameras of a MuJoCo model into the caller's arrays."""
 
 from __future__ import annotations
 
@@ -16,18 +16,18 @@ if TYPE_CHECKING:
     import mujoco
 
 MAX_GEOMS = 1000
-"""Of one scene; the ALOHA scenes have under 100."""
+"""Capacity of a scene; the ALOHA scenes have fewer than 100 geoms."""
 
 
 class OffscreenRenderer:
-    """One GL context and one copy of the model's meshes, for every camera and picture size.
+    """One GL context and one copy of the model's meshes, for all cameras and image sizes.
 
-    A picture is drawn into the corner of one framebuffer, so that cameras of different sizes share
-    it. Belongs to the thread that made it. ``close`` is idempotent.
+    An image is drawn into the corner of one framebuffer, so cameras of different sizes share it.
+    Use it only in the thread that created it.
 
     Args:
-        model: Its ``vis`` section is changed to what is asked for here.
-        max_hw: The largest (height, width) that will be rendered.
+        model: Its ``vis`` section is changed to these options.
+        max_hw: The largest (height, width) that will be rendered, in pixels.
         shadows: Whether lights cast shadows.
         msaa: Samples per pixel, 0 for none.
 
@@ -35,7 +35,7 @@ class OffscreenRenderer:
         name: The backend, e.g. ``"egl"``.
 
     Raises:
-        RenderingUnavailable: Nothing to render with works here.
+        RenderingUnavailable: No rendering backend works here.
     """
 
     def __init__(
@@ -52,8 +52,8 @@ class OffscreenRenderer:
         model.vis.quality.shadowsize = shadow_size if shadows else 0
         self._gl: Any = None
         self.name, self._gl = make_context(max_hw[1], max_hw[0])
-        # mujoco ends EGL at exit, and a context freed after that raises into nowhere. This runs
-        # first, having been registered later.
+        # mujoco terminates EGL at exit. Freeing a context after that raises where nothing can
+        # catch it. This handler is registered later, so it runs before mujoco's.
         reference = weakref.ref(self)
         self._at_exit = lambda: _close(reference)
         atexit.register(self._at_exit)
@@ -65,7 +65,7 @@ class OffscreenRenderer:
             self.close()
             raise RenderingUnavailable(broken(self.name, error)) from error
         finally:
-            model.vis.quality.shadowsize = shadow_size  # another renderer may want them
+            model.vis.quality.shadowsize = shadow_size  # another renderer may render shadows
         mj.mjr_setBuffer(mj.mjtFramebuffer.mjFB_OFFSCREEN.value, self._context)
         self._scene = mj.MjvScene(model, maxgeom=MAX_GEOMS)
         self._scene.flags[mj.mjtRndFlag.mjRND_SHADOW] = shadows
@@ -76,14 +76,15 @@ class OffscreenRenderer:
 
     @property
     def camera_names(self) -> tuple[str, ...]:
+        """The model's fixed cameras."""
         return camera_names(self._model)
 
     def render(self, data: mujoco.MjData, camera: str, out: NDArray[np.uint8]) -> None:
-        """Draw ``camera`` into ``out``: (H, W, 3) uint8 RGB, C-contiguous or not.
+        """Render ``camera`` into ``out``: (H, W, 3) uint8 RGB, C-contiguous or not.
 
         Raises:
             UnknownCamera: No such camera.
-            EnvError: ``out`` is not such an array, or larger than ``max_hw``; after ``close``.
+            EnvError: ``out`` is not such an array or is larger than ``max_hw``; or after ``close``.
         """
         if self._gl is None:
             raise EnvError("the renderer is closed")
@@ -96,7 +97,7 @@ class OffscreenRenderer:
         height, width = out.shape[:2]
         if height > self._max_hw[0] or width > self._max_hw[1]:
             raise EnvError(f"picture: got {(height, width)}, expected at most {self._max_hw}")
-        # Another context of this process may have been current since.
+        # Another context of this process may have become current since the last call.
         self._gl.make_current()
         self._camera.fixedcamid = camera_id
         mj.mjv_updateScene(
@@ -112,10 +113,11 @@ class OffscreenRenderer:
         mj.mjr_render(viewport, self._scene, self._context)
         pixels = self._scratch[: height * width * 3].reshape(height, width, 3)
         mj.mjr_readPixels(pixels, None, viewport, self._context)
-        # OpenGL counts rows from the bottom.
+        # OpenGL's row 0 is the bottom row.
         np.copyto(out, pixels[::-1])
 
     def close(self) -> None:
+        """Release the GL context. Idempotent."""
         if self._gl is not None:
             atexit.unregister(self._at_exit)
             self._gl.make_current()
@@ -132,5 +134,5 @@ def _close(reference: weakref.ref[OffscreenRenderer]) -> None:
 
 
 def camera_names(model: mujoco.MjModel) -> tuple[str, ...]:
-    """The fixed cameras of ``model``, in its order."""
+    """Return the fixed cameras of ``model``, in its order."""
     return tuple(model.camera(i).name for i in range(model.ncam))

@@ -1,7 +1,7 @@
-"""The scripted expert: waypoints of the fingertips, turned into joint commands.
+"""The scripted expert: waypoints of the fingertips, converted to joint commands.
 
-A plan is open loop and depends on nothing but where the objects start. That is what makes it easy
-to imitate: equal pictures ask for equal actions.
+A plan is open loop and depends only on where the objects start. That makes it easy to imitate:
+equal images call for equal actions.
 """
 
 from __future__ import annotations
@@ -19,42 +19,53 @@ from envs.kinematics import ArmKinematics, Vector, pointing
 
 EPISODE_TICKS = 400
 OPEN, CLOSED = 1.0, 0.0
+"""Normalized gripper positions."""
 WRIST = np.array([0.0, 0.0, 0.0, 0.0, 1.0, 0.0])
-"""Picks the wrist angle of six joints."""
+"""Selects the wrist angle of the six joints."""
 UP, RIGHT = np.array([0.0, 0.0, 1.0]), np.array([1.0, 0.0, 0.0])
+"""Unit vectors of the world frame."""
 START_TIP = np.array([0.17291, 0.5, 0.30973])
-"""Of the right gripper; the left one's is its mirror image."""
+"""Start position of the right gripper's fingertips, m; the left one's is its mirror image."""
 START_PITCH_RAD, START_GRIPPER = -0.1, 0.1
 MEETING_POINT = np.array([0.0, 0.5, 0.25])
+"""Where the cube is handed over, m, world frame."""
 STEEP_RAD = np.deg2rad(75.0)
-"""From above, a grasp forgives an error of 16 mm in the object's place (24 of 24; 18 at 55°)."""
+"""Pitch of a grasp from above. At 75° it tolerates an error of 16 mm in the object's position: 24
+of 24 attempts succeeded, against 18 at 55°.
+"""
 CUBE_GRASP_HEIGHT_M = 0.015
+"""Height of the fingertips at the grasp."""
 
 PEG_REST_HEIGHT_M, SOCKET_REST_HEIGHT_M = 0.01, 0.022
-"""Of their centres, lying on the table."""
+"""Heights of the objects' centres when they lie on the table."""
 PEG_GRASP_HEIGHT_M, SOCKET_GRASP_HEIGHT_M = 0.012, 0.02
+"""Heights of the fingertips at the grasp."""
 PEG_GRIP_M, SOCKET_GRIP_M = 0.02, 0.02
-"""How far outwards of the centre each is held, so that the fingers keep clear of the joint."""
+"""Distance of each grasp from the object's centre, outwards, so that the fingers keep clear of
+where peg and socket join.
+"""
 MEETING_HEIGHT_M = 0.2
+"""Height of the line on which peg and socket meet."""
 INSERTED_M = 0.02
-"""Where the peg is pushed to; it meets the pin at 0.05. Those 30 mm forgive an error of 13 mm in
-the objects' places (20 of 20 inserted; 14 of 20 with 5 mm)."""
+"""Final distance of the peg, which meets the pin at 0.05. These 30 mm of overtravel tolerate an
+error of 13 mm in the objects' positions: 20 of 20 inserted, against 14 of 20 with 5 mm.
+"""
 
 
 @dataclass(frozen=True, slots=True)
 class Waypoint:
-    """Where one gripper shall be at a tick.
+    """Target of one gripper at a tick.
 
     Attributes:
-        tick: When.
+        tick: Tick at which the target is reached.
         position: (3,) of the fingertips, m, world frame.
-        pitch_rad: How far down the gripper points.
-        roll_rad: About where it points.
+        pitch_rad: Angle of the gripper below the horizontal.
+        roll_rad: Rotation about the gripper's axis.
         gripper: 1 open, 0 closed.
-        straight: Whether the fingertips come here on a straight line, or the joints by the
-            shortest way. Only the latter can pass the wrist's singularity, where it is straight:
-            there a line would make the forearm turn over, one way or the other by a hair's breadth
-            of the object's place, which nobody can imitate.
+        straight: True moves the fingertips on a straight line; False interpolates the joints.
+            Use False through the wrist's singularity, where the wrist is straight. There a
+            straight line would turn the forearm over, in a direction that depends on tiny
+            differences of the object's position, which no policy can imitate.
     """
 
     tick: int
@@ -66,7 +77,16 @@ class Waypoint:
 
 
 class Script:
-    """Waypoints in the making: each call says what changes until a tick."""
+    """The waypoints of one gripper, built up call by call.
+
+    Args:
+        position: (3,) start of the fingertips, m, world frame.
+        pitch_rad: Pitch at the start.
+        gripper: Gripper position at the start.
+
+    Attributes:
+        waypoints: The start and one waypoint for each call of ``to``.
+    """
 
     def __init__(self, position: Vector, pitch_rad: float, gripper: float) -> None:
         self.waypoints = [Waypoint(0, position, pitch_rad, 0.0, gripper, straight=False)]
@@ -81,6 +101,11 @@ class Script:
         gripper: float | None = None,
         straight: bool = True,
     ) -> None:
+        """Append a waypoint; arguments left out keep the previous waypoint's value.
+
+        Raises:
+            EnvError: ``tick`` is not after the previous waypoint's.
+        """
         last = self.waypoints[-1]
         if tick <= last.tick:
             raise EnvError(f"waypoint: got tick {tick}, expected one after {last.tick}")
@@ -97,10 +122,10 @@ class Script:
 
 
 def plan_episode(sim: AlohaSim) -> NDArray[np.float32]:
-    """Commands (400, 14) float32 that do ``sim``'s task from its present start state.
+    """Return commands (400, 14) float32 that do ``sim``'s task from its current start state.
 
     Raises:
-        Unreachable: The objects lie where an arm cannot go.
+        Unreachable: The objects lie where an arm cannot reach.
     """
     scripts = _PLANS[sim.task.name](sim.object_qpos)
     actions = np.empty((EPISODE_TICKS, ACTION_DIM))
@@ -111,17 +136,17 @@ def plan_episode(sim: AlohaSim) -> NDArray[np.float32]:
 
 
 def _follow(arm: ArmKinematics, side: str, waypoints: Sequence[Waypoint]) -> Vector:
-    """(400, 7) joint angles and gripper along ``waypoints``."""
+    """Return (400, 7) joint angles (rad) and gripper positions along ``waypoints``."""
     commands = np.empty((EPISODE_TICKS, 7))
     joints = arm.start
     for before, after in itertools.pairwise(waypoints):
         begin = joints
-        # Of two solutions, the one in which the wrist bends and the forearm stays as it is.
+        # Start the solver near the solution that bends the wrist and keeps the forearm.
         guess = begin + WRIST * (after.pitch_rad - before.pitch_rad)
         goal = arm.inverse(after.position, pointing(side, after.pitch_rad, after.roll_rad), guess)
         for tick in range(before.tick, after.tick):
             part = (tick + 1 - before.tick) / (after.tick - before.tick)
-            # Speed is zero at both ends and continuous between: no jerk for the servos to chase.
+            # The smoothstep polynomial: speed is zero at both ends and continuous between them.
             part = part * part * (3.0 - 2.0 * part)
             if after.straight:
                 rotation = pointing(
@@ -140,7 +165,10 @@ def _follow(arm: ArmKinematics, side: str, waypoints: Sequence[Waypoint]) -> Vec
 
 
 def _plan_transfer(objects: Vector) -> dict[str, Script]:
-    """The right arm lifts the cube to the meeting point; the left takes it, from its free faces."""
+    """The right arm lifts the cube to the meeting point; the left arm takes it there.
+
+    The left gripper closes on the two faces that the right one leaves free.
+    """
     cube = np.array([objects[0], objects[1], CUBE_GRASP_HEIGHT_M])
     right = _script("right")
     right.to(80, cube + UP * 0.08, pitch_rad=STEEP_RAD, gripper=OPEN, straight=False)
@@ -165,10 +193,10 @@ def _plan_transfer(objects: Vector) -> dict[str, Script]:
 
 
 def _plan_insertion(objects: Vector) -> dict[str, Script]:
-    """Each arm lifts its object off the table, both level; then the peg goes into the socket."""
+    """Each arm lifts its object, both level; then the right arm pushes the peg into the socket."""
     peg = np.array([objects[0], objects[1], PEG_GRASP_HEIGHT_M]) + RIGHT * PEG_GRIP_M
     socket = np.array([objects[7], objects[8], SOCKET_GRASP_HEIGHT_M]) - RIGHT * SOCKET_GRIP_M
-    # Where the fingertips must be for the objects' centres to be on the meeting line.
+    # Offsets of the fingertips that put the objects' centres on the meeting line.
     peg_in_hand = RIGHT * PEG_GRIP_M + UP * (PEG_GRASP_HEIGHT_M - PEG_REST_HEIGHT_M)
     socket_in_hand = UP * (SOCKET_GRASP_HEIGHT_M - SOCKET_REST_HEIGHT_M) - RIGHT * SOCKET_GRIP_M
     line = np.array([0.0, 0.5, MEETING_HEIGHT_M])
@@ -192,7 +220,7 @@ def _plan_insertion(objects: Vector) -> dict[str, Script]:
 
 
 def _script(side: str) -> Script:
-    """A script that begins where ``START_POSE`` has the gripper of ``side``."""
+    """Return a script that starts at the pose of gripper ``side`` in ``START_POSE``."""
     sign = -1.0 if side == "left" else 1.0
     return Script(START_TIP * (sign, 1.0, 1.0), START_PITCH_RAD, START_GRIPPER)
 

@@ -1,4 +1,4 @@
-"""What the evaluator sees of a simulation: ``World``, in the vocabulary of policies."""
+"""``World``: the interface between a simulation and the evaluation, in the types of a policy."""
 
 from __future__ import annotations
 
@@ -13,18 +13,19 @@ from envs.errors import EnvError
 from policies.types import MetaObs
 
 Pictures = Mapping[str, NDArray[np.uint8]]
+"""Camera name to (H, W, 3) uint8 RGB."""
 
 
 @dataclass(frozen=True, slots=True)
 class StepResult:
-    """What one tick brought.
+    """Result of one tick.
 
     Attributes:
-        reward: Of this tick.
-        highest_reward: Since the reset.
-        success: The job is done in this tick.
-        terminated: The episode is over by the task's own rule.
-        truncated: ``max_timesteps`` have been played.
+        reward: Reward of this tick.
+        highest_reward: Highest reward since the reset.
+        success: Whether the task is done in this tick.
+        terminated: Whether the task's own rule ended the episode.
+        truncated: Whether ``max_timesteps`` ticks are over.
     """
 
     reward: float
@@ -36,78 +37,97 @@ class StepResult:
 
 @runtime_checkable
 class World(Protocol):
-    """A simulated world. Stepping never renders; ``observe`` does. Belongs to one thread.
-
-    Attributes:
-        dt_s: Simulated seconds per tick.
-        max_timesteps: Ticks after which an episode is truncated.
-        action_dim, state_dim: Lengths of the action and the state.
-        control: (space, type) of the actions it takes, as a contract names them; None: any.
-        camera_names: As the policy calls them, in the policy's order.
-        camera_hw: Their (height, width), by the policy's name.
-        task: What is to be done, a name.
-        language: The instruction, empty where there is none.
-    """
+    """A simulated world, used by one thread. ``step`` never renders; ``observe`` does."""
 
     @property
-    def dt_s(self) -> float: ...
+    def dt_s(self) -> float:
+        """Simulated seconds per tick."""
+        ...
+
     @property
-    def max_timesteps(self) -> int: ...
+    def max_timesteps(self) -> int:
+        """Ticks after which an episode is truncated."""
+        ...
+
     @property
-    def action_dim(self) -> int: ...
+    def action_dim(self) -> int:
+        """Length A of the action."""
+        ...
+
     @property
-    def state_dim(self) -> int: ...
+    def state_dim(self) -> int:
+        """Length S of the state."""
+        ...
+
     @property
-    def control(self) -> tuple[str, str] | None: ...
+    def control(self) -> tuple[str, str] | None:
+        """(space, type) of the actions, as in ``PolicyContract``; None accepts any."""
+        ...
+
     @property
-    def camera_names(self) -> tuple[str, ...]: ...
+    def camera_names(self) -> tuple[str, ...]:
+        """The policy's camera names, in the policy's order."""
+        ...
+
     @property
-    def camera_hw(self) -> Mapping[str, tuple[int, int]]: ...
+    def camera_hw(self) -> Mapping[str, tuple[int, int]]:
+        """The policy's camera name to (height, width) in pixels."""
+        ...
+
     @property
-    def task(self) -> str: ...
+    def task(self) -> str:
+        """Name of the task."""
+        ...
+
     @property
-    def language(self) -> str: ...
+    def language(self) -> str:
+        """The instruction, empty where there is none."""
+        ...
 
     def reset(self, seed: int) -> None:
-        """A new episode. Equal seeds give equal episodes for equal actions."""
+        """Start a new episode. Equal seeds give equal episodes for equal actions."""
         ...
 
     def observe(self, out: Pictures | None = None) -> MetaObs:
-        """The present state, with every camera rendered now.
+        """Return the current state, with every camera rendered now.
 
         Args:
-            out: By the policy's camera name, the arrays to render into, (H, W, 3) uint8 of any
-                size the camera can have; the observation then holds these. New ones where absent.
+            out: The policy's camera name to the array to render into, (H, W, 3) uint8 of any size
+                the camera supports. The observation then holds these arrays, and new ones for
+                cameras that are not in ``out``.
         """
         ...
 
     def step(self, action: NDArray[np.float32]) -> StepResult:
-        """One tick towards ``action``, (A,) in physical units.
+        """Run one tick towards ``action``, (A,) in physical units.
 
         Raises:
-            EnvError: Another shape or a value that is not finite; the simulation diverged.
+            EnvError: Another shape, a value that is not finite, or a simulation that diverged.
         """
         ...
 
     def snapshot(self) -> object:
-        """What ``frame`` needs to show this moment later. Cheap, unless the world can't go back."""
+        """Return what ``frame`` needs to show this moment later.
+
+        Cheap, except in worlds that cannot go back to an earlier state.
+        """
         ...
 
     def frame(self, snapshot: object = None) -> NDArray[np.uint8]:
-        """A picture for a video, (H, W, 3) uint8: of the present, or of an earlier snapshot."""
+        """Return an image for a video, (H, W, 3) uint8: of the current state or of a snapshot."""
         ...
 
     def info(self) -> dict[str, Any]:
-        """Versions, renderer and options, for the result file; plain JSON types."""
+        """Return versions, renderer and options for the result file, as plain JSON types."""
         ...
 
     def close(self) -> None:
-        """Idempotent."""
+        """Release what the world holds. Idempotent."""
         ...
 
 
 def check_action(action: NDArray[Any], action_dim: int) -> None:
-    """Raises ``EnvError`` unless ``action`` is (action_dim,) and finite."""
+    """Raise ``EnvError`` unless ``action`` is (action_dim,) and finite."""
     if action.shape != (action_dim,):
         raise EnvError(f"action: got shape {action.shape}, expected ({action_dim},)")
     if not np.isfinite(action).all():

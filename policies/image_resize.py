@@ -1,7 +1,7 @@
-"""A camera's picture to the size the network sees: crop, then resize.
+"""Crops and resizes a camera's image to the size of the network's input.
 
-Client and server both may do this, so the result must be the same bytes on every machine: weights
-are whole multiples of 2**-11, and all arithmetic is that of integers.
+Client and server may both do this, so the result must have the same bytes on every machine.
+Therefore the weights are integer multiples of 2**-11 and all arithmetic is integer arithmetic.
 """
 
 from __future__ import annotations
@@ -17,13 +17,14 @@ from policies.errors import ContractMismatch
 from policies.types import CameraContract
 
 _BITS = 11
+"""Bits of a weight's fraction."""
 _ONE = 2**_BITS
 
 
 def prepare(
     image: NDArray[np.uint8], camera: CameraContract, out: NDArray[np.uint8] | None = None
 ) -> NDArray[np.uint8]:
-    """``image`` as the network sees it.
+    """Return ``image`` at the network's input size.
 
     Args:
         image: (H, W, 3) uint8 RGB of the camera's source size or of its model size; only read.
@@ -50,7 +51,7 @@ def prepare(
 
 
 def check_image(image: NDArray[np.uint8], camera: CameraContract) -> None:
-    """Raises ``ContractMismatch`` unless ``image`` is one that ``camera`` may deliver."""
+    """Raise ``ContractMismatch`` unless ``image`` has a dtype and size that ``camera`` accepts."""
     field = f"images.{camera.name}"
     sizes = " or ".join(f"({h}, {w}, 3)" for h, w in camera.accepted_hw)
     if not isinstance(image, np.ndarray):
@@ -62,13 +63,17 @@ def check_image(image: NDArray[np.uint8], camera: CameraContract) -> None:
 
 
 def is_source(image: NDArray[np.uint8], camera: CameraContract) -> bool:
-    """Whether ``image`` still has to be cropped: of the two sizes, the source's wins a tie."""
+    """Return whether ``image`` has the source size, and so is still to be cropped.
+
+    Where source and model size are equal, the image counts as the source's.
+    """
     return image.shape[:2] == tuple(camera.source_hw)
 
 
 def warm_up(cameras: Iterable[CameraContract]) -> None:
-    """Work out now what ``prepare`` needs for these cameras, machine code included, so that no
-    request waits for it.
+    """Compute the weights and compile the code that ``prepare`` needs for these cameras.
+
+    Without it the first request would wait for that.
     """
     for camera in cameras:
         source = camera.source_hw if camera.crop is None else camera.crop[2:]
@@ -82,19 +87,19 @@ def _resize(image: NDArray[np.uint8], method: str, out: NDArray[np.uint8]) -> No
     rows = _taps(image.shape[0], out.shape[0], method)
     columns = _taps(image.shape[1], out.shape[1], method)
     target = out if out.flags.c_contiguous else np.empty(out.shape, np.uint8)
-    # A crop's rows have gaps between them; the copy costs a tenth of what follows.
+    # A crop is not contiguous. The copy costs a tenth of the resize.
     _resizer()(np.ascontiguousarray(image), *rows, *columns, target)
     if target is not out:
         np.copyto(out, target)
 
 
 class Taps(NamedTuple):
-    """Which source pixels make a target pixel along one side.
+    """Source pixels and weights of every target pixel along one side.
 
     Attributes:
-        first: (target,) int32, the first of them.
-        weights: (target, K) int32 of that one and its neighbours, 0 to ``_ONE``, which is their
-            sum.
+        first: (target,) int32 index of the first source pixel.
+        weights: (target, K) int32 weights of that pixel and its neighbours, 0 to ``_ONE``; each row
+            sums to ``_ONE``.
     """
 
     first: NDArray[np.int32]
@@ -103,12 +108,12 @@ class Taps(NamedTuple):
 
 @lru_cache(maxsize=64)
 def _taps(source: int, target: int, method: str) -> Taps:
-    """``_weights`` without the zeros around them."""
+    """Return ``_weights`` without the zeros around them."""
     dense = _weights(source, target, method)
     used = dense != 0
     first = used.argmax(axis=1)
     count = int((source - used[:, ::-1].argmax(axis=1) - first).max())
-    # Near the end there are fewer neighbours; their zeros then lie in front.
+    # Near the end there are fewer neighbours; the padding zeros then come first.
     first = np.minimum(first, source - count)
     weights = np.take_along_axis(dense, first[:, None] + np.arange(count), axis=1)
     taps = Taps(first.astype(np.int32), weights.astype(np.int32))
@@ -118,10 +123,10 @@ def _taps(source: int, target: int, method: str) -> Taps:
 
 
 def _weights(source: int, target: int, method: str) -> NDArray[np.float64]:
-    """(target, source) whole weights, none negative, whose rows sum to ``_ONE``.
+    """Return (target, source) integer weights, none negative, whose rows sum to ``_ONE``.
 
     "bilinear": two taps at pixel centres ((i + 1/2) * source / target - 1/2), no antialiasing.
-    "area": the part of each source pixel that the target pixel covers.
+    "area": the fraction of each source pixel that the target pixel covers.
     """
     weights = np.zeros((target, source))
     for i in range(target):
@@ -136,9 +141,9 @@ def _weights(source: int, target: int, method: str) -> NDArray[np.float64]:
             start, stop = i * source / target, (i + 1) * source / target
             weights[i] = np.diff(np.clip(edges, start, stop)) / (stop - start)
     whole: NDArray[np.float64] = np.round(weights * _ONE)
-    # Rounding must not change a flat picture: the largest tap takes what is missing.
+    # Rounding must not change an image of one colour: the largest tap takes the rounding error.
     whole[np.arange(target), whole.argmax(axis=1)] += _ONE - whole.sum(axis=1)
-    # From 64 pixels to one on, that can be more than the largest has: share it among them all.
+    # From 64 pixels to one on, the error can exceed the largest tap: spread it over all taps.
     short = (whole < 0).any(axis=1)
     whole[short] = np.diff(np.round(weights[short].cumsum(axis=1) * _ONE), prepend=0.0)
     return whole
@@ -152,10 +157,10 @@ def _resize_impl(  # noqa: PLR0917 - numba takes arrays, not objects
     column_weights: np.ndarray,
     out: np.ndarray,
 ) -> None:
-    """``image`` (H, W, 3) to ``out`` (h, w, 3), row by row: down the columns, then along the row.
+    """Resize ``image`` (H, W, 3) into ``out`` (h, w, 3), row by row: first columns, then the row.
 
-    255 * 2**22, the largest sum, fits in 31 bits. Indices are unsigned because numba would look at
-    each signed one whether it counts from the end, which is most of the time that this takes.
+    The largest sum, 255 * 2**22, fits in 31 bits. Indices are unsigned because numba would test
+    each signed index for a negative value, which would take most of the time.
     """
     one, two, three = np.uint32(1), np.uint32(2), np.uint32(3)
     half, shift = np.int32(1 << 2 * _BITS - 1), np.int32(2 * _BITS)
@@ -169,7 +174,7 @@ def _resize_impl(  # noqa: PLR0917 - numba takes arrays, not objects
         target = out[y].reshape(-1)
         for x in range(out.shape[1]):
             at, to = three * np.uint32(first_columns[x]), three * np.uint32(x)
-            red = green = blue = half  # a half more, cut off: halves round up
+            red = green = blue = half  # adding one half before the shift rounds halves up
             for tap in range(column_weights.shape[1]):
                 weight = column_weights[x, tap]
                 red += weight * line[at]
@@ -183,7 +188,7 @@ def _resize_impl(  # noqa: PLR0917 - numba takes arrays, not objects
 
 @cache
 def _resizer() -> Callable[..., Any]:
-    """``_resize_impl``, compiled."""
+    """Return ``_resize_impl``, compiled."""
     from numba import types
 
     from transport.jit import compiled

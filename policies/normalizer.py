@@ -1,8 +1,8 @@
-"""Physical units to the numbers a network was trained on, and back.
+"""Converts physical units to the network's units and back.
 
-Every supported kind is one affine map per dimension with an optional clip, so there is one class:
-``normalize(x) = (x - shift) / scale`` and ``denormalize(y) = y * scale + shift``. Computed in
-float64 and returned as float32; numpy only.
+Every supported kind is an affine map per dimension with an optional clip, so one class suffices:
+``normalize(x) = (x - shift) / scale`` and ``denormalize(y) = y * scale + shift``. It computes in
+float64 and returns float32. Needs numpy only.
 """
 
 from __future__ import annotations
@@ -20,8 +20,11 @@ from policies.errors import CheckpointError
 Array = NDArray[np.float64]
 
 KINDS = ("zscore", "minmax", "percentile", "identity")
+"""Valid kinds of a normalizer."""
 MIN_SIGMA = 0.01
-"""Smallest standard deviation a z-score divides by: a joint that never moved is not amplified."""
+"""Smallest standard deviation of a z-score, so that the noise of a joint that never moved is not
+amplified.
+"""
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -29,10 +32,13 @@ class Normalizer:
     """An affine map per dimension.
 
     Attributes:
-        kind: Where it came from, for messages and the hash.
+        kind: Kind of normalizer, for messages.
         shift, scale: (D,) float64; ``scale`` is positive.
         lower, upper: (D,) float64, physical units. Both directions clip to them; infinite where the
             kind does not clip.
+
+    Raises:
+        CheckpointError: An array of another shape, or a shift or scale that is not valid.
     """
 
     kind: str
@@ -60,21 +66,22 @@ class Normalizer:
 
     @property
     def dim(self) -> int:
+        """Number of dimensions D."""
         return len(self.shift)
 
     def normalize(self, x: NDArray[Any]) -> NDArray[np.float32]:
-        """(..., D) in physical units to float32 network units."""
+        """Map (..., D) in physical units to float32 in the network's units."""
         clipped = np.clip(x, self.lower, self.upper, dtype=np.float64)
         normalized: NDArray[np.float32] = ((clipped - self.shift) / self.scale).astype(np.float32)
         return normalized
 
     def denormalize(self, y: NDArray[Any]) -> NDArray[np.float32]:
-        """(..., D) network units to float32 physical units."""
+        """Map (..., D) in the network's units to float32 in physical units."""
         x = np.asarray(y, dtype=np.float64) * self.scale + self.shift
         return np.clip(x, self.lower, self.upper).astype(np.float32)
 
     def digest(self) -> bytes:
-        """32 bytes that differ where the map differs."""
+        """Return 32 bytes that differ for different maps."""
         state = hashlib.sha256()
         for array in (self.shift, self.scale, self.lower, self.upper):
             state.update(array.tobytes())
@@ -82,22 +89,24 @@ class Normalizer:
 
 
 def identity(dim: int) -> Normalizer:
-    """The map that changes nothing."""
+    """Return the map that changes nothing."""
     return _affine("identity", np.zeros(dim), np.ones(dim))
 
 
-def constant_where(still: NDArray[np.bool_], kind: str, shift: Array, scale: Array) -> Normalizer:
-    """``shift`` and ``scale``, except where ``still``: there every output is ``shift``.
+def constant_where(
+    constant: NDArray[np.bool_], kind: str, shift: Array, scale: Array
+) -> Normalizer:
+    """Return the map of ``shift`` and ``scale``; where ``constant``, every output is ``shift``.
 
-    For a dimension of an action that never moved: its scale is zero, which has no inverse.
+    It is for a dimension of an action that never moved: its scale is zero, which has no inverse.
     """
     inf = np.full(len(shift), np.inf)
     return Normalizer(
         kind,
         shift,
-        np.where(still, 1.0, scale),
-        np.where(still, shift, -inf),
-        np.where(still, shift, inf),
+        np.where(constant, 1.0, scale),
+        np.where(constant, shift, -inf),
+        np.where(constant, shift, inf),
     )
 
 
@@ -109,13 +118,14 @@ def zscore(
     mask: Sequence[int] | Sequence[bool] | None = None,
     output: bool = False,
 ) -> Normalizer:
-    """Zero mean, unit deviation; ``std`` below ``min_sigma`` counts as ``min_sigma``. ``output`` as
-    for ``from_stats``.
+    """Normalize to zero mean and unit deviation; ``std`` below ``min_sigma`` becomes ``min_sigma``.
+
+    ``output`` as for ``from_stats``.
     """
     shift = np.asarray(mean, dtype=np.float64)
     sigma = np.maximum(np.asarray(std, dtype=np.float64), min_sigma)
-    still = (sigma == 0) & output
-    return _masked(constant_where(still, "zscore", shift, sigma), mask)
+    constant = (sigma == 0) & output
+    return _masked(constant_where(constant, "zscore", shift, sigma), mask)
 
 
 def minmax(
@@ -125,8 +135,8 @@ def minmax(
     mask: Sequence[int] | Sequence[bool] | None = None,
     output: bool = False,
 ) -> Normalizer:
-    """``low`` to -1 and ``high`` to 1, without clipping; ``output`` as for ``from_stats``."""
-    return _between("minmax", low, high, clip=False, mask=mask, output=output)
+    """Map ``low`` to -1 and ``high`` to 1, without clipping; ``output`` as for ``from_stats``."""
+    return _from_range("minmax", low, high, clip=False, mask=mask, output=output)
 
 
 def percentile(
@@ -136,8 +146,8 @@ def percentile(
     mask: Sequence[int] | Sequence[bool] | None = None,
     output: bool = False,
 ) -> Normalizer:
-    """The 1st and 99th percentile to -1 and 1; both directions clip to them."""
-    return _between("percentile", low, high, clip=True, mask=mask, output=output)
+    """Map the 1st and 99th percentile to -1 and 1; both directions clip to them."""
+    return _from_range("percentile", low, high, clip=True, mask=mask, output=output)
 
 
 def from_stats(
@@ -149,16 +159,16 @@ def from_stats(
     source: str = "stats",
     output: bool = False,
 ) -> Normalizer:
-    """A normalizer of ``kind`` from a table with ``mean, std, min, max, q01, q99``.
+    """Return a normalizer of ``kind`` from a table with ``mean, std, min, max, q01, q99``.
 
     Args:
-        kind: One of ``KINDS`` but for "identity", which needs no statistics.
-        mask: Dimensions that are left alone (indices, negative ones from the end), or one bool for
-            each dimension, True where it is normalized.
+        kind: One of ``KINDS`` except "identity", which needs no statistics.
+        mask: Indices of dimensions that are left unchanged (negative ones count from the end), or
+            one bool for each dimension, True where it is normalized.
         min_sigma: As for ``zscore``.
         source: Names the file in errors.
-        output: Whether only ``denormalize`` is wanted: a dimension without spread is a constant
-            then. Of an input it has no normalized value, and is refused.
+        output: True if only ``denormalize`` will be used. A dimension without spread then becomes a
+            constant. For an input such a dimension has no normalized value and is refused.
 
     Raises:
         CheckpointError: An unknown kind, a missing or malformed statistic, a bad mask.
@@ -174,7 +184,7 @@ def from_stats(
         for name, vector in zip(names[kind], (first, second), strict=True):
             if not np.isfinite(vector[kept]).all():
                 raise CheckpointError(f"{name}: got {vector.tolist()}, expected finite numbers")
-        # What is left alone may have any statistics.
+        # Dimensions that are left unchanged may have any statistics.
         first, second = (np.where(kept, vector, 1.0) for vector in (first, second))
         if kind == "zscore":
             return zscore(first, second, min_sigma=min_sigma, mask=mask, output=output)
@@ -184,7 +194,7 @@ def from_stats(
 
 
 def normalizer_hash(state: Normalizer, action: Normalizer) -> str:
-    """Names a pair of normalizers, so that two servers can be told apart."""
+    """Return a hash of a pair of normalizers, to tell servers apart that use different ones."""
     return hashlib.sha256(state.digest() + action.digest()).hexdigest()[:16]
 
 
@@ -207,7 +217,7 @@ def _affine(kind: str, shift: Array, scale: Array) -> Normalizer:
     return Normalizer(kind, shift, scale, -unbounded, unbounded)
 
 
-def _between(
+def _from_range(
     kind: str,
     low: Sequence[float] | Array,
     high: Sequence[float] | Array,
@@ -218,10 +228,10 @@ def _between(
 ) -> Normalizer:
     lower, upper = np.asarray(low, dtype=np.float64), np.asarray(high, dtype=np.float64)
     kept = _kept(mask, len(lower))
-    still = kept & output & (lower == upper)
-    clipped = (kept & clip) | still
-    # Masked dimensions may well have never moved: their range must not be looked at.
-    scale = np.where(kept & ~still, (upper - lower) / 2, 1.0)
+    constant = kept & output & (lower == upper)
+    clipped = (kept & clip) | constant
+    # Masked dimensions may never have moved, so their range is not used.
+    scale = np.where(kept & ~constant, (upper - lower) / 2, 1.0)
     shift = np.where(kept, (upper + lower) / 2, 0.0)
     inf = np.full(len(lower), np.inf)
     return Normalizer(
@@ -241,7 +251,7 @@ def _masked(full: Normalizer, mask: Sequence[int] | Sequence[bool] | None) -> No
 
 
 def _kept(mask: Sequence[int] | Sequence[bool] | None, dim: int) -> NDArray[np.bool_]:
-    """(D,) True where a dimension is normalized."""
+    """Return (D,) bool, True where a dimension is normalized."""
     kept = np.ones(dim, dtype=np.bool_)
     if mask is None or len(mask) == 0:
         return kept

@@ -35,15 +35,18 @@ class SteadyStream:
         return getattr(self._stream, name)
 
     def write(self, text: str) -> int:
+        """Write ``text``; return its length whether or not the write succeeds."""
         with self._steadily():
             self._stream.write(text)
         return len(text)
 
     def writelines(self, lines: Any) -> None:
+        """Write each of ``lines`` as ``write`` does."""
         for line in lines:
             self.write(line)
 
     def flush(self) -> None:
+        """Flush the stream; a failure is recorded, not raised."""
         with self._steadily():
             self._stream.flush()
 

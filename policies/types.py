@@ -1,7 +1,7 @@
-"""What a policy takes, gives and promises.
+"""The types of a policy: observation, action, contract, and the ``Policy`` interface.
 
-numpy only: a robot's computer imports this without torch. A *tick* is a policy tick of
-``contract.dt_s``; ``timestep`` and chunk indices count ticks.
+Needs numpy only, so that a robot's computer can import it without torch. A *tick* is a policy tick
+of ``contract.dt_s``; ``timestep`` and chunk indices count ticks.
 """
 
 from __future__ import annotations
@@ -21,18 +21,23 @@ from policies.execution import RATE, Assumption, Execution, assumed_rate
 from policies.number_ranges import MSAA, OFFSET, PERIOD_S, PIXELS
 
 CtrlSpace = Literal["joint", "ee"]
+"""Space of the actions: joints or the end effector."""
 CtrlType = Literal["abs", "delta", "relative"]
+"""Kind of the actions: ILStudio's names, with "relative" for its "rel"."""
 Resize = Literal["none", "bilinear", "area"]
+"""How a crop is resized to the model's size."""
 Pixels = Annotated[int, PIXELS]
 Offset = Annotated[int, OFFSET]
 
 DEFAULT_DT_S = 0.02
-"""What is assumed of a policy that does not say its rate."""
-NOT_SAID = float("nan")
-"""A contract's ``dt_s`` then. This very object: a NaN of anybody's is refused."""
+"""Seconds per tick that are assumed of a policy that does not state its rate."""
+UNSPECIFIED_DT_S = float("nan")
+"""Default of a contract's ``dt_s``. It is compared by identity, so any other NaN is refused."""
 
 MAX_CAMERA_CHARS = 100
-"""Of a camera's name; any printable characters. It is part of a message's field names."""
+"""Longest name of a camera, which may have any printable characters. It is part of the names of a
+message's fields.
+"""
 STAGES = (
     "pack",
     "publish",
@@ -43,7 +48,9 @@ STAGES = (
     "reply",
     "unpack",
 )
-"""Stages of one request, in order; durations in ns. In process only the middle three occur."""
+"""Stages of one request, in order; durations in ns. In-process inference has only ``preprocess``,
+``infer`` and ``postprocess``.
+"""
 
 
 @dataclass(slots=True)
@@ -57,8 +64,9 @@ class MetaObs:
         state_joint: (J,) float32 joint state, where it differs from ``state``.
         depth: Camera name to (H, W) float32 metres or uint16 millimetres.
         raw_lang: The instruction, empty for policies that take none.
-        timestep: Policy tick that this was captured for, counted by the client.
-        t_capture_ns: The client's monotonic clock at capture. Never compared with another host's.
+        timestep: Policy tick of this observation, counted by the client.
+        t_capture_ns: The client's monotonic clock at capture. It must not be compared with another
+            host's clock.
     """
 
     images: Mapping[str, NDArray[np.uint8]]
@@ -88,9 +96,10 @@ class ActionChunk(Sequence[MetaAction]):
     Attributes:
         actions: (T, A) float32, physical units. Action i is for tick
             ``obs_timestep + first_action_offset + i``.
-        obs_timestep: ``timestep`` of the observation it was inferred from.
-        t_capture_ns: ``t_capture_ns`` of that observation.
-        stages_ns: Durations by stage (``STAGES``), nanoseconds; those that occurred.
+        obs_timestep: ``timestep`` of the observation.
+        t_capture_ns: ``t_capture_ns`` of the observation.
+        first_action_offset: As in ``PolicyContract``.
+        stages_ns: Stage (one of ``STAGES``) to duration in ns; only the stages that occurred.
     """
 
     actions: NDArray[np.float32]
@@ -125,14 +134,17 @@ class ActionChunk(Sequence[MetaAction]):
 
 @dataclass(frozen=True, slots=True)
 class CameraContract:
-    """How one camera's picture reaches the model: source, then crop, then resize.
+    """How one camera's image becomes the model's input: source, then crop, then resize.
 
     Attributes:
         name: The name in ``MetaObs.images``.
-        source_hw: (height, width) the camera delivers.
-        crop: (top, left, height, width) in source pixels, or None for the whole picture.
-        model_hw: (height, width) the network sees. A client may send this size directly.
+        source_hw: (height, width) of the camera's images.
+        crop: (top, left, height, width) in source pixels, or None for the whole image.
+        model_hw: (height, width) of the network's input. A client may send this size directly.
         resize: How the crop becomes ``model_hw``; "none" where they are equal.
+
+    Raises:
+        ContractMismatch: A name, size, crop or resize that is not possible.
     """
 
     name: str
@@ -169,13 +181,15 @@ class CameraContract:
 
     @property
     def accepted_hw(self) -> tuple[tuple[int, int], ...]:
-        """Sizes a client may send: the source's, or the model's."""
+        """(height, width) that a client may send: the source's and the model's."""
         return tuple(dict.fromkeys((self.source_hw, self.model_hw)))
 
 
 @dataclass(frozen=True, slots=True)
 class Rendering:
-    """How the training pictures were rendered; a simulation does the same unless told otherwise."""
+    """How the training images were rendered; a simulation uses the same unless configured
+    otherwise.
+    """
 
     shadows: bool = True
     msaa: Annotated[int, MSAA] = 4
@@ -183,23 +197,29 @@ class Rendering:
 
 @dataclass(frozen=True, slots=True)
 class PolicyContract:
-    """What a policy needs and gives. Sent to every client; a mismatch is refused by field.
+    """What a policy needs and returns. The server sends it to every client.
 
     Attributes:
         policy_type: e.g. ``"act"``.
-        cameras: In the order the model sees them.
+        cameras: In the order of the model's inputs.
         state_dim, action_dim: Lengths S and A.
         chunk_size: Actions per chunk, T.
-        n_action_steps: How many of them to play before the next chunk, unless the user says else.
-        dt_s: Seconds per policy tick. Left out, it is ``DEFAULT_DT_S``, and ``assumed`` says so.
+        n_action_steps: Actions to execute before the next chunk, unless the user chooses otherwise.
+        dt_s: Seconds per policy tick. Where it is left out, it becomes ``DEFAULT_DT_S`` and
+            ``assumed`` records that.
         first_action_offset: Ticks from the observation to the chunk's first action (0 for ACT).
-        normalizer_hash: Of the statistics in use, so that two servers can be told apart.
-        dataset_id: Whose normalizers are in use; ``dataset_ids``: all that the checkpoint has.
-        rendering: What simulated pictures should look like, where the checkpoint says.
+        ctrl_space, ctrl_type: Space and kind of the actions.
+        gripper_continuous: Whether gripper actions are positions rather than open or closed.
+        normalizer_hash: Hash of the statistics in use, to tell two servers apart.
+        dataset_id: Data set of the normalizers in use; ``dataset_ids``: all in the checkpoint.
+        rendering: How simulated images should be rendered, where the checkpoint says so.
         state_names, action_names: S and A names of the dimensions, in their order; empty where the
-            checkpoint does not say. A robot whose names differ is refused.
-        execution: How the checkpoint says that its chunks are to be played; None where it does not.
-        assumed: What the checkpoint does not say. Two contracts that differ in it alone are equal.
+            checkpoint has none. A robot with other names is refused.
+        execution: How the checkpoint says to execute its chunks; None where it does not say.
+        assumed: What the checkpoint does not say. It does not count when contracts are compared.
+
+    Raises:
+        ContractMismatch: A field that is out of range or contradicts another one.
     """
 
     policy_type: str
@@ -208,7 +228,7 @@ class PolicyContract:
     action_dim: int
     chunk_size: int
     n_action_steps: int
-    dt_s: float = NOT_SAID
+    dt_s: float = UNSPECIFIED_DT_S
     first_action_offset: int = 0
     ctrl_space: CtrlSpace = "joint"
     ctrl_type: CtrlType = "abs"
@@ -223,7 +243,7 @@ class PolicyContract:
     assumed: tuple[Assumption, ...] = field(default=(), compare=False)
 
     def __post_init__(self) -> None:
-        if self.dt_s is NOT_SAID:
+        if self.dt_s is UNSPECIFIED_DT_S:
             object.__setattr__(self, "dt_s", DEFAULT_DT_S)
             object.__setattr__(self, "assumed", (assumed_rate(DEFAULT_DT_S), *self.assumed))
         names = [camera.name for camera in self.cameras]
@@ -242,11 +262,11 @@ class PolicyContract:
             raise ContractMismatch(
                 "n_action_steps", str(self.n_action_steps), f"1 to chunk_size = {self.chunk_size}"
             )
-        said = self.execution
-        if said is not None and (said.n_action_steps or 1) > self.chunk_size:
+        execution = self.execution
+        if execution is not None and (execution.n_action_steps or 1) > self.chunk_size:
             raise ContractMismatch(
                 "execution.n_action_steps",
-                str(said.n_action_steps),
+                str(execution.n_action_steps),
                 f"1 to chunk_size = {self.chunk_size}",
             )
         if self.dt_s not in PERIOD_S:
@@ -260,43 +280,53 @@ class PolicyContract:
 
     @property
     def camera_names(self) -> tuple[str, ...]:
+        """The cameras' names, in the order of the model's inputs."""
         return tuple(camera.name for camera in self.cameras)
 
     @property
     def assumes_rate(self) -> bool:
-        """Whether nobody said how far apart the ticks are."""
+        """Whether ``dt_s`` is an assumption, because neither the checkpoint nor the user gave a
+        rate.
+        """
         return any(assumption.what == RATE for assumption in self.assumed)
 
     def at_rate(self, fps: float | None) -> PolicyContract:
-        """This contract at ``fps`` ticks per second, which is then not assumed; itself for None."""
+        """Return this contract at ``fps`` ticks per second, no longer assumed; itself for None."""
         if fps is None:
             return self
         known = tuple(one for one in self.assumed if one.what != RATE)
         return dataclasses.replace(self, dt_s=1 / fps, assumed=known)
 
     def require(self, expected: PolicyContract, *, but: Sequence[str] = ()) -> None:
-        """Raises ``ContractMismatch`` for the first field that is not as in ``expected``; those in
-        ``but`` may be."""
+        """Raise ``ContractMismatch`` for the first field that differs from ``expected``.
+
+        Args:
+            but: Names of fields that may differ.
+        """
         for name in (entry.name for entry in dataclasses.fields(self) if entry.compare):
             got, wanted = getattr(self, name), getattr(expected, name)
             if got != wanted and name not in but:
                 raise ContractMismatch(name, f"{got}", f"{wanted}")
 
     def to_json(self) -> str:
-        """What was added later is left out where it says nothing: older clients read it."""
+        """Return the contract as JSON.
+
+        Fields that were added later are left out where they are empty, so that older clients can
+        read it.
+        """
         plain = dataclasses.asdict(self)
         return json.dumps({k: v for k, v in plain.items() if v or k not in _ADDED_LATER})
 
     @classmethod
     def from_json(cls, text: str | bytes) -> PolicyContract:
-        """The contract that ``to_json`` wrote.
+        """Return the contract that ``to_json`` wrote.
 
         Raises:
             ContractMismatch: Not JSON, a missing or unknown field, or a value out of range.
         """
         try:
             raw = json.loads(text)
-            _check_kinds(raw)
+            _check_types(raw)
             cameras = tuple(
                 CameraContract(
                     name=_text(camera["name"]),
@@ -331,8 +361,8 @@ class PolicyContract:
 
 
 _ADDED_LATER = ("state_names", "action_names", "execution", "assumed")
-"""Fields that the first clients do not know."""
-_KINDS: Mapping[str, tuple[type, ...]] = {
+"""Fields that the first version of clients does not know."""
+_FIELD_TYPES: Mapping[str, tuple[type, ...]] = {
     **dict.fromkeys(("state_dim", "action_dim", "chunk_size", "n_action_steps"), (int,)),
     **dict.fromkeys(("policy_type", "normalizer_hash", "dataset_id"), (str,)),
     **dict.fromkeys(("ctrl_space", "ctrl_type"), (str,)),
@@ -340,13 +370,13 @@ _KINDS: Mapping[str, tuple[type, ...]] = {
     "dt_s": (int, float),
     "gripper_continuous": (bool,),
 }
-"""Of the fields of a contract that are plain values in JSON."""
+"""JSON types of a contract's plain fields."""
 
 
-def _check_kinds(raw: Mapping[str, Any]) -> None:
-    """Raises ``TypeError``: whatever is not of its declared type would fail far from here."""
-    for name, kinds in _KINDS.items():
-        if name in raw and type(raw[name]) not in kinds:
+def _check_types(raw: Mapping[str, Any]) -> None:
+    """Raise ``TypeError`` for a field of another type, which would fail later and elsewhere."""
+    for name, types in _FIELD_TYPES.items():
+        if name in raw and type(raw[name]) not in types:
             raise TypeError(f"{name}: {raw[name]!r:.80}")
     if not math.isfinite(raw.get("dt_s", 1.0)):
         raise ValueError(f"dt_s: {raw['dt_s']}")
@@ -354,7 +384,7 @@ def _check_kinds(raw: Mapping[str, Any]) -> None:
 
 def _text(value: object) -> str:
     if not isinstance(value, str):
-        raise TypeError(f"{value!r:.80} is no text")
+        raise TypeError(f"{value!r:.80} is not a string")
     return value
 
 
@@ -395,12 +425,12 @@ def _four(value: Sequence[int]) -> tuple[int, int, int, int]:
 
 @dataclass(frozen=True, slots=True)
 class PolicyInfo:
-    """Where a policy runs and how; for logs and result files, nothing depends on it.
+    """Where and how a policy runs, for logs and result files. No behaviour depends on it.
 
     Attributes:
-        checkpoint: Path or ``python:`` name it was loaded from.
+        checkpoint: Path or ``python:`` name that it was loaded from.
         device: e.g. ``"cpu"`` or ``"cuda:0"``.
-        precision: ``"fp32"`` or ``"bf16"``.
+        precision: ``"fp32"``, ``"bf16"`` or ``"fp16"``.
         engine: e.g. ``"torch 2.13.0"``.
         threads: CPU threads of one inference, 0 where that does not apply.
         trained: False for weights that were only initialized.
@@ -416,16 +446,20 @@ class PolicyInfo:
 
 @runtime_checkable
 class Policy(Protocol):
-    """Observations in, chunks of future actions out."""
+    """A policy: it takes observations and returns chunks of future actions."""
 
     @property
-    def contract(self) -> PolicyContract: ...
+    def contract(self) -> PolicyContract:
+        """What the policy needs and returns."""
+        ...
 
     @property
-    def info(self) -> PolicyInfo: ...
+    def info(self) -> PolicyInfo:
+        """Where and how the policy runs."""
+        ...
 
     def infer(self, obs: MetaObs) -> ActionChunk:
-        """The chunk for ``obs``. The arrays of ``obs`` are only read, and not kept.
+        """Return the chunk for ``obs``. The policy only reads the arrays of ``obs`` and keeps none.
 
         Raises:
             ObservationError: Values that must not be acted on (NaN state).
@@ -435,15 +469,18 @@ class Policy(Protocol):
         ...
 
     def reset(self) -> None:
-        """Forget the episode so far."""
+        """Discard the state of the current episode."""
         ...
 
     def fork(self) -> Policy:
-        """A policy with episode state of its own over the same weights; a stateless one: itself."""
+        """Return a policy with its own episode state and the same weights.
+
+        A stateless policy returns itself.
+        """
         ...
 
     def close(self) -> None:
-        """Release what it holds. Idempotent."""
+        """Release all resources. Idempotent."""
         ...
 
 
@@ -480,13 +517,13 @@ class AsyncPolicy(RolloutPolicy, Protocol):
     """A policy whose answer arrives later; ``infer`` is ``submit`` and wait."""
 
     def submit(self, obs: MetaObs) -> int:
-        """Hand over an observation and return its request id. Never waits for the model."""
+        """Send an observation and return its request id. Never waits for the model."""
         ...
 
     def poll(self) -> ActionChunk | None:
-        """The next finished chunk, or None. Never blocks; raises what the request failed with."""
+        """Return the next finished chunk, or None. Never blocks; raises the error of a request."""
         ...
 
     def cancel(self) -> None:
-        """Forget every request in flight; their answers will be dropped."""
+        """Cancel all pending requests; their results are dropped."""
         ...

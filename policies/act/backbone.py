@@ -12,20 +12,29 @@ from policies.act.config import BLOCKS, CHANNELS
 
 BATCH_NORM_EPS = 1e-5
 BATCH_NORM_KEYS = ("weight", "bias", "running_mean", "running_var")
+"""Tensors of a batch-norm."""
 PREFIXES = ("backbone.", "backbones.")
-"""Of the names of ``ActModel``'s backbones: of the one for all cameras, of those for each."""
+"""Prefixes of the backbones' parameters in ``ActModel``: one for all cameras, or one for each
+camera.
+"""
 
 
 def _convolution(
     inputs: int, outputs: int, kernel: int, stride: int, *, folded: bool
 ) -> tuple[nn.Conv2d, nn.Module]:
-    """A convolution and what follows it: its batch-norm, or nothing where that is folded."""
+    """Return a convolution and its batch-norm, or an identity where that is folded into it."""
     conv = nn.Conv2d(inputs, outputs, kernel, stride, padding=kernel // 2, bias=folded)
     return conv, nn.Identity() if folded else nn.BatchNorm2d(outputs, eps=BATCH_NORM_EPS)
 
 
 class BasicBlock(nn.Module):
-    """Two 3x3 convolutions and the way around them."""
+    """A residual block: two 3x3 convolutions and a skip connection.
+
+    Args:
+        inputs, outputs: Channels.
+        stride: Stride of the first convolution and of the skip connection.
+        folded: Batch-norm is folded into the convolutions.
+    """
 
     def __init__(self, inputs: int, outputs: int, stride: int, *, folded: bool) -> None:
         super().__init__()
@@ -38,12 +47,18 @@ class BasicBlock(nn.Module):
             )
 
     def forward(self, x: Tensor) -> Tensor:
+        """(B, inputs, H, W) to (B, outputs, ceil(H/stride), ceil(W/stride))."""
         y = torch.relu(self.bn1(self.conv1(x)))
         return torch.relu(self.bn2(self.conv2(y)) + self.downsample(x))
 
 
 class Backbone(nn.Module):
-    """(B, 3, H, W) normalized pictures to (B, 512, ceil(H/32), ceil(W/32)) features."""
+    """The feature extractor of one camera's images, or of all cameras' images.
+
+    Args:
+        name: A key of ``BLOCKS``.
+        folded: Batch-norm is folded into the convolutions.
+    """
 
     def __init__(self, name: str, *, folded: bool) -> None:
         super().__init__()
@@ -60,7 +75,9 @@ class Backbone(nn.Module):
         self.reset_parameters()
 
     def reset_parameters(self) -> None:
-        """He initialization; each block starts as the identity (its last scale is zero)."""
+        """Initialize as He et al.; each block starts as the identity (the scale of its last norm is
+        0).
+        """
         for module in self.modules():
             if isinstance(module, nn.Conv2d):
                 nn.init.kaiming_normal_(module.weight, mode="fan_out", nonlinearity="relu")
@@ -68,6 +85,7 @@ class Backbone(nn.Module):
                 nn.init.zeros_(module.bn2.weight)
 
     def forward(self, x: Tensor) -> Tensor:
+        """(B, 3, H, W) normalized images to (B, 512, ceil(H/32), ceil(W/32)) features."""
         x = self.maxpool(torch.relu(self.bn1(self.conv1(x))))
         for stage in range(len(CHANNELS)):
             x = self.get_submodule(f"layer{stage + 1}")(x)
@@ -75,11 +93,11 @@ class Backbone(nn.Module):
 
 
 def fold_batch_norm(weights: dict[str, Tensor]) -> dict[str, Tensor]:
-    """``weights`` with each batch-norm of a backbone folded into the convolution before it.
+    """Return ``weights`` with each batch-norm of a backbone folded into the convolution before it.
 
-    y = gamma * (conv(x) - mean) / sqrt(var + eps) + beta is a convolution again. In float64, so
-    that what is rounded is only the result. The picture's own mean is not folded: padding comes
-    after that normalization, so at the borders it would not be the same function.
+    y = gamma * (conv(x) - mean) / sqrt(var + eps) + beta is a convolution again. It is computed in
+    float64 and rounded once. The images' mean is not folded: the convolution pads after that
+    normalization, so the result would differ at the borders.
     """
     folded = dict(weights)
     for conv, norm in _pairs(weights):
@@ -93,7 +111,7 @@ def fold_batch_norm(weights: dict[str, Tensor]) -> dict[str, Tensor]:
 
 
 def _pairs(weights: dict[str, Tensor]) -> list[tuple[str, str]]:
-    """(convolution, batch-norm) module names."""
+    """Return the (convolution, batch-norm) module names."""
     pairs = []
     for key in weights:
         if key.startswith(PREFIXES) and key.endswith(".running_mean"):

@@ -1,8 +1,8 @@
-"""Compiled engines kept from one start to the next.
+"""Keeps compiled engines from one start to the next.
 
-A compiled engine is code and weights in its compiler's own format, and its parser trusts it. So a
-file counts only if it is ours alone and its content is what was written, by its hash; anything
-else is compiled again. Nothing here ever stops a server from starting.
+A compiled engine holds code and weights in its compiler's format, and the compiler's parser trusts
+it. So a file is used only if no other user can write it and its hash matches its content; anything
+else is compiled again. A failing cache never stops a server from starting.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ logger = logging.getLogger(__name__)
 MAGIC = b"metronome engine 1\n"
 DIGEST_BYTES, MAX_HEAD_BYTES = 32, 4096
 CAPACITY_BYTES = 2 << 30
-"""Of all files together; the longest unused go first."""
+"""Total size of all files; the least recently used ones are deleted first."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -31,8 +31,8 @@ class Stored:
     """A compiled engine.
 
     Attributes:
-        blob: The compiler's.
-        error: Its relative error against float32 torch, measured when it was compiled.
+        blob: The compiler's output.
+        error: Relative error against float32 torch, measured when the engine was compiled.
     """
 
     blob: bytes
@@ -40,7 +40,7 @@ class Stored:
 
 
 def default_folder() -> Path:
-    """``$METRONOME_CACHE``, else ``metronome`` in ``$XDG_CACHE_HOME`` or in ``~/.cache``."""
+    """Return ``$METRONOME_CACHE``, else ``metronome`` in ``$XDG_CACHE_HOME`` or in ``~/.cache``."""
     chosen = os.environ.get("METRONOME_CACHE")
     if chosen:
         return Path(chosen)
@@ -49,14 +49,23 @@ def default_folder() -> Path:
 
 
 class BlobCache:
-    """Files in ``folder``, one for each key; a folder that cannot be used is an empty cache."""
+    """Files in ``folder``, one for each key. A folder that cannot be used is an empty cache.
+
+    Args:
+        folder: ``default_folder()`` where None.
+        capacity_bytes: Total size of all files.
+    """
 
     def __init__(self, folder: Path | None = None, *, capacity_bytes: int = CAPACITY_BYTES) -> None:
         self._folder = folder
         self._capacity_bytes = capacity_bytes
 
     def read(self, key: str) -> Stored | None:
-        """What ``write`` stored, or None: not there, not ours, or not what was written."""
+        """Return what ``write`` stored, or None.
+
+        None means that the file is missing, that another user could have written it, or that its
+        content does not match its hash.
+        """
         try:
             path = self._path(key)
             if not path.exists():
@@ -71,7 +80,7 @@ class BlobCache:
         return stored
 
     def write(self, key: str, stored: Stored) -> bool:
-        """Store, in one step: whoever reads sees all of it or nothing. Whether it worked."""
+        """Store atomically; return whether that worked. A reader gets the whole file or none."""
         try:
             path = self._path(key)
             path.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
@@ -92,12 +101,12 @@ class BlobCache:
         return True
 
     def remove(self, key: str) -> None:
-        """Forget one that turned out to be useless."""
+        """Delete an entry that turned out to be unusable."""
         with contextlib.suppress(OSError, RuntimeError):
             self._path(key).unlink(missing_ok=True)
 
     def _path(self, key: str) -> Path:
-        # Path.expanduser raises RuntimeError where there is no home.
+        # Path.expanduser raises RuntimeError where there is no home folder.
         return (self._folder or default_folder()) / f"{key}.engine"
 
     def _evict(self, kept: Path) -> None:
@@ -119,8 +128,10 @@ def _encode(stored: Stored) -> list[bytes]:
 
 
 def _decode(file: io.FileIO) -> Stored:
-    """The blob is read where it stays, and never copied: copying would keep the GIL, and a server
-    may be answering robots meanwhile."""
+    """Read the blob once and copy it never.
+
+    A copy would hold the GIL while a server may be serving requests.
+    """
     if file.read(len(MAGIC)) != MAGIC:
         raise ValueError("a file of another format")
     digest, head = file.read(DIGEST_BYTES), file.readline(MAX_HEAD_BYTES)
@@ -133,6 +144,6 @@ def _decode(file: io.FileIO) -> Stored:
 
 
 def _check_owner(status: os.stat_result, path: Path) -> None:
-    """Code is loaded from there: only what nobody else can write counts."""
+    """Raise ``ValueError`` unless only this user can write ``path``: its code will be executed."""
     if status.st_uid != os.getuid() or status.st_mode & (stat.S_IWGRP | stat.S_IWOTH):
-        raise ValueError(f"{path} is not ours alone to write")
+        raise ValueError(f"{path} can be written by another user")

@@ -1,4 +1,4 @@
-"""The sizes of an ACT network."""
+"""Sizes of an ACT network and their limits."""
 
 from __future__ import annotations
 
@@ -16,6 +16,7 @@ BLOCKS: dict[str, tuple[int, int, int, int]] = {
 }
 """Residual blocks in each of the four stages."""
 CHANNELS = (64, 128, 256, 512)
+"""Output channels of the four stages."""
 STRIDE = 32
 """Image pixels per feature, along one side."""
 LARGEST_SIDE = 8192
@@ -33,20 +34,34 @@ LARGEST = {
     "n_style_layers": LARGEST_LAYERS,
     "latent_dim": 4096,
 }
-"""Far above any network there is. A damaged file's number must not become an allocation, a loop of
-hours, or an overflow deep inside torch."""
+"""Largest accepted sizes, far above any real network. They keep a damaged file's number from
+causing a huge allocation, an hours-long loop, or an overflow deep inside torch.
+"""
 
 
 @dataclass(frozen=True, slots=True)
 class ActConfig:
-    """Sizes, in the words of the paper (https://arxiv.org/abs/2304.13705).
+    """Sizes of an ACT network, named as in the paper (https://arxiv.org/abs/2304.13705).
 
     Attributes:
-        image_hw: (height, width) of every camera's picture as the network sees it.
-        n_decoder_layers: Those whose output counts; in the original's seven only the first does.
-        n_style_layers: Of the CVAE's style encoder, which only training needs.
-        backbone_per_camera: Each camera has a backbone with weights of its own, as in Mobile
-            ALOHA's ACT; otherwise one backbone sees all cameras.
+        state_dim, action_dim: Lengths of state and action.
+        chunk_size: Actions per chunk.
+        n_cameras: Number of cameras.
+        image_hw: (height, width) of every camera's image at the network's input.
+        width: Channels of a token.
+        n_heads: Heads of every attention.
+        feedforward: Channels of the hidden layer of every feed-forward block.
+        n_encoder_layers: Layers of the transformer's encoder.
+        n_decoder_layers: Decoder layers whose output is used; the original has seven but uses only
+            the first.
+        n_style_layers: Layers of the CVAE's style encoder, which only training needs.
+        latent_dim: Length of the latent.
+        dropout: Probability in training.
+        backbone_per_camera: Each camera has its own backbone weights, as in Mobile ALOHA's ACT;
+            otherwise all cameras share one backbone.
+
+    Raises:
+        CheckpointError: A size out of range, sizes that do not fit each other, or an unknown name.
     """
 
     state_dim: int
@@ -91,7 +106,7 @@ class ActConfig:
 
     @property
     def backbone_names(self) -> tuple[str, ...]:
-        """Each backbone's module in ``ActModel``: one for all cameras, or one for each camera."""
+        """Names of the backbone modules in ``ActModel``: one for all cameras, or one for each."""
         if not self.backbone_per_camera:
             return ("backbone",)
         return tuple(f"backbones.{camera}" for camera in range(self.n_cameras))

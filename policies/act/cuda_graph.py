@@ -21,20 +21,20 @@ from policies.act.hardware import DTYPES
 from policies.errors import InferenceError
 
 SIZES = (1, 2, 4, MAX_BATCH)
-"""A batch of 3 is computed as 4: padding costs less than a graph for every number."""
+"""Captured batch sizes. A batch of 3 is computed as 4: padding costs less than more graphs."""
 
 
 class CudaGraphEngine:
-    """As ``Engine``; everything is allocated, warmed up and captured when this returns.
+    """``Engine`` with captured graphs. The constructor allocates, warms up and captures everything.
 
     Args:
-        fused: Becomes this engine's own: it is moved and converted.
+        fused: The engine takes it over: it moves and converts it.
         precision: A key of ``DTYPES``.
         api: The device.
         sizes: Batch sizes to capture, ascending.
 
     Raises:
-        EngineUnavailable: The device has no graphs, or not enough memory; the reason.
+        EngineUnavailable: The device does not support graphs or lacks memory; says which.
     """
 
     threads = 0
@@ -64,14 +64,15 @@ class CudaGraphEngine:
                     self._host_images.numpy(), self._host_states.numpy(), strict=True
                 )
             ]
-            # The largest first: the smaller ones then fit into its pool.
+            # Capture the largest first: the smaller ones then fit into its memory pool.
             self._graphs = {
                 size: api.capture(functools.partial(self._step, size)) for size in reversed(sizes)
             }
-        except RuntimeError as error:  # torch's of any kind, out of memory among them
+        except RuntimeError as error:  # any error of torch, including out of memory
             raise EngineUnavailable(f"cuda graph on {self.device}: {error}") from error
 
     def staging(self, slot: int) -> Frames:
+        """Return the pinned arrays of observation ``slot``."""
         return self._staging[slot]
 
     def run(self, batch: Sequence[Frames]) -> NDArray[np.float32]:
@@ -108,7 +109,7 @@ class CudaGraphEngine:
         self._graphs = {}
 
     def _step(self, size: int) -> None:
-        """What a graph does."""
+        """The computation that one graph captures."""
         with torch.inference_mode():
             self._states[:size].copy_(self._host_states[:size], non_blocking=True)
             actions = self._fused(self._images[:size], self._states[:size])

@@ -1,7 +1,7 @@
-"""What runs the network: the seam behind which a faster engine may be put.
+"""The interface of inference engines, and what CPU engines share.
 
-An engine takes pictures of the model's size as they came, uint8, and normalized states, and gives
-actions in physical units. ``policies.act.engine_selection`` picks one.
+An engine takes uint8 images of the model's size and normalized states, and returns actions in
+physical units. ``policies.act.engine_selection`` chooses one.
 """
 
 from __future__ import annotations
@@ -17,14 +17,16 @@ from policies.act.config import ActConfig
 from policies.errors import ContractMismatch, PolicyError
 
 ENGINES = ("auto", "torch", "openvino", "cuda-graph")
+"""Valid engine names."""
 PRECISIONS = ("auto", "fp32", "bf16", "fp16")
+"""Valid precision names."""
 MAX_BATCH = 8
-"""Observations that an engine takes at a time, at most."""
+"""Largest number of observations in one ``Engine.run``."""
 
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Frames:
-    """One observation as the network takes it.
+    """One observation as the network's input.
 
     Attributes:
         images: (H, W, 3) uint8 for each camera.
@@ -37,16 +39,16 @@ class Frames:
 
 @dataclass(frozen=True, slots=True)
 class EngineOptions:
-    """What may be asked for.
+    """The user's choice of device and engine.
 
     Attributes:
         device: "auto", "cpu", "cuda" or "cuda:N".
         engine: One of ``ENGINES``.
         precision: One of ``PRECISIONS``.
-        threads: CPU threads of one inference; measured default where None.
+        threads: CPU threads of one inference; ``hardware.default_threads()`` where None.
 
     Raises:
-        ContractMismatch: A name or number that cannot be.
+        ContractMismatch: An unknown name or an invalid number.
     """
 
     device: str = "auto"
@@ -63,20 +65,20 @@ class EngineOptions:
 
 
 class EngineUnavailable(PolicyError):
-    """This machine cannot run that engine; the message says why."""
+    """This machine cannot run the engine; the message says why."""
 
 
 class Engine(Protocol):
-    """One network, one thread at a time.
+    """Runs one network, in one thread at a time.
 
     Attributes:
         name: e.g. ``"openvino 2026.4.1"``.
         device: e.g. ``"cpu"`` or ``"cuda:0"``.
         precision: ``"fp32"``, ``"bf16"`` or ``"fp16"``.
         threads: CPU threads of one inference, 0 where that does not apply.
-        sizes: Batch sizes that were prepared, ascending. A batch is computed as the next larger
-            one; (1,) means one observation after another.
-        exact: Whether an observation's actions have the same bits whatever is in its batch.
+        sizes: Prepared batch sizes, ascending. A batch is padded to the next larger one; (1,)
+            means that observations are computed one after another.
+        exact: Whether an observation's actions have the same bits in every batch.
     """
 
     name: str
@@ -87,17 +89,17 @@ class Engine(Protocol):
     exact: bool
 
     def staging(self, slot: int) -> Frames:
-        """The engine's own arrays for observation ``slot`` < ``MAX_BATCH``, to be written into.
+        """Return the engine's own input arrays for observation ``slot`` < ``MAX_BATCH``.
 
-        What lies in them needs no further copy in ``run``.
+        The caller writes into them; ``run`` does not copy data that is already there.
         """
         ...
 
     def run(self, batch: Sequence[Frames]) -> NDArray[np.float32]:
-        """(B, T, A) float32 in physical units for B <= ``MAX_BATCH`` observations.
+        """Return (B, T, A) float32 in physical units for B <= ``MAX_BATCH`` observations.
 
-        The pictures are read until this returns, and not kept. The result is overwritten by the
-        next call.
+        The engine reads the images until this returns, and does not keep them. The next call
+        overwrites the result.
 
         Raises:
             InferenceError: The network failed.
@@ -105,7 +107,7 @@ class Engine(Protocol):
         ...
 
     def close(self) -> None:
-        """Release what it holds. Idempotent."""
+        """Release all resources. Idempotent."""
         ...
 
 
@@ -120,7 +122,7 @@ class HostEngine:
         self._staging: dict[int, Frames] = {}
 
     def staging(self, slot: int) -> Frames:
-        """As ``Engine``; made when first asked for."""
+        """As ``Engine``; allocated on first use."""
         if not 0 <= slot < MAX_BATCH:
             raise ValueError(f"slot: got {slot}, expected 0 to {MAX_BATCH - 1}")
         if slot not in self._staging:
@@ -130,4 +132,4 @@ class HostEngine:
         return self._staging[slot]
 
     def close(self) -> None:
-        """Nothing is held that outlives the object."""
+        """Does nothing: no resource outlives the object."""

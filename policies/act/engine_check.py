@@ -1,4 +1,4 @@
-"""How far an engine is from float32 torch, measured before anybody is served."""
+"""Measures an engine's error against float32 torch before the first request."""
 
 from __future__ import annotations
 
@@ -10,12 +10,12 @@ from policies.act.config import ActConfig
 from policies.act.engine import Engine, Frames
 from policies.act.fused_model import FusedAct
 
-LIMITS = {"fp32": 1e-5, "bf16": 2e-2, "fp16": 2e-2}
-"""Largest error, by precision, that is taken without a word."""
+MAX_RELATIVE_ERROR = {"fp32": 1e-5, "bf16": 2e-2, "fp16": 2e-2}
+"""Largest error, by precision, that is accepted without a warning."""
 
 
 def probe(config: ActConfig) -> Frames:
-    """One observation: smooth in one half of each picture and noise in the other; any state."""
+    """Return one fixed observation: each image half smooth and half noise, and a random state."""
     random = np.random.default_rng(0)
     height, width = config.image_hw
     images = []
@@ -28,7 +28,7 @@ def probe(config: ActConfig) -> Frames:
 
 
 def reference_actions(fused: FusedAct) -> NDArray[np.float32]:
-    """(T, A) what ``fused``, in float32 on the CPU, says to ``probe``."""
+    """Return (T, A), the actions of ``fused``, in float32 on the CPU, for ``probe``."""
     frames = probe(fused.config)
     with torch.inference_mode():
         images = torch.from_numpy(np.stack(frames.images)[None])
@@ -37,8 +37,8 @@ def reference_actions(fused: FusedAct) -> NDArray[np.float32]:
     return actions
 
 
-def error_of(engine: Engine, config: ActConfig, reference: NDArray[np.float32]) -> float:
-    """max |a - b| / max |b| of ``engine`` against ``reference``; infinity where it is not finite.
+def relative_error(engine: Engine, config: ActConfig, reference: NDArray[np.float32]) -> float:
+    """Return max |a - b| / max |b| of ``engine`` against ``reference``; infinity if not finite.
 
     Raises:
         InferenceError: The engine failed.

@@ -1,4 +1,4 @@
-"""From a checkpoint's weights to a measured engine, one function for each kind."""
+"""Builds each kind of engine from a checkpoint's weights and measures its error."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from numpy.typing import NDArray
 from policies.act import hardware
 from policies.act.compiled_model_cache import BlobCache, Stored
 from policies.act.engine import MAX_BATCH, Engine, EngineUnavailable
-from policies.act.engine_check import LIMITS, error_of, reference_actions
+from policies.act.engine_check import MAX_RELATIVE_ERROR, reference_actions, relative_error
 from policies.act.fused_model import FusedAct
 from policies.act.torch_engine import TorchEngine
 from policies.act.weight_fusion import fuse
@@ -23,33 +23,40 @@ from policies.errors import InferenceError
 
 logger = logging.getLogger(__name__)
 
-Make = Callable[[ActWeights, torch.device, str, int], tuple[Engine, float]]
+EngineFactory = Callable[[ActWeights, torch.device, str, int], tuple[Engine, float]]
 """(weights, device, precision, threads) to an engine and its relative error on the probe."""
 
-HALF_UNIT = 2.0**-6
-"""Pictures of 0 to 255 want weights near 6e-5, where fp16 ends. A power of two is exact."""
-COMPILED_FROM = ("fuse.py", "fused.py", "openvino_graph.py", "openvino_engine.py", "backbone.py")
+FP16_PIXEL_UNIT = 2.0**-6
+"""``pixel_unit`` for fp16. Images of 0 to 255 would need weights near 6e-5, the smallest normal
+fp16 number. A power of two is exact.
+"""
+COMPILED_SOURCES = ("fuse.py", "fused.py", "openvino_graph.py", "openvino_engine.py", "backbone.py")
+"""Modules that determine a compiled engine; the cache key contains their text."""
 
 
 def make_torch(
     weights: ActWeights, device: torch.device, precision: str, threads: int
 ) -> tuple[Engine, float]:
-    """The fused network in eager torch."""
-    hardware.set_exact(device, hardware.DTYPES[precision])
+    """Build the engine that runs the fused network in eager torch."""
+    hardware.set_deterministic(device, hardware.DTYPES[precision])
     hardware.set_threads(threads)
     fused, reference = _fused_and_reference(weights, precision)
     engine = TorchEngine(fused, device, precision, threads)
-    return engine, error_of(engine, weights.config, reference)
+    return engine, relative_error(engine, weights.config, reference)
 
 
 def make_cuda_graph(
     weights: ActWeights, device: torch.device, precision: str, threads: int
 ) -> tuple[Engine, float]:
-    """The captured graphs. Raises ``EngineUnavailable``."""
+    """Build the engine of captured CUDA graphs.
+
+    Raises:
+        EngineUnavailable: The device does not support graphs, or lacks memory.
+    """
     from policies.act.cuda_api import TorchCuda
     from policies.act.cuda_graph import CudaGraphEngine
 
-    hardware.set_exact(device, hardware.DTYPES[precision])
+    hardware.set_deterministic(device, hardware.DTYPES[precision])
     hardware.set_threads(threads)
     fused, reference = _fused_and_reference(weights, precision)
     try:
@@ -58,7 +65,7 @@ def make_cuda_graph(
         raise EngineUnavailable(f"{device}: {error}") from error
     engine = CudaGraphEngine(fused, precision, api)
     try:
-        return engine, error_of(engine, weights.config, reference)
+        return engine, relative_error(engine, weights.config, reference)
     except InferenceError:
         if precision != "fp16":
             raise
@@ -68,10 +75,10 @@ def make_cuda_graph(
 def make_openvino(
     weights: ActWeights, device: torch.device, precision: str, threads: int
 ) -> tuple[Engine, float]:
-    """Compiled, or taken from the cache with the error that was measured then.
+    """Compile the network with OpenVINO, or load it from the cache with the error measured then.
 
     Raises:
-        EngineUnavailable: OpenVINO is not installed, or does not do it.
+        EngineUnavailable: OpenVINO is not installed, or cannot compile or run the network.
     """
     del device
     try:
@@ -96,13 +103,13 @@ def make_openvino(
             return engine, stored.error
     fused, reference = _fused_and_reference(weights, precision)
     engine = openvino_engine.compile_fused(fused, precision, threads, streams)
-    error = error_of(engine, weights.config, reference)
-    if error <= LIMITS[precision]:
+    error = relative_error(engine, weights.config, reference)
+    if error <= MAX_RELATIVE_ERROR[precision]:
         cache.write(key, Stored(engine.export(), error))
     return engine, error
 
 
-MAKERS: dict[str, Make] = {
+ENGINE_FACTORIES: dict[str, EngineFactory] = {
     "torch": make_torch,
     "openvino": make_openvino,
     "cuda-graph": make_cuda_graph,
@@ -110,17 +117,17 @@ MAKERS: dict[str, Make] = {
 
 
 def engine_key(weights: ActWeights, precision: str, threads: int, compiler: str) -> str:
-    """Names a compiled engine by everything that went into it: two that differ, differ here."""
+    """Return the cache key of a compiled engine. It differs whenever one of the inputs differs."""
     state = hashlib.sha256()
     for name, tensor in sorted(weights.tensors.items()):
         if not name.startswith("style."):
             state.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
             state.update(tensor.contiguous().numpy().data)
-    for said in (weights.config, weights.image_mean, weights.image_std, precision, threads):
-        state.update(f"{said!r}\n".encode())
+    for value in (weights.config, weights.image_mean, weights.image_std, precision, threads):
+        state.update(f"{value!r}\n".encode())
     state.update(weights.action_normalizer.digest())
     state.update(f"{compiler} {sorted(hardware.cpu_flags())}".encode())
-    for name in COMPILED_FROM:
+    for name in COMPILED_SOURCES:
         state.update(Path(__file__).with_name(name).read_bytes())
     return state.hexdigest()[:32]
 
@@ -128,7 +135,7 @@ def engine_key(weights: ActWeights, precision: str, threads: int, compiler: str)
 def _fused_and_reference(
     weights: ActWeights, precision: str
 ) -> tuple[FusedAct, NDArray[np.float32]]:
-    """The network as ``precision`` wants it, in float32 still, and what it says to the probe."""
+    """Return the network, still float32 and ready to convert, and its actions for the probe."""
     fused = fuse(weights)
     reference = reference_actions(fused)
-    return (fuse(weights, pixel_unit=HALF_UNIT) if precision == "fp16" else fused), reference
+    return (fuse(weights, pixel_unit=FP16_PIXEL_UNIT) if precision == "fp16" else fused), reference

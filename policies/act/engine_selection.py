@@ -1,8 +1,10 @@
-"""Which engine runs the network: the fastest that this machine has and that is right.
+"""Chooses the engine that runs the network: the fastest one of this machine that computes
+correctly.
 
-Every engine answers one probe before anybody is served, and is compared with float32 torch. What
-is chosen by itself makes way for the next where it is not there, fails or errs too much, with the
-reason logged. What was asked for by name is used or refused; its measured error is told.
+Every engine runs one probe before the first request, and its result is compared with float32 torch.
+An engine that "auto" tries is skipped where it is missing, fails or has too large an error, and the
+reason is logged. An engine or precision that the user names is used or refused, and its error is
+logged.
 """
 
 from __future__ import annotations
@@ -13,21 +15,22 @@ import torch
 
 from policies.act import hardware
 from policies.act.engine import Engine, EngineOptions, EngineUnavailable
-from policies.act.engine_check import LIMITS
-from policies.act.engine_factory import MAKERS
+from policies.act.engine_check import MAX_RELATIVE_ERROR
+from policies.act.engine_factory import ENGINE_FACTORIES
 from policies.act.weights import ActWeights
 from policies.errors import ContractMismatch, InferenceError
 
 logger = logging.getLogger(__name__)
 
 OVERFLOW = float("inf")
+"""Error of an engine whose result is not finite."""
 
 
 def make_engine(weights: ActWeights, options: EngineOptions | None = None) -> Engine:
-    """The engine for ``weights``, having run once; one log line says which and its error.
+    """Return the engine for ``weights`` after one run; log which one it is and its error.
 
     Raises:
-        ContractMismatch: What was asked for by name, this machine does not have.
+        ContractMismatch: This machine does not have what the user named.
     """
     options = options or EngineOptions()
     device = hardware.choose_device(options.device)
@@ -37,20 +40,21 @@ def make_engine(weights: ActWeights, options: EngineOptions | None = None) -> En
     for name in _engines(options.engine, device):
         for precision in precisions:
             try:
-                engine, error = MAKERS[name](weights, device, precision, threads)
+                engine, error = ENGINE_FACTORIES[name](weights, device, precision, threads)
             except (EngineUnavailable, InferenceError) as failure:
                 reasons.append(f"{name} in {precision}: {failure}")
-                logger.warning("passed over: %s", reasons[-1])
+                logger.warning("engine skipped: %s", reasons[-1])
                 continue
-            too_much = error > LIMITS[precision]
-            if too_much and (options.precision == "auto" or not error < OVERFLOW):
+            limit = MAX_RELATIVE_ERROR[precision]
+            too_large = error > limit
+            if too_large and (options.precision == "auto" or not error < OVERFLOW):
                 engine.close()
-                reasons.append(f"{name} in {precision}: {_told(error)}")
-                logger.warning("passed over: %s", reasons[-1])
+                reasons.append(f"{name} in {precision}: {_describe(error)}")
+                logger.warning("engine skipped: %s", reasons[-1])
                 continue
-            line = f"inference by {engine.name} on {engine.device}, {precision}, {_told(error)}"
-            if too_much:
-                logger.warning("%s: more than %.0e, and used as asked for", line, LIMITS[precision])
+            line = f"inference by {engine.name} on {engine.device}, {precision}, {_describe(error)}"
+            if too_large:
+                logger.warning("%s: more than %.0e, used because it was requested", line, limit)
             else:
                 logger.info("%s%s", line, note)
             return engine
@@ -60,14 +64,14 @@ def make_engine(weights: ActWeights, options: EngineOptions | None = None) -> En
     )
 
 
-def _told(error: float) -> str:
+def _describe(error: float) -> str:
     if not error < OVERFLOW:
         return "NaN or infinity on the first probe: an overflow"
     return f"error against float32 torch {error:.1e}"
 
 
 def _engines(name: str, device: torch.device) -> tuple[str, ...]:
-    """To be tried in this order."""
+    """Return the engines to try, in this order."""
     known = ("cuda-graph", "torch") if device.type == "cuda" else ("openvino", "torch")
     if name == "auto":
         return known
@@ -79,16 +83,16 @@ def _engines(name: str, device: torch.device) -> tuple[str, ...]:
 
 
 def _precisions(name: str, device: torch.device) -> tuple[tuple[str, ...], str]:
-    """To be tried in this order, and what to add to the log."""
-    has = hardware.precisions(device)
+    """Return the precisions to try, in this order, and a note for the log."""
+    supported = hardware.precisions(device)
     if name == "auto":
-        if "bf16" in has:
-            return ("bf16", "fp32"), " (auto: bf16 first, fp32 where it errs too much)"
+        if "bf16" in supported:
+            return ("bf16", "fp32"), " (auto: bf16 first, fp32 if its error is too large)"
         return ("fp32",), f" (auto: this {device.type} has no bfloat16 units)"
-    if name not in has:
+    if name not in supported:
         raise ContractMismatch(
             "precision",
             repr(name),
-            f"one of {('auto', *has)}: this {device.type} has no units for it",
+            f"one of {('auto', *supported)}: this {device.type} has no units for it",
         )
     return (name,), ""

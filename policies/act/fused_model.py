@@ -1,9 +1,7 @@
-"""The network as it is run: only what depends on the observation is left.
+"""The network as engines run it, with all constants precomputed by ``policies.act.weight_fusion``.
 
-``policies.act.weight_fusion`` makes it from a checkpoint.
-
-Plain torch, for any device and number format. ``ActModel`` is the readable reference, and this
-gives the same actions. All token tensors are (batch, tokens, width).
+It is plain torch, for any device and number format. ``ActModel`` is the readable reference; both
+give the same actions. All token tensors are (batch, tokens, width).
 """
 
 from __future__ import annotations
@@ -18,19 +16,25 @@ from policies.act.config import ActConfig
 
 
 class FusedBlock(nn.Module):
-    """A residual block; batch-norm is in the convolutions."""
+    """A residual block with batch-norm folded into the convolutions.
+
+    Args:
+        conv1, conv2: The 3x3 convolutions.
+        downsample: Convolution of the skip connection; None for an identity.
+    """
 
     def __init__(self, conv1: nn.Conv2d, conv2: nn.Conv2d, downsample: nn.Conv2d | None) -> None:
         super().__init__()
         self.conv1, self.conv2, self.downsample = conv1, conv2, downsample
 
     def forward(self, x: Tensor) -> Tensor:
+        """(B, C, H, W) to the same with the block's channels and stride."""
         y = self.conv2(self.conv1(x).relu_())
         return y.add_(x if self.downsample is None else self.downsample(x)).relu_()  # type: ignore[no-any-return]
 
 
 class FusedBackbone(nn.Module):
-    """The convolutions that pictures of one camera go through, or of all cameras.
+    """The convolutions for the images of one camera, or of all cameras.
 
     Args:
         stem: The first convolution.
@@ -50,13 +54,13 @@ class FusedBackbone(nn.Module):
 
 
 class FusedAttention(nn.Module):
-    """Attention with one projection and one table of constants for all that comes from ``x``.
+    """Attention with one projection and one table of constants for everything computed from ``x``.
 
     Args:
         n_heads: Heads.
         project: Queries, keys and values of ``x`` (D to 3D), or only keys and values (D to 2D).
-        table: (tokens, 3D or 2D), what positions and biases add to that.
-        out: D to D; its bias holds what the values' bias gives.
+        table: (tokens, 3D or 2D), the contribution of positions and biases, which is added to it.
+        out: D to D; its bias contains the contribution of the values' bias.
     """
 
     table: Tensor
@@ -67,7 +71,14 @@ class FusedAttention(nn.Module):
         self.register_buffer("table", table)
 
     def forward(self, x: Tensor, query: Tensor | None = None) -> Tensor:
-        """(B, tokens, D) to (B, T, D), where ``query`` (B, T, D) is projected already."""
+        """Attend to ``x`` (B, tokens, D).
+
+        Args:
+            query: (B, T, D) projected queries; those of ``x`` where None.
+
+        Returns:
+            (B, T, D).
+        """
         projected = self.project(x) + self.table
         parts = projected.split(self.out.in_features, dim=-1)
         if query is not None:
@@ -87,12 +98,15 @@ class FusedFeedForward(nn.Module):
         self.linear1, self.linear2, self.norm, self.gelu = linear1, linear2, norm, gelu
 
     def forward(self, x: Tensor) -> Tensor:
+        """(B, tokens, D) to (B, tokens, D)."""
         hidden = self.linear1(x)
         hidden = F.gelu(hidden) if self.gelu else hidden.relu_()
         return self.norm(self.linear2(hidden).add_(x))  # type: ignore[no-any-return]
 
 
 class FusedEncoderLayer(nn.Module):
+    """An encoder layer: self-attention and feed-forward, each with a skip connection and a norm."""
+
     def __init__(
         self, attention: FusedAttention, norm: nn.LayerNorm, feed_forward: FusedFeedForward
     ) -> None:
@@ -100,15 +114,20 @@ class FusedEncoderLayer(nn.Module):
         self.attention, self.norm, self.feed_forward = attention, norm, feed_forward
 
     def forward(self, x: Tensor) -> Tensor:
+        """(B, tokens, D) to (B, tokens, D)."""
         return self.feed_forward(self.norm(self.attention(x).add_(x)))  # type: ignore[no-any-return]
 
 
 class FirstDecoderLayer(nn.Module):
-    """The layer that sees zeros: its queries are constants, and what its self-attention would add
-    is in the bias of ``cross.out``.
+    """The decoder layer whose input is zero.
+
+    Its queries are constants. The bias of ``cross.out`` contains what its self-attention would add.
 
     Args:
         query: (T, D) projected queries of the cross-attention.
+        cross: Cross-attention to the memory.
+        norm: After the cross-attention.
+        feed_forward: With its own norm.
     """
 
     query: Tensor
@@ -125,16 +144,22 @@ class FirstDecoderLayer(nn.Module):
         self.register_buffer("query", query)
 
     def forward(self, memory: Tensor) -> Tensor:
+        """``memory`` (B, tokens, D) to (B, T, D)."""
         query = self.query.expand(len(memory), -1, -1)
         return self.feed_forward(self.norm(self.cross(memory, query)))  # type: ignore[no-any-return]
 
 
 class LaterDecoderLayer(nn.Module):
-    """A decoder layer behind the first.
+    """A decoder layer after the first.
 
     Args:
+        attention: Self-attention.
+        norm1: After the self-attention.
         query: The cross-attention's queries, D to D.
-        query_table: (T, D), what positions and biases add to them.
+        query_table: (T, D), the contribution of positions and biases to them.
+        cross: Cross-attention to the memory.
+        norm2: After the cross-attention.
+        feed_forward: With its own norm.
     """
 
     query_table: Tensor
@@ -156,6 +181,7 @@ class LaterDecoderLayer(nn.Module):
         self.register_buffer("query_table", query_table)
 
     def forward(self, x: Tensor, memory: Tensor) -> Tensor:
+        """``x`` (B, T, D) and ``memory`` (B, tokens, D) to (B, T, D)."""
         x = self.norm1(self.attention(x).add_(x))
         attended = self.cross(memory, self.query(x) + self.query_table)
         return self.feed_forward(self.norm2(attended.add_(x)))  # type: ignore[no-any-return]
@@ -164,22 +190,23 @@ class LaterDecoderLayer(nn.Module):
 class FusedAct(nn.Module):
     """(B, N, H, W, 3) uint8 and normalized state to actions in physical units. Inference only.
 
-    ``to(dtype)`` is ``set_dtype``: pictures, and the way from the last features to physical units,
-    stay in float32.
+    Use ``set_dtype`` instead of ``to(dtype)``: images, the last norm, the action head and the
+    conversion to physical units stay in float32.
 
     Args:
         config: Sizes.
-        pixel_mean: (N, 1, 1, 3), subtracted from pictures of 0 to 255.
-        pixel_scale: (N, 1, 1, 3), what they are then multiplied by; None for 1.
+        pixel_mean: (N, 1, 1, 3), subtracted from images of 0 to 255.
+        pixel_scale: (N, 1, 1, 3), factor after that; None for 1.
         backbones: One for all cameras, or one for each.
         image_proj: 512 to D.
-        style_token: (D,), the token of a latent that is zero.
+        style_token: (D,), the token of a zero latent.
         state_proj: S to D.
-        encoder, first, later: The transformer's layers.
-        norm: Behind the decoder.
-        action_head: D to A, the network's units.
-        action_scale, action_shift: (A,) from those to physical ones.
-        action_limits: (A,) lowest and highest that the normalizer lets through; None for no limit.
+        encoder: The encoder's layers.
+        first, later: The decoder's layers.
+        norm: After the decoder.
+        action_head: D to A, in the network's units.
+        action_scale, action_shift: (A,) map from those to physical units.
+        action_limits: (A,) lowest and highest action of the normalizer; None for no limits.
     """
 
     pixel_mean: Tensor
@@ -230,11 +257,11 @@ class FusedAct(nn.Module):
 
     @property
     def dtype(self) -> torch.dtype:
-        """Of the convolutions and the transformer."""
+        """Number format of the convolutions and the transformer."""
         return self.image_proj.weight.dtype
 
     def set_dtype(self, dtype: torch.dtype) -> FusedAct:
-        """Compute the convolutions and the transformer in ``dtype``; returns itself."""
+        """Compute the convolutions and the transformer in ``dtype``; return self."""
         for module in (self.backbones, self.image_proj, self.state_proj, self.encoder):
             module.to(dtype=dtype)
         self.first.to(dtype=dtype)
@@ -253,7 +280,7 @@ class FusedAct(nn.Module):
         return self.physical(self.action_head(self.norm(y.float())))
 
     def tokens(self, images: Tensor, state: Tensor) -> Tensor:
-        """(B, 2 + N * h * w, D): style, state, and the pictures' features as they lie in memory."""
+        """Return (B, 2 + N * h * w, D): style, state, and the images' features in memory order."""
         features = self.features(images)
         image_tokens = self.image_proj(features.permute(0, 2, 3, 1).flatten(1, 2))
         image_tokens = image_tokens.reshape(len(images), -1, self.config.width)
@@ -261,8 +288,9 @@ class FusedAct(nn.Module):
         return torch.cat((style, self.state_proj(state.to(self.dtype))[:, None], image_tokens), 1)
 
     def features(self, images: Tensor) -> Tensor:
-        """(B * N, 512, h, w), channels last. All cameras are one batch where they share a backbone;
-        with a backbone for each, they go one after another.
+        """Return (B * N, 512, h, w), channels last.
+
+        Cameras that share a backbone are one batch; otherwise they run one after another.
         """
         x = images - self.pixel_mean
         if self.pixel_scale is not None:
@@ -270,7 +298,7 @@ class FusedAct(nn.Module):
         x = x.permute(0, 1, 4, 2, 3).to(self.dtype)
         if not self.config.backbone_per_camera:
             return self.backbones[0](x.flatten(0, 1))  # type: ignore[no-any-return]
-        # Stacked as they lie in memory, channels last, so that the next reshape copies nothing.
+        # Stack them channels last, their memory order, so that the next reshape copies nothing.
         rows = [
             backbone(pictures).permute(0, 2, 3, 1)
             for backbone, pictures in zip(self.backbones, x.unbind(1), strict=True)
@@ -278,7 +306,7 @@ class FusedAct(nn.Module):
         return torch.stack(rows, 1).flatten(0, 1).permute(0, 3, 1, 2)
 
     def physical(self, normalized: Tensor) -> Tensor:
-        """The network's units to physical ones, within the normalizer's limits."""
+        """Convert the network's units to physical units, within the normalizer's limits."""
         actions = torch.addcmul(self.action_shift, normalized, self.action_scale)
         if self.action_lower is not None:
             actions = torch.clamp(actions, self.action_lower, self.action_upper)

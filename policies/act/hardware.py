@@ -1,4 +1,4 @@
-"""What this machine has: devices, number formats, cores."""
+"""Detects this machine's devices, number formats and cores, and configures torch for them."""
 
 from __future__ import annotations
 
@@ -10,20 +10,21 @@ import torch
 from policies.errors import ContractMismatch
 
 DEVICES = ("auto", "cpu", "cuda")
+"""Valid device names, besides ``cuda:N``."""
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
-CPU_UNITS = {
+CPU_FLAGS = {
     "bf16": frozenset({"amx_bf16", "avx512_bf16"}),
     "fp16": frozenset({"amx_fp16", "avx512_fp16"}),
 }
-"""Names in /proc/cpuinfo, any of which means that the CPU multiplies that format."""
+"""Flags in /proc/cpuinfo; any one of them means that the CPU multiplies that format in hardware."""
 TOPOLOGY = Path("/sys/devices/system/cpu")
 
 
 def choose_device(name: str) -> torch.device:
-    """The device that ``name`` (``DEVICES``, or ``cuda:N``) means.
+    """Return the device that ``name`` (one of ``DEVICES``, or ``cuda:N``) stands for.
 
     Raises:
-        ContractMismatch: An unknown name, or a GPU where torch sees none.
+        ContractMismatch: An unknown name, or a GPU that torch does not see.
     """
     kind, _, index = name.partition(":")
     if kind not in DEVICES or (index and not (kind == "cuda" and index.isdecimal())):
@@ -39,15 +40,17 @@ def choose_device(name: str) -> torch.device:
 
 
 def precisions(device: torch.device) -> tuple[str, ...]:
-    """The number formats that ``device`` multiplies in hardware; emulation is not offered."""
+    """Return the number formats that ``device`` multiplies in hardware; emulated ones are not
+    offered.
+    """
     if device.type == "cuda":
         return ("fp32", "bf16", "fp16") if torch.cuda.is_bf16_supported() else ("fp32", "fp16")
     flags = cpu_flags()
-    return ("fp32", *(name for name, units in CPU_UNITS.items() if units & flags))
+    return ("fp32", *(name for name, needed in CPU_FLAGS.items() if needed & flags))
 
 
 def cpu_flags(cpuinfo: Path = Path("/proc/cpuinfo")) -> frozenset[str]:
-    """What the kernel says that the CPU can do; nothing where it says nothing."""
+    """Return the CPU's feature flags as the kernel lists them; empty where it lists none."""
     try:
         lines = cpuinfo.read_text(encoding="utf-8", errors="replace").splitlines()
     except OSError:
@@ -61,22 +64,22 @@ def cpu_flags(cpuinfo: Path = Path("/proc/cpuinfo")) -> frozenset[str]:
 
 
 def default_threads() -> int:
-    """Every core that this process may use but one, and at least one.
+    """Return the number of cores that this process may use less one, and at least one.
 
-    The one is the control loop's, which shares the machine in a simulation and on many robots; it
-    would otherwise wait for the inference. Two hardware threads of a core count as one: the second
-    has no arithmetic units of its own. docs/inference.md has the measurement.
+    One core is left for the control loop, which shares the machine in a simulation and on many
+    robots and would otherwise wait for the inference. Two hardware threads of a core count as one,
+    because the second has no arithmetic units of its own. docs/inference.md has the measurement.
     """
     return max(1, len(_cores()) - 1)
 
 
 def streams(threads: int) -> int:
-    """Inferences of ``threads`` threads that this process has cores for at a time, at least one."""
+    """Return how many inferences of ``threads`` threads fit this process's cores, at least one."""
     return max(1, len(_cores()) // threads)
 
 
 def _cores() -> set[str]:
-    """Physical cores that this process may run on, each by its hardware threads."""
+    """Return the physical cores that this process may run on, named by their hardware threads."""
     cores = set()
     for cpu in os.sched_getaffinity(0):
         siblings = TOPOLOGY / f"cpu{cpu}" / "topology" / "thread_siblings_list"
@@ -88,16 +91,16 @@ def _cores() -> set[str]:
 
 
 def set_threads(threads: int) -> None:
-    """Use ``threads`` CPU threads in all of this process's torch."""
+    """Make all of this process's torch use ``threads`` CPU threads."""
     if torch.get_num_threads() != threads:
         torch.set_num_threads(threads)
 
 
-def set_exact(device: torch.device, dtype: torch.dtype) -> None:
-    """Make CUDA give the same bits every time, and float32 be float32; all of this process's torch.
+def set_deterministic(device: torch.device, dtype: torch.dtype) -> None:
+    """Make CUDA deterministic and float32 full precision, in all of this process's torch.
 
-    By default torch computes float32 convolutions in TF32, with 10 bits of mantissa, and may
-    choose another algorithm in every process.
+    By default torch computes float32 convolutions in TF32, with 10 bits of mantissa, and may choose
+    another algorithm in every process.
     """
     if device.type != "cuda":
         return

@@ -1,7 +1,7 @@
-"""ACT: pictures and joint state in, a chunk of actions out (https://arxiv.org/abs/2304.13705).
+"""ACT: images and joint state in, a chunk of actions out (https://arxiv.org/abs/2304.13705).
 
-The one weight layout that loaders map foreign checkpoints onto and that the trainer writes from.
-This is the reference that faster engines are held against, so it stays plain.
+This module defines the one weight layout: loaders convert other layouts to it, and the trainer
+writes from it. Faster engines are compared with this network, so the code stays plain.
 """
 
 from __future__ import annotations
@@ -16,7 +16,9 @@ from policies.act.config import CHANNELS, ActConfig
 from policies.act.transformer import DecoderLayer, EncoderLayer, grid_positions
 
 IMAGENET_MEAN = (0.485, 0.456, 0.406)
+"""(r, g, b) mean of ImageNet's images, scaled to [0, 1]."""
 IMAGENET_STD = (0.229, 0.224, 0.225)
+"""(r, g, b) standard deviation of ImageNet's images, scaled to [0, 1]."""
 
 LATENT, STATE = 0, 1
 """Rows of ``token_pos``, and the first two tokens of the encoder."""
@@ -27,8 +29,8 @@ class ActModel(nn.Module):
 
     Args:
         config: Sizes.
-        image_mean, image_std: One (r, g, b) for each camera, of pictures scaled to [0, 1].
-        folded: Batch-norm already folded into the convolutions: inference only.
+        image_mean, image_std: (r, g, b) for each camera, of images scaled to [0, 1].
+        folded: Batch-norm is already folded into the convolutions: inference only.
     """
 
     image_mean: Tensor
@@ -70,7 +72,7 @@ class ActModel(nn.Module):
             self.register_buffer(name, value, persistent=False)
 
     def normalize_images(self, images: Tensor) -> Tensor:
-        """(B, N, H, W, 3) uint8 to (B * N, 3, H, W), in memory still channels last."""
+        """(B, N, H, W, 3) uint8 to (B * N, 3, H, W), still channels last in memory."""
         mean, std = (x[None, :, None, None, :] for x in (self.image_mean, self.image_std))
         scaled = (images.to(mean.dtype) / 255 - mean) / std
         return scaled.flatten(0, 1).permute(0, 3, 1, 2).to(self.image_proj.weight.dtype)
@@ -78,7 +80,7 @@ class ActModel(nn.Module):
     def features(self, pictures: Tensor) -> Tensor:
         """(B * N, 3, H, W) normalized to (B * N, 512, h, w).
 
-        All cameras are one batch where they share a backbone.
+        Cameras that share a backbone are one batch.
         """
         if not self.config.backbone_per_camera:
             return self.backbone(pictures)  # type: ignore[no-any-return]
@@ -100,7 +102,7 @@ class ActModel(nn.Module):
         return self.act(self.image_tokens(images), state, latent)
 
     def act(self, image_tokens: Tensor, state: Tensor, latent: Tensor | None = None) -> Tensor:
-        """As ``forward``, from the tokens of the pictures."""
+        """As ``forward``, from the images' tokens (B, N * h * w, D)."""
         batch = len(state)
         if latent is None:
             style = self.latent_proj.bias.expand(batch, -1)

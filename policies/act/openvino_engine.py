@@ -1,4 +1,4 @@
-"""The fused network compiled by OpenVINO for this CPU."""
+"""Runs the fused network compiled by OpenVINO for this CPU."""
 
 from __future__ import annotations
 
@@ -15,14 +15,16 @@ from policies.act.writable_views import nominally_writable
 from policies.errors import InferenceError
 
 HINTS = {"fp32": "f32", "bf16": "bf16", "fp16": "f16"}
+"""OpenVINO's names of the precisions."""
 CAPABILITIES = {"fp32": "FP32", "bf16": "BF16", "fp16": "FP16"}
+"""OpenVINO's names of the matching CPU capabilities."""
 
 
 class _Stream:
-    """One of the compiled model's streams: its threads, and one observation at a time.
+    """One stream of the compiled model: its threads, computing one observation at a time.
 
     Args:
-        own: Arrays for pictures that cannot be read where they lie.
+        own: Arrays for images that OpenVINO cannot read directly from the caller's memory.
     """
 
     def __init__(
@@ -33,20 +35,20 @@ class _Stream:
         self._request.set_tensor("state", ov.Tensor(self._state, shared_memory=True))
         self._names = [f"image_{i}" for i in range(config.n_cameras)]
         self._own_images = own
-        self._own = [ov.Tensor(image[None], shared_memory=True) for image in own]
+        self._own_tensors = [ov.Tensor(image[None], shared_memory=True) for image in own]
         self._borrowed = True
-        self.let_go()
+        self.release_images()
 
     def bind(self, frames: Frames, actions: ov.Tensor) -> None:
-        """The next observation and where its actions go; its pictures are read where they lie."""
-        for name, mine, own, image in zip(
-            self._names, self._own_images, self._own, frames.images, strict=True
+        """Set the next observation and the output tensor; contiguous images are not copied."""
+        for name, own, own_tensor, image in zip(
+            self._names, self._own_images, self._own_tensors, frames.images, strict=True
         ):
-            if image is mine or not image.flags.c_contiguous:
-                if image is not mine:
-                    np.copyto(mine, image)
+            if image is own or not image.flags.c_contiguous:
+                if image is not own:
+                    np.copyto(own, image)
                 if self._borrowed:
-                    self._request.set_tensor(name, own)
+                    self._request.set_tensor(name, own_tensor)
                 continue
             view = nominally_writable(image)[None]
             self._request.set_tensor(name, ov.Tensor(view, shared_memory=True))
@@ -55,32 +57,36 @@ class _Stream:
         self._request.set_tensor("actions", actions)
 
     def infer(self) -> None:
+        """Compute and wait."""
         self._request.infer(share_outputs=True)
 
     def start(self) -> None:
+        """Start computing in the background."""
         self._request.start_async(share_inputs=True)
 
     def wait(self) -> None:
+        """Wait for ``start``. Raises ``RuntimeError`` where the computation failed."""
         self._request.wait()
 
-    def let_go(self) -> None:
-        """Of the pictures: the caller's memory may be gone after this."""
+    def release_images(self) -> None:
+        """Drop all references to the caller's images, whose memory may be unmapped after this."""
         if self._borrowed:
-            for name, own in zip(self._names, self._own, strict=True):
-                self._request.set_tensor(name, own)
+            for name, own_tensor in zip(self._names, self._own_tensors, strict=True):
+                self._request.set_tensor(name, own_tensor)
             self._borrowed = False
 
 
 class OpenVinoEngine(HostEngine):
-    """Pictures are read where they lie, actions are written where they are handed out.
+    """``Engine`` that reads images from, and writes actions to, their final memory without copies.
 
-    A batch is computed side by side, an observation per stream of ``threads`` threads: the same
-    instructions as one alone, so that an action never depends on who else asked, not in one bit.
+    A batch is computed in parallel, one observation per stream of ``threads`` threads. Each
+    observation runs the same instructions as one alone, so its actions have the same bits in every
+    batch.
 
     Args:
         config: Sizes.
-        compiled: What ``compile_fused`` or ``import_blob`` made of ``build_graph``.
-        precision, threads, streams: As it was compiled.
+        compiled: The model that ``compile_fused`` or ``import_blob`` created.
+        precision, threads, streams: Options it was compiled with.
     """
 
     def __init__(
@@ -105,19 +111,20 @@ class OpenVinoEngine(HostEngine):
         ]
 
     def run(self, batch: Sequence[Frames]) -> NDArray[np.float32]:
-        together = len(self._streams)
+        """Compute as many observations at a time as there are streams."""
+        size = len(self._streams)
         try:
-            for first in range(0, len(batch), together):
-                self._run_some(batch[first : first + together], self._outputs[first:])
+            for first in range(0, len(batch), size):
+                self._run_parallel(batch[first : first + size], self._outputs[first:])
         except RuntimeError as error:
             raise InferenceError(f"{self.name}: {error}") from error
         finally:
             for stream in self._streams:
-                stream.let_go()
+                stream.release_images()
         return self._actions[: len(batch)]
 
-    def _run_some(self, batch: Sequence[Frames], outputs: Sequence[ov.Tensor]) -> None:
-        """At most one per stream."""
+    def _run_parallel(self, batch: Sequence[Frames], outputs: Sequence[ov.Tensor]) -> None:
+        """Compute at most one observation per stream."""
         streams = self._streams[: len(batch)]
         for stream, frames, actions in zip(streams, batch, outputs, strict=False):
             stream.bind(frames, actions)
@@ -130,18 +137,19 @@ class OpenVinoEngine(HostEngine):
                 stream.start()
                 started.append(stream)
         finally:
-            # All of them, whatever one says: nothing may be read any more when this returns.
-            failures = [failure for stream in started if (failure := _failure_of(stream))]
+            # Wait for all of them even if one fails: no image may be read after this returns.
+            failures = [failure for stream in started if (failure := _wait_for(stream))]
         if failures:
             raise failures[0]
 
     def export(self) -> bytes:
-        """What ``import_blob`` takes."""
+        """Return the bytes that ``import_blob`` takes."""
         blob = self._compiled.export_model()
         return blob if isinstance(blob, bytes) else bytes(blob.getvalue())
 
 
-def _failure_of(stream: _Stream) -> RuntimeError | None:
+def _wait_for(stream: _Stream) -> RuntimeError | None:
+    """Wait for ``stream`` and return its error, if any."""
     try:
         stream.wait()
     except RuntimeError as error:
@@ -150,7 +158,7 @@ def _failure_of(stream: _Stream) -> RuntimeError | None:
 
 
 def version() -> str:
-    """OpenVINO's, with its commit: another one compiles something else."""
+    """Return OpenVINO's version and commit; another version compiles other code."""
     return str(ov.get_version())
 
 
@@ -160,7 +168,10 @@ def compile_fused(
     """Compile ``fused`` (float32, on the CPU) for this machine.
 
     Args:
-        streams: Observations side by side, each on ``threads`` threads.
+        fused: The network.
+        precision: A key of ``HINTS``.
+        threads: CPU threads of one observation.
+        streams: Observations computed in parallel, each on ``threads`` threads.
 
     Raises:
         EngineUnavailable: This CPU lacks ``precision``, or the compiler failed.
@@ -173,7 +184,7 @@ def compile_fused(
         raise EngineUnavailable(f"openvino: {precision} is not among this CPU's {capabilities}")
     try:
         compiled = core.compile_model(
-            build_graph(fused), "CPU", _settings(precision, threads, streams)
+            build_graph(fused), "CPU", _compile_options(precision, threads, streams)
         )
     except RuntimeError as error:
         raise EngineUnavailable(f"openvino: {error}") from error
@@ -183,24 +194,25 @@ def compile_fused(
 def import_blob(
     blob: bytes, config: ActConfig, precision: str, threads: int, streams: int = 1
 ) -> OpenVinoEngine:
-    """The engine that ``OpenVinoEngine.export`` wrote, on the same machine with the same settings.
+    """Load the engine that ``OpenVinoEngine.export`` wrote on this machine with the same options.
 
     Raises:
-        EngineUnavailable: OpenVINO does not take it.
+        EngineUnavailable: OpenVINO refuses it.
     """
     try:
-        compiled = ov.Core().import_model(blob, "CPU", _settings(precision, threads, streams))
+        options = _compile_options(precision, threads, streams)
+        compiled = ov.Core().import_model(blob, "CPU", options)
         return OpenVinoEngine(config, compiled, precision, threads, streams)
     except RuntimeError as error:
         raise EngineUnavailable(f"openvino: {error}") from error
 
 
-def _settings(precision: str, threads: int, streams: int) -> dict[str, str | int | bool]:
+def _compile_options(precision: str, threads: int, streams: int) -> dict[str, str | int | bool]:
     return {
         "PERFORMANCE_HINT": "LATENCY",
         "NUM_STREAMS": streams,
         "INFERENCE_NUM_THREADS": threads * streams,
         "INFERENCE_PRECISION_HINT": HINTS[precision],
-        # Pinned threads could not make way for the control loop's.
+        # Pinned threads could not move to another core when the control loop needs theirs.
         "ENABLE_CPU_PINNING": False,
     }

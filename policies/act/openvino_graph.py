@@ -1,7 +1,8 @@
-"""``FusedAct`` as an OpenVINO model, written operation by operation.
+"""Builds ``FusedAct`` as an OpenVINO model, operation by operation.
 
-A converter would trace the module and leave its own casts, reshapes and shape arithmetic in the
-graph; here what is compiled is what is written. One observation, static shapes.
+A converter would trace the module and add its own casts, reshapes and shape arithmetic to the
+graph. Built by hand, the graph has exactly these operations. It takes one observation and has
+static shapes.
 
 Inputs: for each camera (1, H, W, 3) uint8, named ``image_0``..., and ``state`` (1, S) float32,
 normalized. Output: ``actions`` (1, T, A) float32, physical units.
@@ -31,7 +32,9 @@ Node = Any
 
 
 def build_graph(fused: FusedAct) -> ov.Model:
-    """The model. ``fused`` is float32 on the CPU; the weights are shared with it, not copied."""
+    """Return the model. ``fused`` is float32 on the CPU; the model shares its weights, not copies
+    them.
+    """
     config = fused.config
     shape = [1, *config.image_hw, 3]
     images = [op.parameter(shape, np.uint8, name=f"image_{i}") for i in range(config.n_cameras)]
@@ -58,7 +61,7 @@ def _tokens(fused: FusedAct, images: list[Node], state: Node) -> Node:
 
 
 def _features(fused: FusedAct, images: list[Node]) -> Node:
-    """(N, 512, h, w), of all cameras as one batch where they share a backbone."""
+    """Return (N, 512, h, w); cameras that share a backbone are one batch."""
     backbones = cast("list[FusedBackbone]", list(fused.backbones))
     if not fused.config.backbone_per_camera:
         return _backbone(backbones[0], _pixels(fused, images, slice(None)))
@@ -75,8 +78,9 @@ def _concat(parts: list[Node]) -> Node:
 
 
 def _pixels(fused: FusedAct, images: list[Node], cameras: slice) -> Node:
-    """The pictures of ``cameras`` as float32 (N, 3, H, W), less their means. They are turned while
-    a pixel is still one byte.
+    """Return the images of ``cameras`` as float32 (N, 3, H, W), less their means.
+
+    The transposition comes first, while a pixel is still one byte.
     """
     x = op.convert(op.transpose(_concat(images), [0, 3, 1, 2]), np.float32)
     x = op.subtract(x, _per_camera(fused.pixel_mean[cameras]))
@@ -91,26 +95,26 @@ def _backbone(backbone: FusedBackbone, x: Node) -> Node:
     x = pooled.output(0)
     for block in cast("list[FusedBlock]", list(backbone.blocks)):
         y = _convolution(block.conv2, op.relu(_convolution(block.conv1, x)))
-        around = x if block.downsample is None else _convolution(block.downsample, x)
-        x = op.relu(op.add(y, around))
+        skip = x if block.downsample is None else _convolution(block.downsample, x)
+        x = op.relu(op.add(y, skip))
     return x
 
 
 def _attention(attention: FusedAttention, x: Node, query: Node | None = None) -> Node:
-    """``query`` (1, heads, T, d) where it is not of ``x``."""
+    """Attend to ``x``; ``query`` (1, heads, T, d) where the queries are not those of ``x``."""
     project, heads = attention.project, attention.n_heads
     width = attention.out.in_features
     projected = op.add(_linear(project, x), _constant(attention.table))
     parts = op.split(projected, 2, project.out_features // width).outputs()
-    mine = [_heads(part, heads, width) for part in parts]
-    q, k, v = mine if query is None else (query, *mine)
+    own = [_heads(part, heads, width) for part in parts]
+    q, k, v = own if query is None else (query, *own)
     attended = op.scaled_dot_product_attention(q, k, v, scale=np.float32(1))
     flat = op.reshape(op.transpose(attended, [0, 2, 1, 3]), [1, -1, width], False)
     return _linear(attention.out, flat)
 
 
 def _heads(x: Node, heads: int, width: int) -> Node:
-    """(1, tokens, D) to (1, heads, tokens, d)."""
+    """Reshape (1, tokens, D) to (1, heads, tokens, d)."""
     return op.transpose(op.reshape(x, [1, -1, heads, width // heads], False), [0, 2, 1, 3])
 
 
@@ -137,7 +141,9 @@ def _later_decoder_layer(layer: LaterDecoderLayer, x: Node, memory: Node) -> Nod
 
 
 def _physical(fused: FusedAct, normalized: Node) -> Node:
-    """Not part of the head's weights: in bfloat16 only this way keeps the shift exact."""
+    """Convert to physical units, apart from the head's weights: in bfloat16 that keeps the shift
+    exact.
+    """
     scaled = op.multiply(normalized, _constant(fused.action_scale))
     actions = op.add(scaled, _constant(fused.action_shift))
     if fused.action_lower is None or fused.action_upper is None:
@@ -163,7 +169,9 @@ def _norm(norm: nn.LayerNorm, x: Node) -> Node:
 
 
 def _per_camera(values: Tensor) -> Node:
-    """(N, 1, 1, 3) as a constant beside (N, 3, H, W); one row where all cameras agree."""
+    """Return (N, 1, 1, 3) as a constant for (N, 3, H, W); one row where all cameras have equal
+    values.
+    """
     rows = values.permute(0, 3, 1, 2)
     return _constant(rows[:1] if bool((rows == rows[:1]).all()) else rows)
 

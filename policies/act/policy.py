@@ -17,18 +17,19 @@ from policies.types import ActionChunk, MetaObs, PolicyContract, PolicyInfo
 
 
 class ActPolicy:
-    """Stateless: every chunk depends on its own observation only. One thread at a time.
+    """An ACT checkpoint as a policy. Stateless; used by one thread at a time.
 
-    The same observation gives the same bits in any process of one machine with the same device,
-    engine, precision and threads.
+    Every chunk depends only on its own observation. The same observation gives the same bits in any
+    process of one machine with the same device, engine, precision and threads.
 
     Args:
+        weights: The checkpoint.
         checkpoint: Where ``weights`` came from, for ``info``.
         device, engine, precision, threads: See ``policies.act.engine.EngineOptions``.
-        chunk_size: Cut every chunk to this many actions; all that were trained where None.
+        chunk_size: Cut every chunk to this many actions; the trained number where None.
 
     Raises:
-        ContractMismatch: What was asked for, this machine or the checkpoint does not have.
+        ContractMismatch: This machine or the checkpoint does not have what was requested.
     """
 
     def __init__(
@@ -60,19 +61,21 @@ class ActPolicy:
 
     @property
     def contract(self) -> PolicyContract:
+        """What the policy needs and returns."""
         return self._contract
 
     @property
     def info(self) -> PolicyInfo:
+        """Checkpoint, device, engine and precision."""
         return self._info
 
     def infer(self, obs: MetaObs) -> ActionChunk:
-        """The chunk for ``obs``; its arrays may be read-only, and are not kept.
+        """Return the chunk for ``obs``, whose arrays may be read-only and are not kept.
 
         Raises:
             ObservationError: NaN or infinity in the state.
-            ContractMismatch: Another camera, shape or dtype than the contract's.
-            InferenceError: The network failed or gave NaN or infinity.
+            ContractMismatch: A camera, shape or dtype other than the contract's.
+            InferenceError: The network failed or returned NaN or infinity.
         """
         start = time.monotonic_ns()
         frames = self._prepare(obs, 0)
@@ -82,68 +85,73 @@ class ActPolicy:
         return self._chunk(obs, actions, prepared - start, inferred - prepared)
 
     def infer_batch(self, observations: Sequence[MetaObs]) -> list[ActionChunk | PolicyError]:
-        """The chunk for each, or what ``infer`` would have raised: one bad one costs no other.
+        """Return each observation's chunk, or the error that ``infer`` would have raised for it.
 
-        Those of one batch are computed together where ``batch_sizes`` says so. ``preprocess`` and
-        ``infer`` of the stages are the whole batch's.
+        An invalid observation does not affect the others. Observations are computed together in
+        batches of ``batch_sizes``. The stages ``preprocess`` and ``infer`` are those of the whole
+        batch.
         """
-        answers: list[ActionChunk | PolicyError] = []
+        results: list[ActionChunk | PolicyError] = []
         for first in range(0, len(observations), MAX_BATCH):
-            answers += self._infer_some(observations[first : first + MAX_BATCH])
-        return answers
+            results += self._infer_one_batch(observations[first : first + MAX_BATCH])
+        return results
 
     @property
     def batch_sizes(self) -> tuple[int, ...]:
-        """Sizes that ``infer_batch`` computes at once; (1,) where it takes one after another."""
+        """Batch sizes that ``infer_batch`` computes at once; (1,) where it computes one after
+        another.
+        """
         return self._engine.sizes
 
     @property
     def batch_is_exact(self) -> bool:
-        """Whether a chunk has the same bits whatever it is computed with."""
+        """Whether a chunk has the same bits in every batch."""
         return self._engine.exact
 
     def reset(self) -> None:
-        """Nothing to forget."""
+        """Does nothing: there is no episode state."""
 
     def fork(self) -> ActPolicy:
-        """Itself: there is no episode state."""
+        """Return itself: there is no episode state."""
         return self
 
     def close(self) -> None:
         """Release the engine. Idempotent."""
         self._engine.close()
 
-    def _infer_some(self, observations: Sequence[MetaObs]) -> list[ActionChunk | PolicyError]:
-        """At most ``MAX_BATCH``."""
+    def _infer_one_batch(self, observations: Sequence[MetaObs]) -> list[ActionChunk | PolicyError]:
+        """As ``infer_batch``, for at most ``MAX_BATCH`` observations."""
         start = time.monotonic_ns()
-        answers: list[ActionChunk | PolicyError | None] = [None] * len(observations)
-        places: list[int] = []
+        results: list[ActionChunk | PolicyError | None] = [None] * len(observations)
+        indices: list[int] = []
         batch: list[Frames] = []
-        for place, obs in enumerate(observations):
+        for index, obs in enumerate(observations):
             try:
                 batch.append(self._prepare(obs, len(batch)))
-                places.append(place)
+                indices.append(index)
             except PolicyError as error:
-                answers[place] = error
+                results[index] = error
         prepared = time.monotonic_ns()
         if batch:
             try:
-                results = self._engine.run(batch)
+                outputs = self._engine.run(batch)
             except InferenceError as error:
-                return [error if answer is None else answer for answer in answers]
+                return [error if result is None else result for result in results]
             inferred = time.monotonic_ns()
-            for place, actions in zip(places, results, strict=True):
+            for index, actions in zip(indices, outputs, strict=True):
                 try:
-                    answers[place] = self._chunk(
-                        observations[place], actions, prepared - start, inferred - prepared
+                    results[index] = self._chunk(
+                        observations[index], actions, prepared - start, inferred - prepared
                     )
                 except PolicyError as error:
-                    answers[place] = error
-        return [answer for answer in answers if answer is not None]
+                    results[index] = error
+        return [result for result in results if result is not None]
 
     def _prepare(self, obs: MetaObs, slot: int) -> Frames:
-        """``obs`` as the engine takes it: a picture of the model's size where it lies, any other
-        cropped and resized into the engine's own memory.
+        """Return ``obs`` as the engine's input.
+
+        An image of the model's size is passed on without a copy. Any other is cropped and resized
+        into the engine's own memory.
         """
         self._check(obs)
         staging = self._engine.staging(slot)
@@ -161,7 +169,7 @@ class ActPolicy:
     def _chunk(
         self, obs: MetaObs, actions: NDArray[np.float32], preprocess_ns: int, infer_ns: int
     ) -> ActionChunk:
-        """``actions`` (T, A) belong to the engine and are copied."""
+        """Return the chunk of ``actions`` (T, A), which belong to the engine and are copied."""
         start = time.monotonic_ns()
         own = actions[: self._contract.chunk_size].copy()
         if not np.isfinite(own).all():

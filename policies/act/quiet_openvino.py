@@ -1,8 +1,8 @@
-"""``openvino``, imported without its telemetry.
+"""Imports ``openvino`` without its telemetry.
 
-``import openvino`` starts a thread that reports the import to its vendor over the network. The
-server of a robot does no such thing. The package does without ``openvino_telemetry`` where that is
-not installed, so while it is imported that is not.
+``import openvino`` starts a thread that reports the import to the vendor over the network, which a
+robot's server must not do. OpenVINO works without ``openvino_telemetry`` where that package is not
+installed. So this module makes the package appear missing during the import.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""The fused network in eager torch: runs wherever torch does."""
+"""Runs the fused network in eager torch, on any device that torch supports."""
 
 from __future__ import annotations
 
@@ -15,13 +15,15 @@ from policies.errors import InferenceError
 
 
 class TorchEngine(HostEngine):
-    """One observation after another, so that an action never depends on who else asked.
+    """``Engine`` that computes one observation after another.
+
+    So an observation's actions never depend on the rest of its batch.
 
     Args:
-        fused: Becomes this engine's own: it is moved and converted.
+        fused: The engine takes it over: it moves and converts it.
         device: Where to run.
         precision: A key of ``DTYPES``.
-        threads: CPU threads, in all of this process's torch.
+        threads: CPU threads, of all of this process's torch.
     """
 
     def __init__(self, fused: FusedAct, device: torch.device, precision: str, threads: int) -> None:
@@ -38,6 +40,7 @@ class TorchEngine(HostEngine):
         self._actions = np.empty((MAX_BATCH, config.chunk_size, config.action_dim), np.float32)
 
     def run(self, batch: Sequence[Frames]) -> NDArray[np.float32]:
+        """Compute the observations one after another."""
         for i, frames in enumerate(batch):
             for camera, image in enumerate(frames.images):
                 np.copyto(self._host_images[camera], image)

@@ -1,5 +1,5 @@
-"""Post-norm transformer layers as ACT (and DETR) have them: positions are added to queries and keys
-at every layer, never to values.
+"""Post-norm transformer layers as in ACT and DETR: every layer adds positions to queries and keys,
+but not to values.
 
 All tensors are (batch, tokens, width). Parameters have the names of ``torch.nn.Transformer*Layer``.
 """
@@ -16,7 +16,13 @@ from policies.act.config import ActConfig
 
 
 class Attention(nn.Module):
-    """Multi-head attention."""
+    """Multi-head attention with the parameters of ``torch.nn.MultiheadAttention``.
+
+    Args:
+        width: Channels D of a token.
+        n_heads: Heads.
+        dropout: Probability for attention weights in training.
+    """
 
     def __init__(self, width: int, n_heads: int, dropout: float) -> None:
         super().__init__()
@@ -29,30 +35,35 @@ class Attention(nn.Module):
         nn.init.zeros_(self.out_proj.bias)
 
     def forward(
-        self, query: Tensor, key: Tensor, value: Tensor, hidden: Tensor | None = None
+        self, query: Tensor, key: Tensor, value: Tensor, key_padding_mask: Tensor | None = None
     ) -> Tensor:
-        """(B, Q, D), (B, K, D), (B, K, D) to (B, Q, D); ``hidden`` (B, K) bool hides keys."""
+        """(B, Q, D), (B, K, D), (B, K, D) to (B, Q, D).
+
+        Args:
+            query, key, value: The inputs.
+            key_padding_mask: (B, K) bool, True for keys to ignore.
+        """
         weights, biases = self.in_proj_weight.chunk(3), self.in_proj_bias.chunk(3)
         q, k, v = (
             F.linear(x, w, b).view(*x.shape[:2], self.n_heads, -1).transpose(1, 2)
             for x, w, b in zip((query, key, value), weights, biases, strict=True)
         )
-        mask = None if hidden is None else ~hidden[:, None, None, :]
+        mask = None if key_padding_mask is None else ~key_padding_mask[:, None, None, :]
         dropout = self.dropout if self.training else 0.0
         out = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, dropout_p=dropout)
         return self.out_proj(out.transpose(1, 2).flatten(2))  # type: ignore[no-any-return]
 
-    def of_zeros(self) -> Tensor:
-        """(D,): the output where all values are zero, whatever queries and keys are.
+    def zero_value_output(self) -> Tensor:
+        """Return (D,), the output where all values are zero, for any queries and keys.
 
-        Every projected value is then the value bias, and so is any average of them.
+        Every projected value is then the value bias, and so is any weighted average of them.
         """
         value_bias = self.in_proj_bias.chunk(3)[2]
         return self.out_proj(value_bias)  # type: ignore[no-any-return]
 
 
 class _FeedForward(nn.Module):
-    """What the two layers share: linear1, linear2, the activation, dropout."""
+    """The feed-forward block of both kinds of layers: linear1, activation, dropout, linear2."""
 
     def __init__(self, config: ActConfig) -> None:
         super().__init__()
@@ -64,23 +75,34 @@ class _FeedForward(nn.Module):
         self.dropout = nn.Dropout(config.dropout)
 
     def feed_forward(self, x: Tensor) -> Tensor:
+        """(B, N, D) to (B, N, D), without skip connection and norm."""
         return self.linear2(self.dropout(self.activation(self.linear1(x))))  # type: ignore[no-any-return]
 
 
 class EncoderLayer(_FeedForward):
+    """Self-attention and feed-forward, each with a skip connection and a norm after it."""
+
     def __init__(self, config: ActConfig) -> None:
         super().__init__(config)
         self.self_attn = Attention(config.width, config.n_heads, config.dropout)
         self.norm1, self.norm2 = nn.LayerNorm(config.width), nn.LayerNorm(config.width)
 
-    def forward(self, x: Tensor, pos: Tensor, hidden: Tensor | None = None) -> Tensor:
-        """``x`` (B, N, D), ``pos`` (N, D), ``hidden`` (B, N) bool."""
+    def forward(self, x: Tensor, pos: Tensor, key_padding_mask: Tensor | None = None) -> Tensor:
+        """(B, N, D) to (B, N, D).
+
+        Args:
+            x: The tokens.
+            pos: (N, D) positions.
+            key_padding_mask: (B, N) bool, True for tokens to ignore.
+        """
         q = x + pos
-        x = self.norm1(x + self.dropout(self.self_attn(q, q, x, hidden)))
+        x = self.norm1(x + self.dropout(self.self_attn(q, q, x, key_padding_mask)))
         return self.norm2(x + self.dropout(self.feed_forward(x)))  # type: ignore[no-any-return]
 
 
 class DecoderLayer(_FeedForward):
+    """Self-attention, cross-attention and feed-forward, each with a skip connection and a norm."""
+
     def __init__(self, config: ActConfig) -> None:
         super().__init__(config)
         self.self_attn = Attention(config.width, config.n_heads, config.dropout)
@@ -89,17 +111,17 @@ class DecoderLayer(_FeedForward):
         self.norm3 = nn.LayerNorm(config.width)
 
     def forward(self, x: Tensor | None, query_pos: Tensor, memory: Tensor, keys: Tensor) -> Tensor:
-        """One layer.
+        """(B, T, D) to (B, T, D).
 
         Args:
-            x: (B, T, D), or None for the first layer, whose input is all zeros: its self-attention
-                is then a constant.
-            query_pos: (T, D).
-            memory: (B, N, D), the values.
-            keys: (B, N, D), ``memory`` with its positions.
+            x: (B, T, D), or None for the first layer, whose input is zero: its self-attention is
+                then a constant.
+            query_pos: (T, D) positions of the queries.
+            memory: (B, N, D), the cross-attention's values.
+            keys: (B, N, D), its keys: ``memory`` plus positions.
         """
         if x is None:
-            x = self.norm1(self.dropout(self.self_attn.of_zeros()))
+            x = self.norm1(self.dropout(self.self_attn.zero_value_output()))
             query = (x + query_pos).expand(len(memory), -1, -1)
         else:
             q = x + query_pos
@@ -110,13 +132,13 @@ class DecoderLayer(_FeedForward):
 
 
 def grid_positions(height: int, width: int, dim: int) -> Tensor:
-    """(height * width, dim) sinusoidal positions of a feature map, rows first.
+    """Return (height * width, dim) sinusoidal positions of a feature map, row by row.
 
-    Half of ``dim`` says where along y, half along x; each coordinate runs 1/n to 1 times 2 pi
+    One half of ``dim`` encodes y, the other half x. Each coordinate runs from 1/n to 1, times 2 pi
     (DETR, https://arxiv.org/abs/2005.12872, with ``normalize=True``, temperature 10000).
     """
     half = dim // 2
-    # On the CPU whatever the default device is: without memory ("meta") torch would trace this.
+    # Compute on the CPU whatever the default device is: on "meta" torch would trace this code.
     exponent = 2 * (torch.arange(half, dtype=torch.float32, device="cpu") // 2) / half
     period = 10000.0**exponent
 
@@ -131,7 +153,10 @@ def grid_positions(height: int, width: int, dim: int) -> Tensor:
 
 
 def sequence_positions(n: int, dim: int) -> Tensor:
-    """(n, dim) sinusoidal positions of a sequence (https://arxiv.org/abs/1706.03762, 3.5)."""
+    """Return (n, dim) sinusoidal positions of a sequence.
+
+    Formula: section 3.5 of https://arxiv.org/abs/1706.03762.
+    """
     exponent = 2 * (torch.arange(dim, dtype=torch.float64) // 2) / dim
     angle = torch.arange(n, dtype=torch.float64)[:, None] / 10000.0**exponent
     table = torch.where(torch.arange(dim) % 2 == 0, angle.sin(), angle.cos())

@@ -1,13 +1,14 @@
-"""A checkpoint's weights to ``FusedAct``. Exact: an identity of algebra each, no approximation.
+"""Converts a checkpoint's weights to ``FusedAct``. Every step is exact algebra, no approximation.
 
-* Batch-norm goes into the convolutions, and so does the division of the pictures by 255 and by
-  their standard deviation. The mean is still subtracted, since the convolution pads behind it.
-* A projection of ``x + pos`` is one of ``x`` plus a table of constants. So an attention's queries,
-  keys and values are one product, and 1 / sqrt(d) goes into the queries.
-* A bias of the keys adds one number to all scores of a query, which softmax ignores; a bias of the
-  values passes unchanged through the average that attention is, into the bias behind it.
-* The first decoder layer sees zeros: its self-attention is a constant, and so are the queries of
-  its cross-attention.
+* Batch-norm goes into the convolutions, and so does the division of the images by 255 and by their
+  standard deviation. The mean is still subtracted from the image, because the convolution pads
+  after that.
+* A projection of ``x + pos`` is a projection of ``x`` plus a table of constants. So an attention's
+  queries, keys and values are one product. 1 / sqrt(d) goes into the queries.
+* A bias of the keys adds one number to all scores of a query, which softmax ignores. A bias of the
+  values passes unchanged through attention, which is an average, into the bias after it.
+* The first decoder layer's input is zero. So its self-attention is a constant, and so are the
+  queries of its cross-attention.
 
 Constants are computed in float64 and rounded once.
 """
@@ -42,19 +43,20 @@ Doubles = Mapping[str, Tensor]
 
 
 def fuse(weights: ActWeights, *, pixel_unit: float = 1.0) -> FusedAct:
-    """The network of ``weights``, float32 on the CPU, its convolutions channels last.
+    """Return the network of ``weights``, float32 on the CPU, with channels-last convolutions.
 
     Args:
         weights: The checkpoint.
-        pixel_unit: What the first convolution sees for a pixel's step of 1. A number format of
-            narrow range wants a power of two that makes pictures small and weights large.
+        pixel_unit: Input of the first convolution for a pixel difference of 1. A number format of
+            narrow range needs a power of two below 1, which makes the images' values small and the
+            weights large.
     """
     config = weights.config
     trunk = {k: v.double() for k, v in weights.tensors.items() if not k.startswith("style.")}
     doubles = fold_batch_norm(trunk)
     mean, std = (_double(x) for x in (weights.image_mean, weights.image_std))
-    # A backbone's first camera gives its deviation to the weights; where another camera of that
-    # backbone has its own, its pictures are rescaled to that.
+    # The standard deviation of a backbone's first camera goes into the weights. Another camera of
+    # that backbone with its own deviation has its images rescaled.
     for name, deviation in zip(config.backbone_names, std, strict=False):
         doubles[f"{name}.conv1.weight"] /= 255 * pixel_unit * deviation[:, None, None]
     scale = pixel_unit * (torch.ones_like(std) if config.backbone_per_camera else std[0] / std)
@@ -133,7 +135,7 @@ def _self_attention(config: ActConfig, doubles: Doubles, name: str, pos: Tensor)
 def _cross_attention(
     config: ActConfig, doubles: Doubles, name: str, pos: Tensor, added: Tensor | None = None
 ) -> FusedAttention:
-    """``added`` (D,) is what to add to its output."""
+    """Fuse a cross-attention's keys and values; ``added`` (D,) is added to its output."""
     _, k, v = doubles[f"{name}.in_proj_weight"].chunk(3)
     _, _, value_bias = doubles[f"{name}.in_proj_bias"].chunk(3)
     table = torch.cat((pos @ k.T, torch.zeros_like(pos)), dim=1)
@@ -146,7 +148,7 @@ def _cross_attention(
 
 
 def _cross_query(config: ActConfig, doubles: Doubles, name: str) -> tuple[Tensor, Tensor]:
-    """Weight and bias of its queries, scaled."""
+    """Return weight and bias of a cross-attention's queries, scaled by 1 / sqrt(d)."""
     weight = doubles[f"{name}.in_proj_weight"].chunk(3)[0]
     bias = doubles[f"{name}.in_proj_bias"].chunk(3)[0]
     scale = _query_scale(config)

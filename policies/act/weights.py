@@ -1,5 +1,7 @@
-"""What a checkpoint gives, whatever its layout was: an ``ActConfig``, weights under the names of
-``ActModel``, and normalizers. Loaders make it, engines and savers take it.
+"""The content of a checkpoint of any layout: sizes, weights under ``ActModel``'s names,
+normalizers.
+
+Loaders create it; engines and writers take it.
 """
 
 from __future__ import annotations
@@ -18,9 +20,17 @@ from policies.act.config import ActConfig
 from policies.act.model import ActModel
 from policies.execution import Assumption, Execution
 from policies.normalizer import Normalizer, normalizer_hash
-from policies.types import NOT_SAID, CameraContract, CtrlSpace, CtrlType, PolicyContract, Rendering
+from policies.types import (
+    UNSPECIFIED_DT_S,
+    CameraContract,
+    CtrlSpace,
+    CtrlType,
+    PolicyContract,
+    Rendering,
+)
 
-Triples = tuple[tuple[float, float, float], ...]
+RgbTriples = tuple[tuple[float, float, float], ...]
+"""(r, g, b) for each camera."""
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -28,13 +38,20 @@ class ActWeights:
     """A loaded checkpoint.
 
     Attributes:
-        tensors: float32, by ``ActModel``'s names; ``style.*`` where the checkpoint has the CVAE's
-            encoder, which inference does not need.
-        image_mean, image_std: (r, g, b) for each camera, of pictures scaled to [0, 1].
-        dataset_id: Whose normalizers these are; ``dataset_ids``: all that the checkpoint has.
-        state_names, action_names: Of the dimensions, in their order; empty where nothing says.
+        config: Sizes.
+        tensors: float32, by ``ActModel``'s names; also ``style.*`` where the checkpoint has the
+            CVAE's encoder, which inference does not need.
+        state_normalizer, action_normalizer: Maps between physical and the network's units.
+        image_mean, image_std: (r, g, b) for each camera, of images scaled to [0, 1].
+        cameras: In the order of the model's inputs.
+        n_action_steps: Actions of a chunk to execute before the next.
         dt_s: Seconds per policy tick; None where the checkpoint does not say.
-        execution: How the checkpoint says that its chunks are to be played, if it does.
+        ctrl_space, ctrl_type: Space and kind of the actions.
+        dataset_id: Data set of these normalizers; ``dataset_ids``: all that the checkpoint has.
+        rendering: How the training images were rendered, where the checkpoint says.
+        trained: False for weights that were only initialized.
+        state_names, action_names: Of the dimensions, in their order; empty where not specified.
+        execution: How the checkpoint says to execute its chunks, if it does.
         assumed: What else it does not say.
     """
 
@@ -42,8 +59,8 @@ class ActWeights:
     tensors: dict[str, Tensor]
     state_normalizer: Normalizer
     action_normalizer: Normalizer
-    image_mean: Triples
-    image_std: Triples
+    image_mean: RgbTriples
+    image_std: RgbTriples
     cameras: tuple[CameraContract, ...]
     n_action_steps: int
     dt_s: float | None = None
@@ -59,14 +76,14 @@ class ActWeights:
     assumed: tuple[Assumption, ...] = ()
 
     def contract(self, chunk_size: int | None = None) -> PolicyContract:
-        """What the policy needs and gives, its chunks cut to ``chunk_size``."""
+        """Return the policy's contract, with chunks cut to ``chunk_size``."""
         chunk = self.config.chunk_size if chunk_size is None else chunk_size
         execution, steps = self.execution, self.n_action_steps
-        if chunk_size is not None:  # a cut chunk is played to its end at most
+        if chunk_size is not None:  # no more steps than a cut chunk has
             steps = min(steps, chunk)
             if execution is not None and execution.n_action_steps is not None:
-                least = min(execution.n_action_steps, chunk)
-                execution = dataclasses.replace(execution, n_action_steps=least)
+                execution_steps = min(execution.n_action_steps, chunk)
+                execution = dataclasses.replace(execution, n_action_steps=execution_steps)
         return PolicyContract(
             policy_type="act",
             cameras=self.cameras,
@@ -74,7 +91,7 @@ class ActWeights:
             action_dim=self.config.action_dim,
             chunk_size=chunk,
             n_action_steps=steps,
-            dt_s=NOT_SAID if self.dt_s is None else self.dt_s,
+            dt_s=UNSPECIFIED_DT_S if self.dt_s is None else self.dt_s,
             ctrl_space=self.ctrl_space,
             ctrl_type=self.ctrl_type,
             normalizer_hash=normalizer_hash(self.state_normalizer, self.action_normalizer),
@@ -88,7 +105,7 @@ class ActWeights:
         )
 
     def inference_model(self) -> ActModel:
-        """The network for inference: batch-norm folded, no gradients, float32 on the CPU."""
+        """Return the network for inference: batch-norm folded, no gradients, float32 on the CPU."""
         model = ActModel(
             self.config, image_mean=self.image_mean, image_std=self.image_std, folded=True
         )
@@ -97,9 +114,11 @@ class ActWeights:
         return model.eval().requires_grad_(False)
 
 
-class _WithoutRandom(TorchFunctionMode):
-    """Leaves random numbers out. For tensors without memory torch would trace how it draws them,
-    and loads its compiler for that: two seconds of every start.
+class _SkipRandomInit(TorchFunctionMode):
+    """Skips random initialization.
+
+    On the "meta" device torch would trace how it draws the numbers, and would load its compiler for
+    that: two seconds of every start.
     """
 
     def __torch_function__(
@@ -119,8 +138,11 @@ class _WithoutRandom(TorchFunctionMode):
 
 
 def parameter_shapes(config: ActConfig) -> dict[str, tuple[int, ...]]:
-    """Names and shapes of what inference needs, in ``ActModel``'s layout; allocates nothing."""
-    with torch.device("meta"), _WithoutRandom():
+    """Return names and shapes of the tensors that inference needs, as ``ActModel`` has them.
+
+    Allocates no memory for them.
+    """
+    with torch.device("meta"), _SkipRandomInit():
         model = ActModel(config)
     return {
         name: tuple(tensor.shape)

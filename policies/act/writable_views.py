@@ -1,4 +1,4 @@
-"""Arrays handed to libraries that insist on writable ones although they only read."""
+"""Views that libraries accept which demand a writable array but only read it."""
 
 from __future__ import annotations
 
@@ -6,8 +6,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 
-class _Memory:
-    """Says to numpy that the memory of an array is writable. Holds the array."""
+class _WritableMemory:
+    """Describes an array's memory to numpy as writable, and keeps the array alive."""
 
     def __init__(self, array: NDArray[np.uint8]) -> None:
         self.array = array
@@ -20,14 +20,14 @@ class _Memory:
 
 
 def nominally_writable(array: NDArray[np.uint8]) -> NDArray[np.uint8]:
-    """A view of a C-contiguous uint8 array that claims to be writable; it must only be read.
+    """Return a view of a C-contiguous uint8 array that claims to be writable but must only be read.
 
-    Sessions hand out read-only views of shared memory. OpenVINO and torch refuse those as inputs,
-    or warn; a copy of each picture, only to please them, is what this saves.
+    Sessions return read-only views of shared memory. OpenVINO and torch refuse those as inputs, or
+    warn. The view avoids a copy of each image.
 
     Raises:
-        ValueError: The array is not contiguous.
+        ValueError: The array is not contiguous, or not uint8.
     """
     if not array.flags.c_contiguous or array.dtype != np.uint8:
         raise ValueError(f"got {array.dtype} {array.shape} {array.strides}, expected contiguous u8")
-    return np.asarray(_Memory(array))
+    return np.asarray(_WritableMemory(array))

@@ -1,1 +1,1 @@
-"""Loaders that turn a checkpoint directory of any supported layout into a policy."""
+"""Loads a checkpoint folder of any supported layout as a policy."""

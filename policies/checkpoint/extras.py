@@ -1,7 +1,7 @@
-"""``metronome.yaml`` (or ``.json``) beside a checkpoint: what its own layout cannot say.
+"""Reads ``metronome.yaml`` (or ``.json``) beside a checkpoint: what its own layout cannot express.
 
-Optional; every key is. The original's layout needs ``camera_names`` and ``n_heads`` from here or
-from the command line.
+The file and every key in it are optional. The original's layout needs ``camera_names`` and
+``n_heads`` from here or from the command line.
 """
 
 from __future__ import annotations
@@ -20,12 +20,18 @@ from policies.yaml_config import ConfigError, load_config
 FILE_NAMES = ("metronome.yaml", "metronome.json")
 
 DEFAULT_IMAGE_HW = (480, 640)
-"""ACT is fully convolutional, and most layouts don't say what size it was trained on."""
+"""(height, width) where nothing else says it. ACT is fully convolutional, and most layouts do not
+say what size it was trained on.
+"""
 
 
 @dataclass(frozen=True, slots=True)
 class ExecutionKeys:
-    """``execution:``, see ``Execution``."""
+    """The keys of ``execution:``, see ``policies.execution.Execution``.
+
+    Raises:
+        ValueError: An unknown strategy, or a coefficient that it does not take.
+    """
 
     action_manager: str
     manager_coef: Annotated[float, COEFFICIENT] | None = None
@@ -37,22 +43,23 @@ class ExecutionKeys:
 
 @dataclass(frozen=True, slots=True)
 class Extras:
-    """
+    """The content of ``metronome.yaml``.
+
     Attributes:
-        camera_names: In the order the model sees them.
-        n_heads: Of the transformer's attention.
-        image_hw: (height, width) of every camera, where it is used as it comes.
-        cameras: Source size, crop and resize of each camera; in place of ``image_hw``.
-        dt_s: Seconds per policy tick; None where it is not said.
-        rendering: How the training pictures were rendered.
-        n_action_steps: Actions of a chunk to play before the next.
-        state_names, action_names: Of the dimensions, in the order the policy was trained with.
-        execution: How chunks are to be played: ``action_manager``, and where they are not the
-            strategy's defaults ``manager_coef`` and ``n_action_steps``.
+        camera_names: In the order of the model's inputs.
+        n_heads: Heads of the transformer's attention.
+        image_hw: (height, width) of every camera's images if they are neither cropped nor resized.
+        cameras: Source size, crop and resize of each camera; excludes ``image_hw``.
+        dt_s: Seconds per policy tick; None where it is not given.
+        rendering: How the training images were rendered.
+        n_action_steps: Actions of a chunk to execute before the next.
+        execution: How to execute chunks: ``action_manager``, and ``manager_coef`` and
+            ``n_action_steps`` where they differ from the strategy's defaults.
+        state_names, action_names: Of the dimensions, in the order of the training.
         trained: False for weights that were only initialized.
-        action_statistics: Whose statistics in ``dataset_stats.pkl`` normalize actions, where the
-            original's layout leaves it open.
-        training: Data, recipe, numbers: for people, nothing reads it.
+        action_statistics: Which statistics in ``dataset_stats.pkl`` normalize actions, where the
+            original's layout leaves that open.
+        training: Data, recipe and numbers for people; no code reads it.
     """
 
     camera_names: tuple[str, ...] | None = None
@@ -70,7 +77,7 @@ class Extras:
     training: Mapping[str, Any] = field(default_factory=dict)
 
     def recommended(self) -> Execution | None:
-        """How chunks are to be played, if that is said here."""
+        """Return how to execute chunks, if the file says it."""
         if self.execution is not None:
             steps = self.execution.n_action_steps
             return Execution(
@@ -97,11 +104,11 @@ class Extras:
     def camera_contracts(
         self, names: tuple[str, ...], image_hw: tuple[int, int] | None, source: Path
     ) -> tuple[CameraContract, ...]:
-        """A contract for each of ``names``; ``image_hw``, where given, wins over the file.
+        """Return a contract for each of ``names``; ``image_hw``, if given, wins over the file.
 
         Raises:
-            CheckpointError: ``cameras`` has other names, sizes that differ between cameras, or
-                says something else than an ``image_hw``, the argument or the file's.
+            CheckpointError: ``cameras`` has other names or several model sizes, or contradicts an
+                ``image_hw`` of the argument or of the file.
         """
         if self.cameras is not None:
             by_name = {camera.name: camera for camera in self.cameras}
@@ -121,34 +128,35 @@ class Extras:
         return tuple(CameraContract(name, source_hw=size, model_hw=size) for name in names)
 
     def _check_image_hw(self, image_hw: tuple[int, int] | None, source: Path) -> None:
-        """Raises ``CheckpointError`` where ``cameras`` and a size say two things."""
-        for said, size in (("--image_hw {} {}", image_hw), ("image_hw [{}, {}]", self.image_hw)):
+        """Raise ``CheckpointError`` where ``cameras`` and an ``image_hw`` contradict each other."""
+        for text, size in (("--image_hw {} {}", image_hw), ("image_hw [{}, {}]", self.image_hw)):
             if size is None:
                 continue
             for camera in self.cameras or ():
                 if camera.crop is not None or not camera.source_hw == camera.model_hw == size:
                     raise CheckpointError(
-                        f"{source}: got {said.format(*size)} beside cameras of {FILE_NAMES[0]}, of "
+                        f"{source}: got {text.format(*size)} beside cameras of {FILE_NAMES[0]}, of "
                         f"which {camera.name!r} has a crop or another size; expected one of them"
                     )
 
 
 def read_extras(folder: Path, given: Path | None = None) -> Extras:
-    """What lies in ``folder``, or the defaults.
+    """Return what the file in ``folder`` says, or the defaults if there is none.
 
     Args:
-        given: The folder that the user named, where ``folder`` is below it; looked into, too.
+        folder: The folder that holds the weights.
+        given: The folder that the user named, where ``folder`` is below it; searched too.
 
     Raises:
-        CheckpointError: Two such files, one of another name that begins with ``metronome.``, an
+        CheckpointError: Two such files, a file of another name that begins with ``metronome.``, an
             unknown key, a value of the wrong type.
     """
-    places = dict.fromkeys((folder, given or folder))
-    for path in (path for place in places for path in sorted(place.glob("[mM]etronome.*"))):
-        # Editors leave name.yaml~ behind.
+    folders = dict.fromkeys((folder, given or folder))
+    for path in (path for each in folders for path in sorted(each.glob("[mM]etronome.*"))):
+        # Editors leave backup files like name.yaml~.
         if path.name not in FILE_NAMES and not path.name.endswith("~") and path.is_file():
             raise CheckpointError(f"{path}: got this name, expected one of {list(FILE_NAMES)}")
-    found = [place / name for place in places for name in FILE_NAMES if (place / name).is_file()]
+    found = [each / name for each in folders for name in FILE_NAMES if (each / name).is_file()]
     if not found:
         return Extras()
     if len(found) > 1:

@@ -1,4 +1,6 @@
-"""Reading a checkpoint's files: every foreign error becomes a ``CheckpointError`` with the name."""
+"""Reads a checkpoint's files; every foreign error becomes a ``CheckpointError`` that names the
+file.
+"""
 
 from __future__ import annotations
 
@@ -15,17 +17,18 @@ from policies.checkpoint.weight_folders import ADAPTERS, INDEX, WEIGHTS
 from policies.errors import CheckpointError
 
 LFS_POINTER = b"version https://git-lfs"
+"""First bytes of a Git LFS pointer file."""
 
 
 def read_json(path: Path) -> dict[str, Any]:
-    """A JSON object, in UTF-8, UTF-16 or UTF-32, with or without a byte order mark.
+    """Return a JSON object from UTF-8, UTF-16 or UTF-32, with or without a byte order mark.
 
     Raises:
-        CheckpointError: No such file, no JSON object, or a key that is given twice.
+        CheckpointError: No such file, not a JSON object, or a duplicate key.
     """
     try:
-        # Of bytes, json finds out the encoding itself.
-        value = json.loads(path.read_bytes(), object_pairs_hook=_each_key_once)
+        # Given bytes, json detects the encoding.
+        value = json.loads(path.read_bytes(), object_pairs_hook=_unique_keys)
     except (OSError, ValueError, RecursionError) as error:
         raise CheckpointError(f"{path}: {error}") from error
     if not isinstance(value, dict):
@@ -33,7 +36,7 @@ def read_json(path: Path) -> dict[str, Any]:
     return value
 
 
-def _each_key_once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+def _unique_keys(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     table: dict[str, Any] = {}
     for key, value in pairs:
         if key in table:
@@ -43,13 +46,14 @@ def _each_key_once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
 
 
 def read_weights(folder: Path, *, unchecked: str | tuple[str, ...] = ()) -> dict[str, Tensor]:
-    """The tensors of ``model.safetensors``, or of all the files that its index names.
+    """Return the tensors of ``model.safetensors``, or of all the files that its index names.
 
     Args:
+        folder: The checkpoint's folder.
         unchecked: As for ``read_safetensors``.
 
     Raises:
-        CheckpointError: No weights (says what is there instead), or not as expected.
+        CheckpointError: No weights (the message lists the files instead), or not as expected.
     """
     if (folder / WEIGHTS).is_file():
         return read_safetensors(folder / WEIGHTS, unchecked=unchecked)
@@ -65,30 +69,30 @@ def read_weights(folder: Path, *, unchecked: str | tuple[str, ...] = ()) -> dict
 
 
 def _read_sharded(index: Path, unchecked: str | tuple[str, ...]) -> dict[str, Tensor]:
-    places = need(read_json(index), "weight_map", dict, index)
+    shards = need(read_json(index), "weight_map", dict, index)
     tensors: dict[str, Tensor] = {}
-    for name in sorted({str(place) for place in places.values()}):
+    for name in sorted({str(shard) for shard in shards.values()}):
         if name != Path(name).name:
             raise CheckpointError(f"{index}: weight_map: got {name!r}, expected a plain file name")
-        shard = read_safetensors(index.parent / name, unchecked=unchecked)
-        for key, tensor in shard.items():
-            if places.get(key) != name:
+        for key, tensor in read_safetensors(index.parent / name, unchecked=unchecked).items():
+            if shards.get(key) != name:
                 raise CheckpointError(
-                    f"{index}: {key}: got {places.get(key)!r}, but it is in {name!r}"
+                    f"{index}: {key}: got {shards.get(key)!r}, but it is in {name!r}"
                 )
             tensors[key] = tensor
-    missing = sorted(places.keys() - tensors.keys())
+    missing = sorted(shards.keys() - tensors.keys())
     if missing:
-        raise CheckpointError(f"{index}: {missing[0]}: not in {places[missing[0]]!r}")
+        raise CheckpointError(f"{index}: {missing[0]}: not in {shards[missing[0]]!r}")
     return tensors
 
 
 def read_safetensors(path: Path, *, unchecked: str | tuple[str, ...] = ()) -> dict[str, Tensor]:
-    """All tensors, as float32 on the CPU; integers as they are.
+    """Return all tensors on the CPU, as float32; integers keep their dtype.
 
     Args:
-        unchecked: Beginnings of names that may hold NaN and infinity; "" for all. Statistics that
-            nobody uses may be anything, and whoever uses one checks it.
+        path: The file.
+        unchecked: Prefixes of names that may hold NaN and infinity; "" for all. Statistics that are
+            not used may hold anything, and the code that uses one checks it.
 
     Raises:
         CheckpointError: No such file, not readable, or NaN or infinity.
@@ -111,10 +115,14 @@ def _begins_with(path: Path, start: bytes) -> bool:
 
 
 def read_torch(path: Path) -> dict[str, Tensor]:
-    """A state dict that ``torch.save`` wrote, read with ``weights_only``; else as above."""
+    """Return a state dict that ``torch.save`` wrote, read with ``weights_only``.
+
+    Raises:
+        CheckpointError: No such file, not a plain state dict, or NaN or infinity.
+    """
     try:
         tensors = torch.load(path, map_location="cpu", weights_only=True)
-    except Exception as error:  # torch lets its parsers' errors through: anything
+    except Exception as error:  # torch passes on any error of its parsers
         lines = str(error).splitlines() or [repr(error)]
         raise CheckpointError(f"{path}: truncated, or no plain state dict: {lines[0]}") from error
     if not isinstance(tensors, Mapping) or not all(
@@ -136,7 +144,7 @@ def _checked(
                 "expected plain numbers"
             )
         if tensor.is_floating_point():
-            # First to float32: a larger number is infinity there.
+            # Convert first: a number too large for float32 becomes infinity.
             tensor = tensor.float()  # noqa: PLW2901
             if not key.startswith(unchecked) and not torch.isfinite(tensor).all():
                 raise CheckpointError(f"{path}: {key}: NaN or infinity among the weights")
@@ -145,7 +153,9 @@ def _checked(
 
 
 def need(table: Any, key: str, kind: type | tuple[type, ...], path: Path) -> Any:
-    """``table[key]``, which has to be a ``kind``; else ``CheckpointError`` with file and key."""
+    """Return ``table[key]``, which must be a ``kind``; else raise ``CheckpointError`` with file and
+    key.
+    """
     if not isinstance(table, Mapping):
         raise CheckpointError(f"{path}: got {table!r:.80}, expected an object with {key!r}")
     if key not in table:
@@ -158,10 +168,10 @@ def need(table: Any, key: str, kind: type | tuple[type, ...], path: Path) -> Any
     return value
 
 
-def only(
+def refuse_unknown(
     table: Mapping[str, Any], known: frozenset[str] | set[str], path: Path, *, at: str = ""
 ) -> None:
-    """Raises ``CheckpointError`` for the first key of ``table`` that is not ``known``."""
+    """Raise ``CheckpointError`` for the first key of ``table`` that is not ``known``."""
     unknown = sorted(table.keys() - known)
     if unknown:
         raise CheckpointError(

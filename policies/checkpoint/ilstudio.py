@@ -1,4 +1,4 @@
-"""ILStudio's layout: ``config.json``, ``model.safetensors``, ``policy_metadata.json``,
+"""Loads ILStudio's layout: ``config.json``, ``model.safetensors``, ``policy_metadata.json``,
 ``normalize.json`` and ``<dataset_id>_stats_<space>_<type>.pkl`` for each data set.
 """
 
@@ -13,11 +13,11 @@ from typing import Any, cast
 from policies.act.config import LARGEST_LAYERS, ActConfig
 from policies.act.weights import ActWeights
 from policies.checkpoint.extras import Extras
-from policies.checkpoint.file_readers import need, only, read_json, read_weights
+from policies.checkpoint.file_readers import need, read_json, read_weights, refuse_unknown
 from policies.checkpoint.policy_assembly import assemble
 from policies.checkpoint.safe_pickle import read_pickle
 from policies.checkpoint.weight_folders import WEIGHTS
-from policies.checkpoint.weight_names import detr_dead_keys, detr_keys, translate
+from policies.checkpoint.weight_names import detr_keys, detr_unused_keys, translate
 from policies.errors import CheckpointError
 from policies.execution import Assumption
 from policies.normalizer import Normalizer, from_stats, identity
@@ -27,11 +27,13 @@ CONFIG = "config.json"
 METADATA = "policy_metadata.json"
 NORMALIZE = "normalize.json"
 VERSION = "2.0"
+"""Supported version of ``normalize.json``."""
 DATASET_KEYS = frozenset(
     {"dataset_id", "ctrl_space", "ctrl_type", "action_norm_mask", "state_norm_mask"}
 )
 CTRL_SPACES = ("joint", "ee")
 CTRL_TYPES = {"abs": "abs", "delta": "delta", "rel": "relative", "relative": "relative"}
+"""ILStudio's names of the control types to ours."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -51,14 +53,15 @@ def load_ilstudio(
     dataset_id: str | None = None,
     image_hw: tuple[int, int] | None = None,
 ) -> ActWeights:
-    """The checkpoint in ``folder`` with the normalizers of ``dataset_id`` (default: the first).
+    """Load the checkpoint in ``folder`` with the normalizers of ``dataset_id`` (default: the
+    first).
 
     ``normalize.json`` and the metadata may lie in the parent of a ``checkpoint-N`` folder.
 
     Raises:
-        CheckpointError: Anything missing, unknown, of another kind, or not as expected.
+        CheckpointError: A file or key is missing, unknown, or not as expected.
     """
-    _check_kind(folder)
+    _check_policy_name(folder)
     path = folder / CONFIG
     raw = read_json(path)
     names = tuple(need(raw, "camera_names", list, path))
@@ -69,7 +72,7 @@ def load_ilstudio(
     tensors = translate(
         read_weights(folder),
         detr_keys(config),
-        detr_dead_keys(_decoder_layers(raw, path)),
+        detr_unused_keys(_decoder_layers(raw, path)),
         config,
         folder / WEIGHTS,
     )
@@ -105,7 +108,7 @@ def load_ilstudio(
     )
 
 
-def _check_kind(folder: Path) -> None:
+def _check_policy_name(folder: Path) -> None:
     path = _beside(folder, METADATA)
     if path.is_file():
         kind = need(read_json(path), "policy_name", str, path)
@@ -157,14 +160,14 @@ def _dataset(folder: Path, dataset_id: str | None, dims: Mapping[str, int]) -> _
     if not path.is_file():
         raise CheckpointError(f"{path}: missing; without it there is no normalizer")
     raw = read_json(path)
-    only(raw, {"version", "datasets", "state", "action"}, path)
+    refuse_unknown(raw, {"version", "datasets", "state", "action"}, path)
     if raw.get("version", VERSION) != VERSION:
         raise CheckpointError(f"{path}: version: got {raw['version']!r}, expected {VERSION!r}")
     entries: dict[str, Mapping[str, Any]] = {}
     for entry in need(raw, "datasets", list, path):
         if not isinstance(entry, dict):
             raise CheckpointError(f"{path}: datasets: got {entry!r}, expected objects")
-        only(entry, DATASET_KEYS, path, at="datasets: ")
+        refuse_unknown(entry, DATASET_KEYS, path, at="datasets: ")
         entries[need(entry, "dataset_id", str, path)] = entry
     known = tuple(entries)
     chosen = dataset_id if dataset_id is not None else next(iter(known), None)
@@ -214,7 +217,7 @@ def _stats_path(folder: Path, dataset_id: str, space: str, control: str) -> Path
 
 
 def _beside(folder: Path, name: str) -> Path:
-    """``name`` in ``folder``, or in its parent where ``folder`` is a ``checkpoint-N``."""
+    """Return ``name`` in ``folder``, or in its parent where ``folder`` is a ``checkpoint-N``."""
     if not (folder / name).is_file() and folder.resolve().name.startswith("checkpoint-"):
         parent = folder.resolve().parent / name
         if parent.is_file():

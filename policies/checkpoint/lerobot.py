@@ -1,4 +1,7 @@
-"""LeRobot's two layouts: normalization in processor files; and, older, in the weights' buffers."""
+"""Loads LeRobot's two layouts.
+
+The current one has normalization in processor files; the older one in buffers among the weights.
+"""
 
 from __future__ import annotations
 
@@ -31,8 +34,8 @@ from policies.checkpoint.lerobot_stats import Statistics
 from policies.checkpoint.policy_assembly import assemble
 from policies.checkpoint.weight_folders import WEIGHTS
 from policies.checkpoint.weight_names import (
-    LEROBOT_DEAD_KEYS,
-    LEROBOT_FIRST_NAMES,
+    LEROBOT_RENAMED_KEYS,
+    LEROBOT_UNUSED_KEYS,
     lerobot_keys,
     translate,
 )
@@ -41,20 +44,21 @@ from policies.execution import Execution
 
 CONFIG = "config.json"
 BUFFERS = ("normalize_inputs.", "normalize_targets.", "unnormalize_outputs.")
+"""Prefixes of the older layout's buffers."""
 
 
 def load_lerobot(
     folder: Path, extras: Extras, *, image_hw: tuple[int, int] | None = None
 ) -> ActWeights:
-    """The checkpoint in ``folder``.
+    """Load the checkpoint in ``folder``.
 
     Raises:
-        CheckpointError: Anything missing, unknown, of another kind, or not as expected.
+        CheckpointError: A file or key is missing, unknown, or not as expected.
     """
     path = folder / CONFIG
     raw = read_config(path)
     features = read_features(raw, path)
-    # Statistics among the weights: what nobody uses may be infinite, as LeRobot initializes it.
+    # Statistics among the weights may be infinite where unused: LeRobot initializes them so.
     tensors = read_weights(folder, unchecked=BUFFERS)
     raw.setdefault("n_vae_encoder_layers", _count(tensors, "model.vae_encoder.layers."))
     processors = _processors(folder, raw, tensors, path)
@@ -63,12 +67,12 @@ def load_lerobot(
     cameras = extras.camera_contracts(names, size, path)
     config = _config(raw, path, features, len(cameras), cameras[0].model_hw)
     weights = {
-        LEROBOT_FIRST_NAMES.get(k, k): v for k, v in tensors.items() if not k.startswith(BUFFERS)
+        LEROBOT_RENAMED_KEYS.get(k, k): v for k, v in tensors.items() if not k.startswith(BUFFERS)
     }
     steps, execution = _execution(raw, config, path)
     loaded = assemble(
         config,
-        translate(weights, lerobot_keys(config), LEROBOT_DEAD_KEYS, config, folder / WEIGHTS),
+        translate(weights, lerobot_keys(config), LEROBOT_UNUSED_KEYS, config, folder / WEIGHTS),
         extras,
         state=processors.inputs.normalizer(STATE, config.state_dim),
         action=processors.outputs.normalizer(ACTION, config.action_dim),
@@ -83,10 +87,11 @@ def load_lerobot(
 
 
 def _execution(raw: Mapping[str, Any], config: ActConfig, path: Path) -> tuple[int, Execution]:
-    """``n_action_steps`` of a strategy that plays chunks one after another, and what is to play.
+    """Return ``n_action_steps`` for a strategy that executes chunks one after another, and the
+    checkpoint's strategy.
 
-    With an ensemble LeRobot demands ``n_action_steps`` 1, which means its re-planning then: for
-    another strategy of the user's, nothing is said but the chunk.
+    With a temporal ensemble LeRobot requires ``n_action_steps`` 1, which then means to re-plan
+    every tick. Nothing but the chunk size is known then for another strategy of the user.
     """
     key, coefficient = "temporal_ensemble_coeff", raw.get("temporal_ensemble_coeff")
     steps = need(raw, "n_action_steps", int, path)
@@ -95,8 +100,7 @@ def _execution(raw: Mapping[str, Any], config: ActConfig, path: Path) -> tuple[i
             f"{path}: n_action_steps: got {steps}, expected 1 to chunk_size = {config.chunk_size}"
         )
     if coefficient is None:
-        said = Execution("sequential", None, steps, f"{CONFIG}: n_action_steps")
-        return steps, said
+        return steps, Execution("sequential", None, steps, f"{CONFIG}: n_action_steps")
     if steps != 1:
         raise CheckpointError(f"{path}: n_action_steps: got {steps}, expected 1 with {key}")
     coefficient = float(need(raw, key, (int, float), path))
@@ -142,7 +146,7 @@ def _config(
 def _processors(
     folder: Path, raw: Mapping[str, Any], tensors: Mapping[str, Tensor], path: Path
 ) -> Processors:
-    """The processor files; or, older, the statistics that are among the weights."""
+    """Read the processor files, or the older layout's statistics among the weights."""
     if (folder / PREPROCESSOR).is_file() or (folder / POSTPROCESSOR).is_file():
         return read_processors(folder)
     modes = need(raw, "normalization_mapping", dict, path)
@@ -169,15 +173,15 @@ def _processors(
 def _camera_names(
     images: tuple[str, ...], rename: Mapping[str, str], path: Path
 ) -> tuple[str, ...]:
-    """The robot's name of each of the policy's pictures."""
+    """Return the robot's names of the policy's images."""
     sources: dict[str, str] = {}
-    for robots, policys in rename.items():
-        if policys in sources:
+    for robot_name, policy_name in rename.items():
+        if policy_name in sources:
             raise CheckpointError(
-                f"{path}: rename_map: got both {sources[policys]!r} and {robots!r} for "
-                f"{policys!r}, expected one"
+                f"{path}: rename_map: got both {sources[policy_name]!r} and {robot_name!r} for "
+                f"{policy_name!r}, expected one"
             )
-        sources[policys] = robots
+        sources[policy_name] = robot_name
     for needed in (*images, STATE):
         if needed in rename and needed not in sources:
             raise CheckpointError(
@@ -191,6 +195,6 @@ def _camera_names(
 
 
 def _count(tensors: Mapping[str, Tensor], prefix: str) -> int:
-    """How many numbered layers there are below ``prefix``; 1 where there are none, which fits."""
+    """Return the number of numbered layers below ``prefix``; at least 1, a valid size."""
     numbers = {key.removeprefix(prefix).split(".")[0] for key in tensors if key.startswith(prefix)}
     return max(1, len(numbers))

@@ -1,7 +1,8 @@
-"""LeRobot's ``config.json``: every key is known, and what its network is given.
+"""Reads LeRobot's ``config.json``: refuses unknown keys and returns the network's inputs and
+outputs.
 
-The keys are those of its releases up to 0.6.1. The first generation (2024) had other ones for
-features and normalization, which are translated.
+The keys are those of LeRobot's releases up to 0.6.1. Its first generation (2024) had other keys for
+features and normalization, which are converted.
 """
 
 from __future__ import annotations
@@ -17,23 +18,23 @@ from policies.errors import CheckpointError
 IMAGES = "observation.images."
 STATE = "observation.state"
 ACTION = "action"
-PAIRS = {
+STATISTICS = {
     "MEAN_STD": ("mean", "std"),
     "MIN_MAX": ("min", "max"),
     "QUANTILES": ("q01", "q99"),
     "QUANTILE10": ("q10", "q90"),
 }
-"""Modes of normalization and the two statistics of each."""
-MODES = (*PAIRS, "IDENTITY")
+"""Modes of normalization and the two statistics that each needs."""
+MODES = (*STATISTICS, "IDENTITY")
 FEATURE_TYPES = ("STATE", "VISUAL", "ENV", "ACTION", "REWARD", "LANGUAGE")
 
-FIRST_GENERATION = {
+OLD_FEATURE_KEYS = {
     "input_shapes": "input_features",
     "output_shapes": "output_features",
 }
-"""Its keys to today's."""
-FIRST_MODES = {"input_normalization_modes", "output_normalization_modes"}
-DROPPED = ("use_temporal_aggregation", "temporal_ensemble_momentum")
+"""Keys of the first generation to today's."""
+OLD_MODE_KEYS = {"input_normalization_modes", "output_normalization_modes"}
+REMOVED_KEYS = ("use_temporal_aggregation", "temporal_ensemble_momentum")
 NETWORK = {
     "type",
     "n_obs_steps",
@@ -63,8 +64,8 @@ TRAINING = {
     "optimizer_weight_decay",
     "optimizer_lr_backbone",
 }
-"""No effect on a trained network."""
-SURROUNDINGS = {
+"""Keys that have no effect on a trained network."""
+DEPLOYMENT = {
     "device",
     "use_amp",
     "push_to_hub",
@@ -75,17 +76,18 @@ SURROUNDINGS = {
     "pretrained_path",
     "pretrained_revision",
 }
-"""Where it runs and where it is published; ``--device`` and ``--precision`` say it here."""
-KNOWN = NETWORK | EXECUTION | TRAINING | SURROUNDINGS
+"""Keys about where the policy runs and is published; ``--device`` and ``--precision`` set that."""
+KNOWN = NETWORK | EXECUTION | TRAINING | DEPLOYMENT
 
 
 @dataclass(frozen=True, slots=True)
 class Features:
-    """What the network is given and gives.
+    """Inputs and outputs of the network.
 
     Attributes:
-        images: The pictures' features, in the order the network sees them.
+        images: Names of the image features, in the order of the network's inputs.
         image_hw: (height, width) of all of them.
+        state_dim, action_dim: Lengths of state and action.
     """
 
     images: tuple[str, ...]
@@ -95,20 +97,20 @@ class Features:
 
 
 def is_lerobot(raw: Mapping[str, Any]) -> bool:
-    """Whether a ``config.json`` is LeRobot's."""
-    return not {"type", "input_features", *FIRST_GENERATION}.isdisjoint(raw)
+    """Return whether a ``config.json`` is LeRobot's."""
+    return not {"type", "input_features", *OLD_FEATURE_KEYS}.isdisjoint(raw)
 
 
 def read_config(path: Path) -> dict[str, Any]:
-    """``config.json`` with today's keys, all of which are known.
+    """Return ``config.json`` with today's keys, all of which are known.
 
     Raises:
-        CheckpointError: Another policy than ACT, an unknown key, a value that LeRobot refuses.
+        CheckpointError: A policy other than ACT, an unknown key, a value that LeRobot refuses.
     """
     raw = read_json(path)
-    if not FIRST_GENERATION.keys().isdisjoint(raw):
-        raw = _modernized(raw, path)
-    # Some of its versions do not write the type; another policy's keys are refused below.
+    if not OLD_FEATURE_KEYS.keys().isdisjoint(raw):
+        raw = _convert_old_keys(raw, path)
+    # Some versions of LeRobot do not write the type. Keys of other policies are refused below.
     kind = need({"type": "act", **raw}, "type", str, path)
     if kind != "act":
         raise CheckpointError(f"{path}: type: got {kind!r}, expected 'act'")
@@ -116,7 +118,7 @@ def read_config(path: Path) -> dict[str, Any]:
     if unknown:
         raise CheckpointError(
             f"{path}: {unknown[0]}: unknown key, expected those of LeRobot's ACT up to 0.6.1; "
-            f"remove it if it is of no use to the policy"
+            f"remove it if the policy does not need it"
         )
     if raw.get("use_peft"):
         raise CheckpointError(
@@ -131,7 +133,7 @@ def read_config(path: Path) -> dict[str, Any]:
 
 
 def check_modes(modes: Mapping[str, object], where: str) -> None:
-    """Raises ``CheckpointError`` unless each is a mode for a type of feature."""
+    """Raise ``CheckpointError`` unless each value is a mode and each key a type of feature."""
     for group, mode in modes.items():
         if group not in FEATURE_TYPES or mode not in MODES:
             raise CheckpointError(
@@ -140,23 +142,23 @@ def check_modes(modes: Mapping[str, object], where: str) -> None:
             )
 
 
-def _modernized(raw: Mapping[str, Any], path: Path) -> dict[str, Any]:
-    """The first generation's keys to today's; it had a mode for each feature."""
-    modern = {key: value for key, value in raw.items() if key not in FIRST_MODES}
-    for dropped in DROPPED:
-        if modern.pop(dropped, None):
+def _convert_old_keys(raw: Mapping[str, Any], path: Path) -> dict[str, Any]:
+    """Convert the first generation's keys to today's; it had a mode for each feature."""
+    converted = {key: value for key, value in raw.items() if key not in OLD_MODE_KEYS}
+    for removed in REMOVED_KEYS:
+        if converted.pop(removed, None):
             raise CheckpointError(
-                f"{path}: {dropped}: got {raw[dropped]!r}, expected null or false: LeRobot has "
-                "dropped it; remove it and give --action_manager temporal_ensemble"
+                f"{path}: {removed}: got {raw[removed]!r}, expected null or false: LeRobot has "
+                "removed this option; remove it and give --action_manager temporal_ensemble"
             )
-    # It said how many, and for some months took n_encoder_layers all the same.
-    modern.pop("n_vae_encoder_layers", None)
+    # LeRobot wrote this key, but for some months used n_encoder_layers instead.
+    converted.pop("n_vae_encoder_layers", None)
     mapping: dict[str, str] = {}
-    for old, new in FIRST_GENERATION.items():
+    for old, new in OLD_FEATURE_KEYS.items():
         shapes = need(raw, old, dict, path)
         modes = need(raw, old.replace("shapes", "normalization_modes"), dict, path)
-        modern.pop(old)
-        modern[new] = {
+        converted.pop(old)
+        converted[new] = {
             name: {"type": _type(name), "shape": shape} for name, shape in shapes.items()
         }
         for name, mode in modes.items():
@@ -166,11 +168,11 @@ def _modernized(raw: Mapping[str, Any], path: Path) -> dict[str, Any]:
                     "features"
                 )
             mapping[_type(name)] = mode.upper()
-    return {**modern, "normalization_mapping": mapping}
+    return {**converted, "normalization_mapping": mapping}
 
 
 def _type(name: str) -> str:
-    """The type of a feature of the first generation, which went by names."""
+    """Return the type of a feature of the first generation, which derived it from the name."""
     if name.startswith("observation.image"):
         return "VISUAL"
     if name == "observation.environment_state":
@@ -179,12 +181,13 @@ def _type(name: str) -> str:
 
 
 def read_features(raw: Mapping[str, Any], path: Path) -> Features:
-    """Of ``raw``, what ``read_config`` gave. LeRobot's ACT takes ``observation.state`` and every
-    picture, and passes over any other state and over language.
+    """Return the features of ``raw``, a result of ``read_config``.
+
+    LeRobot's ACT uses ``observation.state`` and every image; it ignores other states and language.
 
     Raises:
-        CheckpointError: None of these, or an environment's state, depth, or pictures that differ
-            in size.
+        CheckpointError: Neither state nor image; or an environment state, depth, or images of
+            several sizes.
     """
     images, state_dim = {}, 0
     for name, feature in need(raw, "input_features", dict, path).items():
@@ -226,7 +229,9 @@ def read_features(raw: Mapping[str, Any], path: Path) -> Features:
 
 
 def camera_name(feature: str) -> str:
-    """``observation.images.top`` is "top", ``observation.image`` is "image"."""
+    """Return a feature's camera: "top" for ``observation.images.top``, "image" for
+    ``observation.image``.
+    """
     return feature.removeprefix(IMAGES).removeprefix("observation.")
 
 

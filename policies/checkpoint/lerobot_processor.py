@@ -1,7 +1,8 @@
-"""LeRobot's ``policy_preprocessor.json`` and ``policy_postprocessor.json``: steps around a policy.
+"""Reads LeRobot's ``policy_preprocessor.json`` and ``policy_postprocessor.json``.
 
-Every step, every key of a step and every statistic in use is honoured as LeRobot does, or refused
-by name. The steps that are known are those that an ACT policy is saved with.
+They list the steps before and after the policy. Every step, every key of a step and every statistic
+in use is either applied as LeRobot does or refused by name. The known steps are those that LeRobot
+saves with an ACT policy.
 """
 
 from __future__ import annotations
@@ -12,7 +13,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from policies.checkpoint.file_readers import need, only, read_json, read_safetensors
+from policies.checkpoint.file_readers import need, read_json, read_safetensors, refuse_unknown
 from policies.checkpoint.lerobot_config import FEATURE_TYPES, check_modes
 from policies.checkpoint.lerobot_stats import EPS, Statistics
 from policies.errors import CheckpointError
@@ -40,22 +41,23 @@ STEPS: Mapping[str, frozenset[str]] = {
     UNNORMALIZE: _NORMALIZER_KEYS,
     IDENTITY_CLASS: frozenset(),
 }
-"""Steps that are known, and the keys of their settings."""
+"""Known steps, and the keys of their settings."""
 ADVICE = {
     "image_crop_resize_processor": "crop and resize with cameras in metronome.yaml instead, and "
     "remove the step",
 }
+"""Advice for steps that are not supported, by name."""
 ANY_ADVICE = "a policy of your own (-m python:MODULE:FACTORY) can run it"
 
 
 @dataclass(frozen=True, slots=True)
 class Processors:
-    """What the two files say.
+    """Content of the two files.
 
     Attributes:
-        rename: From the robot's name of an observation to the policy's.
-        inputs, outputs: Statistics before and behind the network.
-        action_names: Of the actions' dimensions, empty where no step says.
+        rename: The robot's name of an observation to the policy's.
+        inputs, outputs: Statistics for the network's inputs and outputs.
+        action_names: Names of the actions' dimensions, empty where no step has them.
     """
 
     rename: Mapping[str, str]
@@ -65,34 +67,34 @@ class Processors:
 
 
 def read_processors(folder: Path) -> Processors:
-    """Both files in ``folder``.
+    """Read both files in ``folder``.
 
     Raises:
-        CheckpointError: A file, a normalizer or its statistics are missing; a step, a key or a
-            value that is unknown or not supported.
+        CheckpointError: A file, a normalizer or its statistics are missing; or a step, key or value
+            is unknown or not supported.
     """
     pre, post = folder / PREPROCESSOR, folder / POSTPROCESSOR
-    for there, missing in ((pre, post), (post, pre)):
-        if there.is_file() and not missing.is_file():
-            raise CheckpointError(f"{missing}: missing; LeRobot writes it beside {there.name}")
-    before, behind = _steps(pre, unexpected=UNNORMALIZE), _steps(post, unexpected=NORMALIZE)
-    for step in behind:
+    for present, missing in ((pre, post), (post, pre)):
+        if present.is_file() and not missing.is_file():
+            raise CheckpointError(f"{missing}: missing; LeRobot writes it beside {present.name}")
+    before, after = _steps(pre, unexpected=UNNORMALIZE), _steps(post, unexpected=NORMALIZE)
+    for step in after:
         if step.config.get("rename_map"):
             raise CheckpointError(
-                f"{post}: {RENAME}: got {step.config['rename_map']!r}, expected none behind the "
+                f"{post}: {RENAME}: got {step.config['rename_map']!r}, expected none after the "
                 "policy"
             )
     return Processors(
         rename=_rename_map(before, pre),
         inputs=_normalizer(before, NORMALIZE, pre),
-        outputs=_normalizer(behind, UNNORMALIZE, post),
+        outputs=_normalizer(after, UNNORMALIZE, post),
         action_names=_action_names(before, pre),
     )
 
 
 @dataclass(frozen=True, slots=True)
 class _Step:
-    """A step that is known and, but for what its name says, changes nothing."""
+    """A known step; apart from what its name says, it changes nothing."""
 
     name: str
     config: Mapping[str, Any]
@@ -101,12 +103,13 @@ class _Step:
 
 def _steps(path: Path, *, unexpected: str) -> list[_Step]:
     raw = read_json(path)
-    only(raw, {"name", "steps"}, path)
+    refuse_unknown(raw, {"name", "steps"}, path)
     found = []
     for step in need(raw, "steps", list, path):
         by_class = isinstance(step, Mapping) and "registry_name" not in step and "class" in step
         name = need(step, "class" if by_class else "registry_name", str, path)
-        only(step, {"registry_name", "class", "config", "state_file"}, path, at=f"{name}: ")
+        keys = {"registry_name", "class", "config", "state_file"}
+        refuse_unknown(step, keys, path, at=f"{name}: ")
         if name not in STEPS or name == unexpected:
             known = sorted(STEPS.keys() - {unexpected})
             raise CheckpointError(
@@ -114,7 +117,7 @@ def _steps(path: Path, *, unexpected: str) -> list[_Step]:
                 f"{ADVICE.get(name, ANY_ADVICE)}"
             )
         config = need({"config": {}, **step}, "config", dict, path)
-        only(config, STEPS[name], path, at=f"{name}: ")
+        refuse_unknown(config, STEPS[name], path, at=f"{name}: ")
         if name == DEVICE and config.get("float_dtype") not in (None, "float32", "float"):
             raise CheckpointError(
                 f"{path}: {name}: float_dtype: got {config['float_dtype']!r}, expected null or "
@@ -147,7 +150,7 @@ def _rename_map(steps: Sequence[_Step], path: Path) -> dict[str, str]:
             continue
         if table or normalized:
             raise CheckpointError(
-                f"{path}: {RENAME}: got a second rename_map, or one behind {NORMALIZE!r}, "
+                f"{path}: {RENAME}: got a second rename_map, or one after {NORMALIZE!r}, "
                 "expected one before it"
             )
         table = need(step.config, "rename_map", dict, path)
@@ -157,7 +160,7 @@ def _rename_map(steps: Sequence[_Step], path: Path) -> dict[str, str]:
 
 
 def _action_names(steps: Sequence[_Step], path: Path) -> tuple[str, ...]:
-    """Newer policies than ACT keep them here; ACT's own steps do not say."""
+    """Return the actions' names. Newer policies than ACT store them here; ACT's steps have none."""
     for step in steps:
         if step.name == RELATIVE and step.config.get("action_names"):
             names = need(step.config, "action_names", list, path)
@@ -178,26 +181,26 @@ def _normalizer(steps: Sequence[_Step], name: str, path: Path) -> Statistics:
     if not (math.isfinite(eps) and eps >= 0):
         raise CheckpointError(f"{path}: eps: got {eps}, expected 0 or more")
     types = {
-        feature: need(said, "type", str, path)
-        for feature, said in need(config, "features", dict, path).items()
+        feature: need(entry, "type", str, path)
+        for feature, entry in need(config, "features", dict, path).items()
     }
     for feature, group in types.items():
         if group not in FEATURE_TYPES:
             raise CheckpointError(
                 f"{path}: features: {feature}: got type {group!r}, expected one of {FEATURE_TYPES}"
             )
-    only = config.get("normalize_observation_keys")
-    if only is not None and not isinstance(only, list):
+    observations = config.get("normalize_observation_keys")
+    if observations is not None and not isinstance(observations, list):
         raise CheckpointError(
-            f"{path}: normalize_observation_keys: got {only!r}, expected a list of features"
+            f"{path}: normalize_observation_keys: got {observations!r}, expected a list of features"
         )
     return Statistics(
-        # Without a file there are no statistics, which is right where nothing is normalized.
+        # Without a file there are no statistics. That is valid where nothing is normalized.
         tensors={} if state is None else read_safetensors(state, unchecked=""),
         source=state or path,
         modes=modes,
         modes_source=path,
         types=types,
-        only=None if only is None else frozenset(map(str, only)),
+        observations=None if observations is None else frozenset(map(str, observations)),
         eps=float(eps),
     )

@@ -1,7 +1,7 @@
-"""LeRobot's normalization: from modes and statistics to maps.
+"""Converts LeRobot's normalization modes and statistics to affine maps.
 
-It has two rules for a dimension whose statistics have no spread: one of the processor files
-(0.4 to 0.6.1), one of the buffers among the weights (up to 0.3).
+LeRobot has had two rules for a dimension whose statistics have no spread: one for processor files
+(0.4 to 0.6.1), one for the buffers among the weights (up to 0.3).
 """
 
 from __future__ import annotations
@@ -14,27 +14,29 @@ import numpy as np
 from numpy.typing import NDArray
 from torch import Tensor
 
-from policies.act.weights import Triples
-from policies.checkpoint.lerobot_config import ACTION, PAIRS
+from policies.act.weights import RgbTriples
+from policies.checkpoint.lerobot_config import ACTION, STATISTICS
 from policies.errors import CheckpointError
 from policies.normalizer import Array, Normalizer, constant_where, identity
 
 EPS = 1e-8
+"""LeRobot's default of ``eps``."""
 
 
 @dataclass(frozen=True, slots=True)
 class Statistics:
-    """One normalizer's statistics and how they are used.
+    """One normalizer's statistics and how to use them.
 
     Attributes:
-        tensors: By feature and name of the statistic; those that nobody uses may hold anything.
-        source: Their file.
-        modes: A mode for a type of feature; IDENTITY where none is given.
+        tensors: By feature and name of the statistic; unused ones may hold anything.
+        source: The file of the tensors.
+        modes: Type of feature to mode; IDENTITY where none is given.
         modes_source: The file of the modes.
-        types: Of the features. One that is not among them is not normalized by LeRobot.
-        only: The observations that are normalized; all where None.
-        eps: Is added to deviations of inputs, and stands for a spread of zero.
-        buffers: The rule of the buffers among the weights; ``tensors`` have their names.
+        types: Feature to type. LeRobot does not normalize a feature that is not listed.
+        observations: The observations to normalize; all where None.
+        eps: Added to deviations of inputs, and used in place of a spread of zero.
+        buffers: Prefix of the buffers among the weights, whose rule then applies; "" for the rule
+            of processor files.
     """
 
     tensors: Mapping[str, Tensor]
@@ -42,20 +44,21 @@ class Statistics:
     modes: Mapping[str, str]
     modes_source: Path
     types: Mapping[str, str]
-    only: frozenset[str] | None = None
+    observations: frozenset[str] | None = None
     eps: float = EPS
     buffers: str = ""
 
     def normalizer(self, feature: str, dim: int) -> Normalizer:
-        """Of a vector: of the action back to physical units, of another feature to the network's.
+        """Return the map of a vector: for the action to physical units, for others to the
+        network's.
 
         Raises:
-            CheckpointError: A statistic is missing, of another shape, or no finite number.
+            CheckpointError: A statistic is missing, of another shape, or not finite.
         """
         mode = self._mode(feature)
         if mode == "IDENTITY":
             return identity(dim)
-        first, second = (self._statistic(feature, name, mode, dim, 0) for name in PAIRS[mode])
+        first, second = (self._statistic(feature, name, mode, dim, 0) for name in STATISTICS[mode])
         output = feature == ACTION
         shift, scale = self._affine(mode, first, second, inverse=output)
         try:
@@ -63,8 +66,8 @@ class Statistics:
         except CheckpointError as error:
             raise CheckpointError(f"{self.source}: {feature}: {error}") from error
 
-    def image_norm(self, features: tuple[str, ...]) -> tuple[Triples, Triples]:
-        """(mean, std) that each feature's picture, in [0, 1], is normalized with.
+    def image_norm(self, features: tuple[str, ...]) -> tuple[RgbTriples, RgbTriples]:
+        """Return the (mean, std) that normalize each feature's image of values in [0, 1].
 
         Raises:
             CheckpointError: As ``normalizer``.
@@ -73,7 +76,7 @@ class Statistics:
         for feature in features:
             mode, mean, std = self._mode(feature), np.zeros(3), np.ones(3)
             if mode != "IDENTITY":
-                first, second = (self._statistic(feature, n, mode, 3, 2) for n in PAIRS[mode])
+                first, second = (self._statistic(feature, n, mode, 3, 2) for n in STATISTICS[mode])
                 mean, std = self._affine(mode, first, second, inverse=False)
             if not (std > 0).all():
                 raise CheckpointError(
@@ -89,16 +92,16 @@ class Statistics:
         if feature not in self.types:
             raise CheckpointError(
                 f"{self.modes_source}: features: {feature!r} is missing, got {sorted(self.types)}: "
-                f"LeRobot would not normalize it; {self._where_it_is_meant()}"
+                f"LeRobot would not normalize it; {self._advice()}"
             )
-        if self.only is not None and feature not in self.only:
+        if self.observations is not None and feature not in self.observations:
             return "IDENTITY"
         return self.modes.get(self.types[feature], "IDENTITY")
 
     def _affine(
         self, mode: str, first: Array, second: Array, *, inverse: bool
     ) -> tuple[Array, Array]:
-        """(shift, scale): to the network (x - shift) / scale, back y * scale + shift."""
+        """Return (shift, scale): (x - shift) / scale to the network, y * scale + shift back."""
         if mode == "MEAN_STD":
             return first, second if inverse else second + self.eps
         span = second - first
@@ -111,8 +114,10 @@ class Statistics:
     def _statistic(
         self, feature: str, name: str, mode: str, length: int, trailing: int
     ) -> NDArray[np.float64]:
-        """``length`` numbers; in the file, shapes that broadcast to (``length``, 1, ...) with
-        ``trailing`` ones."""
+        """Return ``length`` numbers.
+
+        In the file their shape must broadcast to (``length``, 1, ...) with ``trailing`` ones.
+        """
         key = f"{feature}.{name}"
         if self.buffers:
             key = f"{self.buffers}.buffer_{feature.replace('.', '_')}.{name}"
@@ -120,7 +125,7 @@ class Statistics:
             group = "ACTION" if feature == ACTION else self.types[feature]
             raise CheckpointError(
                 f"{self.source}: key {key!r} is missing, which {group} {mode} "
-                f"({self.modes_source}) needs; {self._where_it_is_meant()}"
+                f"({self.modes_source}) needs; {self._advice()}"
             )
         values = self.tensors[key].double().numpy()
         shape = list(values.shape)
@@ -140,10 +145,10 @@ class Statistics:
             )
         return np.broadcast_to(values.reshape(-1), (length,)).copy()
 
-    def _where_it_is_meant(self) -> str:
+    def _advice(self) -> str:
         if self.buffers:
-            return "nothing can stand for it"
+            return "it has no substitute"
         return (
-            "where that is meant, list the features that are normalized in "
+            "if that is intended, list the features that are normalized in "
             "normalize_observation_keys, or set their type to IDENTITY in norm_map"
         )

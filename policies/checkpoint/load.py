@@ -1,4 +1,4 @@
-"""Any supported checkpoint to a ``Policy``."""
+"""Loads a checkpoint of any supported layout as a ``Policy``."""
 
 from __future__ import annotations
 
@@ -30,31 +30,32 @@ def load_policy(
     threads: int | None = None,
     fps: float | None = None,
 ) -> Policy:
-    """The policy at ``path``.
+    """Load the policy at ``path``.
+
+    A factory takes none of the options: its policy defines everything.
 
     Args:
-        path: A checkpoint folder of ILStudio's (the newest ``checkpoint-N`` in it, where it has no
-            weights itself), of LeRobot's (or with ``pretrained_model`` in it), or of the original
-            ACT's; or ``python:package.module:factory``.
+        path: A checkpoint folder of ILStudio (its newest ``checkpoint-N``, where the folder itself
+            has no weights), of LeRobot (or with ``pretrained_model`` in it), or of the original
+            ACT; or ``python:package.module:factory``.
         device: "auto", "cpu", "cuda" or "cuda:N".
         engine: "auto", "torch", "openvino" or "cuda-graph".
         precision: "auto", "fp32", "bf16" or "fp16".
-        dataset_id: Whose normalizers to use, where the checkpoint has several.
+        dataset_id: Data set of the normalizers, where the checkpoint has several.
         chunk_size: Cut chunks to this many actions.
         camera_names, n_heads: What the original's layout does not say.
-        image_hw: (height, width) of the pictures, where the checkpoint doesn't say or another size
-            is wanted; refused beside ``cameras`` of ``metronome.yaml`` that say something else.
+        image_hw: (height, width) of the images, where the checkpoint does not say it or another
+            size is wanted; refused if ``cameras`` of ``metronome.yaml`` contradict it.
         threads: CPU threads of one inference; all cores but one where None.
-        fps: Policy ticks per second, where the checkpoint doesn't say or another rate is wanted.
-
-    A factory takes none of these: its policy says everything itself.
+        fps: Policy ticks per second, where the checkpoint does not say it or another rate is
+            wanted.
 
     Raises:
         CheckpointError: The checkpoint cannot be loaded; names file, key, got and expected.
-        ContractMismatch: This machine or the checkpoint doesn't have what was asked for.
+        ContractMismatch: This machine or the checkpoint does not have what was requested.
     """
     if path.startswith(PREFIX):
-        _only_defaults(
+        _refuse_options(
             path,
             device=(device, "auto"),
             engine=(engine, "auto"),
@@ -68,7 +69,7 @@ def load_policy(
             fps=(fps, None),
         )
         return load_factory(path)
-    # torch is slow to import, and somebody's own policy may not need it.
+    # torch is slow to import, and a user's own policy may not need it.
     from policies.act.policy import ActPolicy
 
     weights = load_weights(
@@ -99,7 +100,9 @@ def load_weights(
     n_heads: int | None = None,
     image_hw: tuple[int, int] | None = None,
 ) -> ActWeights:
-    """The checkpoint folder at ``path``, before anything runs it; arguments as ``load_policy``."""
+    """Load the checkpoint folder at ``path`` without building an engine; arguments as
+    ``load_policy``.
+    """
     from policies.checkpoint.extras import read_extras
     from policies.checkpoint.file_readers import read_json, read_weights
     from policies.checkpoint.ilstudio import load_ilstudio
@@ -114,33 +117,35 @@ def load_weights(
     if config_path.is_file():
         config = read_json(config_path)
         if is_lerobot(config):
-            _only_known("LeRobot", path, dataset_id=dataset_id)
-            _says_itself(path, camera_names, n_heads, extras)
+            _refuse_dataset_id("LeRobot", path, dataset_id)
+            _refuse_redundant(path, camera_names, n_heads, extras)
             return load_lerobot(folder, extras, image_hw=image_hw)
-        _says_itself(path, camera_names, n_heads, extras)
+        _refuse_redundant(path, camera_names, n_heads, extras)
         return load_ilstudio(folder, extras, dataset_id=dataset_id, image_hw=image_hw)
     if find_weights(folder) is not None:
-        _only_known("the original ACT", path, dataset_id=dataset_id)
+        _refuse_dataset_id("the original ACT", path, dataset_id)
         names = None if camera_names is None else tuple(camera_names)
         return load_original(folder, extras, camera_names=names, n_heads=n_heads, image_hw=image_hw)
     if any((folder / name).is_file() for name in ADAPTERS):
-        read_weights(folder)  # says what they are
+        read_weights(folder)  # raises an error about adapters
     raise CheckpointError(
-        f"{folder}: no checkpoint that is known: expected config.json with model.safetensors "
+        f"{folder}: unknown layout of a checkpoint: expected config.json with model.safetensors "
         f"(ILStudio, LeRobot), or policy_best.ckpt with dataset_stats.pkl (the original ACT); "
         f"got {sorted(p.name for p in folder.iterdir())[:12]}"
     )
 
 
-def _only_defaults(path: str, **options: tuple[Any, Any]) -> None:
+def _refuse_options(path: str, **options: tuple[Any, Any]) -> None:
+    """Raise ``CheckpointError`` for an option (value, default) that is not at its default."""
     for name, (value, default) in options.items():
         if value != default:
             raise CheckpointError(
-                f"{path}: {name}: got {value!r}, expected none: a factory's policy says it itself"
+                f"{path}: {name}: got {value!r}, expected none: a factory's policy defines it"
             )
 
 
-def _only_known(layout: str, path: str, *, dataset_id: str | None) -> None:
+def _refuse_dataset_id(layout: str, path: str, dataset_id: str | None) -> None:
+    """Raise ``CheckpointError`` for a ``dataset_id``, which ``layout`` does not have."""
     if dataset_id is not None:
         raise CheckpointError(
             f"{path}: dataset_id: got {dataset_id!r}, expected none: {layout}'s layout has one "
@@ -148,9 +153,10 @@ def _only_known(layout: str, path: str, *, dataset_id: str | None) -> None:
         )
 
 
-def _says_itself(
+def _refuse_redundant(
     path: str, camera_names: Sequence[str] | None, n_heads: int | None, extras: Extras
 ) -> None:
+    """Raise ``CheckpointError`` for an option that the checkpoint's own layout defines."""
     for name, value, source in (
         ("camera_names", camera_names, path),
         ("n_heads", n_heads, path),
@@ -160,5 +166,5 @@ def _says_itself(
     ):
         if value is not None:
             raise CheckpointError(
-                f"{source}: {name}: got {value}, expected none: this layout says its own"
+                f"{source}: {name}: got {value}, expected none: this layout defines it"
             )

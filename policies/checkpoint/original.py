@@ -1,8 +1,9 @@
-"""The original ACT's layout: ``policy_best.ckpt``, a bare state dict, and ``dataset_stats.pkl``.
+"""Loads the original ACT's layout: ``policy_best.ckpt``, a bare state dict, and
+``dataset_stats.pkl``.
 
 Mobile ALOHA's act-plus-plus and Agilex's cobot_magic write it too, with a backbone for each camera.
-It says neither the cameras' names nor the number of attention heads: they come from the user, by
-arguments or by ``metronome.yaml`` beside it, or from act-plus-plus's ``config.pkl``.
+It has neither the cameras' names nor the number of attention heads. They come from arguments, from
+``metronome.yaml`` beside it, or from act-plus-plus's ``config.pkl``.
 """
 
 from __future__ import annotations
@@ -28,7 +29,7 @@ from policies.checkpoint.original_variants import (
 )
 from policies.checkpoint.policy_assembly import assemble
 from policies.checkpoint.safe_pickle import read_pickle
-from policies.checkpoint.weight_names import detr_dead_keys, detr_keys, translate
+from policies.checkpoint.weight_names import detr_keys, detr_unused_keys, translate
 from policies.errors import CheckpointError
 from policies.normalizer import Normalizer, from_stats
 
@@ -37,7 +38,7 @@ BEST = "policy_best.ckpt"
 
 
 def find_weights(folder: Path) -> Path | None:
-    """``policy_best.ckpt``, or the only ``.ckpt`` in ``folder``."""
+    """Return ``policy_best.ckpt``, or the only ``.ckpt`` in ``folder``, or None."""
     if (folder / BEST).is_file():
         return folder / BEST
     others = sorted(folder.glob("*.ckpt"))
@@ -52,10 +53,10 @@ def load_original(
     n_heads: int | None = None,
     image_hw: tuple[int, int] | None = None,
 ) -> ActWeights:
-    """The checkpoint in ``folder``; arguments win over ``extras``.
+    """Load the checkpoint in ``folder``; arguments win over ``extras``.
 
     Raises:
-        CheckpointError: Anything missing, unknown, or not as expected.
+        CheckpointError: A file or key is missing, unknown, or not as expected.
     """
     path = find_weights(folder)
     if path is None:
@@ -63,14 +64,14 @@ def load_original(
     settings = read_settings(folder)
     tensors = read_torch(path)
     check_supported(tensors, path)
-    names, heads = _said(settings, camera_names, n_heads, extras, path)
+    names, heads = _names_and_heads(settings, camera_names, n_heads, extras, path)
     cameras = extras.camera_contracts(names, image_hw, path)
     agilex = is_agilex(tensors)
     tensors = with_original_names(tensors, path)
     config = _config(tensors, path, len(cameras), heads, cameras[0].model_hw)
-    dead = detr_dead_keys(_count(tensors, "model.transformer.decoder.layers."))
-    dead |= unused_names(tensors)
-    used = {key: tensor for key, tensor in tensors.items() if key not in dead}
+    unused = detr_unused_keys(_count(tensors, "model.transformer.decoder.layers."))
+    unused |= unused_names(tensors)
+    used = {key: tensor for key, tensor in tensors.items() if key not in unused}
     stats = read_pickle(folder / STATS)
     if not isinstance(stats, dict):
         raise CheckpointError(f"{folder / STATS}: got {type(stats).__name__}, expected a dict")
@@ -91,14 +92,14 @@ def load_original(
     )
 
 
-def _said(
+def _names_and_heads(
     settings: Settings | None,
     camera_names: tuple[str, ...] | None,
     n_heads: int | None,
     extras: Extras,
     path: Path,
 ) -> tuple[tuple[str, ...], int]:
-    """The cameras' names and the number of heads."""
+    """Return the cameras' names and the number of heads."""
     names = extras.camera_names if camera_names is None else camera_names
     heads = extras.n_heads if n_heads is None else n_heads
     if settings is not None:
@@ -110,14 +111,14 @@ def _said(
                 f"{path}: a bare state dict does not hold {what}: give it as an argument, or in "
                 f"metronome.yaml beside the checkpoint"
             )
-    said = tuple(names or ()), int(heads or 0)
+    result = tuple(names or ()), int(heads or 0)
     if settings is not None:
-        settings.check(*said)
-    return said
+        settings.check(*result)
+    return result
 
 
 def _check_unambiguous(state: Normalizer, action: Normalizer, path: Path) -> None:
-    """Refuses to guess which of the two normalizes actions, where that matters."""
+    """Raise ``CheckpointError`` where it matters which of the two normalizes actions."""
     if state.digest() != action.digest():
         raise CheckpointError(
             f"{path}: cobot_magic normalized actions by the statistics of qpos until December "
@@ -129,7 +130,7 @@ def _check_unambiguous(state: Normalizer, action: Normalizer, path: Path) -> Non
 def _config(
     tensors: Mapping[str, Tensor], path: Path, n_cameras: int, n_heads: int, hw: tuple[int, int]
 ) -> ActConfig:
-    """Sizes, from the weights' shapes."""
+    """Return the sizes, from the weights' shapes."""
     encoder = "model.transformer.encoder.layers."
     action_dim, width = _shape(tensors, "model.action_head.weight", path)
     _, latent_dim = _shape(tensors, "model.latent_out_proj.weight", path)
@@ -167,7 +168,7 @@ def _shape(tensors: Mapping[str, Tensor], key: str, path: Path) -> tuple[int, in
 
 
 def _count(tensors: Mapping[str, Tensor], prefix: str) -> int:
-    """How many numbered layers there are below ``prefix``."""
+    """Return the number of numbered layers below ``prefix``."""
     numbers = {key.removeprefix(prefix).split(".")[0] for key in tensors if key.startswith(prefix)}
     return len(numbers)
 
@@ -175,10 +176,11 @@ def _count(tensors: Mapping[str, Tensor], prefix: str) -> int:
 def _normalizer(
     stats: Mapping[str, Any], what: str, path: Path, dim: int, *, output: bool = False
 ) -> Normalizer:
-    """Divides by the file's deviations as they are, as the original does.
+    """Return a z-score that divides by the file's deviations as they are, as the original does.
 
-    It clips them to at least 0.01 when it computes them, before it trains; whatever the file says
-    is what the network learned with. Zero makes a constant of an action; of a state it is refused.
+    The original clips them to at least 0.01 when it computes them, before training. So the file's
+    values are those that the network was trained with. A deviation of zero makes a constant of an
+    action, and is refused for a state.
     """
     table = {name: stats.get(f"{what}_{name}") for name in ("mean", "std")}
     for name, value in table.items():

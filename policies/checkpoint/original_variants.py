@@ -1,8 +1,8 @@
-"""What descendants of the original ACT write otherwise: Mobile ALOHA's act-plus-plus and Agilex's
+"""Differences of the original ACT's descendants: Mobile ALOHA's act-plus-plus, Agilex's
 cobot_magic.
 
-Both have a backbone for each camera. What their networks can be beyond ``ActModel`` is refused here
-by its own name, from the weights' names and shapes.
+Both have a backbone for each camera. Networks that ``ActModel`` cannot represent are recognized
+here from the weights' names and shapes, and refused by the name of their option.
 """
 
 from __future__ import annotations
@@ -31,8 +31,9 @@ TEMPORAL_AGG_COEF = 0.01
 """act-plus-plus's ``k``: weights are exp(-k·i), the oldest first, with a new chunk every tick."""
 
 BOTTLENECK = f"{BACKBONES}0.0.body.layer1.0.conv3."
+"""A weight that only bottleneck blocks have."""
 DEEP_STAGE = {6: "resnet50", 23: "resnet101", 36: "resnet152"}
-"""Bottleneck blocks in the third stage."""
+"""Bottleneck blocks in the third stage to the network's name."""
 
 REFUSED = {
     "model.depth_backbones.": "use_depth_image: got True, expected False",
@@ -41,18 +42,18 @@ REFUSED = {
     "model.transformer.encoder.norm.": "pre_norm: got True, expected False",
     f"{BACKBONES}0.1.": "position_embedding: got 'learned', expected 'sine'",
 }
-"""Beginnings of weights' names, and what they show."""
+"""Prefixes of weights' names, and the option that each one shows."""
 
 
 @dataclass(frozen=True, slots=True)
 class Settings:
-    """What act-plus-plus writes beside its checkpoints.
+    """The settings that act-plus-plus writes beside its checkpoints.
 
     Attributes:
         path: The file.
-        camera_names: In the order the network sees them.
-        n_heads: Of the transformer's attention.
-        execution: How its own evaluation plays chunks; None for one whole chunk after another.
+        camera_names: In the order of the network's inputs.
+        n_heads: Heads of the transformer's attention.
+        execution: How its own evaluation executes chunks; None for whole chunks one after another.
     """
 
     path: Path
@@ -61,17 +62,17 @@ class Settings:
     execution: Execution | None = None
 
     def check(self, camera_names: tuple[str, ...], n_heads: int) -> None:
-        """Whether what was said elsewhere can be true. Cameras may be renamed, not reordered.
+        """Check other sources' values against the file. Cameras may be renamed, not reordered.
 
         Raises:
-            CheckpointError: It contradicts the file.
+            CheckpointError: A value contradicts the file.
         """
         if n_heads != self.n_heads:
             raise CheckpointError(f"{self.path}: n_heads: got {n_heads}, expected {self.n_heads}")
         moved = [
             name
-            for place, name in enumerate(camera_names)
-            if name in self.camera_names and self.camera_names.index(name) != place
+            for index, name in enumerate(camera_names)
+            if name in self.camera_names and self.camera_names.index(name) != index
         ]
         if moved or len(camera_names) != len(self.camera_names):
             raise CheckpointError(
@@ -81,10 +82,10 @@ class Settings:
 
 
 def read_settings(folder: Path) -> Settings | None:
-    """act-plus-plus's ``config.pkl``, or None where there is none.
+    """Return act-plus-plus's ``config.pkl``, or None where there is none.
 
     Raises:
-        CheckpointError: The file cannot be read, or tells of a policy that is not supported.
+        CheckpointError: The file cannot be read, or describes a policy that is not supported.
     """
     path = folder / SETTINGS
     if not path.is_file():
@@ -99,32 +100,32 @@ def read_settings(folder: Path) -> Settings | None:
     names = need(network, "camera_names", list, path)
     if not names or not all(isinstance(name, str) for name in names):
         raise CheckpointError(f"{path}: camera_names: got {names}, expected names")
-    averages = raw.get("temporal_agg", False)
-    if not isinstance(averages, bool):
-        raise CheckpointError(f"{path}: temporal_agg: got {averages!r}, expected a bool")
+    temporal_agg = raw.get("temporal_agg", False)
+    if not isinstance(temporal_agg, bool):
+        raise CheckpointError(f"{path}: temporal_agg: got {temporal_agg!r}, expected a bool")
     execution = (
         Execution("temporal_ensemble", TEMPORAL_AGG_COEF, 1, f"{SETTINGS}: temporal_agg")
-        if averages
+        if temporal_agg
         else None
     )
     return Settings(path, tuple(names), need(network, "nheads", int, path), execution)
 
 
 def is_agilex(tensors: Mapping[str, Tensor]) -> bool:
-    """Whether cobot_magic's code wrote these weights."""
+    """Return whether cobot_magic's code wrote these weights."""
     return LATENT_POSITION in tensors or STATE_POSITION in tensors
 
 
 def check_supported(tensors: Mapping[str, Tensor], path: Path) -> None:
-    """Refuses what the descendants can do and ``ActModel`` cannot.
+    """Refuse networks of the descendants that ``ActModel`` cannot represent.
 
     Raises:
-        CheckpointError: Says what it is, and the key that shows it.
+        CheckpointError: Names the option, and the key that shows it.
     """
     for key in sorted(tensors):
-        for beginning, what in REFUSED.items():
-            if key.startswith(beginning):
-                raise CheckpointError(f"{path}: {what} (key {key!r})")
+        for prefix, option in REFUSED.items():
+            if key.startswith(prefix):
+                raise CheckpointError(f"{path}: {option} (key {key!r})")
         if key.startswith(BOTTLENECK):
             third = f"{BACKBONES}0.0.body.layer3."
             blocks = {k.removeprefix(third).split(".")[0] for k in tensors if k.startswith(third)}
@@ -153,7 +154,7 @@ def _no_vq(path: Path) -> str:
 
 
 def with_original_names(tensors: Mapping[str, Tensor], path: Path) -> dict[str, Tensor]:
-    """``tensors`` with cobot_magic's two tables of positions as the original's one.
+    """Return ``tensors`` with cobot_magic's two position tables joined as the original's one.
 
     Raises:
         CheckpointError: One of the two is missing or of another shape.
@@ -179,11 +180,11 @@ def with_original_names(tensors: Mapping[str, Tensor], path: Path) -> dict[str, 
 
 
 def unused_names(tensors: Mapping[str, Tensor]) -> set[str]:
-    """Names whose values change no action, beyond the original's.
+    """Return the names that affect no action, beyond the original's.
 
     * cobot_magic's own inference skips ``input_proj_next_action``, which older versions wrote.
-    * act-plus-plus builds its style encoder as a whole transformer; people mend that to train.
-    * Without a style encoder (``no_encoder``, or a ``kl_weight`` of 0) what is around it stays.
+    * act-plus-plus builds its style encoder as a whole transformer, which users repair to train.
+    * Without a style encoder (``no_encoder``, or a ``kl_weight`` of 0) the modules around it stay.
     """
     unused = {f"model.input_proj_next_action.{part}" for part in LINEAR}
     if any(key.startswith(STYLE_LAYERS) for key in tensors):

@@ -1,4 +1,4 @@
-"""What all layouts' loaders end with."""
+"""The last step of every layout's loader: combine its results as ``ActWeights``."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ from torch import Tensor
 
 from policies.act.config import ActConfig
 from policies.act.model import IMAGENET_MEAN, IMAGENET_STD
-from policies.act.weights import ActWeights, Triples
+from policies.act.weights import ActWeights, RgbTriples
 from policies.checkpoint.extras import Extras
 from policies.execution import Assumption, Execution
 from policies.normalizer import Normalizer
@@ -21,22 +21,23 @@ def assemble(
     state: Normalizer,
     action: Normalizer,
     cameras: tuple[CameraContract, ...],
-    image_norm: tuple[Triples, Triples] | None = None,
+    image_norm: tuple[RgbTriples, RgbTriples] | None = None,
     n_action_steps: int | None = None,
     execution: Execution | None = None,
     assumed: tuple[Assumption, ...] = (),
 ) -> ActWeights:
-    """The checkpoint; what ``extras`` says of its execution wins.
+    """Return the checkpoint. What ``extras`` says about execution wins over the layout.
 
     Args:
-        config, tensors: Sizes, and weights by ``ActModel``'s names.
-        extras: What lies beside the checkpoint.
+        config: Sizes.
+        tensors: Weights by ``ActModel``'s names.
+        extras: The content of ``metronome.yaml``.
         state, action: Normalizers.
-        cameras: In the order the model sees them.
+        cameras: In the order of the model's inputs.
         image_norm: (mean, std) of each camera; ImageNet's where None.
-        n_action_steps: What the layout says; whole chunks where None.
-        execution: How the layout says that chunks are to be played.
-        assumed: What the layout does not say, beside the rate.
+        n_action_steps: The layout's value; whole chunks where None.
+        execution: How the layout says to execute chunks.
+        assumed: What the layout does not say, besides the rate.
     """
     mean, std = image_norm or (
         (IMAGENET_MEAN,) * len(cameras),

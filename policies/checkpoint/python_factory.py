@@ -1,4 +1,4 @@
-"""``python:package.module:factory``: anyone's own policy."""
+"""Loads ``python:package.module:factory``: the user's own policy."""
 
 from __future__ import annotations
 
@@ -19,26 +19,35 @@ _MEMBERS = ("contract", "info", "infer", "reset", "close")
 
 
 class UnforkablePolicy:
-    """A policy without ``fork``: one session at a time."""
+    """Wraps a policy that has no ``fork``, so that it serves one session at a time.
+
+    Args:
+        policy: The user's policy.
+        source: Its name, for errors.
+    """
 
     def __init__(self, policy: Any, source: str) -> None:
         self._policy, self._source = policy, source
 
     @property
     def contract(self) -> PolicyContract:
+        """The wrapped policy's contract."""
         contract: PolicyContract = self._policy.contract
         return contract
 
     @property
     def info(self) -> PolicyInfo:
+        """The wrapped policy's info."""
         info: PolicyInfo = self._policy.info
         return info
 
     def infer(self, obs: MetaObs) -> ActionChunk:
+        """Return the wrapped policy's chunk."""
         chunk: ActionChunk = self._policy.infer(obs)
         return chunk
 
     def reset(self) -> None:
+        """Reset the wrapped policy."""
         self._policy.reset()
 
     def fork(self) -> Policy:
@@ -49,22 +58,23 @@ class UnforkablePolicy:
         )
 
     def close(self) -> None:
+        """Close the wrapped policy."""
         self._policy.close()
 
 
 def load_factory(source: str) -> Policy:
-    """What the factory that ``source`` names returns.
+    """Call the factory that ``source`` names and return its policy.
 
     Raises:
-        CheckpointError: ``source`` cannot be read or imported, the factory failed, or what it
-            returned is not a policy.
+        CheckpointError: ``source`` is malformed or cannot be imported, the factory fails, or it
+            returns something that is not a policy.
     """
     module_name, separator, name = source.removeprefix(PREFIX).partition(":")
     if not separator or not module_name or not name:
         raise CheckpointError(f"{source!r}: expected {PREFIX}package.module:factory")
     try:
         module = importlib.import_module(module_name)
-    except Exception as error:  # somebody else's code: anything
+    except Exception as error:  # user code may raise anything
         raise CheckpointError(f"{source}: the module cannot be imported: {error!r}") from error
     factory = getattr(module, name, None)
     if not callable(factory):
@@ -78,7 +88,7 @@ def load_factory(source: str) -> Policy:
         policy = factory()
     except PolicyError:
         raise
-    except Exception as error:  # somebody else's code: anything
+    except Exception as error:  # user code may raise anything
         raise CheckpointError(f"{source}: the factory failed: {error!r}") from error
     missing = [member for member in _MEMBERS if not hasattr(policy, member)]
     if missing:

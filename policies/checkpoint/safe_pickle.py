@@ -1,7 +1,7 @@
-"""Reads a checkpoint's statistics, which others write as pickle, without trusting it.
+"""Reads a checkpoint's statistics from an untrusted pickle.
 
-A pickle is a program. This unpickler answers the few names of numpy that arrays are pickled with by
-stand-ins of our own, refuses to look up anything else, and hands out only what it has looked over.
+A pickle is a program. This unpickler replaces the few names of numpy that pickled arrays need by
+its own types, refuses to look up any other name, and checks everything that it returns.
 """
 
 from __future__ import annotations
@@ -13,32 +13,39 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from policies.checkpoint.safe_pickle_types import NAMES, Array, Name
+from policies.checkpoint.safe_pickle_types import ALLOWED_FUNCTIONS, AllowedFunction, SafeArray
 from policies.errors import CheckpointError
 
 MAX_BYTES = 64 * 2**20
+"""Largest file."""
 MAX_ITEMS = 1_000_000
-"""Instructions in the file, and values in what it gives: a small file can name one value often."""
+"""Most instructions in the file, and most values in its result. A small file can repeat one value
+very often.
+"""
 MAX_TUPLES = 10_000
-"""Python hashes nested tuples by recursion in C without a limit: deep ones overflow the stack."""
+"""Most tuples in the file. Python hashes nested tuples by unlimited recursion in C, so deep ones
+overflow the stack.
+"""
 MAX_DEPTH = 32
+"""Deepest nesting of the result."""
 
 
 class _Unpickler(pickle.Unpickler):
-    def find_class(self, module: str, name: str) -> Name:
-        if (module, name) not in NAMES:
+    def find_class(self, module: str, name: str) -> AllowedFunction:
+        if (module, name) not in ALLOWED_FUNCTIONS:
             raise pickle.UnpicklingError(f"it asks for {module}.{name}")
-        return NAMES[module, name]
+        return ALLOWED_FUNCTIONS[module, name]
 
     def persistent_load(self, pid: Any) -> Any:
         raise pickle.UnpicklingError(f"it asks for the object {pid!r:.40} from outside")
 
 
 def read_pickle(path: Path) -> Any:
-    """What ``path`` holds: dicts, lists, tuples, strings, numbers and (read-only) numpy arrays.
+    """Return the content of ``path``: dicts, lists, tuples, strings, numbers, read-only numpy
+    arrays.
 
     Raises:
-        CheckpointError: No such file, too large, not a pickle, or one that asks for anything else.
+        CheckpointError: No such file, too large, not a pickle, or one that needs anything else.
     """
     try:
         size = path.stat().st_size
@@ -55,12 +62,12 @@ def read_pickle(path: Path) -> Any:
         ) from error
     except CheckpointError:
         raise
-    except Exception as error:  # a broken pickle may raise anything at all
+    except Exception as error:  # a broken pickle may raise anything
         raise CheckpointError(f"{path}: not a readable pickle ({error!r:.200})") from error
 
 
 def _check_instructions(content: bytes) -> None:
-    """Refuses what would take the unpickler itself down; reads the file without executing it."""
+    """Refuse files that would crash the unpickler; read the instructions without executing them."""
     tuples = 0
     for count, (opcode, argument, _) in enumerate(pickletools.genops(content)):
         tuples += opcode.name in ("TUPLE", "TUPLE1", "TUPLE2", "TUPLE3")
@@ -68,16 +75,16 @@ def _check_instructions(content: bytes) -> None:
             raise pickle.UnpicklingError(
                 f"it has more than {MAX_ITEMS} instructions or {MAX_TUPLES} tuples"
             )
-        # The memo is a list as long as the largest place that is named.
+        # The memo is a list; its length is the largest index in the file.
         if opcode.name in ("PUT", "BINPUT", "LONG_BINPUT") and int(argument or 0) > len(content):
-            raise pickle.UnpicklingError(f"it remembers something at place {argument}")
+            raise pickle.UnpicklingError(f"it has the memo index {argument}")
 
 
 def _plain(value: Any, budget: Iterator[int], depth: int) -> Any:
-    """``value`` with its arrays in place of their stand-ins."""
+    """Return ``value`` with its arrays in place of their safe replacements."""
     if next(budget, None) is None or depth > MAX_DEPTH:
         raise pickle.UnpicklingError(f"it holds over {MAX_ITEMS} values, or {MAX_DEPTH} levels")
-    if isinstance(value, Array):
+    if isinstance(value, SafeArray):
         return value.array()
     if type(value) in (list, tuple):
         return type(value)(_plain(item, budget, depth + 1) for item in value)

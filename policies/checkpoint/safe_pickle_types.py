@@ -1,8 +1,8 @@
-"""What a pickle gets instead of numpy: it can describe arrays of plain numbers, and nothing else.
+"""Replacements for numpy's types in a pickle: they can describe arrays of plain numbers only.
 
-numpy's own ``dtype.__setstate__`` and ``ndarray.__setstate__`` believe what a pickle says about its
-memory; a field of objects that is flagged as plain bytes makes pointers of the file's bytes. So
-numpy is given only what was checked here: a number format by name, and bytes of just its size.
+numpy's own ``dtype.__setstate__`` and ``ndarray.__setstate__`` trust what a pickle says about its
+memory: a field of objects that is flagged as plain bytes turns the file's bytes into pointers. So
+numpy gets only values that were checked here: a number format by name, and bytes of the right size.
 """
 
 from __future__ import annotations
@@ -22,8 +22,12 @@ _NUMBER = re.compile(r"[<>=|]?(b1|[iu][1248]|f[248])")
 _ORDERS = ("<", ">", "=", "|")
 
 
-class Name:
-    """A function under a name that a pickle may ask for; nothing about it can be changed."""
+class AllowedFunction:
+    """A function that a pickle may look up and call, but not modify.
+
+    Args:
+        function: Called with the pickle's arguments.
+    """
 
     __slots__ = ("_function",)
 
@@ -31,14 +35,22 @@ class Name:
         self._function = function
 
     def __call__(self, *arguments: Any) -> Any:
+        """Call the function."""
         return self._function(*arguments)
 
     def __setstate__(self, state: object) -> None:
-        raise UnpicklingError("it changes what it asked for")
+        raise UnpicklingError("it changes a function")
 
 
-class NumberFormat:
-    """A dtype of plain numbers; of what is told later, only the byte order is believed."""
+class SafeDtype:
+    """A dtype of plain numbers. Of its later state, only the byte order is used.
+
+    Args:
+        code: numpy's code, e.g. ``"f8"``.
+
+    Raises:
+        UnpicklingError: Not the code of a plain number.
+    """
 
     __slots__ = ("_code", "_order")
 
@@ -55,11 +67,12 @@ class NumberFormat:
         self._order = state[1]
 
     def dtype(self) -> np.dtype[Any]:
+        """Return the numpy dtype."""
         return np.dtype(self._order + self._code)
 
 
-class Array:
-    """An array whose content follows, as pickles have it."""
+class SafeArray:
+    """An array whose content follows in ``__setstate__``, as in numpy's pickles."""
 
     __slots__ = ("_array",)
 
@@ -73,24 +86,28 @@ class Array:
         self._array = _build(shape, number, content, "F" if fortran else "C")
 
     def array(self) -> NDArray[Any]:
-        """Read-only: a view of the pickle's own bytes."""
+        """Return the array, a read-only view of the pickle's bytes.
+
+        Raises:
+            UnpicklingError: The pickle gave no content.
+        """
         if self._array is None:
             raise UnpicklingError("it has an array without content")
         return self._array
 
 
-def _dtype(code: object, *_align_and_copy: object) -> NumberFormat:
-    return NumberFormat(code)
+def _dtype(code: object, *_align_and_copy: object) -> SafeDtype:
+    return SafeDtype(code)
 
 
-def _ndarray(*_arguments: object) -> Array:
+def _ndarray(*_arguments: object) -> SafeArray:
     raise UnpicklingError("it makes an array without content")
 
 
-def _reconstruct(kind: object, *_shape_and_code: object) -> Array:
-    if kind is not NAMES["numpy", "ndarray"]:
-        raise UnpicklingError("it asks for a kind of array of its own")
-    return Array()
+def _reconstruct(kind: object, *_shape_and_code: object) -> SafeArray:
+    if kind is not ALLOWED_FUNCTIONS["numpy", "ndarray"]:
+        raise UnpicklingError("it asks for a subclass of numpy's arrays")
+    return SafeArray()
 
 
 def _scalar(number: object, content: object) -> bool | int | float:
@@ -100,10 +117,10 @@ def _scalar(number: object, content: object) -> bool | int | float:
 
 def _frombuffer(
     content: object, number: object, shape: object, order: object, axes: object = None
-) -> Array:
+) -> SafeArray:
     if order not in ("C", "F", "K"):
         raise UnpicklingError(f"it has an array in the order {order!r:.40}")
-    found = Array()
+    found = SafeArray()
     flat = _build(shape, number, content, "F" if order == "F" else "C")
     if order == "K":
         if not isinstance(axes, tuple) or sorted(axes) != list(range(flat.ndim)):
@@ -116,9 +133,11 @@ def _frombuffer(
 def _build(
     shape: object, number: object, content: object, order: Literal["C", "F"]
 ) -> NDArray[Any]:
-    """The array, read-only, without a copy: one content may be shared by very many."""
-    if not isinstance(number, NumberFormat) or not isinstance(content, bytes | bytearray):
-        raise UnpicklingError("it has an array of other things than numbers")
+    """Return the array, read-only and without a copy, because very many arrays can share one
+    content.
+    """
+    if not isinstance(number, SafeDtype) or not isinstance(content, bytes | bytearray):
+        raise UnpicklingError("it has an array of something other than numbers")
     if (
         not isinstance(shape, tuple)
         or len(shape) > MAX_DIMENSIONS
@@ -137,12 +156,12 @@ def _build(
     return array
 
 
-NAMES: dict[tuple[str, str], Name] = {
-    ("numpy", "dtype"): Name(_dtype),
-    ("numpy", "ndarray"): Name(_ndarray),
-    # numpy 2 renamed the modules; either one's pickles are read under either.
+ALLOWED_FUNCTIONS: dict[tuple[str, str], AllowedFunction] = {
+    ("numpy", "dtype"): AllowedFunction(_dtype),
+    ("numpy", "ndarray"): AllowedFunction(_ndarray),
+    # numpy 2 renamed the modules. Pickles of numpy 1 and 2 can be read with either version.
     **{
-        (f"numpy.{core}.{module}", name): Name(function)
+        (f"numpy.{core}.{module}", name): AllowedFunction(function)
         for core in ("core", "_core")
         for module, name, function in (
             ("multiarray", "_reconstruct", _reconstruct),
@@ -151,4 +170,4 @@ NAMES: dict[tuple[str, str], Name] = {
         )
     },
 }
-"""All that a pickle may ask for, by module and name."""
+"""All that a pickle may look up, by module and name."""

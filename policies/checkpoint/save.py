@@ -1,4 +1,6 @@
-"""Writes an ACT checkpoint in ILStudio's layout or in LeRobot's, for our loaders and for theirs."""
+"""Writes an ACT checkpoint in ILStudio's or LeRobot's layout, for this package's loaders and
+theirs.
+"""
 
 from __future__ import annotations
 
@@ -23,18 +25,25 @@ from policies.checkpoint.weight_names import detr_keys, lerobot_keys
 from policies.errors import CheckpointError
 
 StoredAs = Literal["fp32", "bf16"]
+"""Number format of the stored weights."""
 Stats = Mapping[str, Mapping[str, Sequence[float]]]
 """``state`` and ``action`` to ``mean, std, min, max, q01, q99``, each of length D."""
 
 
 @dataclass(frozen=True, slots=True, eq=False)
-class Saved:
-    """What is written.
+class CheckpointContent:
+    """The content of a checkpoint to write.
 
     Attributes:
-        tensors: By ``ActModel``'s names, batch-norm not folded; pictures normalized as ImageNet's.
-        stats: Statistics of the data, z-scored.
-        extras: ``cameras`` must be there.
+        config: Sizes.
+        tensors: By ``ActModel``'s names, with batch-norm not folded, for images normalized as
+            ImageNet's.
+        stats: Statistics of the data, for z-score normalizers.
+        dataset_id: The data set's name.
+        extras: The content of ``metronome.yaml``; its ``cameras`` are required.
+
+    Raises:
+        CheckpointError: No cameras, or a backbone for each camera.
     """
 
     config: ActConfig
@@ -53,17 +62,17 @@ class Saved:
             )
 
 
-def save_ilstudio(folder: Path, saved: Saved, *, stored_as: StoredAs = "fp32") -> None:
-    """ILStudio's layout, with ``metronome.yaml``.
+def save_ilstudio(folder: Path, saved: CheckpointContent, *, stored_as: StoredAs = "fp32") -> None:
+    """Write ILStudio's layout, with ``metronome.yaml``.
 
-    Its configuration has one number for the layers of both encoders, so a style encoder of another
+    Its configuration has one number for the layers of both encoders. So a style encoder of another
     depth is left out; inference does not need it.
     """
     config = saved.config
     folder.mkdir(parents=True, exist_ok=True)
     keys = detr_keys(dataclasses.replace(config, n_style_layers=config.n_encoder_layers))
     tensors = _rename(saved.tensors, keys, style=config.n_style_layers == config.n_encoder_layers)
-    # Nothing reads these, but ILStudio's loader expects them.
+    # ILStudio's loader expects these tensors, but nothing uses them.
     positions = sequence_positions(2 + config.chunk_size, config.width)
     tensors["model.pos_table"] = positions[None]
     tensors["model.is_pad_head.weight"] = torch.zeros(1, config.width)
@@ -112,16 +121,16 @@ def save_ilstudio(folder: Path, saved: Saved, *, stored_as: StoredAs = "fp32") -
     _write_extras(folder, saved.extras)
 
 
-def save_lerobot(folder: Path, saved: Saved, *, stored_as: StoredAs = "fp32") -> None:
-    """LeRobot's layout with processor files, without the style encoder (``use_vae`` false).
+def save_lerobot(folder: Path, saved: CheckpointContent, *, stored_as: StoredAs = "fp32") -> None:
+    """Write LeRobot's layout with processor files, without the style encoder (``use_vae`` false).
 
-    Its pictures have the model's size: whoever feeds it with LeRobot crops them before.
+    Its images have the model's size: LeRobot's users crop them first.
     """
     config, execution = saved.config, saved.extras.recommended()
-    played = saved.extras.n_action_steps
+    n_action_steps = saved.extras.n_action_steps
     ensemble = None
     if execution is not None and execution.action_manager == "temporal_ensemble":
-        played = 1  # LeRobot demands it with an ensemble
+        n_action_steps = 1  # LeRobot requires it with an ensemble
         ensemble = 0.01 if execution.manager_coef is None else execution.manager_coef
     folder.mkdir(parents=True, exist_ok=True)
     tensors = _rename(saved.tensors, lerobot_keys(config), style=False)
@@ -143,7 +152,7 @@ def save_lerobot(folder: Path, saved: Saved, *, stored_as: StoredAs = "fp32") ->
             "device": "cpu",
             "use_amp": False,
             "chunk_size": config.chunk_size,
-            "n_action_steps": config.chunk_size if played is None else played,
+            "n_action_steps": config.chunk_size if n_action_steps is None else n_action_steps,
             "normalization_mapping": modes,
             "vision_backbone": config.backbone,
             "pretrained_backbone_weights": None,
@@ -194,14 +203,14 @@ def save_lerobot(folder: Path, saved: Saved, *, stored_as: StoredAs = "fp32") ->
     _write_extras(folder, saved.extras)
 
 
-def _lerobot_stats(saved: Saved, images: Sequence[str]) -> dict[str, Tensor]:
+def _lerobot_stats(saved: CheckpointContent, images: Sequence[str]) -> dict[str, Tensor]:
     from policies.normalizer import MIN_SIGMA
 
     stats: dict[str, Tensor] = {}
     for feature, what in (("observation.state", "state"), ("action", "action")):
         for name, values in saved.stats[what].items():
             tensor = torch.tensor(list(values), dtype=torch.float32)
-            # LeRobot has no smallest deviation of its own.
+            # LeRobot has no lower limit for deviations.
             stats[f"{feature}.{name}"] = tensor.clamp(min=MIN_SIGMA) if name == "std" else tensor
     for feature in images:
         stats[f"{feature}.mean"] = torch.tensor(IMAGENET_MEAN).reshape(3, 1, 1)
@@ -220,7 +229,10 @@ def _rename(
 
 
 def _write_weights(path: Path, tensors: Mapping[str, Tensor], stored_as: StoredAs) -> None:
-    """Vectors (norms, biases) are always float32: they are small, and variances need the digits."""
+    """Write the weights; vectors (norms, biases) always in float32.
+
+    Vectors are small, and variances need the precision.
+    """
     stored = {}
     for key, tensor in tensors.items():
         narrow = stored_as == "bf16" and tensor.ndim > 1
@@ -235,7 +247,7 @@ def _write_json(path: Path, value: Mapping[str, Any]) -> None:
 
 
 def _write_extras(folder: Path, extras: Extras) -> None:
-    """As YAML, without what is at its default."""
+    """Write the keys that differ from their defaults, as YAML."""
     plain = {
         field.name: _plain(getattr(extras, field.name))
         for field in dataclasses.fields(extras)
@@ -246,7 +258,7 @@ def _write_extras(folder: Path, extras: Extras) -> None:
 
 
 def _plain(value: Any) -> Any:
-    """Dataclasses and tuples to what YAML has."""
+    """Convert dataclasses and tuples to YAML's types."""
     if dataclasses.is_dataclass(value) and not isinstance(value, type):
         return {f.name: _plain(getattr(value, f.name)) for f in dataclasses.fields(value)}
     if isinstance(value, Mapping):

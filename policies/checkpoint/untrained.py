@@ -1,4 +1,4 @@
-"""A checkpoint that was never trained: everything works with it except the task."""
+"""Writes a checkpoint that was never trained. Everything works with it except the task."""
 
 from __future__ import annotations
 
@@ -13,23 +13,24 @@ from policies.act.config import ActConfig
 from policies.act.model import IMAGENET_MEAN, IMAGENET_STD, ActModel
 from policies.act.weights import ActWeights
 from policies.checkpoint.extras import Extras
-from policies.checkpoint.save import Saved, StoredAs, save_ilstudio
+from policies.checkpoint.save import CheckpointContent, StoredAs, save_ilstudio
 from policies.normalizer import zscore
 from policies.types import CameraContract, Rendering
 
 START_ARM = (0.0, -0.96, 1.16, 0.0, -0.3, 0.0, 0.1)
 """One ALOHA arm at the start of an episode: six joints in rad, gripper from 0 to 1."""
 SIGMA = 0.1
-"""Spread of the made-up statistics: the arms move a few milliradians."""
+"""Spread of the made-up statistics, so that the arms move a few milliradians."""
 
 CAMERA = CameraContract("top", source_hw=(240, 320), crop=(44, 48, 160, 224), model_hw=(160, 224))
+"""Camera of the simulated ALOHA tasks."""
 DT_S = 0.02
-"""Of the simulation."""
+"""Seconds per tick of the simulation."""
 RENDERING = Rendering(shadows=False, msaa=0)
 
 
 def sim_config(*, image_hw: tuple[int, int] = CAMERA.model_hw, n_cameras: int = 1) -> ActConfig:
-    """The sizes that the simulated ALOHA tasks are trained with: about 15 million parameters."""
+    """Return the sizes for the simulated ALOHA tasks: about 15 million parameters."""
     return ActConfig(
         state_dim=14,
         action_dim=14,
@@ -52,21 +53,23 @@ def make_untrained(
     cameras: tuple[CameraContract, ...] = (CAMERA,),
     stored_as: StoredAs = "bf16",
 ) -> None:
-    """Write one to the folder ``path``, in ILStudio's layout, flagged as untrained.
+    """Write a checkpoint to the folder ``path``, in ILStudio's layout, flagged as untrained.
 
     Args:
-        task: Becomes the data set's id.
-        seed: Of the weights; the same seed gives the same file.
+        path: The folder.
+        task: The data set's id.
+        seed: Seed of the weights; the same seed gives the same file.
         config: Sizes; ``sim_config`` where None.
         cameras: Their model size must be ``config.image_hw``.
+        stored_as: Number format of the weights.
     """
     sizes = config or sim_config(image_hw=cameras[0].model_hw, n_cameras=len(cameras))
     start = np.resize(np.array(START_ARM), sizes.state_dim)
     save_ilstudio(
         Path(path),
-        Saved(
+        CheckpointContent(
             config=sizes,
-            tensors=fresh_weights(sizes, seed),
+            tensors=initial_weights(sizes, seed),
             stats={"state": _stats(start), "action": _stats(start[: sizes.action_dim])},
             dataset_id=task,
             extras=Extras(
@@ -81,8 +84,8 @@ def make_untrained(
     )
 
 
-def fresh_weights(config: ActConfig, seed: int) -> dict[str, Tensor]:
-    """Initial weights by ``ActModel``'s names; leaves torch's random state alone."""
+def initial_weights(config: ActConfig, seed: int) -> dict[str, Tensor]:
+    """Return initial weights by ``ActModel``'s names; does not change torch's random state."""
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         state = ActModel(config).state_dict()
@@ -90,14 +93,14 @@ def fresh_weights(config: ActConfig, seed: int) -> dict[str, Tensor]:
 
 
 def random_weights(config: ActConfig, seed: int = 0) -> ActWeights:
-    """Weights of that size in which every tensor counts, without a checkpoint around them.
+    """Return weights in which every tensor affects the result, without writing a checkpoint.
 
-    Fresh weights have zero biases and residual blocks that do nothing; these have biases, and
-    statistics that batch-norm has to divide by. For measuring and comparing engines.
+    Initial weights have zero biases, residual blocks that are the identity, and neutral batch-norm
+    statistics; these have none of that. For measuring and comparing engines.
     """
     random = torch.Generator().manual_seed(seed)
     tensors = {}
-    for name, tensor in fresh_weights(config, seed).items():
+    for name, tensor in initial_weights(config, seed).items():
         noise = torch.randn(tensor.shape, generator=random)
         if name.endswith("running_var"):
             tensors[name] = (0.3 * noise).exp()

@@ -1,4 +1,4 @@
-"""Which folder holds a checkpoint's weights. Without torch, which is slow to import."""
+"""Finds the folder that holds a checkpoint's weights, without importing torch, which is slow."""
 
 from __future__ import annotations
 
@@ -9,12 +9,14 @@ from policies.errors import CheckpointError
 
 WEIGHTS = "model.safetensors"
 INDEX = "model.safetensors.index.json"
-"""Names the files that the weights are spread over, where they are."""
+"""Lists the files of weights that are split over several."""
 ADAPTERS = ("adapter_model.safetensors", "adapter_model.bin", "adapter_config.json")
+"""Files of PEFT adapters."""
 
 
 def user_path(text: str) -> Path:
-    """``text`` as a path, ``~`` and ``~user`` expanded: no shell does it in ``--flag=~/x``.
+    """Return ``text`` as a path with ``~`` and ``~user`` expanded, as no shell does in
+    ``--flag=~/x``.
 
     Raises:
         CheckpointError: There is no such user.
@@ -26,11 +28,13 @@ def user_path(text: str) -> Path:
 
 
 def find_folder(path: Path) -> Path:
-    """The folder that holds the weights: ``path``, or the one below it that a trainer or the hub's
-    cache put them into.
+    """Return the folder that holds the weights: ``path``, or a folder below it.
+
+    Trainers and the Hugging Face hub's cache put checkpoints into folders below the one that users
+    name.
 
     Raises:
-        CheckpointError: No folder, or a cache of several snapshots.
+        CheckpointError: No such folder, or a cache of several snapshots.
     """
     if not path.exists():
         raise CheckpointError(f"{path}: no such checkpoint")
@@ -38,21 +42,21 @@ def find_folder(path: Path) -> Path:
         raise CheckpointError(
             f"{path}: got a file, expected a checkpoint's folder, e.g. {path.absolute().parent}"
         )
-    below: Path | None = path
-    while below is not None:
-        path, below = below, _one_below(below)
+    child: Path | None = path
+    while child is not None:
+        path, child = child, _next_folder(child)
     return path
 
 
-def _one_below(folder: Path) -> Path | None:
-    """Where to look next; None where the weights should be in ``folder`` itself."""
+def _next_folder(folder: Path) -> Path | None:
+    """Return the subfolder to search next; None if the weights should be in ``folder`` itself."""
     if (folder / "config.json").is_file() and _has_weights(folder):
         return None
     if (folder / "snapshots").is_dir():
         return _hub_snapshot(folder)
     if (folder / "pretrained_model").is_dir():
         return folder / "pretrained_model"
-    # LeRobot's output folder: checkpoints/NUMBER/pretrained_model, and a link "last".
+    # LeRobot writes checkpoints/NUMBER/pretrained_model, and a link "last".
     for steps in (folder / "checkpoints", folder):
         numbered = _numbered(steps, r"(\d+)", "pretrained_model")
         if (steps / "last" / "pretrained_model").is_dir():
@@ -63,7 +67,7 @@ def _one_below(folder: Path) -> Path | None:
 
 
 def _numbered(folder: Path, pattern: str, inside: str = "") -> Path | None:
-    """The folder of the largest number, of those that have ``inside`` in them."""
+    """Return the subfolder with the largest number, among those that contain ``inside``."""
     if not folder.is_dir():
         return None
     found = [
@@ -75,7 +79,9 @@ def _numbered(folder: Path, pattern: str, inside: str = "") -> Path | None:
 
 
 def _hub_snapshot(folder: Path) -> Path:
-    """The revision ``main`` of a model in the hub's cache (``models--ORG--NAME``), or its only."""
+    """Return the snapshot of revision ``main`` in the hub's cache (``models--ORG--NAME``), or the
+    only one.
+    """
     snapshots = sorted(path for path in (folder / "snapshots").iterdir() if path.is_dir())
     main = folder / "refs" / "main"
     if main.is_file():
@@ -85,7 +91,7 @@ def _hub_snapshot(folder: Path) -> Path:
                 return snapshot
     if len(snapshots) != 1:
         raise CheckpointError(
-            f"{folder}: a cache of the hub with {len(snapshots)} snapshots, none of which is "
+            f"{folder}: a Hugging Face cache with {len(snapshots)} snapshots, none of which is "
             f"refs/main; expected one of {[str(path) for path in snapshots]}"
         )
     return snapshots[0]

@@ -1,8 +1,8 @@
-"""Foreign weight names onto ``ActModel``'s.
+"""Maps other layouts' weight names to ``ActModel``'s.
 
-``model.encoder.*`` is the CVAE's style encoder in the original's layout (and ILStudio's) and the
-main encoder in LeRobot's, with the same shapes. So each layout has its own complete table, made
-from the checkpoint's sizes, and a name that is in neither list of it is refused.
+``model.encoder.*`` is the CVAE's style encoder in the original's layout (and ILStudio's) but the
+main encoder in LeRobot's, with the same shapes. So each layout has its own complete table, built
+from the checkpoint's sizes. A name that is in neither of a layout's two lists is refused.
 """
 
 from __future__ import annotations
@@ -18,11 +18,13 @@ from policies.act.weights import parameter_shapes
 from policies.errors import CheckpointError
 
 ATTENTION = ("in_proj_weight", "in_proj_bias", "out_proj.weight", "out_proj.bias")
+"""Tensors of an attention module."""
 LINEAR = ("weight", "bias")
+"""Tensors of a linear module or a norm."""
 
 
 def detr_keys(config: ActConfig) -> dict[str, str]:
-    """Foreign to internal, for the original's layout and ILStudio's."""
+    """Return foreign names to ``ActModel``'s, for the original's layout and ILStudio's."""
     keys = {
         "model.input_proj": "image_proj",
         "model.input_proj_robot_state": "state_proj",
@@ -51,18 +53,18 @@ def detr_keys(config: ActConfig) -> dict[str, str]:
     }
 
 
-def detr_dead_keys(decoder_layers: int) -> set[str]:
-    """Foreign names whose values change nothing: only the first decoder layer's output is read."""
-    dead = {"model.is_pad_head.weight", "model.is_pad_head.bias", "model.pos_table"}
+def detr_unused_keys(decoder_layers: int) -> set[str]:
+    """Return foreign names that affect no action: only the first decoder layer's output is used."""
+    unused = {"model.is_pad_head.weight", "model.is_pad_head.bias", "model.pos_table"}
     for layer in range(1, decoder_layers):
-        dead |= {
+        unused |= {
             f"model.transformer.decoder.layers.{layer}.{name}" for name in _decoder_layer_names()
         }
-    return dead
+    return unused
 
 
 def lerobot_keys(config: ActConfig) -> dict[str, str]:
-    """Foreign to internal, for LeRobot's layout."""
+    """Return foreign names to ``ActModel``'s, for LeRobot's layout."""
     keys = {
         "model.encoder_img_feat_input_proj": "image_proj",
         "model.encoder_robot_state_input_proj": "state_proj",
@@ -85,36 +87,42 @@ def lerobot_keys(config: ActConfig) -> dict[str, str]:
     }
 
 
-LEROBOT_DEAD_KEYS = frozenset({"model.vae_encoder_pos_enc"})
-LEROBOT_FIRST_NAMES = {
+LEROBOT_UNUSED_KEYS = frozenset({"model.vae_encoder_pos_enc"})
+"""LeRobot's names that affect no action."""
+LEROBOT_RENAMED_KEYS = {
     "model.encoder_robot_and_latent_pos_embed.weight": "model.encoder_1d_feature_pos_embed.weight"
 }
-"""Names of its first generation to today's; the rows are in the same order."""
+"""Names of LeRobot's first versions to today's; the rows are in the same order."""
 
 
 def translate(
-    tensors: Mapping[str, Tensor], keys: Mapping[str, str], dead: Iterable[str], config: ActConfig,
-    path: Path,
+    tensors: Mapping[str, Tensor], keys: Mapping[str, str], ignored: Iterable[str],
+    config: ActConfig, path: Path,
 ) -> dict[str, Tensor]:  # fmt: skip
-    """``tensors`` under internal names.
+    """Return ``tensors`` under ``ActModel``'s names.
 
-    The style encoder, which only training needs, may be absent as a whole.
+    The style encoder, which only training needs, may be missing as a whole.
+
+    Args:
+        tensors: By foreign names.
+        keys: Foreign names to ``ActModel``'s.
+        ignored: Foreign names to ignore.
+        config: Sizes.
+        path: The file, for errors.
 
     Raises:
-        CheckpointError: A name that is unknown, one that is missing, or one of another shape.
+        CheckpointError: An unknown or missing name, or a tensor of another shape.
     """
-    unused = sorted(tensors.keys() - keys.keys() - set(dead))
-    unused = [key for key in unused if not key.endswith(".num_batches_tracked")]
-    per_camera = [key for key in unused if key.startswith("model.backbones.")]
+    unknown = sorted(tensors.keys() - keys.keys() - set(ignored))
+    unknown = [key for key in unknown if not key.endswith(".num_batches_tracked")]
+    per_camera = [key for key in unknown if key.startswith("model.backbones.")]
     if per_camera:
         raise CheckpointError(
             f"{path}: {per_camera[0]}: a backbone for each camera is not supported in this layout, "
             "expected model.backbones.0 only"
         )
-    if unused:
-        raise CheckpointError(
-            f"{path}: {len(unused)} keys that nothing uses, the first {unused[0]!r}"
-        )
+    if unknown:
+        raise CheckpointError(f"{path}: {len(unknown)} unknown keys, the first {unknown[0]!r}")
     shapes = parameter_shapes(config)
     has_style = any(keys[key].startswith("style.") for key in tensors.keys() & keys.keys())
     translated = {}
@@ -133,7 +141,7 @@ def translate(
 
 
 def style_names() -> list[str]:
-    """Foreign names around the layers of the style encoder, in the original's layout."""
+    """Return the original layout's names of the style encoder, without those of its layers."""
     names = ["model.cls_embed.weight"]
     for module in ("encoder_action_proj", "encoder_joint_proj", "latent_proj"):
         names.extend(f"model.{module}.{part}" for part in LINEAR)
@@ -141,7 +149,9 @@ def style_names() -> list[str]:
 
 
 def transformer_names(prefix: str, tensors: Iterable[str]) -> set[str]:
-    """Names of a whole transformer below ``prefix``, with as many layers as ``tensors`` has."""
+    """Return the names of a whole transformer below ``prefix``, with the layers that ``tensors``
+    has.
+    """
     names = {f"{prefix}.decoder.norm.{part}" for part in LINEAR}
     kinds = (("encoder", _encoder_layer_names()), ("decoder", _decoder_layer_names()))
     for key in tensors:
@@ -154,7 +164,7 @@ def transformer_names(prefix: str, tensors: Iterable[str]) -> set[str]:
 
 
 def _modules(names: Mapping[str, str]) -> dict[str, str]:
-    """Weights and biases of single modules; embeddings have no bias."""
+    """Return the weights' and biases' names of single modules; embeddings have no bias."""
     embeddings = {"token_pos", "query_pos", "style.cls"}
     return {
         f"{foreign}.{part}": f"{internal}.{part}"

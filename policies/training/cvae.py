@@ -1,8 +1,9 @@
-"""What ACT has only while it is trained: the CVAE's style encoder, and an auxiliary task.
+"""The parts of ACT that exist only in training: the CVAE's style encoder and an auxiliary task.
 
 The style encoder compresses the demonstrated chunk to a latent, so that the decoder need not
-average over different ways of doing the same; inference takes the latent's mean, zero. The
-auxiliary task asks the mean image token where the objects are. Neither is exported for inference.
+average over different ways to do the task. Inference uses the latent's mean, zero. The auxiliary
+task predicts the objects' positions from the mean image token. Inference checkpoints contain
+neither.
 """
 
 from __future__ import annotations
@@ -18,7 +19,7 @@ from policies.act.transformer import EncoderLayer, sequence_positions
 
 
 class StyleEncoder(nn.Module):
-    """State and chunk of actions to the mean and log-variance of a latent."""
+    """Encodes a state and a chunk of actions as the mean and log-variance of a latent."""
 
     positions: Tensor
 
@@ -34,20 +35,29 @@ class StyleEncoder(nn.Module):
         self.register_buffer("positions", table, persistent=False)
 
     def forward(self, state: Tensor, actions: Tensor, padded: Tensor) -> tuple[Tensor, Tensor]:
-        """(B, S), (B, T, A), and (B, T) bool, True behind the episode's end, to two of (B, L)."""
+        """Encode a batch.
+
+        Args:
+            state: (B, S).
+            actions: (B, T, A).
+            padded: (B, T) bool, True after the episode's end.
+
+        Returns:
+            Mean and log-variance, each (B, L).
+        """
         batch = len(state)
         head = torch.stack((self.cls.weight.expand(batch, -1), self.state_proj(state)), 1)
         x = torch.cat((head, self.action_proj(actions)), 1)
-        hidden = torch.cat((padded.new_zeros(batch, 2), padded), 1)
+        key_padding_mask = torch.cat((padded.new_zeros(batch, 2), padded), 1)
         for layer in self.layers:
-            x = layer(x, self.positions, hidden)
+            x = layer(x, self.positions, key_padding_mask)
         mean, log_variance = self.out_proj(x[:, 0]).chunk(2, -1)
         return mean, log_variance
 
 
 @dataclass(frozen=True, slots=True)
 class Losses:
-    """Scalars: mean absolute error of the actions, KL divergence, auxiliary error."""
+    """Scalar losses: mean absolute error of the actions, KL divergence, and auxiliary error."""
 
     l1: Tensor
     kl: Tensor
@@ -55,12 +65,12 @@ class Losses:
 
 
 class ActCvae(nn.Module):
-    """``ActModel`` with what training adds.
+    """``ActModel`` with the parts that only training needs.
 
     Args:
         config: Sizes.
-        objects_dim: Numbers of the auxiliary task, 0 for none.
-        style: Whether there is a style encoder; without it the latent is always zero.
+        objects_dim: Outputs of the auxiliary task, 0 for none.
+        style: Whether to have a style encoder; without it the latent is always zero.
     """
 
     def __init__(self, config: ActConfig, *, objects_dim: int = 0, style: bool = True) -> None:
@@ -72,13 +82,13 @@ class ActCvae(nn.Module):
     def forward(
         self, images: Tensor, state: Tensor, actions: Tensor, padded: Tensor, objects: Tensor
     ) -> Losses:
-        """The losses of a batch; all but ``images`` and ``padded`` are normalized.
+        """Return the losses of a batch; all but ``images`` and ``padded`` are normalized.
 
         Args:
             images: (B, N, H, W, 3) uint8.
             state: (B, S).
             actions: (B, T, A).
-            padded: (B, T) bool, True behind the episode's end.
+            padded: (B, T) bool, True after the episode's end.
             objects: (B, objects_dim).
         """
         zero = state.new_zeros(())
@@ -99,13 +109,17 @@ class ActCvae(nn.Module):
 
 
 def kl_divergence(mean: Tensor, log_variance: Tensor) -> Tensor:
-    """Of N(mean, exp(log_variance)) from N(0, 1): summed over the latent, averaged over (B, L)."""
+    """Return the KL divergence of N(mean, exp(log_variance)) from N(0, 1).
+
+    ``mean`` and ``log_variance`` are (B, L); the result is summed over L and averaged over B.
+    Formula: https://arxiv.org/abs/1312.6114, appendix B.
+    """
     each = -0.5 * (1 + log_variance - mean.square() - log_variance.exp())
     return each.sum(-1).mean()
 
 
-def exported(state: dict[str, Tensor]) -> dict[str, Tensor]:
-    """``ActCvae.state_dict()`` under the names of a checkpoint: trunk and ``style.*``."""
+def checkpoint_tensors(state: dict[str, Tensor]) -> dict[str, Tensor]:
+    """Rename ``ActCvae.state_dict()`` to a checkpoint's names: ``ActModel``'s and ``style.*``."""
     return {
         key.removeprefix("model."): tensor
         for key, tensor in state.items()

@@ -1,7 +1,7 @@
-"""Demonstrations in ACT's HDF5 layout, cropped to what the network sees and held in memory.
+"""Reads demonstrations in ACT's HDF5 layout, crops their images and holds them in memory.
 
-``observations/qpos`` (T, S), ``observations/images/<camera>`` (T, H, W, 3) uint8, ``action``
-(T, A); and, where the auxiliary task wants it, ``metronome/object_qpos`` (T, 7 * objects).
+A file has ``observations/qpos`` (T, S), ``observations/images/<camera>`` (T, H, W, 3) uint8 and
+``action`` (T, A). The auxiliary task also needs ``metronome/object_qpos`` (T, 7 * objects).
 """
 
 from __future__ import annotations
@@ -21,18 +21,19 @@ from policies.types import CameraContract
 
 OBJECTS = "metronome/object_qpos"
 POSE_DIM = 7
+"""Numbers of an object's pose: x, y, z (m), quaternion wxyz."""
 Floats = NDArray[np.float32]
 
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Batch:
-    """Of B moments; ``state``, ``actions`` and ``objects`` are normalized float32.
+    """A batch of B time steps; ``state``, ``actions`` and ``objects`` are normalized float32.
 
     Attributes:
         images: (B, N, h, w, 3) uint8.
         state: (B, S).
         actions: (B, T, A), zero where padded.
-        padded: (B, T) bool, True behind the episode's end.
+        padded: (B, T) bool, True after the episode's end.
         objects: (B, 3 * objects) positions.
     """
 
@@ -44,17 +45,25 @@ class Batch:
 
 
 class Demonstrations:
-    """Episodes laid end to end.
+    """All episodes, concatenated.
+
+    Args:
+        folder: Folder with the ``*.hdf5`` files.
+        cameras: Crop and size of each camera's images.
+        chunk_size: Actions per chunk, T.
+        with_objects: Whether to read the objects' poses.
+        limit: Largest number of episodes; None for all.
+        progress: Called with (episodes read, episodes in all).
 
     Attributes:
-        images: (M, N, h, w, 3) uint8 at the model's size, M moments in all.
+        images: (M, N, h, w, 3) uint8 at the model's size, M time steps in all.
         state, actions, objects: (M, S), (M, A), (M, 3 * objects) float32, physical units.
-        ends: (M,) the moment behind the last of the same episode.
+        ends: (M,) index after the last time step of the same episode.
         stats: ``state`` and ``action`` to ``mean, std, min, max, q01, q99``.
-        episodes: How many.
+        episodes: Number of episodes.
 
     Raises:
-        CheckpointError: No episodes, or one that lacks something or differs in size.
+        CheckpointError: No episodes, or one that lacks a data set or differs in size.
     """
 
     def __init__(
@@ -96,6 +105,7 @@ class Demonstrations:
         return len(self.state)
 
     def object_normalizer(self) -> Normalizer:
+        """Return the z-score normalizer of ``objects``."""
         return from_stats("zscore", _stats(self.objects))
 
     def batch(
@@ -106,11 +116,13 @@ class Demonstrations:
         shift_px: int = 0,
         brightness: float = 0.0,
     ) -> Batch:
-        """``size`` moments drawn at random.
+        """Return ``size`` time steps drawn at random.
 
         Args:
-            shift_px: Each picture is moved by up to this many pixels, its border repeated.
-            brightness: Each picture is multiplied by 1 - this to 1 + this.
+            rng: Source of all random numbers.
+            size: B.
+            shift_px: Each image is shifted by up to this many pixels, with its border repeated.
+            brightness: Each image is multiplied by a factor from 1 - this to 1 + this.
         """
         at = rng.integers(0, len(self), size)
         future = at[:, None] + np.arange(self.chunk_size)
@@ -171,7 +183,7 @@ def _stats(data: Floats) -> Mapping[str, list[float]]:
 def _augment(
     images: NDArray[np.uint8], rng: np.random.Generator, shift_px: int, brightness: float
 ) -> NDArray[np.uint8]:
-    """``images`` (B, N, h, w, 3), each picture shifted and brightened on its own."""
+    """Return ``images`` (B, N, h, w, 3) with each image shifted and brightened independently."""
     if shift_px:
         height, width = images.shape[2:4]
         pad = ((0, 0), (0, 0), (shift_px, shift_px), (shift_px, shift_px), (0, 0))

@@ -1,7 +1,7 @@
-"""Trains ACT on demonstrations: resumable, and the same from the same seed.
+"""Trains ACT on demonstrations. Runs can be resumed and are reproducible from their seed.
 
-Every random number of step n comes from (seed, n), so a run that was interrupted goes on as if it
-had not been.
+Every random number of step n comes from (seed, n), so an interrupted run continues exactly as if it
+had not been interrupted.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from torch import Tensor
 
 from policies.act.config import LARGEST, ActConfig
 from policies.checkpoint.extras import Extras
-from policies.checkpoint.save import Saved, StoredAs, save_ilstudio
+from policies.checkpoint.save import CheckpointContent, StoredAs, save_ilstudio
 from policies.errors import CheckpointError
 from policies.number_ranges import (
     COUNT,
@@ -37,41 +37,56 @@ from policies.number_ranges import (
     Range,
     check_ranges,
 )
-from policies.training.cvae import ActCvae, exported
+from policies.training.cvae import ActCvae, checkpoint_tensors
 from policies.training.dataset import Demonstrations
 from policies.types import CameraContract, Rendering
 
 logger = logging.getLogger(__name__)
 
 STATE_FILE = "state.pt"
+"""Training state, in the run's folder."""
 LOSS_FILE = "loss.csv"
+"""Losses of every step."""
 CURVE_FILE = "loss.png"
+"""Plot of the losses."""
 POLICY_FOLDER = "policy"
+"""The exported checkpoint, in the run's folder."""
 LOSS_COLUMNS = ("step", "l1", "kl", "aux", "grad_norm", "success")
 
 
 _SIZES = {name: Range(1, largest) for name, largest in LARGEST.items()}
 STEPS = Range(1, 1_000_000_000)
+"""Valid numbers of steps."""
 WEIGHT = Range(0, 1e6)
+"""Valid weights of a loss."""
 
 
 @dataclass(frozen=True, slots=True)
 class TrainConfig:
-    """What ``configs/train/*.yaml`` says.
+    """The options in ``configs/train/*.yaml``.
 
     Attributes:
-        task: Becomes the checkpoint's data set id, and what is evaluated.
-        demonstrations: Folder with the episodes; ``max_episodes`` of them.
-        output: Folder for the run; ``policy`` in it is the checkpoint.
-        cameras: What is kept of each camera's picture. All of one model size.
+        task: Data set id of the checkpoint, and the task to evaluate.
+        demonstrations: Folder with the episodes; ``max_episodes`` of them are used.
+        output: Folder for the run; its ``policy`` folder is the checkpoint.
+        cameras: Crop and size of each camera's images, all of one model size.
         rendering: How the demonstrations were rendered.
-        kl_weight: Of the style encoder's divergence; None trains without one.
-        aux_weight: Of the objects' position, read off the mean image token; 0 for none.
-        ema: Decay per step of the average over weights that is evaluated and exported.
+        dt_s: Seconds per tick.
+        n_action_steps: Actions per chunk that the checkpoint recommends to execute; None for all.
+        width, n_heads, feedforward, n_encoder_layers, n_style_layers: See ``ActConfig``.
+        kl_weight: Weight of the style encoder's divergence; None trains without a style encoder.
+        aux_weight: Weight of the auxiliary task, the objects' positions; 0 for none.
+        warmup_steps: Steps of linear warm-up of the learning rate.
+        clip_norm: Largest norm of the gradient.
+        ema: Decay per step of the moving average of the weights, which is evaluated and exported.
         shift_px, brightness: Augmentation, see ``Demonstrations.batch``.
         threads: CPU threads; None for all cores.
-        save_every, evaluate_every: Steps.
-        n_action_steps: What the checkpoint recommends; None for the chunk.
+        save_every, evaluate_every: In steps.
+        evaluate_episodes: Episodes of each evaluation.
+        stored_as: Number format of the exported weights.
+
+    Raises:
+        ValueError: Cameras of several sizes, or a number out of range.
     """
 
     task: str
@@ -113,7 +128,7 @@ class TrainConfig:
         check_ranges(self)
 
     def act(self, state_dim: int, action_dim: int) -> ActConfig:
-        """Sizes of the network for demonstrations of these dimensions."""
+        """Return the network's sizes for demonstrations of these dimensions."""
         return ActConfig(
             state_dim=state_dim,
             action_dim=action_dim,
@@ -131,7 +146,7 @@ class TrainConfig:
 
 @dataclass(frozen=True, slots=True)
 class Progress:
-    """After a step: its number (from 1), losses, and the success rate where it was evaluated."""
+    """Result of a step: its number (from 1), losses, and the success rate if it was evaluated."""
 
     step: int
     l1: float
@@ -143,12 +158,20 @@ class Progress:
 
 @dataclass(slots=True, eq=False)
 class Trainer:
-    """One run.
+    """One training run.
 
     Args:
         config: What to train and how.
         data: The demonstrations.
-        evaluate: Success rate, from 0 to 1, of the checkpoint in a folder; None to never ask.
+        evaluate: Success rate, 0 to 1, of the checkpoint in a folder; None for no evaluations.
+
+    Attributes:
+        history: Progress of every step.
+        step: Completed steps.
+        seconds: Training time in s, without evaluations.
+
+    Raises:
+        CheckpointError: The run's saved state is not one of this configuration.
     """
 
     config: TrainConfig
@@ -181,13 +204,19 @@ class Trainer:
 
     @property
     def act_config(self) -> ActConfig:
+        """The network's sizes."""
         return self.config.act(self.data.state.shape[1], self.data.actions.shape[1])
 
     def run(self, report: Callable[[Progress], None] = lambda progress: None) -> None:
-        """Train to the last step, saving and evaluating on the way; ``report`` after each step."""
+        """Train to the last step, saving and evaluating in between; call ``report`` after each
+        step.
+
+        Raises:
+            CheckpointError: The loss is not finite.
+        """
         while self.step < self.config.steps:
             start = time.monotonic()
-            progress = self._one_step()
+            progress = self._train_step()
             self.seconds += time.monotonic() - start
             last = self.step == self.config.steps
             evaluated = self.evaluate is not None and (
@@ -204,15 +233,15 @@ class Trainer:
             report(progress)
 
     def export(self, folder: Path) -> None:
-        """The averaged weights in ILStudio's layout."""
+        """Write the averaged weights in ILStudio's layout."""
         save_ilstudio(folder, self.saved(), stored_as=self.config.stored_as)
 
-    def saved(self) -> Saved:
-        """The averaged weights, for any of the savers."""
+    def saved(self) -> CheckpointContent:
+        """Return the averaged weights in the form that the writers of all layouts take."""
         config = self.config
-        return Saved(
+        return CheckpointContent(
             config=self.act_config,
-            tensors=exported(self._average),
+            tensors=checkpoint_tensors(self._average),
             stats=self.data.stats,
             dataset_id=config.task,
             extras=Extras(
@@ -231,7 +260,7 @@ class Trainer:
             ),
         )
 
-    def _one_step(self) -> Progress:
+    def _train_step(self) -> Progress:
         config = self.config
         torch.manual_seed(hash((config.seed, self.step)) % 2**63)
         rng = np.random.default_rng((config.seed, self.step))
@@ -255,7 +284,9 @@ class Trainer:
         )
         total = losses.l1 + (config.kl_weight or 0.0) * losses.kl + config.aux_weight * losses.aux
         if not torch.isfinite(total):
-            raise CheckpointError(f"step {self.step}: the loss is {total.item()}; a lower rate?")
+            raise CheckpointError(
+                f"step {self.step}: the loss is {total.item()}; try a lower learning_rate"
+            )
         self._optimizer.zero_grad(set_to_none=True)
         total.backward()
         norm = torch.nn.utils.clip_grad_norm_(self._net.parameters(), config.clip_norm)
@@ -267,7 +298,7 @@ class Trainer:
         )
 
     def _learning_rate(self) -> float:
-        """Linear warm-up, then half a cosine down to a fiftieth."""
+        """Return the rate: a linear warm-up, then half a cosine down to a fiftieth."""
         config = self.config
         if self.step < config.warmup_steps:
             return config.learning_rate * (self.step + 1) / config.warmup_steps
@@ -276,7 +307,7 @@ class Trainer:
         return config.learning_rate * (0.02 + 0.98 * cosine)
 
     def _update_average(self) -> None:
-        # Young averages forget faster, or the initial weights would stay in them for long.
+        # Use a smaller decay in the first steps, or the average would keep the initial weights.
         decay = min(self.config.ema, (1 + self.step) / (10 + self.step))
         with torch.no_grad():
             for key, value in self._net.state_dict().items():
@@ -316,13 +347,13 @@ class Trainer:
             self.history = [Progress(*row) for row in state["history"]]
         except (RuntimeError, KeyError, ValueError, TypeError, OSError) as error:
             raise CheckpointError(
-                f"{path}: not a state of this configuration, move it away to start anew: {error}"
+                f"{path}: not a state of this configuration; move it away to start over: {error}"
             ) from error
-        logger.info("%s: going on at step %d", path, self.step)
+        logger.info("%s: resuming at step %d", path, self.step)
 
 
 def draw_curve(history: list[Progress], path: Path) -> None:
-    """A picture of the losses over steps, and of the success rate where it was evaluated."""
+    """Plot the losses over the steps, and the success rate where it was evaluated, to ``path``."""
     import matplotlib as mpl
 
     mpl.use("Agg")

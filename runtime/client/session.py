@@ -11,7 +11,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from policies.types import ActionChunk, MetaObs, PolicyContract
-from runtime.client.connection import Session
+from runtime.client.connection import OpenSession
 from runtime.client.requests import PendingRequests, with_stages
 from runtime.protocol import messages
 from runtime.trace import recorder as trace
@@ -38,7 +38,7 @@ class ClientSession:
     """
 
     def __init__(
-        self, opened: Session, contract: PolicyContract, requests: PendingRequests, trace_key: int
+        self, opened: OpenSession, contract: PolicyContract, requests: PendingRequests, trace_key: int
     ) -> None:
         self.channel, self.pictures = opened.channel, opened.pictures
         self.deterministic, self.reason = opened.deterministic, opened.reason

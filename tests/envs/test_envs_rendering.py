@@ -79,8 +79,8 @@ def test_rendering_after_close_is_an_error() -> None:
 @pytest.fixture
 def unsettled(monkeypatch: pytest.MonkeyPatch) -> pytest.MonkeyPatch:
     """Nothing chosen yet; what is chosen in a test is forgotten after it."""
-    monkeypatch.setattr(gl_context, "_settled", set())
-    monkeypatch.setattr(gl_context, "_unsettled", [])
+    monkeypatch.setattr(gl_context, "_chosen", set())
+    monkeypatch.setattr(gl_context, "_unavailable", [])
     for name in ("MUJOCO_GL", "PYOPENGL_PLATFORM", "DISPLAY", "WAYLAND_DISPLAY"):
         monkeypatch.setenv(name, "")
         monkeypatch.delenv(name)
@@ -175,11 +175,11 @@ def test_what_was_chosen_is_everybodys_choice(
 ) -> None:
     _set(unsettled, mujoco_gl, platform)
     unsettled.setattr(gl_context, "_PROBES", _probes(*working))
-    assert gl_context.settle() == expected
+    assert gl_context.choose_backend() == expected
     assert os.environ["MUJOCO_GL"] == expected
     if expected != "glfw":
         assert os.environ["PYOPENGL_PLATFORM"] == expected
-    assert gl_context.settle() == expected
+    assert gl_context.choose_backend() == expected
 
 
 @pytest.mark.parametrize(
@@ -203,7 +203,7 @@ def test_without_a_renderer_one_line_says_what_was_tried_and_the_remedy(
     _set(unsettled, mujoco_gl, platform)
     unsettled.setattr(gl_context, "_PROBES", _probes(*working))
     with pytest.raises(RenderingUnavailable, match=message) as raised:
-        gl_context.settle()
+        gl_context.choose_backend()
     assert "\n" not in str(raised.value)
     assert os.environ.get("MUJOCO_GL") == mujoco_gl
 

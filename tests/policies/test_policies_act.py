@@ -193,13 +193,13 @@ def cuda_flags():
     ],
 )
 def test_float32_on_cuda_is_no_tf32_and_its_bits_repeat(cuda_flags, device, dtype, expected):
-    hardware.set_exact(torch.device(device), dtype)
+    hardware.set_deterministic(torch.device(device), dtype)
     assert cuda_flags() == expected
 
 
 def test_every_engine_is_made_exact(tiny, monkeypatch):
     asked = []
-    monkeypatch.setattr(hardware, "set_exact", lambda *arguments: asked.append(arguments))
+    monkeypatch.setattr(hardware, "set_deterministic", lambda *arguments: asked.append(arguments))
     load_policy(str(tiny), device="cpu", engine="torch", precision="fp32", threads=1)
     assert asked == [(torch.device("cpu"), torch.float32)]
 

@@ -14,7 +14,7 @@ from tiny_act import needs_openvino
 
 from policies.checkpoint.extras import Extras
 from policies.checkpoint.load import load_policy, load_weights
-from policies.checkpoint.save import Saved
+from policies.checkpoint.save import CheckpointContent
 from policies.checkpoint.untrained import make_untrained
 from policies.errors import CheckpointError
 from policies.execution import Execution
@@ -370,7 +370,7 @@ def test_what_the_network_cannot_be_is_refused_by_name(tmp_path, mobile_aloha, c
 def test_what_nobody_knows_is_refused(tmp_path, mobile_aloha):
     tensors = {**mobile_aloha, "model.new.weight": torch.zeros(1)}
     path = write(tmp_path / "c", tensors, stats_of(SIZES))
-    with pytest.raises(CheckpointError, match=r"1 keys that nothing uses, the first 'model.new"):
+    with pytest.raises(CheckpointError, match=r"1 unknown keys, the first 'model.new"):
         load_weights(path, **ARGUMENTS)
 
 
@@ -402,7 +402,7 @@ def test_layouts_with_one_backbone_cannot_hold_more(checkpoint, tmp_path):
     cameras = tuple(CameraContract(name, IMAGE_HW, IMAGE_HW) for name in CAMERAS)
     message = "backbone_per_camera: got True, expected False: neither ILStudio's layout nor LeRobot"
     with pytest.raises(CheckpointError, match=message):
-        Saved(weights.config, weights.tensors, {}, "d", Extras(cameras=cameras))
+        CheckpointContent(weights.config, weights.tensors, {}, "d", Extras(cameras=cameras))
     with pytest.raises(CheckpointError, match=message):
         make_untrained(tmp_path / "u", config=weights.config, cameras=cameras)
     assert not (tmp_path / "u").exists()

@@ -19,8 +19,8 @@ from policies.act.policy import ActPolicy
 from policies.checkpoint.extras import Extras
 from policies.checkpoint.file_readers import read_safetensors
 from policies.checkpoint.load import load_policy, load_weights
-from policies.checkpoint.save import Saved, save_ilstudio, save_lerobot
-from policies.checkpoint.untrained import fresh_weights, make_untrained
+from policies.checkpoint.save import CheckpointContent, save_ilstudio, save_lerobot
+from policies.checkpoint.untrained import initial_weights, make_untrained
 from policies.checkpoint.weight_folders import find_folder
 from policies.checkpoint.weight_names import detr_keys, lerobot_keys
 from policies.errors import CheckpointError, ContractMismatch
@@ -102,12 +102,14 @@ def test_the_original_reads_its_yaml(reference, tmp_path):
 @functools.cache
 def weights_of(config):
     """Weights in which every tensor counts; not to be changed."""
-    return {k: v + 0.1 * torch.rand_like(v) for k, v in fresh_weights(config, 3).items()}
+    return {k: v + 0.1 * torch.rand_like(v) for k, v in initial_weights(config, 3).items()}
 
 
 def saved(config=TINY, extras=None):
     """Weights and their statistics."""
-    return Saved(config, weights_of(config), STATS, "d", extras or Extras(cameras=CAMERAS))
+    return CheckpointContent(
+        config, weights_of(config), STATS, "d", extras or Extras(cameras=CAMERAS)
+    )
 
 
 def write_original(folder, given):
@@ -348,7 +350,7 @@ REFUSALS = {
     "not json": (write("config.json", "{"), "config.json: Expecting property name"),
     "unused key": (
         edit_weights(lambda t: t.update(extra=torch.zeros(1))),
-        "1 keys that nothing uses, the first 'extra'",
+        "1 unknown keys, the first 'extra'",
     ),
     "missing key": (
         edit_weights(lambda t: t.pop("model.query_embed.weight")),
@@ -408,7 +410,7 @@ REFUSALS = {
     "masks": (edit_json("config.json", masks=True), "masks: got True, expected False"),
     "what it says itself": (
         write("metronome.yaml", "n_heads: 2"),
-        "metronome.yaml: n_heads: got 2, expected none: this layout says its own",
+        "metronome.yaml: n_heads: got 2, expected none: this layout defines it",
     ),
     "a key twice": (
         write("config.json", '{"dec_layers": 1, "dec_layers": 7}'),
@@ -636,7 +638,7 @@ LEROBOT_REFUSALS = {
     ),
     "renamed behind the policy": (
         add_step(RENAME, 0, "post", rename_map={"b": "c"}),
-        "policy_postprocessor.json: rename_obs.*expected none behind the policy",
+        "policy_postprocessor.json: rename_obs.*expected none after the policy",
     ),
     "half numbers": (
         edit_step("device_processor", float_dtype="float16"),
@@ -865,7 +867,7 @@ def test_minmax_statistics_of_lerobot(tmp_path):
     ("make", "message"),
     [
         (lambda p: p / "gone", "gone: no such checkpoint"),
-        (lambda p: p, "no checkpoint that is known: expected config.json"),
+        (lambda p: p, "unknown layout of a checkpoint: expected config.json"),
         (lambda p: (p / "f").write_text("") or p / "f", "got a file, expected a checkpoint's fol"),
     ],
 )

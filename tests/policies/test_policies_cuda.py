@@ -14,7 +14,7 @@ from tiny_act import TINY
 from policies.act import cuda_api, hardware
 from policies.act.cuda_graph import SIZES, CudaGraphEngine
 from policies.act.engine import EngineOptions, EngineUnavailable, Frames
-from policies.act.engine_check import LIMITS
+from policies.act.engine_check import MAX_RELATIVE_ERROR
 from policies.act.engine_selection import make_engine
 from policies.act.policy import ActPolicy
 from policies.act.weight_fusion import fuse
@@ -88,7 +88,7 @@ def test_with_a_backbone_for_each_camera_a_graph_computes_the_plain_network():
     weights = random_weights(dataclasses.replace(TINY, backbone_per_camera=True))
     engine = CudaGraphEngine(fuse(weights), "fp32", FakeCuda())
     got, want = engine.run([frames(seed) for seed in range(3)]), expected(weights, 0, 1, 2)
-    assert np.abs(got - want).max() / np.abs(want).max() <= LIMITS["fp32"]
+    assert np.abs(got - want).max() / np.abs(want).max() <= MAX_RELATIVE_ERROR["fp32"]
 
 
 def frames(seed: int = 0) -> Frames:
@@ -172,7 +172,7 @@ def test_fp16_is_near_where_pictures_are_made_small(weights):
     fused = fuse(weights, pixel_unit=2**-6)
     got = CudaGraphEngine(fused, "fp16", FakeCuda()).run([frames()])
     want = expected(weights, 0)
-    assert np.abs(got - want).max() / np.abs(want).max() <= LIMITS["fp16"]
+    assert np.abs(got - want).max() / np.abs(want).max() <= MAX_RELATIVE_ERROR["fp16"]
 
 
 # --- the choice, on a machine that seems to have a GPU -------------------------------------------
@@ -185,14 +185,14 @@ def gpu(monkeypatch):
     def has(fake):
         monkeypatch.setattr(hardware, "choose_device", lambda name: CUDA)
         monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda: True)
-        monkeypatch.setattr(hardware, "set_exact", lambda *_: None)
+        monkeypatch.setattr(hardware, "set_deterministic", lambda *_: None)
         monkeypatch.setattr(cuda_api, "TorchCuda", lambda device: fake)
         # Eager torch is on the CPU as well.
         from policies.act import engine_factory
 
         make_torch = engine_factory.make_torch
         monkeypatch.setitem(
-            engine_factory.MAKERS,
+            engine_factory.ENGINE_FACTORIES,
             "torch",
             lambda w, d, p, t: make_torch(w, torch.device("cpu"), p, t),
         )
@@ -214,7 +214,9 @@ def test_without_graphs_it_is_eager_and_says_why(gpu, weights, caplog):
     gpu(FakeCuda(capture_error=torch.OutOfMemoryError("CUDA out of memory")))
     engine = make_engine(weights, EngineOptions(device="cuda", threads=1))
     assert engine.name.startswith("torch")
-    assert "passed over: cuda-graph in bf16: cuda graph on cpu: CUDA out of memory" in caplog.text
+    assert (
+        "engine skipped: cuda-graph in bf16: cuda graph on cpu: CUDA out of memory" in caplog.text
+    )
     options = EngineOptions(device="cuda", engine="cuda-graph", threads=1)
     with pytest.raises(ContractMismatch, match=r"engine: got 'cuda-graph', .*out of memory"):
         make_engine(weights, options)
@@ -270,7 +272,7 @@ def test_real_graphs_compute_the_plain_network(weights, precision):
         for count in (1, 3, 8):
             got = engine.run([frames(seed) for seed in range(count)])
             want = expected(weights, *range(count))
-            assert np.abs(got - want).max() / np.abs(want).max() <= LIMITS[precision]
+            assert np.abs(got - want).max() / np.abs(want).max() <= MAX_RELATIVE_ERROR[precision]
     finally:
         engine.close()
 

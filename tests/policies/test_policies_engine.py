@@ -354,7 +354,7 @@ def test_a_folder_that_others_may_write_is_not_used(tmp_path, caplog):
     shared.mkdir()
     shared.chmod(0o777)
     assert not BlobCache(shared).write("key", Stored(b"blob", 0.0))
-    assert "not ours alone to write" in caplog.text
+    assert "can be written by another user" in caplog.text
     assert not list(shared.iterdir())
 
 
@@ -414,8 +414,8 @@ def machine(monkeypatch):
             return make
 
         monkeypatch.setattr(hardware, "cpu_flags", lambda: frozenset(flags))
-        for name in engine_factory.MAKERS:
-            monkeypatch.setitem(engine_factory.MAKERS, name, maker(name))
+        for name in engine_factory.ENGINE_FACTORIES:
+            monkeypatch.setitem(engine_factory.ENGINE_FACTORIES, name, maker(name))
         return made
 
     return has
@@ -451,8 +451,8 @@ def test_auto_takes_the_first_that_is_right_and_says_so(weights, machine, caplog
     assert [one.closed for one in made] == [True] * (len(made) - 1) + [False]
     last = caplog.records[-1].getMessage()
     assert f"inference by {expected[0]} on cpu, {expected[1]}, error against float32" in last
-    passed = [r.getMessage() for r in caplog.records if "passed over" in r.getMessage()]
-    assert len(passed) == len([c for c in changes if c[1] in ("bf16", "fp32")])
+    skipped = [r.getMessage() for r in caplog.records if "engine skipped" in r.getMessage()]
+    assert len(skipped) == len([c for c in changes if c[1] in ("bf16", "fp32")])
 
 
 def test_what_is_asked_for_by_name_is_used_and_its_error_told(weights, machine, caplog):
@@ -498,7 +498,7 @@ def test_without_openvino_torch_serves_and_says_why(weights, monkeypatch, caplog
     monkeypatch.delitem(sys.modules, "policies.act.quiet_openvino", raising=False)
     engine = make_engine(weights, EngineOptions(device="cpu", precision="fp32", threads=1))
     assert engine.name.startswith("torch")
-    assert "passed over: openvino in fp32:" in caplog.text
+    assert "engine skipped: openvino in fp32:" in caplog.text
     assert "pip install '.[server]'" in caplog.text
     with pytest.raises(ContractMismatch, match=r"engine: got 'openvino', expected one that works"):
         make_engine(weights, OPENVINO)

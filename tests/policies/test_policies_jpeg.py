@@ -60,8 +60,8 @@ def test_no_picture_becomes_longer_than_declared(hw: tuple[int, int], quality: i
         (lambda data: patched(data, marker=0xC9), "progressive"),
         (lambda data: b"\x89PNG" + data, "expected a JPEG"),
         (lambda data: b"", "expected a JPEG"),
-        (lambda data: data[:2], "cut header"),
-        (lambda data: data[:100], "cut header"),
+        (lambda data: data[:2], "truncated header"),
+        (lambda data: data[:100], "truncated header"),
     ],
 )
 def test_what_was_not_declared_is_refused_before_it_is_decoded(

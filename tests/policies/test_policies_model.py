@@ -45,7 +45,7 @@ def test_attention_over_zeros_is_a_constant():
     nn.init.normal_(attention.in_proj_bias)
     zeros, queries = torch.zeros(1, 7, 16), torch.randn(1, 5, 16)
     full = attention(queries, torch.randn(1, 7, 16), zeros)
-    torch.testing.assert_close(full, attention.of_zeros().expand(1, 5, -1))
+    torch.testing.assert_close(full, attention.zero_value_output().expand(1, 5, -1))
 
 
 def test_the_first_decoder_layer_sees_zeros():

@@ -106,7 +106,7 @@ LIES = {
     "text": (np.array(["x"]), "the dtype 'U1'"),
     "a date": (np.array(["2020-01-01"], "M8[D]"), "the dtype 'M8'"),
     "a long double": (np.zeros(1, np.longdouble), "the dtype 'f16'"),
-    "a list for content": (array(dtype("f8"), (1,), [1.0]), "other things than numbers"),
+    "a list for content": (array(dtype("f8"), (1,), [1.0]), "something other than numbers"),
     "a short content": (array(dtype("f8"), (2,), POINTER), r"shape \(2,\) and dtype float64 in 8"),
     "a long content": (array(dtype("f4"), (1,), POINTER), r"shape \(1,\) and dtype float32 in 8"),
     "a product beyond 64 bits": (array(dtype("u1"), (2**32, 2**32), b""), "in 0 bytes"),
@@ -119,14 +119,14 @@ LIES = {
     "an array made directly": (_Call(np.ndarray, (10**11,)), "an array without content"),
     "another kind of array": (
         _Call(np._core.multiarray._reconstruct, (np.dtype, (0,), b"b")),
-        "a kind of array of its own",
+        "a subclass of numpy's arrays",
     ),
     "a scalar of objects": (
         _Call(np._core.multiarray.scalar, (dtype("O8"), POINTER)),
         "the dtype 'O8'",
     ),
     "a set": ({1, 2}, "a set|builtins.set"),
-    "a dtype alone": (np.dtype("f8"), "it holds a NumberFormat"),
+    "a dtype alone": (np.dtype("f8"), "it holds a SafeDtype"),
     "a key of another kind": ({(1,): 2}, "a tuple for a key"),
     "a long number": (1 << 80_000, "a number of 80001 bits"),
 }
@@ -158,8 +158,8 @@ CYCLE.append(CYCLE)
     ("content", "message"),
     [
         # BUILD with a dict and with slots, on what stands for numpy.dtype.
-        (b"\x80\x04\x8c\x05numpy\x8c\x05dtype\x93}\x8c\x01xK\x01sb.", "changes what it asked"),
-        (b"\x80\x04\x8c\x05numpy\x8c\x05dtype\x93N}\x8c\x01xK\x01s\x86b.", "changes what it"),
+        (b"\x80\x04\x8c\x05numpy\x8c\x05dtype\x93}\x8c\x01xK\x01sb.", "it changes a function"),
+        (b"\x80\x04\x8c\x05numpy\x8c\x05dtype\x93N}\x8c\x01xK\x01s\x86b.", "it changes a function"),
         # As a key, it would be hashed by recursion.
         (b"\x80\x02})" + b"\x85" * 20_000 + b"K\x01s.", "more than .* 10000 tuples"),
         (b"\x80\x02Nr\x00\x00\x10\x00.", "remembers something at place 1048576"),
