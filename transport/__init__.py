@@ -1,1 +1,1 @@
-"""Arrays from one process to another, by shared memory or TCP. Knows nothing of policies."""
+"""Arrays between processes, by shared memory or TCP, and child processes. Knows no policies."""

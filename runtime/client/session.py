@@ -38,7 +38,11 @@ class ClientSession:
     """
 
     def __init__(
-        self, opened: OpenSession, contract: PolicyContract, requests: PendingRequests, trace_key: int
+        self,
+        opened: OpenSession,
+        contract: PolicyContract,
+        requests: PendingRequests,
+        trace_key: int,
     ) -> None:
         self.channel, self.pictures = opened.channel, opened.pictures
         self.deterministic, self.reason = opened.deterministic, opened.reason

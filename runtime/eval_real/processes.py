@@ -37,6 +37,7 @@ MODULES = {
     "watchdog": "runtime.eval_real.watchdog_process",
     "sensing": "runtime.eval_real.sensing_process",
 }
+"""Short name to what ``python -m`` runs."""
 
 
 class WorkerProcessFailed(RuntimeFault):

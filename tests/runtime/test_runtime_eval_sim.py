@@ -235,6 +235,11 @@ def test_a_server_that_cannot_start_says_why() -> None:
         ServerProcess(["-m", "nowhere/at/all"])
 
 
+def test_a_server_that_takes_too_long_is_given_up() -> None:
+    with pytest.raises(RuntimeFault, match=r"^the policy server was not ready within 0.05 s"):
+        ServerProcess(["-m", TOY], ready_within_s=0.05)
+
+
 @pytest.mark.needs_reference
 def test_ilstudios_checkpoint_runs_with_a_plain_aloha(tmp_path: Path) -> None:
     archive = REFERENCE / "act_reference_checkpoints.tar.xz"
