@@ -8,7 +8,7 @@ import logging
 import numpy as np
 import pytest
 import torch
-from test_policies_fused import inputs, plain_actions
+from test_policies_fused_model import inputs, plain_actions
 from tiny_act import TINY
 
 from policies.act import cuda_api, hardware

@@ -12,7 +12,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from test_policies_fused import EXACT, inputs, plain_actions
+from test_policies_fused_model import EXACT, inputs, plain_actions
 from tiny_act import TINY, needs_openvino, observation
 
 from policies.act import compiled_model_cache, engine_factory, hardware
