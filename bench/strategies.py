@@ -19,12 +19,11 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from envs.factory import load_env_config
 from policies.command_line import CommandLine, Number
 from policies.number_ranges import COUNT, PROCESSES
-from runtime.eval_sim.runner import Plan, run
+from runtime.eval_sim.run_config import EvalSimConfig
+from runtime.eval_sim.runner import run
 from runtime.evaluation.episode_result import Episode
 from runtime.evaluation.results import summarize, versions
-from runtime.options.checkpoint import CheckpointOptions
 from runtime.options.defaults import DEFAULT_CHECKPOINT
-from runtime.options.model import read_model_name
 
 STRATEGIES: tuple[tuple[str, dict[str, Any]], ...] = (
     ("sequential, 100 steps", {"action_manager": "sequential", "n_action_steps": 100}),
@@ -45,19 +44,19 @@ def main() -> None:
     cli.add_argument("-n", "--num_rollout", type=Number(int, COUNT), default=100)
     cli.add_argument("--num_envs", type=Number(int, PROCESSES), default=2)
     args = cli.parse_args()
-    seeds = tuple(range(FIRST_SEED, FIRST_SEED + args.num_rollout))
-    plan = Plan(
-        model=read_model_name(args.model_name_or_path),
-        checkpoint=CheckpointOptions(),
+    config = EvalSimConfig(
+        model_name_or_path=args.model_name_or_path,
         env=load_env_config("aloha", {"task": args.task}),
-        seeds=seeds,
+        seed=FIRST_SEED,
+        num_rollout=args.num_rollout,
         num_envs=args.num_envs,
+        videos=0,
     )
     rows: list[dict[str, Any]] = []
     print("| strategy | success | 95 % interval | action age p50 | p99 | largest seam (rad) |")
     print("|---|---|---|---|---|---|", flush=True)
     for name, options in STRATEGIES:
-        reports = run(dataclasses.replace(plan, **options))
+        reports = run(dataclasses.replace(config, **options))
         episodes = [report for report in reports if isinstance(report, Episode)]
         result = summarize(episodes)
         timing, (low, high) = result["timing"], result["wilson_95"]
@@ -72,7 +71,11 @@ def main() -> None:
     folder = Path(__file__).parent / "results"
     folder.mkdir(exist_ok=True)
     path = folder / f"strategies_{args.task}.json"
-    record = {"seeds": [seeds[0], seeds[-1]], "cpu": platform.processor(), "rows": rows}
+    record = {
+        "seeds": [config.seeds[0], config.seeds[-1]],
+        "cpu": platform.processor(),
+        "rows": rows,
+    }
     path.write_text(json.dumps({**record, "versions": versions()}, indent=1))
     print(f"\n{path}", file=sys.stderr)
 

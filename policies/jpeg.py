@@ -19,6 +19,7 @@ from policies.errors import ObservationError, PolicyError
 
 QUALITIES = range(1, 101)
 """Valid JPEG qualities."""
+DEFAULT_QUALITY = 90
 _SOI, _SOS, _EOI = 0xD8, 0xDA, 0xD9
 _FRAMES = (*range(0xC0, 0xC4), *range(0xC5, 0xC8), *range(0xC9, 0xCC), *range(0xCD, 0xD0))
 _SEQUENTIAL = (0xC0, 0xC1)
@@ -27,10 +28,6 @@ _BLOCK = 16
 """Side in pixels of a coding block where chroma has half the width and height."""
 _HEADER_BYTES = 2048
 """Allowance for a file's header."""
-
-
-class QualityError(ValueError):
-    """The quality is outside JPEG's range."""
 
 
 class JpegMissing(PolicyError):

@@ -1,7 +1,9 @@
-"""The range of every number that a person may give: declared once, for flags and YAML keys alike.
+"""What a person may give: declared once, for flags and YAML keys alike.
 
-A configuration's field declares it in its annotation, ``port: Annotated[int, PORT_OR_ANY]``, which
-``policies.yaml_config`` checks; a flag in its type, ``type=Number(int, COUNT)``.
+A configuration's field declares it in its annotation: ``port: Annotated[int, PORT]`` and
+``transport: Annotated[str, Choice(("shm", "zmq"))]``. ``policies.yaml_config`` checks it for YAML,
+``policies.command_line`` for flags, and ``check_ranges`` for what is made by code. None, where the
+field may be None, is in every range.
 """
 
 from __future__ import annotations
@@ -46,6 +48,24 @@ class Range:
             raise ValueError(f"{name}: got {value}, expected {self}")
 
 
+@dataclass(frozen=True, slots=True)
+class Choice:
+    """One of a few words."""
+
+    choices: tuple[str, ...]
+
+    def __contains__(self, value: object) -> bool:
+        return value in self.choices
+
+    def __str__(self) -> str:
+        return f"one of {self.choices}"
+
+    def require(self, name: str, value: object) -> None:
+        """Raises ``ValueError``, which names ``name``, for another word."""
+        if value not in self:
+            raise ValueError(f"{name}: got {value!r}, expected {self}")
+
+
 def _show(number: float) -> str:
     return str(int(number)) if math.isfinite(number) and number == int(number) else f"{number:g}"
 
@@ -74,12 +94,13 @@ POSITIVE_OR_ANY = Range(0, 1e9, above=True, also=(math.inf,))
 
 
 def check_ranges(config: Any) -> None:
-    """Check every field of a dataclass instance against the range that its annotation declares.
+    """Check every field of a dataclass instance against what its annotation declares.
 
     For ``__post_init__`` of what is made from flags, too.
 
     Raises:
-        ValueError: A number out of its range; names the field, got and expected.
+        ValueError: A number out of its range or a word that is no choice; names the field, got and
+            expected.
     """
     for name, hint in typing.get_type_hints(type(config), include_extras=True).items():
         _check(name, getattr(config, name), hint)
@@ -89,8 +110,9 @@ def _check(name: str, value: Any, hint: Any) -> None:
     origin, arguments = typing.get_origin(hint), typing.get_args(hint)
     if origin is Annotated:
         for mark in arguments[1:]:
-            if isinstance(mark, Range):
+            if isinstance(mark, Range | Choice) and value is not None:
                 mark.require(name, value)
+        _check(name, value, arguments[0])
     elif origin in (typing.Union, types.UnionType):
         for one in arguments:
             if value is not None and one is not type(None):

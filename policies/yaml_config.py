@@ -3,8 +3,9 @@
 A configuration is a dataclass; its annotations are the schema. Supported: ``bool``, ``int``,
 ``float``, ``str``, ``Path``, ``Literal``, ``X | None`` and other unions, ``tuple``, ``dict`` and
 ``Mapping`` with string keys, nested dataclasses, ``Any``. Nothing is guessed: an unknown key and a
-value of the wrong type are errors that name the file and the key path. A number's range is part
-of its annotation: ``Annotated[int, Range(1, 8)]`` (``policies.number_ranges``).
+value of the wrong type are errors that name the file and the key path. A number's range and a
+word's choices are part of its annotation: ``Annotated[int, Range(1, 8)]``
+(``policies.number_ranges``).
 """
 
 from __future__ import annotations
@@ -23,7 +24,7 @@ from typing import Annotated, Any, Literal, TypeVar
 import yaml
 
 from policies.errors import PolicyError
-from policies.number_ranges import Range
+from policies.number_ranges import Choice, Range
 
 T = TypeVar("T")
 
@@ -131,6 +132,17 @@ def find_config(name: str, *, kind: str) -> Path:
     )
 
 
+def as_plain(value: Any) -> Any:
+    """A configuration as JSON and YAML have it; ``parse_config`` reads it back as an equal one."""
+    if dataclasses.is_dataclass(value) and not isinstance(value, type):
+        return {f.name: as_plain(getattr(value, f.name)) for f in dataclasses.fields(value)}
+    if isinstance(value, Mapping):
+        return {key: as_plain(item) for key, item in value.items()}
+    if isinstance(value, list | tuple):
+        return [as_plain(item) for item in value]
+    return str(value) if isinstance(value, Path) else value
+
+
 def _put(raw: dict[str, Any], dotted: str, text: str, source: str) -> None:
     """Set ``dotted`` in ``raw``, copying the mappings on the way."""
     *parents, last = dotted.split(".")
@@ -194,8 +206,11 @@ def _convert(hint: Any, value: Any, source: str, path: str) -> Any:
 def _convert_annotated(hints: tuple[Any, ...], value: Any, source: str, path: str) -> Any:
     converted = _convert(hints[0], value, source, path)
     for mark in hints[1:]:
-        if isinstance(mark, Range) and converted not in mark:
-            raise ConfigError(f"{source}: {path}: got {converted}, expected {mark}")
+        if isinstance(mark, Range | Choice) and converted is not None:
+            try:
+                mark.require(path, converted)
+            except ValueError as error:
+                raise ConfigError(f"{source}: {error}") from error
     return converted
 
 
@@ -295,7 +310,8 @@ def _name(hint: Any) -> str:
         return "a list"
     if typing.get_origin(hint) is Annotated:
         base, *marks = typing.get_args(hint)
-        return " ".join([_name(base), *(str(mark) for mark in marks)])
+        limits = [str(mark) for mark in marks if isinstance(mark, Range | Choice)]
+        return " ".join([_name(base), *limits])
     return hint.__name__ if isinstance(hint, type) else str(hint).replace("typing.", "")
 
 

@@ -98,6 +98,7 @@ class PolicyClient:
             raise ValueError(f"max_in_flight: got {max_in_flight}, expected 1 to {MAX_IN_FLIGHT}")
         self.address, self.timeout_s = address, _finite("timeout_s", timeout_s)
         self._options = ConnectionOptions(transport, resize, jpeg_quality, server_key, client_key)
+        self._options.check()
         self._kind, self._deterministic = kind, deterministic
         self._max_in_flight = max_in_flight
         asked = {"rate_hz": rate_hz, "deadline_ms": deadline_ms}

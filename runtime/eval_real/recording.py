@@ -31,12 +31,15 @@ import numpy as np
 from numpy.typing import NDArray
 
 from policies.types import STAGES, ActionChunk
+from policies.yaml_config import parse_config
 from runtime.eval_real.phases import Signal
 from runtime.eval_real.run_config import RobotLimits, RunConfig
 from runtime.evaluation.results import write_arrays, write_whole
 from transport.shm.spsc_queue import QueueReader
 
-FORMAT = 3
+FORMAT = 4
+FLAT = 3
+"""The format before, in which a mission had no more than its own fields and ``trace`` was text."""
 
 Columns = Mapping[str, NDArray[Any]]
 
@@ -88,14 +91,18 @@ class Recording:
         """What ``save`` wrote.
 
         Raises:
-            OSError, ValueError, KeyError: It is not there, or not such a recording.
+            OSError, ValueError, KeyError, ConfigError: It is not there, or not such a recording.
         """
         facts = json.loads(stem.with_suffix(".json").read_text(encoding="utf-8"))
-        if facts.pop("format", None) != FORMAT:
+        made_as = facts.pop("format", None)
+        if made_as not in (FLAT, FORMAT):
             raise ValueError(
-                f"{stem}.json: not a recording of format {FORMAT}, but another version's"
+                f"{stem}.json: not a recording of format {FLAT} or {FORMAT}, but another version's"
             )
-        config = RunConfig(**facts.pop("mission"))
+        said = facts.pop("mission")
+        if made_as == FLAT:
+            said = {**said, "trace": said.get("trace") or None}
+        config = parse_config(RunConfig, said, source=f"{stem}.json: mission")
         robot_limits = RobotLimits.from_dict(facts.pop("body"))
         with np.load(stem.with_suffix(".npz"), allow_pickle=False) as arrays:
             columns = dict(arrays)

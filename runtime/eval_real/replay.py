@@ -13,13 +13,16 @@ import sys
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Annotated
 
 import numpy as np
 from numpy.typing import NDArray
 
 from policies.command_line import CommandLine
+from policies.flags import Flag, add_flags, from_flags
 from policies.standard_streams import run_command
 from policies.types import ActionChunk
+from policies.yaml_config import ConfigError
 from robots.motion_limiter import MotionLimiter
 from runtime.control.chunk_executor import ChunkExecutor
 from runtime.eval_real.motion_state_machine import MotionStateMachine
@@ -146,6 +149,13 @@ def _indices_by_row(recording: Recording) -> dict[int, list[int]]:
     return indices
 
 
+@dataclass(frozen=True, slots=True)
+class ReplayCommand:
+    """What is played again."""
+
+    run: Annotated[Path, Flag("folder of an evaluation, or one rollout in it", positional=True)]
+
+
 def find(run: Path) -> list[Path]:
     """The recordings that ``run`` means, by stem."""
     if run.is_dir():
@@ -159,12 +169,12 @@ def _is_whole(path: Path) -> bool:
 
 def parser() -> argparse.ArgumentParser:
     cli = CommandLine(prog="python -m runtime.eval_real.replay", description=__doc__)
-    cli.add_argument("run", type=Path, help="folder of an evaluation, or one rollout in it")
+    add_flags(cli, ReplayCommand)
     return cli
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    run: Path = parser().parse_args(argv).run
+    run = from_flags(ReplayCommand, parser().parse_args(argv)).run
     try:
         stems = find(run)
     except OSError as error:
@@ -178,7 +188,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         try:
             recording = Recording.load(stem)
             result = replay(recording)
-        except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+        except (OSError, ValueError, KeyError, TypeError, AttributeError, ConfigError) as error:
             print(f"error: {stem}: {error}", file=sys.stderr)
             return BAD_INPUT
         row = result.first_difference(recording)

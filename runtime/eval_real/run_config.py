@@ -1,4 +1,4 @@
-"""What every process of a robot's evaluation has to know, as one line of JSON."""
+"""What ``eval_real.py`` is told, and what every process of it has to know, as one line of JSON."""
 
 from __future__ import annotations
 
@@ -6,13 +6,16 @@ import dataclasses
 import json
 from collections.abc import Mapping
 from dataclasses import dataclass, field, fields
-from typing import Any
+from typing import Annotated, Any
 
 import numpy as np
 from numpy.typing import NDArray
 
 from policies.execution import Execution
+from policies.flags import Flag, Group
+from policies.number_ranges import COUNT, DURATION_S, POSITIVE, RATE_HZ, TICKS, Range, check_ranges
 from policies.types import PolicyContract
+from policies.yaml_config import as_plain, parse_config
 from robots.base import ANGLES, ActionKind, ActionSpec, Robot
 from robots.errors import ConfigError
 from robots.factory import make_robot
@@ -23,68 +26,143 @@ from runtime.control.interpolation import control_ratio
 from runtime.control.realtime import UNPRIVILEGED, RealtimeOptions
 from runtime.eval_real.motion_state_machine import MotionStateMachine
 from runtime.eval_real.shared_state import Dims
-from runtime.options.execution import strategy_of
+from runtime.options.checkpoint import CheckpointOptions
+from runtime.options.common import Fps, LogLevel, TraceFile
+from runtime.options.connection import ConnectionOptions
+from runtime.control.strategy_options import ActionManager, ActionSteps, ManagerCoef, strategy_of
+from runtime.options.model import LocalModel, ServerAddress, read_model_name
+
+MOST_SEEDS = 2**24
+"""A seed is told to the control process in 24 bits."""
+SEEDS, PRIORITY, VIDEO_FPS = Range(0, MOST_SEEDS - 1), Range(0, 99), Range(0, 1000)
 
 
-@dataclass(frozen=True, slots=True)
-class RunConfig:
-    """The same in all processes; the parent makes it.
+@dataclass(frozen=True, slots=True, kw_only=True)
+class EvalRealConfig:
+    """An evaluation on a robot, as ``eval_real.py`` is told.
 
     Attributes:
-        robot: Name or path of the robot's configuration.
-        overrides: Of its keys, e.g. where its companion is to be found.
-        contract_json: The policy's, as its server describes it.
-        fps: The policy's rate as the user gives it; None for its contract's.
-        address: The policy server's.
-        wishes: How to be connected to it; see ``ConnectionOptions.keywords``.
-        language: The instruction.
-        action_manager, manager_coef, n_action_steps: The strategy; see ``Execution``, and
-        execution_source: why it is this one.
-        publish_rate: Commands per second.
-        sensing_rate: Looks at the cameras per second.
-        max_timesteps: Policy ticks per rollout.
-        near: How far the first action may be from the arm, in each joint's unit. None: see
-            ``default_near``.
-        same_joints: The policy's joints are the robot's, whatever both call them.
-        fault_after_s: How long chunks may stay away once the arm slows down for lack of them.
-        max_chunk_age_s: Of the observation behind a command; older, and the arm stops.
-        max_sensing_age_s: Of the newest picture, and of the sensing process' own sign of life.
-        connect_timeout_s: For the robot's sensors to speak at the start.
-        priority: Of SCHED_FIFO for the control process and its guardian, 0 for none.
-        video_fps: Frames per second kept for videos, 0 for none.
-        trace: File beside which each process writes what happened when; none if empty.
+        overrides: Of the robot's keys: ``--robot.KEY``.
+        fps: The policy's rate; it is applied to the contract, wherever the policy is, so that
+            ``checkpoint`` has none.
+
+    Raises:
+        ValueError: Options that do not go together.
     """
 
-    robot: str
-    overrides: Mapping[str, str]
+    model_name_or_path: Annotated[
+        str,
+        Flag("HOST:PORT, or a checkpoint or python:MODULE:FACTORY for a server of our own", "-m"),
+    ] = "127.0.0.1:5000"
+    robot: Annotated[str, Flag("name under configs/robot, or a YAML", "-c", name="robot_config")]
+    overrides: Mapping[str, str] = field(default_factory=dict)
+    task: Annotated[str, Flag("name under configs/task")] = "sim_transfer_cube"
+    publish_rate: Annotated[
+        float | None, RATE_HZ, Flag("commands per second", default="the policy's rate")
+    ] = None
+    sensing_rate: Annotated[
+        float | None,
+        RATE_HZ,
+        Flag("looks at the cameras per second", default="the policy's rate"),
+    ] = None
+    num_rollout: Annotated[int, COUNT, Flag("rollouts", "-n")] = 1
+    max_timesteps: Annotated[
+        int | None, TICKS, Flag("policy ticks per rollout", default="the task's")
+    ] = None
+    action_manager: ActionManager = None
+    manager_coef: ManagerCoef = None
+    n_action_steps: ActionSteps = None
+    save_dir: Annotated[str, Flag("where results go", "-o")] = "results"
+    seed: Annotated[int, SEEDS, Flag("of the first rollout, for robots that take one", "-s")] = 0
+    yes: Annotated[bool, Flag("do not wait for Enter; a fault ends the evaluation")] = False
+    options: ConnectionOptions = field(default_factory=ConnectionOptions)
+    near: Annotated[
+        float | None,
+        POSITIVE,
+        Flag(
+            "how far off the policy may begin, in each joint's unit",
+            default="0.1 rad or 5.7 deg; other units: a twentieth of the joint's range, a tenth of "
+            "a gripper's",
+        ),
+    ] = None
+    same_joints: Annotated[
+        bool, Flag("the policy's joints are the robot's, although their names differ")
+    ] = False
+    fault_after_s: Annotated[
+        float,
+        DURATION_S,
+        Flag("how long chunks may stay away once the arm slows down; then a fault is latched"),
+    ] = 1.0
+    max_chunk_age_s: Annotated[
+        float | None,
+        DURATION_S,
+        Flag("of what a command rests on; older, and the arm stops", default="a chunk and 1 s"),
+    ] = None
+    max_sensing_age_s: Annotated[
+        float,
+        DURATION_S,
+        Flag("of the newest picture, and of the sensing process' own sign of life"),
+    ] = 0.5
+    connect_timeout_s: Annotated[
+        float, DURATION_S, Flag("for the robot to be connected and its sensors to speak")
+    ] = 15.0
+    priority: Annotated[
+        int,
+        PRIORITY,
+        Flag("SCHED_FIFO priority of the control loop and its guardian", default="none"),
+    ] = 0
+    video_fps: Annotated[float, VIDEO_FPS, Flag("pictures per second of videos, 0: none")] = 10.0
+    trace: TraceFile = None
+    fps: Fps = None
+    checkpoint: Annotated[CheckpointOptions, Group("a checkpoint's options", without=("fps",))] = (
+        field(default_factory=CheckpointOptions)
+    )
+    log_level: LogLevel = "WARNING"
+
+    def __post_init__(self) -> None:
+        check_ranges(self)
+        Range(0, MOST_SEEDS - self.num_rollout).require("--seed", self.seed)
+
+    @property
+    def model(self) -> LocalModel | ServerAddress:
+        """Whose policy. Raises ``ModelNameError`` where there is none by that name."""
+        return read_model_name(self.model_name_or_path)
+
+    @property
+    def seeds(self) -> range:
+        """One per rollout."""
+        return range(self.seed, self.seed + self.num_rollout)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class RunConfig(EvalRealConfig):
+    """The same with what the policy's server and the task say; every process gets it, as JSON.
+
+    What the user left open is decided here: the rates, the strategy and the lengths.
+
+    Attributes:
+        contract_json: The policy's, as its server describes it.
+        address: The policy server's.
+        language: The instruction.
+        execution_source: Why the strategy is this one.
+    """
+
     contract_json: str
     address: str
-    options: Mapping[str, Any] = field(default_factory=dict)
     language: str = ""
     action_manager: str = "sequential"
-    manager_coef: float | None = None
-    n_action_steps: int | None = None
+    execution_source: str = ""
     publish_rate: float = 50.0
     sensing_rate: float = 50.0
     max_timesteps: int = 400
-    near: float | None = None
-    same_joints: bool = False
-    fault_after_s: float = 1.0
     max_chunk_age_s: float = 5.0
-    max_sensing_age_s: float = 0.5
-    connect_timeout_s: float = 15.0
-    priority: int = 0
-    video_fps: float = 10.0
-    trace: str = ""
-    fps: float | None = None
-    execution_source: str = ""
 
     def to_json(self) -> str:
-        return json.dumps(dataclasses.asdict(self))
+        return json.dumps(as_plain(self))
 
     @classmethod
     def from_json(cls, text: str) -> RunConfig:
-        return cls(**json.loads(text))
+        return parse_config(cls, json.loads(text), source="mission")
 
     @property
     def served_contract(self) -> PolicyContract:

@@ -347,7 +347,9 @@ def _work(config: RunConfig, shared_state: SharedState, parent: ParentPipe) -> i
     robot = config.make_robot()
     with (
         robot,
-        PolicyClient(config.address, kind="robot", **config.demand(), **config.options) as client,
+        PolicyClient(
+            config.address, kind="robot", **config.demand(), **config.options.keywords()
+        ) as client,
     ):
         client.contract.require(config.served_contract)
         parent.connect(robot, Role.SENSING, config.connect_timeout_s)

@@ -11,11 +11,9 @@ import dataclasses
 import functools
 import logging
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, field
-from pathlib import Path
+from dataclasses import dataclass
 from typing import Any
 
-from envs.config import EnvConfig
 from envs.errors import EnvError
 from envs.factory import make_world
 from envs.gl_context import why_not
@@ -30,58 +28,20 @@ from runtime.errors import RequestTimeout, RuntimeFault, ServerBusy, ServerLost
 from runtime.eval_sim.episode import OnTick, run_lockstep, run_realtime
 from runtime.eval_sim.episode_video import EpisodeVideo
 from runtime.eval_sim.in_process_policy import InProcessPolicy
+from runtime.eval_sim.run_config import EvalSimConfig
 from runtime.eval_sim.worker_processes import WorkerFailed, in_processes
 from runtime.eval_sim.world_compatibility import check_world
 from runtime.evaluation.episode_result import Episode
-from runtime.options.checkpoint import CheckpointOptions
-from runtime.options.connection import ConnectionOptions
-from runtime.options.execution import choose_execution, strategy_of
-from runtime.options.model import LocalModel, ServerAddress
+from runtime.control.strategy_options import choose_execution, strategy_of
+from runtime.options.model import LocalModel
 from runtime.server.server_process import ServerProcess
 from runtime.trace import recorder as trace
-from transport.address import parse_address
 from transport.errors import TransportError
 
 logger = logging.getLogger(__name__)
 
 EXPECTED_FAILURES = (ConfigError, EnvError, PolicyError, RuntimeFault, TransportError, ValueError)
 """What a user can act on: reported by message alone, without a traceback."""
-
-
-@dataclass(frozen=True, slots=True)
-class Plan:
-    """What to run.
-
-    Attributes:
-        model: Whose policy.
-        checkpoint: How to load it, if it is one.
-        wishes: For a server.
-        env: The world.
-        seeds: One per episode.
-        num_envs: Processes side by side.
-        realtime: By the wall clock, or lockstep.
-        action_manager, manager_coef, n_action_steps: The user's; see ``choose_execution``.
-        camera_names: The policy's cameras that the user mapped; all must be the policy's.
-        fps: Overrides the policy's rate, for checkpoints that do not say theirs.
-        video_dir: Where videos go, and ``videos``: of how many of the first episodes.
-        trace: Where this run is traced; its other processes write beside it.
-    """
-
-    model: LocalModel | ServerAddress
-    checkpoint: CheckpointOptions
-    env: EnvConfig
-    seeds: tuple[int, ...]
-    num_envs: int = 1
-    realtime: bool = False
-    action_manager: str | None = None
-    manager_coef: float | None = None
-    n_action_steps: int | None = None
-    camera_names: tuple[str, ...] = ()
-    fps: float | None = None
-    options: ConnectionOptions = field(default_factory=ConnectionOptions)
-    video_dir: Path | None = None
-    videos: int = 0
-    trace: Path | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -110,7 +70,7 @@ RunEpisode = Callable[[World, ChunkExecutor, int, OnTick | None], Episode]
 """Plays one policy, in lockstep or in real time: world, executor, seed, what to do every tick."""
 
 
-def run(plan: Plan) -> Iterator[Report]:
+def run(plan: EvalSimConfig) -> Iterator[Report]:
     """Run the plan: one ``Setting`` first, then every ``Episode`` as it ends.
 
     Raises:
@@ -122,7 +82,7 @@ def run(plan: Plan) -> Iterator[Report]:
             if plan.trace is not None:
                 flags += ["--trace", str(trace.sibling(plan.trace, "server"))]
             child = stack.enter_context(ServerProcess(flags))
-            plan = dataclasses.replace(plan, model=ServerAddress(*parse_address(child.address)))
+            plan = dataclasses.replace(plan, model_name_or_path=child.address)
         evaluate = functools.partial(_guarded, plan)
         if plan.num_envs == 1:
             yield from evaluate(plan.seeds)
@@ -135,7 +95,7 @@ def run(plan: Plan) -> Iterator[Report]:
             told = True
 
 
-def _guarded(plan: Plan, seeds: tuple[int, ...]) -> Iterator[Report]:
+def _guarded(plan: EvalSimConfig, seeds: tuple[int, ...]) -> Iterator[Report]:
     try:
         yield from _episodes(plan, seeds)
     except (ServerLost, ServerBusy, RequestTimeout) as error:
@@ -144,7 +104,7 @@ def _guarded(plan: Plan, seeds: tuple[int, ...]) -> Iterator[Report]:
         raise WorkerFailed(str(error), bad_input=True) from error
 
 
-def _episodes(plan: Plan, seeds: tuple[int, ...]) -> Iterator[Report]:
+def _episodes(plan: EvalSimConfig, seeds: tuple[int, ...]) -> Iterator[Report]:
     if plan.env.kind != "fake":
         why_not()  # before anybody's policy imports mujoco; the world says it if it matters
     with contextlib.ExitStack() as stack:
@@ -166,7 +126,7 @@ def _episodes(plan: Plan, seeds: tuple[int, ...]) -> Iterator[Report]:
             yield _one(plan, world, run_episode, executor, seed)
 
 
-def _policy(plan: Plan) -> tuple[RolloutPolicy, RunEpisode]:
+def _policy(plan: EvalSimConfig) -> tuple[RolloutPolicy, RunEpisode]:
     """The policy, wherever it runs, and what plays it."""
     if isinstance(plan.model, LocalModel):
         policy = InProcessPolicy(plan.checkpoint.load(plan.model.name))
@@ -179,9 +139,9 @@ def _policy(plan: Plan) -> tuple[RolloutPolicy, RunEpisode]:
     return client, functools.partial(run_lockstep, client)
 
 
-def _contract(plan: Plan, contract: PolicyContract) -> PolicyContract:
+def _contract(plan: EvalSimConfig, contract: PolicyContract) -> PolicyContract:
     """The policy's, at the rate that it is played at."""
-    unknown = sorted(set(plan.camera_names) - set(contract.camera_names))
+    unknown = sorted(set(plan.camera_map) - set(contract.camera_names))
     if unknown:
         raise ValueError(
             f"--camera_map: got {unknown}, expected some of {list(contract.camera_names)}"
@@ -190,14 +150,14 @@ def _contract(plan: Plan, contract: PolicyContract) -> PolicyContract:
 
 
 def _one(
-    plan: Plan, world: World, run_episode: RunEpisode, executor: ChunkExecutor, seed: int
+    plan: EvalSimConfig, world: World, run_episode: RunEpisode, executor: ChunkExecutor, seed: int
 ) -> Episode:
     video = None
-    if plan.video_dir is not None and plan.seeds.index(seed) < plan.videos:
+    if seed - plan.seed < plan.videos:
         video = EpisodeVideo(world)
     with trace.span("episode", seed):
         episode = run_episode(world, executor, seed, video.note if video else None)
-    if video and plan.video_dir:
+    if video:
         outcome = "success" if episode.success else "failure"
         try:
             video.write(plan.video_dir / f"seed{seed}_{outcome}")
@@ -207,7 +167,7 @@ def _one(
 
 
 def _setting(
-    plan: Plan,
+    plan: EvalSimConfig,
     world: World,
     policy: RolloutPolicy,
     contract: PolicyContract,
@@ -227,7 +187,7 @@ def _setting(
     )
 
 
-def _assumed(plan: Plan, world: World, contract: PolicyContract) -> tuple[str, ...]:
+def _assumed(plan: EvalSimConfig, world: World, contract: PolicyContract) -> tuple[str, ...]:
     lines = [str(assumption) for assumption in contract.assumed]
     env, info = plan.env, world.info()
     rendered = "shadows" in info and "msaa" in info

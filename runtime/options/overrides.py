@@ -1,4 +1,4 @@
-"""``--env.KEY VALUE`` and ``--robot.KEY VALUE``: a configuration's keys from the command line."""
+"""``--env.KEY VALUE``, ``--robot.KEY VALUE``, ``--KEY VALUE``: keys of a YAML file as flags."""
 
 from __future__ import annotations
 
@@ -6,15 +6,16 @@ from collections.abc import Sequence
 
 
 def read_overrides(rest: Sequence[str], prefix: str, program: str) -> dict[str, str]:
-    """Values by key, from ``--PREFIX.KEY VALUE`` and ``--PREFIX.KEY=VALUE`` pairs.
+    """Values by key, from ``--env.KEY VALUE`` and ``--env.KEY=VALUE`` pairs.
 
     Args:
         rest: What the parser of ``program`` did not know.
+        prefix: Before each key: ``"env."``, or empty for ``--KEY VALUE``.
 
     Raises:
         ValueError: Anything else, or a key that was given before, or of which a part was.
     """
-    start = f"--{prefix}."
+    start = f"--{prefix}"
     overrides: dict[str, str] = {}
     tokens = iter(rest)
     for token in tokens:

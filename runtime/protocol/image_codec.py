@@ -22,7 +22,6 @@ from policies.types import CameraContract, MetaObs, PolicyContract
 from runtime.protocol import messages
 from transport.schema import USED, ArraySpec, Schema
 
-DEFAULT_QUALITY = 90
 JPEG, LENGTHS = "jpeg", "jpeg/lengths"
 """The array of all pictures, one after the other, and the length of each. In a handshake's
 attributes, ``JPEG`` is camera to [height, width], in their order."""
@@ -130,7 +129,7 @@ class Outgoing:
                 raise ContractMismatch(f"images.{name}", f"{got[1]} {got[0]}", f"uint8 {shape}")
 
     def _write_jpeg(self, images: Mapping[str, NDArray[np.uint8]], arrays: Arrays) -> None:
-        end, quality = 0, self._quality or DEFAULT_QUALITY
+        end, quality = 0, self._quality or jpeg.DEFAULT_QUALITY
         for number, name in enumerate(self._sent):
             data = np.frombuffer(jpeg.encode(images[name], quality), np.uint8)
             arrays[JPEG][end : end + data.size] = data

@@ -19,6 +19,7 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Annotated, Any
 
+from policies.flags import Flag
 from policies.number_ranges import RATE_HZ_OR_ANY, Range, check_ranges
 from runtime.server.cost_model import InferenceCostModel
 from runtime.server.rate_limiter import TokenBucket
@@ -38,12 +39,15 @@ class SessionLimits:
     Attributes:
         message_bytes: Of one observation.
         total_bytes: Of all sessions' observations and answers together, as their buffers hold them.
-        rate_hz: Requests per second of one session; 0 for any.
     """
 
     message_bytes: Annotated[int, BYTES] = 64 << 20
     total_bytes: Annotated[int, BYTES] = 4 << 30
-    rate_hz: Annotated[float, RATE_HZ_OR_ANY] = 0.0
+    rate_hz: Annotated[
+        float,
+        RATE_HZ_OR_ANY,
+        Flag("requests per second of one session", name="max_rate_hz", default="any"),
+    ] = 0.0
 
     def pace(self) -> TokenBucket | None:
         """For a new session."""

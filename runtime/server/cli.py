@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import argparse
 import contextlib
-import dataclasses
 import ipaddress
 import logging
 import os
@@ -14,18 +13,17 @@ import threading
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
-from policies.command_line import CommandLine, Number
+from policies.command_line import CommandLine
 from policies.errors import PolicyError
-from policies.number_ranges import COUNT, DURATION_S_OR_NONE, PORT_OR_ANY, RATE_HZ_OR_ANY, Range
+from policies.flags import add_flags, flag_value, from_flags
 from policies.standard_streams import run_command
 from policies.yaml_config import ConfigError, load_config
 from runtime.errors import ModelNameError
-from runtime.options import execution as strategy_options
-from runtime.options.checkpoint import add_flags, from_flags
-from runtime.options.defaults import DEFAULT_CHECKPOINT, TRANSPORTS
+from runtime.control import strategy_options
+from runtime.options.defaults import DEFAULT_CHECKPOINT
 from runtime.options.model import LocalModel, read_model_name
 from runtime.server.admin_token import AdminToken
-from runtime.server.config import BATCH_WAIT_MS, ServerConfig
+from runtime.server.config import ServeCommand, ServerConfig
 from runtime.server.model import close
 from runtime.server.model_reload import ModelReloader
 from runtime.server.policy_server import PolicyServer
@@ -42,21 +40,6 @@ from transport.zeromq.malloc import keep_freed_memory
 logger = logging.getLogger(__name__)
 
 BAD_INPUT, INTERRUPTED = 2, 130
-DESCRIPTOR = Range(3, 1_048_576)
-FLAGS = (
-    "model_name_or_path",
-    "host",
-    "port",
-    "transport",
-    "max_sessions",
-    "max_batch",
-    "batch_wait_ms",
-    "session_timeout_s",
-    "curve_key",
-    "curve_allow",
-    "metrics_port",
-)
-"""Those that are keys of the configuration, too."""
 
 
 def parser() -> argparse.ArgumentParser:
@@ -64,91 +47,42 @@ def parser() -> argparse.ArgumentParser:
         prog="python -m runtime.server",
         description="Serve a policy: observations in, chunks of future actions out.",
     )
-    add = cli.add_argument
-    add(
-        "-m",
-        "--model_name_or_path",
-        help=f"checkpoint, or python:MODULE:FACTORY ({DEFAULT_CHECKPOINT})",
-    )
-    add("--host", help="where to listen (127.0.0.1)")
-    add("-p", "--port", type=Number(int, PORT_OR_ANY), help="0 takes a free one (5000)")
-    add("--transport", choices=TRANSPORTS, help="what clients are offered (auto: both)")
-    add("--max_sessions", type=Number(int, COUNT), help="clients at a time (64)")
-    add(
-        "--max_batch",
-        type=Number(int, COUNT),
-        help="observations computed together (all the model can)",
-    )
-    add(
-        "--batch_wait_ms",
-        type=Number(float, BATCH_WAIT_MS),
-        help="how long a simulation waits for partners (0)",
-    )
-    add(
-        "--session_timeout_s",
-        type=Number(float, DURATION_S_OR_NONE),
-        help="end who has said nothing for so long (0: never)",
-    )
-    add(
-        "--max_rate_hz",
-        type=Number(float, RATE_HZ_OR_ANY),
-        help="requests per second of one session (0: any)",
-    )
-    add("--curve_key", metavar="FILE", help="encrypt: the server's secret key (runtime.tools.keys)")
-    add("--curve_allow", metavar="DIR", help="public keys of those who are let in")
-    add("--insecure", action="store_true", help="no warning for lack of encryption")
-    add(
-        "--metrics_port",
-        "--metrics-port",
-        type=Number(int, PORT_OR_ANY),
-        help="for Prometheus (0: none)",
-    )
-    add("--config", default="default", help="name under configs/server, or a YAML's path")
-    add("--stop_with_stdin", action="store_true", help="stop when standard input closes")
-    # For a program that starts the server: the address as JSON, on a pipe that it inherits.
-    add("--ready_fd", type=Number(int, DESCRIPTOR), help=argparse.SUPPRESS)
-    add("--trace", type=Path, metavar="FILE", help="what happened when, for ui.perfetto.dev")
-    add_flags(cli)
-    add("--log_level", default="INFO", choices=("DEBUG", "INFO", "WARNING", "ERROR"))
+    add_flags(cli, ServeCommand)
     return cli
 
 
-def read_config(argv: Sequence[str] | None) -> tuple[ServerConfig, argparse.Namespace]:
-    """The configuration that file and flags make together, and the flags.
+def read_command(argv: Sequence[str] | None) -> ServeCommand:
+    """What the configuration's file and the flags say together.
 
     Raises:
         ConfigError, ValueError: The file or a flag says something that cannot be.
     """
     args = parser().parse_args(argv)
-    config = load_config(ServerConfig, args.config, kind="server")
-    given = {name: getattr(args, name) for name in FLAGS if getattr(args, name) is not None}
-    if args.max_rate_hz is not None:
-        given["limits"] = dataclasses.replace(config.limits, rate_hz=args.max_rate_hz)
-    checkpoint = from_flags(args, config.checkpoint)
-    return dataclasses.replace(config, checkpoint=checkpoint, **given), args
+    name = flag_value(ServeCommand, "config", args)
+    return from_flags(ServeCommand, args, server=load_config(ServerConfig, name, kind="server"))
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the server until SIGINT or SIGTERM. Returns the exit status."""
     try:
-        config, args = read_config(argv)
+        command = read_command(argv)
     except (ConfigError, ValueError) as error:
         return _fail(error)
-    if args.ready_fd is not None:
+    if command.ready_fd is not None:
         try:
-            os.set_inheritable(args.ready_fd, False)
+            os.set_inheritable(command.ready_fd, False)
         except OSError as error:
-            return _fail(ValueError(f"--ready_fd: got {args.ready_fd}: {error.strerror}"))
-    if args.stop_with_stdin:
+            return _fail(ValueError(f"--ready_fd: got {command.ready_fd}: {error.strerror}"))
+    if command.stop_with_stdin:
         # A policy's code may ask: it must not read what tells of the parent's end.
         threading.Thread(target=_stop_at_end, args=(take_stdin(),), daemon=True).start()
     keep_freed_memory()
     logging.basicConfig(
-        level=args.log_level, format="%(asctime)s %(levelname)s %(name)s: %(message)s"
+        level=command.log_level, format="%(asctime)s %(levelname)s %(name)s: %(message)s"
     )
     try:
-        with trace.tracing(args.trace, "policy server"):
-            return _serve(config, insecure=args.insecure, ready_fd=args.ready_fd)
+        with trace.tracing(command.trace, "policy server"):
+            return _serve(command.server, insecure=command.insecure, ready_fd=command.ready_fd)
     except TraceError as error:
         return _fail(error)
     except KeyboardInterrupt:
@@ -169,12 +103,11 @@ def _serve(config: ServerConfig, *, insecure: bool, ready_fd: int | None = None)
     try:
         warm = warm_up(policy)
         costs = measure_costs(policy, warm, config.max_batch)
-        transports = ("shm", "zmq") if config.transport == "auto" else (config.transport,)
         with PolicyServer(
             policy,
             host=config.host,
             port=config.port,
-            transports=transports,
+            transports=config.transports,
             max_sessions=config.max_sessions,
             limits=config.limits,
             max_batch=config.max_batch,
@@ -185,7 +118,7 @@ def _serve(config: ServerConfig, *, insecure: bool, ready_fd: int | None = None)
         ) as server:
             _stop_on_signals(server)
             with _offices(server, config):
-                _announce(server, config, transports, warm)
+                _announce(server, config, warm)
                 if ready_fd is not None:
                     write_event(ready_fd, "ready", address=server.address)
                 if keys is None and not insecure and not is_loopback(server.host):
@@ -256,9 +189,7 @@ def _stop_on_signals(server: PolicyServer) -> None:
         )
 
 
-def _announce(
-    server: PolicyServer, config: ServerConfig, transports: Sequence[str], warm: Percentiles
-) -> None:
+def _announce(server: PolicyServer, config: ServerConfig, warm: Percentiles) -> None:
     policy, sizes = server.model.policy, server.model.sizes
     info, contract = policy.info, policy.contract
     cameras = ", ".join(f"{c.name} {c.source_hw[0]}x{c.source_hw[1]}" for c in contract.cameras)
@@ -274,7 +205,7 @@ def _announce(
     threads = count(info.threads, "thread")
     print(f"   device       {info.device}, {info.precision}, {info.engine}, {threads}")
     secret = f"; CURVE, keys in {config.curve_allow}" if config.curve_key else ""
-    print(f"   transports   {', '.join(transports)}{secret}")
+    print(f"   transports   {', '.join(config.transports)}{secret}")
     if sizes != (1,):
         print(f"   batches      of {', '.join(map(str, sizes))}")
     if config.metrics_port:

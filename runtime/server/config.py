@@ -3,57 +3,76 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
-from policies.number_ranges import COUNT, DURATION_S_OR_NONE, PORT_OR_ANY, Range, check_ranges
+from policies.flags import Flag, Group
+from policies.number_ranges import (
+    COUNT,
+    DURATION_S_OR_NONE,
+    PORT_OR_ANY,
+    Choice,
+    Range,
+    check_ranges,
+)
 from runtime.options.checkpoint import CheckpointOptions
+from runtime.options.common import LogLevel, TraceFile
 from runtime.options.defaults import DEFAULT_CHECKPOINT, DEFAULT_PORT, TRANSPORTS
 from runtime.server.admission import SessionLimits
-from transport.zeromq.curve import ServerKeys
+
+if TYPE_CHECKING:
+    from transport.zeromq.curve import ServerKeys
 
 BATCH_WAIT_MS = Range(0, 60_000)
+DESCRIPTOR = Range(3, 1_048_576)
 
 
 @dataclass(frozen=True, slots=True)
 class ServerConfig:
-    """What ``configs/server/*.yaml`` may say. Flags on the command line win.
+    """What ``configs/server/*.yaml`` may say; flags win.
 
-    Attributes:
-        model_name_or_path: Checkpoint, or ``python:package.module:factory``.
-        host, port: Where to listen. Beyond loopback anybody who reaches the port can connect.
-        checkpoint: How to load it.
-        transport: ``auto``, ``shm`` or ``zmq``.
-        max_sessions: Sessions open at a time.
-        max_batch: Observations computed together at most; None for all the model can.
-        batch_wait_ms: How long a simulation's request may wait for partners.
-        session_timeout_s: End a session that has said nothing for so long; 0 for never.
-        limits: On what a session may ask for.
-        curve_key: The server's secret key file (``runtime.tools.keys``); empty for no encryption.
-        curve_allow: The folder with the public keys that are let in.
-        metrics_host, metrics_port: Where Prometheus may ask; port 0 for nowhere.
+    Beyond loopback anybody who reaches the port can connect, unless there are keys.
     """
 
-    model_name_or_path: str = DEFAULT_CHECKPOINT
-    host: str = "127.0.0.1"
-    port: Annotated[int, PORT_OR_ANY] = DEFAULT_PORT
-    checkpoint: CheckpointOptions = field(default_factory=CheckpointOptions)
-    transport: str = "auto"
-    max_sessions: Annotated[int, COUNT] = 64
-    max_batch: Annotated[int, COUNT] | None = None
-    batch_wait_ms: Annotated[float, BATCH_WAIT_MS] = 0.0
-    session_timeout_s: Annotated[float, DURATION_S_OR_NONE] = 0.0
+    model_name_or_path: Annotated[str, Flag("checkpoint, or python:MODULE:FACTORY", "-m")] = (
+        DEFAULT_CHECKPOINT
+    )
+    host: Annotated[str, Flag("where to listen")] = "127.0.0.1"
+    port: Annotated[int, PORT_OR_ANY, Flag("0 takes a free one", "-p")] = DEFAULT_PORT
+    transport: Annotated[
+        str, Choice(TRANSPORTS), Flag("what clients are offered", default="both")
+    ] = "auto"
+    max_sessions: Annotated[int, COUNT, Flag("clients at a time")] = 64
+    max_batch: Annotated[
+        int | None, COUNT, Flag("observations computed together", default="all the model can")
+    ] = None
+    batch_wait_ms: Annotated[
+        float, BATCH_WAIT_MS, Flag("how long a simulation waits for partners")
+    ] = 0.0
+    session_timeout_s: Annotated[
+        float, DURATION_S_OR_NONE, Flag("end who has said nothing for so long", default="never")
+    ] = 0.0
     limits: SessionLimits = field(default_factory=SessionLimits)
-    curve_key: str = ""
-    curve_allow: str = ""
+    curve_key: Annotated[
+        str, Flag("encrypt: the server's secret key (runtime.tools.keys)", metavar="FILE")
+    ] = ""
+    curve_allow: Annotated[str, Flag("public keys of those who are let in", metavar="DIR")] = ""
     metrics_host: str = "127.0.0.1"
-    metrics_port: Annotated[int, PORT_OR_ANY] = 0
+    metrics_port: Annotated[
+        int, PORT_OR_ANY, Flag("for Prometheus", "--metrics-port", default="none")
+    ] = 0
+    checkpoint: Annotated[CheckpointOptions, Group("a checkpoint's options")] = field(
+        default_factory=CheckpointOptions
+    )
 
     def __post_init__(self) -> None:
-        if self.transport not in TRANSPORTS:
-            raise ValueError(f"transport: got {self.transport!r}, expected one of {TRANSPORTS}")
         check_ranges(self)
         if bool(self.curve_key) != bool(self.curve_allow):
             raise ValueError("curve_key, curve_allow: got one, expected both or neither")
+
+    @property
+    def transports(self) -> tuple[str, ...]:
+        """What clients are offered."""
+        return ("shm", "zmq") if self.transport == "auto" else (self.transport,)
 
     def keys(self) -> ServerKeys | None:
         """As the files say; None without.
@@ -61,4 +80,28 @@ class ServerConfig:
         Raises:
             KeyFileError: They cannot be used.
         """
-        return ServerKeys.load(self.curve_key, self.curve_allow) if self.curve_key else None
+        if not self.curve_key:
+            return None
+        from transport.zeromq.curve import ServerKeys
+
+        return ServerKeys.load(self.curve_key, self.curve_allow)
+
+
+@dataclass(frozen=True, slots=True)
+class ServeCommand:
+    """The server's command line: its configuration, and what no configuration file says.
+
+    Attributes:
+        server: What the file and the flags make together.
+        ready_fd: An inherited pipe of the program that starts the server.
+    """
+
+    server: ServerConfig
+    insecure: Annotated[bool, Flag("no warning for lack of encryption")] = False
+    config: Annotated[str, Flag("name under configs/server, or a YAML's path")] = "default"
+    stop_with_stdin: Annotated[bool, Flag("stop when standard input closes")] = False
+    ready_fd: Annotated[
+        int | None, DESCRIPTOR, Flag("a descriptor that gets the address as JSON", hidden=True)
+    ] = None
+    trace: TraceFile = None
+    log_level: LogLevel = "INFO"

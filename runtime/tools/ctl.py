@@ -12,13 +12,15 @@ import socket
 import sys
 import time
 from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
-from policies.command_line import CommandLine, Number
+from policies.command_line import CommandLine
+from policies.flags import Flag, add_flags, from_flags
 from policies.number_ranges import DURATION_S
 from policies.standard_streams import run_command
-from runtime.options.connection import add_key_flags, key_files
+from runtime.options.connection import ClientKey, ServerKey
 from runtime.server.admin_token import read_token
 from transport.address import parse_address
 from transport.dialer import Dialer
@@ -27,6 +29,27 @@ from transport.zeromq.curve import ClientKeys, KeyFileError
 
 FAILED, BAD_INPUT = 1, 2
 LOOK_S = 0.2
+
+
+@dataclass(frozen=True, slots=True)
+class ServerAccess:
+    """Which server is asked, and with which keys."""
+
+    address: Annotated[str, Flag(positional=True, metavar="HOST:PORT")]
+    server_key: ServerKey = ""
+    client_key: ClientKey = ""
+
+    def dial(self) -> Dialer:
+        """As ``dial``."""
+        return dial(self.address, self.server_key, self.client_key)
+
+
+@dataclass(frozen=True, slots=True)
+class LoadCommand:
+    """``load``."""
+
+    checkpoint: Annotated[str, Flag("on the server's machine", positional=True)]
+    timeout_s: Annotated[float, DURATION_S, Flag("how long to wait for it")] = 600.0
 
 
 def dial(address: str, server_key: str, client_key: str, timeout_s: float = 5.0) -> Dialer:
@@ -79,13 +102,11 @@ def _is_here(host: str) -> bool:
 
 def parser() -> argparse.ArgumentParser:
     cli = CommandLine(prog="python -m runtime.tools.ctl", description=__doc__)
-    cli.add_argument("address", metavar="HOST:PORT")
-    add_key_flags(cli)
+    add_flags(cli, ServerAccess)
     commands = cli.add_subparsers(dest="command", required=True)
     commands.add_parser("status", help="what it serves, to whom and how fast, as JSON")
     loading = commands.add_parser("load", help="serve another checkpoint, without a pause")
-    loading.add_argument("checkpoint")
-    loading.add_argument("--timeout_s", type=Number(float, DURATION_S), default=600.0)
+    add_flags(loading, LoadCommand)
     return cli
 
 
@@ -93,11 +114,12 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Returns the exit status."""
     args = parser().parse_args(argv)
     try:
-        with dial(args.address, *key_files(args)) as dialer:
+        with from_flags(ServerAccess, args).dial() as dialer:
             if args.command == "status":
                 print(json.dumps(dialer.ask("status"), indent=2))
                 return 0
-            state = load(dialer, args.checkpoint, args.timeout_s)
+            order = from_flags(LoadCommand, args)
+            state = load(dialer, order.checkpoint, order.timeout_s)
     except (TransportError, KeyError) as error:
         print(f"error: {error}", file=sys.stderr)
         return BAD_INPUT

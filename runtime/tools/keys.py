@@ -14,15 +14,42 @@ import re
 import shutil
 import sys
 from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
+from typing import Annotated
 
 from zmq import auth
 
 from policies.command_line import CommandLine
+from policies.flags import Flag, add_flags, from_flags
 from policies.standard_streams import run_command
 from transport.zeromq.curve import OPERATORS, KeyFileError, public_key
 
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,63}")
+
+
+@dataclass(frozen=True, slots=True)
+class NewCommand:
+    """``new``."""
+
+    dir: Annotated[Path, Flag("where the pair is made", positional=True)]
+    name: Annotated[str, Flag("of both files", positional=True)]
+
+
+@dataclass(frozen=True, slots=True)
+class AllowCommand:
+    """``allow``."""
+
+    key: Annotated[Path, Flag("NAME.key", positional=True)]
+    list: Annotated[Path, Flag("the folder that the server was given", positional=True)]
+    operator: Annotated[bool, Flag("may also give orders (runtime.tools.ctl)")] = False
+
+
+@dataclass(frozen=True, slots=True)
+class ShowCommand:
+    """``show``."""
+
+    key: Annotated[Path, Flag("NAME.key", positional=True)]
 
 
 def new_keys(folder: str | Path, name: str) -> tuple[Path, Path]:
@@ -80,16 +107,10 @@ def parser() -> argparse.ArgumentParser:
     cli = CommandLine(prog="python -m runtime.tools.keys", description="Keys for CURVE.")
     commands = cli.add_subparsers(dest="command", required=True)
     new = commands.add_parser("new", help="make a pair: DIR/NAME.key and DIR/NAME.key_secret")
-    new.add_argument("dir", type=Path)
-    new.add_argument("name")
-    listing = commands.add_parser("allow", help="put a client's public key on a server's list")
-    listing.add_argument("key", type=Path, help="NAME.key")
-    listing.add_argument("list", type=Path, help="the folder that the server was given")
-    listing.add_argument(
-        "--operator", action="store_true", help="may also give orders (runtime.tools.ctl)"
-    )
-    show = commands.add_parser("show", help="print a public key")
-    show.add_argument("key", type=Path)
+    add_flags(new, NewCommand)
+    allowing = commands.add_parser("allow", help="put a client's public key on a server's list")
+    add_flags(allowing, AllowCommand)
+    add_flags(commands.add_parser("show", help="print a public key"), ShowCommand)
     return cli
 
 
@@ -98,13 +119,15 @@ def main(argv: Sequence[str] | None = None) -> int:
     args = parser().parse_args(argv)
     try:
         if args.command == "new":
-            public, secret = new_keys(args.dir, args.name)
+            new = from_flags(NewCommand, args)
+            public, secret = new_keys(new.dir, new.name)
             print(f"{public}  public: copy it to whoever must know it")
             print(f"{secret}  secret: it stays here")
         elif args.command == "allow":
-            print(f"listed as {allow(args.key, args.list, operator=args.operator)}")
+            entry = from_flags(AllowCommand, args)
+            print(f"listed as {allow(entry.key, entry.list, operator=entry.operator)}")
         else:
-            print(public_key(args.key).decode())
+            print(public_key(from_flags(ShowCommand, args).key).decode())
     except KeyFileError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2

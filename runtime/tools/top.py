@@ -6,7 +6,8 @@ import argparse
 import sys
 import time
 from collections.abc import Sequence
-from typing import Any, Literal
+from dataclasses import dataclass
+from typing import Annotated, Any, Literal
 
 from rich.box import SIMPLE
 from rich.console import Console, Group
@@ -14,11 +15,11 @@ from rich.live import Live
 from rich.table import Table
 from rich.text import Text
 
-from policies.command_line import CommandLine, Number
+from policies.command_line import CommandLine
+from policies.flags import Flag, add_flags, from_flags
 from policies.number_ranges import Range
 from policies.standard_streams import run_command
-from runtime.options.connection import add_key_flags, key_files
-from runtime.tools.ctl import BAD_INPUT, dial
+from runtime.tools.ctl import BAD_INPUT, ServerAccess
 from transport.errors import TransportError
 from transport.zeromq.curve import KeyFileError
 
@@ -40,6 +41,15 @@ COLUMNS: dict[str, Literal["left", "right"]] = {
 INTERVAL_S = Range(0.01, 3600)
 NARROWEST = 120
 """Columns of a terminal that is none: a pipe or a file."""
+
+
+@dataclass(frozen=True, slots=True)
+class TopCommand:
+    """What is looked at, and how often."""
+
+    server: ServerAccess
+    interval_s: Annotated[float, INTERVAL_S, Flag("seconds between two looks")] = 1.0
+    once: Annotated[bool, Flag("look once, and end")] = False
 
 
 def picture(status: dict[str, Any]) -> Group:
@@ -83,30 +93,25 @@ def _row(session: dict[str, Any]) -> tuple[str, ...]:
 
 def parser() -> argparse.ArgumentParser:
     cli = CommandLine(prog="python -m runtime.tools.top", description=__doc__)
-    cli.add_argument("address", metavar="HOST:PORT")
-    cli.add_argument(
-        "--interval_s", type=Number(float, INTERVAL_S), default=1.0, help="between two looks (1)"
-    )
-    cli.add_argument("--once", action="store_true", help="look once, and end")
-    add_key_flags(cli)
+    add_flags(cli, TopCommand)
     return cli
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Until Ctrl-C. Returns the exit status."""
-    args = parser().parse_args(argv)
+    command = from_flags(TopCommand, parser().parse_args(argv))
     console = Console()
     if not console.is_terminal:
         console.width = NARROWEST
     try:
-        with dial(args.address, *key_files(args)) as dialer:
-            if args.once:
+        with command.server.dial() as dialer:
+            if command.once:
                 console.print(picture(dialer.ask("status")))
                 return 0
             with Live(console=console, screen=True, auto_refresh=False) as live:
                 while True:
                     live.update(picture(dialer.ask("status")), refresh=True)
-                    time.sleep(args.interval_s)
+                    time.sleep(command.interval_s)
     except KeyboardInterrupt:
         return 0
     except (TransportError, KeyFileError) as error:

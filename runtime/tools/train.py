@@ -12,20 +12,24 @@ import logging
 import os
 import sys
 from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Annotated
 
 from envs.errors import EnvError
 from envs.factory import load_env_config
 from policies.command_line import CommandLine
 from policies.errors import PolicyError
+from policies.flags import Flag, add_flags, from_flags
+from policies.number_ranges import Choice
 from policies.standard_streams import run_command
 from policies.yaml_config import ConfigError, load_config
 from runtime.errors import RuntimeFault
-from runtime.eval_sim.runner import Plan, run
+from runtime.eval_sim.run_config import EvalSimConfig
+from runtime.eval_sim.runner import run
 from runtime.evaluation.episode_result import Episode
 from runtime.options.checkpoint import CheckpointOptions
-from runtime.options.model import LocalModel
+from runtime.options.overrides import read_overrides
 
 if TYPE_CHECKING:
     from policies.training.trainer import TrainConfig
@@ -36,16 +40,29 @@ for choosing anything."""
 EXPORTS = ("lerobot",)
 
 
+@dataclass(frozen=True, slots=True)
+class TrainCommand:
+    """The training's command line, beside what ``--KEY VALUE`` overrides of a ``TrainConfig``."""
+
+    config: Annotated[str, Flag("name under configs/train, or a YAML path")]
+    export: Annotated[
+        str | None, Choice(EXPORTS), Flag("write this layout too, beside the policy")
+    ] = None
+    no_evaluate: Annotated[bool, Flag("never run the environment")] = False
+
+
 def success_rate(folder: Path, config: TrainConfig) -> float:
     """Of the checkpoint in ``folder``, over ``config.evaluate_episodes`` in lockstep."""
-    plan = Plan(
-        model=LocalModel(str(folder)),
+    evaluation = EvalSimConfig(
+        model_name_or_path=str(folder),
         # The same threads as the training, for torch has one number for the whole process.
         checkpoint=CheckpointOptions(device="cpu", precision="fp32", threads=_threads(config)),
         env=load_env_config("aloha", {"task": config.task}),
-        seeds=tuple(range(SELECTION_SEED, SELECTION_SEED + config.evaluate_episodes)),
+        seed=SELECTION_SEED,
+        num_rollout=config.evaluate_episodes,
+        videos=0,
     )
-    episodes = [report for report in run(plan) if isinstance(report, Episode)]
+    episodes = [report for report in run(evaluation) if isinstance(report, Episode)]
     return sum(episode.success for episode in episodes) / len(episodes)
 
 
@@ -71,9 +88,7 @@ def parser() -> argparse.ArgumentParser:
         description="Train a policy on demonstrations.",
         epilog="--KEY VALUE overrides KEY of the configuration, e.g. --steps 100.",
     )
-    cli.add_argument("--config", required=True, help="name under configs/train, or a YAML path")
-    cli.add_argument("--export", choices=EXPORTS, help="write this layout too, beside the policy")
-    cli.add_argument("--no_evaluate", action="store_true", help="never run the environment")
+    add_flags(cli, TrainCommand)
     return cli
 
 
@@ -89,9 +104,11 @@ def main(argv: Sequence[str] | None = None) -> int:
     from policies.training.trainer import Progress, TrainConfig, Trainer
 
     args, rest = parser().parse_known_args(argv)
+    command = from_flags(TrainCommand, args)
     logging.basicConfig(level=logging.INFO, format="%(levelname)s %(message)s")
     try:
-        config = load_config(TrainConfig, args.config, kind="train", overrides=_overrides(rest))
+        overrides = read_overrides(rest, "", "python -m runtime.tools.train")
+        config = load_config(TrainConfig, command.config, kind="train", overrides=overrides)
         torch.set_num_threads(_threads(config))
         with tqdm(desc="reading", unit="episode") as bar:
 
@@ -108,7 +125,7 @@ def main(argv: Sequence[str] | None = None) -> int:
                 progress=reading,
             )
         evaluate = None
-        if not args.no_evaluate and config.evaluate_episodes > 0:
+        if not command.no_evaluate and config.evaluate_episodes > 0:
 
             def evaluate(folder: Path) -> float:
                 return success_rate(folder, config)
@@ -127,7 +144,7 @@ def main(argv: Sequence[str] | None = None) -> int:
                     bar.write(f"step {progress.step}: success {progress.success:.0%}")
 
             trainer.run(report)
-        if args.export == "lerobot":
+        if command.export == "lerobot":
             save_lerobot(config.output / "lerobot", trainer.saved(), stored_as=config.stored_as)
     except KeyboardInterrupt:
         print("interrupted; start again to go on from the last save", file=sys.stderr)
@@ -142,13 +159,6 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def _threads(config: TrainConfig) -> int:
     return os.cpu_count() or 1 if config.threads is None else config.threads
-
-
-def _overrides(rest: Sequence[str]) -> dict[str, str]:
-    """``--KEY VALUE`` pairs. Raises ``ValueError`` for anything else."""
-    if len(rest) % 2 or any(not key.startswith("--") for key in rest[::2]):
-        raise ValueError(f"got {' '.join(rest)!r}, expected pairs of --KEY VALUE")
-    return {key.removeprefix("--"): value for key, value in zip(rest[::2], rest[1::2], strict=True)}
 
 
 if __name__ == "__main__":

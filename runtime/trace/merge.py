@@ -7,10 +7,12 @@ import json
 import math
 import sys
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
 from policies.command_line import CommandLine
+from policies.flags import Flag, add_flags, from_flags
 from runtime.trace.buffer import TraceError
 from runtime.trace.chrome_format import Event, save
 
@@ -145,20 +147,27 @@ def _apart(theirs: set[int], taken: set[int]) -> dict[int, int]:
     return renamed
 
 
+@dataclass(frozen=True, slots=True)
+class MergeCommand:
+    """Which traces become one."""
+
+    traces: Annotated[tuple[Path, ...], Flag("files of --trace", positional=True, metavar="TRACE")]
+    out: Annotated[Path, Flag("for ui.perfetto.dev", "-o")]
+
+
 def parser() -> argparse.ArgumentParser:
     cli = CommandLine(
         prog="python -m runtime.trace", description="Put traces of one host on one time line."
     )
-    cli.add_argument("traces", nargs="+", type=Path, metavar="TRACE", help="files of --trace")
-    cli.add_argument("-o", "--out", type=Path, required=True, help="for ui.perfetto.dev")
+    add_flags(cli, MergeCommand)
     return cli
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     """``python -m runtime.trace``. Returns the exit status."""
-    args = parser().parse_args(argv)
+    command = from_flags(MergeCommand, parser().parse_args(argv))
     try:
-        merge(args.traces, args.out)
+        merge(command.traces, command.out)
     except (TraceError, OSError) as error:
         sys.stderr.write(f"error: {error}\n")
         return 2

@@ -20,6 +20,7 @@ import pytest
 import yaml
 
 from runtime.__main__ import COMMANDS as SUBCOMMANDS
+from tests.docs import flags_page
 
 ROOT = Path(__file__).resolve().parents[2]
 GUIDES = (
@@ -443,6 +444,10 @@ def test_every_flag_exists(page: Path) -> None:
     mentioned = set(re.findall(r"(?<![\w-])--[a-z][\w.-]*\w", page.read_text()))
     wrong = {flag for flag in mentioned - known if not flag.startswith(OVERRIDES)}
     assert not wrong
+
+
+def test_the_page_of_flags_says_what_the_configurations_fields_say() -> None:
+    assert flags_page.PAGE.read_text(encoding="utf-8") == flags_page.page()
 
 
 @pytest.mark.parametrize("page", DOCUMENTS, ids=lambda page: f"{page.parent.name}-{page.stem}")

@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 
-from policies.yaml_config import ConfigError, find_config, load_config, parse_config
+from policies.yaml_config import ConfigError, as_plain, find_config, load_config, parse_config
 
 
 @dataclass(frozen=True)
@@ -204,3 +207,19 @@ def test_a_name_cannot_climb_out_of_the_folders(tmp_path: Path) -> None:
     (tmp_path / "secret.yaml").write_text("task: a")
     with pytest.raises(ConfigError, match="neither a file nor a name"):
         find_config("../../../../tmp/nothing", kind="env")
+
+
+@given(
+    st.builds(
+        Example,
+        task=st.text(st.characters(codec="utf-8", exclude_categories=["Cc", "Cs"])),
+        fps=st.floats(1e-3, 1e9),
+        limit=st.none() | st.integers(-(10**9), 10**9),
+        shadows=st.booleans(),
+        mode=st.sampled_from(["fast", "slow"]),
+        cameras=st.lists(st.builds(Camera, st.sampled_from(["a", "no", "1"]))).map(tuple),
+        camera_map=st.dictionaries(st.sampled_from(["a", "1", "null"]), st.just("top")),
+    )
+)
+def test_a_configuration_is_read_back_from_its_json_as_it_was(config: Example) -> None:
+    assert parse(json.loads(json.dumps(as_plain(config)))) == config

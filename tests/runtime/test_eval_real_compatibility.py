@@ -72,10 +72,9 @@ def fit(
     robot.start = None if start is None else np.array(start, np.float32)
     robot.speed = None if speed is None else np.array(speed, np.float64)
     made = RunConfig(
-        "statue",
-        {},
-        dataclasses.replace(POLICY, **policy).to_json(),
-        "127.0.0.1:1",
+        robot="statue",
+        contract_json=dataclasses.replace(POLICY, **policy).to_json(),
+        address="127.0.0.1:1",
         **config or {},
     )
     check_compatible(made, robot)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import json
 import re
 import subprocess
 import sys
@@ -36,7 +37,11 @@ BODY = RobotLimits(LIMITS, START, np.array([0.5, 0.5, 0.5]), arm_actions(("a", "
 
 def config(**changes: object) -> RunConfig:
     made = RunConfig(
-        "toy", {}, CONTRACT.to_json(), "127.0.0.1:1", max_timesteps=60, fault_after_s=0.2
+        robot="toy",
+        contract_json=CONTRACT.to_json(),
+        address="127.0.0.1:1",
+        max_timesteps=60,
+        fault_after_s=0.2,
     )
     return dataclasses.replace(made, **changes)  # type: ignore[arg-type]
 
@@ -293,6 +298,54 @@ def test_a_rollout_from_far_away_is_approached_slowly_and_ends_by_itself(tmp_pat
     dataclasses.replace(loaded, rows=changed).save(tmp_path / "rollout_001", shares)
     assert main([str(tmp_path / "rollout_001")]) == 1
     assert main([str(tmp_path / "nothing")]) == 2
+
+
+def test_a_recording_of_the_format_before_is_played_again(tmp_path: Path) -> None:
+    flight = Flight(config())
+    flight.reset(START)
+    flight.until(Phase.HOLD)
+    for _ in range(3):
+        flight.command()
+    stem = tmp_path / "rollout_000"
+    flight.recording().save(stem, np.zeros((0, 0), np.float32))
+    facts = json.loads(stem.with_suffix(".json").read_text())
+    facts["format"] = 3
+    facts["mission"] = {
+        "robot": "toy",
+        "overrides": {"address": "127.0.0.1:2"},
+        "contract_json": CONTRACT.to_json(),
+        "address": "127.0.0.1:1",
+        "wishes": {
+            "transport": "zmq",
+            "resize": False,
+            "jpeg_quality": 80,
+            "server_key": "/gone/server.key",
+            "client_key": "/gone/arm.key_secret",
+        },
+        "language": "Reach.",
+        "action_manager": "sequential",
+        "manager_coef": None,
+        "n_action_steps": None,
+        "publish_rate": 50.0,
+        "sensing_rate": 50.0,
+        "max_timesteps": 60,
+        "near": None,
+        "same_joints": False,
+        "fault_after_s": 0.2,
+        "max_chunk_age_s": 5.0,
+        "max_sensing_age_s": 0.5,
+        "connect_timeout_s": 15.0,
+        "priority": 0,
+        "video_fps": 10.0,
+        "trace": "",
+        "fps": None,
+        "execution_source": "the default",
+    }
+    stem.with_suffix(".json").write_text(json.dumps(facts))
+    assert main([str(stem)]) == 0
+    loaded = Recording.load(stem).config
+    assert (loaded.trace, loaded.language, loaded.wishes.jpeg_quality) == (None, "Reach.", 80)
+    assert loaded.strategy().name == "sequential"
 
 
 def test_a_policy_that_never_begins_where_it_said_is_a_fault() -> None:

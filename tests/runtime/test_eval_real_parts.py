@@ -32,7 +32,7 @@ from runtime.eval_real.shared_state import Dims, SharedState, create_segment, ge
 from runtime.eval_real.watchdog_process import Watchdog
 
 CONTRACT = PolicyContract("toy", (CameraContract("top", (4, 4), (4, 4)),), 3, 3, 20, 10)
-MISSION = RunConfig("toy", {}, CONTRACT.to_json(), "127.0.0.1:1")
+MISSION = RunConfig(robot="toy", contract_json=CONTRACT.to_json(), address="127.0.0.1:1")
 LIMITS = JointLimits(np.full(3, -2.0), np.full(3, 2.0), np.full(3, 1.0), np.full(3, 5.0))
 
 

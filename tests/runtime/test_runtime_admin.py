@@ -23,7 +23,7 @@ from runtime.errors import ServerLost
 from runtime.server import PolicyServer, admin_token
 from runtime.server import cli as serve
 from runtime.server.admin_token import AdminToken, read_token
-from runtime.server.cli import read_config
+from runtime.server.cli import read_command
 from runtime.server.metrics import ServerCollector, serve_metrics
 from runtime.server.model_reload import ModelReloader
 from runtime.tools import ctl, top
@@ -264,7 +264,7 @@ def test_operators_by_key_and_others_by_key(tmp_path: Path) -> None:
     for name, operator in (("boss", True), ("arm", False)):
         public, _ = new_keys(keys, name)
         allow(public, listed, operator=operator)
-    config, _ = read_config(["--curve_key", str(server_secret), "--curve_allow", str(listed)])
+    config = read_command(["--curve_key", str(server_secret), "--curve_allow", str(listed)]).server
     with serving(BatchPolicy(), curve=config.keys()) as server:
         loader = loader_of(server, load, None)
         address = f"127.0.0.1:{server.port}"
@@ -479,7 +479,7 @@ def test_loss_of_a_key_is_a_loss_like_any_other(tmp_path: Path) -> None:
     server_public, server_secret = new_keys(keys, "server")
     arm_public, arm_secret = new_keys(keys, "arm")
     entry = allow(arm_public, listed)
-    config, _ = read_config(["--curve_key", str(server_secret), "--curve_allow", str(listed)])
+    config = read_command(["--curve_key", str(server_secret), "--curve_allow", str(listed)]).server
     with serving(BatchPolicy(), curve=config.keys()) as server:
         given = {"server_key": str(server_public), "client_key": str(arm_secret)}
         with connect(server, "zmq", **given) as client:

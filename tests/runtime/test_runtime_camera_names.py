@@ -16,7 +16,7 @@ from robots.base import CameraSample
 from runtime.eval_real import video_recorder
 from runtime.eval_real.shared_state import Dims, SharedStateLayout
 from runtime.eval_real.video_recorder import VideoRecorder, file_name
-from runtime.eval_sim.cli import main, read_plan
+from runtime.eval_sim.cli import main, read_config
 from runtime.protocol import image_codec, messages
 from tests.runtime.serving import connect, serving
 from tests.runtime.toy_policy import CONTRACT, ToyPolicy
@@ -114,9 +114,9 @@ def test_a_whole_evaluation_with_such_cameras(tmp_path: Path) -> None:
 
 def test_a_camera_with_a_dot_can_be_mapped() -> None:
     flags = ["-m", "python:x:y", "-e", "aloha", "--camera_map", "top.left=top", "used=angle"]
-    plan, _ = read_plan(flags)
+    plan = read_config(flags)
     assert plan.env.camera_map.items() >= {"top.left": "top", "used": "angle"}.items()
-    assert plan.camera_names == ("top.left", "used")
+    assert tuple(plan.camera_map) == ("top.left", "used")
 
 
 @pytest.mark.parametrize("name", NAMES)

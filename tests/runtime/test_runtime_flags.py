@@ -19,17 +19,24 @@ import pytest
 
 from envs.factory import make_world
 from policies.checkpoint import load
+from policies.flags import flags_of
 from policies.types import PolicyContract
+from policies.yaml_config import parse_config
 from runtime.eval_real import cli as eval_real
 from runtime.eval_real import replay
 from runtime.eval_real.cli import make_run_config, read_evaluation
 from runtime.eval_real.recording import Recording
-from runtime.eval_real.run_config import RunConfig
+from runtime.eval_real.run_config import EvalRealConfig, RunConfig
 from runtime.eval_sim import cli as eval_sim
+from runtime.eval_sim.run_config import EvalSimConfig
 from runtime.options.model import LocalModel, ServerAddress
 from runtime.server import cli as serve
-from runtime.server.cli import read_config
+from runtime.server.cli import read_command
+from runtime.server.config import ServeCommand, ServerConfig
+from runtime.tools import ctl, keys, top, train
+from runtime.trace import merge
 from tests.runtime.command import status_of
+from tests.runtime.test_runtime_numbers import NOT_FOR_PEOPLE
 from tests.runtime.toy_policy import CONTRACT
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -68,6 +75,65 @@ def dests(cli: argparse.ArgumentParser) -> set[str]:
     return {action.dest for action in cli._actions} - {"help"}
 
 
+def parsers_of(cli: argparse.ArgumentParser) -> dict[str, argparse.ArgumentParser]:
+    """``cli`` by an empty name, and its commands by theirs."""
+    found = {"": cli}
+    for action in cli._actions:
+        if isinstance(action, argparse._SubParsersAction):
+            found |= dict(action.choices)
+    return found
+
+
+COMMANDS = {
+    "server": (serve, {"": ServeCommand}),
+    "eval_sim": (eval_sim, {"": EvalSimConfig}),
+    "eval_real": (eval_real, {"": EvalRealConfig}),
+    "train": (train, {"": train.TrainCommand}),
+    "ctl": (ctl, {"": ctl.ServerAccess, "status": None, "load": ctl.LoadCommand}),
+    "top": (top, {"": top.TopCommand}),
+    "keys": (
+        keys,
+        {
+            "": None,
+            "new": keys.NewCommand,
+            "allow": keys.AllowCommand,
+            "show": keys.ShowCommand,
+        },
+    ),
+    "replay": (replay, {"": replay.ReplayCommand}),
+    "trace": (merge, {"": merge.MergeCommand}),
+}
+
+
+@pytest.mark.parametrize("name", COMMANDS)
+def test_each_option_of_a_command_is_one_field_of_its_configuration(name: str) -> None:
+    module, configurations = COMMANDS[name]
+    parsers = parsers_of(module.parser())  # type: ignore[attr-defined]
+    assert parsers.keys() == configurations.keys()
+    for command, cli in parsers.items():
+        options = {
+            action.dest: (action.help, tuple(action.option_strings))
+            for action in cli._actions
+            if not isinstance(action, argparse._HelpAction | argparse._SubParsersAction)
+        }
+        configuration = configurations[command]
+        fields = [] if configuration is None else list(flags_of(configuration))
+        assert len(fields) == len(options)
+        assert options == {
+            field.name: (field.help or None, () if field.flag.positional else field.names)
+            for field in fields
+        }
+
+
+def test_no_command_describes_a_flag_by_hand() -> None:
+    by_hand = {
+        str(path.relative_to(ROOT))
+        for path in (ROOT / "runtime").rglob("*.py")
+        if ".add_argument(" in path.read_text()
+    }
+    assert by_hand <= NOT_FOR_PEOPLE
+
+
 # --- eval_real -------------------------------------------------------------------------------
 
 
@@ -104,15 +170,15 @@ REAL: dict[str, Row] = {
     "connect_timeout_s": (("--connect_timeout_s", "3"), lambda m: m.connect_timeout_s, 3.0),
     "priority": (("--priority", "5"), lambda m: m.realtime.priority, 5),
     "video_fps": (("--video_fps", "0"), lambda m: m.video_fps, 0.0),
-    "trace": (("--trace", "/x/t.json"), lambda m: m.trace, "/x/t.json"),
-    "transport": (("--transport", "zmq"), lambda m: m.wishes["transport"], "zmq"),
-    "resize": (("--resize",), lambda m: m.wishes["resize"], True),
+    "trace": (("--trace", "/x/t.json"), lambda m: m.trace, Path("/x/t.json")),
+    "transport": (("--transport", "zmq"), lambda m: m.wishes.transport, "zmq"),
+    "resize": (("--resize",), lambda m: m.wishes.resize, True),
     "robot_config": (("-c", "sim_twin"), lambda m: m.make_robot().name, "sim_twin"),
 }
 REAL_READ: dict[str, Row] = {
-    "model_name_or_path": (("-m", TOY), lambda e: e.model, LocalModel(TOY)),
+    "model_name_or_path": (("-m", TOY), lambda e: e.config.model, LocalModel(TOY)),
     "save_dir": (("-o", "/x"), lambda e: e.path, Path("/x/dummy/sim_transfer_cube.json")),
-    "log_level": (("--log_level", "INFO"), lambda e: e.args.log_level, "INFO"),
+    "log_level": (("--log_level", "INFO"), lambda e: e.config.log_level, "INFO"),
 }
 REAL_RUN = {"num_rollout", "seed", "yes", "video_fps", "trace"}
 """Seen in ``test_a_rollout_is_played_as_the_flags_say``."""
@@ -170,6 +236,12 @@ def test_a_rollout_is_played_as_the_flags_say(tmp_path: Path) -> None:
     assert "execution    temporal_ensemble, coefficient 0.05, a new chunk every tick (con" in before
     assert "assumed" not in ended.stderr
     result = json.loads((tmp_path / "dummy" / "fake.json").read_text())
+    config = parse_config(EvalRealConfig, result["config"], source="result")
+    assert (config.fps, config.publish_rate, config.sensing_rate) == (25.0, 50.0, None)
+    assert (config.robot, config.overrides) == (
+        "dummy",
+        {PICTURES[0].removeprefix("--robot."): PICTURES[1]},
+    )
     assert [episode["seed"] for episode in result["episodes"]] == [7, 8]
     assert [episode["horizon"] for episode in result["episodes"]] == [20, 20]
     assert result["policy"]["contract"]["dt_s"] == 0.04
@@ -186,6 +258,7 @@ def test_a_rollout_is_played_as_the_flags_say(tmp_path: Path) -> None:
         assert set((apart_ns // 20_000_000).tolist()) >= {1}
         assert not (apart_ns % 20_000_000).any()
         assert recording.mission.contract.dt_s == 0.04
+        assert recording.mission.seeds == config.seeds
     assert replay.main([str(folder)]) == 0  # bit for bit
 
 
@@ -202,7 +275,7 @@ def test_a_robot_is_not_driven_at_an_assumed_rate(tmp_path: Path) -> None:
 
 
 def plan(*words: str) -> Any:
-    return eval_sim.read_plan(["-e", "fake", *words])[0]
+    return eval_sim.read_config(["-e", "fake", *words])
 
 
 SIM: dict[str, Row] = {
@@ -219,8 +292,8 @@ SIM: dict[str, Row] = {
     "videos": (("--videos", "1"), lambda p: p.videos, 1),
     "camera_map": (
         ("--camera_map", "top=side"),
-        lambda p: (p.env.camera_map, p.camera_names),
-        ({"top": "side"}, ("top",)),
+        lambda p: (p.env.camera_map, p.camera_map),
+        ({"top": "side"}, {"top": "side"}),
     ),
     "trace": (("--trace", "/x/t.json"), lambda p: p.trace, Path("/x/t.json")),
     "transport": (("--transport", "shm"), lambda p: p.wishes.transport, "shm"),
@@ -273,6 +346,16 @@ def test_a_simulation_runs_as_its_flag_says(tmp_path: Path, flag: str) -> None:
     assert look(result()) != expected
 
 
+def test_a_result_says_what_was_asked_for(tmp_path: Path) -> None:
+    argv = ["-m", TOY, "-e", "fake", "--env.max_timesteps", "9", "-n", "1", "--videos", "0"]
+    argv += ["-o", str(tmp_path), "--log_level", "ERROR", "--camera_map", "top=top"]
+    assert status_of(eval_sim.main, argv) == 0
+    result = json.loads((tmp_path / "fake" / "fake.json").read_text())
+    config = parse_config(EvalSimConfig, result["config"], source="result")
+    assert config == eval_sim.read_config(argv)
+    assert result["config"]["env"] == result["env"]
+
+
 # --- the server ------------------------------------------------------------------------------
 
 SERVER: dict[str, Row] = {
@@ -298,6 +381,10 @@ SERVER_ELSEWHERE |= {"stop_with_stdin", "ready_fd"}  # of every test that uses `
 PASSED_ON = ("host", "max_sessions", "max_batch", "batch_wait_ms", "session_timeout_s")
 
 
+def read_server(*words: str) -> ServerConfig:
+    return read_command(words).server
+
+
 def test_no_flag_of_the_server_is_left_out() -> None:
     assert SERVER.keys() | SERVER_ELSEWHERE | CHECKPOINT.keys() == dests(serve.parser())
 
@@ -305,8 +392,8 @@ def test_no_flag_of_the_server_is_left_out() -> None:
 @pytest.mark.parametrize("flag", SERVER)
 def test_a_flag_of_the_server(flag: str) -> None:
     words, look, expected = SERVER[flag]
-    assert look(read_config(list(words))[0]) == expected
-    assert look(read_config([])[0]) != expected
+    assert look(read_server(*words)) == expected
+    assert look(read_server()) != expected
 
 
 def test_the_server_is_made_with_them(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -322,7 +409,7 @@ def test_the_server_is_made_with_them(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(serve, "PolicyServer", server)
     words = [word for flag in (*PASSED_ON, "port", "transport") for word in SERVER[flag][0]]
     with pytest.raises(Made):
-        serve._serve(read_config(["-m", TOY, *words])[0], insecure=True)
+        serve._serve(read_server("-m", TOY, *words), insecure=True)
     for flag in PASSED_ON:
         assert made[flag] == SERVER[flag][2]
     assert (made["port"], made["transports"]) == (0, ("zmq",))
@@ -334,15 +421,15 @@ def test_an_option_of_a_checkpoint_reaches_its_loader(
 ) -> None:
     words, expected = CHECKPOINT[option]
     for read in (
-        lambda given: read_config(given)[0].checkpoint,
+        lambda given: read_server(*given).checkpoint,
         lambda given: plan("-m", TOY, *given).checkpoint,
-        lambda given: read_evaluation(["-c", "dummy", "-m", TOY, *given]).checkpoint,
+        lambda given: read_evaluation(["-c", "dummy", "-m", TOY, *given]).config.checkpoint,
     ):
         assert loaded_with(option, monkeypatch, read(list(words))) == expected
         assert loaded_with(option, monkeypatch, read([])) != expected
     # and a server that is started for it is told the same
-    again = read_config(read_config(list(words))[0].checkpoint.flags())[0].checkpoint
-    assert again == read_config(list(words))[0].checkpoint
+    again = read_server(*read_server(*words).checkpoint.flags()).checkpoint
+    assert again == read_server(*words).checkpoint
 
 
 def test_an_environments_keys_do_what_they_say() -> None:

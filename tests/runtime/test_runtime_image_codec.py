@@ -369,9 +369,9 @@ def test_the_command_line_says_at_once_what_cannot_be(
 
 @pytest.mark.usefixtures("codec")
 def test_the_command_line_hands_it_on() -> None:
-    from runtime.eval_sim.cli import read_plan
+    from runtime.eval_sim.cli import read_config
 
-    plan, _ = read_plan(["-m", "127.0.0.1:5000", "--jpeg", "--resize"])
-    assert plan.wishes == ConnectionOptions("auto", True, image_codec.DEFAULT_QUALITY)
-    plan, _ = read_plan(["-m", "127.0.0.1:5000"])
+    plan = read_config(["-m", "127.0.0.1:5000", "--jpeg", "--resize"])
+    assert plan.wishes == ConnectionOptions("auto", True, jpeg.DEFAULT_QUALITY)
+    plan = read_config(["-m", "127.0.0.1:5000"])
     assert plan.wishes == ConnectionOptions()

@@ -34,7 +34,9 @@ from robots.lerobot_adapter import LeRobotConfig
 from robots.twin_config import TwinConfig
 from runtime.eval_real import cli as eval_real
 from runtime.eval_real import replay
+from runtime.eval_real.run_config import RunConfig
 from runtime.eval_sim import cli as eval_sim
+from runtime.options.connection import whole_path
 from runtime.server import cli as serve
 from runtime.server.config import ServerConfig
 from runtime.tools import ctl, keys, top, train
@@ -108,11 +110,12 @@ def test_every_flag_with_a_number_has_a_range(
     cli: argparse.ArgumentParser, action: argparse.Action
 ) -> None:
     assert isinstance(cli, CommandLine)  # whose errors are one line
-    assert action.type in (None, str, Path) or isinstance(action.type, Number), action.dest
+    texts = (None, str, Path, whole_path)
+    assert action.type in texts or isinstance(action.type, Number), action.dest
     if not isinstance(action.type, Number):
         # A number's default without a number's type would be a number as text.
         assert not isinstance(action.default, int | float) or isinstance(action.default, bool)
-    elif action.default is not None:
+    elif action.default not in (None, argparse.SUPPRESS):
         assert action.default in action.type.range
 
 
@@ -187,7 +190,7 @@ CONFIGS: dict[str, tuple[type, dict[str, Any]]] = {
 """What is read from YAML, and a whole example of it."""
 NAMES = {"sim_twin": "top", "agilex": "primary", "dummy": "top"}
 """A key that the example has in its mappings."""
-ELSEWHERE = {LeRobotConfig}
+ELSEWHERE = {LeRobotConfig, RunConfig}
 
 
 def test_every_configuration_is_known_here() -> None:
@@ -209,7 +212,9 @@ ANY_NAME = "<name>"
 def numbers(hint: Any, path: str, wrap: Wrap = str) -> Iterator[tuple[str, Wrap, Any]]:
     """(dotted path, what makes a YAML value of a number's text, the annotation) of every number."""
     origin, arguments = typing.get_origin(hint), typing.get_args(hint)
-    if hint in (int, float) or origin is Annotated:
+    if origin is Annotated and not {float, int} & {arguments[0], *typing.get_args(arguments[0])}:
+        yield from numbers(arguments[0], path, wrap)
+    elif hint in (int, float) or origin is Annotated:
         yield path, wrap, hint
     elif origin in (typing.Union, types.UnionType):
         for one in arguments:
@@ -257,8 +262,9 @@ def test_every_key_with_a_number_has_a_range_and_keeps_it(
     name: str, path: str, wrap: Wrap, hint: Any
 ) -> None:
     assert typing.get_origin(hint) is Annotated, f"{name}: {path}: a number without a range"
-    kind, bounds = typing.get_args(hint)
-    assert isinstance(bounds, Range)
+    kind, *marks = typing.get_args(hint)
+    (bounds,) = (mark for mark in marks if isinstance(mark, Range))
+    kind = next((one for one in typing.get_args(kind) if one is not types.NoneType), kind)
     cls, example = CONFIGS[name]
     for text in bad_numbers(kind, bounds):
         spelled = {"nan": ".nan", "inf": ".inf", "-inf": "-.inf"}.get(text, text)

@@ -17,7 +17,7 @@ from policies.execution import Execution
 from policies.types import PolicyContract
 from runtime.eval_sim import cli as eval_sim
 from runtime.eval_sim.runner import _assumed
-from runtime.options.execution import choose_execution, describe, record, strategy_of
+from runtime.control.strategy_options import choose_execution, describe, record, strategy_of
 from runtime.server.server_process import ServerProcess
 from tests.runtime.command import status_of
 from tests.runtime.toy_policy import CONTRACT, ToyPolicy
@@ -191,5 +191,5 @@ class World:
 def test_what_the_world_has_to_assume_is_said_too(
     info: dict[str, Any], flags: list[str], said: list[str]
 ) -> None:
-    plan, _ = eval_sim.read_plan(["-m", MODEL, "-e", "aloha", *flags])
+    plan = eval_sim.read_config(["-m", MODEL, "-e", "aloha", *flags])
     assert list(_assumed(plan, World(**info), CONTRACT)) == said  # type: ignore[arg-type]

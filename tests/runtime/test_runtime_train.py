@@ -24,7 +24,10 @@ def test_two_runs_do_not_write_one_folder(tmp_path):
     [
         (["--config", "no_such_recipe"], "train configuration 'no_such_recipe'"),
         (["--config", "act_sim_transfer_cube", "--step", "3"], "did you mean 'steps'"),
-        (["--config", "act_sim_transfer_cube", "3"], "expected pairs of --KEY VALUE"),
+        (
+            ["--config", "act_sim_transfer_cube", "3"],
+            "got '3', expected a flag of `python",
+        ),
         (["--config", "act_sim_transfer_cube", "--demonstrations", "gone"], "gone: no *.hdf5"),
     ],
 )

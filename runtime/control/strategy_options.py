@@ -4,12 +4,11 @@ recommendation, else ``sequential``.
 
 from __future__ import annotations
 
-import argparse
 from collections.abc import Sequence
-from typing import Any
+from typing import Annotated, Any
 
-from policies.command_line import Number
 from policies.execution import COEFFICIENT, Execution
+from policies.flags import Flag
 from policies.number_ranges import TICKS
 from policies.types import PolicyContract
 from runtime.control.blending import ILSTUDIO_NAMES, STRATEGIES, Strategy, make_strategy
@@ -19,20 +18,20 @@ BY_FLAG = "--action_manager"
 BY_DEFAULT = "the default: the checkpoint does not say"
 
 
-def add_flags(cli: argparse.ArgumentParser) -> None:
-    """The flags of every command that plays chunks; absent ones are None."""
-    add = cli.add_argument
-    add(
-        "--action_manager",
-        help=f"one of {', '.join(STRATEGIES)}; or {', '.join(ILSTUDIO_NAMES)} "
-        f"(the checkpoint's, else {DEFAULT})",
-    )
-    add("--manager_coef", type=Number(float, COEFFICIENT), help="the strategy's coefficient")
-    add(
-        "--n_action_steps",
-        type=Number(int, TICKS),
-        help="ticks between re-plannings (the checkpoint's, else the strategy's)",
-    )
+ActionManager = Annotated[
+    str | None,
+    Flag(
+        f"one of {', '.join(STRATEGIES)}; or {', '.join(ILSTUDIO_NAMES)}",
+        default=f"the checkpoint's, else {DEFAULT}",
+    ),
+]
+ManagerCoef = Annotated[float | None, COEFFICIENT, Flag("the strategy's coefficient")]
+ActionSteps = Annotated[
+    int | None,
+    TICKS,
+    Flag("ticks between re-plannings", default="the checkpoint's, else the strategy's"),
+]
+"""The options of every command that plays chunks."""
 
 
 def choose_execution(
