@@ -15,7 +15,7 @@ from policies.act.config import ActConfig
 from policies.act.weights import ActWeights
 from policies.checkpoint.extras import Extras
 from policies.checkpoint.load import load_weights
-from policies.checkpoint.save import CheckpointContent, save_ilstudio
+from policies.checkpoint.save import Saved, save_ilstudio
 from policies.checkpoint.untrained import random_weights
 
 SHIPPED = Path(__file__).parents[2] / "ckpt" / "act_sim_transfer_cube_scripted_zscore_example"
@@ -45,7 +45,7 @@ def checkpoint_of(net: str) -> Iterator[Path]:
         }
         save_ilstudio(
             Path(folder),
-            CheckpointContent(
+            Saved(
                 config=weights.config,
                 tensors=weights.tensors,
                 stats=statistics,

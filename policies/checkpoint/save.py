@@ -31,7 +31,7 @@ Stats = Mapping[str, Mapping[str, Sequence[float]]]
 
 
 @dataclass(frozen=True, slots=True, eq=False)
-class CheckpointContent:
+class Saved:
     """The content of a checkpoint to write.
 
     Attributes:
@@ -62,7 +62,7 @@ class CheckpointContent:
             )
 
 
-def save_ilstudio(folder: Path, saved: CheckpointContent, *, stored_as: StoredAs = "fp32") -> None:
+def save_ilstudio(folder: Path, saved: Saved, *, stored_as: StoredAs = "fp32") -> None:
     """Write ILStudio's layout, with ``metronome.yaml``.
 
     Its configuration has one number for the layers of both encoders. So a style encoder of another
@@ -121,7 +121,7 @@ def save_ilstudio(folder: Path, saved: CheckpointContent, *, stored_as: StoredAs
     _write_extras(folder, saved.extras)
 
 
-def save_lerobot(folder: Path, saved: CheckpointContent, *, stored_as: StoredAs = "fp32") -> None:
+def save_lerobot(folder: Path, saved: Saved, *, stored_as: StoredAs = "fp32") -> None:
     """Write LeRobot's layout with processor files, without the style encoder (``use_vae`` false).
 
     Its images have the model's size: LeRobot's users crop them first.
@@ -203,7 +203,7 @@ def save_lerobot(folder: Path, saved: CheckpointContent, *, stored_as: StoredAs 
     _write_extras(folder, saved.extras)
 
 
-def _lerobot_stats(saved: CheckpointContent, images: Sequence[str]) -> dict[str, Tensor]:
+def _lerobot_stats(saved: Saved, images: Sequence[str]) -> dict[str, Tensor]:
     from policies.normalizer import MIN_SIGMA
 
     stats: dict[str, Tensor] = {}

@@ -13,7 +13,7 @@ from policies.act.config import ActConfig
 from policies.act.model import IMAGENET_MEAN, IMAGENET_STD, ActModel
 from policies.act.weights import ActWeights
 from policies.checkpoint.extras import Extras
-from policies.checkpoint.save import CheckpointContent, StoredAs, save_ilstudio
+from policies.checkpoint.save import Saved, StoredAs, save_ilstudio
 from policies.normalizer import zscore
 from policies.types import CameraContract, Rendering
 
@@ -67,7 +67,7 @@ def make_untrained(
     start = np.resize(np.array(START_ARM), sizes.state_dim)
     save_ilstudio(
         Path(path),
-        CheckpointContent(
+        Saved(
             config=sizes,
             tensors=initial_weights(sizes, seed),
             stats={"state": _stats(start), "action": _stats(start[: sizes.action_dim])},

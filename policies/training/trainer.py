@@ -22,7 +22,7 @@ from torch import Tensor
 
 from policies.act.config import LARGEST, ActConfig
 from policies.checkpoint.extras import Extras
-from policies.checkpoint.save import CheckpointContent, StoredAs, save_ilstudio
+from policies.checkpoint.save import Saved, StoredAs, save_ilstudio
 from policies.errors import CheckpointError
 from policies.number_ranges import (
     COUNT,
@@ -236,10 +236,10 @@ class Trainer:
         """Write the averaged weights in ILStudio's layout."""
         save_ilstudio(folder, self.saved(), stored_as=self.config.stored_as)
 
-    def saved(self) -> CheckpointContent:
+    def saved(self) -> Saved:
         """Return the averaged weights in the form that the writers of all layouts take."""
         config = self.config
-        return CheckpointContent(
+        return Saved(
             config=self.act_config,
             tensors=checkpoint_tensors(self._average),
             stats=self.data.stats,

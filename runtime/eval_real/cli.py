@@ -28,6 +28,8 @@ from policies.yaml_config import as_plain, load_config
 from robots.base import Robot
 from robots.factory import make_robot
 from runtime.client.policy_client import PolicyClient
+from runtime.control import strategy_options
+from runtime.control.strategy_options import choose_execution
 from runtime.errors import ModelNameError
 from runtime.eval_real.compatibility import Incompatible, check_compatible
 from runtime.eval_real.operator_console import OperatorConsole
@@ -44,10 +46,8 @@ from runtime.evaluation.results import (
     versions,
     write_result,
 )
-from runtime.control import strategy_options
 from runtime.options.checkpoint import CheckpointOptions
 from runtime.options.connection import check_flags
-from runtime.control.strategy_options import choose_execution
 from runtime.options.model import LocalModel, ServerAddress
 from runtime.options.overrides import read_overrides
 from runtime.server.server_process import ServerProcess

@@ -24,12 +24,12 @@ from runtime.control.blending import Strategy
 from runtime.control.command_stream import CommandStream
 from runtime.control.interpolation import control_ratio
 from runtime.control.realtime import UNPRIVILEGED, RealtimeOptions
+from runtime.control.strategy_options import ActionManager, ActionSteps, ManagerCoef, strategy_of
 from runtime.eval_real.motion_state_machine import MotionStateMachine
 from runtime.eval_real.shared_state import Dims
 from runtime.options.checkpoint import CheckpointOptions
 from runtime.options.common import Fps, LogLevel, TraceFile
 from runtime.options.connection import ConnectionOptions
-from runtime.control.strategy_options import ActionManager, ActionSteps, ManagerCoef, strategy_of
 from runtime.options.model import LocalModel, ServerAddress, read_model_name
 
 MOST_SEEDS = 2**24

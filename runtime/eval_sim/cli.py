@@ -27,6 +27,7 @@ from policies.flags import add_flags, flag_value, from_flags
 from policies.standard_streams import run_command
 from policies.types import PolicyContract, PolicyInfo
 from policies.yaml_config import ConfigError, as_plain
+from runtime.control import strategy_options
 from runtime.errors import RuntimeFault
 from runtime.eval_sim.run_config import EvalSimConfig
 from runtime.eval_sim.runner import Setting, run
@@ -34,7 +35,6 @@ from runtime.eval_sim.worker_processes import WorkerFailed
 from runtime.evaluation.episode_result import Episode
 from runtime.evaluation.plots import write_timing_plot
 from runtime.evaluation.results import policy_record, report, summarize, versions, write_result
-from runtime.control import strategy_options
 from runtime.options.checkpoint import CheckpointOptions
 from runtime.options.connection import check_flags
 from runtime.options.model import ServerAddress

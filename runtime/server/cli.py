@@ -18,8 +18,8 @@ from policies.errors import PolicyError
 from policies.flags import add_flags, flag_value, from_flags
 from policies.standard_streams import run_command
 from policies.yaml_config import ConfigError, load_config
-from runtime.errors import ModelNameError
 from runtime.control import strategy_options
+from runtime.errors import ModelNameError
 from runtime.options.defaults import DEFAULT_CHECKPOINT
 from runtime.options.model import LocalModel, read_model_name
 from runtime.server.admin_token import AdminToken

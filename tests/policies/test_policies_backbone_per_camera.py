@@ -14,7 +14,7 @@ from tiny_act import needs_openvino
 
 from policies.checkpoint.extras import Extras
 from policies.checkpoint.load import load_policy, load_weights
-from policies.checkpoint.save import CheckpointContent
+from policies.checkpoint.save import Saved
 from policies.checkpoint.untrained import make_untrained
 from policies.errors import CheckpointError
 from policies.execution import Execution
@@ -402,7 +402,7 @@ def test_layouts_with_one_backbone_cannot_hold_more(checkpoint, tmp_path):
     cameras = tuple(CameraContract(name, IMAGE_HW, IMAGE_HW) for name in CAMERAS)
     message = "backbone_per_camera: got True, expected False: neither ILStudio's layout nor LeRobot"
     with pytest.raises(CheckpointError, match=message):
-        CheckpointContent(weights.config, weights.tensors, {}, "d", Extras(cameras=cameras))
+        Saved(weights.config, weights.tensors, {}, "d", Extras(cameras=cameras))
     with pytest.raises(CheckpointError, match=message):
         make_untrained(tmp_path / "u", config=weights.config, cameras=cameras)
     assert not (tmp_path / "u").exists()

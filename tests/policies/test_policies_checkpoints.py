@@ -19,7 +19,7 @@ from policies.act.policy import ActPolicy
 from policies.checkpoint.extras import Extras
 from policies.checkpoint.file_readers import read_safetensors
 from policies.checkpoint.load import load_policy, load_weights
-from policies.checkpoint.save import CheckpointContent, save_ilstudio, save_lerobot
+from policies.checkpoint.save import Saved, save_ilstudio, save_lerobot
 from policies.checkpoint.untrained import initial_weights, make_untrained
 from policies.checkpoint.weight_folders import find_folder
 from policies.checkpoint.weight_names import detr_keys, lerobot_keys
@@ -107,9 +107,7 @@ def weights_of(config):
 
 def saved(config=TINY, extras=None):
     """Weights and their statistics."""
-    return CheckpointContent(
-        config, weights_of(config), STATS, "d", extras or Extras(cameras=CAMERAS)
-    )
+    return Saved(config, weights_of(config), STATS, "d", extras or Extras(cameras=CAMERAS))
 
 
 def write_original(folder, given):
@@ -630,11 +628,11 @@ LEROBOT_REFUSALS = {
     "renamed to a number": (edit_step(RENAME, rename_map={TOP: 3}), "rename_map: got .*names"),
     "renamed twice": (
         lambda f: renames(a="top")(f) or add_step(RENAME, 1, rename_map={"b": "c"})(f),
-        "got a second rename_map, or one behind 'normalizer_processor'",
+        "got a second rename_map, or one after 'normalizer_processor'",
     ),
     "renamed behind the normalizer": (
         add_step(RENAME, 9, rename_map={"b": "c"}),
-        "got a second rename_map, or one behind 'normalizer_processor'",
+        "got a second rename_map, or one after 'normalizer_processor'",
     ),
     "renamed behind the policy": (
         add_step(RENAME, 0, "post", rename_map={"b": "c"}),

@@ -162,7 +162,7 @@ CYCLE.append(CYCLE)
         (b"\x80\x04\x8c\x05numpy\x8c\x05dtype\x93N}\x8c\x01xK\x01s\x86b.", "it changes a function"),
         # As a key, it would be hashed by recursion.
         (b"\x80\x02})" + b"\x85" * 20_000 + b"K\x01s.", "more than .* 10000 tuples"),
-        (b"\x80\x02Nr\x00\x00\x10\x00.", "remembers something at place 1048576"),
+        (b"\x80\x02Nr\x00\x00\x10\x00.", "it has the memo index 1048576"),
         (pickle.dumps(LAUGHS), "over 1000000 values"),
         (pickle.dumps(CYCLE), "or 32 levels"),
     ],

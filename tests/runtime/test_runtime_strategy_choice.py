@@ -15,9 +15,9 @@ import pytest
 
 from policies.execution import Execution
 from policies.types import PolicyContract
+from runtime.control.strategy_options import choose_execution, describe, record, strategy_of
 from runtime.eval_sim import cli as eval_sim
 from runtime.eval_sim.runner import _assumed
-from runtime.control.strategy_options import choose_execution, describe, record, strategy_of
 from runtime.server.server_process import ServerProcess
 from tests.runtime.command import status_of
 from tests.runtime.toy_policy import CONTRACT, ToyPolicy
