@@ -8,11 +8,12 @@ CAN_RENDER := $(BIN)/python -c 'from envs.gl_context import make_context; make_c
 # No thread pools fighting the tests for two cores.
 export OMP_NUM_THREADS ?= 1
 
-.PHONY: help demo test check bench soak fuzz train format gl clean
+.PHONY: help demo test test-long check bench soak fuzz train format gl clean
 
 help:
 	@echo "make demo    start a server, evaluate 2 episodes against it"
-	@echo "make test    every test"
+	@echo "make test    every test but the long ones, on two cores"
+	@echo "make test-long  the long ones"
 	@echo "make check   lint, types, import rules"
 	@echo "make bench   latency tables"
 	@echo "make soak    a simulated robot, with everything killed in mid-motion again and again: 30 minutes"
@@ -22,8 +23,12 @@ help:
 demo: $(VENV)/.sim gl
 	$(BIN)/python -m runtime.tools.demo
 
+WORKERS ?= 2
 test: $(VENV)/.dev gl
-	$(BIN)/python -m pytest tests -q
+	$(BIN)/python -m pytest tests -q -n $(WORKERS) --dist worksteal -m "not long"
+
+test-long: $(VENV)/.dev gl
+	$(BIN)/python -m pytest tests -q -m long
 
 check: $(VENV)/.dev
 	$(BIN)/ruff check .

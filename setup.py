@@ -24,6 +24,7 @@ DEV = [
     "pytest>=8",
     "pytest-benchmark>=4",
     "pytest-timeout>=2.3",
+    "pytest-xdist>=3.6",
     "hypothesis>=6.100",
     "ruff>=0.6",
     "mypy>=1.11",

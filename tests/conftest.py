@@ -6,7 +6,8 @@ import fcntl
 import multiprocessing
 import os
 import threading
-from collections.abc import Iterator
+import time
+from collections.abc import Generator, Iterator
 from pathlib import Path
 
 import pytest
@@ -16,10 +17,37 @@ settings.register_profile("metronome", deadline=None, print_blob=True)
 settings.load_profile("metronome")
 
 SHM = Path("/dev/shm")
+# Two files that every worker of pytest-xdist can lock; what is in them does not matter.
+QUEUE, MACHINE = Path(__file__), Path(__file__).parents[1] / "pyproject.toml"
+
+
+@pytest.hookimpl(wrapper=True, tryfirst=True)
+def pytest_runtest_protocol(item: pytest.Item) -> Generator[None, object, object]:
+    """Under pytest-xdist, runs a test marked ``alone`` while no other worker runs a test.
+
+    The lock is outside pytest-timeout's clock, so waiting for it costs a test no time of its own.
+    """
+    if "PYTEST_XDIST_WORKER" not in os.environ:
+        return (yield)
+    alone = item.get_closest_marker("alone") is not None
+    with QUEUE.open() as queue, MACHINE.open() as machine:
+        fcntl.flock(queue, fcntl.LOCK_EX)  # so that a test that waits to be alone is the next
+        fcntl.flock(machine, fcntl.LOCK_EX if alone else fcntl.LOCK_SH)
+        fcntl.flock(queue, fcntl.LOCK_UN)
+        try:
+            return (yield)
+        finally:  # explicitly: forked children hold these files open too
+            fcntl.flock(machine, fcntl.LOCK_UN)
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Tests marked ``alone`` come last, when the other workers have nothing left to do."""
+    items.sort(key=lambda item: item.get_closest_marker("alone") is not None)
 
 
 def _segments() -> set[str]:
-    """Names that nobody alive but this process stands for: a living server's are its own business.
+    """Names that nobody alive but this process stands for: a living process's are its own business,
+    be it a server or another worker of these tests.
 
     A segment's creator holds a lock on it until its name is gone.
     """
@@ -41,7 +69,10 @@ def _segments() -> set[str]:
 @pytest.fixture(autouse=True, scope="session")
 def _own_engine_cache(tmp_path_factory: pytest.TempPathFactory) -> None:
     """Compiled engines are kept for one run of the tests, and not in the user's folder."""
-    os.environ["METRONOME_CACHE"] = str(tmp_path_factory.getbasetemp() / "engines")
+    folder = tmp_path_factory.getbasetemp()
+    if "PYTEST_XDIST_WORKER" in os.environ:
+        folder = folder.parent  # of all workers
+    os.environ["METRONOME_CACHE"] = str(folder / "engines")
 
 
 @pytest.fixture(autouse=True)
@@ -53,4 +84,6 @@ def _nothing_left_behind() -> Iterator[None]:
     assert not left, f"threads left running: {left}"
     children = multiprocessing.active_children()
     assert not children, f"child processes left running: {children}"
+    if _segments() - segments:
+        time.sleep(0.1)  # a segment that another worker made just now is not locked yet
     assert not _segments() - segments, "segments left in /dev/shm"

@@ -5,14 +5,31 @@ from __future__ import annotations
 import os
 import shutil
 import tarfile
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-from tiny_act import CAMERAS, TINY
+from tiny_act import CAMERAS, TINY, narrow_backbones
 
+from policies.act import backbone, model
+from policies.act.config import CHANNELS
 from policies.checkpoint.untrained import make_untrained
 
 ARCHIVE = "act_reference_checkpoints.tar.xz"
+
+
+@pytest.fixture(autouse=True, scope="module")
+def _narrow_backbones() -> Iterator[None]:
+    """What a backbone computes does not depend on its width; how long it takes does."""
+    with narrow_backbones():
+        yield
+
+
+@pytest.fixture
+def full_width(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Backbones as they are: for real checkpoints, and for what child processes read."""
+    for module in (backbone, model):
+        monkeypatch.setattr(module, "CHANNELS", CHANNELS)
 
 
 @pytest.fixture(scope="session")
@@ -31,8 +48,16 @@ def reference(tmp_path_factory):
 @pytest.fixture(scope="session")
 def _tiny_once(tmp_path_factory):
     folder = tmp_path_factory.mktemp("checkpoint") / "tiny"
-    make_untrained(folder, task="t", config=TINY, cameras=CAMERAS, stored_as="bf16")
+    with narrow_backbones():
+        make_untrained(folder, task="t", config=TINY, cameras=CAMERAS, stored_as="bf16")
     return folder
+
+
+@pytest.fixture
+def whole(full_width, tmp_path):
+    """As ``tiny``, with the backbone that a child process expects."""
+    make_untrained(tmp_path / "whole", task="t", config=TINY, cameras=CAMERAS, stored_as="bf16")
+    return tmp_path / "whole"
 
 
 @pytest.fixture

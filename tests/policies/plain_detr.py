@@ -20,6 +20,8 @@ BATCH_NORM = {
     "running_var": (0.5, 1.5),
 }
 """Its parts, and the range that random ones come from."""
+CHANNELS = (16, 32, 64, 128)
+"""Of the backbone's stages: a quarter of ResNet18's, as ``tiny_act.narrow_backbones`` makes them."""
 
 
 def random_state(
@@ -62,9 +64,9 @@ def random_state(
 
     for camera in range(backbones):
         body = f"model.backbones.{camera}.0.body"
-        conv(f"{body}.conv1", f"{body}.bn1", 64, 3, 7)
-        inputs = 64
-        for stage, outputs in enumerate((64, 128, 256, 512), start=1):
+        conv(f"{body}.conv1", f"{body}.bn1", CHANNELS[0], 3, 7)
+        inputs = CHANNELS[0]
+        for stage, outputs in enumerate(CHANNELS, start=1):
             for block in range(2):
                 at = f"{body}.layer{stage}.{block}"
                 conv(f"{at}.conv1", f"{at}.bn1", outputs, inputs, 3)
@@ -72,7 +74,7 @@ def random_state(
                 if inputs != outputs:
                     conv(f"{at}.downsample.0", f"{at}.downsample.1", outputs, inputs, 1)
                 inputs = outputs
-    add("model.input_proj.weight", width, 512, 1, 1)
+    add("model.input_proj.weight", width, CHANNELS[-1], 1, 1)
     add("model.input_proj.bias", width)
     linear("model.input_proj_robot_state", width, state)
     linear("model.latent_out_proj", width, 32)

@@ -85,17 +85,17 @@ for threads, engine in ((1, "torch"), (2, "torch"), (1, "openvino"), (2, "openvi
 
 
 @needs_openvino
-def test_the_same_bits_in_any_process(tiny, tmp_path):
+def test_the_same_bits_in_any_process(whole, tmp_path):
     """Here the compiled engine comes from the compiler, and there from the cache."""
     here = b""
     for threads, engine in ((1, "torch"), (2, "torch"), (1, "openvino"), (2, "openvino")):
         policy = load_policy(
-            str(tiny), device="cpu", engine=engine, precision="fp32", threads=threads
+            str(whole), device="cpu", engine=engine, precision="fp32", threads=threads
         )
         obs = observation(policy.contract)
         here += policy.infer(obs).actions.tobytes()
     np.savez(tmp_path / "obs.npz", state=obs.state, **obs.images)
-    command = [sys.executable, "-c", CHILD, str(tiny), str(tmp_path / "obs.npz")]
+    command = [sys.executable, "-c", CHILD, str(whole), str(tmp_path / "obs.npz")]
     assert subprocess.run(command, capture_output=True, check=True).stdout == here
 
 

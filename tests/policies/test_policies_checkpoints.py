@@ -44,6 +44,7 @@ def infer(path, **arguments):
 
 
 @pytest.mark.needs_reference
+@pytest.mark.usefixtures("full_width")
 @pytest.mark.parametrize(
     ("folder", "expected", "arguments"),
     [
@@ -71,6 +72,7 @@ def test_reference_outputs_are_matched(reference, folder, expected, arguments):
 
 
 @pytest.mark.needs_reference
+@pytest.mark.usefixtures("full_width")
 def test_both_of_lerobots_layouts_are_one_policy(reference):
     new, old = (
         load_policy(str(reference / name / "checkpoint"), **HARMLESS).contract
@@ -80,6 +82,7 @@ def test_both_of_lerobots_layouts_are_one_policy(reference):
 
 
 @pytest.mark.needs_reference
+@pytest.mark.usefixtures("full_width")
 def test_the_original_reads_its_yaml(reference, tmp_path):
     folder = tmp_path / "original"
     shutil.copytree(reference / "original_act" / "checkpoint", folder)

@@ -130,6 +130,7 @@ def test_openvino_normalizes_each_camera_and_clips_actions(backbone_per_camera):
 
 @needs_openvino
 @pytest.mark.needs_reference
+@pytest.mark.usefixtures("full_width")
 @pytest.mark.parametrize(
     ("name", "arguments"),
     [
@@ -236,11 +237,11 @@ def test_telemetry_is_not_imported():
     assert output.stdout.split() == ["False", "1"]
 
 
-def test_loading_does_not_load_torchs_compiler(tiny):
+def test_loading_does_not_load_torchs_compiler(whole):
     """It is two seconds of a start, and easily loaded by accident."""
     code = (
         "import sys; from policies.checkpoint.load import load_policy; "
-        f"load_policy({str(tiny)!r}, threads=1); print('torch._dynamo' in sys.modules)"
+        f"load_policy({str(whole)!r}, threads=1); print('torch._dynamo' in sys.modules)"
     )
     output = subprocess.run(
         [sys.executable, "-c", code], capture_output=True, check=True, text=True

@@ -214,6 +214,7 @@ def test_the_first_of_several_normalizers_is_assumed(tmp_path: Path) -> None:
     assert load_weights(str(tmp_path), dataset_id="d").contract().assumed == ()
 
 
+@pytest.mark.usefixtures("full_width")
 @pytest.mark.parametrize("name", ["insertion", "transfer_cube"])
 def test_the_shipped_checkpoints_assume_nothing(name: str) -> None:
     folder = ROOT / f"ckpt/act_sim_{name}_scripted_zscore_example"

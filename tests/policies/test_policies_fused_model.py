@@ -120,6 +120,7 @@ def test_bfloat16_is_near_and_its_actions_are_float32():
 
 
 @pytest.mark.needs_reference
+@pytest.mark.usefixtures("full_width")
 @pytest.mark.parametrize(
     ("folder", "arguments"),
     [

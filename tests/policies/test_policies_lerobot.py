@@ -22,6 +22,8 @@ from policies.checkpoint.weight_folders import WEIGHTS
 from policies.errors import CheckpointError
 from policies.types import MetaObs
 
+pytestmark = pytest.mark.usefixtures("full_width")  # LeRobot's own is as wide
+
 VERSIONS = ("0.3.3", "0.4.4", "0.6.1")
 TOLERANCE = 1e-5
 

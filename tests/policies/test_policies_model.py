@@ -21,6 +21,7 @@ def _seed():
     torch.manual_seed(0)
 
 
+@pytest.mark.usefixtures("full_width")
 def test_folding_batch_norm_changes_nothing():
     plain = Backbone("resnet18", folded=False).eval()
     for module in plain.modules():

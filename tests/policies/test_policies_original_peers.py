@@ -26,7 +26,7 @@ from policies.checkpoint.load import load_policy, load_weights
 from policies.types import MetaObs
 
 logger = logging.getLogger(__name__)
-pytestmark = pytest.mark.timeout(900)
+pytestmark = [pytest.mark.timeout(900), pytest.mark.usefixtures("full_width")]
 
 EXACT = 1e-5
 """Of max|a - b| / max|b|."""
