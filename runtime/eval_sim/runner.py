@@ -127,7 +127,7 @@ def _episodes(plan: EvalSimConfig, seeds: tuple[int, ...]) -> Iterator[Report]:
 
 
 def _policy(plan: EvalSimConfig) -> tuple[RolloutPolicy, RunEpisode]:
-    """The policy, wherever it runs, and what plays it."""
+    """The policy, wherever it runs, and what plays it. ``run`` gives a real-time plan a server."""
     if isinstance(plan.model, LocalModel):
         policy = InProcessPolicy(plan.checkpoint.load(plan.model.name))
         return policy, functools.partial(run_lockstep, policy)
