@@ -30,7 +30,13 @@ FP16_PIXEL_UNIT = 2.0**-6
 """``pixel_unit`` for fp16. Images of 0 to 255 would need weights near 6e-5, the smallest normal
 fp16 number. A power of two is exact.
 """
-COMPILED_SOURCES = ("fuse.py", "fused.py", "openvino_graph.py", "openvino_engine.py", "backbone.py")
+COMPILED_SOURCES = (
+    "weight_fusion.py",
+    "fused_model.py",
+    "openvino_graph.py",
+    "openvino_engine.py",
+    "backbone.py",
+)
 """Modules that determine a compiled engine; the cache key contains their text."""
 
 

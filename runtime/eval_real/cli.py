@@ -116,7 +116,7 @@ def read_evaluation(argv: Sequence[str] | None) -> Evaluation:
     args, rest = parser().parse_known_args(argv)
     overrides = read_overrides(rest, "robot.", "eval_real.py")
     config = from_flags(EvalRealConfig, args, overrides=overrides)
-    check_flags(config.options)
+    check_flags(config.connection)
     if isinstance(config.model, ServerAddress) and config.checkpoint != CheckpointOptions():
         raise ValueError(
             f"{', '.join(config.checkpoint.given())}: got with -m {config.model}, expected none: "
@@ -222,7 +222,7 @@ def _evaluate(evaluation: Evaluation) -> None:
     with contextlib.ExitStack() as stack:
         found = dict(stack.enter_context(robot.companion()))
         address = evaluation.start_server()
-        with PolicyClient(address, **config.options.keywords()) as client:
+        with PolicyClient(address, **config.connection.keywords()) as client:
             contract = client.contract
         run_config = make_run_config(evaluation, address, contract, found)
         check_compatible(run_config, robot)

@@ -102,6 +102,7 @@ class Recording:
         said = facts.pop("mission")
         if made_as == FLAT:
             said = {**said, "trace": said.get("trace") or None}
+            said["connection"] = said.pop("wishes", {})
         config = parse_config(RunConfig, said, source=f"{stem}.json: mission")
         robot_limits = RobotLimits.from_dict(facts.pop("body"))
         with np.load(stem.with_suffix(".npz"), allow_pickle=False) as arrays:

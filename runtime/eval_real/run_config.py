@@ -75,7 +75,7 @@ class EvalRealConfig:
     save_dir: Annotated[str, Flag("where results go", "-o")] = "results"
     seed: Annotated[int, SEEDS, Flag("of the first rollout, for robots that take one", "-s")] = 0
     yes: Annotated[bool, Flag("do not wait for Enter; a fault ends the evaluation")] = False
-    options: ConnectionOptions = field(default_factory=ConnectionOptions)
+    connection: ConnectionOptions = field(default_factory=ConnectionOptions)
     near: Annotated[
         float | None,
         POSITIVE,
@@ -109,7 +109,7 @@ class EvalRealConfig:
     priority: Annotated[
         int,
         PRIORITY,
-        Flag("SCHED_FIFO priority of the control loop and its guardian", default="none"),
+        Flag("SCHED_FIFO priority of the control loop and its watchdog", default="none"),
     ] = 0
     video_fps: Annotated[float, VIDEO_FPS, Flag("pictures per second of videos, 0: none")] = 10.0
     trace: TraceFile = None

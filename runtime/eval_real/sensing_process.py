@@ -348,7 +348,7 @@ def _work(config: RunConfig, shared_state: SharedState, parent: ParentPipe) -> i
     with (
         robot,
         PolicyClient(
-            config.address, kind="robot", **config.demand(), **config.options.keywords()
+            config.address, kind="robot", **config.demand(), **config.connection.keywords()
         ) as client,
     ):
         client.contract.require(config.served_contract)

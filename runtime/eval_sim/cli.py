@@ -66,7 +66,7 @@ def read_config(argv: Sequence[str] | None) -> EvalSimConfig:
     overrides = read_overrides(rest, "env.", "eval_sim.py")
     env = load_env_config(flag_value(EvalSimConfig, "env_name", args), overrides)
     config = from_flags(EvalSimConfig, args, env=env)
-    check_flags(config.options)
+    check_flags(config.connection)
     # Not as overrides: a dot in a camera's name is none between keys.
     env = dataclasses.replace(env, camera_map={**env.camera_map, **config.camera_map})
     return dataclasses.replace(config, env=env)

@@ -45,7 +45,7 @@ class EvalSimConfig:
     output_dir: Annotated[str, Flag("where results go", "-o")] = "results"
     seed: Annotated[int, SEED, Flag("of the first episode; the next has one more", "-s")] = 0
     realtime: Annotated[bool, Flag("by the wall clock, not in lockstep")] = False
-    options: ConnectionOptions = field(default_factory=ConnectionOptions)
+    connection: ConnectionOptions = field(default_factory=ConnectionOptions)
     action_manager: ActionManager = None
     manager_coef: ManagerCoef = None
     n_action_steps: ActionSteps = None

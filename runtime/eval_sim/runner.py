@@ -132,7 +132,7 @@ def _policy(plan: EvalSimConfig) -> tuple[RolloutPolicy, RunEpisode]:
         policy = InProcessPolicy(plan.checkpoint.load(plan.model.name))
         return policy, functools.partial(run_lockstep, policy)
     client = PolicyClient(
-        str(plan.model), deterministic=not plan.realtime, **plan.options.keywords()
+        str(plan.model), deterministic=not plan.realtime, **plan.connection.keywords()
     )
     if plan.realtime:
         return client, functools.partial(run_realtime, client)

@@ -63,9 +63,9 @@ OTHERS_CLASSES = frozenset({"Box", "Discrete", "CNNMLP"})
 OTHERS_WORDS = frozenset({"SCM_RIGHTS", "policy_last"})
 """Of the kernel; of act-plus-plus."""
 PRIVATE_WORDS = (
-    *("guardia[n]", "crew", "mailbox", "pilot", "attendance", "wishes", "footage", "playback"),
+    *("guardian", "crew", "mailbox", "pilot", "attendance", "wishes", "footage", "playback"),
     *("errand", "bells?", "roster", "reactor", "mission", "unfit", "in-flight table"),
-    *("passe[sd] over", "pass over", "look(s|ed)? after", "twin board"),
+    *("passe[sd] over", "pass over", "look(?:s|ed)? after", "twin board"),
 )
 """What had names of its own before; a standard term has replaced each."""
 

@@ -76,10 +76,10 @@ machines = st.builds(
     acceleration=st.floats(0.05, 500),
 )
 periods = st.sampled_from((0.001, 0.002, 1 / 150, 0.02, 0.1))
-wishes = st.lists(st.one_of(st.none(), st.floats(-8, 8)), min_size=1, max_size=60)
+requested = st.lists(st.one_of(st.none(), st.floats(-8, 8)), min_size=1, max_size=60)
 
 
-@given(limits=machines, period_s=periods, targets=wishes, start=st.floats(0, 1))
+@given(limits=machines, period_s=periods, targets=requested, start=st.floats(0, 1))
 def test_every_command_keeps_the_limits_and_can_stop_inside_them(
     limits: JointLimits, period_s: float, targets: list[float | None], start: float
 ) -> None:
@@ -91,7 +91,7 @@ def test_every_command_keeps_the_limits_and_can_stop_inside_them(
             step(limiter, target)
 
 
-@given(limits=machines, period_s=periods, targets=wishes)
+@given(limits=machines, period_s=periods, targets=requested)
 def test_a_stop_ends_after_the_ticks_that_were_computed(
     limits: JointLimits, period_s: float, targets: list[float | None]
 ) -> None:
@@ -153,7 +153,7 @@ def test_a_motion_within_the_limits_passes_bit_for_bit(
     assert limiter.statistics().clamped_ticks == 0
 
 
-@given(limits=machines, period_s=periods, outside=st.floats(1e-3, 1), targets=wishes)
+@given(limits=machines, period_s=periods, outside=st.floats(1e-3, 1), targets=requested)
 def test_a_joint_that_starts_outside_only_comes_inside(
     limits: JointLimits, period_s: float, outside: float, targets: list[float | None]
 ) -> None:
@@ -255,7 +255,7 @@ BASE = (ActionSpec("x.vel", ActionKind.VELOCITY, "m/s"),)
 @given(
     limits=machines,
     period_s=periods,
-    requests=wishes,
+    requests=requested,
     start=st.floats(-20, 20),
 )
 def test_a_velocity_keeps_its_bounds_and_its_acceleration_and_rests_at_zero(

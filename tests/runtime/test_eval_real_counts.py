@@ -23,22 +23,22 @@ from tests.faults.sine_policy import CONTRACT, Stalling
 
 ROOT = Path(__file__).resolve().parents[2]
 AS_IT_IS = """
-from runtime.eval_real import main
+from runtime.eval_real.cli import main
 """
 ANOTHER_REPLAY = """
 import dataclasses
-from runtime import session
-from runtime.eval_real import main
+from runtime.eval_real import rollout_session
+from runtime.eval_real.cli import main
 
-replay = session.replay
+replay = rollout_session.replay
 
 def replay_on_a_quicker_robot(recording):
-    limits = recording.body.limits
+    limits = recording.robot_limits.limits
     limits = dataclasses.replace(limits, acceleration=2 * limits.acceleration)
     return replay(dataclasses.replace(
-        recording, body=dataclasses.replace(recording.body, limits=limits)))
+        recording, body=dataclasses.replace(recording.robot_limits, limits=limits)))
 
-session.replay = replay_on_a_quicker_robot
+rollout_session.replay = replay_on_a_quicker_robot
 """
 
 
@@ -130,7 +130,9 @@ def counted(counter: RolloutCounter) -> RolloutCounts:
 
 
 def test_counts_go_on_across_resets_and_across_the_death_of_a_control_process() -> None:
-    config = RunConfig("dummy", {}, CONTRACT.to_json(), "127.0.0.1:1", near=9.0)
+    config = RunConfig(
+        robot="dummy", contract_json=CONTRACT.to_json(), address="127.0.0.1:1", near=9.0
+    )
     machine = config.make_state_machine(RobotLimits.of(make_robot("dummy", {})))
     counter = RolloutCounter(machine.stream, RolloutCounts.read(row()))
 

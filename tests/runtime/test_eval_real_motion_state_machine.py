@@ -344,7 +344,7 @@ def test_a_recording_of_the_format_before_is_played_again(tmp_path: Path) -> Non
     stem.with_suffix(".json").write_text(json.dumps(facts))
     assert main([str(stem)]) == 0
     loaded = Recording.load(stem).config
-    assert (loaded.trace, loaded.language, loaded.wishes.jpeg_quality) == (None, "Reach.", 80)
+    assert (loaded.trace, loaded.language, loaded.connection.jpeg_quality) == (None, "Reach.", 80)
     assert loaded.strategy().name == "sequential"
 
 

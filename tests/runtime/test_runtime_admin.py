@@ -400,7 +400,7 @@ def _free_port() -> int:
         (["--max_rate_hz", "-3"], "--max_rate_hz: got -3, expected 0 to"),
         (["--curve_key", "x"], "curve_key, curve_allow: got one"),
         (["--ready_fd", "4000"], "--ready_fd: got 4000: Bad file descriptor"),
-        (["--metrics_port", "70000"], "--metrics_port/--metrics-port: got 70000, expected 0 to"),
+        (["--metrics_port", "70000"], "--metrics-port/--metrics_port: got 70000, expected 0 to"),
     ],
 )
 def test_flags_that_cannot_be_are_named(

@@ -124,7 +124,7 @@ def test_a_video_of_every_camera_is_a_file_of_the_rollouts_folder(
     name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     said: list[dict[str, object]] = []
-    monkeypatch.setattr(video_recorder, "say", lambda event, **fields: said.append(fields))
+    monkeypatch.setattr(video_recorder, "send_event", lambda event, **fields: said.append(fields))
     video = VideoRecorder(10.0)
     video.note({name: CameraSample(np.zeros((16, 16, 3), np.uint8), 1, 1)}, 1)
     video._write(tmp_path / "rollout_0")

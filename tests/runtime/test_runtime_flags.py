@@ -171,8 +171,8 @@ REAL: dict[str, Row] = {
     "priority": (("--priority", "5"), lambda m: m.realtime.priority, 5),
     "video_fps": (("--video_fps", "0"), lambda m: m.video_fps, 0.0),
     "trace": (("--trace", "/x/t.json"), lambda m: m.trace, Path("/x/t.json")),
-    "transport": (("--transport", "zmq"), lambda m: m.wishes.transport, "zmq"),
-    "resize": (("--resize",), lambda m: m.wishes.resize, True),
+    "transport": (("--transport", "zmq"), lambda m: m.connection.transport, "zmq"),
+    "resize": (("--resize",), lambda m: m.connection.resize, True),
     "robot_config": (("-c", "sim_twin"), lambda m: m.make_robot().name, "sim_twin"),
 }
 REAL_READ: dict[str, Row] = {
@@ -296,8 +296,8 @@ SIM: dict[str, Row] = {
         ({"top": "side"}, {"top": "side"}),
     ),
     "trace": (("--trace", "/x/t.json"), lambda p: p.trace, Path("/x/t.json")),
-    "transport": (("--transport", "shm"), lambda p: p.wishes.transport, "shm"),
-    "resize": (("--resize",), lambda p: p.wishes.resize, True),
+    "transport": (("--transport", "shm"), lambda p: p.connection.transport, "shm"),
+    "resize": (("--resize",), lambda p: p.connection.resize, True),
     "output_dir": (("-o", "/x"), lambda p: p.video_dir, Path("/x/fake/video/fake")),
 }  # fmt: skip
 SIM_ELSEWHERE = {"jpeg", "server_key", "client_key", "use_spawn", "log_level"}

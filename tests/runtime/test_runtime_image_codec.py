@@ -372,6 +372,6 @@ def test_the_command_line_hands_it_on() -> None:
     from runtime.eval_sim.cli import read_config
 
     plan = read_config(["-m", "127.0.0.1:5000", "--jpeg", "--resize"])
-    assert plan.wishes == ConnectionOptions("auto", True, jpeg.DEFAULT_QUALITY)
+    assert plan.connection == ConnectionOptions("auto", True, jpeg.DEFAULT_QUALITY)
     plan = read_config(["-m", "127.0.0.1:5000"])
-    assert plan.wishes == ConnectionOptions()
+    assert plan.connection == ConnectionOptions()

@@ -11,7 +11,7 @@ import pytest
 
 from runtime.eval_real import sensing_process
 from runtime.eval_sim import cli as eval_sim
-from runtime.eval_sim import runner
+from runtime.eval_sim import worker_processes
 from runtime.server import cli as serve
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -82,7 +82,7 @@ class Asked(Exception):
         (serve, lambda: serve.main([])),
         (eval_sim, lambda: eval_sim.main(["-o", "results"])),
         (sensing_process, lambda: sensing_process.main([])),
-        (runner, lambda: runner._work(None, (), None)),
+        (worker_processes, lambda: worker_processes._work(iter, (), None, None)),
     ],
     ids=["server", "eval_sim", "eval_real's sensing process", "eval_sim's worker"],
 )

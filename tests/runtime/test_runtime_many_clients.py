@@ -70,8 +70,8 @@ def held(**options: object) -> Iterator[tuple]:
         contextlib.ExitStack() as stack,
     ):
 
-        def client(**wishes: object) -> PolicyClient:
-            made = stack.enter_context(connect(server, **wishes))
+        def client(**options: object) -> PolicyClient:
+            made = stack.enter_context(connect(server, **options))
             gate.release()
             made.infer(observation(-1))
             return made
@@ -247,7 +247,7 @@ def test_a_session_that_asks_too_often_is_told_and_others_are_not_slowed() -> No
 
 
 @pytest.mark.parametrize(
-    ("wishes", "says"),
+    ("options", "says"),
     [
         ({"kind": "robot", "rate_hz": 91}, r"91 requests/s of 10 ms each.*91 % of the time"),
         ({"kind": "robot", "deadline_ms": 19}, r"its own 19, where 1 robots of 10 ms each"),
@@ -257,10 +257,10 @@ def test_a_session_that_asks_too_often_is_told_and_others_are_not_slowed() -> No
         ({"kind": "cat"}, "one of"),
     ],
 )
-def test_who_would_break_a_budget_is_refused_with_the_numbers(wishes, says: str) -> None:
+def test_who_would_break_a_budget_is_refused_with_the_numbers(options, says: str) -> None:
     with (
         serving(BatchPolicy(), costs=Fixed({1: 10 * MS})) as server,
-        connect(server, **wishes) as client,
+        connect(server, **options) as client,
         pytest.raises(Refused, match=says),
     ):
         client.infer(observation(1))
