@@ -105,7 +105,9 @@ class FlagField:
 
     @property
     def help(self) -> str:
-        """With the default in parentheses."""
+        """With the default in parentheses; ``argparse.SUPPRESS`` where it is hidden."""
+        if self.flag.hidden:
+            return argparse.SUPPRESS
         value = self.field.default
         if value in (dataclasses.MISSING, None, "", ()) or value is False:
             shown = ""
@@ -166,7 +168,7 @@ def add_flags(cli: argparse.ArgumentParser, cls: type[Any]) -> None:
         if one.title not in groups:
             groups[one.title] = cli.add_argument_group(one.title)
         keywords: dict[str, Any] = {
-            "help": argparse.SUPPRESS if one.flag.hidden else one.help or None,
+            "help": one.help or None,
             **_argument(one),
         }
         if one.flag.metavar is not None:

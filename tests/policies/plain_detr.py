@@ -21,7 +21,7 @@ BATCH_NORM = {
 }
 """Its parts, and the range that random ones come from."""
 CHANNELS = (16, 32, 64, 128)
-"""Of the backbone's stages: a quarter of ResNet18's, as ``tiny_act.narrow_backbones`` makes them."""
+"""Of the backbone's stages: a quarter of ResNet18's, see ``tiny_act.narrow_backbones``."""
 
 
 def random_state(

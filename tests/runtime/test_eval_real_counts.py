@@ -36,7 +36,8 @@ def replay_on_a_quicker_robot(recording):
     limits = recording.robot_limits.limits
     limits = dataclasses.replace(limits, acceleration=2 * limits.acceleration)
     return replay(dataclasses.replace(
-        recording, body=dataclasses.replace(recording.robot_limits, limits=limits)))
+        recording,
+        robot_limits=dataclasses.replace(recording.robot_limits, limits=limits)))
 
 rollout_session.replay = replay_on_a_quicker_robot
 """

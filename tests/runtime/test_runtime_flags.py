@@ -257,8 +257,8 @@ def test_a_rollout_is_played_as_the_flags_say(tmp_path: Path) -> None:
         apart_ns = np.diff(rows["deadline_ns"][played])
         assert set((apart_ns // 20_000_000).tolist()) >= {1}
         assert not (apart_ns % 20_000_000).any()
-        assert recording.mission.contract.dt_s == 0.04
-        assert recording.mission.seeds == config.seeds
+        assert recording.config.contract.dt_s == 0.04
+        assert recording.config.seeds == config.seeds
     assert replay.main([str(folder)]) == 0  # bit for bit
 
 

@@ -363,7 +363,8 @@ def test_what_a_viewer_would_not_take_is_said(
 def test_an_interrupted_process_leaves_its_trace(tmp_path: Path, number: signal.Signals) -> None:
     file = tmp_path / "cut.json"
     code = (
-        "import sys, signal; from pathlib import Path; from runtime import trace\n"
+        "import sys, signal; from pathlib import Path; "
+        "from runtime.trace import recorder as trace\n"
         "with trace.tracing(Path(sys.argv[1]), 'cut'):\n"
         "    trace.instant('begun'); print(flush=True); signal.pause()\n"
     )
