@@ -1,23 +1,23 @@
-"""What can go wrong at run time, one tree."""
+"""The exceptions of ``runtime``, one tree."""
 
 from __future__ import annotations
 
 
 class RuntimeFault(Exception):
-    """Anything this package raises on purpose."""
+    """The base of every exception that ``runtime`` raises itself."""
 
 
 class ModelNameError(RuntimeFault):
-    """``-m`` that is neither a path, nor an address, nor a factory; says how it was read."""
+    """The value of ``-m`` is no path, address or factory; the message says how it was read."""
 
 
 class ServerLost(RuntimeFault):
-    """The server ended the session or died. ``PolicyClient.reconnect`` starts a new one."""
+    """The server ended the session or died; ``PolicyClient.reconnect`` opens a new session."""
 
 
 class ServerBusy(RuntimeFault):
-    """The server has not looked at any of the last requests yet; nothing more can be sent."""
+    """The send buffer is full: the server has read none of the last requests; nothing was sent."""
 
 
 class RequestTimeout(RuntimeFault):
-    """The answer did not come in time. It will be dropped if it still comes."""
+    """No reply arrived in time. A reply that arrives later is dropped."""

@@ -1,4 +1,4 @@
-"""Durations summed up the same way everywhere: p50, p99, p99.9, max and the count."""
+"""Latency statistics: percentiles, stage durations, and estimates of when to send a request."""
 
 from __future__ import annotations
 
@@ -16,7 +16,10 @@ from policies.types import STAGES
 
 @dataclass(frozen=True, slots=True)
 class Percentiles:
-    """Of a set of durations; seconds unless the name of the field that holds it says else."""
+    """Percentiles, maximum and count of a set of durations.
+
+    Seconds, unless the name of the field that holds it has another unit.
+    """
 
     count: int
     p50: float
@@ -26,6 +29,7 @@ class Percentiles:
 
     @classmethod
     def of(cls, samples: ArrayLike) -> Percentiles:
+        """Compute them from durations; all zero for an empty set. numpy's linear interpolation."""
         values = np.asarray(samples, np.float64)
         if values.size == 0:
             return cls(0, 0.0, 0.0, 0.0, 0.0)
@@ -33,10 +37,14 @@ class Percentiles:
         return cls(int(values.size), float(p50), float(p99), float(p999), float(values.max()))
 
     def as_dict(self) -> dict[str, Any]:
+        """The fields as a JSON object."""
         return asdict(self)
 
     def in_ms(self) -> str:
-        """e.g. ``p50 1.20  p99 1.90  p99.9 2.00  max 2.10 ms (n=400)``."""
+        """The values, in seconds, as text in milliseconds.
+
+        E.g. ``p50 1.20  p99 1.90  p99.9 2.00  max 2.10 ms (n=400)``.
+        """
         if not self.count:
             return "none"
         p50, p99, p999, worst = (1e3 * v for v in (self.p50, self.p99, self.p999, self.max))
@@ -46,15 +54,15 @@ class Percentiles:
 
 
 class RequestLatency:
-    """How long an answer takes, as the newest requests say: when to ask for the next one.
+    """The p99 latency of the newest requests, which decides when to send the next one.
 
-    The p99 of the newest ``window`` answers, by nearest rank from above; with fewer than 100 it is
-    the worst. The first ``warmup`` answers do not count, once there are others: they stand for what
-    starts up only once. An estimate: it decides when to ask, never where an answer is played.
+    The p99 of the newest ``window`` replies, by nearest rank from above; with fewer than 100 it is
+    the maximum. The first ``warmup`` replies include one-time start-up work. They count only until
+    there are others. The estimate never decides at which tick an action is executed.
 
     Args:
-        warmup: Answers not counted.
-        window: Answers remembered.
+        warmup: Replies at the start that are not counted.
+        window: Replies remembered.
     """
 
     def __init__(self, warmup: int = 3, window: int = 1000) -> None:
@@ -65,7 +73,7 @@ class RequestLatency:
         self._p99_ns = 0
 
     def add(self, latency_ns: int) -> None:
-        """One answer: from the capture of its observation until it could be played."""
+        """Add one reply: ns from the capture of its observation until its actions were usable."""
         if self._skipped < self._warmup:
             self._skipped += 1
             self._p99_ns = max(self._p99_ns, latency_ns)
@@ -80,42 +88,45 @@ class RequestLatency:
 
     @property
     def p99_s(self) -> float:
-        """Seconds; 0 before the first answer."""
+        """The p99 in seconds; 0 before the first reply."""
         return self._p99_ns / 1e9
 
     def ticks(self, dt_s: float) -> int:
-        """Ticks ahead to ask: p99 in whole ticks, and one, since an answer is seen at a tick."""
+        """How many ticks of ``dt_s`` ahead to send a request: the p99, rounded up, plus one.
+
+        The extra tick is needed because a reply is read only at the start of a tick.
+        """
         return math.ceil(self._p99_ns / (dt_s * 1e9)) + 1
 
 
 REQUEST = "request"
-"""The sum of a request's stages, kept beside them."""
+"""The key of a request's total, beside the names of its stages."""
 
 
 class StageTimes:
-    """Collects the stage durations of many requests, and each request's total."""
+    """Stage durations of many requests, and each request's total."""
 
     def __init__(self) -> None:
         self._samples_ns: dict[str, list[int]] = {name: [] for name in (*STAGES, REQUEST)}
 
     def add(self, stages_ns: Mapping[str, int]) -> None:
-        """One request. Stages of somebody's own count towards its total only."""
+        """Add one request, ns by stage. Stages not in ``STAGES`` count only in the total."""
         for stage in STAGES:
             if stage in stages_ns:
                 self._samples_ns[stage].append(stages_ns[stage])
         self._samples_ns[REQUEST].append(sum(stages_ns.values()))
 
     def extend(self, samples_ns: Mapping[str, list[int]]) -> None:
-        """What another one's ``samples_ns`` said."""
+        """Add the ``samples_ns`` of another ``StageTimes``."""
         for name, durations_ns in samples_ns.items():
             self._samples_ns[name].extend(durations_ns)
 
     def samples_ns(self) -> dict[str, list[int]]:
-        """Raw durations by stage, and ``REQUEST``; only what occurred."""
+        """Durations in ns by stage and ``REQUEST``; stages without a sample are left out."""
         return {name: list(values) for name, values in self._samples_ns.items() if values}
 
     def percentiles(self) -> dict[str, Percentiles]:
-        """Seconds, by the names of ``samples_ns``."""
+        """Percentiles in seconds, by the names of ``samples_ns``."""
         return {
             name: Percentiles.of(np.asarray(values) / 1e9)
             for name, values in self._samples_ns.items()
@@ -124,10 +135,10 @@ class StageTimes:
 
 
 class LatencyEstimate:
-    """How many ticks ahead to ask: twice the worst latency of the newest requests, rounded up.
+    """How many ticks ahead to send a request: twice the largest of the newest latencies.
 
-    Used only to decide when to ask. Asking early costs a little age, asking late stops the arm, so
-    the margin is generous; with this few samples the worst stands for the p99.
+    Used only to decide when to send. An early request makes the actions slightly older; a late one
+    stops the arm, so the margin is large. With this few samples the maximum stands for the p99.
     """
 
     MARGIN = 2.0
@@ -137,8 +148,9 @@ class LatencyEstimate:
         self._samples_ns: deque[int] = deque(maxlen=window)
 
     def add(self, latency_ns: int) -> None:
+        """Add the latency of one reply, ns."""
         self._samples_ns.append(latency_ns)
 
     def ticks(self) -> int:
-        """Ticks, at least 1: an answer is seen at the tick after it came."""
+        """Ticks, rounded up, at least 1: a reply is read at the tick after its arrival."""
         return math.ceil(self.MARGIN * max(self._samples_ns, default=0) / self._dt_ns) + 1

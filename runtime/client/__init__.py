@@ -1,4 +1,4 @@
-"""The client: a served policy that is used like a local one."""
+"""The client: ``PolicyClient`` uses a policy on a server like a local one."""
 
 from runtime.client.policy_client import PolicyClient
 

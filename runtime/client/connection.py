@@ -1,4 +1,4 @@
-"""A policy server by its address: what it serves, and sessions with it."""
+"""Connection to a policy server: reads what it serves, and opens sessions with it."""
 
 from __future__ import annotations
 
@@ -31,32 +31,32 @@ class OpenSession:
     """An open session.
 
     Attributes:
-        channel: The caller's to close.
-        pictures: What writes its messages.
-        deterministic: Whether answers are bit-equal wherever the policy runs.
-        reason: Why this transport.
+        channel: The transport's channel; the caller closes it.
+        writer: Writes observations into the channel's messages.
+        deterministic: Whether replies are bit-equal to those of the policy in any other process.
+        reason: Why this transport was chosen, in words.
     """
 
     channel: Channel
-    pictures: image_codec.Outgoing
+    writer: image_codec.ObservationWriter
     deterministic: bool
     reason: str
 
 
 class ServerConnection:
-    """One server.
+    """A connection to one server, without a session until ``open``.
 
     Args:
-        timeout_s: For each of its answers.
-        keys: For a server that wants them.
+        timeout_s: The limit for each reply of the server.
+        keys: CURVE keys, for a server that requires them.
 
     Attributes:
-        contract, info: What it serves, and where.
+        contract, info: The served policy's contract, and what runs it.
 
     Raises:
-        TransportTimeout: Nothing answered there.
-        ProtocolError: What answered speaks another version.
-        ContractMismatch: Its description cannot be read.
+        TransportTimeout: No server answers at the address.
+        ProtocolError: The server uses another version of the protocol.
+        ContractMismatch: The server's description cannot be read.
     """
 
     def __init__(self, address: str, timeout_s: float, keys: ClientKeys | None = None) -> None:
@@ -72,7 +72,7 @@ class ServerConnection:
         client: str,
         attributes: Mapping[str, Any],
     ) -> OpenSession:
-        """A session for observations of ``schema``.
+        """Open a session for observations of ``schema``.
 
         Raises:
             ContractMismatch, Refused, TransportUnavailable, TransportTimeout, ProtocolError,
@@ -81,41 +81,42 @@ class ServerConnection:
         first, *others = options.candidates()
         refused = ""
         try:
-            pictures, channel, welcome = self._dial(schema, options, first, client, attributes)
+            writer, channel, welcome = self._dial(schema, options, first, client, attributes)
         except TransportUnavailable as error:
             if not others:
                 raise
             refused = str(error)
-            pictures, channel, welcome = self._dial(schema, options, others[0], client, attributes)
-        theirs, ours = welcome.attributes.get("contract"), messages.contract_hash(self.contract)
-        if theirs != ours or welcome.schema != messages.reply_schema(self.contract):
+            writer, channel, welcome = self._dial(schema, options, others[0], client, attributes)
+        expected = messages.contract_hash(self.contract)
+        got = welcome.attributes.get("contract")
+        if got != expected or welcome.schema != messages.reply_schema(self.contract):
             channel.close("this client was made for another policy")
             raise ContractMismatch(
-                "contract", f"{theirs!r}, another server's at {self.address}", f"{ours!r}"
+                "contract", f"{got!r}, another server's at {self.address}", f"{expected!r}"
             )
-        granted = welcome.attributes.get("deterministic") is True and not pictures.lossy
+        granted = welcome.attributes.get("deterministic") is True and not writer.lossy
         reason = refused or str(getattr(channel, "transport_reason", ""))
         logger.info("session with %s over %s: %s", self.address, channel.transport, reason)
-        return OpenSession(channel, pictures, granted, reason)
+        return OpenSession(channel, writer, granted, reason)
 
-    def redial(self, timeout_s: float, attempt: Callable[[], None]) -> None:
-        """Ask for the description anew and run ``attempt``, with back-off, until that succeeds.
+    def reconnect(self, timeout_s: float, attempt: Callable[[], None]) -> None:
+        """Read the description again and run ``attempt``, with back-off, until both succeed.
 
-        A server that refuses is asked again: it may not have noticed yet that an old session died.
+        A refusal is tried again: the server may not have noticed yet that an old session died.
 
         Raises:
-            ServerLost: No server took us in time; says what the last one said.
-            ContractMismatch: A server with another policy answered.
+            ServerLost: No server accepted within ``timeout_s``; has the last error.
+            ContractMismatch: The server now has another policy.
         """
         deadline_s = time.monotonic() + timeout_s
         backoff_s = FIRST_BACKOFF_S
         while True:
             self._dialer.close()
             remaining_s = deadline_s - time.monotonic()
-            patience_s = max(0.1, min(self._timeout_s, remaining_s))
+            attempt_timeout_s = max(0.1, min(self._timeout_s, remaining_s))
             try:
                 self._dialer = Dialer(
-                    *parse_address(self.address), timeout_s=patience_s, curve=self._keys
+                    *parse_address(self.address), timeout_s=attempt_timeout_s, curve=self._keys
                 )
                 contract, self.info = self._describe()
                 contract.require(self.contract)
@@ -130,7 +131,7 @@ class ServerConnection:
             backoff_s = min(2 * backoff_s, LAST_BACKOFF_S)
 
     def close(self) -> None:
-        """Open sessions stay. Idempotent."""
+        """Close the connection; open sessions stay open. Idempotent."""
         self._dialer.close()
 
     def _dial(
@@ -140,18 +141,18 @@ class ServerConnection:
         candidate: tuple[str, int | None],
         client: str,
         attributes: Mapping[str, Any],
-    ) -> tuple[image_codec.Outgoing, Channel, Welcome]:
+    ) -> tuple[image_codec.ObservationWriter, Channel, Welcome]:
         transport, quality = candidate
-        pictures = image_codec.Outgoing(
+        writer = image_codec.ObservationWriter(
             schema, self.contract, resize=options.resize, quality=quality
         )
         channel, welcome = self._dialer.open(
-            pictures.schema,
+            writer.schema,
             client=client,
             transport=transport,
-            attributes={**attributes, **pictures.attributes},
+            attributes={**attributes, **writer.attributes},
         )
-        return pictures, channel, welcome
+        return writer, channel, welcome
 
     def _describe(self) -> tuple[PolicyContract, PolicyInfo]:
         try:

@@ -3,12 +3,12 @@
 Guaranteed:
 
 * ``submit`` and ``poll`` never wait for the model; on shared memory they are memory operations.
-* At most ``max_in_flight`` requests are unanswered. Beyond that one observation waits, the newest:
-  an older one that waited is superseded, counted, and never sent.
-* An answer is given out only if its request is still wanted. Answers to requests that timed out,
-  were cancelled or belong to another session are dropped and counted.
-* A dead server is ``ServerLost``, and stays so until ``reconnect``: whether an arm goes on after a
-  loss is the caller's decision.
+* At most ``max_in_flight`` requests are without a reply. Beyond that only the newest observation
+  waits; an older one that waited is superseded, counted, and never sent.
+* A reply is returned only if its request is still wanted. Replies to requests that timed out, were
+  cancelled or belong to another session are dropped and counted.
+* A dead server raises ``ServerLost`` on every call until ``reconnect``: the caller decides whether
+  an arm continues after the loss.
 
 Not thread-safe. Needs neither torch nor mujoco.
 """
@@ -38,42 +38,43 @@ from transport.errors import PeerGone, TransportTimeout, WouldBlock
 from transport.schema import Schema
 
 SessionKind = Literal["robot", "sim"]
-MOST_S = 1e6
-"""The longest ``timeout_s``: what is longer is an infinity, or a number of milliseconds."""
+MAX_TIMEOUT_S = 1e6
+"""The longest ``timeout_s``. A longer one is infinity, or a value in milliseconds by mistake."""
 MAX_IN_FLIGHT = SLOTS - 1
-"""One of a direction's slots is for the observation that waits."""
+"""One slot of the ring towards the server is kept for the waiting observation."""
 
 
 class PolicyClient:
     """A session with a policy server.
 
-    The contract is read at once; the session itself is opened with the first observation, whose
-    shapes it keeps, or by ``open``.
+    The constructor reads the contract. The first observation opens the session and fixes its
+    shapes; ``open`` does so earlier.
 
     Args:
         address: ``"HOST:PORT"`` or ``"[V6]:PORT"``.
-        transport: ``"auto"``, or ``"shm"`` or ``"zmq"`` to force one.
-        kind: ``"robot"`` or ``"sim"``; the server logs it and reports it.
-        deterministic: Ask for answers that are bit-equal wherever the policy runs; whether they
-            are is ``deterministic`` once the session is open.
-        timeout_s: For the handshake, and for ``infer`` unless told otherwise.
-        max_in_flight: Requests that may be unanswered at a time, 1 to ``MAX_IN_FLIGHT``.
-        name: What the server calls this client in its log.
-        resize: Bring pictures to the model's size here, with the same bits as at the server: for
-            links that are slow, and where the server's processor is scarcer than this one's.
-        jpeg_quality: Send pictures as JPEG of this quality, 1 to 100, where the session goes over
-            a network. Lossy; needs ``simplejpeg`` on both sides.
-        server_key, client_key: Key files (``runtime.tools.keys``), for a server that wants keys:
-            its public one, and one's own secret one.
-        rate_hz: How often it means to ask, and deadline_ms: how soon it needs its answers. A server
-            of many clients that cannot keep them refuses the session, with the numbers.
+        transport: ``"auto"``, ``"shm"`` or ``"zmq"``; the last two allow no other.
+        kind: ``"robot"`` or ``"sim"``: the server serves robots first, and reports the kind.
+        deterministic: Request replies that are bit-equal to those of the policy in any other
+            process. The property ``deterministic`` has the server's reply.
+        timeout_s: The limit for the handshake, and the default one for ``infer``.
+        max_in_flight: Requests that may be without a reply at a time, 1 to ``MAX_IN_FLIGHT``.
+        name: This client's name in the server's log and status.
+        resize: Resize images to the model's size at the client, with the same bits as at the
+            server. For slow links, and for a server whose CPU is busier than the client's.
+        jpeg_quality: Send images as JPEG of this quality, 1 to 100, if the session goes over a
+            network. Lossy; needs ``simplejpeg`` on both sides.
+        server_key, client_key: The server's public and the client's secret key file
+            (``runtime.tools.keys``), for a server that requires keys.
+        rate_hz: Planned requests per second.
+        deadline_ms: Time from a request to the moment its reply is needed. A server that cannot
+            keep it, or the rate, for all its clients refuses the session, with the numbers.
 
     Raises:
-        JpegMissing: ``jpeg_quality`` without ``simplejpeg``.
-        KeyFileError: A key file that cannot be used.
-        Refused: The server does not let this key in.
-        TransportTimeout: Nothing answered there.
-        ProtocolError: What answered speaks another version.
+        JpegMissing: ``jpeg_quality`` is given and ``simplejpeg`` is not installed.
+        KeyFileError: A key file cannot be used.
+        Refused: The server does not accept the client's key.
+        TransportTimeout: No server answers at the address.
+        ProtocolError: The server uses another version of the protocol.
         ContractMismatch: The server's description cannot be read.
     """
 
@@ -96,32 +97,33 @@ class PolicyClient:
     ) -> None:
         if not 1 <= max_in_flight <= MAX_IN_FLIGHT:
             raise ValueError(f"max_in_flight: got {max_in_flight}, expected 1 to {MAX_IN_FLIGHT}")
-        self.address, self.timeout_s = address, _finite("timeout_s", timeout_s)
+        self.address, self.timeout_s = address, _checked_timeout("timeout_s", timeout_s)
         self._options = ConnectionOptions(transport, resize, jpeg_quality, server_key, client_key)
         self._options.check()
         self._kind, self._deterministic = kind, deterministic
         self._max_in_flight = max_in_flight
-        asked = {"rate_hz": rate_hz, "deadline_ms": deadline_ms}
+        declared = {"rate_hz": rate_hz, "deadline_ms": deadline_ms}
         self._demand: dict[str, Any] = {
-            name: value for name, value in asked.items() if value is not None
+            name: value for name, value in declared.items() if value is not None
         }
         self._name = name or f"pid {os.getpid()}"
         self._schema: Schema | None = None
         self._session: ClientSession | None = None
         self._requests = PendingRequests(max_in_flight)
         self._lost = ""
-        self._service = ServerConnection(address, timeout_s, self._options.keys())
+        self._connection = ServerConnection(address, timeout_s, self._options.keys())
 
-    # What it is
+    # Description
 
     @property
     def contract(self) -> PolicyContract:
-        return self._service.contract
+        """The served policy's contract, as read by the constructor."""
+        return self._connection.contract
 
     @property
     def info(self) -> PolicyInfo:
-        """Where the policy runs, as the server says."""
-        return self._service.info
+        """The checkpoint, device and engine of the policy, as the server reports them."""
+        return self._connection.info
 
     @property
     def transport(self) -> str:
@@ -130,26 +132,29 @@ class PolicyClient:
 
     @property
     def transport_reason(self) -> str:
-        """Why this transport."""
+        """Why this transport was chosen, in words; empty before the session is open."""
         return self._session.reason if self._session else ""
 
     @property
     def pictures(self) -> str:
-        """How pictures cross, in words; empty before the session is open."""
-        return self._session.pictures.description if self._session else ""
+        """How images are sent, in words; empty before the session is open."""
+        return self._session.writer.description if self._session else ""
 
     @property
     def deterministic(self) -> bool:
-        """Whether the server grants that answers are bit-equal wherever the policy runs."""
+        """Whether the server guarantees replies bit-equal to the policy's in any other process."""
         return self._session is not None and self._session.deterministic
 
     @property
     def policy_id(self) -> int:
-        """Which of the server's policies gave the last answer: 1, and one more each time an
-        operator replaced it; 0 before the first."""
+        """The id of the policy that computed the last reply; 0 before the first.
+
+        1 for the server's first policy, one more each time an operator replaces it.
+        """
         return self._requests.policy_id
 
     def statistics(self) -> ClientStatistics:
+        """Counts of requests and replies since the client was made."""
         return self._requests.statistics()
 
     # The session
@@ -158,9 +163,9 @@ class PolicyClient:
         """Open the session for observations of ``schema`` (``messages.observation_schema``).
 
         Raises:
-            ContractMismatch: Not what the policy needs; names field, got and expected.
-            Refused: The server declined for a reason of its own, e.g. too many sessions.
-            TransportUnavailable: The transport that was forced cannot be had, and why.
+            ContractMismatch: The policy needs something else; names field, got and expected.
+            Refused: The server refused the session, e.g. it has too many.
+            TransportUnavailable: The only allowed transport cannot be used; says why.
             TransportTimeout, ProtocolError: As the constructor.
         """
         if self._session is not None:
@@ -175,36 +180,38 @@ class PolicyClient:
             "trace": trace_key,
             **self._demand,
         }
-        opened = self._service.open(schema, self._options, client=self._name, attributes=attributes)
+        opened = self._connection.open(
+            schema, self._options, client=self._name, attributes=attributes
+        )
         session = ClientSession(opened, self.contract, self._requests, trace_key)
         self._session, self._schema = session, schema
         self._requests.counts["sessions"] += 1
         return session
 
     def reconnect(self, timeout_s: float = 30.0) -> None:
-        """Start a new session after ``ServerLost``, trying with back-off for ``timeout_s``.
+        """Open a new session after ``ServerLost``; retry with back-off for ``timeout_s``.
 
-        Everything in flight is forgotten. The contract must be the one this client started with.
-        A server that refuses is asked again: it may not have noticed yet that the old session died.
+        Requests in flight are forgotten. The contract must be the one this client started with. A
+        refusal is tried again: the server may not have noticed yet that the old session died.
 
         Raises:
-            ServerLost: No server took us in time; says what the last one said.
-            ContractMismatch: A server with another policy answered.
+            ServerLost: No server accepted within ``timeout_s``; has the last error.
+            ContractMismatch: The server now has another policy.
         """
         schema = self._schema
         self._drop_session()
         self._lost = f"no session with {self.address} since reconnect() failed"
-        self._service.redial(timeout_s, lambda: None if schema is None else self.open(schema))
+        self._connection.reconnect(timeout_s, lambda: None if schema is None else self.open(schema))
         self._lost = ""
 
     # Requests
 
     def loan_images(self) -> Mapping[str, NDArray[np.uint8]]:
-        """Arrays by camera to render the next observation into: the message's own, where pictures
-        cross as they are. Empty before the session is open.
+        """Arrays by camera to render the next observation into, uint8 (height, width, 3).
 
-        Give an observation with these very arrays to the next ``submit`` or ``infer`` and the
-        pictures are not copied on the way out.
+        They are the message's own arrays where images are sent unchanged: an observation with these
+        array objects is then sent by the next ``submit`` or ``infer`` without a copy of its images.
+        Empty before the session is open.
 
         Raises:
             ServerLost: The server is gone.
@@ -216,28 +223,28 @@ class PolicyClient:
         try:
             return self._session.loan_images()
         except (PeerGone, WouldBlock) as error:
-            raise self._mapped(error) from error
+            raise self._map_error(error) from error
 
     def submit(self, obs: MetaObs) -> int:
-        """Hand over an observation, return its request id.
+        """Send an observation, or keep it to be sent; return its request id.
 
         Raises:
             ServerLost: The server is gone.
-            ServerBusy: It has not looked at any of the last requests yet; nothing was sent.
-            ContractMismatch: Not an observation of this session's kind.
-            Refused, TransportUnavailable, RequestTimeout: At the opening, as ``open``.
+            ServerBusy: The server has read none of the last requests yet; nothing was sent.
+            ContractMismatch: The arrays of ``obs`` are not those of this session.
+            Refused, TransportUnavailable, RequestTimeout: The session did not open; as ``open``.
         """
         session = self._session_for(obs)
         try:
             return session.submit(obs, budget_ns=0)
         except (PeerGone, WouldBlock) as error:
-            raise self._mapped(error) from error
+            raise self._map_error(error) from error
 
     def poll(self) -> ActionChunk | None:
-        """The next finished chunk, or None; never blocks.
+        """The next chunk of a wanted request, or None; never blocks.
 
         Raises:
-            PolicyError: What a request failed with.
+            PolicyError: A request failed with this error.
             ServerLost: The server is gone.
         """
         self._require_server()
@@ -246,22 +253,24 @@ class PolicyClient:
         try:
             return self._session.poll()
         except PeerGone as error:
-            raise self._mapped(error) from error
+            raise self._map_error(error) from error
 
     def infer(self, obs: MetaObs, timeout_s: float | None = None) -> ActionChunk:
-        """The chunk for ``obs``: ``submit`` and wait. Earlier requests are cancelled.
+        """Cancel earlier requests, send ``obs``, and wait for its chunk.
 
         Args:
-            timeout_s: The time from now on that the answer has. The opening of the session, by
-                the first request, has ``timeout_s`` of the constructor instead.
+            timeout_s: The limit for the reply; the constructor's by default. The first request
+                opens the session, which has the constructor's limit.
 
         Raises:
-            RequestTimeout: No answer within ``timeout_s``; or at once, where the server cannot
+            RequestTimeout: No reply within ``timeout_s``; raised early if the server cannot
                 compute one in that time.
             PolicyError, ServerLost: As ``poll``.
-            ValueError: ``timeout_s`` is not 0 to ``MOST_S``.
+            ValueError: ``timeout_s`` is not 0 to ``MAX_TIMEOUT_S``.
         """
-        timeout_s = self.timeout_s if timeout_s is None else _finite("timeout_s", timeout_s)
+        timeout_s = (
+            self.timeout_s if timeout_s is None else _checked_timeout("timeout_s", timeout_s)
+        )
         self.cancel()
         session = self._session_for(obs)
         deadline_ns = time.monotonic_ns() + round(timeout_s * 1e9)
@@ -270,7 +279,7 @@ class PolicyClient:
             remaining_s = (deadline_ns - time.monotonic_ns()) / 1e9
             try:
                 if request_id is None:
-                    with contextlib.suppress(WouldBlock):  # its next answer makes room
+                    with contextlib.suppress(WouldBlock):  # its next reply frees a slot
                         request_id = session.submit(obs, max(1, round(remaining_s * 1e9)))
                 answered_id, chunk = session.receive(max(0.0, remaining_s))
             except RequestExpired as error:
@@ -283,26 +292,26 @@ class PolicyClient:
                     f"no answer from {self.address} within {timeout_s:g} s"
                 ) from error
             except PeerGone as error:
-                raise self._mapped(error) from error
+                raise self._map_error(error) from error
             if chunk is not None and answered_id == request_id:
                 return chunk
 
     def cancel(self) -> None:
-        """Forget every request; what is still answered will be dropped."""
+        """Cancel every request; replies that still arrive are dropped."""
         self._requests.cancel()
 
     def reset(self) -> None:
-        """Start a new episode: cancel, and tell the server to forget this session's episode."""
+        """Start a new episode: cancel every request, and reset the policy's state at the server."""
         self.cancel()
         self._require_server()
         if self._session is not None:
             try:
                 self._session.reset()
             except PeerGone as error:
-                raise self._mapped(error) from error
+                raise self._map_error(error) from error
 
     def fork(self) -> PolicyClient:
-        """A client with a session of its own at the same server."""
+        """A new client of the same server, with the same options and its own session."""
         return PolicyClient(
             self.address,
             kind=self._kind,
@@ -315,9 +324,9 @@ class PolicyClient:
         )
 
     def close(self) -> None:
-        """End the session. Idempotent."""
+        """End the session and the connection. Idempotent."""
         self._drop_session()
-        self._service.close()
+        self._connection.close()
         self._lost = self._lost or "this client was closed"
 
     def __enter__(self) -> PolicyClient:
@@ -326,10 +335,10 @@ class PolicyClient:
     def __exit__(self, *_: object) -> None:
         self.close()
 
-    # Inside
+    # Internal
 
     def _session_for(self, obs: MetaObs) -> ClientSession:
-        """The session; where there is none, one for observations like ``obs`` is opened."""
+        """The open session; opened for observations like ``obs`` if there is none."""
         self._require_server()
         if self._session is not None:
             return self._session
@@ -338,14 +347,14 @@ class PolicyClient:
         except TransportTimeout as error:
             raise RequestTimeout(f"the session did not open: {error}") from error
         except PeerGone as error:
-            raise self._mapped(error) from error
+            raise self._map_error(error) from error
 
     def _require_server(self) -> None:
         if self._lost:
             raise ServerLost(self._lost)
 
-    def _mapped(self, error: PeerGone | WouldBlock) -> ServerLost | ServerBusy:
-        """What a transport's error means here. Without its server a client has no session."""
+    def _map_error(self, error: PeerGone | WouldBlock) -> ServerLost | ServerBusy:
+        """The client's error for a transport's; after ``PeerGone`` the session is dropped."""
         if isinstance(error, WouldBlock):
             return ServerBusy(f"the server at {self.address} is busy: {error}")
         self._lost = f"the server at {self.address} is gone: {error}"
@@ -358,7 +367,7 @@ class PolicyClient:
             session.close()
 
 
-def _finite(name: str, seconds: float) -> float:
-    if not 0 <= seconds <= MOST_S:
-        raise ValueError(f"{name}: got {seconds:g}, expected 0 to {MOST_S:g} seconds")
+def _checked_timeout(name: str, seconds: float) -> float:
+    if not 0 <= seconds <= MAX_TIMEOUT_S:
+        raise ValueError(f"{name}: got {seconds:g}, expected 0 to {MAX_TIMEOUT_S:g} seconds")
     return seconds

@@ -1,4 +1,4 @@
-"""The requests of one session that are under way, and what became of the others."""
+"""Bookkeeping of a client's requests: those in flight, and counts of their outcomes."""
 
 from __future__ import annotations
 
@@ -16,11 +16,11 @@ class ClientStatistics:
     """Counts since the client was made.
 
     Attributes:
-        requests: Observations published.
-        replies: Chunks given out.
-        failures: Requests answered with an error.
-        superseded: Observations passed over for a newer one, here or at the server.
-        dropped_late: Answers that nobody wanted any more.
+        requests: Observations sent.
+        replies: Chunks returned to the caller.
+        failures: Requests that failed with an error.
+        superseded: Observations replaced by a newer one, here or at the server.
+        dropped_late: Replies to requests that had been cancelled or had timed out.
         sessions: Sessions opened; more than one after a reconnect.
     """
 
@@ -34,7 +34,15 @@ class ClientStatistics:
 
 @dataclass(slots=True)
 class PendingRequest:
-    """One observation on its way to an answer; times of this process's monotonic clock."""
+    """One request without a reply; times are ns of this process's monotonic clock.
+
+    Attributes:
+        began_ns: When ``submit`` began.
+        packed_ns: When the observation was written into the message.
+        budget_ns: How long the caller waits for the reply, a duration; 0 for no limit.
+        published_ns: When the message was sent; 0 before.
+        wanted: False once the request is cancelled.
+    """
 
     id: int
     began_ns: int
@@ -45,82 +53,90 @@ class PendingRequest:
 
 
 class PendingRequests:
-    """What was asked and not yet answered, with one that waits until it may be asked.
+    """The requests in flight, and at most one that waits to be sent.
 
     Args:
-        bound: How many wanted requests may be unanswered at a time.
+        bound: How many wanted requests may be in flight at a time.
 
     Attributes:
         counts: By the names of ``ClientStatistics``.
-        waiting: The request whose observation is written and not published.
-        policy_id: Of the policy that gave the last chunk; 0 before the first.
+        waiting: The request whose observation is written and not yet published.
+        policy_id: The id of the policy that computed the last chunk; 0 before the first.
     """
 
-    def __init__(self, bound: int) -> None:
-        self._bound = bound
-        self._asked: dict[int, PendingRequest] = {}
+    def __init__(self, max_in_flight: int) -> None:
+        self._max_in_flight = max_in_flight
+        self._in_flight: dict[int, PendingRequest] = {}
         self._last_id = 0
         self.counts = dict.fromkeys(ClientStatistics.__slots__, 0)
         self.waiting: PendingRequest | None = None
         self.policy_id = 0
 
     def next_id(self) -> int:
-        """Ids rise, also across sessions."""
+        """A new request id. Ids increase, also across sessions."""
         self._last_id += 1
         return self._last_id
 
-    def begin(self, began_ns: int, budget_ns: int) -> PendingRequest:
-        """The waiting request from now on; it began then, and was packed just now."""
+    def start(self, began_ns: int, budget_ns: int) -> PendingRequest:
+        """Make a new request the waiting one; its observation was packed just now.
+
+        Args:
+            began_ns: When ``submit`` began.
+            budget_ns: How long the caller waits for the reply; 0 for no limit.
+        """
         self.waiting = PendingRequest(self.next_id(), began_ns, time.monotonic_ns(), budget_ns)
         return self.waiting
 
     @property
     def may_publish(self) -> bool:
-        """Whether a request waits and the bound allows it.
+        """Whether a request waits and fewer than ``max_in_flight`` are in flight.
 
-        Only requests that are still wanted count: an answer that was given up, or that a server
-        lost, must not hold up the ones after it. The ring bounds them all the same.
+        Only wanted requests count: a reply that was cancelled, or that a server lost, must not
+        delay later requests. The ring's slots bound the others.
         """
         if self.waiting is None:
             return False
-        asked = self._asked
-        return len(asked) < self._bound or sum(r.wanted for r in asked.values()) < self._bound
+        in_flight = self._in_flight
+        return (
+            len(in_flight) < self._max_in_flight
+            or sum(r.wanted for r in in_flight.values()) < self._max_in_flight
+        )
 
-    def published(self, request: PendingRequest) -> None:
-        """The waiting request is on its way."""
+    def mark_published(self, request: PendingRequest) -> None:
+        """Record that the waiting request has been sent."""
         request.published_ns = time.monotonic_ns()
-        self._asked[request.id] = request
+        self._in_flight[request.id] = request
         self.waiting = None
         self.counts["requests"] += 1
 
-    def supersede(self) -> None:
-        """Nobody will ask for the observation that waits."""
+    def supersede_waiting(self) -> None:
+        """Drop the waiting request and count it as superseded."""
         if self.waiting is not None:
             self.waiting = None
             self.counts["superseded"] += 1
 
     def cancel(self) -> None:
-        """Nobody wants what was asked for."""
-        self.supersede()
-        for request in self._asked.values():
+        """Drop the waiting request; mark the requests in flight as not wanted."""
+        self.supersede_waiting()
+        for request in self._in_flight.values():
             request.wanted = False
 
-    def forget(self) -> None:
-        """The session is over: nothing will be answered."""
+    def clear(self) -> None:
+        """Forget every request: the session has ended."""
         self.waiting = None
-        self._asked.clear()
+        self._in_flight.clear()
 
-    def settle(self, message: Message) -> PendingRequest | None:
-        """Account for an answer; its request, if that is still wanted and this is its chunk.
+    def complete(self, message: Message) -> PendingRequest | None:
+        """Record a reply; return its request if that is wanted and the reply has a chunk.
 
         Raises:
-            PolicyError: What a wanted request failed with.
+            PolicyError: The wanted request failed with this error.
         """
-        number = message.request_id
-        request = self._asked.pop(number, None)
-        # Answers come in order: what was asked before and is not wanted needs none any more.
-        for earlier in [i for i, r in self._asked.items() if i < number and not r.wanted]:
-            del self._asked[earlier]
+        request_id = message.request_id
+        request = self._in_flight.pop(request_id, None)
+        # Replies come in order: an earlier unwanted request gets none any more.
+        for earlier in [i for i, r in self._in_flight.items() if i < request_id and not r.wanted]:
+            del self._in_flight[earlier]
         if request is None or not request.wanted:
             self.counts["dropped_late"] += 1
             return None
@@ -132,30 +148,31 @@ class PendingRequests:
         self.counts["failures"] += 1
         raise messages.decode_error(message.body)
 
-    def answered(self, policy_id: int) -> None:
-        """A chunk that this policy gave is given out."""
+    def count_reply(self, policy_id: int) -> None:
+        """Count a chunk that is returned to the caller, and remember the id of its policy."""
         self.counts["replies"] += 1
         self.policy_id = policy_id
 
     def statistics(self) -> ClientStatistics:
+        """The counts as a frozen value."""
         return ClientStatistics(**self.counts)
 
 
 def with_stages(chunk: ActionChunk, request: PendingRequest, received_ns: int) -> ActionChunk:
-    """``chunk`` with this side's stages; all of them add up to the request.
+    """``chunk`` with the client's stages added; all stages add up to the request's duration.
 
-    What is neither ours nor the server's is the wire's, both ways: ``publish`` on the way out,
-    ``reply`` the rest. Publishing wakes the server, which may be at work before our call returns;
-    that overlap is the server's time, not counted twice.
+    Time that neither side spent is transport time: ``publish`` towards the server, ``reply`` the
+    rest. Publishing wakes the server, which may start before the call returns; that overlap counts
+    as the server's time, not twice.
     """
-    theirs: Mapping[str, int] = chunk.stages_ns
-    wire_ns = received_ns - request.packed_ns - sum(theirs.values())
-    publish_ns = min(request.published_ns - request.packed_ns, wire_ns)
+    server_stages: Mapping[str, int] = chunk.stages_ns
+    transport_ns = received_ns - request.packed_ns - sum(server_stages.values())
+    publish_ns = min(request.published_ns - request.packed_ns, transport_ns)
     stages = {
         "pack": request.packed_ns - request.began_ns,
         "publish": publish_ns,
-        **theirs,
-        "reply": wire_ns - publish_ns,
+        **server_stages,
+        "reply": transport_ns - publish_ns,
         "unpack": time.monotonic_ns() - received_ns,
     }
     return ActionChunk(

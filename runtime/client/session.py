@@ -1,4 +1,4 @@
-"""A client's side of one open session: observations out, chunks in."""
+"""A client's side of one open session: sends observations, receives chunks."""
 
 from __future__ import annotations
 
@@ -22,19 +22,19 @@ logger = logging.getLogger(__name__)
 
 
 class ClientSession:
-    """Writes observations, publishes them within the bound, and reads what is answered.
+    """Writes observations, sends them while ``max_in_flight`` allows, and reads replies.
 
-    Methods raise ``PeerGone`` where the server is gone, and ``WouldBlock`` where it has not looked
-    at any of the last requests.
+    Methods raise ``PeerGone`` if the server is gone, and ``WouldBlock`` if it has read none of the
+    last requests.
 
     Args:
-        opened: Closed with this one.
-        contract: Of the policy.
-        requests: The client's; forgotten at the end of the session.
-        trace_key: By which the server knows this session's requests.
+        opened: Closed with this session.
+        contract: The policy's contract.
+        requests: The client's bookkeeping; cleared when the session ends.
+        trace_key: Identifies this session's requests in the traces of both processes.
 
     Attributes:
-        channel, pictures, deterministic, reason: As of ``opened``.
+        channel, writer, deterministic, reason: As in ``opened``.
     """
 
     def __init__(
@@ -44,31 +44,37 @@ class ClientSession:
         requests: PendingRequests,
         trace_key: int,
     ) -> None:
-        self.channel, self.pictures = opened.channel, opened.pictures
+        self.channel, self.writer = opened.channel, opened.writer
         self.deterministic, self.reason = opened.deterministic, opened.reason
         self._contract, self._requests, self._trace_key = contract, requests, trace_key
-        self._loan: Loan | None = None  # the waiting request's, or rendered into
+        self._loan: Loan | None = None  # of the waiting request, or of ``loan_images``
         self._reset_due = False
 
     def loan_images(self) -> Mapping[str, NDArray[np.uint8]]:
-        """Arrays by camera that the next ``submit`` need not copy. What waited is superseded."""
-        self._requests.supersede()
-        self._drop_loan()  # taken anew, which finds out whether the server is still there
-        return self.pictures.canvas(self._take_loan().arrays)
+        """Arrays by camera, uint8 (height, width, 3), that the next ``submit`` need not copy.
+
+        A waiting request is superseded.
+        """
+        self._requests.supersede_waiting()
+        self._drop_loan()  # a new loan finds out whether the server still runs
+        return self.writer.render_targets(self._take_loan().arrays)
 
     def submit(self, obs: MetaObs, budget_ns: int) -> int:
-        """Write ``obs`` as the request that waits, and publish it if the bound allows; its id.
+        """Write ``obs`` as the waiting request, and send it if ``max_in_flight`` allows.
+
+        Returns:
+            The request id.
 
         Raises:
-            ContractMismatch: Not an observation of this session's kind.
+            ContractMismatch: The arrays of ``obs`` are not those of this session.
         """
         began_ns = time.monotonic_ns()
-        self._requests.supersede()
+        self._requests.supersede_waiting()
         loan = self._take_loan()
-        if self.pictures.copied:
+        if self.writer.copies_only:
             loan.announce()
-        self.pictures.write(obs, loan.arrays)
-        request = self._requests.begin(began_ns, budget_ns)
+        self.writer.write(obs, loan.arrays)
+        request = self._requests.start(began_ns, budget_ns)
         if trace.on:
             flow = trace.flow(self._trace_key, request.id)
             trace.add("pack", began_ns, request.packed_ns, request.id, flow=flow)
@@ -76,38 +82,38 @@ class ClientSession:
         return request.id
 
     def poll(self) -> ActionChunk | None:
-        """The next chunk that is wanted, or None; never blocks.
+        """The next chunk of a wanted request, or None; never blocks.
 
         Raises:
-            PolicyError: What a request failed with.
+            PolicyError: A wanted request failed with this error.
         """
         while (message := self.channel.poll()) is not None:
-            chunk = self._take(message)
+            chunk = self._receive_reply(message)
             if chunk is not None:
                 return chunk
         return None
 
     def receive(self, timeout_s: float) -> tuple[int, ActionChunk | None]:
-        """Wait for an answer: whose it is, and its chunk where that is wanted.
+        """Wait for one reply; return its request id, and its chunk if the request is wanted.
 
         Raises:
-            TransportTimeout: None came.
-            PolicyError: What the request failed with.
+            TransportTimeout: No reply came within ``timeout_s``.
+            PolicyError: The request failed with this error.
         """
         message = self.channel.recv(timeout_s)
-        return message.request_id, self._take(message)
+        return message.request_id, self._receive_reply(message)
 
     def reset(self) -> None:
-        """Tell the server to forget the episode: now, or before the next observation."""
+        """Tell the server to start a new episode: now, or before the next observation."""
         self._drop_loan()
         self._reset_due = True
         with contextlib.suppress(WouldBlock):
             self._send_reset()
 
     def close(self) -> None:
-        """End it. Idempotent."""
+        """End the session. Idempotent."""
         self._drop_loan()
-        self._requests.forget()
+        self._requests.clear()
         try:
             self.channel.close()
         except TransportError as error:
@@ -125,27 +131,27 @@ class ClientSession:
             self._reset_due = False
 
     def _publish_waiting(self) -> None:
-        """Publish the waiting observation if the bound allows."""
+        """Send the waiting observation if ``max_in_flight`` allows."""
         request, loan = self._requests.waiting, self._loan
         if request is None or loan is None or not self._requests.may_publish:
             return
         self._loan = None
         began_ns = time.monotonic_ns() if trace.on else 0
         loan.publish(request.id, budget_ns=request.budget_ns)
-        self._requests.published(request)
+        self._requests.mark_published(request)
         if trace.on:
             trace.published(began_ns, trace.flow(self._trace_key, request.id))
 
-    def _take(self, message: Message) -> ActionChunk | None:
-        """Account for an answer; its chunk, or None when there is none to give out."""
+    def _receive_reply(self, message: Message) -> ActionChunk | None:
+        """Record a reply; return its chunk, or None if the caller gets none."""
         received_ns = time.monotonic_ns()
         with message:
             try:
-                request = self._requests.settle(message)
+                request = self._requests.complete(message)
                 if request is None:
                     return None
                 chunk = messages.read_chunk(message.arrays, self._contract)
-                self._requests.answered(messages.policy_id(message.arrays))
+                self._requests.count_reply(messages.policy_id(message.arrays))
                 chunk = with_stages(chunk, request, received_ns)
                 if trace.on:
                     flow = trace.flow(self._trace_key, request.id)
@@ -153,7 +159,7 @@ class ClientSession:
                 return chunk
             finally:
                 if self._requests.waiting is not None:
-                    with contextlib.suppress(PeerGone, WouldBlock):  # the next call will say so
+                    with contextlib.suppress(PeerGone, WouldBlock):  # the next call raises it
                         self._publish_waiting()
 
     def _drop_loan(self) -> None:

@@ -1,1 +1,1 @@
-"""What client and server send each other: observations, action chunks, images."""
+"""The messages between client and server: observations, action chunks, errors, images."""

@@ -1,4 +1,7 @@
-"""Policies' nouns as a transport's arrays, and back: the one place that knows both."""
+"""Conversion between ``policies.types`` and the arrays of ``transport`` messages.
+
+Covers observations, action chunks, errors, and the description of a server's policy.
+"""
 
 from __future__ import annotations
 
@@ -26,9 +29,9 @@ from transport.schema import ArraySpec, Schema
 
 IMAGE, DEPTH = "images/", "depth/"
 MAX_LANG_BYTES = 1024
-"""Room for ``raw_lang`` in a message, UTF-8."""
+"""The size of ``raw_lang`` in a message, UTF-8."""
 MAX_STATE_BYTES = 4096
-"""Of each of the optional states."""
+"""The maximum size of each optional state."""
 SERVER_STAGES = ("server_wait", "preprocess", "infer", "postprocess")
 
 _SCALARS = ("timestep", "t_capture_ns")
@@ -36,12 +39,13 @@ _OPTIONAL_STATES = ("state_ee", "state_joint")
 
 
 def observation_schema(obs: MetaObs) -> Schema:
-    """The layout that fits ``obs`` and every later observation of its kind.
+    """The message layout for ``obs`` and for every observation with the same arrays.
 
     Raises:
-        SchemaMismatch: An array that cannot cross, e.g. of dtype float16.
+        SchemaMismatch: An array cannot be sent, e.g. one of dtype float16.
+        ContractMismatch: A field is not a numpy array.
     """
-    _need_arrays(obs)
+    _require_arrays(obs)
     arrays = _observation_arrays(obs)
     specs = [ArraySpec(name, str(array.dtype), array.shape) for name, array in arrays.items()]
     if obs.raw_lang:
@@ -51,7 +55,7 @@ def observation_schema(obs: MetaObs) -> Schema:
 
 
 def _observation_arrays(obs: MetaObs) -> dict[str, Any]:
-    """Arrays, where the caller kept to the types."""
+    """The arrays of ``obs`` by name in a message; not checked to be arrays."""
     arrays: dict[str, Any] = {IMAGE + name: a for name, a in obs.images.items()}
     for name, array in obs.depth.items():
         arrays[DEPTH + name] = array
@@ -63,10 +67,10 @@ def _observation_arrays(obs: MetaObs) -> dict[str, Any]:
     return arrays
 
 
-def _need_arrays(obs: MetaObs) -> None:
+def _require_arrays(obs: MetaObs) -> None:
     fields = [("state", obs.state), *((n, getattr(obs, n)) for n in _OPTIONAL_STATES)]
-    for kind, pictures in (("images", obs.images), ("depth", obs.depth)):
-        fields += [(f"{kind}.{name}", picture) for name, picture in pictures.items()]
+    for kind, arrays in (("images", obs.images), ("depth", obs.depth)):
+        fields += [(f"{kind}.{name}", array) for name, array in arrays.items()]
     for name, value in fields:
         if not isinstance(value, np.ndarray) and (
             name not in _OPTIONAL_STATES or value is not None
@@ -77,10 +81,10 @@ def _need_arrays(obs: MetaObs) -> None:
 def write_observation(obs: MetaObs, views: Mapping[str, NDArray[Any]]) -> None:
     """Copy ``obs`` into the arrays of a message of its ``observation_schema``.
 
-    Pictures already rendered into the message's own arrays are not copied again.
+    Images that were rendered into the message's own arrays are not copied.
 
     Raises:
-        ContractMismatch: Not of the kind that the schema was made from.
+        ContractMismatch: The arrays, shapes or dtypes differ from those of the schema.
     """
     arrays = _observation_arrays(obs)
     for name, array in arrays.items():
@@ -88,9 +92,9 @@ def write_observation(obs: MetaObs, views: Mapping[str, NDArray[Any]]) -> None:
         if view is array:
             continue
         if view is None:
-            raise _other_kind(arrays, views)
+            raise _array_mismatch(arrays, views)
         if not isinstance(array, np.ndarray):
-            _need_arrays(obs)
+            _require_arrays(obs)
         if array.shape != view.shape or array.dtype != view.dtype:
             raise ContractMismatch(
                 name.replace("/", ".", 1),
@@ -99,7 +103,7 @@ def write_observation(obs: MetaObs, views: Mapping[str, NDArray[Any]]) -> None:
             )
         np.copyto(view, array, casting="no")
     if len(arrays) + len(_SCALARS) + ("raw_lang" in views) != len(views):
-        raise _other_kind(arrays, views)
+        raise _array_mismatch(arrays, views)
     if "raw_lang" in views:
         views["raw_lang"][:] = _padded(obs.raw_lang)
     elif obs.raw_lang:
@@ -108,11 +112,11 @@ def write_observation(obs: MetaObs, views: Mapping[str, NDArray[Any]]) -> None:
     views["t_capture_ns"][()] = obs.t_capture_ns
 
 
-def _other_kind(arrays: Mapping[str, Any], views: Mapping[str, Any]) -> ContractMismatch:
-    odd = min(arrays.keys() ^ (views.keys() - {*_SCALARS, "raw_lang"}))
-    got, expected = ("an array", "none") if odd in arrays else ("nothing", "an array")
+def _array_mismatch(arrays: Mapping[str, Any], views: Mapping[str, Any]) -> ContractMismatch:
+    name = min(arrays.keys() ^ (views.keys() - {*_SCALARS, "raw_lang"}))
+    got, expected = ("an array", "none") if name in arrays else ("nothing", "an array")
     return ContractMismatch(
-        odd.replace("/", ".", 1), got, f"{expected}, as in the session's first observation"
+        name.replace("/", ".", 1), got, f"{expected}, as in the session's first observation"
     )
 
 
@@ -126,8 +130,8 @@ def _padded(text: str) -> NDArray[np.uint8]:
 
 
 def read_observation(arrays: Mapping[str, NDArray[Any]]) -> MetaObs:
-    """The observation in a message: views of its arrays, valid until the message's release."""
-    images, depth = _pictures(tuple(arrays))
+    """The observation in a message: views of its arrays, valid until the message is released."""
+    images, depth = _image_names(tuple(arrays))
     lang = arrays.get("raw_lang")
     return MetaObs(
         images={camera: arrays[name] for camera, name in images},
@@ -142,8 +146,8 @@ def read_observation(arrays: Mapping[str, NDArray[Any]]) -> MetaObs:
 
 
 @functools.lru_cache(maxsize=64)
-def _pictures(names: tuple[str, ...]) -> tuple[list[tuple[str, str]], list[tuple[str, str]]]:
-    """(camera, name of the array) of a schema's pictures, and of its depth pictures."""
+def _image_names(names: tuple[str, ...]) -> tuple[list[tuple[str, str]], list[tuple[str, str]]]:
+    """(camera, array name) pairs of a schema's images, and of its depth images."""
     images, depth = (
         [(name[len(kind) :], name) for name in names if name.startswith(kind)]
         for kind in (IMAGE, DEPTH)
@@ -152,10 +156,10 @@ def _pictures(names: tuple[str, ...]) -> tuple[list[tuple[str, str]], list[tuple
 
 
 def check_observation_schema(schema: Schema, contract: PolicyContract) -> None:
-    """Whether observations of ``schema`` are what ``contract`` needs.
+    """Check that observations of ``schema`` are what ``contract`` needs.
 
     Raises:
-        ContractMismatch: They are not; names the field, what was offered and what is needed.
+        ContractMismatch: They are not; names the field, what the schema has and what is needed.
     """
     specs = dict(schema.specs)
     cameras = [name[len(IMAGE) :] for name in specs if name.startswith(IMAGE)]
@@ -166,11 +170,11 @@ def check_observation_schema(schema: Schema, contract: PolicyContract) -> None:
         sizes = " or ".join(f"({h}, {w}, 3)" for h, w in camera.accepted_hw)
         if spec.dtype != "uint8" or spec.shape not in [(*hw, 3) for hw in camera.accepted_hw]:
             raise ContractMismatch(f"images.{camera.name}", str(spec), f"uint8 {sizes}, RGB")
-    _need(specs.pop("state", None), ArraySpec("state", "float32", (contract.state_dim,)))
+    _require_spec(specs.pop("state", None), ArraySpec("state", "float32", (contract.state_dim,)))
     for name in ("timestep", "t_capture_ns"):
-        _need(specs.pop(name, None), ArraySpec(name, "int64", ()))
+        _require_spec(specs.pop(name, None), ArraySpec(name, "int64", ()))
     if "raw_lang" in specs:
-        _need(specs.pop("raw_lang"), ArraySpec("raw_lang", "uint8", (MAX_LANG_BYTES,)))
+        _require_spec(specs.pop("raw_lang"), ArraySpec("raw_lang", "uint8", (MAX_LANG_BYTES,)))
     for name in _OPTIONAL_STATES:
         spec = specs.pop(name, ArraySpec(name, "float32", (1,)))
         if spec.dtype != "float32" or len(spec.shape) != 1 or spec.nbytes > MAX_STATE_BYTES:
@@ -189,14 +193,18 @@ def check_observation_schema(schema: Schema, contract: PolicyContract) -> None:
         )
 
 
-def _need(got: ArraySpec | None, expected: ArraySpec) -> None:
+def _require_spec(got: ArraySpec | None, expected: ArraySpec) -> None:
     if got != expected:
         raise ContractMismatch(expected.name, str(got) if got else "nothing", str(expected))
 
 
 def reply_schema(contract: PolicyContract) -> Schema:
-    """The layout of an answer: the actions; their count, tick and capture time, the id of the
-    policy, and the durations of the server's stages."""
+    """The layout of a reply.
+
+    ``actions`` is float32 (chunk_size, action_dim). ``numbers`` is int64: the count of valid
+    actions, the observation's tick, its capture time (ns), the policy's id, and the duration of
+    each of ``SERVER_STAGES`` (ns).
+    """
     return Schema(
         (
             ArraySpec("actions", "float32", (contract.chunk_size, contract.action_dim)),
@@ -206,27 +214,27 @@ def reply_schema(contract: PolicyContract) -> Schema:
 
 
 def check_chunk(chunk: object, contract: PolicyContract) -> None:
-    """Whether a policy's answer is what its own contract says.
+    """Check that what a policy returned is a chunk of its own contract.
 
     Raises:
-        InferenceError: It is not; or it holds a NaN or infinity, which must never reach an arm.
+        InferenceError: It is not, or it has a NaN or infinity, which must never reach an arm.
     """
     if not isinstance(chunk, ActionChunk) or not isinstance(chunk.actions, np.ndarray):
         raise InferenceError(
-            f"the policy answered a {type(chunk).__name__}, expected an ActionChunk over an array"
+            f"the policy returned a {type(chunk).__name__}, expected an ActionChunk over an array"
         )
     shape, (most, width) = chunk.actions.shape, (contract.chunk_size, contract.action_dim)
     if len(shape) != 2 or not 0 < shape[0] <= most or shape[1] != width:
         raise InferenceError(
-            f"the policy answered actions of shape {shape}, expected (1 to {most}, {width})"
+            f"the policy returned actions of shape {shape}, expected (1 to {most}, {width})"
         )
     if chunk.actions.dtype != np.float32:
         raise InferenceError(
-            f"the policy answered actions of dtype {chunk.actions.dtype}, expected float32"
+            f"the policy returned actions of dtype {chunk.actions.dtype}, expected float32"
         )
     # 0 times anything finite is 0, and times a NaN or an infinity is a NaN: one pass, no array.
     if not math.isfinite(np.vdot(chunk.actions, _zeros(chunk.actions.size))):
-        raise InferenceError("the policy answered NaN or infinity among its actions")
+        raise InferenceError("the policy returned NaN or infinity among its actions")
 
 
 @functools.lru_cache(maxsize=64)
@@ -237,7 +245,7 @@ def _zeros(size: int) -> NDArray[np.float32]:
 def write_chunk(
     chunk: ActionChunk, server_wait_ns: int, policy_id: int, views: Mapping[str, NDArray[Any]]
 ) -> None:
-    """Copy ``chunk``, which ``check_chunk`` passed, into the arrays of an answer."""
+    """Copy ``chunk``, which ``check_chunk`` accepted, into the arrays of a reply; ns."""
     actions, count = views["actions"], len(chunk.actions)
     actions[:count] = chunk.actions
     actions[count:] = 0
@@ -253,14 +261,14 @@ def write_chunk(
 
 
 def read_chunk(arrays: Mapping[str, NDArray[Any]], contract: PolicyContract) -> ActionChunk:
-    """The chunk in an answer, copied out of it.
+    """The chunk in a reply, as a copy.
 
     Raises:
-        InferenceError: A count that cannot be.
+        InferenceError: The count of actions is out of range.
     """
     count, obs_timestep, t_capture_ns, _, *stages = arrays["numbers"].tolist()
     if not 0 < count <= contract.chunk_size:
-        raise InferenceError(f"answer: got {count} actions, expected 1 to {contract.chunk_size}")
+        raise InferenceError(f"reply: got {count} actions, expected 1 to {contract.chunk_size}")
     return ActionChunk(
         arrays["actions"][:count].copy(),
         obs_timestep,
@@ -274,7 +282,7 @@ def read_chunk(arrays: Mapping[str, NDArray[Any]], contract: PolicyContract) -> 
 
 
 def policy_id(arrays: Mapping[str, NDArray[Any]]) -> int:
-    """Which of the server's policies an answer is of; see ``LoadedModel.generation``."""
+    """The id of the policy that computed a reply; see ``LoadedModel.generation``."""
     return int(arrays["numbers"][3])
 
 
@@ -284,20 +292,20 @@ _ERRORS: dict[str, type[PolicyError]] = {
 
 
 def encode_error(error: PolicyError) -> bytes:
-    """An error as the body of an ERROR message."""
+    """An error as the body of an ERROR message: JSON of at most ``MAX_BODY_BYTES``."""
     if isinstance(error, ContractMismatch):
         body = {"kind": "ContractMismatch", "args": [error.field, error.got, error.expected]}
     else:
         kind = type(error).__name__ if type(error).__name__ in _ERRORS else "PolicyError"
         body = {"kind": kind, "args": [str(error)]}
-    # Cut by argument, so that what is sent stays JSON; a character takes at most 6 bytes of it.
+    # Each argument is cut, so that the body stays JSON; a character takes at most 6 bytes of it.
     limit = MAX_BODY_BYTES // 7 // len(body["args"])
     body["args"] = [str(argument)[:limit] for argument in body["args"]]
     return json.dumps(body).encode()
 
 
 def decode_error(body: bytes) -> PolicyError:
-    """The error that ``encode_error`` wrote; a plain one for anything else."""
+    """The error that ``encode_error`` wrote; an ``InferenceError`` for any other bytes."""
     try:
         raw = json.loads(body)
         kind, args = raw["kind"], [str(argument) for argument in raw["args"]]
@@ -309,21 +317,21 @@ def decode_error(body: bytes) -> PolicyError:
 
 
 def contract_hash(contract: PolicyContract) -> str:
-    """Tells two contracts apart that are not equal."""
-    said = dataclasses.replace(contract, assumed=())
-    return hashlib.sha256(said.to_json().encode()).hexdigest()[:16]
+    """A hash over the fields of a contract, without ``assumed``: 16 hexadecimal digits."""
+    stated = dataclasses.replace(contract, assumed=())
+    return hashlib.sha256(stated.to_json().encode()).hexdigest()[:16]
 
 
 def is_deterministic(info: PolicyInfo) -> bool:
     """Whether the same observation gives the same bits in any process of one machine.
 
-    One engine, precision and number of threads do so on a CPU; on a GPU nobody has shown it yet.
+    True on a CPU with one engine, precision and number of threads; not shown for a GPU.
     """
     return info.device == "cpu"
 
 
 def describe(contract: PolicyContract, info: PolicyInfo) -> dict[str, Any]:
-    """What a server says of its policy before a session is opened."""
+    """The description of a server's policy, as JSON values, for clients without a session."""
     return {
         "contract": contract.to_json(),
         "info": {name: getattr(info, name) for name in PolicyInfo.__slots__},
@@ -331,10 +339,10 @@ def describe(contract: PolicyContract, info: PolicyInfo) -> dict[str, Any]:
 
 
 def read_description(description: Mapping[str, Any]) -> tuple[PolicyContract, PolicyInfo]:
-    """What ``describe`` said.
+    """The contract and info that ``describe`` encoded.
 
     Raises:
-        ContractMismatch: It is not of that form.
+        ContractMismatch: The description has another form.
     """
     try:
         return PolicyContract.from_json(description["contract"]), PolicyInfo(**description["info"])

@@ -11,7 +11,7 @@ __all__ = ["PolicyServer"]
 
 
 def __getattr__(name: str) -> Any:
-    """Import ``PolicyServer`` when it is asked for."""
+    """Import ``PolicyServer`` on first use."""
     if name == "PolicyServer":
         from runtime.server.policy_server import PolicyServer
 

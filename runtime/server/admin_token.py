@@ -1,7 +1,8 @@
-"""Proof of being whoever runs a server: a secret in a file that only they can read.
+"""Authentication of admin commands: a secret in a file that only the server's user can read.
 
-A port on loopback is open to every user of the machine; orders are not. A server leaves the token
-beside its port's number, and who can send it back may give orders.
+Every user of the machine can connect to a port on loopback, but only the user that runs the server
+may send it admin commands. The server writes a token to a file named after its port; a client that
+sends the token may use admin commands.
 """
 
 from __future__ import annotations
@@ -17,39 +18,45 @@ _BYTES = 32
 
 
 class AdminToken:
-    """A server's, until ``close``."""
+    """The token file of a server, from construction until ``close``."""
 
     def __init__(self, port: int) -> None:
-        """Raises ``OSError``: the folder is somebody else's, or cannot be written."""
+        """Write a new token for the server on ``port``.
+
+        Raises:
+            OSError: The folder belongs to another user, is open to others, or cannot be written.
+        """
         self._secret = secrets.token_hex(_BYTES)
         self.path = _path(port)
         folder = self.path.parent
         folder.mkdir(mode=0o700, parents=True, exist_ok=True)
         found = folder.lstat()
         if not stat.S_ISDIR(found.st_mode) or found.st_uid != os.geteuid() or found.st_mode & 0o077:
-            raise OSError(f"{folder}: it must be a folder of this user alone")
-        self.path.unlink(missing_ok=True)  # of a server that was killed
+            raise OSError(f"{folder}: expected a folder that only this user can access")
+        self.path.unlink(missing_ok=True)  # left by a server that was killed
         descriptor = os.open(self.path, os.O_CREAT | os.O_EXCL | os.O_WRONLY, 0o600)
         with os.fdopen(descriptor, "w") as file:
             file.write(self._secret)
 
     def matches(self, given: object) -> bool:
+        """Whether ``given`` is the token; compared in constant time."""
         return isinstance(given, str) and hmac.compare_digest(
             given.encode("utf-8", "replace"), self._secret.encode()
         )
 
     def close(self) -> None:
-        """Idempotent. A successor's on the same port stays."""
+        """Remove the file, unless a later server on the port has replaced it. Idempotent."""
         if read_token(self.port_of(self.path)) == self._secret:
             self.path.unlink(missing_ok=True)
 
     @staticmethod
     def port_of(path: Path) -> int:
+        """The port in a token file's name."""
         return int(path.stem)
 
 
 def read_token(port: int) -> str:
-    """What a server of this user on this machine left; empty without."""
+    """The token of this user's server on ``port`` of this machine; empty if there is none."""
     try:
         return _path(port).read_text(encoding="ascii")
     except (OSError, UnicodeDecodeError):

@@ -1,15 +1,15 @@
-"""Who may have a session: what it would cost the others, in numbers.
+"""Admission control: whether a server has the capacity for one more session.
 
-A robot that says how often it will ask (``rate_hz``) and how soon it needs its answers
-(``deadline_ms``) is held to account for both, and so is every newcomer after it. Two bounds, both
-for robots alone, because simulations take what is left:
+A robot declares how often it sends requests (``rate_hz``) and how soon it needs each reply
+(``deadline_ms``). A new session is admitted only if the declarations of all robots still hold. Two
+bounds apply, to robots only, because simulations use the time that is left:
 
-* Utilisation (Liu and Layland 1973): the robots' rates times what one inference costs is at most
-  ``MOST_LOAD``.
-* Response: non-preemptive, each robot may find one simulation's inference in progress and every
-  other robot before it; that and its own inference fit its deadline.
+* Utilisation (Liu and Layland 1973): the sum of the robots' rates, times the duration of one
+  inference, is at most ``MAX_ROBOT_LOAD``.
+* Response time, without preemption: one simulation's inference may be in progress and every other
+  robot may be served first; the sum of these and of its own inference is at most its deadline.
 
-What a client does not declare it cannot be promised; it is let in and served as it comes.
+A client that declares nothing is admitted without a guarantee.
 """
 
 from __future__ import annotations
@@ -26,19 +26,20 @@ from runtime.server.rate_limiter import TokenBucket
 from transport.errors import Refused
 
 KINDS = ("robot", "sim")
-MOST_LOAD = 0.9
-"""Of the time, for robots; the rest is for what cannot be foreseen."""
+MAX_ROBOT_LOAD = 0.9
+"""The fraction of the time that robots may use; the rest is a margin."""
 BYTES = Range(1, 1 << 50)
-MOST_HZ, MOST_DEADLINE_MS = 10_000.0, 3_600_000.0
+MAX_RATE_HZ, MAX_DEADLINE_MS = 10_000.0, 3_600_000.0
 
 
 @dataclass(frozen=True, slots=True)
 class SessionLimits:
-    """Of a server.
+    """The limits of a server on its sessions.
 
     Attributes:
-        message_bytes: Of one observation.
-        total_bytes: Of all sessions' observations and answers together, as their buffers hold them.
+        message_bytes: The size of one observation.
+        total_bytes: The size of the buffers of all sessions together, both directions.
+        rate_hz: Requests per second of one session; 0 for no limit.
     """
 
     message_bytes: Annotated[int, BYTES] = 64 << 20
@@ -49,8 +50,8 @@ class SessionLimits:
         Flag("requests per second of one session", name="max_rate_hz", default="any"),
     ] = 0.0
 
-    def pace(self) -> TokenBucket | None:
-        """For a new session."""
+    def rate_limiter(self) -> TokenBucket | None:
+        """A new session's rate limiter; None without a limit."""
         return TokenBucket(self.rate_hz) if self.rate_hz else None
 
     def __post_init__(self) -> None:
@@ -59,13 +60,13 @@ class SessionLimits:
 
 @dataclass(frozen=True, slots=True)
 class Demand:
-    """What a session wants.
+    """What a session declares that it needs.
 
     Attributes:
         kind: ``robot`` or ``sim``.
-        rate_hz: Requests per second that it means to make; 0 where it does not say.
-        deadline_ms: How soon it needs its answers; infinity where it does not say.
-        buffer_bytes: What its buffers hold.
+        rate_hz: Planned requests per second; 0 if not declared.
+        deadline_ms: How soon it needs each reply; infinity if not declared.
+        buffer_bytes: The size of its buffers, both directions.
     """
 
     kind: str = "sim"
@@ -74,43 +75,44 @@ class Demand:
     buffer_bytes: int = 0
 
     @property
-    def robot(self) -> bool:
+    def is_robot(self) -> bool:
+        """Whether the session is a robot's, which is served before simulations."""
         return self.kind == "robot"
 
     @classmethod
-    def read(cls, attributes: Mapping[str, Any], buffer_bytes: int) -> Demand:
-        """From a handshake's attributes, which are not trusted.
+    def from_attributes(cls, attributes: Mapping[str, Any], buffer_bytes: int) -> Demand:
+        """Read the declaration in a handshake's attributes, which are not trusted.
 
         Raises:
-            Refused: Values that cannot be.
+            Refused: A value is invalid; names it, with the valid ones.
         """
         kind = attributes.get("kind", "sim")
         if kind not in KINDS:
             raise Refused("kind", repr(kind)[:80], f"one of {KINDS}")
-        rate_hz = _number(attributes, "rate_hz", MOST_HZ, 0.0)
-        deadline_ms = _number(attributes, "deadline_ms", MOST_DEADLINE_MS, math.inf)
+        rate_hz = _number(attributes, "rate_hz", MAX_RATE_HZ, 0.0)
+        deadline_ms = _number(attributes, "deadline_ms", MAX_DEADLINE_MS, math.inf)
         return cls(kind, rate_hz, deadline_ms, buffer_bytes)
 
 
-def _number(attributes: Mapping[str, Any], name: str, most: float, absent: float) -> float:
+def _number(attributes: Mapping[str, Any], name: str, maximum: float, default: float) -> float:
     value = attributes.get(name)
     if value is None:
-        return absent
-    if isinstance(value, bool) or not isinstance(value, int | float) or not 0 < value <= most:
-        raise Refused(name, repr(value)[:80], f"a number above 0 and up to {most:g}")
+        return default
+    if isinstance(value, bool) or not isinstance(value, int | float) or not 0 < value <= maximum:
+        raise Refused(name, repr(value)[:80], f"a number above 0 and up to {maximum:g}")
     return float(value)
 
 
 def admit(
     newcomer: Demand, present: Iterable[Demand], limits: SessionLimits, costs: InferenceCostModel
 ) -> None:
-    """Let ``newcomer`` in beside ``present``, or say with the numbers why not.
+    """Check that the server has the capacity for ``newcomer`` beside the sessions ``present``.
 
     Raises:
-        Refused: It would break a limit, or somebody's budget.
+        Refused: A limit or a robot's declaration would not hold; has the numbers.
     """
-    everybody = [*present, newcomer]
-    total = sum(demand.buffer_bytes for demand in everybody)
+    sessions = [*present, newcomer]
+    total = sum(demand.buffer_bytes for demand in sessions)
     if total > limits.total_bytes:
         raise Refused(
             "buffers",
@@ -119,27 +121,27 @@ def admit(
         )
     if limits.rate_hz and newcomer.rate_hz > limits.rate_hz:
         raise Refused("rate_hz", f"{newcomer.rate_hz:g}", f"at most {limits.rate_hz:g}")
-    if not newcomer.robot:
+    if not newcomer.is_robot:
         return
-    single_ms = costs.usual(1) / 1e6
-    robots = [demand for demand in everybody if demand.robot]
+    single_ms = costs.median(1) / 1e6
+    robots = [demand for demand in sessions if demand.is_robot]
     load = sum(demand.rate_hz for demand in robots) * single_ms / 1e3
-    if newcomer.rate_hz and load > MOST_LOAD:
+    if newcomer.rate_hz and load > MAX_ROBOT_LOAD:
         raise Refused(
             "rate_hz",
             f"{newcomer.rate_hz:g} requests/s of {single_ms:.3g} ms each: with the other robots "
             f"{100 * load:.0f} % of the time",
-            f"at most {100 * MOST_LOAD:.0f} %",
+            f"at most {100 * MAX_ROBOT_LOAD:.0f} %",
         )
-    # One simulation's inference in progress, then every robot's, its own last.
-    response_ms = (1 + len(robots)) * costs.most(1) / 1e6
+    # The inference in progress, then one for each robot.
+    response_ms = (1 + len(robots)) * costs.near_max(1) / 1e6
     for robot in robots:
         if response_ms > robot.deadline_ms:
             whose = "its own" if robot is newcomer else "another robot's"
             raise Refused(
                 "deadline_ms",
                 f"{whose} {robot.deadline_ms:g}, where {len(robots)} robots of "
-                f"{costs.most(1) / 1e6:.3g} ms each and one inference in progress take "
+                f"{costs.near_max(1) / 1e6:.3g} ms each and one inference in progress take "
                 f"{response_ms:.3g}",
                 f"at least {response_ms:.3g}, or fewer robots",
             )

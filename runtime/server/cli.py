@@ -24,7 +24,7 @@ from runtime.options.defaults import DEFAULT_CHECKPOINT
 from runtime.options.model import LocalModel, read_model_name
 from runtime.server.admin_token import AdminToken
 from runtime.server.config import ServeCommand, ServerConfig
-from runtime.server.model import close
+from runtime.server.model import close_policy
 from runtime.server.model_reload import ModelReloader
 from runtime.server.policy_server import PolicyServer
 from runtime.server.warmup import measure_costs, warm_up
@@ -129,7 +129,7 @@ def _serve(config: ServerConfig, *, insecure: bool, ready_fd: int | None = None)
     except (PolicyError, TransportError) as error:
         return _fail(error)
     finally:
-        close(policy)
+        close_policy(policy)
     logger.info("stopped; %s", server.statistics())
     return 0
 
@@ -140,7 +140,7 @@ def _offices(server: PolicyServer, config: ServerConfig) -> Iterator[None]:
     with contextlib.ExitStack() as stack:
         if config.metrics_port:
             try:
-                from runtime.server.metrics import PATIENCE_S, serve_metrics
+                from runtime.server.metrics import STATUS_TIMEOUT_S, serve_metrics
             except ImportError as error:
                 raise TransportError(
                     f"--metrics_port: {error}: pip install prometheus_client"
@@ -148,7 +148,7 @@ def _offices(server: PolicyServer, config: ServerConfig) -> Iterator[None]:
 
             stack.callback(
                 serve_metrics(
-                    lambda: server.between(server.status, PATIENCE_S),
+                    lambda: server.call_in_serving_thread(server.status, STATUS_TIMEOUT_S),
                     config.metrics_host,
                     config.metrics_port,
                 )
@@ -164,10 +164,10 @@ def _offices(server: PolicyServer, config: ServerConfig) -> Iterator[None]:
             token,
             check=server.check_successor,
             swap=server.swap,
-            call_in_serving_thread=server.between,
+            call_in_serving_thread=server.call_in_serving_thread,
             max_batch=config.max_batch,
         )
-        server.add_orders(loader.orders)
+        server.add_admin_commands(loader.admin_commands)
         stack.callback(loader.close)
         yield
 

@@ -1,4 +1,4 @@
-"""What an inference costs, by batch size, as the newest ones say."""
+"""Inference durations by batch size, from the newest inferences."""
 
 from __future__ import annotations
 
@@ -6,54 +6,66 @@ from collections import deque
 from collections.abc import Mapping
 
 WINDOW = 64
-"""Inferences remembered per size."""
-_NEWS = 8
-"""Figures are worked out again after so many."""
+"""Durations remembered per batch size."""
+_RECOMPUTE_EVERY = 8
+"""The three figures are computed again after this many new durations."""
 
 
 class InferenceCostModel:
     """Durations in ns by batch size; integers in, integers out.
 
-    Three figures, since decisions differ in what a mistake costs. ``least``: before a request is
-    refused for being late, so that one slow inference never refuses the next ones. ``usual``
-    (median): to compare batch sizes. ``most`` (the worst but one of the window, so that one
-    interruption does not count): where a robot's deadline depends on it.
+    There are three figures, because the decisions differ in what an error costs:
 
-    A size never seen costs as many times the single one.
+    * ``min`` decides whether a request has expired, so that one slow inference never makes the
+      server refuse the next requests.
+    * ``median`` compares batch sizes.
+    * ``near_max``, the second largest of the window, decides where a robot's deadline depends on
+      it; the largest is left out because it may be one interruption.
+
+    A size without a measurement costs its multiple of a single observation.
+
+    Args:
+        known: Durations in ns by batch size, one each.
     """
 
     def __init__(self, known: Mapping[int, int] | None = None) -> None:
-        self._seen: dict[int, deque[int]] = {}
-        self._news: dict[int, int] = {}
+        self._durations_ns: dict[int, deque[int]] = {}
+        self._since_recomputed: dict[int, int] = {}
         self._figures: dict[int, tuple[int, int, int]] = {}
         for size, duration_ns in (known or {}).items():
             self.add(size, duration_ns)
 
     def add(self, size: int, duration_ns: int) -> None:
-        """One inference of ``size`` observations took that long."""
-        seen = self._seen.get(size)
-        if seen is None:
-            seen = self._seen[size] = deque(maxlen=WINDOW)
-        seen.append(duration_ns)
-        news = self._news.get(size, _NEWS) + 1
-        if news >= _NEWS or len(seen) < _NEWS:
-            ordered = sorted(seen)
+        """Add the duration of one inference of ``size`` observations."""
+        durations_ns = self._durations_ns.get(size)
+        if durations_ns is None:
+            durations_ns = self._durations_ns[size] = deque(maxlen=WINDOW)
+        durations_ns.append(duration_ns)
+        since = self._since_recomputed.get(size, _RECOMPUTE_EVERY) + 1
+        if since >= _RECOMPUTE_EVERY or len(durations_ns) < _RECOMPUTE_EVERY:
+            ordered = sorted(durations_ns)
             middle, last = ordered[len(ordered) // 2], ordered[max(0, len(ordered) - 2)]
             self._figures[size] = ordered[0], middle, max(middle, last)
-            news = 0
-        self._news[size] = news
+            since = 0
+        self._since_recomputed[size] = since
 
-    def least(self, size: int = 1) -> int:
+    def min(self, size: int = 1) -> int:
+        """The shortest duration in ns; 0 if nothing is known."""
         return self._figure(size, 0)
 
-    def usual(self, size: int = 1) -> int:
+    def median(self, size: int = 1) -> int:
+        """The median duration in ns; 0 if nothing is known."""
         return self._figure(size, 1)
 
-    def most(self, size: int = 1) -> int:
+    def near_max(self, size: int = 1) -> int:
+        """The second longest duration in ns, at least the median; 0 if nothing is known."""
         return self._figure(size, 2)
 
     def as_dict(self) -> dict[int, dict[str, float]]:
-        """Milliseconds, by size."""
+        """The figures in ms by batch size.
+
+        The keys are ``least`` (min), ``usual`` (median) and ``most`` (near_max).
+        """
         return {
             size: dict(zip(("least", "usual", "most"), (v / 1e6 for v in figures), strict=True))
             for size, figures in sorted(self._figures.items())

@@ -1,4 +1,4 @@
-"""Figures of a server for Prometheus, read when somebody asks for them."""
+"""Prometheus metrics of a server, computed at each scrape."""
 
 from __future__ import annotations
 
@@ -13,25 +13,26 @@ from runtime.server.session import OUTCOMES
 from transport.address import format_address
 from transport.errors import AddressInUse
 
-PATIENCE_S = 2.0
+STATUS_TIMEOUT_S = 2.0
 """How long a scrape waits for the serving thread, which may be inferring."""
 
 
 class ServerCollector(Collector):
-    """Turns ``PolicyServer.status`` into metrics, anew for every scrape.
+    """Converts ``PolicyServer.status`` into metrics at every scrape.
 
     Args:
-        status: Gives it; ``TimeoutError`` where the server does not get round to it.
+        status: Returns the status; raises ``TimeoutError`` if the serving thread does not reply.
     """
 
     def __init__(self, status: Callable[[], dict[str, Any]]) -> None:
         self._status = status
 
     def describe(self) -> Iterable[Metric]:
-        """Nothing in advance."""
+        """No metrics, so that registration does not ask the server for its status."""
         return []
 
     def collect(self) -> Iterator[Metric]:
+        """The metrics of one scrape; only ``metronome_up`` = 0 if the status timed out."""
         up = GaugeMetricFamily("metronome_up", "Whether the serving thread answered")
         try:
             status = self._status()
@@ -41,11 +42,11 @@ class ServerCollector(Collector):
             return
         up.add_metric([], 1)
         yield up
-        yield from _of_the_server(status)
-        yield from _of_the_sessions(status["sessions"])
+        yield from _server_metrics(status)
+        yield from _session_metrics(status["sessions"])
 
 
-def _of_the_server(status: dict[str, Any]) -> Iterator[Metric]:
+def _server_metrics(status: dict[str, Any]) -> Iterator[Metric]:
     policy, counts = status["policy"], status["counts"]
     yield _gauge("metronome_uptime_seconds", "Since the server was made", status["up_s"])
     names = ("checkpoint", "device", "engine", "precision")
@@ -57,7 +58,7 @@ def _of_the_server(status: dict[str, Any]) -> Iterator[Metric]:
     requests = CounterMetricFamily(
         "metronome_requests", "By what became of them", None, ["outcome"]
     )
-    # As counted, ``failed`` has the other two in it.
+    # The count ``failed`` includes ``late`` and ``too_many``.
     failed = counts["failed"] - counts["late"] - counts["too_many"]
     for outcome in (*OUTCOMES, "too_many"):
         requests.add_metric([outcome], failed if outcome == "failed" else counts[outcome])
@@ -78,28 +79,28 @@ def _of_the_server(status: dict[str, Any]) -> Iterator[Metric]:
     yield cost
 
 
-def _of_the_sessions(sessions: list[dict[str, Any]]) -> Iterator[Metric]:
+def _session_metrics(sessions: list[dict[str, Any]]) -> Iterator[Metric]:
     yield _gauge("metronome_sessions", "Open now", len(sessions))
-    labels = ["session", "client", "kind", "transport"]
+    label_names = ["session", "client", "kind", "transport"]
     latency = GaugeMetricFamily(
         "metronome_session_latency_seconds",
         "From a request's arrival to its answer, of the last 1000",
         None,
-        [*labels, "quantile"],
+        [*label_names, "quantile"],
     )
     rate = GaugeMetricFamily(
-        "metronome_session_rate_hz", "Answers per second, of the last 5 s", None, labels
+        "metronome_session_rate_hz", "Answers per second, of the last 5 s", None, label_names
     )
     requests = CounterMetricFamily(
-        "metronome_session_requests", "By what became of them", None, [*labels, "outcome"]
+        "metronome_session_requests", "By what became of them", None, [*label_names, "outcome"]
     )
     for session in sessions:
-        who = [str(session[name]) for name in ("id", "client", "kind", "transport")]
-        rate.add_metric(who, session["rate_hz"])
+        labels = [str(session[name]) for name in ("id", "client", "kind", "transport")]
+        rate.add_metric(labels, session["rate_hz"])
         for quantile, figure in (("0.5", "p50"), ("0.99", "p99")):
-            latency.add_metric([*who, quantile], session["latency_ms"][figure] / 1e3)
+            latency.add_metric([*labels, quantile], session["latency_ms"][figure] / 1e3)
         for outcome in OUTCOMES:
-            requests.add_metric([*who, outcome], session[outcome])
+            requests.add_metric([*labels, outcome], session[outcome])
     yield from (latency, rate, requests)
 
 
@@ -108,13 +109,13 @@ def _gauge(name: str, text: str, value: float) -> GaugeMetricFamily:
 
 
 def serve_metrics(status: Callable[[], dict[str, Any]], host: str, port: int) -> Callable[[], None]:
-    """Answer ``http://HOST:PORT/metrics`` until the function that comes back is called.
+    """Serve ``http://HOST:PORT/metrics``; return the function that stops it.
 
     Args:
-        status: As ``ServerCollector``; called in threads of its own.
+        status: As for ``ServerCollector``; called in the HTTP server's threads.
 
     Raises:
-        AddressInUse: The address cannot be had.
+        AddressInUse: The address cannot be listened on.
     """
     registry = CollectorRegistry()
     registry.register(ServerCollector(status))

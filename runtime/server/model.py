@@ -1,4 +1,4 @@
-"""The model that a server serves, which may be replaced between two inferences."""
+"""The loaded model of a server. It can be replaced between two inferences."""
 
 from __future__ import annotations
 
@@ -18,16 +18,17 @@ InferBatch = Callable[[Sequence[MetaObs]], list[ActionChunk | PolicyError]]
 
 @dataclass(frozen=True, slots=True)
 class LoadedModel:
-    """A policy, already warm, and what a server has to know of it.
+    """A warm policy and its capabilities.
 
     Attributes:
-        policy: Every session's is a fork of it.
-        generation: 1 for the first, one more for each that replaced another.
-        exclusive: It cannot be forked: one session at a time.
-        shared: A fork is the policy itself: it keeps nothing between observations.
-        infer_batch: For several sessions' observations at once; None where it cannot.
-        sizes: Batch sizes that it is prepared for.
-        exact: Whether an answer has the same bits whatever is computed with it.
+        policy: Each session gets a fork of it.
+        generation: 1 for the first model of a server, one more for each replacement.
+        exclusive: The policy cannot be forked: one session at a time.
+        shared: A fork is the policy itself, because it has no state between observations.
+        infer_batch: Computes the observations of several sessions at once; None if the policy
+            cannot.
+        sizes: Batch sizes that the policy is prepared for.
+        exact: Whether a reply has the same bits whatever else is in its batch.
     """
 
     policy: Policy
@@ -40,7 +41,7 @@ class LoadedModel:
 
     @classmethod
     def of(cls, policy: Policy, generation: int = 1, max_batch: int | None = None) -> LoadedModel:
-        """What ``policy`` can do, of which batches up to ``max_batch`` are used."""
+        """Find out the capabilities of ``policy``; use batch sizes up to ``max_batch``."""
         exclusive, shared = False, False
         try:
             fork = policy.fork()
@@ -51,13 +52,13 @@ class LoadedModel:
             shared = fork is policy
             if not shared:
                 fork.close()
-        able: Any = policy
-        infer_batch = getattr(able, "infer_batch", None) if shared else None
-        sizes = tuple(getattr(able, "batch_sizes", (1,))) if infer_batch else (1,)
+        optional: Any = policy  # may have attributes beyond ``Policy``
+        infer_batch = getattr(optional, "infer_batch", None) if shared else None
+        sizes = tuple(getattr(optional, "batch_sizes", (1,))) if infer_batch else (1,)
         sizes = tuple(n for n in sizes if max_batch is None or n <= max_batch) or (1,)
         if sizes == (1,):
             infer_batch = None
-        exact = bool(getattr(able, "batch_is_exact", False))
+        exact = bool(getattr(optional, "batch_is_exact", False))
         return cls(
             policy,
             generation,
@@ -69,13 +70,13 @@ class LoadedModel:
         )
 
     def describe(self) -> dict[str, Any]:
-        """What a client is told that asks."""
+        """The description of the model for clients, JSON values."""
         described = messages.describe(self.policy.contract, self.policy.info)
         return {**described, "policy_id": self.generation}
 
 
-def close(policy: Policy) -> None:
-    """Anyone's policy: there is nothing left to lose."""
+def close_policy(policy: Policy) -> None:
+    """Close a policy; log whatever it raises, because the policy is third-party code."""
     try:
         policy.close()
     except Exception:

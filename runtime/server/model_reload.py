@@ -1,9 +1,9 @@
-"""Another checkpoint for a server that goes on serving meanwhile.
+"""Loads another checkpoint while the server serves the old one, then replaces the model.
 
-A thread of its own loads it, compares the contract and warms it up (captures and compilations
-included); the serving thread then puts it in place between two inferences. Whatever goes wrong
-before that leaves the old one serving. The thread shares the machine with the running model: while
-it works, answers take longer, which ``bench/test_many_clients.py`` measures.
+A separate thread loads the policy, compares its contract and warms it up, with CUDA graph capture
+and compilation. The serving thread then replaces the model between two inferences. After any error
+before that the old model stays. The thread shares the machine with the running model, so replies
+take longer while it works; ``bench/test_many_clients.py`` measures by how much.
 """
 
 from __future__ import annotations
@@ -19,8 +19,8 @@ from typing import Any
 from policies.types import Policy
 from runtime.server.admin_token import AdminToken
 from runtime.server.cost_model import InferenceCostModel
-from runtime.server.model import close
-from runtime.server.state import Order
+from runtime.server.model import close_policy
+from runtime.server.state import AdminCommand
 from runtime.server.warmup import measure_costs, warm_up
 from transport.errors import Refused
 from transport.handshake_messages import Peer
@@ -34,14 +34,14 @@ BUSY = ("loading", "warming up", "switching")
 
 @dataclass(frozen=True, slots=True)
 class LoadState:
-    """How far it is.
+    """The progress of a reload.
 
     Attributes:
-        checkpoint: The last one that was asked for; empty before the first.
+        checkpoint: The last requested checkpoint; empty before the first.
         state: ``none``, one of ``BUSY``, ``serving`` or ``failed``.
-        error: Why it failed.
-        policy_id: What clients know it by, once it serves.
-        took_s: Since it was asked for, until it was there or failed.
+        error: Why it failed; empty otherwise.
+        policy_id: The id of the new policy once it is served; 0 before.
+        took_s: Seconds from the request until it was served or failed; 0 before.
     """
 
     checkpoint: str = ""
@@ -52,16 +52,17 @@ class LoadState:
 
 
 class ModelReloader:
-    """Loads checkpoints for a server that goes on serving.
+    """Loads checkpoints in a thread, and replaces the server's model by them.
 
     Args:
-        load: A checkpoint's policy; raises ``PolicyError``.
-        token: What gives the right to order; operators' keys do, too.
-        check: Whether a policy could take the place of what is served; raises ``PolicyError``.
-        swap: Serves a policy from the next inference on, and what its inferences take; its id.
-            For the serving thread.
-        call_in_serving_thread: Runs a function there; raises ``TimeoutError``.
-        max_batch: As the server's.
+        load: Loads the policy of a checkpoint; raises ``PolicyError``.
+        token: Clients with this token may load checkpoints, and so may clients with an operator's
+            key; None for the latter only.
+        check: Checks that a policy may replace the served one; raises ``PolicyError``.
+        swap: Replaces the served policy, given the new one and its inference durations; returns its
+            id. Called in the serving thread.
+        call_in_serving_thread: Runs a function in the serving thread; raises ``TimeoutError``.
+        max_batch: As ``PolicyServer``.
     """
 
     def __init__(
@@ -81,15 +82,15 @@ class ModelReloader:
         self._thread: threading.Thread | None = None
 
     @property
-    def orders(self) -> dict[str, Order]:
-        """What operators may ask for, by name."""
-        return {"load": self._order, "load_state": lambda *_: dataclasses.asdict(self.state)}
+    def admin_commands(self) -> dict[str, AdminCommand]:
+        """The commands ``load`` and ``load_state``, by name."""
+        return {"load": self._load_command, "load_state": lambda *_: dataclasses.asdict(self.state)}
 
     def start(self, checkpoint: str) -> None:
-        """Begin to load ``checkpoint``; ``state`` says how it goes.
+        """Start to load ``checkpoint``; ``state`` has the progress.
 
         Raises:
-            Refused: Another one is being loaded.
+            Refused: Another checkpoint is being loaded.
         """
         if self.state.state in BUSY:
             raise Refused("load", checkpoint, f"the end of loading {self.state.checkpoint}")
@@ -98,30 +99,34 @@ class ModelReloader:
         self._thread.start()
 
     def wait(self, timeout_s: float) -> LoadState:
-        """For its end, at most so long."""
+        """Wait for the end of a load, at most ``timeout_s``; return the state."""
         if self._thread is not None:
             self._thread.join(timeout_s)
         return self.state
 
     def close(self) -> None:
-        """Wait for what is being loaded. After ``serve`` has returned."""
+        """Wait for a load in progress, at most ``CLOSE_S``. Call it after ``serve`` returned."""
         self.wait(CLOSE_S)
 
-    def _order(self, arguments: Mapping[str, Any], peer: Peer) -> dict[str, Any]:
+    def _load_command(self, arguments: Mapping[str, Any], peer: Peer) -> dict[str, Any]:
         allowed = self._token is not None and self._token.matches(arguments.get("token"))
         if not allowed and not is_operator(peer.user):
-            logger.warning("refused an order of %s: not an operator", peer)
+            logger.warning("refused an admin command from %s: not an operator", peer)
             raise Refused(
                 "operator",
-                str(peer) or "somebody",
-                "whoever runs the server, on its machine, or a key listed under operators/",
+                str(peer) or "an unknown client",
+                "the user who runs the server, on its machine, or a key listed under operators/",
             )
         checkpoint = arguments.get("checkpoint")
         if not isinstance(checkpoint, str) or not checkpoint:
             raise Refused("checkpoint", repr(checkpoint)[:80], "a path on the server's machine")
         if checkpoint.startswith("python:"):
-            raise Refused("checkpoint", checkpoint, "a checkpoint: code comes by command line only")
-        logger.info("%s orders: load %s", peer, checkpoint)
+            raise Refused(
+                "checkpoint",
+                checkpoint,
+                "a checkpoint: python: is accepted on the command line only",
+            )
+        logger.info("admin command from %s: load %s", peer, checkpoint)
         self.start(checkpoint)
         return dataclasses.asdict(self.state)
 
@@ -131,21 +136,21 @@ class ModelReloader:
         try:
             policy = self._load(self.state.checkpoint)
             self._check(policy)
-            self._step(state="warming up")
+            self._update(state="warming up")
             costs = measure_costs(policy, warm_up(policy), self._max_batch)
-            self._step(state="switching")
-            successor = policy
-            number = self._call_in_serving_thread(lambda: self._swap(successor, costs))
-        except Exception as error:  # a checkpoint can fail in any way; the old one serves on
+            self._update(state="switching")
+            replacement = policy
+            policy_id = self._call_in_serving_thread(lambda: self._swap(replacement, costs))
+        except Exception as error:  # a checkpoint can fail in any way; the old model stays
             if policy is not None:
-                close(policy)
+                close_policy(policy)
             logger.warning("%s was not loaded: %s", self.state.checkpoint, error)
             reason = str(error) or repr(error)
             if isinstance(error, TimeoutError):
                 reason = f"{reason}, not switched; try again"
-            self._step(state="failed", error=reason, took_s=time.monotonic() - began_s)
+            self._update(state="failed", error=reason, took_s=time.monotonic() - began_s)
         else:
-            self._step(state="serving", policy_id=number, took_s=time.monotonic() - began_s)
+            self._update(state="serving", policy_id=policy_id, took_s=time.monotonic() - began_s)
 
-    def _step(self, **changes: Any) -> None:
+    def _update(self, **changes: Any) -> None:
         self.state = dataclasses.replace(self.state, **changes)

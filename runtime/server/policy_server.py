@@ -2,15 +2,15 @@
 
 Guaranteed:
 
-* A session's episode state is its own (``Policy.fork``); a reset or a failure in one is not seen
-  in another.
-* Within a session the newest observation is served; one that was passed over is answered
-  SUPERSEDED, so nothing is lost without a word. Between sessions: ``runtime.server.scheduler``.
-* Whatever a client sends, and whatever the policy raises, the server lives on and says why.
-* The model can be replaced between two inferences (``swap``); no request is lost by it.
+* Each session has its own episode state (``Policy.fork``). A reset or a failure in one session
+  has no effect on another.
+* Within a session the newest observation is served. An older one that waited gets the reply
+  SUPERSEDED, so every request has a reply. ``runtime.server.scheduler`` orders the sessions.
+* The server survives whatever a client sends and whatever the policy raises, and logs the reason.
+* The model can be replaced between two inferences (``swap``); no request is lost.
 
-One thread: it waits for all sessions at once, chooses a request or a batch, infers, answers, looks
-again. Inference is the only thing that takes time, and a second thread could not make it faster.
+One thread waits for all sessions at once, chooses a request or a batch, infers, replies, and
+repeats. Only inference takes significant time, and a second thread could not make it faster.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ from runtime.server.model import LoadedModel
 from runtime.server.request_handler import RequestHandler
 from runtime.server.scheduler import Scheduler
 from runtime.server.sessions import SessionManager
-from runtime.server.state import Order, ServerState, ServerStatistics
+from runtime.server.state import AdminCommand, ServerState, ServerStatistics
 from transport.address import format_address
 from transport.errors import Refused
 from transport.handshake_messages import Peer
@@ -42,30 +42,31 @@ from transport.zeromq.curve import ServerKeys
 logger = logging.getLogger(__name__)
 Result = TypeVar("Result")
 
-ERRAND_S = 10.0
-"""How long another thread waits for the serving one, which may be inferring."""
+SERVING_THREAD_TIMEOUT_S = 10.0
+"""How long another thread waits for the serving thread, which may be in an inference."""
 
 
 class PolicyServer:
     """Serves ``policy`` on ``host:port`` until ``stop``.
 
     Args:
-        policy: Already warm. The server closes it only when another takes its place.
-        host, port: Where to listen; port 0 takes a free one (``port`` says which).
-        transports: What may be offered to clients.
+        policy: Already warm. The server closes it only after a replacement.
+        host, port: The address to listen on; port 0 takes a free one, see ``port``.
+        transports: The transports that clients may use.
         max_sessions: Sessions open at a time.
-        limits: On what a session may ask for.
-        max_batch: Observations computed together at most; None for all the policy can.
-        batch_wait_ms: How long a simulation's request may wait for partners; a robot's never does.
-        session_timeout_s: End a session that has said nothing for so long; 0 for never, since a
-            robot that is paused says nothing either.
-        costs: What an inference takes, from the warm-up; learned otherwise.
-        curve: Keys, and whose are let in; without, everybody who reaches the port is.
-        spin_us: How long to watch for the next request of a client in a tight exchange before
-            sleeping, 0 to 200.
+        limits: The limits on each session.
+        max_batch: The largest batch; None for the largest that the policy is prepared for.
+        batch_wait_ms: How long a simulation's request may wait for others to share its batch; a
+            robot's request never waits.
+        session_timeout_s: End a session that has sent nothing for this long; 0 for never, because
+            a paused robot sends nothing.
+        costs: Inference durations from the warm-up; measured while serving otherwise.
+        curve: The server's keys and the accepted clients' keys; None accepts every client.
+        spin_us: How long to poll for the next request of a client that sends at once after each
+            reply, before the thread sleeps; 0 to 200.
 
     Raises:
-        AddressInUse, TransportError: The address cannot be had.
+        AddressInUse, TransportError: The address cannot be listened on.
     """
 
     def __init__(
@@ -97,16 +98,16 @@ class PolicyServer:
             hellos=lambda: self._listener.hellos,
             timeout_s=session_timeout_s,
         )
-        self._orders: dict[str, Order] = {"status": lambda *_: self.status()}
-        self._errands: deque[Callable[[], None]] = deque()
+        self._admin_commands: dict[str, AdminCommand] = {"status": lambda *_: self.status()}
+        self._tasks: deque[Callable[[], None]] = deque()
         self._stopping: str | None = None
         self._began_s = time.monotonic()
         self._listener = Listener(
             host,
             port,
             describe=self._describe,
-            accept=self._session_manager.welcome,
-            ask=self._ask,
+            accept=self._session_manager.accept,
+            ask=self._run_admin_command,
             curve=curve,
             transports=transports,
             max_message_bytes=limits.message_bytes,
@@ -116,28 +117,33 @@ class PolicyServer:
 
     @property
     def host(self) -> str:
+        """The host it listens on."""
         return self._listener.host
 
     @property
     def port(self) -> int:
+        """The port it listens on."""
         return self._listener.port
 
     @property
     def address(self) -> str:
-        """What clients dial: ``HOST:PORT``, or ``[V6]:PORT``."""
+        """The address for clients: ``HOST:PORT``, or ``[V6]:PORT``."""
         return format_address(self.host, self.port)
 
     @property
     def model(self) -> LoadedModel:
-        """What is being served."""
+        """The model that is served now."""
         return self._state.model
 
     def statistics(self) -> ServerStatistics:
+        """Counts since the server was made, and the number of open sessions."""
         return ServerStatistics(**{**self._state.counts, "sessions": len(self._listener.sessions)})
 
     def status(self) -> dict[str, Any]:
-        """Everything an operator may want to see; JSON values. For the serving thread: others use
-        ``between``."""
+        """Policy, costs, counts and sessions, as JSON values.
+
+        Only for the serving thread; other threads use ``call_in_serving_thread``.
+        """
         state, info = self._state, self._state.model.policy.info
         statistics = self.statistics()
         return {
@@ -156,56 +162,62 @@ class PolicyServer:
             "sessions": self._session_manager.status(),
         }
 
-    def between(self, errand: Callable[[], Result], timeout_s: float = ERRAND_S) -> Result:
-        """Run ``errand`` in the serving thread between two inferences; for other threads.
+    def call_in_serving_thread(
+        self, task: Callable[[], Result], timeout_s: float = SERVING_THREAD_TIMEOUT_S
+    ) -> Result:
+        """Run ``task`` in the serving thread between two inferences; return its result.
+
+        For other threads.
 
         Raises:
-            TimeoutError: The server is not serving, or infers for longer; says how long it was.
-            Exception: Whatever ``errand`` raises.
+            TimeoutError: ``task`` did not start within ``timeout_s``: the server is not serving,
+                or an inference takes longer.
+            Exception: Whatever ``task`` raises.
         """
         future: Future[Result] = Future()
 
         def run() -> None:
             if future.set_running_or_notify_cancel():
                 try:
-                    future.set_result(errand())
+                    future.set_result(task())
                 except Exception as error:
                     future.set_exception(error)
 
-        self._errands.append(run)
+        self._tasks.append(run)
         self._listener.wake()
         try:
             return future.result(timeout_s)
         except TimeoutError:
             if future.cancel():
                 raise TimeoutError(f"the server was busy for {timeout_s:g} s") from None
-            return future.result()  # it has begun, and is short
+            return future.result()  # it has started, and is short
 
-    def add_orders(self, orders: Mapping[str, Order]) -> None:
-        """Let operators ask for these by name, beside ``status``. Before ``serve``."""
-        self._orders.update(orders)
+    def add_admin_commands(self, commands: Mapping[str, AdminCommand]) -> None:
+        """Add commands by name to ``status``. Call it before ``serve``."""
+        self._admin_commands.update(commands)
 
     def check_successor(self, policy: Policy) -> None:
-        """Whether ``policy`` could take the place of what is served; for any thread.
+        """Check that ``policy`` may replace the served one; for any thread.
 
-        Its normalizers may be others: they are applied here, and no client sees them.
+        Its normalizers may differ, because the server applies them and clients do not see them.
 
         Raises:
-            ContractMismatch: Its contract is another one; says in which field.
+            ContractMismatch: Its contract differs; names the field.
         """
         policy.contract.require(self._state.model.policy.contract, but=("normalizer_hash",))
 
     def swap(self, policy: Policy, costs: InferenceCostModel | None = None) -> int:
-        """Serve ``policy``, already warm, from the next inference on; its id. For the serving
-        thread (``between``).
+        """Serve ``policy``, already warm, from the next inference on; return its id.
 
-        Sessions of a policy that keeps nothing between observations go on with the new one at once;
-        one with episode state keeps its old fork until its next reset. The old policy is closed as
-        soon as nobody needs it.
+        Only for the serving thread; other threads use ``call_in_serving_thread``.
+
+        If neither policy has state between observations, open sessions use the new one at once.
+        Otherwise a session keeps its old fork until its next reset. The old policy is closed when
+        no session uses it.
 
         Raises:
-            ContractMismatch: Its contract is another one; nothing has changed.
-            PolicyError: It cannot be forked, where the old one could.
+            ContractMismatch: Its contract differs; nothing has changed.
+            PolicyError: The old or the new policy cannot be forked; nothing has changed.
         """
         state = self._state
         self.check_successor(policy)
@@ -215,40 +227,43 @@ class PolicyServer:
         state.costs = state.scheduler.costs = costs or InferenceCostModel()
         state.scheduler.sizes = tuple(sorted({1, *new.sizes}))
         state.counts["swaps"] += 1
-        self._session_manager.move_to(new)
+        self._session_manager.switch_model(new)
         logger.info("policy %d: %s", new.generation, policy.info.checkpoint)
         return new.generation
 
     def serve(self) -> None:
-        """Answer requests until ``stop``. Every client is then told the reason."""
+        """Serve requests until ``stop``."""
         state, session_manager, request_handler = (
             self._state,
             self._session_manager,
             self._request_handler,
         )
         scheduler, wait = state.scheduler, self._listener.wait
-        patience_s: float | None = None
+        wait_timeout_s: float | None = None
         while self._stopping is None:
-            for session in wait(patience_s):
+            for session in wait(wait_timeout_s):
                 session_manager.drain(session)
-            while self._errands:
-                self._errands.popleft()()
-            turn = scheduler.next(time.monotonic_ns())
-            for request in turn.late:
+            while self._tasks:
+                self._tasks.popleft()()
+            decision = scheduler.next(time.monotonic_ns())
+            for request in decision.expired:
                 request_handler.reply_expired(request)
-            if len(turn.batch) == 1:
-                request_handler.answer(turn.batch[0])
-            elif turn.batch:
-                request_handler.answer_batch(turn.batch)
-            patience_s = self._patience(turn.wait_until_ns)
+            if len(decision.batch) == 1:
+                request_handler.handle(decision.batch[0])
+            elif decision.batch:
+                request_handler.handle_batch(decision.batch)
+            wait_timeout_s = self._wait_timeout_s(decision.wait_until_ns)
 
     def stop(self, reason: str = "the server was stopped") -> None:
-        """Make ``serve`` return. Safe from a signal handler or another thread."""
+        """Make ``serve`` return; ``close`` sends ``reason`` to every client.
+
+        Safe from a signal handler or another thread.
+        """
         self._stopping = reason
         self._listener.wake()
 
     def close(self) -> None:
-        """End every session and give the address back. Idempotent."""
+        """End every session, send its client the reason, and free the address. Idempotent."""
         self._session_manager.close()
         self._listener.close(self._stopping or "the server was closed")
 
@@ -264,16 +279,18 @@ class PolicyServer:
     def _end(self, session: ServerSession) -> None:
         self._session_manager.end(session)
 
-    def _patience(self, wait_until_ns: int | None) -> float | None:
-        """How long the next wait may take; None for as long as it likes."""
-        look_s = self._session_manager.end_idle()
+    def _wait_timeout_s(self, wait_until_ns: int | None) -> float | None:
+        """The timeout of the next wait, seconds; None for no timeout."""
+        idle_check_s = self._session_manager.end_idle()
         if wait_until_ns is None:
-            return 0.0 if len(self._state.scheduler) else look_s
+            return 0.0 if len(self._state.scheduler) else idle_check_s
         due_s = max(0.0, (wait_until_ns - time.monotonic_ns()) / 1e9)
-        return due_s if look_s is None else min(due_s, look_s)
+        return due_s if idle_check_s is None else min(due_s, idle_check_s)
 
-    def _ask(self, command: str, arguments: Mapping[str, Any], peer: Peer) -> dict[str, Any]:
-        order = self._orders.get(command)
-        if order is None:
-            raise Refused("command", repr(command)[:80], f"one of {sorted(self._orders)}")
-        return order(arguments, peer)
+    def _run_admin_command(
+        self, command: str, arguments: Mapping[str, Any], peer: Peer
+    ) -> dict[str, Any]:
+        handler = self._admin_commands.get(command)
+        if handler is None:
+            raise Refused("command", repr(command)[:80], f"one of {sorted(self._admin_commands)}")
+        return handler(arguments, peer)

@@ -1,4 +1,4 @@
-"""A private policy server in a child process, for those who have a checkpoint and need a server."""
+"""A private policy server in a child process, for a command that has only a checkpoint."""
 
 from __future__ import annotations
 
@@ -11,19 +11,19 @@ from transport.errors import ChildFailed
 
 logger = logging.getLogger(__name__)
 
-TELL_LOADING_EVERY_S = 15.0
-"""How long a server that loads is waited for without a word."""
+PROGRESS_EVERY_S = 15.0
+"""How often a warning says that the server is still loading."""
 
 
 class ServerProcess(ChildProcess):
-    """``python -m runtime.server`` on a free port of this host; ``address`` says where.
+    """``python -m runtime.server`` on a free loopback port; ``address`` is ``HOST:PORT``.
 
     Args:
-        flags: Its command line; a host, a port or a log level in it replaces ours.
-        ready_within_s: How long loading and warming up may take.
+        flags: Its command line; a host, a port or a log level in it replaces the default.
+        ready_within_s: The limit for loading and warming up.
 
     Raises:
-        RuntimeFault: It did not start; carries what it printed.
+        RuntimeFault: It did not start; has what it printed.
     """
 
     def __init__(self, flags: Sequence[str], *, ready_within_s: float = 300.0) -> None:
@@ -37,7 +37,7 @@ class ServerProcess(ChildProcess):
             events_flag="--ready_fd",
         )
         try:
-            ready = self.wait_ready(ready_within_s, logger.warning, TELL_LOADING_EVERY_S)
+            ready = self.wait_ready(ready_within_s, logger.warning, PROGRESS_EVERY_S)
         except BaseException as error:
             self.close(0.0)
             if isinstance(error, ChildFailed):

@@ -1,4 +1,4 @@
-"""Who has a session with a policy server: let in, given a policy, reset, ended."""
+"""The lifecycle of a server's sessions: admission, policy fork, reset, end."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from policies.errors import ContractMismatch
 from policies.types import Policy
 from runtime.protocol import image_codec, messages
 from runtime.server.admission import Demand, SessionLimits, admit
-from runtime.server.model import LoadedModel, close
+from runtime.server.model import LoadedModel, close_policy
 from runtime.server.request_handler import RequestHandler
 from runtime.server.session import SessionState
 from runtime.server.state import ServerState
@@ -25,18 +25,19 @@ from transport.server.sessions import ServerSession
 
 logger = logging.getLogger(__name__)
 
-LOOK_EVERY_S = 1.0
-"""How often a server with a session timeout looks for sessions that have said nothing."""
+IDLE_CHECK_EVERY_S = 1.0
+"""How often a server with a session timeout checks for idle sessions."""
 
 
 class SessionManager:
-    """The sessions of a server, from their greeting to their end.
+    """Manages the sessions of a server, from the handshake to the end.
 
     Args:
-        answering: Tells a client what became of a request that is not computed.
-        limits: On what a session may ask for.
-        hellos: Of every session there is, and of those that were granted and may come.
-        timeout_s: End a session that has said nothing for so long; 0 for never.
+        state: The server's state.
+        request_handler: Replies to requests that are not computed.
+        limits: The limits on each session.
+        hellos: Returns the handshakes of all sessions, including those accepted and not yet open.
+        timeout_s: End a session that has sent nothing for this long; 0 for never.
     """
 
     def __init__(
@@ -51,32 +52,33 @@ class SessionManager:
         self._state, self._request_handler, self._hellos = state, request_handler, hellos
         self._limits, self._timeout_s = limits, timeout_s
         self._reply_schema = messages.reply_schema(state.model.policy.contract)
-        self._look_at_s = 0.0
-        self._retired: dict[int, Policy] = {}
+        self._next_idle_check_s = 0.0
+        self._replaced_policies: dict[int, Policy] = {}
 
-    def welcome(self, hello: Hello) -> Welcome:
-        """What a client is granted.
+    def accept(self, hello: Hello) -> Welcome:
+        """Accept a session, or refuse it.
 
         Raises:
-            Refused: Why not.
+            Refused: The observations do not fit the policy, a limit is exceeded, or the server has
+                no capacity; has the numbers.
         """
         try:
-            return self._welcome(hello)
+            return self._accept(hello)
         except Refused:
             self._state.counts["refused"] += 1
             raise
 
-    def _welcome(self, hello: Hello) -> Welcome:
+    def _accept(self, hello: Hello) -> Welcome:
         policy = self._state.model.policy
         try:
-            image_codec.reader(hello.schema, hello.attributes, policy.contract)
+            image_codec.observation_reader(hello.schema, hello.attributes, policy.contract)
         except ContractMismatch as error:
             raise Refused(error.field, error.got, error.expected) from error
         if hello.schema.nbytes > self._limits.message_bytes:
             most = f"at most {self._limits.message_bytes}"
             raise Refused("message", f"{hello.schema.nbytes} bytes", most)
-        demand = self._demand(hello)
-        present = [self._demand(other) for other in self._hellos()]
+        demand = self._read_demand(hello)
+        present = [self._read_demand(other) for other in self._hellos()]
         admit(demand, present, self._limits, self._state.costs)
         lossy = image_codec.JPEG in hello.attributes
         attributes = {
@@ -86,12 +88,12 @@ class SessionManager:
         }
         return Welcome(schema=self._reply_schema, attributes=attributes)
 
-    def _demand(self, hello: Hello) -> Demand:
+    def _read_demand(self, hello: Hello) -> Demand:
         both_ways = hello.schema.nbytes + self._reply_schema.nbytes
-        return Demand.read(hello.attributes, SLOTS * both_ways)
+        return Demand.from_attributes(hello.attributes, SLOTS * both_ways)
 
     def drain(self, session: ServerSession) -> None:
-        """Take what a session has sent, its beginning, or its end."""
+        """Read what a session has sent; start a new session, end one that has ended."""
         if session.ended is None or session.id in self._state.sessions:
             try:
                 self._drain(session)
@@ -101,13 +103,14 @@ class SessionManager:
             self.end(session)
 
     def _drain(self, session: ServerSession) -> None:
-        """Take what the session has sent; keep the newest observation.
+        """Read what the session has sent; keep the newest observation.
 
-        At most what fits its slots: they are refilled while they are emptied, and somebody who
-        does nothing else would keep the server. What is left is handed out again.
+        Reads at most as many messages as the ring has slots. The client refills slots meanwhile,
+        and a client that only sends would otherwise occupy the server. The listener returns the
+        session again if messages are left.
         """
-        served = self._state.sessions.get(session.id) or self._begin(session)
-        if served is None:
+        session_state = self._state.sessions.get(session.id) or self._start_session(session)
+        if session_state is None:
             return
         channel = session.channel
         try:
@@ -116,30 +119,36 @@ class SessionManager:
                 if message is None:
                     return
                 if message.kind is Kind.DATA:
-                    self._take(served, message)
+                    self._enqueue(session_state, message)
                 else:
                     with message:
-                        if message.kind is Kind.RESET and not self._reset(served, message):
+                        if message.kind is Kind.RESET and not self._reset(session_state, message):
                             return
                 if not channel.unread:
                     return
         except PeerGone as error:
             logger.debug("session %d: %s", session.id, error)
 
-    def _take(self, served: SessionState, message: Message) -> None:
+    def _enqueue(self, session_state: SessionState, message: Message) -> None:
         model = self._state.model
-        # Of an older model, which finishes its episode: not to be computed together with others.
-        alone = served.generation != model.generation or (served.exact and not model.exact)
-        request = served.request(message, alone=alone)
-        if served.pace is not None and not served.pace.allows(request.arrived_ns):
-            self._request_handler.reply_rate_limited(served, message, served.pace)
+        # A session that finishes its episode on an older model cannot share a batch of the new one.
+        alone = session_state.generation != model.generation or (
+            session_state.exact and not model.exact
+        )
+        request = session_state.request(message, alone=alone)
+        if session_state.rate_limiter is not None and not session_state.rate_limiter.allows(
+            request.arrived_ns
+        ):
+            self._request_handler.reply_rate_limited(
+                session_state, message, session_state.rate_limiter
+            )
             return
-        older = self._state.scheduler.offer(request)
+        older = self._state.scheduler.enqueue(request)
         if older is not None:
-            self._request_handler.reply_superseded(served, older.content, message.request_id)
+            self._request_handler.reply_superseded(session_state, older.content, message.request_id)
 
-    def _begin(self, session: ServerSession) -> SessionState | None:
-        """Give the session a policy of its own; None where that failed."""
+    def _start_session(self, session: ServerSession) -> SessionState | None:
+        """Fork the policy for a new session; None if that failed."""
         hello, model = session.hello, self._state.model
         logger.info(
             "session %d: %s (%s) from %s over %s: %s",
@@ -156,48 +165,50 @@ class SessionManager:
             logger.exception("session %d: the policy could not be forked", session.id)
             session.channel.close(f"the policy could not be forked: {error!r}")
             return None
-        served = self._state.sessions[session.id] = SessionState(
+        session_state = self._state.sessions[session.id] = SessionState(
             session,
             policy,
             policy is not model.policy,
-            image_codec.reader(hello.schema, hello.attributes, model.policy.contract),
-            self._demand(hello),
+            image_codec.observation_reader(hello.schema, hello.attributes, model.policy.contract),
+            self._read_demand(hello),
             exact=hello.attributes.get("deterministic") is True,
-            pace=self._limits.pace(),
+            rate_limiter=self._limits.rate_limiter(),
             trace_key=trace.read_key(hello.attributes.get("trace")),
             generation=model.generation,
         )
-        robot, budget_ns = served.demand.robot, served.budget_ns
-        self._state.scheduler.join(session.id, robot=robot, budget_ns=budget_ns)
-        return served if self._start_episode(served) else None
+        robot, budget_ns = session_state.demand.is_robot, session_state.budget_ns
+        self._state.scheduler.add_session(session.id, robot=robot, budget_ns=budget_ns)
+        return session_state if self._start_episode(session_state) else None
 
-    def _reset(self, served: SessionState, message: Message) -> bool:
-        """A new episode, which nothing that still waits belongs to."""
-        waiting = self._state.scheduler.withdraw(served.session.id)
+    def _reset(self, session_state: SessionState, message: Message) -> bool:
+        """Start a new episode; a waiting request belongs to the old one and is superseded."""
+        waiting = self._state.scheduler.withdraw(session_state.session.id)
         if waiting is not None:
-            self._request_handler.reply_superseded(served, waiting.content, message.request_id)
+            self._request_handler.reply_superseded(
+                session_state, waiting.content, message.request_id
+            )
         self._state.counts["resets"] += 1
-        served.heard_ns = time.monotonic_ns()
-        return self._start_episode(served)
+        session_state.last_message_ns = time.monotonic_ns()
+        return self._start_episode(session_state)
 
-    def _renew(self, served: SessionState) -> None:
-        """A fork of the model that is served now."""
+    def _fork_current_model(self, session_state: SessionState) -> None:
+        """Replace the session's policy by a fork of the current model."""
         model = self._state.model
         fork = model.policy.fork()
-        if served.own:
-            close(served.policy)
-        served.policy, served.own = fork, fork is not model.policy
-        served.generation = model.generation
-        self._close_retired()
+        if session_state.owns_policy:
+            close_policy(session_state.policy)
+        session_state.policy, session_state.owns_policy = fork, fork is not model.policy
+        session_state.generation = model.generation
+        self._close_unused_policies()
 
-    def _start_episode(self, served: SessionState) -> bool:
-        """A policy that fails to costs its session only."""
+    def _start_episode(self, session_state: SessionState) -> bool:
+        """Reset the session's policy; if that fails, end this session only and return False."""
         try:
-            if served.generation != self._state.model.generation:
-                self._renew(served)
-            served.policy.reset()
+            if session_state.generation != self._state.model.generation:
+                self._fork_current_model(session_state)
+            session_state.policy.reset()
         except Exception as error:
-            session = served.session
+            session = session_state.session
             logger.exception("session %d: the policy failed to reset", session.id)
             session.channel.close(f"the policy failed to reset: {error!r}")
             self.end(session)
@@ -205,67 +216,72 @@ class SessionManager:
         return True
 
     def end(self, session: ServerSession) -> None:
-        """Forget it. Idempotent."""
-        served = self._state.sessions.pop(session.id, None)
-        if served is None:
+        """Remove a session and close its policy. Idempotent."""
+        session_state = self._state.sessions.pop(session.id, None)
+        if session_state is None:
             return
-        waiting = self._state.scheduler.leave(session.id)
+        waiting = self._state.scheduler.remove_session(session.id)
         if waiting is not None:
-            with contextlib.suppress(ViewsHeld):  # it ends, with whatever is held
+            with contextlib.suppress(ViewsHeld):  # the session ends in any case
                 waiting.content.release()
-        if served.own:
-            close(served.policy)
-        self._close_retired()
+        if session_state.owns_policy:
+            close_policy(session_state.policy)
+        self._close_unused_policies()
         why = session.ended or "by the server"
-        logger.info("session %d ended: %s; %s", session.id, why, served.counts)
+        logger.info("session %d ended: %s; %s", session.id, why, session_state.counts)
 
     def end_idle(self) -> float | None:
-        """End those who have said nothing for too long; when to look again, seconds from now."""
+        """End idle sessions; return the seconds until the next check, None without a timeout."""
         if not self._timeout_s:
             return None
         now_s = time.monotonic()
-        if now_s >= self._look_at_s:
-            self._look_at_s = now_s + LOOK_EVERY_S
-            for served in list(self._state.sessions.values()):
-                if now_s - served.heard_ns / 1e9 > self._timeout_s:
-                    served.session.channel.close(f"nothing was said for {self._timeout_s:g} s")
-                    self.end(served.session)
-        return LOOK_EVERY_S
+        if now_s >= self._next_idle_check_s:
+            self._next_idle_check_s = now_s + IDLE_CHECK_EVERY_S
+            for session_state in list(self._state.sessions.values()):
+                if now_s - session_state.last_message_ns / 1e9 > self._timeout_s:
+                    session_state.session.channel.close(
+                        f"the session was idle for {self._timeout_s:g} s"
+                    )
+                    self.end(session_state.session)
+        return IDLE_CHECK_EVERY_S
 
-    # Another model
+    # Model replacement
 
-    def move_to(self, new: LoadedModel) -> None:
-        """``new`` is served from now on. Sessions of a policy that keeps nothing go on with it at
-        once; one with episode state keeps its old fork until its next reset. The old policy is
-        closed when nobody needs it."""
+    def switch_model(self, new: LoadedModel) -> None:
+        """Serve ``new`` from now on.
+
+        If neither model has state between observations, open sessions use the new one at once.
+        Otherwise a session keeps its old fork until its next reset. The old policy is closed when
+        no session uses it.
+        """
         state = self._state
         old, state.model = state.model, new
-        self._retired[old.generation] = old.policy
-        for served in state.sessions.values():
-            if old.shared and new.shared and not served.own:
-                served.policy, served.generation = new.policy, new.generation
-        self._close_retired()
+        self._replaced_policies[old.generation] = old.policy
+        for session_state in state.sessions.values():
+            if old.shared and new.shared and not session_state.owns_policy:
+                session_state.policy, session_state.generation = new.policy, new.generation
+        self._close_unused_policies()
 
-    def _close_retired(self) -> None:
-        if self._retired:
-            needed = {served.generation for served in self._state.sessions.values()}
-            for generation in [g for g in self._retired if g not in needed]:
-                close(self._retired.pop(generation))
+    def _close_unused_policies(self) -> None:
+        if self._replaced_policies:
+            needed = {session_state.generation for session_state in self._state.sessions.values()}
+            for generation in [g for g in self._replaced_policies if g not in needed]:
+                close_policy(self._replaced_policies.pop(generation))
 
     def status(self) -> list[dict[str, Any]]:
-        """For those who look; JSON values."""
+        """The status of every session, JSON values."""
         return [
             {
-                "id": served.session.id,
-                "client": served.session.hello.client,
-                "peer": str(served.session.peer),
-                "transport": served.session.channel.transport,
-                **served.status(),
+                "id": session_state.session.id,
+                "client": session_state.session.hello.client,
+                "peer": str(session_state.session.peer),
+                "transport": session_state.session.channel.transport,
+                **session_state.status(),
             }
-            for served in self._state.sessions.values()
+            for session_state in self._state.sessions.values()
         ]
 
     def close(self) -> None:
-        """End every session, and whatever waits for them."""
-        for served in list(self._state.sessions.values()):
-            self.end(served.session)
+        """End every session."""
+        for session_state in list(self._state.sessions.values()):
+            self.end(session_state.session)

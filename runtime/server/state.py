@@ -1,4 +1,4 @@
-"""What the parts of a policy server share; only its serving thread touches it."""
+"""State shared by the parts of a policy server; only the serving thread uses it."""
 
 from __future__ import annotations
 
@@ -12,9 +12,11 @@ from runtime.server.scheduler import Scheduler
 from runtime.server.session import SessionState
 from transport.handshake_messages import Peer
 
-Order = Callable[[Mapping[str, Any], Peer], dict[str, Any]]
-"""What an operator asks for: arguments and who asks; the answer, JSON values. Raises ``Refused``.
-In the serving thread: what takes time belongs elsewhere."""
+AdminCommand = Callable[[Mapping[str, Any], Peer], dict[str, Any]]
+"""A command of an operator: takes arguments and the client, returns JSON values.
+
+Raises ``Refused``. It runs in the serving thread, so it must be short.
+"""
 
 
 @dataclass(frozen=True, slots=True)
@@ -22,15 +24,15 @@ class ServerStatistics:
     """Counts since the server was made.
 
     Attributes:
-        answered: Requests answered with a chunk.
-        failed: Requests answered with an error, those that were late or too many among them.
-        superseded: Requests passed over for a newer one of the same session.
-        late: Requests whose time was up before they could be computed.
-        too_many: Requests beyond what a session may make.
+        answered: Requests whose reply is a chunk.
+        failed: Requests whose reply is an error, including ``late`` and ``too_many``.
+        superseded: Requests replaced by a newer one of the same session.
+        late: Requests that expired before they could be computed.
+        too_many: Requests above a session's rate limit.
         resets: Episodes reset.
-        refused: Clients that were not let in.
+        refused: Sessions refused.
         batches: Inferences of more than one observation.
-        swaps: How often the model was replaced.
+        swaps: Replacements of the model.
         sessions: Sessions open now.
     """
 
@@ -48,14 +50,14 @@ class ServerStatistics:
 
 @dataclass(slots=True, eq=False)
 class ServerState:
-    """State of a server.
+    """The state of a server.
 
     Attributes:
-        model: What is served now.
-        costs: What its inferences take.
-        scheduler: Whose turn it is.
+        model: The model that is served now.
+        costs: The durations of its inferences.
+        scheduler: Orders the waiting requests.
         counts: By the names of ``ServerStatistics``.
-        sessions: Those that were given a policy, by id.
+        sessions: The sessions that have a policy, by id.
     """
 
     model: LoadedModel

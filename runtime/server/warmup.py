@@ -1,4 +1,4 @@
-"""Run a policy before anybody waits for it, so that warm-up is never counted as latency."""
+"""Warm a policy up and measure its inference durations before the first client connects."""
 
 from __future__ import annotations
 
@@ -13,13 +13,13 @@ from runtime.server.cost_model import InferenceCostModel
 from runtime.server.model import LoadedModel
 from runtime.stats import Percentiles
 
-MIN_REQUESTS, MAX_REQUESTS, LONG_ENOUGH_S = 3, 30, 2.0
-BATCHES = 4
-"""Of each size, to know what it costs."""
+MIN_REQUESTS, MAX_REQUESTS, MAX_WARMUP_S = 3, 30, 2.0
+BATCH_REPETITIONS = 4
+"""How often each batch size is measured."""
 
 
 def synthetic_observation(contract: PolicyContract, seed: int = 0) -> MetaObs:
-    """An observation of the right shapes: noise for pictures, zeros for the state."""
+    """An observation of a contract's shapes: noise as images, zeros as state."""
     rng = np.random.default_rng(seed)
     return MetaObs(
         images={
@@ -31,25 +31,26 @@ def synthetic_observation(contract: PolicyContract, seed: int = 0) -> MetaObs:
 
 
 def warm_up(policy: Policy) -> Percentiles:
-    """Infer until the time per request no longer falls; the latency of the warm half, seconds.
+    """Infer repeatedly, then reset the policy; return the latency of the second half, seconds.
 
-    At least ``MIN_REQUESTS``, at most ``MAX_REQUESTS``, and no new one after ``LONG_ENOUGH_S``.
+    Between ``MIN_REQUESTS`` and ``MAX_REQUESTS`` inferences; none starts after ``MAX_WARMUP_S``,
+    except the first ``MIN_REQUESTS``.
 
     Raises:
-        InferenceError: The policy fails, or does not answer what its contract says.
+        InferenceError: The policy fails, or returns something else than its contract says.
     """
     obs = synthetic_observation(policy.contract)
     began_s = time.monotonic()
     durations_s: list[float] = []
     while len(durations_s) < MAX_REQUESTS:
-        if len(durations_s) >= MIN_REQUESTS and time.monotonic() - began_s > LONG_ENOUGH_S:
+        if len(durations_s) >= MIN_REQUESTS and time.monotonic() - began_s > MAX_WARMUP_S:
             break
         start_s = time.monotonic()
         try:
             chunk = policy.infer(obs)
         except PolicyError:
             raise
-        except Exception as error:  # anyone's policy
+        except Exception as error:  # third-party code
             raise InferenceError(f"the policy failed while warming up: {error!r}") from error
         durations_s.append(time.monotonic() - start_s)
         messages.check_chunk(chunk, policy.contract)
@@ -63,10 +64,11 @@ def warm_up(policy: Policy) -> Percentiles:
 def measure_costs(
     policy: Policy, single: Percentiles, max_batch: int | None = None
 ) -> InferenceCostModel:
-    """What ``policy``, warm, takes for each batch size that it is prepared for.
+    """Measure a warm policy's inference duration for each batch size that it is prepared for.
 
     Args:
-        single: As ``warm_up`` gave it.
+        single: The result of ``warm_up``, for batch size 1.
+        max_batch: As ``PolicyServer``.
 
     Raises:
         InferenceError: A batch fails.
@@ -78,10 +80,10 @@ def measure_costs(
     for size in model.sizes:
         if size > 1 and model.infer_batch is not None:
             observations = [synthetic_observation(policy.contract, seed) for seed in range(size)]
-            for _ in range(BATCHES):
+            for _ in range(BATCH_REPETITIONS):
                 began_ns = time.monotonic_ns()
-                for answer in model.infer_batch(observations):
-                    if isinstance(answer, PolicyError):
-                        raise answer
+                for result in model.infer_batch(observations):
+                    if isinstance(result, PolicyError):
+                        raise result
                 costs.add(size, time.monotonic_ns() - began_ns)
     return costs

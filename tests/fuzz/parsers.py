@@ -17,7 +17,7 @@ import numpy as np
 from policies.errors import ContractMismatch, InferenceError, PolicyError
 from policies.types import PolicyContract
 from runtime.protocol import messages
-from runtime.server.admission import MOST_DEADLINE_MS, MOST_HZ, Demand, SessionLimits, admit
+from runtime.server.admission import MAX_DEADLINE_MS, MAX_RATE_HZ, Demand, SessionLimits, admit
 from runtime.server.cost_model import InferenceCostModel
 from runtime.trace import recorder as trace
 from tests.fuzz import samples
@@ -236,11 +236,11 @@ def demand(data: bytes) -> None:
     if body is None:
         return
     try:
-        read = Demand.read(body, 4096)
+        read = Demand.from_attributes(body, 4096)
         reached["read"] += 1
-        assert math.isfinite(read.rate_hz) and 0 <= read.rate_hz <= MOST_HZ
+        assert math.isfinite(read.rate_hz) and 0 <= read.rate_hz <= MAX_RATE_HZ
         assert read.deadline_ms > 0 and (
-            read.deadline_ms <= MOST_DEADLINE_MS
+            read.deadline_ms <= MAX_DEADLINE_MS
             or "deadline_ms" not in body
             or body["deadline_ms"] is None
         )

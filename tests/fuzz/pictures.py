@@ -66,7 +66,7 @@ def pictures(data: bytes) -> None:
         schema = Schema.from_json(text)
         if attributes is None:
             return
-        read = image_codec.reader(schema, attributes, samples.CONTRACT)
+        read = image_codec.observation_reader(schema, attributes, samples.CONTRACT)
     except (ProtocolError, SchemaMismatch, ContractMismatch):
         return
     reached["readers"] += 1

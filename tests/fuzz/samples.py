@@ -58,9 +58,9 @@ EMPTY = Schema(())
 
 
 @functools.cache
-def pictures(quality: int | None) -> image_codec.Outgoing:
+def pictures(quality: int | None) -> image_codec.ObservationWriter:
     """A client's side for pixels (None) or JPEG."""
-    return image_codec.Outgoing(OBSERVATION, CONTRACT, resize=False, quality=quality)
+    return image_codec.ObservationWriter(OBSERVATION, CONTRACT, resize=False, quality=quality)
 
 
 def attributes(quality: int | None = None) -> dict[str, Any]:

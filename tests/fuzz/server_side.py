@@ -120,7 +120,7 @@ class Office:
         if command != "load":
             raise Refused("command", repr(command)[:80], "load")
         if not self._token.matches(arguments.get("token")):
-            raise Refused("operator", str(peer), "whoever runs the server")
+            raise Refused("operator", str(peer), "the user who runs the server")
         reached["orders"] += 1
         return {"state": "loading"}
 

@@ -72,7 +72,7 @@ def test_served_is_bit_equal_to_in_process(checkpoint: Path, address: str, trans
             assert theirs.obs_timestep == seed
 
 
-def test_the_models_own_size_is_taken_as_well(checkpoint: Path, address: str) -> None:
+def test_images_of_the_models_size_are_accepted(checkpoint: Path, address: str) -> None:
     local = load_policy(str(checkpoint))
     small = observation(3, model_size=True)
     with PolicyClient(address) as client:
@@ -80,7 +80,7 @@ def test_the_models_own_size_is_taken_as_well(checkpoint: Path, address: str) ->
 
 
 @pytest.mark.parametrize("transport", ["shm", "zmq"])
-def test_a_nan_in_the_state_is_named_and_the_session_goes_on(address: str, transport: str) -> None:
+def test_nan_state_is_an_error_and_the_session_continues(address: str, transport: str) -> None:
     with PolicyClient(address, transport=transport) as client:
         bad = observation(0)
         bad.state[[2, 5]] = np.nan
@@ -89,7 +89,7 @@ def test_a_nan_in_the_state_is_named_and_the_session_goes_on(address: str, trans
         client.infer(observation(0))
 
 
-def test_a_wrong_camera_is_refused_by_name(address: str) -> None:
+def test_wrong_camera_is_refused_by_name(address: str) -> None:
     with PolicyClient(address) as client:
         obs = observation(0)
         obs.images = {"front": obs.images["top"], "wrist": obs.images["wrist"]}

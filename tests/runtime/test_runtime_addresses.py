@@ -37,9 +37,7 @@ V6 = pytest.mark.skipif(not address.has_ipv6(), reason="this machine has no IPv6
         pytest.param("::", "[::]", marks=V6),
     ],
 )
-def test_the_address_of_a_server_is_one_that_its_clients_take(
-    host: str, expected: str, transport: str
-) -> None:
+def test_server_address_is_accepted_by_clients(host: str, expected: str, transport: str) -> None:
     with serving(ToyPolicy(), host=host) as server:
         assert server.address == f"{expected}:{server.port}"
         with Dialer(*parse_address(server.address)) as dialer:
@@ -52,7 +50,7 @@ def test_the_address_of_a_server_is_one_that_its_clients_take(
 
 
 @V6
-def test_a_server_on_every_address_is_reached_over_both_families() -> None:
+def test_server_on_all_addresses_is_reachable_over_ipv4_and_ipv6() -> None:
     with serving(ToyPolicy(), host="::") as server:
         for host in ("127.0.0.1", "[::1]", "localhost"):
             with PolicyClient(f"{host}:{server.port}") as client:
@@ -60,7 +58,7 @@ def test_a_server_on_every_address_is_reached_over_both_families() -> None:
 
 
 @V6
-def test_the_banner_says_an_address_that_every_command_takes(
+def test_printed_address_is_accepted_by_every_command(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     with ServerProcess("--host", "::1") as said:
@@ -83,20 +81,20 @@ def test_the_banner_says_an_address_that_every_command_takes(
         ("192.0.2.1", r"cannot listen at 192.0.2.1:\d+: "),
     ],
 )
-def test_a_host_that_cannot_be_listened_at_is_explained(host: str, message: str) -> None:
+def test_invalid_host_is_an_error(host: str, message: str) -> None:
     with pytest.raises(TransportError, match=message) as raised:
         PolicyServer(ToyPolicy(), host=host)
     assert "\n" not in str(raised.value)
 
 
-def test_without_ipv6_one_line_says_so(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_missing_ipv6_is_an_error(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(address, "has_ipv6", lambda: False)
     for call in (lambda: PolicyServer(ToyPolicy(), host="::1"), lambda: PolicyClient("[::1]:5000")):
         with pytest.raises(TransportError, match=r"\[::1\]:\d+: this machine has no IPv6"):
             call()
 
 
-def test_a_port_that_is_taken_is_named() -> None:
+def test_port_in_use_is_an_error() -> None:
     with (
         serving(ToyPolicy()) as server,
         pytest.raises(AddressInUse, match=rf"127.0.0.1:{server.port} is taken"),
@@ -105,13 +103,13 @@ def test_a_port_that_is_taken_is_named() -> None:
 
 
 @pytest.mark.parametrize("port", [-1, 65536])
-def test_a_port_out_of_range_is_refused(port: int) -> None:
+def test_port_out_of_range_is_refused(port: int) -> None:
     with pytest.raises(TransportError, match=f"port: got {port}, expected 0 .any. to 65535"):
         PolicyServer(ToyPolicy(), port=port)
 
 
 @pytest.mark.parametrize("text", ["::1:5000", "fe80::1:80", "tcp://::1:5000"])
-def test_brackets_that_are_missing_are_shown(text: str) -> None:
+def test_ipv6_without_brackets_is_an_error_that_shows_them(text: str) -> None:
     bare = text.removeprefix("tcp://").rpartition(":")
     with pytest.raises(TransportError, match="in brackets: ") as raised:
         parse_address(text)

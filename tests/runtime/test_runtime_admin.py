@@ -53,7 +53,7 @@ def until(condition) -> None:
 
 
 @pytest.mark.parametrize("transport", ["shm", "zmq"])
-def test_a_hundred_swaps_under_load_fail_no_request(transport: str) -> None:
+def test_hundred_model_replacements_under_load_fail_no_request(transport: str) -> None:
     policies = [BatchPolicy(shift=float(number)) for number in range(101)]
     with serving(policies[0]) as server, connect(server, transport) as client:
         failures: list[BaseException] = []
@@ -71,7 +71,7 @@ def test_a_hundred_swaps_under_load_fail_no_request(transport: str) -> None:
         asking = threading.Thread(target=ask)
         asking.start()
         for number, successor in enumerate(policies[1:], 2):
-            assert server.between(lambda: server.swap(successor)) == number  # noqa: B023
+            assert server.call_in_serving_thread(lambda: server.swap(successor)) == number  # noqa: B023
             # One that the last policy gave may be told later than the swap.
             until(lambda: failures or (answered and answered[-1][0] == number))  # noqa: B023
         stop.set()
@@ -85,7 +85,7 @@ def test_a_hundred_swaps_under_load_fail_no_request(transport: str) -> None:
         assert [policy.closed for policy in policies] == [1] * 100 + [0]
 
 
-def test_an_episode_is_finished_by_the_policy_that_began_it() -> None:
+def test_episode_keeps_its_policy_until_reset() -> None:
     class Successor(ToyPolicy):
         def infer(self, obs):
             chunk = super().infer(obs)
@@ -96,7 +96,7 @@ def test_an_episode_is_finished_by_the_policy_that_began_it() -> None:
 
     with serving(ToyPolicy()) as server, connect(server) as client:
         assert client.infer(observation(0)).actions[0, 0] == 1
-        server.between(lambda: server.swap(Successor()))
+        server.call_in_serving_thread(lambda: server.swap(Successor()))
         assert client.infer(observation(0)).actions[0, 0] == 2
         with connect(server) as newcomer:
             assert newcomer.infer(observation(0)).actions[0, 0] == 1001
@@ -104,7 +104,7 @@ def test_an_episode_is_finished_by_the_policy_that_began_it() -> None:
         assert client.infer(observation(0)).actions[0, 0] == 1001
 
 
-def test_the_old_policy_is_closed_when_its_last_episode_is_over() -> None:
+def test_old_policy_is_closed_after_its_last_episode() -> None:
     closed: list[str] = []
 
     class Named(ToyPolicy):
@@ -122,7 +122,7 @@ def test_the_old_policy_is_closed_when_its_last_episode_is_over() -> None:
         closed.clear()  # the server tries out whether it can be forked
         with connect(server) as client:
             client.infer(observation(0))
-            server.between(lambda: server.swap(Named("new")))
+            server.call_in_serving_thread(lambda: server.swap(Named("new")))
             assert "old" not in closed
             client.infer(observation(0))
         until(lambda: "old" in closed)
@@ -130,29 +130,31 @@ def test_the_old_policy_is_closed_when_its_last_episode_is_over() -> None:
         assert "new" not in closed
 
 
-def test_a_successor_of_another_contract_changes_nothing() -> None:
+def test_replacement_with_another_contract_is_refused() -> None:
     other = BatchPolicy()
     other.contract = dataclasses.replace(other.contract, dt_s=0.01)
     with serving(BatchPolicy()) as server, connect(server) as client:
         with pytest.raises(ContractMismatch, match=r"dt_s: got 0\.01, expected 0\.02"):
-            server.between(lambda: server.swap(other))
+            server.call_in_serving_thread(lambda: server.swap(other))
         client.infer(observation(1))
         assert client.policy_id == 1
 
 
-def test_an_errand_waits_for_a_serving_thread_and_not_for_ever() -> None:
+def test_task_for_the_serving_thread_times_out() -> None:
     with serving(BatchPolicy()) as server:
         with pytest.raises(ZeroDivisionError):
-            server.between(lambda: 1 / 0)
+            server.call_in_serving_thread(lambda: 1 / 0)
         stuck = threading.Event()
-        blocked = threading.Thread(target=lambda: server.between(lambda: stuck.wait(PATIENCE_S)))
+        blocked = threading.Thread(
+            target=lambda: server.call_in_serving_thread(lambda: stuck.wait(PATIENCE_S))
+        )
         blocked.start()
         done: list[int] = []
         with pytest.raises(TimeoutError, match=r"busy for 0\.05 s"):
-            server.between(lambda: done.append(1), timeout_s=0.05)
+            server.call_in_serving_thread(lambda: done.append(1), timeout_s=0.05)
         stuck.set()
         blocked.join(PATIENCE_S)
-        server.between(lambda: None)
+        server.call_in_serving_thread(lambda: None)
         assert not done  # what was given up is not done later
 
 
@@ -182,13 +184,13 @@ def loader_of(
         token,
         check=server.check_successor,
         swap=server.swap,
-        call_in_serving_thread=server.between,
+        call_in_serving_thread=server.call_in_serving_thread,
     )
-    server.add_orders(loader.orders)
+    server.add_admin_commands(loader.admin_commands)
     return loader
 
 
-def test_an_order_by_command_line(capsys: pytest.CaptureFixture[str]) -> None:
+def test_load_by_command_line(capsys: pytest.CaptureFixture[str]) -> None:
     with serving(BatchPolicy()) as server, connect(server) as client:
         address, token = f"127.0.0.1:{server.port}", AdminToken(server.port)
         loader = loader_of(server, load, token)
@@ -212,15 +214,15 @@ def test_an_order_by_command_line(capsys: pytest.CaptureFixture[str]) -> None:
         assert status["policy"]["id"] == 2
         assert status["counts"]["swaps"] == 1
         assert ctl.main([address, "load", "python:os:getcwd"]) == ctl.BAD_INPUT
-        assert "code comes by command line only" in capsys.readouterr().err
+        assert "python: is accepted on the command line only" in capsys.readouterr().err
         token.close()
         assert ctl.main([address, "load", "good"]) == ctl.BAD_INPUT
-        assert "whoever runs the server" in capsys.readouterr().err
+        assert "the user who runs the server" in capsys.readouterr().err
         loader.close()
 
 
 @pytest.mark.parametrize("token", ["", "0" * 64, None, 7, ["x"]])
-def test_who_cannot_read_the_token_orders_nothing(token: object) -> None:
+def test_load_with_a_wrong_token_is_refused(token: object) -> None:
     with serving(BatchPolicy()) as server:
         loader = loader_of(server, load, AdminToken(server.port))
         with (
@@ -231,7 +233,7 @@ def test_who_cannot_read_the_token_orders_nothing(token: object) -> None:
         assert loader.state.state == "none"
 
 
-def test_one_load_at_a_time() -> None:
+def test_second_load_is_refused_during_the_first() -> None:
     gate = threading.Event()
 
     def slow(name: str) -> Policy:
@@ -249,7 +251,7 @@ def test_one_load_at_a_time() -> None:
         assert loader.wait(PATIENCE_S).policy_id == 3
 
 
-def test_an_unknown_order_names_the_known_ones() -> None:
+def test_unknown_admin_command_is_refused_with_the_valid_ones() -> None:
     with (
         serving(BatchPolicy()) as server,
         ctl.dial(f"127.0.0.1:{server.port}", "", "") as dialer,
@@ -258,7 +260,7 @@ def test_an_unknown_order_names_the_known_ones() -> None:
         dialer.ask("dance")
 
 
-def test_operators_by_key_and_others_by_key(tmp_path: Path) -> None:
+def test_only_operator_keys_may_load(tmp_path: Path) -> None:
     keys, listed = tmp_path / "keys", tmp_path / "list"
     server_public, server_secret = new_keys(keys, "server")
     for name, operator in (("boss", True), ("arm", False)):
@@ -289,9 +291,7 @@ def test_operators_by_key_and_others_by_key(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("trouble", ["readable", "a file", "a link"])
-def test_a_token_is_not_put_where_others_could_read_or_swap_it(
-    tmp_path: Path, trouble: str
-) -> None:
+def test_token_is_not_written_to_a_folder_open_to_others(tmp_path: Path, trouble: str) -> None:
     folder = tmp_path / f"metronome-{os.geteuid()}"
     if trouble == "readable":
         folder.mkdir(mode=0o755)
@@ -305,7 +305,7 @@ def test_a_token_is_not_put_where_others_could_read_or_swap_it(
         AdminToken(5000)
 
 
-def test_a_token_is_this_servers_and_goes_with_it() -> None:
+def test_token_file_is_removed_with_its_server() -> None:
     first = AdminToken(5000)
     assert admin_token.read_token(5000)
     assert first.path.stat().st_mode & 0o777 == 0o600
@@ -321,7 +321,7 @@ def test_a_token_is_this_servers_and_goes_with_it() -> None:
 # looking
 
 
-def test_the_status_tells_sessions_apart() -> None:
+def test_status_has_each_session() -> None:
     with (
         serving(BatchPolicy()) as server,
         connect(server, "shm", kind="robot", rate_hz=5, deadline_ms=900, name="arm") as arm,
@@ -330,7 +330,7 @@ def test_the_status_tells_sessions_apart() -> None:
         for _ in range(3):
             arm.infer(observation(1))
         sim.infer(observation(1))
-        status = server.between(server.status)
+        status = server.call_in_serving_thread(server.status)
         assert json.loads(json.dumps(status)) == status
         one, two = status["sessions"]
         assert (one["client"], one["kind"], one["transport"]) == ("arm", "robot", "shm")
@@ -341,7 +341,7 @@ def test_the_status_tells_sessions_apart() -> None:
         assert status["counts"]["answered"] == 4
 
 
-def test_top_shows_it(capsys: pytest.CaptureFixture[str]) -> None:
+def test_top_shows_the_status(capsys: pytest.CaptureFixture[str]) -> None:
     with serving(BatchPolicy()) as server, connect(server, name="[bold]arm[/]") as client:
         client.infer(observation(1))
         assert top.main([f"127.0.0.1:{server.port}", "--once"]) == 0
@@ -352,18 +352,22 @@ def test_top_shows_it(capsys: pytest.CaptureFixture[str]) -> None:
     assert "nothing answered" in capsys.readouterr().err
 
 
-def test_prometheus_gets_figures() -> None:
+def test_prometheus_metrics() -> None:
     with serving(BatchPolicy()) as server, connect(server, name='a"b') as client:
         client.infer(observation(1))
-        stop = serve_metrics(lambda: server.between(server.status), "127.0.0.1", 0)
+        stop = serve_metrics(lambda: server.call_in_serving_thread(server.status), "127.0.0.1", 0)
         stop()
         port = _free_port()
-        stop = serve_metrics(lambda: server.between(server.status), "127.0.0.1", port)
+        stop = serve_metrics(
+            lambda: server.call_in_serving_thread(server.status), "127.0.0.1", port
+        )
         try:
             with urllib.request.urlopen(f"http://127.0.0.1:{port}/metrics", timeout=10) as page:
                 text = page.read().decode()
             with pytest.raises(AddressInUse, match=f"--metrics_port: 127.0.0.1:{port}"):
-                serve_metrics(lambda: server.between(server.status), "127.0.0.1", port)
+                serve_metrics(
+                    lambda: server.call_in_serving_thread(server.status), "127.0.0.1", port
+                )
         finally:
             stop()
     assert "metronome_up 1.0" in text
@@ -372,7 +376,7 @@ def test_prometheus_gets_figures() -> None:
     assert "metronome_sessions 1.0" in text
 
 
-def test_a_server_that_does_not_get_round_to_it_is_down() -> None:
+def test_metrics_report_down_if_the_status_times_out() -> None:
     def late() -> dict:
         raise TimeoutError
 
@@ -403,7 +407,7 @@ def _free_port() -> int:
         (["--metrics_port", "70000"], "--metrics-port/--metrics_port: got 70000, expected 0 to"),
     ],
 )
-def test_flags_that_cannot_be_are_named(
+def test_invalid_flags_are_errors_that_name_them(
     capsys: pytest.CaptureFixture[str], flags: list[str], says: str
 ) -> None:
     assert status_of(serve.main, flags) == serve.BAD_INPUT
@@ -441,7 +445,7 @@ def _stop(server: subprocess.Popen[str]) -> str:
     return errors
 
 
-def test_a_server_with_keys_by_command_line(tmp_path: Path) -> None:
+def test_keys_by_command_line(tmp_path: Path) -> None:
     keys, listed = tmp_path / "keys", tmp_path / "list"
     server_public, server_secret = new_keys(keys, "server")
     arm_public, arm_secret = new_keys(keys, "arm")
@@ -464,7 +468,7 @@ def test_a_server_with_keys_by_command_line(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("insecure", [False, True])
-def test_listening_to_everybody_without_keys_is_said_loudly(insecure: bool) -> None:
+def test_warning_for_a_public_address_without_keys(insecure: bool) -> None:
     server = _start("--max_rate_hz", "1000", *(["--insecure"] if insecure else []))
     try:
         _until_ready(server)
@@ -473,7 +477,7 @@ def test_listening_to_everybody_without_keys_is_said_loudly(insecure: bool) -> N
     assert ("NO ENCRYPTION, NO KEYS" in errors) is not insecure
 
 
-def test_loss_of_a_key_is_a_loss_like_any_other(tmp_path: Path) -> None:
+def test_removed_client_key_prevents_reconnect(tmp_path: Path) -> None:
     """Taken off the list in mid-session: what runs goes on, what is lost does not come back."""
     keys, listed = tmp_path / "keys", tmp_path / "list"
     server_public, server_secret = new_keys(keys, "server")
@@ -490,7 +494,7 @@ def test_loss_of_a_key_is_a_loss_like_any_other(tmp_path: Path) -> None:
                 client.reconnect(timeout_s=0.3)
 
 
-def test_one_key_without_the_other_is_said() -> None:
+def test_one_key_flag_without_the_other_is_an_error() -> None:
     with pytest.raises(ValueError, match="both or neither"):
         PolicyClient("127.0.0.1:1", server_key="x")
     with pytest.raises(TransportError, match="both or neither"):
@@ -500,18 +504,18 @@ def test_one_key_without_the_other_is_said() -> None:
 @pytest.mark.parametrize(
     ("host", "here"), [("127.0.0.1", True), ("localhost", True), ("192.0.2.1", False)]
 )
-def test_a_token_is_told_to_nobody_elsewhere(host: str, here: bool) -> None:
+def test_token_is_sent_to_this_host_only(host: str, here: bool) -> None:
     assert ctl._is_here(host) is here
 
 
-def test_an_episode_goes_on_with_its_policy_through_several_swaps() -> None:
+def test_episode_keeps_its_policy_through_several_replacements() -> None:
     """One with episode state, then two without: the last one is still everybody's afterwards."""
     with serving(ToyPolicy()) as server:
         with connect(server) as old, connect(server) as other:
             old.infer(observation(1.0))
             assert old.infer(observation(1.0)).actions[0, 0] == 2
             for _ in range(2):
-                server.between(lambda: server.swap(BatchPolicy()))
+                server.call_in_serving_thread(lambda: server.swap(BatchPolicy()))
             assert old.infer(observation(1.0)).actions[0, 0] == 3
             assert old.policy_id == 1
             other.reset()

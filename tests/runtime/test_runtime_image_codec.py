@@ -94,7 +94,7 @@ def serving(policy: LookingPolicy, transports: tuple[str, ...] = ("shm", "zmq"))
 
 
 @pytest.mark.parametrize("transport", ["shm", "zmq"])
-def test_served_resized_equals_served_as_it_is_bit_for_bit(transport: str) -> None:
+def test_resizing_at_the_client_gives_the_same_bits(transport: str) -> None:
     policy, local = LookingPolicy(), LookingPolicy()
     with (
         serving(policy) as address,
@@ -119,7 +119,7 @@ def test_served_resized_equals_served_as_it_is_bit_for_bit(transport: str) -> No
 
 
 @pytest.mark.parametrize("options", [{}, {"resize": True}, {"jpeg_quality": 100}])
-def test_rendering_into_what_is_lent_is_what_arrives(options) -> None:
+def test_images_rendered_into_the_loan_arrive(options) -> None:
     if "jpeg_quality" in options:
         pytest.importorskip("simplejpeg")
     with (
@@ -140,7 +140,7 @@ def test_rendering_into_what_is_lent_is_what_arrives(options) -> None:
             assert lent.actions.tobytes() == other.infer(obs).actions.tobytes()
 
 
-def test_an_observation_of_another_size_is_refused_before_it_is_resized() -> None:
+def test_other_image_size_is_refused_before_resizing() -> None:
     with serving(LookingPolicy()) as address, PolicyClient(address, resize=True) as client:
         client.infer(observation())
         odd = observation()
@@ -182,7 +182,7 @@ def test_jpeg_over_the_network(resize: bool) -> None:
 
 
 @pytest.mark.usefixtures("codec")
-def test_what_a_jpeg_session_sees_is_what_the_codec_makes_of_it() -> None:
+def test_jpeg_session_gets_the_codecs_pixels() -> None:
     policy, seen = LookingPolicy(), {}
 
     def infer(obs: MetaObs) -> ActionChunk:
@@ -206,7 +206,7 @@ def test_what_a_jpeg_session_sees_is_what_the_codec_makes_of_it() -> None:
 
 @pytest.mark.usefixtures("codec")
 @pytest.mark.parametrize("transport", ["auto", "shm"])
-def test_shared_memory_carries_pixels_whatever_was_asked_for(transport: str) -> None:
+def test_shared_memory_never_uses_jpeg(transport: str) -> None:
     obs = observation(1)
     expected = LookingPolicy().infer(obs).actions.tobytes()
     with (
@@ -218,7 +218,7 @@ def test_shared_memory_carries_pixels_whatever_was_asked_for(transport: str) -> 
 
 
 @pytest.mark.usefixtures("codec")
-def test_fewer_bytes_cross() -> None:
+def test_jpeg_sends_fewer_bytes() -> None:
     sent: list[int] = []
     with (
         serving(LookingPolicy()) as address,
@@ -234,7 +234,7 @@ def test_fewer_bytes_cross() -> None:
 
 
 @pytest.mark.usefixtures("codec")
-def test_a_bad_picture_costs_its_request_only() -> None:
+def test_invalid_jpeg_fails_its_request_only() -> None:
     real = jpeg.encode
 
     def spoil(data: bytes, how: str) -> bytes:
@@ -264,15 +264,17 @@ def test_a_bad_picture_costs_its_request_only() -> None:
 
 
 @pytest.mark.parametrize(("resize", "names"), [(True, ["top", "wrist"]), (False, [])])
-def test_a_client_that_resizes_is_ready_to(monkeypatch, resize: bool, names: list[str]) -> None:
+def test_resizing_is_warmed_up_by_the_constructor(
+    monkeypatch, resize: bool, names: list[str]
+) -> None:
     warm: list[CameraContract] = []
     monkeypatch.setattr(image_codec, "warm_up", warm.extend)
-    image_codec.Outgoing(SCHEMA, CONTRACT, resize=resize, quality=None)
+    image_codec.ObservationWriter(SCHEMA, CONTRACT, resize=resize, quality=None)
     assert [camera.name for camera in warm] == names
 
 
 def jpeg_session() -> tuple[Schema, dict[str, object]]:
-    outgoing = image_codec.Outgoing(SCHEMA, CONTRACT, resize=False, quality=90)
+    outgoing = image_codec.ObservationWriter(SCHEMA, CONTRACT, resize=False, quality=90)
     return outgoing.schema, outgoing.attributes
 
 
@@ -288,30 +290,30 @@ def jpeg_session() -> tuple[Schema, dict[str, object]]:
         ({c.name: list(c.model_hw) for c in CAMERAS}, "jpeg"),  # the schema says source sizes
     ],
 )
-def test_a_declaration_that_cannot_be_is_refused(said, field: str) -> None:
+def test_invalid_jpeg_declaration_is_refused(said, field: str) -> None:
     schema, attributes = jpeg_session()
-    image_codec.reader(schema, attributes, CONTRACT)
+    image_codec.observation_reader(schema, attributes, CONTRACT)
     with pytest.raises(ContractMismatch) as error:
-        image_codec.reader(schema, {image_codec.JPEG: said}, CONTRACT)
+        image_codec.observation_reader(schema, {image_codec.JPEG: said}, CONTRACT)
     assert error.value.field == field
 
 
 @pytest.mark.usefixtures("codec")
-def test_jpeg_without_saying_so_or_of_another_maximum_is_refused() -> None:
+def test_undeclared_jpeg_or_another_maximum_is_refused() -> None:
     schema, attributes = jpeg_session()
     with pytest.raises(ContractMismatch, match="cameras"):
-        image_codec.reader(schema, {}, CONTRACT)
+        image_codec.observation_reader(schema, {}, CONTRACT)
     *rest, last = schema.specs.values()
     larger = Schema((*rest, ArraySpec(last.name, last.dtype, (last.shape[0] * 2,))))
     with pytest.raises(ContractMismatch, match="jpeg"):
-        image_codec.reader(larger, attributes, CONTRACT)
+        image_codec.observation_reader(larger, attributes, CONTRACT)
 
 
 @pytest.mark.usefixtures("codec")
 @pytest.mark.parametrize("lengths", [[0, 1, 1, 1], [-5, 8, 8, 8], [9, 9, 9, 9], [2**62] * 4])
-def test_lengths_that_do_not_add_up_are_an_error(lengths: list[int]) -> None:
+def test_inconsistent_jpeg_lengths_are_an_error(lengths: list[int]) -> None:
     schema, attributes = jpeg_session()
-    read = image_codec.reader(schema, attributes, CONTRACT)
+    read = image_codec.observation_reader(schema, attributes, CONTRACT)
     arrays = schema.views(bytearray(schema.nbytes), writable=True)
     arrays[image_codec.LENGTHS][:] = lengths
     arrays[image_codec.JPEG + USED][()] = 4
@@ -319,7 +321,7 @@ def test_lengths_that_do_not_add_up_are_an_error(lengths: list[int]) -> None:
         read(arrays)
 
 
-def test_without_the_codec_either_side_says_so(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_missing_codec_is_an_error_on_either_side(monkeypatch: pytest.MonkeyPatch) -> None:
     with serving(LookingPolicy()) as address:
         with monkeypatch.context() as patch:
             patch.setitem(sys.modules, "simplejpeg", None)
@@ -328,20 +330,20 @@ def test_without_the_codec_either_side_says_so(monkeypatch: pytest.MonkeyPatch) 
         pytest.importorskip("simplejpeg")
         with PolicyClient(address, transport="zmq", jpeg_quality=90) as client:
             client.info  # noqa: B018  it has dialled
-            real = image_codec.reader
+            real = image_codec.observation_reader
 
             def without(*arguments):
                 with monkeypatch.context() as patch:
                     patch.setitem(sys.modules, "simplejpeg", None)
                     return real(*arguments)
 
-            monkeypatch.setattr(image_codec, "reader", without)
-            with pytest.raises(Refused, match=r"jpeg: got pictures as JPEG.*at the server.*pip"):
+            monkeypatch.setattr(image_codec, "observation_reader", without)
+            with pytest.raises(Refused, match=r"jpeg: got images as JPEG.*at the server.*pip"):
                 client.infer(observation())
 
 
 @pytest.mark.parametrize("quality", [0, 101, -1])
-def test_a_quality_out_of_range_is_said_so(quality: int) -> None:
+def test_quality_out_of_range_is_an_error(quality: int) -> None:
     with pytest.raises(ValueError, match=f"jpeg_quality: got {quality}, expected 1 to 100"):
         PolicyClient("127.0.0.1:1", jpeg_quality=quality)
 
@@ -353,7 +355,7 @@ def test_a_quality_out_of_range_is_said_so(quality: int) -> None:
         (["--jpeg"], "--jpeg: pictures as JPEG need simplejpeg"),
     ],
 )
-def test_the_command_line_says_at_once_what_cannot_be(
+def test_command_line_refuses_invalid_options_at_once(
     flags: list[str],
     complaint: str,
     monkeypatch: pytest.MonkeyPatch,
@@ -368,7 +370,7 @@ def test_the_command_line_says_at_once_what_cannot_be(
 
 
 @pytest.mark.usefixtures("codec")
-def test_the_command_line_hands_it_on() -> None:
+def test_command_line_passes_image_options_on() -> None:
     from runtime.eval_sim.cli import read_config
 
     plan = read_config(["-m", "127.0.0.1:5000", "--jpeg", "--resize"])

@@ -92,7 +92,7 @@ def occupy(policy: BatchPolicy, client: PolicyClient, value: float) -> None:
     assert policy.entered.acquire(timeout=PATIENCE_S)
 
 
-def test_simulations_are_computed_together_and_each_gets_its_own() -> None:
+def test_simulations_share_a_batch_and_each_gets_its_own_chunk() -> None:
     with held() as (server, policy, gate, first, client):
         others = [client() for _ in range(3)]
         policy.done.clear()
@@ -110,7 +110,7 @@ def test_simulations_are_computed_together_and_each_gets_its_own() -> None:
         assert server.statistics().batches == 1
 
 
-def test_one_bad_observation_in_a_batch_costs_only_its_own_request() -> None:
+def test_bad_observation_in_a_batch_fails_only_its_request() -> None:
     with held() as (_, policy, gate, first, client):
         bad, good = client(), client()
         occupy(policy, first, 1)
@@ -122,7 +122,7 @@ def test_one_bad_observation_in_a_batch_costs_only_its_own_request() -> None:
             await_chunk(bad)
 
 
-def test_a_policy_that_fails_on_a_batch_fails_its_requests_and_serves_on() -> None:
+def test_policy_failure_on_a_batch_fails_its_requests_only() -> None:
     class Fragile(BatchPolicy):
         def infer_batch(self, observations):
             answers = super().infer_batch(observations)
@@ -149,7 +149,7 @@ def test_a_policy_that_fails_on_a_batch_fails_its_requests_and_serves_on() -> No
         assert second.infer(observation(4)).actions[0, 0] == 4
 
 
-def test_a_robot_goes_before_simulations_that_came_earlier() -> None:
+def test_robot_is_served_before_earlier_simulations() -> None:
     with held() as (_, policy, gate, first, client):
         simulations, robot = [client(), client()], client(kind="robot")
         policy.done.clear()
@@ -164,7 +164,7 @@ def test_a_robot_goes_before_simulations_that_came_earlier() -> None:
         assert policy.done[:2] == [[1], [99]]
 
 
-def test_a_robot_is_computed_alone() -> None:
+def test_robot_shares_no_batch_with_simulations() -> None:
     with held() as (_, policy, gate, first, client):
         robots = [client(kind="robot") for _ in range(2)]
         policy.done.clear()
@@ -177,7 +177,7 @@ def test_a_robot_is_computed_alone() -> None:
         assert [5] in policy.done
 
 
-def test_while_a_robot_with_a_deadline_lives_batches_are_small_enough_for_it() -> None:
+def test_robots_deadline_limits_batch_sizes() -> None:
     costs = Fixed({1: 10 * MS, 2: 14 * MS, 4: 60 * MS})
     with held(costs=costs) as (_, policy, gate, first, client):
         client(kind="robot", deadline_ms=50)
@@ -193,7 +193,7 @@ def test_while_a_robot_with_a_deadline_lives_batches_are_small_enough_for_it() -
 
 
 @pytest.mark.parametrize("exact", [True, False])
-def test_deterministic_sessions_share_a_batch_only_where_it_changes_no_bit(exact: bool) -> None:
+def test_deterministic_sessions_share_only_exact_batches(exact: bool) -> None:
     gate = threading.Semaphore(0)
     policy = BatchPolicy(gate=gate)
     policy.batch_is_exact = exact
@@ -212,7 +212,7 @@ def test_deterministic_sessions_share_a_batch_only_where_it_changes_no_bit(exact
         assert [len(done) for done in policy.done] == ([1, 2] if exact else [1, 1, 1])
 
 
-def test_what_can_not_be_in_time_any_more_is_answered_so_and_not_computed() -> None:
+def test_expired_request_is_rejected_without_inference() -> None:
     with held(costs=Fixed({1: 10 * MS})) as (server, policy, gate, first, client):
         hasty, robot = client(), client(kind="robot")
         policy.done.clear()
@@ -225,13 +225,13 @@ def test_what_can_not_be_in_time_any_more_is_answered_so_and_not_computed() -> N
         time.sleep(0.05)
         gate.release(1)
         await_chunk(robot)
-        with pytest.raises(InferenceError, match="time was up"):
+        with pytest.raises(InferenceError, match="the request expired"):
             await_chunk(hasty)
         assert policy.done == [[1], [3]]
         assert server.statistics().late == 1
 
 
-def test_a_session_that_asks_too_often_is_told_and_others_are_not_slowed() -> None:
+def test_rate_limited_session_gets_errors_and_does_not_slow_others() -> None:
     with serving(BatchPolicy(), limits=SessionLimits(rate_hz=20)) as server:
         with connect(server) as eager, connect(server) as calm:
             told = 0
@@ -257,7 +257,7 @@ def test_a_session_that_asks_too_often_is_told_and_others_are_not_slowed() -> No
         ({"kind": "cat"}, "one of"),
     ],
 )
-def test_who_would_break_a_budget_is_refused_with_the_numbers(options, says: str) -> None:
+def test_session_beyond_capacity_is_refused_with_the_numbers(options, says: str) -> None:
     with (
         serving(BatchPolicy(), costs=Fixed({1: 10 * MS})) as server,
         connect(server, **options) as client,
@@ -266,7 +266,7 @@ def test_who_would_break_a_budget_is_refused_with_the_numbers(options, says: str
         client.infer(observation(1))
 
 
-def test_a_newcomer_that_would_break_anothers_deadline_is_refused() -> None:
+def test_session_that_breaks_another_robots_deadline_is_refused() -> None:
     with serving(BatchPolicy(), costs=Fixed({1: 10 * MS})) as server:
         with connect(server, kind="robot", deadline_ms=25) as first:
             first.infer(observation(1))
@@ -292,7 +292,7 @@ def test_a_newcomer_that_would_break_anothers_deadline_is_refused() -> None:
         (SessionLimits(rate_hz=10), r"expected at most 10"),
     ],
 )
-def test_limits_are_said(limits: SessionLimits, says: str) -> None:
+def test_limits_are_in_the_refusal(limits: SessionLimits, says: str) -> None:
     with (
         serving(BatchPolicy(), limits=limits) as server,
         connect(server, rate_hz=11) as client,
@@ -302,7 +302,7 @@ def test_limits_are_said(limits: SessionLimits, says: str) -> None:
 
 
 @pytest.mark.parametrize("transport", ["shm", "zmq"])
-def test_a_silent_session_is_ended_with_the_reason_and_a_busy_one_is_not(transport: str) -> None:
+def test_idle_session_is_ended_with_the_reason_and_a_busy_one_is_not(transport: str) -> None:
     with (
         serving(ToyPolicy(), session_timeout_s=0.3) as server,
         connect(server, transport) as silent,
@@ -313,13 +313,13 @@ def test_a_silent_session_is_ended_with_the_reason_and_a_busy_one_is_not(transpo
         while time.monotonic() < until_s:
             busy.infer(observation(2))
             time.sleep(0.05)
-        with pytest.raises(ServerLost, match=r"nothing was said for 0\.3 s"):
+        with pytest.raises(ServerLost, match=r"the session was idle for 0\.3 s"):
             silent.infer(observation(1))
         busy.infer(observation(2))
 
 
 @pytest.mark.parametrize("transport", ["shm", "zmq"])
-def test_a_client_that_never_reads_delays_nobody(transport: str) -> None:
+def test_client_that_never_reads_delays_no_other(transport: str) -> None:
     with (
         serving(BatchPolicy()) as server,
         connect(server, transport, max_in_flight=3) as stuck,
@@ -330,13 +330,13 @@ def test_a_client_that_never_reads_delays_nobody(transport: str) -> None:
         for number in range(20):  # beyond what a direction holds, and never a look at an answer
             with contextlib.suppress(Exception):
                 loan = session.channel.loan()
-                session.pictures.write(observation(number), loan.arrays)
+                session.writer.write(observation(number), loan.arrays)
                 loan.publish(1000 + number)
         for value in range(50):
             assert other.infer(observation(value), timeout_s=2.0).actions[0, 0] == value
 
 
-def test_the_shipped_checkpoint_gives_the_same_bits_whatever_it_is_computed_with() -> None:
+def test_shipped_checkpoint_gives_the_same_bits_in_any_batch() -> None:
     policy = load_policy(DEFAULT_CHECKPOINT, device="cpu", threads=1)
     observations = [synthetic_observation(policy.contract, seed) for seed in range(4)]
     try:
@@ -356,7 +356,7 @@ def test_the_shipped_checkpoint_gives_the_same_bits_whatever_it_is_computed_with
         policy.close()
 
 
-def test_a_session_counts_from_its_beginning_and_not_from_its_first_request() -> None:
+def test_session_counts_for_admission_before_its_first_request() -> None:
     """Those who were let in and say nothing yet are there for admission, and for who looks."""
     cost = Fixed({1: 20 * MS})
     wants = {"kind": "robot", "rate_hz": 20.0}
@@ -367,27 +367,32 @@ def test_a_session_counts_from_its_beginning_and_not_from_its_first_request() ->
         with pytest.raises(Refused, match="rate_hz"):
             stack.enter_context(connect(server, **wants)).open(schema)
         until_s = time.monotonic() + PATIENCE_S
-        while len(server.between(server.status)["sessions"]) < 2 and time.monotonic() < until_s:
+        while (
+            len(server.call_in_serving_thread(server.status)["sessions"]) < 2
+            and time.monotonic() < until_s
+        ):
             time.sleep(0.01)
-        assert [s["kind"] for s in server.between(server.status)["sessions"]] == ["robot"] * 2
+        assert [s["kind"] for s in server.call_in_serving_thread(server.status)["sessions"]] == [
+            "robot"
+        ] * 2
 
 
-def test_who_says_nothing_from_the_beginning_is_ended_too(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("runtime.server.sessions.LOOK_EVERY_S", 0.05)
+def test_session_that_never_sends_is_ended(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("runtime.server.sessions.IDLE_CHECK_EVERY_S", 0.05)
     with (
         serving(BatchPolicy(), session_timeout_s=0.1) as server,
         connect(server) as client,
     ):
         client.open(messages.observation_schema(observation(0)))
         until_s = time.monotonic() + PATIENCE_S
-        with pytest.raises(ServerLost, match="nothing was said"):
+        with pytest.raises(ServerLost, match="the session was idle"):
             while time.monotonic() < until_s:
                 client.poll()
                 time.sleep(0.01)
 
 
 @pytest.mark.parametrize("transport", ["shm", "zmq"])
-def test_a_message_of_exactly_the_limit_crosses(transport: str) -> None:
+def test_message_of_exactly_the_limit_is_accepted(transport: str) -> None:
     size = messages.observation_schema(observation(0)).nbytes
     limits = SessionLimits(message_bytes=max(size, 65536))
     with (
@@ -398,19 +403,19 @@ def test_a_message_of_exactly_the_limit_crosses(transport: str) -> None:
 
 
 @pytest.mark.parametrize("change", [{"t_capture_ns": None}, {"stages_ns": {"infer": 2**70}}])
-def test_an_answer_that_cannot_be_sent_costs_its_own_request(change: dict) -> None:
+def test_chunk_that_cannot_be_sent_fails_only_its_request(change: dict) -> None:
     class Odd(BatchPolicy):
         def infer(self, obs):
             chunk = super().infer(obs)
             return dataclasses.replace(chunk, **change) if obs.state[0] == 7 else chunk
 
     with serving(Odd(), max_batch=1) as server, connect(server) as client:
-        with pytest.raises(InferenceError, match="cannot be sent"):
+        with pytest.raises(InferenceError, match="chunk cannot be sent"):
             client.infer(observation(7))
         assert client.infer(observation(5)).actions[0, 0] == 5
 
 
-def test_one_that_only_resets_does_not_keep_the_server() -> None:
+def test_client_that_only_resets_does_not_occupy_the_server() -> None:
     """A ring is refilled while it is emptied; whoever is handed out again is handed out in turn."""
     served: list[str] = []
 

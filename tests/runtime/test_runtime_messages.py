@@ -62,9 +62,7 @@ def same(a: MetaObs, b: MetaObs) -> None:
     lang=st.text(max_size=100).filter(lambda t: not t.endswith("\0")),
     ee=st.booleans(),
 )
-def test_an_observation_survives_the_way(
-    state: list[float], timestep: int, lang: str, ee: bool
-) -> None:
+def test_observation_round_trip(state: list[float], timestep: int, lang: str, ee: bool) -> None:
     obs = observation(
         state=np.array(state, np.float32),
         timestep=timestep,
@@ -79,7 +77,7 @@ def test_an_observation_survives_the_way(
     same(messages.read_observation(views), obs)
 
 
-def test_pictures_rendered_in_place_are_not_copied() -> None:
+def test_images_rendered_in_place_are_not_copied() -> None:
     obs = observation()
     views = buffer_for(messages.observation_schema(obs))
     views["images/top"][:] = 9
@@ -102,15 +100,13 @@ def test_pictures_rendered_in_place_are_not_copied() -> None:
         ({"state_ee": np.zeros(3, np.float32)}, "state_ee: got an array, expected none"),
     ],
 )
-def test_an_observation_of_another_kind_is_refused(
-    changes: dict[str, object], message: str
-) -> None:
+def test_observation_with_other_arrays_is_refused(changes: dict[str, object], message: str) -> None:
     views = buffer_for(messages.observation_schema(observation()))
     with pytest.raises(ContractMismatch, match=message):
         messages.write_observation(observation(**changes), views)
 
 
-def test_the_right_schema_is_accepted_at_source_and_at_model_size() -> None:
+def test_schema_is_accepted_at_source_and_at_model_size() -> None:
     messages.check_observation_schema(messages.observation_schema(observation()), CONTRACT)
     small = dict(observation().images, top=np.zeros((16, 16, 3), np.uint8))
     schema = messages.observation_schema(observation(images=small))
@@ -153,7 +149,7 @@ def test_the_right_schema_is_accepted_at_source_and_at_model_size() -> None:
         ({"state": np.zeros(5)}, "state", r"got float64 \(5,\)"),
     ],
 )
-def test_a_schema_that_does_not_fit_is_refused_by_field(
+def test_wrong_schema_is_refused_by_field(
     changes: dict[str, object], field: str, message: str
 ) -> None:
     schema = messages.observation_schema(observation(**changes))
@@ -179,20 +175,20 @@ def test_a_schema_that_does_not_fit_is_refused_by_field(
         (ArraySpec("raw_lang", "uint8", (10**6,)), "raw_lang: got uint8"),
     ],
 )
-def test_what_is_optional_is_bounded_all_the_same(spec: ArraySpec, message: str) -> None:
+def test_optional_arrays_have_a_maximum_size(spec: ArraySpec, message: str) -> None:
     specs = tuple(messages.observation_schema(observation()).specs.values())
     with pytest.raises(ContractMismatch, match=message):
         messages.check_observation_schema(Schema((*specs, spec)), CONTRACT)
 
 
-def test_depth_of_a_known_camera_is_welcome() -> None:
+def test_depth_of_a_known_camera_is_accepted() -> None:
     obs = observation(
         depth={"top": np.zeros((24, 32), np.float32)}, state_ee=np.zeros(7, np.float32)
     )
     messages.check_observation_schema(messages.observation_schema(obs), CONTRACT)
 
 
-def test_an_unknown_array_is_refused() -> None:
+def test_unknown_array_is_refused() -> None:
     specs = tuple(messages.observation_schema(observation()).specs.values())
     schema = Schema((*specs, ArraySpec("mood", "float32", (1,))))
     with pytest.raises(ContractMismatch, match="mood: got float32"):
@@ -200,7 +196,7 @@ def test_an_unknown_array_is_refused() -> None:
 
 
 @pytest.mark.parametrize("length", [1, 4])
-def test_a_chunk_survives_the_way(length: int) -> None:
+def test_chunk_round_trip(length: int) -> None:
     rng = np.random.default_rng(1)
     chunk = ActionChunk(
         rng.normal(size=(length, 3)).astype(np.float32),
@@ -222,9 +218,9 @@ def test_a_chunk_survives_the_way(length: int) -> None:
 @pytest.mark.parametrize(
     ("answer", "message"),
     [
-        (None, "answered a NoneType, expected an ActionChunk"),
-        (np.zeros((4, 3), np.float32), "answered a ndarray"),
-        (ActionChunk([[0.0] * 3]), "answered a ActionChunk, expected an ActionChunk over an array"),
+        (None, "returned a NoneType, expected an ActionChunk"),
+        (np.zeros((4, 3), np.float32), "returned a ndarray"),
+        (ActionChunk([[0.0] * 3]), "returned a ActionChunk, expected an ActionChunk over an array"),
         (ActionChunk(np.zeros((5, 3), np.float32)), r"shape \(5, 3\), expected \(1 to 4, 3\)"),
         (ActionChunk(np.zeros((0, 3), np.float32)), r"shape \(0, 3\)"),
         (ActionChunk(np.zeros((4, 2), np.float32)), r"shape \(4, 2\)"),
@@ -233,13 +229,13 @@ def test_a_chunk_survives_the_way(length: int) -> None:
         (ActionChunk(np.full((4, 3), np.nan, np.float32)), "NaN or infinity"),
     ],
 )
-def test_a_policy_that_breaks_its_contract_is_found_out(answer: object, message: str) -> None:
+def test_chunk_that_breaks_the_contract_is_an_error(answer: object, message: str) -> None:
     with pytest.raises(InferenceError, match=message):
         messages.check_chunk(answer, CONTRACT)
 
 
 @pytest.mark.parametrize("count", [0, 5, -1])
-def test_a_count_that_cannot_be_is_refused(count: int) -> None:
+def test_invalid_action_count_is_an_error(count: int) -> None:
     views = buffer_for(messages.reply_schema(CONTRACT))
     views["numbers"][0] = count
     with pytest.raises(InferenceError, match=f"got {count} actions, expected 1 to 4"):
@@ -257,7 +253,7 @@ def test_a_count_that_cannot_be_is_refused(count: int) -> None:
         ContractMismatch("a" * 5000, "\x01" * 5000, "c"),
     ],
 )
-def test_errors_keep_their_kind_and_fit(error: PolicyError) -> None:
+def test_error_round_trip_within_the_size_limit(error: PolicyError) -> None:
     body = messages.encode_error(error)
     assert len(body) <= MAX_BODY_BYTES
     again = messages.decode_error(body)
@@ -266,11 +262,11 @@ def test_errors_keep_their_kind_and_fit(error: PolicyError) -> None:
 
 
 @pytest.mark.parametrize("body", [b"", b"{", b"[]", b'{"kind": 3}', b"\xff"])
-def test_a_strange_error_is_still_an_error(body: bytes) -> None:
+def test_malformed_error_body_is_an_inference_error(body: bytes) -> None:
     assert isinstance(messages.decode_error(body), PolicyError)
 
 
-def test_a_description_survives_the_way() -> None:
+def test_description_round_trip() -> None:
     info = PolicyInfo("ckpt/x", threads=1)
     wire = json.loads(json.dumps(messages.describe(CONTRACT, info)))
     assert messages.read_description(wire) == (CONTRACT, info)

@@ -68,14 +68,14 @@ def test_served_equals_in_process_bit_for_bit(transport: str) -> None:
         assert client.statistics().replies == 20
 
 
-def test_auto_takes_shared_memory_on_one_host() -> None:
+def test_auto_selects_shared_memory_on_one_host() -> None:
     with serving(ToyPolicy()) as server, connect(server) as client:
         client.infer(observation())
         assert client.transport == "shm"
 
 
 @pytest.mark.parametrize("transport", TRANSPORTS)
-def test_the_stages_add_up_to_the_request(transport: str) -> None:
+def test_stages_add_up_to_the_request(transport: str) -> None:
     with serving(ToyPolicy()) as server, connect(server, transport) as client:
         client.infer(observation())
         began_ns = time.monotonic_ns()
@@ -92,7 +92,7 @@ def test_the_stages_add_up_to_the_request(transport: str) -> None:
         assert polled_ns - submitted_ns <= sum(chunk.stages_ns.values()) <= total_ns
 
 
-def test_rendering_into_the_loan_is_what_arrives() -> None:
+def test_images_rendered_into_the_loan_arrive() -> None:
     with serving(ToyPolicy()) as server, connect(server, "shm") as client:
         assert client.loan_images() == {}  # its messages are laid out when the session opens
         client.open(messages.observation_schema(observation()))
@@ -120,7 +120,7 @@ def test_submit_and_poll(transport: str) -> None:
 
 
 @pytest.mark.parametrize("transport", TRANSPORTS)
-def test_a_reset_is_not_seen_by_the_other_client(transport: str) -> None:
+def test_reset_does_not_affect_another_client(transport: str) -> None:
     with (
         serving(ToyPolicy()) as server,
         connect(server, transport) as one,
@@ -136,7 +136,7 @@ def test_a_reset_is_not_seen_by_the_other_client(transport: str) -> None:
         assert server.statistics().resets == 1
 
 
-def test_a_policy_without_fork_serves_one_session_at_a_time() -> None:
+def test_policy_without_fork_serves_one_session_at_a_time() -> None:
     policy = load_policy("python:tests.runtime.toy_policy:make_without_fork")
     with serving(policy) as server, connect(server) as one, connect(server) as two:
         one.infer(observation())
@@ -162,7 +162,7 @@ def test_a_policy_without_fork_serves_one_session_at_a_time() -> None:
     ],
     ids=["camera", "size", "float image", "state length"],
 )  # fmt: skip
-def test_an_observation_that_does_not_fit_is_refused(obs: MetaObs, message: str) -> None:
+def test_wrong_observation_is_refused(obs: MetaObs, message: str) -> None:
     with serving(ToyPolicy()) as server, connect(server) as client:
         with pytest.raises(ContractMismatch, match=message):
             client.infer(obs)
@@ -178,7 +178,7 @@ def test_an_observation_that_does_not_fit_is_refused(obs: MetaObs, message: str)
         ({}, {"kind": ["robot"]}, "kind"),
     ],
 )
-def test_the_server_checks_for_itself(
+def test_server_checks_the_schema_too(
     changes: dict[str, object], attributes: dict[str, object], field: str
 ) -> None:
     """Whatever a client of somebody else's making thinks fits."""
@@ -192,7 +192,7 @@ def test_the_server_checks_for_itself(
 
 
 @pytest.mark.parametrize("transport", TRANSPORTS)
-def test_a_failed_request_says_why_and_the_session_goes_on(transport: str) -> None:
+def test_failed_request_has_the_reason_and_the_session_continues(transport: str) -> None:
     with serving(ToyPolicy()) as server, connect(server, transport) as client:
         with pytest.raises(ObservationError, match="state: got NaN"):
             client.infer(observation(np.nan))
@@ -203,7 +203,7 @@ def test_a_failed_request_says_why_and_the_session_goes_on(transport: str) -> No
         assert server.statistics().failed == 2
 
 
-def test_an_observation_of_another_shape_in_mid_session() -> None:
+def test_changed_observation_shape_is_refused() -> None:
     with serving(ToyPolicy()) as server, connect(server) as client:
         client.infer(observation())
         other = MetaObs({"top": np.zeros((9, 9, 3), np.uint8)}, np.zeros(14, np.float32))
@@ -244,7 +244,7 @@ class Failing(ToyPolicy):
 
 
 @pytest.mark.parametrize("transport", TRANSPORTS)
-def test_a_policy_that_fails_to_reset_costs_its_own_session_only(transport: str) -> None:
+def test_failed_reset_ends_only_its_session(transport: str) -> None:
     with serving(Failing("reset")) as server, connect(server, transport) as other:
         other.infer(observation())
         with connect(server, transport) as client:
@@ -255,14 +255,14 @@ def test_a_policy_that_fails_to_reset_costs_its_own_session_only(transport: str)
         other.infer(observation())
 
 
-def test_a_policy_that_cannot_be_forked_any_more() -> None:
+def test_failed_fork_ends_only_its_session() -> None:
     with serving(Failing("fork later")) as server, connect(server) as client:
         with pytest.raises(ServerLost, match=r"could not be forked.*no more forks"):
             client.infer(observation())
         assert server.statistics().answered == 0
 
 
-def test_a_policy_that_fails_to_close_is_survived() -> None:
+def test_server_survives_a_policy_that_fails_to_close() -> None:
     with serving(Failing("close")) as server:
         for _ in range(2):
             with connect(server) as client:
@@ -273,11 +273,11 @@ def test_a_policy_that_fails_to_close_is_survived() -> None:
     ("where", "message"),
     [
         ("transport", "a policy that asks another server"),
-        ("tick", "answered for tick 99, asked for 0"),
-        ("nan", "answered NaN or infinity"),
+        ("tick", "chunk for tick 99, expected 0"),
+        ("nan", "returned NaN or infinity"),
     ],
 )
-def test_whatever_a_policy_raises_is_answered(where: str, message: str) -> None:
+def test_any_policy_failure_is_reported_to_the_client(where: str, message: str) -> None:
     with serving(Failing(where)) as server, connect(server) as client:
         for _ in range(4):  # more often than requests may be in flight
             with pytest.raises(InferenceError, match=message):
@@ -288,7 +288,7 @@ def test_whatever_a_policy_raises_is_answered(where: str, message: str) -> None:
 
 
 @pytest.mark.parametrize("transport", TRANSPORTS)
-def test_beyond_the_bound_only_the_newest_waits(transport: str) -> None:
+def test_beyond_max_in_flight_only_the_newest_waits(transport: str) -> None:
     gate = threading.Semaphore(0)
     policy = ToyPolicy(gate)
     with serving(policy) as server, connect(server, transport, max_in_flight=1) as client:
@@ -303,7 +303,7 @@ def test_beyond_the_bound_only_the_newest_waits(transport: str) -> None:
 
 
 @pytest.mark.parametrize("transport", TRANSPORTS)
-def test_every_request_is_answered_or_passed_over_and_said_so(transport: str) -> None:
+def test_every_request_gets_a_chunk_or_is_superseded(transport: str) -> None:
     gate = threading.Semaphore(0)
     policy = ToyPolicy(gate)
     with serving(policy) as server, connect(server, transport, max_in_flight=3) as client:
@@ -325,7 +325,7 @@ def test_every_request_is_answered_or_passed_over_and_said_so(transport: str) ->
 
 
 @pytest.mark.parametrize("transport", TRANSPORTS)
-def test_a_late_answer_is_never_given_out(transport: str) -> None:
+def test_late_reply_is_dropped(transport: str) -> None:
     gate = threading.Semaphore(0)
     policy = ToyPolicy(gate)
     with serving(policy) as server, connect(server, transport) as client:
@@ -340,23 +340,23 @@ def test_a_late_answer_is_never_given_out(transport: str) -> None:
 
 
 @pytest.mark.parametrize("transport", TRANSPORTS)
-def test_what_cannot_be_inferred_in_time_is_a_timeout_at_once(transport: str) -> None:
+def test_request_that_would_expire_times_out_at_once(transport: str) -> None:
     class Minute(InferenceCostModel):
-        def least(self, size: int = 1) -> int:
+        def min(self, size: int = 1) -> int:
             return 60 * 10**9
 
     costs = Minute()
     with serving(ToyPolicy(), costs=costs) as server, connect(server, transport) as client:
         assert client.infer(observation(timestep=1), timeout_s=100).obs_timestep == 1
         for tick in (2, 3):
-            with pytest.raises(RequestTimeout, match=r"within 50 s: the request's time was up"):
+            with pytest.raises(RequestTimeout, match=r"within 50 s: the request expired"):
                 client.infer(observation(timestep=tick), timeout_s=50)
             assert client.infer(observation(timestep=tick + 10), timeout_s=100).obs_timestep > 10
         assert client.statistics().failures == 2
 
 
 @pytest.mark.parametrize("transport", TRANSPORTS)
-def test_a_short_timeout_is_kept_with_a_server_in_a_process_of_its_own(transport: str) -> None:
+def test_short_timeout_is_kept_with_a_server_process(transport: str) -> None:
     with (
         ServerProcess(["-m", "python:tests.runtime.toy_policy:make_slow"]) as server,
         PolicyClient(server.address, transport=transport, timeout_s=30) as client,
@@ -369,7 +369,7 @@ def test_a_short_timeout_is_kept_with_a_server_in_a_process_of_its_own(transport
 
 
 @pytest.mark.parametrize("timeout_s", [float("inf"), float("nan"), -1, 1e12])
-def test_a_timeout_that_is_none_is_refused(timeout_s: float) -> None:
+def test_invalid_timeout_is_refused(timeout_s: float) -> None:
     with serving(ToyPolicy()) as server:
         with pytest.raises(ValueError, match=r"timeout_s: got .*, expected 0 to 1e\+06 seconds"):
             connect(server, timeout_s=timeout_s)
@@ -380,7 +380,7 @@ def test_a_timeout_that_is_none_is_refused(timeout_s: float) -> None:
 
 
 @pytest.mark.parametrize("transport", TRANSPORTS)
-def test_a_busy_server_is_busy_and_not_lost(transport: str) -> None:
+def test_busy_server_is_busy_and_not_lost(transport: str) -> None:
     gate = threading.Semaphore(0)
     with serving(ToyPolicy(gate)) as server, connect(server, transport) as client:
         for tick in range(8):
@@ -397,7 +397,7 @@ def test_a_busy_server_is_busy_and_not_lost(transport: str) -> None:
         assert server.statistics().answered < client.statistics().requests
 
 
-def test_in_flight_is_bounded_by_the_slots() -> None:
+def test_max_in_flight_is_bounded_by_the_slots() -> None:
     with (
         serving(ToyPolicy()) as server,
         pytest.raises(ValueError, match="max_in_flight: got 4, expected 1 to 3"),
@@ -409,7 +409,7 @@ def test_in_flight_is_bounded_by_the_slots() -> None:
 
 
 @pytest.mark.parametrize("transport", TRANSPORTS)
-def test_a_loss_is_noticed_by_whatever_is_called_next(transport: str) -> None:
+def test_any_call_after_a_loss_raises(transport: str) -> None:
     calls = [
         lambda client: client.loan_images(),
         lambda client: client.submit(observation()),
@@ -429,7 +429,7 @@ def test_a_loss_is_noticed_by_whatever_is_called_next(transport: str) -> None:
 
 
 @pytest.mark.parametrize("transport", TRANSPORTS)
-def test_a_loss_is_noticed_while_arrays_are_lent(transport: str) -> None:
+def test_loss_is_noticed_while_images_are_loaned(transport: str) -> None:
     with serving(ToyPolicy()) as server:
         client = connect(server, transport)
         client.infer(observation())
@@ -439,7 +439,7 @@ def test_a_loss_is_noticed_while_arrays_are_lent(transport: str) -> None:
             client.loan_images()
 
 
-def test_another_servers_policy_is_not_mistaken_for_the_one_asked_for() -> None:
+def test_another_policy_at_the_same_address_is_an_error() -> None:
     class Other(ToyPolicy):
         def __init__(self) -> None:
             super().__init__()
@@ -461,7 +461,7 @@ def test_another_servers_policy_is_not_mistaken_for_the_one_asked_for() -> None:
 
 
 @pytest.mark.parametrize("transport", TRANSPORTS)
-def test_a_stopped_server_is_lost_with_its_reason_until_reconnect(transport: str) -> None:
+def test_stopped_server_is_lost_with_its_reason_until_reconnect(transport: str) -> None:
     with serving(ToyPolicy()) as server:
         port = server.port
         client = connect(server, transport)
@@ -480,7 +480,7 @@ def test_a_stopped_server_is_lost_with_its_reason_until_reconnect(transport: str
 
 
 @pytest.mark.parametrize("transport", TRANSPORTS)
-def test_a_killed_server_is_lost(transport: str) -> None:
+def test_killed_server_is_lost(transport: str) -> None:
     with ServerProcess(TOY) as server, PolicyClient(server.address, transport=transport) as client:
         client.infer(observation())
         server.kill()
@@ -489,7 +489,7 @@ def test_a_killed_server_is_lost(transport: str) -> None:
 
 
 @pytest.mark.parametrize("number", ["SIGINT", "SIGTERM"])
-def test_a_signal_stops_it_cleanly_and_the_client_is_told(number: str) -> None:
+def test_signal_stops_the_server_and_the_client_gets_the_reason(number: str) -> None:
     with ServerProcess(TOY) as server, PolicyClient(server.address) as client:
         client.infer(observation())
         os.kill(server.pid, getattr(signal, number))
@@ -499,12 +499,12 @@ def test_a_signal_stops_it_cleanly_and_the_client_is_told(number: str) -> None:
             client.infer(observation())
 
 
-def test_nobody_there_is_said_so() -> None:
+def test_no_server_at_the_address_times_out() -> None:
     with pytest.raises(TransportTimeout, match=r"127\.0\.0\.1:1"):
         PolicyClient("127.0.0.1:1", timeout_s=0.2)
 
 
-def test_a_taken_port_is_said_so() -> None:
+def test_port_in_use_is_an_error() -> None:
     with serving(ToyPolicy()) as server, pytest.raises(AddressInUse, match=str(server.port)):
         PolicyServer(ToyPolicy(), port=server.port)
 
@@ -513,14 +513,12 @@ def test_a_taken_port_is_said_so() -> None:
     ("where", "message"),
     [("nan", "NaN"), ("reset", "no more episodes"), ("transport", "warming up")],
 )
-def test_a_policy_that_does_not_work_is_found_out_before_anybody_waits(
-    where: str, message: str
-) -> None:
+def test_warm_up_finds_a_policy_that_fails(where: str, message: str) -> None:
     with pytest.raises(InferenceError, match=message):
         warm_up(Failing(where))
 
 
-def test_warm_up_leaves_no_episode_behind() -> None:
+def test_warm_up_resets_the_policy() -> None:
     policy = ToyPolicy()
     assert warm_up(policy).count >= 2
     assert policy.asked == 0

@@ -126,7 +126,9 @@ def test_a_policy_that_keeps_more_ends_its_session_and_no_other(
             PolicyClient(address, transport=transport, timeout_s=30.0) as modest,
         ):
             modest.infer(keeping(0, 2))
-            with pytest.raises(ServerLost, match="the policy keeps what it was given: arrays of"):
+            with pytest.raises(
+                ServerLost, match="the policy keeps views of an observation: arrays of"
+            ):
                 for number in range(20):
                     greedy.infer(keeping(number, 3))
             for number in range(1, 20):
