@@ -218,7 +218,7 @@ class _Reception:
             self.router,  # type: ignore[arg-type]
             _NamedDoor(),  # type: ignore[arg-type]
             describe=office.describe,
-            accept=office.session_manager.welcome,
+            accept=office.session_manager.accept,
             ask=office.ask,
             transports=("shm", "zmq"),
             max_sessions=MAX_SESSIONS,
@@ -322,7 +322,7 @@ def listener() -> Iterator[Target]:
             "",
             0,
             describe=office.describe,
-            accept=office.session_manager.welcome,
+            accept=office.session_manager.accept,
             ask=office.ask,
             transports=("zmq",),
             max_sessions=MAX_SESSIONS,

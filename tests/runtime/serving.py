@@ -14,6 +14,7 @@ from runtime.server import PolicyServer
 
 @contextlib.contextmanager
 def serving(policy: Policy, **options: Any) -> Iterator[PolicyServer]:
+    """A server of ``policy``, served in a thread until the end of the block."""
     with PolicyServer(policy, **options) as server:
         thread = threading.Thread(target=server.serve)
         thread.start()
@@ -25,4 +26,5 @@ def serving(policy: Policy, **options: Any) -> Iterator[PolicyServer]:
 
 
 def connect(server: PolicyServer, transport: str = "auto", **options: Any) -> PolicyClient:
+    """A client of ``server``, with the options of ``PolicyClient``."""
     return PolicyClient(f"{server.host}:{server.port}", transport=transport, **options)

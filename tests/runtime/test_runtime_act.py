@@ -1,4 +1,4 @@
-"""ACT through a server in another process: the same bits as here, whichever way they travel."""
+"""ACT on a server in another process: the same bits as in process, over each transport."""
 
 from __future__ import annotations
 

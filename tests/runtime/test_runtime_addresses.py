@@ -1,4 +1,4 @@
-"""Where a server listens, as its own clients and commands must read it: names, IPv4 and IPv6."""
+"""Addresses of a server, as clients and commands read them: names, IPv4 and IPv6."""
 
 from __future__ import annotations
 
@@ -117,7 +117,7 @@ def test_ipv6_without_brackets_is_an_error_that_shows_them(text: str) -> None:
 
 
 class ServerProcess:
-    """``python -m runtime.server`` with a toy policy; entering gives the banner's address."""
+    """``python -m runtime.server`` with a toy policy; entering gives the printed address."""
 
     def __init__(self, *flags: str) -> None:
         model = "python:tests.runtime.toy_policy:make"

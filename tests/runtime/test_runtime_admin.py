@@ -1,4 +1,4 @@
-"""What operators do to a running server: look, count, load another checkpoint; and who may."""
+"""Operating a running server: status, metrics, model replacement, and who may do it."""
 
 from __future__ import annotations
 
@@ -49,7 +49,7 @@ def until(condition) -> None:
     assert condition()
 
 
-# another policy
+# model replacement
 
 
 @pytest.mark.parametrize("transport", ["shm", "zmq"])
@@ -57,49 +57,49 @@ def test_hundred_model_replacements_under_load_fail_no_request(transport: str) -
     policies = [BatchPolicy(shift=float(number)) for number in range(101)]
     with serving(policies[0]) as server, connect(server, transport) as client:
         failures: list[BaseException] = []
-        answered: list[tuple[int, float]] = []
+        replies: list[tuple[int, float]] = []
         stop = threading.Event()
 
-        def ask() -> None:
+        def infer_until_stopped() -> None:
             try:
                 while not stop.is_set():
                     chunk = client.infer(observation(1000))
-                    answered.append((client.policy_id, float(chunk.actions[0, 0])))
+                    replies.append((client.policy_id, float(chunk.actions[0, 0])))
             except BaseException as error:
                 failures.append(error)
 
-        asking = threading.Thread(target=ask)
-        asking.start()
-        for number, successor in enumerate(policies[1:], 2):
-            assert server.call_in_serving_thread(lambda: server.swap(successor)) == number  # noqa: B023
-            # One that the last policy gave may be told later than the swap.
-            until(lambda: failures or (answered and answered[-1][0] == number))  # noqa: B023
+        thread = threading.Thread(target=infer_until_stopped)
+        thread.start()
+        for number, replacement in enumerate(policies[1:], 2):
+            assert server.call_in_serving_thread(lambda: server.swap(replacement)) == number  # noqa: B023
+            # A chunk of the previous policy may arrive after the replacement.
+            until(lambda: failures or (replies and replies[-1][0] == number))  # noqa: B023
         stop.set()
-        asking.join(PATIENCE_S)
+        thread.join(PATIENCE_S)
         assert not failures
-        ids = [number for number, _ in answered]
+        ids = [number for number, _ in replies]
         assert ids == sorted(ids)
         assert set(ids) >= set(range(2, 101))
-        assert all(value == 1000 + number - 1 for number, value in answered)
+        assert all(value == 1000 + number - 1 for number, value in replies)
         assert server.statistics().swaps == 100
         assert [policy.closed for policy in policies] == [1] * 100 + [0]
 
 
 def test_episode_keeps_its_policy_until_reset() -> None:
-    class Successor(ToyPolicy):
+    class Replacement(ToyPolicy):
         def infer(self, obs):
             chunk = super().infer(obs)
             return dataclasses.replace(chunk, actions=chunk.actions + 1000)
 
         def fork(self):
-            return Successor()
+            return Replacement()
 
     with serving(ToyPolicy()) as server, connect(server) as client:
         assert client.infer(observation(0)).actions[0, 0] == 1
-        server.call_in_serving_thread(lambda: server.swap(Successor()))
+        server.call_in_serving_thread(lambda: server.swap(Replacement()))
         assert client.infer(observation(0)).actions[0, 0] == 2
-        with connect(server) as newcomer:
-            assert newcomer.infer(observation(0)).actions[0, 0] == 1001
+        with connect(server) as new_client:
+            assert new_client.infer(observation(0)).actions[0, 0] == 1001
         client.reset()
         assert client.infer(observation(0)).actions[0, 0] == 1001
 
@@ -119,7 +119,7 @@ def test_old_policy_is_closed_after_its_last_episode() -> None:
             closed.append(self.name)
 
     with serving(Named("old")) as server:
-        closed.clear()  # the server tries out whether it can be forked
+        closed.clear()  # the server forks it once, to find out whether it can
         with connect(server) as client:
             client.infer(observation(0))
             server.call_in_serving_thread(lambda: server.swap(Named("new")))
@@ -155,10 +155,10 @@ def test_task_for_the_serving_thread_times_out() -> None:
         stuck.set()
         blocked.join(PATIENCE_S)
         server.call_in_serving_thread(lambda: None)
-        assert not done  # what was given up is not done later
+        assert not done  # a task that timed out does not run later
 
 
-# orders
+# admin commands
 
 
 def load(name: str) -> Policy:
@@ -175,34 +175,34 @@ def load(name: str) -> Policy:
     raise CheckpointError(f"{name}: no such checkpoint")
 
 
-def loader_of(
+def make_reloader(
     server: PolicyServer, load: Callable[[str], Policy], token: AdminToken | None
 ) -> ModelReloader:
-    """One whose orders ``server`` takes, as the command line makes it."""
-    loader = ModelReloader(
+    """A reloader whose commands ``server`` has, as the command line makes it."""
+    reloader = ModelReloader(
         load,
         token,
         check=server.check_successor,
         swap=server.swap,
         call_in_serving_thread=server.call_in_serving_thread,
     )
-    server.add_admin_commands(loader.admin_commands)
-    return loader
+    server.add_admin_commands(reloader.admin_commands)
+    return reloader
 
 
 def test_load_by_command_line(capsys: pytest.CaptureFixture[str]) -> None:
     with serving(BatchPolicy()) as server, connect(server) as client:
         address, token = f"127.0.0.1:{server.port}", AdminToken(server.port)
-        loader = loader_of(server, load, token)
+        reloader = make_reloader(server, load, token)
         client.infer(observation(1))
-        for bad, says in (
+        for bad, message in (
             ("nowhere", "no such checkpoint"),
             ("other", "action_dim: got 3, expected 14"),
             ("broken", "failed while warming up"),
         ):
             assert ctl.main([address, "load", bad]) == ctl.FAILED
-            assert says in (said := capsys.readouterr().err)
-            assert "the old policy serves on" in said
+            assert message in (output := capsys.readouterr().err)
+            assert "the old policy serves on" in output
             assert client.infer(observation(1)).actions[0, 0] == 1
             assert client.policy_id == 1
         assert ctl.main([address, "load", "good"]) == 0
@@ -218,19 +218,19 @@ def test_load_by_command_line(capsys: pytest.CaptureFixture[str]) -> None:
         token.close()
         assert ctl.main([address, "load", "good"]) == ctl.BAD_INPUT
         assert "the user who runs the server" in capsys.readouterr().err
-        loader.close()
+        reloader.close()
 
 
 @pytest.mark.parametrize("token", ["", "0" * 64, None, 7, ["x"]])
 def test_load_with_a_wrong_token_is_refused(token: object) -> None:
     with serving(BatchPolicy()) as server:
-        loader = loader_of(server, load, AdminToken(server.port))
+        reloader = make_reloader(server, load, AdminToken(server.port))
         with (
             ctl.dial(f"127.0.0.1:{server.port}", "", "") as dialer,
             pytest.raises(Refused, match="operator"),
         ):
             dialer.ask("load", {"checkpoint": "good", "token": token})
-        assert loader.state.state == "none"
+        assert reloader.state.state == "none"
 
 
 def test_second_load_is_refused_during_the_first() -> None:
@@ -241,14 +241,14 @@ def test_second_load_is_refused_during_the_first() -> None:
         return load(name)
 
     with serving(BatchPolicy()) as server:
-        loader = loader_of(server, slow, None)
-        loader.start("good one")
+        reloader = make_reloader(server, slow, None)
+        reloader.start("good one")
         with pytest.raises(Refused, match="the end of loading good one"):
-            loader.start("good two")
+            reloader.start("good two")
         gate.set()
-        assert loader.wait(PATIENCE_S).state == "serving"
-        loader.start("good two")
-        assert loader.wait(PATIENCE_S).policy_id == 3
+        assert reloader.wait(PATIENCE_S).state == "serving"
+        reloader.start("good two")
+        assert reloader.wait(PATIENCE_S).policy_id == 3
 
 
 def test_unknown_admin_command_is_refused_with_the_valid_ones() -> None:
@@ -268,7 +268,7 @@ def test_only_operator_keys_may_load(tmp_path: Path) -> None:
         allow(public, listed, operator=operator)
     config = read_command(["--curve_key", str(server_secret), "--curve_allow", str(listed)]).server
     with serving(BatchPolicy(), curve=config.keys()) as server:
-        loader = loader_of(server, load, None)
+        reloader = make_reloader(server, load, None)
         address = f"127.0.0.1:{server.port}"
 
         def dial(name: str):
@@ -280,7 +280,7 @@ def test_only_operator_keys_may_load(tmp_path: Path) -> None:
                 ctl.load(arm, "good", PATIENCE_S)
         with dial("boss") as boss:
             assert ctl.load(boss, "good", PATIENCE_S)["policy_id"] == 2
-        loader.close()
+        reloader.close()
         secret = str(keys / "arm.key_secret")
         with connect(server, server_key=str(server_public), client_key=secret) as client:
             assert client.infer(observation(1)).actions[0, 0] == 101
@@ -318,7 +318,7 @@ def test_token_file_is_removed_with_its_server() -> None:
     assert read_token(5000) == ""
 
 
-# looking
+# status and metrics
 
 
 def test_status_has_each_session() -> None:
@@ -345,9 +345,9 @@ def test_top_shows_the_status(capsys: pytest.CaptureFixture[str]) -> None:
     with serving(BatchPolicy()) as server, connect(server, name="[bold]arm[/]") as client:
         client.infer(observation(1))
         assert top.main([f"127.0.0.1:{server.port}", "--once"]) == 0
-        said = capsys.readouterr().out
-        assert "[bold]arm[/]" in said  # a name is not markup
-        assert "policy 1: batch 0 on" in said
+        output = capsys.readouterr().out
+        assert "[bold]arm[/]" in output  # a name is not markup
+        assert "policy 1: batch 0 on" in output
     assert top.main([f"127.0.0.1:{server.port}", "--once"]) == top.BAD_INPUT
     assert "nothing answered" in capsys.readouterr().err
 
@@ -396,7 +396,7 @@ def _free_port() -> int:
 
 
 @pytest.mark.parametrize(
-    ("flags", "says"),
+    ("flags", "message"),
     [
         (["--max_batch", "0"], "--max_batch: got 0, expected 1 to"),
         (["--batch_wait_ms", "-1"], "--batch_wait_ms: got -1, expected 0 to"),
@@ -408,16 +408,16 @@ def _free_port() -> int:
     ],
 )
 def test_invalid_flags_are_errors_that_name_them(
-    capsys: pytest.CaptureFixture[str], flags: list[str], says: str
+    capsys: pytest.CaptureFixture[str], flags: list[str], message: str
 ) -> None:
     assert status_of(serve.main, flags) == serve.BAD_INPUT
-    (said,) = capsys.readouterr().err.splitlines()
-    assert says in said
+    (output,) = capsys.readouterr().err.splitlines()
+    assert message in output
 
 
 def _start(*flags: str) -> subprocess.Popen[str]:
-    model, everybody = "python:tests.runtime.batch_policy:make", "0.0.0.0"  # noqa: S104
-    address = ["--host", everybody, "--port", "0"]
+    model, all_addresses = "python:tests.runtime.batch_policy:make", "0.0.0.0"  # noqa: S104
+    address = ["--host", all_addresses, "--port", "0"]
     return subprocess.Popen(
         [sys.executable, "-m", "runtime.server", "-m", model, *address, *flags],
         stdout=subprocess.PIPE,
@@ -428,7 +428,7 @@ def _start(*flags: str) -> subprocess.Popen[str]:
 
 
 def _until_ready(server: subprocess.Popen[str]) -> list[str]:
-    """What it says until it is."""
+    """The lines that the server prints until it is ready."""
     assert server.stdout is not None
     lines: list[str] = []
     while not lines or "warm latency" not in lines[-1]:
@@ -438,7 +438,7 @@ def _until_ready(server: subprocess.Popen[str]) -> list[str]:
 
 
 def _stop(server: subprocess.Popen[str]) -> str:
-    """What it said on standard error."""
+    """Stop the server; return its standard error."""
     server.send_signal(signal.SIGTERM)
     _, errors = server.communicate(timeout=PATIENCE_S)
     assert server.returncode == 0
@@ -478,7 +478,7 @@ def test_warning_for_a_public_address_without_keys(insecure: bool) -> None:
 
 
 def test_removed_client_key_prevents_reconnect(tmp_path: Path) -> None:
-    """Taken off the list in mid-session: what runs goes on, what is lost does not come back."""
+    """After its key is removed, an open session continues, and a new one is refused."""
     keys, listed = tmp_path / "keys", tmp_path / "list"
     server_public, server_secret = new_keys(keys, "server")
     arm_public, arm_secret = new_keys(keys, "arm")
@@ -509,7 +509,7 @@ def test_token_is_sent_to_this_host_only(host: str, here: bool) -> None:
 
 
 def test_episode_keeps_its_policy_through_several_replacements() -> None:
-    """One with episode state, then two without: the last one is still everybody's afterwards."""
+    """A policy with episode state is replaced twice by one without; the last one stays open."""
     with serving(ToyPolicy()) as server:
         with connect(server) as old, connect(server) as other:
             old.infer(observation(1.0))

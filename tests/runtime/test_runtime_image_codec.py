@@ -1,4 +1,4 @@
-"""Pictures on their way: resized by the client, as JPEG, and what a server believes of either."""
+"""Image encoding: resized by the client, as JPEG, and the server's checks of both."""
 
 from __future__ import annotations
 
@@ -40,7 +40,7 @@ CONTRACT = PolicyContract(
 
 
 class LookingPolicy:
-    """Its actions are checksums of the pictures that the network would see."""
+    """Its actions are checksums of the images that the network would get."""
 
     def __init__(self) -> None:
         self.contract, self.info = CONTRACT, PolicyInfo("looking", engine="numpy")
@@ -107,7 +107,7 @@ def test_resizing_at_the_client_gives_the_same_bits(transport: str) -> None:
             assert plain.infer(obs).actions.tobytes() == expected
             assert policy.seen["top"] == (48, 64, 3)
             assert resizing.infer(obs).actions.tobytes() == expected
-            # "side" has one size before and after its crop: the server must be the one to crop.
+            # "side" has the same size before and after its crop, so only the server may crop it.
             assert policy.seen == {
                 "top": (20, 24, 3),
                 "wrist": (20, 16, 3),
@@ -329,7 +329,7 @@ def test_missing_codec_is_an_error_on_either_side(monkeypatch: pytest.MonkeyPatc
                 PolicyClient(address, jpeg_quality=90)
         pytest.importorskip("simplejpeg")
         with PolicyClient(address, transport="zmq", jpeg_quality=90) as client:
-            client.info  # noqa: B018  it has dialled
+            client.info  # noqa: B018  it is connected
             real = image_codec.observation_reader
 
             def without(*arguments):

@@ -1,4 +1,4 @@
-"""One server, many clients: batches, classes, deadlines, limits, and nobody in another's way."""
+"""One server, many clients: batches, robots first, deadlines, limits, and isolation."""
 
 from __future__ import annotations
 
@@ -35,8 +35,8 @@ PATIENCE_S = 30.0
 MS = 1_000_000
 
 
-class Fixed(InferenceCostModel):
-    """What is said first stays: here an inference takes as long as the test holds it."""
+class FixedCosts(InferenceCostModel):
+    """Keeps its first durations, because the tests hold inferences for any time."""
 
     def __init__(self, known: dict[int, int]) -> None:
         super().__init__()
@@ -57,16 +57,16 @@ def await_chunk(client: PolicyClient) -> ActionChunk:
         if chunk is not None:
             return chunk
         time.sleep(1e-4)
-    raise AssertionError("no answer")
+    raise AssertionError("no chunk")
 
 
 @contextlib.contextmanager
 def held(**options: object) -> Iterator[tuple]:
-    """A server in the middle of an inference for a client of its own, that goes on at ``gate``."""
+    """A server whose inferences wait for ``gate``, and a function that makes clients."""
     gate = threading.Semaphore(0)
     policy = BatchPolicy(gate=gate)
     with (
-        serving(policy, **{"costs": Fixed(SAVING), **options}) as server,
+        serving(policy, **{"costs": FixedCosts(SAVING), **options}) as server,
         contextlib.ExitStack() as stack,
     ):
 
@@ -85,7 +85,7 @@ def held(**options: object) -> Iterator[tuple]:
 
 
 def occupy(policy: BatchPolicy, client: PolicyClient, value: float) -> None:
-    """Until the server computes for ``client``."""
+    """Submit a request of ``client`` and wait until the server computes it."""
     while policy.entered.acquire(blocking=False):
         pass
     client.submit(observation(value))
@@ -127,12 +127,12 @@ def test_policy_failure_on_a_batch_fails_its_requests_only() -> None:
         def infer_batch(self, observations):
             answers = super().infer_batch(observations)
             if len(observations) > 1:
-                raise RuntimeError("a bug in somebody's policy")
+                raise RuntimeError("a bug in the policy")
             return answers
 
     gate = threading.Semaphore(0)
     policy = Fragile(gate=gate)
-    with serving(policy, costs=Fixed(SAVING)) as server, contextlib.ExitStack() as stack:
+    with serving(policy, costs=FixedCosts(SAVING)) as server, contextlib.ExitStack() as stack:
         first, second, third = (stack.enter_context(connect(server)) for _ in range(3))
         for each in (first, second, third):
             gate.release()
@@ -143,7 +143,7 @@ def test_policy_failure_on_a_batch_fails_its_requests_only() -> None:
         gate.release(2)
         await_chunk(first)
         for each in (second, third):
-            with pytest.raises(InferenceError, match="somebody's policy"):
+            with pytest.raises(InferenceError, match="a bug in the policy"):
                 await_chunk(each)
         gate.release()
         assert second.infer(observation(4)).actions[0, 0] == 4
@@ -178,7 +178,7 @@ def test_robot_shares_no_batch_with_simulations() -> None:
 
 
 def test_robots_deadline_limits_batch_sizes() -> None:
-    costs = Fixed({1: 10 * MS, 2: 14 * MS, 4: 60 * MS})
+    costs = FixedCosts({1: 10 * MS, 2: 14 * MS, 4: 60 * MS})
     with held(costs=costs) as (_, policy, gate, first, client):
         client(kind="robot", deadline_ms=50)
         simulations = [client() for _ in range(4)]
@@ -197,7 +197,7 @@ def test_deterministic_sessions_share_only_exact_batches(exact: bool) -> None:
     gate = threading.Semaphore(0)
     policy = BatchPolicy(gate=gate)
     policy.batch_is_exact = exact
-    with serving(policy, costs=Fixed(SAVING)) as server, contextlib.ExitStack() as stack:
+    with serving(policy, costs=FixedCosts(SAVING)) as server, contextlib.ExitStack() as stack:
         clients = [stack.enter_context(connect(server, deterministic=True)) for _ in range(3)]
         for each in clients:
             gate.release()
@@ -213,20 +213,20 @@ def test_deterministic_sessions_share_only_exact_batches(exact: bool) -> None:
 
 
 def test_expired_request_is_rejected_without_inference() -> None:
-    with held(costs=Fixed({1: 10 * MS})) as (server, policy, gate, first, client):
-        hasty, robot = client(), client(kind="robot")
+    with held(costs=FixedCosts({1: 10 * MS})) as (server, policy, gate, first, client):
+        expiring, robot = client(), client(kind="robot")
         policy.done.clear()
         occupy(policy, first, 1)
-        hasty._session_for(observation(2)).submit(observation(2), 30 * MS)
+        expiring._session_for(observation(2)).submit(observation(2), 30 * MS)
         robot.submit(observation(3))
-        gate.release(1)  # now it sees both, and takes the robot's
+        gate.release(1)  # the server now has both requests, and takes the robot's
         await_chunk(first)
         assert policy.entered.acquire(timeout=PATIENCE_S)
         time.sleep(0.05)
         gate.release(1)
         await_chunk(robot)
         with pytest.raises(InferenceError, match="the request expired"):
-            await_chunk(hasty)
+            await_chunk(expiring)
         assert policy.done == [[1], [3]]
         assert server.statistics().late == 1
 
@@ -234,20 +234,20 @@ def test_expired_request_is_rejected_without_inference() -> None:
 def test_rate_limited_session_gets_errors_and_does_not_slow_others() -> None:
     with serving(BatchPolicy(), limits=SessionLimits(rate_hz=20)) as server:
         with connect(server) as eager, connect(server) as calm:
-            told = 0
+            rejected = 0
             for value in range(40):
                 try:
                     eager.infer(observation(value))
                 except InferenceError as error:
                     assert "at most 20 per s" in str(error)
-                    told += 1
-            assert told >= 20
+                    rejected += 1
+            assert rejected >= 20
             assert calm.infer(observation(7)).actions[0, 0] == 7
-        assert server.statistics().too_many == told
+        assert server.statistics().too_many == rejected
 
 
 @pytest.mark.parametrize(
-    ("options", "says"),
+    ("declared", "message"),
     [
         ({"kind": "robot", "rate_hz": 91}, r"91 requests/s of 10 ms each.*91 % of the time"),
         ({"kind": "robot", "deadline_ms": 19}, r"its own 19, where 1 robots of 10 ms each"),
@@ -257,17 +257,17 @@ def test_rate_limited_session_gets_errors_and_does_not_slow_others() -> None:
         ({"kind": "cat"}, "one of"),
     ],
 )
-def test_session_beyond_capacity_is_refused_with_the_numbers(options, says: str) -> None:
+def test_session_beyond_capacity_is_refused_with_the_numbers(declared, message: str) -> None:
     with (
-        serving(BatchPolicy(), costs=Fixed({1: 10 * MS})) as server,
-        connect(server, **options) as client,
-        pytest.raises(Refused, match=says),
+        serving(BatchPolicy(), costs=FixedCosts({1: 10 * MS})) as server,
+        connect(server, **declared) as client,
+        pytest.raises(Refused, match=message),
     ):
         client.infer(observation(1))
 
 
 def test_session_that_breaks_another_robots_deadline_is_refused() -> None:
-    with serving(BatchPolicy(), costs=Fixed({1: 10 * MS})) as server:
+    with serving(BatchPolicy(), costs=FixedCosts({1: 10 * MS})) as server:
         with connect(server, kind="robot", deadline_ms=25) as first:
             first.infer(observation(1))
             with (
@@ -277,7 +277,7 @@ def test_session_that_breaks_another_robots_deadline_is_refused() -> None:
                 second.infer(observation(1))
             with connect(server) as simulation:
                 simulation.infer(observation(1))
-        with connect(server, kind="robot") as second:  # the first has left
+        with connect(server, kind="robot") as second:  # the first has ended
             deadline_s = time.monotonic() + PATIENCE_S
             while server.statistics().sessions > 0 and time.monotonic() < deadline_s:
                 time.sleep(0.01)
@@ -285,18 +285,18 @@ def test_session_that_breaks_another_robots_deadline_is_refused() -> None:
 
 
 @pytest.mark.parametrize(
-    ("limits", "says"),
+    ("limits", "message"),
     [
         (SessionLimits(message_bytes=1000), r"bytes, expected at most 1000"),
         (SessionLimits(total_bytes=1000), r"at most 1000 for all sessions"),
         (SessionLimits(rate_hz=10), r"expected at most 10"),
     ],
 )
-def test_limits_are_in_the_refusal(limits: SessionLimits, says: str) -> None:
+def test_limits_are_in_the_refusal(limits: SessionLimits, message: str) -> None:
     with (
         serving(BatchPolicy(), limits=limits) as server,
         connect(server, rate_hz=11) as client,
-        pytest.raises(Refused, match=says),
+        pytest.raises(Refused, match=message),
     ):
         client.infer(observation(1))
 
@@ -357,8 +357,8 @@ def test_shipped_checkpoint_gives_the_same_bits_in_any_batch() -> None:
 
 
 def test_session_counts_for_admission_before_its_first_request() -> None:
-    """Those who were let in and say nothing yet are there for admission, and for who looks."""
-    cost = Fixed({1: 20 * MS})
+    """Accepted sessions without a request count for admission and are in the status."""
+    cost = FixedCosts({1: 20 * MS})
     wants = {"kind": "robot", "rate_hz": 20.0}
     schema = messages.observation_schema(observation(0))
     with serving(BatchPolicy(), costs=cost) as server, contextlib.ExitStack() as stack:
@@ -416,7 +416,7 @@ def test_chunk_that_cannot_be_sent_fails_only_its_request(change: dict) -> None:
 
 
 def test_client_that_only_resets_does_not_occupy_the_server() -> None:
-    """A ring is refilled while it is emptied; whoever is handed out again is handed out in turn."""
+    """One ``drain`` reads a bounded number of messages from a ring that never becomes empty."""
     served: list[str] = []
 
     class Endless:

@@ -1,4 +1,4 @@
-"""Policies' nouns across a transport and back; what a schema is refused for."""
+"""Conversion of observations, chunks and errors to messages and back; refused schemas."""
 
 from __future__ import annotations
 

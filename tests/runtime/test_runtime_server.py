@@ -1,4 +1,4 @@
-"""Server and client together, over both transports: answers, isolation, freshness, loss."""
+"""Server and client together, over both transports: replies, isolation, freshness, loss."""
 
 from __future__ import annotations
 
@@ -44,7 +44,7 @@ def poll_until(client: PolicyClient, replies: int) -> list[int]:
     return got
 
 
-# answers
+# replies
 
 
 @pytest.mark.parametrize("transport", TRANSPORTS)
@@ -88,7 +88,7 @@ def test_stages_add_up_to_the_request(transport: str) -> None:
         assert list(chunk.stages_ns) == list(STAGES)
         assert min(chunk.stages_ns.values()) >= 0
         assert [chunk.stages_ns[s] for s in ("preprocess", "infer", "postprocess")] == [1, 2, 3]
-        # It had not come when it was last looked for, and was there when the loop ended.
+        # It had not arrived at the last poll, and had when the loop ended.
         assert polled_ns - submitted_ns <= sum(chunk.stages_ns.values()) <= total_ns
 
 
@@ -145,7 +145,7 @@ def test_policy_without_fork_serves_one_session_at_a_time() -> None:
         one.infer(observation())
 
 
-# bad input: each a clear error, and the server lives on
+# invalid input: each is a clear error, and the server continues
 
 
 @pytest.mark.parametrize(
@@ -181,7 +181,7 @@ def test_wrong_observation_is_refused(obs: MetaObs, message: str) -> None:
 def test_server_checks_the_schema_too(
     changes: dict[str, object], attributes: dict[str, object], field: str
 ) -> None:
-    """Whatever a client of somebody else's making thinks fits."""
+    """A client without its own check, such as a third-party one."""
     schema = messages.observation_schema(dataclasses.replace(observation(), **changes))
     with serving(ToyPolicy()) as server:
         with Dialer(server.host, server.port) as dialer, pytest.raises(Refused) as caught:
@@ -196,7 +196,7 @@ def test_failed_request_has_the_reason_and_the_session_continues(transport: str)
     with serving(ToyPolicy()) as server, connect(server, transport) as client:
         with pytest.raises(ObservationError, match="state: got NaN"):
             client.infer(observation(np.nan))
-        with pytest.raises(InferenceError, match="a bug in somebody's policy"):
+        with pytest.raises(InferenceError, match="a bug in the policy"):
             client.infer(observation(666))
         assert client.infer(observation(1)).actions[0, 1] == pytest.approx(1.1)
         assert client.statistics().failures == 2
@@ -213,7 +213,7 @@ def test_changed_observation_shape_is_refused() -> None:
 
 
 class Failing(ToyPolicy):
-    """Fails where it is told to."""
+    """Fails at the place that the test names."""
 
     def __init__(self, where: str) -> None:
         super().__init__()
@@ -393,7 +393,7 @@ def test_busy_server_is_busy_and_not_lost(transport: str) -> None:
                 client.cancel()
         gate.release(100)
         assert client.infer(observation(timestep=50)).obs_timestep == 50
-        # Whose time was up was not computed: not all of those that were sent.
+        # Expired requests were not computed.
         assert server.statistics().answered < client.statistics().requests
 
 

@@ -43,7 +43,7 @@ class ToyPolicy:
         if not np.isfinite(obs.state).all():
             raise ObservationError("state: got NaN or infinity, expected finite numbers")
         if obs.state[0] == 666:
-            raise RuntimeError("a bug in somebody's policy")
+            raise RuntimeError("a bug in the policy")
         self.asked += 1
         brightness = np.float32(obs.images["top"].mean(dtype=np.float64) / 1000)
         actions = obs.state[None] + np.arange(CHUNK, dtype=np.float32)[:, None] + brightness

@@ -1,3 +1,3 @@
-"""A module of somebody's that does not even import."""
+"""A policy module that fails to import."""
 
 raise RuntimeError("no such luck")

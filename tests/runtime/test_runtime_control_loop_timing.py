@@ -1,4 +1,4 @@
-"""Lateness samples, waits that signals interrupt, and no allocation."""
+"""Timing of the control loop: lateness samples, waits that signals interrupt, no allocation."""
 
 from __future__ import annotations
 
