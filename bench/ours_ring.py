@@ -18,12 +18,12 @@ from numba import njit
 
 from bench.contestant import Exchange
 from bench.payload import Payload, Sink, Source
-from transport.base import Record
+from transport.base import ReceivedMessage
 from transport.channel import Kind
 from transport.shm import ring_kernels
 from transport.shm.atomics import load, pause, store
 from transport.shm.ring import RingReader, RingWriter
-from transport.shm.segment import Mapping, create_anonymous
+from transport.shm.segment import MappedSegment, create_anonymous
 from transport.shm.segment_layout import SegmentLayout
 
 _EPOCH = bytes(range(16))
@@ -34,7 +34,7 @@ def _layouts(payload: Payload) -> tuple[SegmentLayout, SegmentLayout]:
     return SegmentLayout.of(payload.observation), SegmentLayout.of(payload.reply)
 
 
-def _next(reader: RingReader) -> Record:
+def _next(reader: RingReader) -> ReceivedMessage:
     while (record := reader.take()) is None:
         reader.spin(_ROUNDS)
     return record
@@ -45,8 +45,8 @@ class Ring:
 
     def serve(self, sink: Sink, link: Connection) -> None:
         theirs, ours = _layouts(sink.payload)
-        peer = Mapping(recv_handle(link), theirs.nbytes, writable=False)
-        own = Mapping(recv_handle(link), ours.nbytes, writable=True)
+        peer = MappedSegment(recv_handle(link), theirs.nbytes, writable=False)
+        own = MappedSegment(recv_handle(link), ours.nbytes, writable=True)
         reader = RingReader(own, peer, _EPOCH, sink.payload.observation, theirs)
         writer = RingWriter(own, peer, _EPOCH, sink.payload.reply, ours)
         while True:
@@ -80,10 +80,10 @@ class Ring:
         yield exchange
 
     @staticmethod
-    def _segment(link: Connection, layout: SegmentLayout) -> Mapping:
+    def _segment(link: Connection, layout: SegmentLayout) -> MappedSegment:
         fd = create_anonymous("ring", layout.nbytes)
         # Both sides of the benchmark are ours: the second mapping need not be read-only here.
-        mapping = Mapping(fd, layout.nbytes, writable=True)
+        mapping = MappedSegment(fd, layout.nbytes, writable=True)
         send_handle(link, fd, os.getpid())
         os.close(fd)
         return mapping
@@ -127,7 +127,7 @@ class _End:
     """One end's arguments, worked out once."""
 
     def __init__(
-        self, ring: RingReader | RingWriter, memory: Mapping, layout: SegmentLayout
+        self, ring: RingReader | RingWriter, memory: MappedSegment, layout: SegmentLayout
     ) -> None:
         first = layout.payload_offset(0)
         stride = layout.payload_offset(1) - first
@@ -139,8 +139,8 @@ class FusedRing(Ring):
 
     def serve(self, sink: Sink, link: Connection) -> None:
         theirs, ours = _layouts(sink.payload)
-        peer = Mapping(recv_handle(link), theirs.nbytes, writable=False)
-        own = Mapping(recv_handle(link), ours.nbytes, writable=True)
+        peer = MappedSegment(recv_handle(link), theirs.nbytes, writable=False)
+        own = MappedSegment(recv_handle(link), ours.nbytes, writable=True)
         observation, reply = sink.payload.observation, sink.payload.reply
         reader = _End(RingReader(own, peer, _EPOCH, observation, theirs), peer, theirs)
         writer = _End(RingWriter(own, peer, _EPOCH, reply, ours), own, ours)

@@ -169,7 +169,7 @@ def test_swaps_under_load(capsys: pytest.CaptureFixture[str], records: Records, 
             answers = robot.answers()
             during.append(answers)
             failed += answers.failed + simulation.answers().failed
-        counts = dialer.ask("status")["counts"]
+        counts = dialer.send_admin_command("status")["counts"]
     swapping = _latency(during)
     group = "a robot, while policies are swapped"
     records.add(group, {"before": calm.latency_s * 1e6, "meanwhile": swapping * 1e6})

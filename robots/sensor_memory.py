@@ -18,7 +18,7 @@ from transport.shm.latest_value import (
     LatestValueWriter,
     latest_value_nbytes,
 )
-from transport.shm.segment import Mapping, create_anonymous
+from transport.shm.segment import MappedSegment, create_anonymous
 
 JOINT_SLOTS, FRAME_SLOTS = 256, LATEST_SLOTS
 
@@ -91,7 +91,7 @@ class SensorMemory:
         writable: bool,
     ) -> None:
         self._layout = _Layout(qpos, joints, cameras)
-        self._memory = Mapping(fd, self._layout.nbytes, writable=writable)
+        self._memory = MappedSegment(fd, self._layout.nbytes, writable=writable)
         self.watchers = AtomicInt64(self._memory, 0)
         self.refused_since_ns = AtomicInt64(self._memory, CACHE_LINES)
         self.joints = self._reader(self._layout.joints)

@@ -1,1 +1,1 @@
-"""Arrays between processes, by shared memory or TCP, and child processes. Knows no policies."""
+"""Arrays between processes, over shared memory or TCP; child processes. Imports no policy code."""

@@ -1,4 +1,4 @@
-"""Addresses as people write them, and as ZMQ takes them: it resolves no names."""
+"""Parse, format and resolve addresses. ZMQ is given numeric ones, because it resolves no names."""
 
 from __future__ import annotations
 
@@ -13,18 +13,18 @@ _ADDRESS = re.compile(r"(?:tcp://)?(?:\[(?P<v6>[^\[\]]*)\]|(?P<name>[^:/\[\]]*))
 
 
 def parse_address(text: str) -> tuple[str, int]:
-    """(host, port) of ``host:port``, ``[v6]:port`` or ``tcp://host:port``.
+    """Return (host, port) of ``host:port``, ``[v6]:port`` or ``tcp://host:port``.
 
     Raises:
-        TransportError: It is none of these; the message says how it was read.
+        TransportError: ``text`` has none of these forms; the message says how it was read.
     """
     match = _ADDRESS.fullmatch(text)
     host = match and (match["v6"] or match["name"])
     if not match or not host:
         raise TransportError(
-            f"address: got {text!r}, expected host:port or [v6]:port{_in_brackets(text)}"
+            f"address: got {text!r}, expected host:port or [v6]:port{_hint_brackets(text)}"
         )
-    # Longer ones would take a while to convert.
+    # A very long number would take long to convert.
     port = int(match["port"]) if len(match["port"]) <= 9 else -1
     if not 1 <= port <= 65535:
         raise TransportError(f"address {text!r}: got port {match['port']}, expected 1 to 65535")
@@ -32,21 +32,22 @@ def parse_address(text: str) -> tuple[str, int]:
 
 
 def format_address(host: str, port: int) -> str:
-    """What ``parse_address`` reads: ``host:port``, or ``[v6]:port``."""
+    """Format an address for ``parse_address``: ``host:port`` or ``[v6]:port``."""
     return f"[{host}]:{port}" if ":" in host else f"{host}:{port}"
 
 
 def bare_host(host: str) -> str:
-    """``host`` without the brackets that an address has around IPv6."""
+    """Return ``host`` without the brackets around an IPv6 address."""
     return host[1:-1] if host.startswith("[") and host.endswith("]") else host
 
 
 def resolve(host: str, port: int, *, listening: bool = False) -> tuple[str, bool]:
-    """A numeric address of ``host``, and whether it is IPv6; IPv4 where a name has both, so that
-    servers and clients agree.
+    """Resolve ``host`` to a numeric address, and say whether it is IPv6.
+
+    IPv4 is preferred where a name has both, so that servers and clients agree.
 
     Raises:
-        TransportError: A name that nobody knows, a port that is none, or IPv6 without IPv6.
+        TransportError: Unknown name, invalid port, or an IPv6 address on a machine without IPv6.
     """
     if not 0 <= port <= 65535:
         raise TransportError(f"port: got {port}, expected {'0 (any)' if listening else 1} to 65535")
@@ -56,7 +57,8 @@ def resolve(host: str, port: int, *, listening: bool = False) -> tuple[str, bool
     except (OSError, UnicodeError) as error:
         if listening:
             raise TransportError(
-                f"host {host!r} is not an address of this machine: {error}{_port_apart(host)}"
+                f"host {host!r} is not an address of this machine: {error}"
+                f"{_hint_port_in_host(host)}"
             ) from error
         raise TransportError(f"cannot resolve {host!r}: {error}") from error
     family, *_, address = min(found, key=lambda entry: entry[0] != socket.AF_INET)
@@ -67,13 +69,13 @@ def resolve(host: str, port: int, *, listening: bool = False) -> tuple[str, bool
             "a name that has one"
         )
     numeric, scope = str(address[0]), address[3] if len(address) == 4 else 0
-    if scope and "%" not in numeric:  # an address of a link means nothing without it
+    if scope and "%" not in numeric:  # a link-local address is ambiguous without its interface
         numeric = f"{numeric}%{socket.if_indextoname(scope)}"
     return numeric, ipv6
 
 
 def has_ipv6() -> bool:
-    """Whether the kernel has IPv6 and it is not switched off."""
+    """Whether the kernel supports IPv6 and IPv6 is enabled."""
     try:
         with socket.socket(socket.AF_INET6, socket.SOCK_DGRAM) as probe:
             probe.bind(("::1", 0))
@@ -82,22 +84,22 @@ def has_ipv6() -> bool:
     return True
 
 
-def port_within(host: str) -> str:
-    """A remark on an IPv6 address whose last group may have been meant as a port; or nothing."""
+def hint_port_in_ipv6(host: str) -> str:
+    """A hint for an error: the last group of an IPv6 ``host`` may be meant as a port. Or empty."""
     before, _, port = host.rpartition(":")
     if not _is_ipv6(host) or not _is_ipv6(before) or not port.isdecimal():
         return ""
     return f"; all of it is read as an address: for port {port} of {before} give {before} alone"
 
 
-def _port_apart(host: str) -> str:
+def _hint_port_in_host(host: str) -> str:
     before, colon, port = host.rpartition(":")
     if colon and before and port.isdecimal():
         return f"; expected a host alone: {bare_host(before)}, with port {port} beside it"
     return ""
 
 
-def _in_brackets(text: str) -> str:
+def _hint_brackets(text: str) -> str:
     host, _, port = text.removeprefix("tcp://").rpartition(":")
     if not _is_ipv6(host) or not port.isdecimal():
         return ""

@@ -1,6 +1,6 @@
-"""What the three channels have in common: counting, closing, timeouts, loans and messages.
+"""The code that all channels share: counting, closing, timeouts, loans and messages.
 
-A driver overrides the underscore methods; it never counts and never looks at a clock.
+A driver overrides the underscore methods. It counts no messages and reads no clock for timeouts.
 """
 
 from __future__ import annotations
@@ -31,69 +31,73 @@ from transport.errors import (
     WouldBlock,
 )
 from transport.schema import Schema
-from transport.slot_views import Views
+from transport.slot_views import SlotViews
 
 SLOTS = 4
-"""Messages per direction: two requests in flight, and two more for what replaces them."""
-MAX_KEPT = SLOTS - 2
-"""A released message's slot waits for its arrays' last holder this many messages long. Slots come
-back in order, so one more would leave the peer none."""
+"""Slots per direction: two requests in flight, and two more for the requests that replace them."""
+MAX_DEFERRED = SLOTS - 2
+"""Messages for which a slot's return may be deferred while its arrays are still referenced.
+
+Slots come back in order, so one message more would leave the peer without a slot."""
 KINDS: Mapping[int, Kind] = MappingProxyType({int(kind): kind for kind in Kind})
 _NO_ARRAYS: Arrays = MappingProxyType({})
-_LARGEST = 2**63 - 1
+_MAX_INT64 = 2**63 - 1
 
 
-class Record(Message):
-    """One message as a driver hands it over.
+class ReceivedMessage(Message):
+    """One message as a driver returns it.
 
     Attributes:
-        sequence: Its place in the ring.
-        views: The arrays of its slot; None unless it is DATA.
-        content: What ``body`` gives once somebody reads it.
+        sequence: Its sequence number in the ring.
+        views: The arrays of its slot; None unless the message is DATA.
+        raw_body: The bytes that ``body`` returns until ``release``.
     """
 
-    __slots__ = ("_channel", "budget_ns", "content", "kind", "request_id", "sequence", "views")
+    __slots__ = ("_channel", "budget_ns", "kind", "raw_body", "request_id", "sequence", "views")
 
-    def __init__(  # noqa: PLR0917  once per message: a keyword costs more than it tells here
+    def __init__(  # noqa: PLR0917  runs once per message, and keyword arguments cost time
         self,
         kind: Kind,
         request_id: int,
         budget_ns: int,
         sequence: int,
-        views: Views | None,
+        views: SlotViews | None,
         body: bytes,
     ) -> None:
         self.kind, self.request_id, self.budget_ns = kind, request_id, budget_ns
-        self.sequence, self.views, self.content = sequence, views, body
+        self.sequence, self.views, self.raw_body = sequence, views, body
         self._channel: BaseChannel | None = None
 
-    def give_to_reader(self, channel: BaseChannel) -> None:
-        """From now on ``release`` gives the slot back to ``channel``."""
+    def attach_channel(self, channel: BaseChannel) -> None:
+        """Set the channel to which ``release`` gives the slot back."""
         self._channel = channel
 
     @property
     def arrays(self) -> Arrays:
+        """See ``Message.arrays``."""
         if self._channel is None:
             raise self._released()
         return _NO_ARRAYS if self.views is None else self.views.arrays
 
     @property
     def body(self) -> bytes:
+        """See ``Message.body``."""
         if self._channel is None:
             raise self._released()
-        return self.content
+        return self.raw_body
 
     def release(self) -> None:
+        """See ``Message.release``."""
         channel, self._channel = self._channel, None
         if channel is not None:
-            channel.let_go(self)
+            channel.release_when_unused(self)
 
     def _released(self) -> ChannelClosed:
         return ChannelClosed(f"message {self.request_id} was released; its slot is reused")
 
 
 class SlotLoan(Loan):
-    """The slot that a driver claimed."""
+    """A loan of the slot that a driver claimed."""
 
     __slots__ = ("_arrays", "_channel")
 
@@ -103,31 +107,35 @@ class SlotLoan(Loan):
 
     @property
     def arrays(self) -> dict[str, NDArray[Any]]:
+        """See ``Loan.arrays``."""
         if self._channel is None:
             raise ChannelClosed("the loan has ended; its slot is the peer's, or reused")
         return self._arrays
 
     def announce(self) -> None:
+        """See ``Loan.announce``."""
         if self._channel is not None:
             self._channel.announce_loan()
 
     def publish(self, request_id: int, *, budget_ns: int = 0) -> None:
+        """See ``Loan.publish``."""
         channel, self._channel = self._channel, None
         if channel is None:
             raise ChannelClosed("the loan has ended: it was published or cancelled before")
         channel.end_loan(request_id, budget_ns)
 
     def cancel(self) -> None:
+        """See ``Loan.cancel``."""
         channel, self._channel = self._channel, None
         if channel is not None:
             channel.cancel_loan()
 
 
 class BaseChannel(Channel):
-    """Policy of a channel; see ``Channel`` for what callers may rely on.
+    """The driver-independent half of a channel; ``Channel`` states what callers may rely on.
 
     Attributes:
-        transport_reason: Why this transport and not the other.
+        transport_reason: Why this transport was chosen and not the other.
     """
 
     transport_reason = ""
@@ -136,18 +144,18 @@ class BaseChannel(Channel):
         self.send_schema, self.recv_schema = send_schema, recv_schema
         self._sent = self._received = self._would_block = 0
         self.dropped_epoch = self.dropped_malformed = 0
-        self._lent = False
-        self._kept: list[Record] = []
+        self._loan_open = False
+        self._deferred: list[ReceivedMessage] = []
         self._closed: str | None = None
-        self.gone: str | None = None
-        """Why the peer is no more, once that is known."""
+        self.gone_reason: str | None = None
+        """Why the peer can no longer be reached; None while it can."""
 
     # --- what a driver implements
 
     @property
     @abc.abstractmethod
     def unread(self) -> bool:
-        """Whether something has arrived that was not polled."""
+        """Whether a message has arrived that was not polled."""
 
     @abc.abstractmethod
     def _claim(self) -> dict[str, NDArray[Any]] | None:
@@ -155,98 +163,105 @@ class BaseChannel(Channel):
 
     @abc.abstractmethod
     def _publish(self, kind: Kind, request_id: int, budget_ns: int, body: bytes | None) -> bool:
-        """Send the claimed slot (``body`` None) or a body; False when every slot is taken."""
+        """Send the claimed slot (``body`` is None) or ``body``; False when every slot is taken."""
 
     @abc.abstractmethod
-    def _take(self) -> Record | None:
-        """The next valid message, held; what is not valid is dropped, counted and passed over."""
+    def _take(self) -> ReceivedMessage | None:
+        """Take and hold the next valid message. Invalid ones are dropped and counted."""
 
     @abc.abstractmethod
     def _release(self, sequence: int) -> None:
-        """Give a slot back. Also called after ``close``, and does nothing then."""
+        """Give a slot back. Does nothing after ``close``."""
 
     @abc.abstractmethod
-    def _look_for_peer(self) -> None:
-        """Set ``gone`` if the peer has ended the session or died. Never blocks, and is called for
-        every message: what is dear is done now and then."""
+    def _check_peer(self) -> None:
+        """Set ``gone_reason`` if the peer has ended the session or died.
+
+        Never blocks. It is called for every message, so a driver limits the rate of expensive
+        checks."""
 
     @abc.abstractmethod
     def _wait(self, timeout_s: float) -> None:
-        """Return when there may be something to take, the peer may be gone, or time is up."""
+        """Block until a message may have arrived, the peer may be gone, or time is up."""
 
     @abc.abstractmethod
     def _close(self, reason: str) -> None:
-        """Tell the peer and release everything; called once."""
+        """Send ``reason`` to the peer and release all resources; called once."""
 
     def _spin(self) -> bool:
-        """Watch for a message for a bounded time without sleeping; whether one came."""
+        """Poll for a message for a bounded time without sleeping; whether one arrived."""
         return False
 
-    def _waited(self, duration_ns: int) -> None:
-        """How long the last ``recv`` that had to wait did; where a driver learns from it."""
+    def _record_wait(self, duration_ns: int) -> None:
+        """Report the duration of a ``recv`` that had to wait, to a driver that adapts to it."""
 
     # --- Channel
 
     def loan(self) -> Loan:
-        if self.gone is None and self._closed is None:
-            self._look_for_peer()
-        if self._lent or self._closed is not None or self.gone is not None:
-            self._require_free()
+        """See ``Channel.loan``."""
+        if self.gone_reason is None and self._closed is None:
+            self._check_peer()
+        if self._loan_open or self._closed is not None or self.gone_reason is not None:
+            self._require_sendable()
         views = self._claim()
         if views is None:
-            raise self._full()
-        self._lent = True
+            raise self._no_free_slot()
+        self._loan_open = True
         return SlotLoan(self, views)
 
     def cancel_loan(self) -> None:
-        self._lent = False
+        """End the loan without sending; the next ``loan`` gets the same slot."""
+        self._loan_open = False
 
     def announce_loan(self) -> None:
-        """What is lent will be published at once; where a peer's sleep can be ended for that."""
+        """Signal a sleeping peer that the loan will be published at once, where a driver can."""
 
     def end_loan(self, request_id: int, budget_ns: int) -> None:
-        """Publish what was lent."""
-        self._lent = False
-        if self._closed is not None or self.gone is not None:
-            self._require_free()
-        if not 0 <= request_id <= _LARGEST or not 0 <= budget_ns <= _LARGEST:
-            _require_id(request_id)
-            # A budget that is already used up stays a limit: 0 would mean "none".
-            budget_ns = 1 if budget_ns < 0 else min(budget_ns, _LARGEST)
+        """Publish the loaned slot as message ``request_id``."""
+        self._loan_open = False
+        if self._closed is not None or self.gone_reason is not None:
+            self._require_sendable()
+        if not 0 <= request_id <= _MAX_INT64 or not 0 <= budget_ns <= _MAX_INT64:
+            _require_request_id(request_id)
+            # An exhausted budget stays a limit: 0 would mean "none".
+            budget_ns = 1 if budget_ns < 0 else min(budget_ns, _MAX_INT64)
         if not self._publish(Kind.DATA, request_id, budget_ns, None):
-            raise self._full()
+            raise self._no_free_slot()
         self._sent += 1
 
     def send_body(self, kind: Kind, request_id: int, body: bytes = b"") -> None:
+        """See ``Channel.send_body``."""
         if kind is Kind.DATA:
             raise TransportError("send_body: got DATA, expected a kind that carries a body")
-        _require_id(request_id)
-        self._require_free()
+        _require_request_id(request_id)
+        self._require_sendable()
         if not self._publish(kind, request_id, 0, body[:MAX_BODY_BYTES]):
-            raise self._full()
+            raise self._no_free_slot()
         self._sent += 1
 
     def poll(self) -> Message | None:
+        """See ``Channel.poll``."""
         if self._closed is not None:
             self._require_open()
-        if self._kept:
-            self._let_go_of_kept()
+        if self._deferred:
+            self._release_deferred()
         record = self._take()
         if record is None:
-            if self.gone is None:
-                self._look_for_peer()
-            if self.gone is None:
+            if self.gone_reason is None:
+                self._check_peer()
+            if self.gone_reason is None:
                 return None
-            # What was published just before the end may have arrived between the two looks.
+            # The last message may have arrived between ``_take`` and ``_check_peer``.
             record = self._take()
             if record is None:
                 self._require_peer()
                 return None
         self._received += 1
-        record.give_to_reader(self)
+        record.attach_channel(self)
         return record
 
     def recv(self, timeout_s: float) -> Message:
+        """See ``Channel.recv``."""
         message = self.poll()
         if message is not None:
             return message
@@ -259,10 +274,11 @@ class BaseChannel(Channel):
                 raise TransportTimeout(f"nothing came over {self.transport} in {timeout_s:g} s")
             self._wait(left_s)
             message = self.poll()
-        self._waited(time.monotonic_ns() - began_ns)
+        self._record_wait(time.monotonic_ns() - began_ns)
         return message
 
     def statistics(self) -> ChannelStatistics:
+        """See ``Channel.statistics``."""
         return ChannelStatistics(
             self._sent,
             self._received,
@@ -272,54 +288,56 @@ class BaseChannel(Channel):
         )
 
     def close(self, reason: str = "") -> None:
+        """See ``Channel.close``."""
         if self._closed is None:
             self._closed = reason or "closed"
-            self._kept.clear()
+            self._deferred.clear()
             self._close(reason)
 
     # --- shared
 
-    def let_go(self, record: Record) -> None:
-        """Give the slot back, or later where somebody still looks at it.
+    def release_when_unused(self, record: ReceivedMessage) -> None:
+        """Give the slot back, at once or after the last reference to its arrays is dropped.
 
-        Raising at once was tried: a local variable that outlives its ``with`` block by a line, or
-        a policy that looks at the last two frames, is not worth stopping a robot for.
+        Rejected: an error for any reference after ``release``. A local variable that outlives its
+        ``with`` block by a line, or a policy that reads the last two frames, is no reason to stop a
+        robot.
 
         Raises:
-            ViewsHeld: Somebody has looked for so long that the peer has no slot left.
+            ViewsHeld: References were held for so long that the peer has no slot left.
         """
         if record.views is not None and self._closed is None and record.views.in_use:
-            self._kept.append(record)
+            self._deferred.append(record)
         else:
             self._release(record.sequence)
-        if self._kept:
-            age = record.sequence - min(kept.sequence for kept in self._kept)
-            if age > MAX_KEPT:
+        if self._deferred:
+            age = record.sequence - min(kept.sequence for kept in self._deferred)
+            if age > MAX_DEFERRED:
                 raise ViewsHeld(
                     f"arrays of a message are still held {age} messages after its release, "
-                    f"expected at most {MAX_KEPT}: copy what must outlive its message"
+                    f"expected at most {MAX_DEFERRED}: copy what must outlive its message"
                 )
 
-    def _let_go_of_kept(self) -> None:
-        kept, self._kept = self._kept, []
+    def _release_deferred(self) -> None:
+        kept, self._deferred = self._deferred, []
         for record in kept:
-            self.let_go(record)
+            self.release_when_unused(record)
 
-    def _full(self) -> TransportError:
-        """Why there is no slot: nobody is there to release one, or they have not yet."""
-        if self.gone is None:
-            self._look_for_peer()
+    def _no_free_slot(self) -> TransportError:
+        """The error for a full ring. Raises ``PeerGone`` if there is no peer to release a slot."""
+        if self.gone_reason is None:
+            self._check_peer()
         self._require_peer()
         self._would_block += 1
         return WouldBlock(f"all {SLOTS} slots are taken: the peer has released none of them")
 
-    def _require_free(self) -> None:
-        """Whether something may be sent now."""
+    def _require_sendable(self) -> None:
+        """Raise unless a message may be sent now: channel open, no loan, peer there."""
         self._require_open()
-        if self._lent:
+        if self._loan_open:
             raise TransportError("a loan is open: publish or cancel it first")
-        if self.gone is None:
-            self._look_for_peer()
+        if self.gone_reason is None:
+            self._check_peer()
         self._require_peer()
 
     def _require_open(self) -> None:
@@ -327,10 +345,10 @@ class BaseChannel(Channel):
             raise ChannelClosed(f"the channel is closed ({self._closed})")
 
     def _require_peer(self) -> None:
-        if self.gone is not None:
-            raise PeerGone(self.gone)
+        if self.gone_reason is not None:
+            raise PeerGone(self.gone_reason)
 
 
-def _require_id(request_id: int) -> None:
-    if not 0 <= request_id <= _LARGEST:
+def _require_request_id(request_id: int) -> None:
+    if not 0 <= request_id <= _MAX_INT64:
         raise TransportError(f"request_id: got {request_id}, expected 0 to 2**63 - 1")

@@ -1,14 +1,15 @@
-"""One side of a session's data plane: the interface that memory, shm and zmq implement.
+"""The interface of one side of a session's data plane, implemented by memory, shm and zmq.
 
-What every implementation guarantees (``tests/contracts/channel.py`` checks each):
+Every implementation guarantees (``tests/contracts/channel.py`` checks each):
 
-* Messages arrive whole and in order, or not at all. ``send`` never blocks: a full ring is
-  ``WouldBlock``, counted.
+* Messages arrive whole and in order, or not at all. ``send`` never blocks: a full ring raises
+  ``WouldBlock``, which is counted.
 * ``poll`` never blocks. A message's arrays are read-only views that stay valid and unchanged until
   ``release``; several messages may be held at once (as many as there are slots), released in any
   order.
-* What carries another epoch, a bad length or an unknown kind is dropped and counted, never given.
-* After the peer closed or died, what it had published can still be read; then ``PeerGone``.
+* A message with another epoch, a bad length or an unknown kind is dropped and counted.
+* After the peer closed or died, the messages it had published can still be read. Then ``PeerGone``
+  is raised.
 
 Not thread-safe: a channel belongs to one thread.
 """
@@ -29,16 +30,16 @@ from transport.schema import Schema
 Arrays = Mapping[str, NDArray[Any]]
 
 MAX_BODY_BYTES = 4096
-"""Cap of a non-DATA message's body; every slot has room for it."""
+"""Maximum length of the body of a message that is not DATA. Every slot has room for it."""
 
 
 class Kind(IntEnum):
-    """What a message is. Only DATA carries the schema's arrays; the others a short body."""
+    """Message kinds. DATA carries the schema's arrays; the others carry a short body."""
 
     DATA = 1
     ERROR = 2  # the request failed; body: UTF-8 JSON
-    SUPERSEDED = 3  # the request was passed over; body: id of the request that replaced it
-    RESET = 4  # the episode is over; body empty
+    SUPERSEDED = 3  # the request was replaced by a newer one; body: id of the newer one
+    RESET = 4  # the episode has ended; body empty
 
 
 @dataclass(frozen=True, slots=True)
@@ -56,9 +57,9 @@ class Message(abc.ABC):
     """One received message.
 
     Attributes:
-        kind: What it is.
-        request_id: Chosen by whoever asked; a reply repeats it.
-        budget_ns: How long the asker is willing to wait, a duration; 0 for no limit.
+        kind: The kind of message.
+        request_id: Chosen by the requesting side; a reply repeats it.
+        budget_ns: How long the requesting side will wait, a duration in ns; 0 for no limit.
     """
 
     kind: Kind
@@ -68,7 +69,7 @@ class Message(abc.ABC):
     @property
     @abc.abstractmethod
     def arrays(self) -> Arrays:
-        """The schema's arrays by name, read-only views; empty unless DATA.
+        """The schema's arrays by name, read-only views; empty unless the message is DATA.
 
         Raises:
             ChannelClosed: After ``release``.
@@ -77,11 +78,11 @@ class Message(abc.ABC):
     @property
     @abc.abstractmethod
     def body(self) -> bytes:
-        """The body of a message that is not DATA (a copy)."""
+        """A copy of the body; empty if the message is DATA."""
 
     @abc.abstractmethod
     def release(self) -> None:
-        """Give the slot back. Idempotent. Views of ``arrays`` must not be used after."""
+        """Give the slot back. Idempotent. Views of ``arrays`` must not be used afterwards."""
 
     def __enter__(self) -> Message:
         return self
@@ -91,25 +92,27 @@ class Message(abc.ABC):
 
 
 class Loan(abc.ABC):
-    """The next slot to be sent, to be written in place. One loan at a time."""
+    """The next slot to send, written in place. A channel has at most one loan at a time."""
 
     @property
     @abc.abstractmethod
     def arrays(self) -> dict[str, NDArray[Any]]:
-        """The schema's arrays by name, writable views of the slot; contents undefined."""
+        """The schema's arrays by name, writable views of the slot with undefined contents."""
 
     @abc.abstractmethod
     def announce(self) -> None:
-        """Say that ``publish`` follows within a millisecond: a peer that sleeps wakes up while the
-        arrays are still being written. A hint; nothing depends on it."""
+        """Announce that ``publish`` follows within a millisecond.
+
+        A sleeping peer then wakes up while the arrays are still being written. This is a hint;
+        correctness does not depend on it."""
 
     @abc.abstractmethod
     def publish(self, request_id: int, *, budget_ns: int = 0) -> None:
-        """Make it visible to the peer and end the loan. Raises ``PeerGone``."""
+        """Make the message visible to the peer and end the loan. Raises ``PeerGone``."""
 
     @abc.abstractmethod
     def cancel(self) -> None:
-        """End the loan, nothing is sent. Idempotent; a no-op after ``publish``."""
+        """End the loan without sending. Idempotent; does nothing after ``publish``."""
 
 
 class Channel(abc.ABC):
@@ -122,11 +125,12 @@ class Channel(abc.ABC):
 
     @abc.abstractmethod
     def loan(self) -> Loan:
-        """A slot to write in place.
+        """Borrow the next free slot, to write it in place.
 
         Raises:
             WouldBlock: Every slot is taken.
-            PeerGone, ChannelClosed: As they say.
+            PeerGone: The peer has closed or died.
+            ChannelClosed: This side has closed.
         """
 
     def send(self, arrays: Arrays, request_id: int, *, budget_ns: int = 0) -> None:
@@ -149,32 +153,33 @@ class Channel(abc.ABC):
 
     @abc.abstractmethod
     def send_body(self, kind: Kind, request_id: int, body: bytes = b"") -> None:
-        """Send one that is not DATA; ``body`` is cut at MAX_BODY_BYTES. Raises as ``send``."""
+        """Send a message that is not DATA, ``body`` cut at MAX_BODY_BYTES. Raises as ``send``."""
 
     @abc.abstractmethod
     def poll(self) -> Message | None:
-        """The next message, or None.
+        """Return the next message, or None if none has arrived.
 
         Raises:
-            PeerGone: Nothing is left to read and the peer is gone.
+            PeerGone: The peer is gone and all its messages were read.
             ChannelClosed: After ``close``.
         """
 
     @abc.abstractmethod
     def recv(self, timeout_s: float) -> Message:
-        """The next message: a bounded spin, then a blocking wait.
+        """Return the next message; wait for it with a bounded spin, then blocked.
 
         Raises:
-            TransportTimeout: Nothing came in ``timeout_s``.
+            TransportTimeout: No message arrived within ``timeout_s``.
             PeerGone, ChannelClosed: As ``poll``.
         """
 
     @abc.abstractmethod
-    def statistics(self) -> ChannelStatistics: ...
+    def statistics(self) -> ChannelStatistics:
+        """Counts since the channel was made."""
 
     @abc.abstractmethod
     def close(self, reason: str = "") -> None:
-        """End the session; the peer is told ``reason``. Idempotent."""
+        """End the session and send ``reason`` to the peer. Idempotent."""
 
     def __enter__(self) -> Channel:
         return self

@@ -1,12 +1,12 @@
-"""Child processes: started, ready within a deadline, heard, and ended with their parent.
+"""Child processes: start, wait until ready with a deadline, exchange events, end with the parent.
 
-A child is ``python -m module``. It sends events to its parent, one JSON object per line, the first
-of them ``ready`` or ``failed``. The parent sends lines to the child's standard input; the end of
-standard input is the parent's end. Events leave through the child's standard output, or, where that
-is for people, through a pipe of their own (``events_flag``).
+A child is ``python -m module``. It sends events to its parent, one JSON object per line. The first
+is ``ready`` or ``failed``. The parent sends lines to the child's standard input, which ends when
+the parent ends. Events use the child's standard output or, if users read that, a separate pipe
+(``events_flag``).
 
-Code that is not ours may print, and may wait for somebody to press Enter: a child that runs such
-code calls ``isolate`` first.
+Third-party code may print, and may wait for a key press. A child that runs such code calls
+``isolate`` first.
 """
 
 from __future__ import annotations
@@ -33,23 +33,24 @@ logger = logging.getLogger(__name__)
 
 PR_SET_PDEATHSIG = 1
 KEPT_TEXT = 2000
-"""Bytes of what was printed last that are kept for an error."""
+"""Bytes of the latest printed text that are kept for an error."""
 TIMED_OUT = 3
-"""Exit status of a child that code which is not ours kept waiting for too long."""
+"""Exit status of a child in which third-party code missed a deadline."""
 STOP_WITHIN_S = 10.0
-"""For a child to end after its standard input has."""
+"""Time for a child to end after its standard input was closed."""
 KILL_AFTER_S = 1.0
 """From SIGTERM to SIGKILL."""
-TELL_EVERY_S = 5.0
+REPORT_EVERY_S = 5.0
 KEPT_LINES = 5
-"""Of what a child printed that did not become ready; the reason comes last."""
+"""Printed lines that are kept for the error of a child that did not become ready: the last ones,
+which hold the reason."""
 
 
 # In the child
 
 
 class _Output:
-    """Where the parent listens."""
+    """The descriptor from which the parent reads events."""
 
     fd = 1
 
@@ -57,10 +58,10 @@ class _Output:
 def die_with_parent(parent: int) -> None:
     """Have the kernel kill this process when the thread that started it ends.
 
-    Works on a stopped or stuck process too, where noticing a closed pipe does not.
+    This also works on a stopped or stuck process, which would not notice a closed pipe.
 
     Args:
-        parent: Its process id, for the case that it has ended already.
+        parent: The parent's process id, to detect that it has ended already.
     """
     ctypes.CDLL(None, use_errno=True).prctl(PR_SET_PDEATHSIG, signal.SIGKILL, 0, 0, 0)
     if os.getppid() != parent:
@@ -68,16 +69,16 @@ def die_with_parent(parent: int) -> None:
 
 
 def send_event(event: str, **fields: Any) -> None:
-    """Tell the parent, past whatever ``isolate`` keeps from it.
+    """Send an event to the parent, also after ``isolate``.
 
-    ``ready`` says that this process is, with what the parent needs to know. ``failed`` says that it
-    never will be; its ``error`` says why, and ``kind``, if given, is the name of an exception.
+    ``ready`` means that this process is ready; its fields are for the parent. ``failed`` means that
+    it will not become ready; ``error`` is the reason and ``kind``, if given, an exception's name.
     """
     write_event(_Output.fd, event, **fields)
 
 
 def write_event(fd: int, event: str, **fields: Any) -> None:
-    """``send_event`` through a pipe of its own. Nothing happens if nobody listens any more."""
+    """Send an event through descriptor ``fd``. Does nothing if the reader has closed it."""
     data = json.dumps({"event": event, **fields}).encode() + b"\n"
     with contextlib.suppress(OSError):
         while data:
@@ -85,7 +86,7 @@ def write_event(fd: int, event: str, **fields: Any) -> None:
 
 
 def take_stdin() -> int:
-    """Standard input under another number; whoever reads the old one is at its end at once."""
+    """Move standard input to a new descriptor; descriptor 0 is then at its end at once."""
     kept = os.dup(0)
     nothing = os.open(os.devnull, os.O_RDONLY)
     os.dup2(nothing, 0)
@@ -94,10 +95,10 @@ def take_stdin() -> int:
 
 
 class Isolation:
-    """The parent's two pipes, out of reach of code that is not ours; see ``isolate``.
+    """Keeps the parent's two pipes out of reach of third-party code; see ``isolate``.
 
     Attributes:
-        input_fd: What was standard input: ends with the parent.
+        input_fd: The former standard input, which ends when the parent ends.
     """
 
     def __init__(self) -> None:
@@ -110,19 +111,20 @@ class Isolation:
         sys.stdout = open(1, "w", buffering=1, errors="replace", closefd=False)  # noqa: SIM115
         self._text = b""
         self._lock = threading.Lock()
-        threading.Thread(target=self._pass_on, name="what is printed", daemon=True).start()
+        threading.Thread(target=self._forward_forever, name="what is printed", daemon=True).start()
 
-    def printed(self) -> str:
-        """The last line that was printed and is not empty."""
+    def last_printed_line(self) -> str:
+        """The last printed line that is not empty."""
         sys.stdout.flush()
         self._take()
         lines = self._text.decode(errors="replace").splitlines()
         return next((line.strip() for line in reversed(lines) if line.strip()), "")
 
     def explain(self, error: BaseException) -> str:
-        """``error`` in one line, with what was printed last where that says more.
+        """Describe ``error`` in one line.
 
-        Code that asks gets ``EOFError`` at once; its question was printed before.
+        Code that reads standard input gets ``EOFError`` at once. The description then quotes the
+        question, which was printed before.
         """
         message = " ".join(str(error).split())
         if isinstance(error, EOFError):
@@ -131,14 +133,14 @@ class Isolation:
 
     @contextlib.contextmanager
     def deadline(self, timeout_s: float, what: str, hint: str = "") -> Iterator[None]:
-        """End this process if the block takes longer: code that hangs cannot be interrupted.
+        """End this process if the block takes longer, since hanging code cannot be interrupted.
 
-        The parent is sent ``failed``.
+        ``failed`` is sent to the parent.
 
         Args:
-            timeout_s: For the block.
+            timeout_s: For the block, in seconds.
             what: Subject of the message, e.g. ``LeRobot's connect()``.
-            hint: What to do about it; added to the message.
+            hint: Advice that is added to the message.
         """
         done = threading.Event()
 
@@ -146,7 +148,7 @@ class Isolation:
             if done.wait(timeout_s):
                 return
             message = f"{what} took longer than {timeout_s:g} s"
-            if self.printed():
+            if self.last_printed_line():
                 message += f"; it printed last: {self._quoted()}"
             send_event("failed", error=f"{message}; {hint}" if hint else message)
             os._exit(TIMED_OUT)
@@ -160,15 +162,15 @@ class Isolation:
             watcher.join()
 
     def _quoted(self) -> str:
-        return repr(self.printed())
+        return repr(self.last_printed_line())
 
-    def _pass_on(self) -> None:
+    def _forward_forever(self) -> None:
         while True:
             select.select([self._source], [], [])
             self._take()
 
     def _take(self) -> None:
-        """What was printed since goes to standard error; its end is kept."""
+        """Forward the printed text to standard error, and keep its end."""
         with self._lock:
             while select.select([self._source], [], [], 0)[0]:
                 part = os.read(self._source, 65536)
@@ -178,10 +180,10 @@ class Isolation:
 
 
 def isolate() -> Isolation:
-    """Keep code that is not ours from the parent's pipes. Call it before that code is imported.
+    """Keep third-party code from the parent's pipes. Call this before that code is imported.
 
-    Afterwards standard input is empty: whoever asks gets ``EOFError`` at once. What is printed goes
-    to standard error, and its end is kept for errors. The parent's end is seen at ``input_fd``, and
+    Afterwards standard input is empty, so ``input`` raises ``EOFError`` at once. Printed text goes
+    to standard error, and its end is kept for errors. ``input_fd`` ends when the parent ends, and
     ``send_event`` still reaches the parent.
     """
     return Isolation()
@@ -191,24 +193,24 @@ def isolate() -> Isolation:
 
 
 class ChildProcess:
-    """``python -m module arguments…``, running.
+    """A child process ``python -m module arguments…``.
 
     Args:
-        module: Sends ``ready`` or ``failed``, and ends when its standard input does.
-        arguments: Its command line.
-        name: Subject of every message about it; ``module`` if left out.
-        pass_fds: Descriptors that it inherits.
-        outlives: Whether it may outlive the parent for as long as it has something to finish. It is
-            in a session of its own then, so that a terminal's signals reach the parent alone.
-        events_flag: A flag of ``module`` that takes the number of a pipe for events, for one that
-            prints for people. What it prints, on both streams, is then logged, and the end of it is
-            in errors. Otherwise events are what it prints, and its standard error is the parent's.
+        module: Sends ``ready`` or ``failed``, and ends when its standard input ends.
+        arguments: Command-line arguments.
+        name: Subject of every message about the child; ``module`` if empty.
+        pass_fds: Descriptors that the child inherits.
+        outlives: Whether the child may outlive the parent to finish its work. It then runs in its
+            own session, so that a terminal's signals reach only the parent.
+        events_flag: A flag of ``module`` that takes the descriptor of a pipe for events, if users
+            read the child's output. The output of both streams is then logged, and its end is in
+            errors. Otherwise the child's output is its events, and it shares standard error.
 
     Attributes:
         name: As above.
-        pid: Its process id.
-        pidfd: Means this very process, also when its id is somebody else's; -1 when closed.
-        ready: What it sent when it was ready.
+        pid: Process id.
+        pidfd: Refers to this process even after its id is reused; -1 when closed.
+        ready: The ``ready`` event; empty before.
     """
 
     def __init__(
@@ -223,7 +225,7 @@ class ChildProcess:
     ) -> None:
         self.name = name or module
         self.ready: Mapping[str, Any] = {}
-        # What this process can import, the child can: a plug-in need not be installed.
+        # The child can import what this process can, so a plug-in need not be installed.
         environment = {**os.environ, "PYTHONPATH": os.pathsep.join(filter(None, sys.path))}
         command = [sys.executable, "-m", module, *arguments]
         inherited = list(pass_fds)
@@ -259,16 +261,17 @@ class ChildProcess:
 
     @property
     def alive(self) -> bool:
+        """Whether the child runs."""
         return self.returncode is None
 
     @property
     def returncode(self) -> int | None:
-        """Its exit status, minus the signal's number if one killed it; None while it runs."""
+        """Exit status, or minus the number of the signal that killed it; None while it runs."""
         return self._process.poll()
 
     @property
     def status(self) -> str:
-        """How it ended, in words."""
+        """How the child ended, in words; ``alive`` while it runs."""
         code = self.returncode
         if code is None:
             return "alive"
@@ -277,17 +280,17 @@ class ChildProcess:
     def wait_ready(
         self,
         timeout_s: float,
-        tell: Callable[[str], None] | None = None,
-        tell_every_s: float = TELL_EVERY_S,
+        report: Callable[[str], None] | None = None,
+        report_every_s: float = REPORT_EVERY_S,
     ) -> Mapping[str, Any]:
-        """What it sends when it is ready; events before that are dropped.
+        """Wait for the ``ready`` event and return it; events before it are dropped.
 
         Args:
-            timeout_s: For it to be ready, from now on.
-            tell: Called with a line each time that ``tell_every_s`` have passed.
+            timeout_s: From now until the child is ready, in seconds.
+            report: Called with a line of text every ``report_every_s`` seconds.
 
         Raises:
-            ChildFailed: It failed, ended, or took longer. It is not closed.
+            ChildFailed: The child failed, ended, or took longer. It is not closed.
         """
         began_s = time.monotonic()
         while True:
@@ -295,11 +298,11 @@ class ChildProcess:
             if waited_s >= timeout_s:
                 raise self._failed(f"was not ready within {timeout_s:g} s")
             try:
-                event = self._received.get(timeout=min(tell_every_s, timeout_s - waited_s))
+                event = self._received.get(timeout=min(report_every_s, timeout_s - waited_s))
             except queue.Empty:
                 waited_s = time.monotonic() - began_s
-                if tell is not None:
-                    tell(f"waiting for {self.name} to be ready, {waited_s:.0f} s so far")
+                if report is not None:
+                    report(f"waiting for {self.name} to be ready, {waited_s:.0f} s so far")
                 continue
             if event["event"] == "ready":
                 self.ready = event
@@ -311,31 +314,34 @@ class ChildProcess:
                 raise self._failed(f"did not start ({self.status})")
 
     def events(self) -> Iterator[dict[str, Any]]:
-        """What it has sent since, without waiting. The last event, ``ended``, is not of its own."""
+        """Yield the events received since the last call, without waiting.
+
+        The last event, ``ended``, is made by the parent when the child has ended.
+        """
         with contextlib.suppress(queue.Empty):
             while True:
                 yield self._received.get_nowait()
 
     def send_line(self, line: str) -> None:
-        """To its standard input; nothing happens if it has ended."""
+        """Write a line to the child's standard input. Does nothing if the child has ended."""
         if self._process.stdin is not None:
             with contextlib.suppress(OSError, ValueError):
                 self._process.stdin.write(f"{line}\n".encode())
                 self._process.stdin.flush()
 
     def terminate(self) -> None:
-        """SIGTERM."""
+        """Send SIGTERM."""
         self._process.terminate()
 
     def kill(self) -> None:
-        """SIGKILL."""
+        """Send SIGKILL."""
         self._process.kill()
 
     def close(self, within_s: float = STOP_WITHIN_S) -> None:
-        """End it. Idempotent.
+        """End the child. Idempotent.
 
-        Its standard input ends. If it has not ended ``within_s`` later it gets SIGTERM, and SIGKILL
-        ``KILL_AFTER_S`` after that.
+        Its standard input is closed. If it has not ended ``within_s`` seconds later it gets
+        SIGTERM, and ``KILL_AFTER_S`` after that SIGKILL.
         """
         if self.pidfd < 0:
             return
@@ -376,27 +382,28 @@ class ChildProcess:
     def _listen(self) -> None:
         """Read until the process has ended and its pipes are empty.
 
-        Not until its pipes are closed: what it started may have them, and may live on.
+        It does not wait until the pipes are closed, because processes that the child started may
+        hold them and live on.
         """
-        take: dict[int, Callable[[bytes], None]] = {self._events_fd: self._take_event}
+        take: dict[int, Callable[[bytes], None]] = {self._events_fd: self._on_event_line}
         if self._process.stdout is not None:
-            take[self._process.stdout.fileno()] = self._take_print
-        begun = dict.fromkeys(take, b"")
+            take[self._process.stdout.fileno()] = self._on_printed_line
+        partial = dict.fromkeys(take, b"")
         poller = select.poll()
         for fd in (*take, self.pidfd):
             poller.register(fd, select.POLLIN)
         while (readable := {fd for fd, _ in poller.poll()}) != {self.pidfd}:
             for fd in readable - {self.pidfd}:
                 part = os.read(fd, 65536)
-                *lines, begun[fd] = (begun[fd] + part).split(b"\n")
+                *lines, partial[fd] = (partial[fd] + part).split(b"\n")
                 if not part:
                     poller.unregister(fd)
-                    lines.append(begun.pop(fd))
+                    lines.append(partial.pop(fd))
                 for line in filter(None, lines):
                     take[fd](line)
         self._received.put({"event": "ended"})
 
-    def _take_event(self, line: bytes) -> None:
+    def _on_event_line(self, line: bytes) -> None:
         try:
             event = json.loads(line)
         except ValueError:
@@ -406,7 +413,7 @@ class ChildProcess:
         else:
             self._log(line)
 
-    def _take_print(self, line: bytes) -> None:
+    def _on_printed_line(self, line: bytes) -> None:
         self._log(line)
         if text := line.decode(errors="replace").strip():
             self._printed.append(text)

@@ -1,8 +1,8 @@
-"""A client's side: dial, ask what is served, open a session over whatever works.
+"""The client's side: connect, request the server's description, open a session.
 
-``auto`` tries what the server offers: shared memory where both segments can be mapped and proven,
-ZMQ otherwise. The choice and its reason are in ``channel.transport`` and
-``channel.transport_reason``, and in the server's log.
+``auto`` uses shared memory if the server offers it and both segments can be mapped and proven, and
+ZMQ otherwise. ``channel.transport`` and ``channel.transport_reason`` hold the choice and its
+reason, and the server logs them.
 """
 
 from __future__ import annotations
@@ -22,8 +22,8 @@ from transport.handshake_messages import (
     Opcode,
     ShmOffer,
     Welcome,
-    mapping,
-    string,
+    object_field,
+    text_field,
 )
 from transport.schema import Schema
 from transport.shm.adaptive_spin import DEFAULT_SPIN_US
@@ -38,12 +38,12 @@ PROVEN = "both segments were mapped and proven: same host, same user"
 
 
 class Dialer:
-    """One server, by address. Nothing is sent before it is asked something.
+    """A client of the server at one address. It connects when the first method is called.
 
     Args:
-        timeout_s: For each answer of the server's.
-        curve: Keys, for a server that wants them.
-        spin_us: How long a channel over shared memory may watch before it sleeps.
+        timeout_s: For each answer of the server, in seconds.
+        curve: Keys, for a server with encryption.
+        spin_us: How long a channel over shared memory may poll before it sleeps, in µs.
     """
 
     def __init__(
@@ -59,47 +59,49 @@ class Dialer:
         self.host, self.port, self._timeout_s = host, port, timeout_s
         self._spin_us = spin_us
         self._address = format_address(host, port)
-        self._link: ClientSocket | None = None
+        self._client_socket: ClientSocket | None = None
 
     def describe(self) -> dict[str, Any]:
-        """What the server says of itself.
+        """Request the server's description: JSON values.
 
         Raises:
-            TransportTimeout: Nothing answered.
-            ProtocolError: Something of another version, or of none, did.
+            TransportTimeout: No answer arrived.
+            ProtocolError: The answer has another protocol version, or none.
             TransportError: The host cannot be resolved.
         """
-        link = self._take_link()
+        client_socket = self._take_socket()
         try:
-            _, description = link.request(
+            _, description = client_socket.request(
                 Opcode.DESCRIBE, NO_EPOCH, {}, answer=Opcode.DESCRIPTION, timeout_s=self._timeout_s
             )
         except BaseException:
-            link.close()
+            client_socket.close()
             raise
-        self._link = link
+        self._client_socket = client_socket
         return description
 
-    def ask(self, command: str, arguments: Mapping[str, Any] | None = None) -> dict[str, Any]:
-        """An operator's question or order, and what came of it.
+    def send_admin_command(
+        self, command: str, arguments: Mapping[str, Any] | None = None
+    ) -> dict[str, Any]:
+        """Send an admin command and return the server's reply.
 
         Raises:
-            Refused: Not this command, or not for whoever asks.
+            Refused: The command is unknown, or this client may not give it.
             TransportTimeout, ProtocolError, TransportError: As ``describe``.
         """
-        link = self._take_link()
+        client_socket = self._take_socket()
         try:
-            _, answer = link.request(
-                Opcode.ASK,
+            _, answer = client_socket.request(
+                Opcode.ADMIN_COMMAND,
                 NO_EPOCH,
                 {"command": command, "arguments": dict(arguments or {})},
-                answer=Opcode.ANSWER,
+                answer=Opcode.ADMIN_REPLY,
                 timeout_s=self._timeout_s,
             )
         except BaseException:
-            link.close()
+            client_socket.close()
             raise
-        self._link = link
+        self._client_socket = client_socket
         return answer
 
     def open(
@@ -110,16 +112,16 @@ class Dialer:
         transport: str = "auto",
         attributes: Mapping[str, Any] | None = None,
     ) -> tuple[BaseChannel, Welcome]:
-        """A session that sends ``schema``, and what the server granted.
+        """Open a session that sends ``schema``; return its channel and what the server granted.
 
         Args:
             client: A name for the server's log.
-            transport: ``"auto"``, or ``"shm"`` or ``"zmq"`` to have that or fail.
+            transport: ``"auto"``; or ``"shm"`` or ``"zmq"`` to use that one or fail.
             attributes: JSON values for the server.
 
         Raises:
-            Refused: The server declined; field, got, expected.
-            TransportUnavailable: ``transport`` was forced and cannot be had; the reason.
+            Refused: The server declined; the error has field, got and expected.
+            TransportUnavailable: The requested ``transport`` is not available; says why.
             ProtocolError, TransportTimeout, PeerGone: As ``describe``.
         """
         if transport not in ACCEPTS:
@@ -127,18 +129,18 @@ class Dialer:
         hello = Hello(client, schema, ACCEPTS[transport], dict(attributes or {}))
         if "shm" in hello.transports:
             _import_shm()
-        link = self._take_link()
+        client_socket = self._take_socket()
         try:
-            return self._open(link, hello, transport)
+            return self._open(client_socket, hello, transport)
         except BaseException:
-            link.close()
+            client_socket.close()
             raise
 
     def close(self) -> None:
-        """Channels stay. Idempotent."""
-        link, self._link = self._link, None
-        if link is not None:
-            link.close()
+        """Close an unused connection; open channels stay open. Idempotent."""
+        client_socket, self._client_socket = self._client_socket, None
+        if client_socket is not None:
+            client_socket.close()
 
     def __enter__(self) -> Dialer:
         return self
@@ -147,10 +149,10 @@ class Dialer:
         self.close()
 
     def _open(
-        self, link: ClientSocket, hello: Hello, transport: str
+        self, client_socket: ClientSocket, hello: Hello, transport: str
     ) -> tuple[BaseChannel, Welcome]:
         try:
-            epoch, body = link.request(
+            epoch, body = client_socket.request(
                 Opcode.HELLO,
                 NO_EPOCH,
                 hello.to_body(),
@@ -163,22 +165,27 @@ class Dialer:
                     f"transport {transport!r} cannot be had: {error.got}; offered: {error.expected}"
                 ) from error
             raise
-        welcome = Welcome(Schema.from_json(string(body, "schema")), mapping(body, "attributes"))
-        reason = string(body, "reason")
+        welcome = Welcome(
+            Schema.from_json(text_field(body, "schema")), object_field(body, "attributes")
+        )
+        reason = text_field(body, "reason")
         channel: BaseChannel | None = None
         if body.get("shm") is not None:
             try:
-                channel = self._join(
-                    ShmOffer.from_body(mapping(body, "shm")), epoch, hello.schema, welcome.schema
+                channel = self._map_segments(
+                    ShmOffer.from_body(object_field(body, "shm")),
+                    epoch,
+                    hello.schema,
+                    welcome.schema,
                 )
                 reason = PROVEN
             except TransportUnavailable as error:
                 reason = str(error)
         if channel is None and transport == "shm":
-            link.tell(Opcode.BYE, epoch, {"reason": reason})
+            client_socket.send_control(Opcode.BYE, epoch, {"reason": reason})
             raise TransportUnavailable(f"transport 'shm' cannot be had: {reason}")
         try:
-            link.request(
+            client_socket.request(
                 Opcode.CONFIRM,
                 epoch,
                 {"transport": "zmq" if channel is None else "shm", "reason": reason},
@@ -190,40 +197,42 @@ class Dialer:
                 channel.close()
             raise
         if channel is None:
-            over_zmq = ZmqChannel(hello.schema, welcome.schema, epoch, link)
-            link.carry(epoch, over_zmq.deliver)
-            channel = over_zmq
+            zmq_channel = ZmqChannel(hello.schema, welcome.schema, epoch, client_socket)
+            client_socket.attach_session(epoch, zmq_channel.deliver)
+            channel = zmq_channel
         else:
-            link.close()
+            client_socket.close()
         channel.transport_reason = reason
         return channel, welcome
 
-    def _join(self, offer: ShmOffer, epoch: bytes, mine: Schema, theirs: Schema) -> BaseChannel:
-        # What only shared memory needs is imported with it.
+    def _map_segments(
+        self, offer: ShmOffer, epoch: bytes, mine: Schema, theirs: Schema
+    ) -> BaseChannel:
+        # Imported here because a client over ZMQ needs neither these modules nor numba.
         from transport.shm.client_handshake import client_handshake
 
-        parts = client_handshake(offer, epoch, mine, theirs, timeout_s=self._timeout_s)
+        resources = client_handshake(offer, epoch, mine, theirs, timeout_s=self._timeout_s)
         try:
             from transport.shm.channel import ShmChannel
 
-            return ShmChannel(mine, theirs, epoch, parts, spin_us=self._spin_us)
+            return ShmChannel(mine, theirs, epoch, resources, spin_us=self._spin_us)
         except BaseException as error:
-            parts.close()
+            resources.close()
             if isinstance(error, ImportError):
                 raise TransportUnavailable(f"client: {error}") from error
             raise
 
-    def _take_link(self) -> ClientSocket:
-        link, self._link = self._link, None
-        if link is None:
+    def _take_socket(self) -> ClientSocket:
+        client_socket, self._client_socket = self._client_socket, None
+        if client_socket is None:
             numeric, ipv6 = resolve(self.host, self.port)
             endpoint = f"tcp://{format_address(numeric, self.port)}"
-            link = ClientSocket(endpoint, self._address, ipv6=ipv6, curve=self._curve)
-        return link
+            client_socket = ClientSocket(endpoint, self._address, ipv6=ipv6, curve=self._curve)
+        return client_socket
 
 
 def _import_shm() -> None:
-    """What only shared memory needs, and its compiled functions: a second, or some where nothing is
-    cached yet. Before HELLO, since an offer of segments does not wait for ever."""
-    with contextlib.suppress(ImportError):  # whoever joins will say so
+    """Import the shared-memory channel, which compiles its functions: a second from the cache, more
+    without. This must precede HELLO, because an offer of segments expires."""
+    with contextlib.suppress(ImportError):  # ``_map_segments`` raises it again
         import transport.shm.channel  # noqa: F401

@@ -1,17 +1,17 @@
-"""What can go wrong between two processes, one tree. Foreign errors are mapped here, with cause."""
+"""All exceptions of this package. Foreign errors are raised as one of these, with their cause."""
 
 from __future__ import annotations
 
 
 class TransportError(Exception):
-    """Anything this package raises on purpose."""
+    """Base class of every error that this package raises on purpose."""
 
 
 class SchemaMismatch(TransportError):
-    """Arrays that are not what was declared.
+    """An array does not match the declared schema.
 
     Attributes:
-        field, got, expected: The array's name, what came, and what the schema says.
+        field, got, expected: The array's name, what arrived, and what the schema declares.
     """
 
     def __init__(self, field: str, got: str, expected: str) -> None:
@@ -23,7 +23,7 @@ class Refused(TransportError):
     """The server declined the session.
 
     Attributes:
-        field, got, expected: What did not match, as the server said it.
+        field, got, expected: What did not match, as the server reported it.
     """
 
     def __init__(self, field: str, got: str, expected: str) -> None:
@@ -32,23 +32,23 @@ class Refused(TransportError):
 
 
 class ProtocolError(TransportError):
-    """Bytes that are not of this protocol, or of another version of it."""
+    """The bytes do not follow this protocol, or follow another version of it."""
 
 
 class TransportUnavailable(TransportError):
-    """The transport that was forced cannot be had; the message says why."""
+    """The requested transport is not available; the message says why."""
 
 
 class AddressInUse(TransportError):
-    """The port is taken; the message says which."""
+    """Another program listens on the port; the message names the port."""
 
 
 class TransportTimeout(TransportError):
-    """Nothing came within the time given."""
+    """Nothing arrived within the given time."""
 
 
 class WouldBlock(TransportError):
-    """The ring, or the send queue, is full. Counted in the channel's statistics."""
+    """The ring or the send queue is full. The channel's statistics count it."""
 
 
 class PeerGone(TransportError):
@@ -56,19 +56,19 @@ class PeerGone(TransportError):
 
 
 class ChannelClosed(TransportError):
-    """Used after ``close``, or a message's arrays after ``release``."""
+    """A channel was used after ``close``, or a message's arrays after ``release``."""
 
 
 class ViewsHeld(TransportError):
-    """Arrays of too many released messages are still held; the message says how many."""
+    """Arrays are still referenced too many messages after their release."""
 
 
 class ChildFailed(TransportError):
     """A child process did not become ready; the message says which and why.
 
     Attributes:
-        error: What the child itself said; empty if it ended or took too long instead.
-        kind: The name of the exception that it was there, if the child said that.
+        error: The reason the child sent; empty if it ended or took too long instead.
+        kind: Name of the exception in the child, if the child sent one.
     """
 
     def __init__(self, message: str, *, error: str = "", kind: str = "") -> None:

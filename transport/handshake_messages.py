@@ -1,8 +1,7 @@
-"""Messages of the handshake: a prefix that never changes, then JSON with a hard size cap.
+"""Control messages: a fixed prefix, then JSON of bounded size.
 
-Frame 0 is magic, protocol version, opcode and epoch; frame 1, where there is one, the body. The
-prefix and REFUSED stay as they are in every future version, so that two versions can always tell
-each other so.
+Frame 0 holds magic, protocol version, opcode and epoch. Frame 1, if present, is the body. The
+prefix and REFUSED never change, so that two different versions can always report the mismatch.
 """
 
 from __future__ import annotations
@@ -31,29 +30,29 @@ TRANSPORTS = ("shm", "zmq")
 
 
 class Opcode(IntEnum):
-    """What a frame 0 announces."""
+    """Types of message, in frame 0."""
 
-    DESCRIBE = 1  # client: what do you serve?
+    DESCRIBE = 1  # client: request the description of the served policy
     DESCRIPTION = 2
-    HELLO = 3  # client: may I have a session?
+    HELLO = 3  # client: request a session
     WELCOME = 4
     REFUSED = 5
-    CONFIRM = 6  # client: this transport, because; server: the same, agreed
-    BYE = 7  # either: the session is over, because
-    PING = 8  # server: are you there? Never answered: that it can be sent is the answer
+    CONFIRM = 6  # client: chosen transport and reason; server: the same, as agreement
+    BYE = 7  # either: the session has ended, with the reason
+    PING = 8  # server: checks a connection by sending; never answered
     MESSAGE = 9  # either: one message of a session (see transport.zeromq.channel)
-    CREDIT = 10  # either: slots released, when no message was there to carry it
-    ASK = 11  # operator: a question or an order for whoever serves
-    ANSWER = 12
+    CREDIT = 10  # either: released slots, when no message carries the count
+    ADMIN_COMMAND = 11  # operator: an admin command and its arguments
+    ADMIN_REPLY = 12
 
 
 @dataclass(frozen=True, slots=True)
 class Peer:
-    """Who sent a control message.
+    """The sender of a control message.
 
     Attributes:
-        address: Numeric, as the network says; empty where it does not.
-        user: Whose key it came with; empty without encryption.
+        address: Numeric address of the connection; empty if unknown.
+        user: Name of the sender's key (``ServerKeys.find_name``); empty without encryption.
     """
 
     address: str = ""
@@ -61,6 +60,7 @@ class Peer:
 
     @classmethod
     def of(cls, frame: zmq.Frame) -> Peer:
+        """The sender of ``frame``, from ZMQ's metadata."""
         return cls(_metadata(frame, "Peer-Address"), _metadata(frame, "User-Id"))
 
     def __str__(self) -> str:
@@ -70,19 +70,19 @@ class Peer:
 def _metadata(frame: zmq.Frame, name: str) -> str:
     try:
         return str(frame.get(name))
-    except zmq.ZMQError:  # it has none of that name
+    except zmq.ZMQError:  # no metadata of that name
         return ""
 
 
 @dataclass(frozen=True, slots=True)
 class Hello:
-    """What a client says of itself.
+    """A client's request for a session.
 
     Attributes:
-        client: Its name, for logs.
-        schema: What it will send.
-        transports: Which it accepts, of ``TRANSPORTS``.
-        attributes: JSON values for whoever accepts it: session kind, deterministic or not.
+        client: The client's name, for logs.
+        schema: Schema of the messages that the client will send.
+        transports: Accepted transports, of ``TRANSPORTS``.
+        attributes: JSON values for the server's ``accept`` callback.
     """
 
     client: str
@@ -91,6 +91,7 @@ class Hello:
     attributes: dict[str, Any] = field(default_factory=dict)
 
     def to_body(self) -> dict[str, Any]:
+        """The body of a HELLO message."""
         return {
             "client": self.client,
             "schema": self.schema.to_json(),
@@ -100,8 +101,8 @@ class Hello:
 
     @classmethod
     def from_body(cls, body: Mapping[str, Any]) -> Hello:
-        """Raises ``ProtocolError`` or ``SchemaMismatch``; ``body`` is not trusted."""
-        client = string(body, "client")
+        """Parse an untrusted body. Raises ``ProtocolError`` or ``SchemaMismatch``."""
+        client = text_field(body, "client")
         if len(client) > MAX_CLIENT_CHARS:
             raise ProtocolError(f"client: got {len(client)} characters, at most {MAX_CLIENT_CHARS}")
         if not client.isprintable():  # it is shown in logs and on operators' terminals
@@ -111,17 +112,17 @@ class Hello:
             raise ProtocolError(
                 f"transports: got {transports!r:.80}, expected some of {TRANSPORTS}"
             )
-        schema = Schema.from_json(string(body, "schema"))
-        return cls(client, schema, tuple(transports), mapping(body, "attributes"))
+        schema = Schema.from_json(text_field(body, "schema"))
+        return cls(client, schema, tuple(transports), object_field(body, "attributes"))
 
 
 @dataclass(frozen=True, slots=True)
 class Welcome:
-    """What a server grants.
+    """A session that a server grants.
 
     Attributes:
-        schema: What it will send.
-        attributes: JSON values: limits and the like.
+        schema: Schema of the messages that the server will send.
+        attributes: JSON values for the client, such as limits.
     """
 
     schema: Schema
@@ -130,10 +131,10 @@ class Welcome:
 
 @dataclass(frozen=True, slots=True)
 class ShmOffer:
-    """Two segments by name, first the one the client writes, and where to prove they were read.
+    """Two named segments, and the socket where the client proves that it mapped them.
 
     Attributes:
-        names, sizes: Of both segments; lengths in bytes.
+        names, sizes: Names and lengths in bytes. The client writes the first segment.
         socket: Abstract AF_UNIX name, without the leading NUL.
     """
 
@@ -142,11 +143,12 @@ class ShmOffer:
     socket: str
 
     def to_body(self) -> dict[str, Any]:
+        """The ``shm`` value in the body of a WELCOME message."""
         return {"names": self.names, "sizes": self.sizes, "socket": self.socket}
 
     @classmethod
     def from_body(cls, body: Mapping[str, Any]) -> ShmOffer:
-        """Raises ``ProtocolError``."""
+        """Parse an untrusted body. Raises ``ProtocolError``."""
         try:
             client, server = body["names"]
             sizes = client_bytes, server_bytes = body["sizes"]
@@ -160,10 +162,10 @@ class ShmOffer:
 
 
 def encode(opcode: Opcode, epoch: bytes, body: Mapping[str, Any] | None = None) -> list[bytes]:
-    """The frames of one control message.
+    """Encode one control message as frames.
 
     Raises:
-        TransportError: ``body`` is not JSON, or more than ``MAX_CONTROL_BYTES``.
+        TransportError: ``body`` is not JSON, or longer than ``MAX_CONTROL_BYTES``.
     """
     frames = [PREFIX.pack(MAGIC, PROTOCOL_VERSION, opcode, epoch)]
     if body is not None:
@@ -180,10 +182,10 @@ def encode(opcode: Opcode, epoch: bytes, body: Mapping[str, Any] | None = None) 
 
 
 def decode_prefix(head: bytes | memoryview) -> tuple[int, int, bytes]:
-    """(version, opcode, epoch) of a frame 0; the opcode may be one of a later version.
+    """Decode frame 0 to (version, opcode, epoch). A later version may have an unknown opcode.
 
     Raises:
-        ProtocolError: Not a frame of this protocol.
+        ProtocolError: ``head`` is not a frame of this protocol.
     """
     if len(head) < PREFIX.size or head[: len(MAGIC)] != MAGIC:
         raise ProtocolError(
@@ -194,10 +196,10 @@ def decode_prefix(head: bytes | memoryview) -> tuple[int, int, bytes]:
 
 
 def decode_body(text: bytes) -> dict[str, Any]:
-    """A frame 1 as a JSON object; empty bytes are an empty one.
+    """Decode frame 1 to a JSON object; empty bytes give an empty object.
 
     Raises:
-        ProtocolError: Too long, not JSON, or not an object.
+        ProtocolError: ``text`` is too long, not JSON, or not an object.
     """
     if len(text) > MAX_CONTROL_BYTES:
         raise ProtocolError(f"body: got {len(text)} bytes, at most {MAX_CONTROL_BYTES}")
@@ -210,16 +212,16 @@ def decode_body(text: bytes) -> dict[str, Any]:
     return body
 
 
-def string(body: Mapping[str, Any], name: str) -> str:
-    """``body[name]``, text. Raises ``ProtocolError``."""
+def text_field(body: Mapping[str, Any], name: str) -> str:
+    """Return ``body[name]``, which must be text. Raises ``ProtocolError``."""
     value = body.get(name)
     if not isinstance(value, str):
         raise ProtocolError(f"{name}: got {value!r:.80}, expected text")
     return value
 
 
-def mapping(body: Mapping[str, Any], name: str) -> dict[str, Any]:
-    """``body[name]``, an object. Raises ``ProtocolError``."""
+def object_field(body: Mapping[str, Any], name: str) -> dict[str, Any]:
+    """Return ``body[name]``, which must be a JSON object. Raises ``ProtocolError``."""
     value = body.get(name)
     if not isinstance(value, dict):
         raise ProtocolError(f"{name}: got {value!r:.80}, expected an object")

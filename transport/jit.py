@@ -1,7 +1,7 @@
-"""Functions compiled to machine code by numba, ahead of their first use.
+"""Compile functions to machine code with numba, before their first call.
 
-``numba`` is imported with this module, and that takes a while: a module that seldom needs it
-imports this one late.
+This module imports ``numba``, which takes a while. Modules that seldom need it import this one
+late.
 """
 
 from __future__ import annotations
@@ -15,24 +15,24 @@ from numba import njit
 def compiled(
     signature: Any, *, nogil: bool = False
 ) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
-    """Compile a function for this one signature, now, and cache it where a folder can be written.
+    """Decorator: compile a function for one signature now, and cache the code in a writable folder.
 
-    So nobody waits for the compiler during a call, and a second start does not wait either. numba
-    discards what it cached when the function's own file changes. It does not notice a change of
-    another file, so a compiled function takes its constants from its own file.
+    No call waits for the compiler, and a second start uses the cache. numba discards the cached
+    code when the function's own file changes. It does not notice a change of another file, so a
+    compiled function takes its constants from its own file.
 
     Args:
-        signature: numba's, as text or made of ``numba.types``.
-        nogil: Let other threads run Python meanwhile. Only for what runs for milliseconds: the
-            caller then has to get the GIL back, and where another thread is busy that takes up to
-            5 ms.
+        signature: In numba's form, as text or made of ``numba.types``.
+        nogil: Release the GIL during the call. Only for functions that run for milliseconds: the
+            caller has to get the GIL back afterwards, which takes up to 5 ms while another thread
+            is busy.
     """
 
     def compile_now(function: Callable[..., Any]) -> Callable[..., Any]:
         try:
             made: Callable[..., Any] = njit(signature, cache=True, nogil=nogil)(function)
         except (RuntimeError, OSError):
-            # No folder can be written (a read-only install without a home): compile at each start.
+            # No writable folder (a read-only install without a home): compile at each start.
             made = njit(signature, nogil=nogil)(function)
         return made
 
@@ -40,5 +40,5 @@ def compiled(
 
 
 def inlined(function: Callable[..., Any]) -> Callable[..., Any]:
-    """``function`` for use inside others that are ``compiled``; compiled with them."""
+    """Decorator: a function to call from ``compiled`` functions; it is compiled with them."""
     return njit(function)  # type: ignore[no-any-return]

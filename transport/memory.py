@@ -1,7 +1,7 @@
-"""Two channels within one process, with the semantics of the others.
+"""A pair of channels within one process, with the semantics of the other channels.
 
-For tests, and for a client and a server in one process. It does *not* guarantee what only real
-processes need: nothing here survives or detects a death. The two ends may belong to two threads.
+For tests, and for a client and a server in one process. It neither survives nor detects the death
+of a peer, which only matters between processes. The two ends may belong to two threads.
 """
 
 from __future__ import annotations
@@ -12,26 +12,27 @@ from typing import Any
 
 from numpy.typing import NDArray
 
-from transport.base import SLOTS, BaseChannel, Record
+from transport.base import SLOTS, BaseChannel, ReceivedMessage
 from transport.channel import Kind
-from transport.receive_window import Window
+from transport.receive_window import ReceiveWindow
 from transport.schema import Schema
-from transport.slot_views import Views
+from transport.slot_views import SlotViews
 
 
 class _Lane:
-    """One direction: slots, what is published, what is released. Guarded by the pair's lock."""
+    """One direction: slots, published messages and released ones. Guarded by the pair's lock."""
 
     def __init__(self, schema: Schema) -> None:
         slots = [bytearray(max(1, schema.nbytes)) for _ in range(SLOTS)]
         self.writable = [schema.views(slot, writable=True) for slot in slots]
-        self.readable = [Views(schema, slot) for slot in slots]
+        self.readable = [SlotViews(schema, slot) for slot in slots]
         self.published: deque[tuple[Kind, int, int, bytes | None]] = deque()
         self.head = 0
-        self.window = Window(SLOTS)
+        self.window = ReceiveWindow(SLOTS)
 
     @property
     def full(self) -> bool:
+        """Whether every slot holds a message that is not released."""
         return self.head - self.window.tail >= SLOTS
 
 
@@ -55,6 +56,7 @@ class MemoryChannel(BaseChannel):
 
     @property
     def unread(self) -> bool:
+        """See ``BaseChannel.unread``."""
         return self._closed is None and bool(self._in.published)
 
     def _claim(self) -> dict[str, NDArray[Any]] | None:
@@ -70,44 +72,46 @@ class MemoryChannel(BaseChannel):
             self._changed.notify_all()
         return True
 
-    def _take(self) -> Record | None:
+    def _take(self) -> ReceivedMessage | None:
         with self._changed:
             if not self._in.published:
                 return None
             kind, request_id, budget_ns, body = self._in.published.popleft()
             sequence = self._in.window.take()
         views = self._in.readable[sequence % SLOTS] if body is None else None
-        return Record(kind, request_id, budget_ns, sequence, views, body or b"")
+        return ReceivedMessage(kind, request_id, budget_ns, sequence, views, body or b"")
 
     def _release(self, sequence: int) -> None:
         with self._changed:
             self._in.window.release(sequence)
 
-    def _look_for_peer(self) -> None:
-        """The peer's ``close`` says so itself."""
+    def _check_peer(self) -> None:
+        """Nothing to check: the peer's ``close`` sets ``gone_reason`` itself."""
 
     def _wait(self, timeout_s: float) -> None:
         with self._changed:
             self._changed.wait_for(
-                lambda: self._in.published or self.gone is not None, timeout=timeout_s
+                lambda: self._in.published or self.gone_reason is not None, timeout=timeout_s
             )
 
     def _close(self, reason: str) -> None:
         with self._changed:
-            if self._other is not None and self._other.gone is None:
-                self._other.gone = f"the peer closed: {reason}" if reason else "the peer closed"
+            if self._other is not None and self._other.gone_reason is None:
+                self._other.gone_reason = (
+                    f"the peer closed: {reason}" if reason else "the peer closed"
+                )
             self._changed.notify_all()
 
     @staticmethod
-    def _join(left: MemoryChannel, right: MemoryChannel) -> None:
+    def _connect(left: MemoryChannel, right: MemoryChannel) -> None:
         left._other, right._other = right, left
 
 
 def memory_pair(forth: Schema, back: Schema) -> tuple[MemoryChannel, MemoryChannel]:
-    """Two connected ends: the first sends ``forth``, the second sends ``back``."""
+    """Two connected channels: the first sends ``forth``, the second sends ``back``."""
     changed = threading.Condition()
-    there, here = _Lane(forth), _Lane(back)
-    left = MemoryChannel(forth, back, (there, here), changed)
-    right = MemoryChannel(back, forth, (here, there), changed)
-    MemoryChannel._join(left, right)
+    first, second = _Lane(forth), _Lane(back)
+    left = MemoryChannel(forth, back, (first, second), changed)
+    right = MemoryChannel(back, forth, (second, first), changed)
+    MemoryChannel._connect(left, right)
     return left, right

@@ -1,10 +1,10 @@
-"""Which messages a reader holds, and how far its writer may go.
+"""Flow control of a reader: which messages it holds, and how many more its writer may send.
 
-The ZMQ channel and the one within a process use this. The shared-memory ring follows the same rules
-in compiled code, on words that processes share: ``take`` and ``release`` of
+The ZMQ channel and the in-process channel use this class. The shared-memory ring follows the same
+rules in compiled code, on counters that processes share: ``take`` and ``release`` of
 ``transport.shm.ring_kernels``.
 
-Sequence numbers count messages from 0 and never wrap (2**63 of them outlast the machine).
+Sequence numbers count messages from 0 and never wrap (2**63 messages outlast the machine).
 ``tail <= held sequences < cursor <= tail + slots``: the writer may use the slot of sequence ``s``
 once ``tail > s - slots``.
 """
@@ -12,12 +12,12 @@ once ``tail > s - slots``.
 from __future__ import annotations
 
 
-class Window:
+class ReceiveWindow:
     """The reader's side of a ring of ``slots`` slots.
 
     Attributes:
         cursor: Sequence of the next message to take.
-        tail: Everything below is released; what the writer is told.
+        tail: All messages below it are released. The writer is sent this number.
     """
 
     __slots__ = ("_early", "cursor", "slots", "tail")
@@ -28,17 +28,17 @@ class Window:
 
     @property
     def full(self) -> bool:
-        """Whether a further message would be more than the writer may have sent."""
+        """Whether the writer may not have sent a further message."""
         return self.cursor - self.tail >= self.slots
 
     def take(self) -> int:
-        """Hold the next message; its sequence."""
+        """Hold the next message and return its sequence number."""
         sequence = self.cursor
         self.cursor = sequence + 1
         return sequence
 
     def release(self, sequence: int) -> bool:
-        """Let go of one, in any order; whether ``tail`` moved."""
+        """Release one message, in any order; whether ``tail`` moved."""
         if sequence != self.tail or sequence >= self.cursor:
             if self.tail < sequence < self.cursor:
                 self._early.add(sequence)

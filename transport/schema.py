@@ -1,7 +1,7 @@
-"""Fixed-layout messages: which arrays, of which shape and dtype, at which offset.
+"""Message schemas: which arrays a message holds, their shapes, dtypes and byte offsets.
 
-A schema is declared once, at the handshake, and validated there; afterwards both sides make views
-of a buffer by offset alone.
+A schema is declared and validated once, during the handshake. Afterwards both sides make views of a
+buffer from the offsets alone.
 """
 
 from __future__ import annotations
@@ -23,13 +23,15 @@ MAX_ARRAYS = 64
 MAX_NAME_CHARS = 128
 MAX_DIMENSIONS = 8
 MAX_MESSAGE_BYTES = 256 * 2**20
-"""Hard cap on one message, checked before anything is allocated."""
+"""Maximum length of one message, checked before anything is allocated."""
 USED = "/used"
-"""An int64 scalar ``X/used`` says how many items of ``X``, the schema's last array, count. The rest
-of ``X`` has no meaning, and a network does not carry it. An array of another kind may have such a
-name, too: a picture is called what its camera is called."""
+"""Suffix of the int64 scalar ``X/used``: how many items of ``X``, the schema's last array, are
+used.
+
+The other items of ``X`` have no meaning and are not sent over a network. An array of another dtype
+or shape may have such a name too, because an image is named after its camera."""
 DTYPES = ("uint8", "uint16", "int32", "int64", "float32", "float64")
-"""dtypes that may cross, little-endian."""
+"""dtypes that a message may contain, little-endian."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -54,6 +56,7 @@ class ArraySpec:
 
     @property
     def nbytes(self) -> int:
+        """Length of the array in bytes."""
         return math.prod(self.shape) * np.dtype(self.dtype).itemsize
 
     def __str__(self) -> str:
@@ -66,11 +69,12 @@ class Schema:
     Attributes:
         specs: The arrays by name, in order.
         offsets: Byte offset of each, a multiple of ``ALIGNMENT``.
-        nbytes: Length of one message, the longest where it varies.
-        tail: Name of the last array, where another says how much of it is used (``USED``).
+        nbytes: Length of one message in bytes; its maximum where the length varies.
+        tail: Name of the last array if its used length varies (``USED``), else None.
 
     Raises:
-        SchemaMismatch: A name twice, too many arrays or bytes, or ``USED`` of what is not the last.
+        SchemaMismatch: A duplicate name, too many arrays or bytes, or ``USED`` for an array that is
+            not the last.
     """
 
     def __init__(self, specs: tuple[ArraySpec, ...]) -> None:
@@ -102,16 +106,16 @@ class Schema:
         if counted != [last.name] or len(last.shape) != 1:
             raise SchemaMismatch(
                 counted[0] + USED,
-                "how much of it counts",
-                "an int64, of the last array, a flat one",
+                "a used length",
+                "one only for the last array, which has one dimension",
             )
         return last.name
 
     def length(self, arrays: Mapping[str, NDArray[Any]]) -> int:
-        """Bytes of a message that count, up to the last used item.
+        """Used length of a message in bytes, up to the last used item.
 
         Raises:
-            SchemaMismatch: The number of items is none that the last array can have.
+            SchemaMismatch: The number of used items is below 1 or more than the last array has.
         """
         if self.tail is None:
             return self.nbytes
@@ -121,7 +125,7 @@ class Schema:
         return self.offsets[self.tail] + used * np.dtype(spec.dtype).itemsize
 
     def cut(self, nbytes: int) -> Schema | None:
-        """The layout of a message of this length; None where a message cannot have it."""
+        """Schema of a message of ``nbytes`` used bytes; None if no message has this length."""
         if nbytes == self.nbytes:
             return self
         if self.tail is None or not self.offsets[self.tail] < nbytes < self.nbytes:
@@ -143,7 +147,7 @@ class Schema:
         return f"Schema({', '.join(f'{s.name}: {s}' for s in self.specs.values())})"
 
     def views(self, buffer: Any, *, writable: bool = False) -> dict[str, NDArray[Any]]:
-        """Arrays over ``buffer`` (at least ``nbytes`` long), without copying."""
+        """Arrays by name over ``buffer`` (at least ``nbytes`` long), without copying."""
         arrays: dict[str, NDArray[Any]] = {
             name: np.ndarray(shape, dtype, buffer, offset)
             for name, shape, dtype, offset in self._layout
@@ -154,7 +158,7 @@ class Schema:
         return arrays
 
     def check(self, arrays: Mapping[str, NDArray[Any]]) -> None:
-        """Raises ``SchemaMismatch`` unless ``arrays`` has exactly these names, shapes, dtypes."""
+        """Raise ``SchemaMismatch`` unless ``arrays`` has exactly these names, shapes and dtypes."""
         if arrays.keys() != self.specs.keys():
             for name in self.specs.keys() - arrays.keys():
                 raise SchemaMismatch(name, "nothing", str(self.specs[name]))
@@ -166,15 +170,16 @@ class Schema:
                 raise SchemaMismatch(name, f"{array.dtype} {array.shape}", str(spec))
 
     def to_json(self) -> str:
+        """JSON text for ``from_json``: a list of ``[name, dtype, [sizes]]``."""
         return json.dumps([[s.name, s.dtype, list(s.shape)] for s in self.specs.values()])
 
     @classmethod
     def from_json(cls, text: str | bytes) -> Schema:
-        """The schema that ``to_json`` wrote, from an untrusted peer.
+        """Parse the text of ``to_json`` from an untrusted peer.
 
         Raises:
-            ProtocolError: Not of that form.
-            SchemaMismatch: Of that form, with something out of bounds.
+            ProtocolError: The text does not have that form.
+            SchemaMismatch: It has, and a value is out of bounds.
         """
         try:
             raw = json.loads(text)

@@ -1,4 +1,4 @@
-"""The arrays of one slot, and whether anybody still looks at them."""
+"""The arrays of one slot, and whether references to them are still held."""
 
 from __future__ import annotations
 
@@ -13,18 +13,18 @@ from transport.channel import Arrays
 from transport.schema import Schema
 
 
-class Views:
-    """Read-only arrays over memory that will be reused.
+class SlotViews:
+    """Read-only arrays over a slot whose memory will be reused.
 
-    Memory can be reused behind a view's back; Python cannot forbid it, but it counts references.
-    A slice, a tensor or a memoryview made from one of these arrays holds either that array or the
-    one beneath, so their counts tell. What holds only an address (``ctypes``, a copy to a device
-    under way) is its owner's to watch.
+    Python cannot prevent that memory is reused while a view of it exists, but it counts references.
+    A slice, a tensor or a memoryview made from one of these arrays references that array or its
+    base array, so the reference counts show whether the slot is in use. They do not show a user
+    that holds only an address (``ctypes``, a running copy to a device); its owner must wait for it.
 
     Args:
-        buffer: The memory, not an array: numpy's views of views hold the first array beneath
-            them, and that must be this slot's own and nobody else's.
-        offset: Where the slot begins in it.
+        buffer: The memory; not an array. A numpy view of a view references the first array below
+            it, and that one must belong to this slot alone.
+        offset: Where the slot begins in ``buffer``, in bytes.
     """
 
     __slots__ = ("_arrays", "_idle", "_watched")
@@ -40,10 +40,10 @@ class Views:
 
     @property
     def arrays(self) -> Arrays:
-        """A mapping of its own for every asker: one that is kept counts as well."""
+        """The arrays by name, in a new mapping per call: one that is kept counts as in use."""
         return MappingProxyType(self._arrays)
 
     @property
     def in_use(self) -> bool:
-        """Whether an array, the mapping, or anything made from them is held by somebody."""
+        """Whether an array, a mapping of them, or anything made from them is still referenced."""
         return sum(map(_count, self._watched)) != self._idle

@@ -22,7 +22,7 @@ from runtime.errors import RuntimeFault
 from runtime.eval_real.run_config import RunConfig
 from runtime.eval_real.shared_state import SharedState
 from runtime.trace import recorder as trace
-from transport.child_process import TELL_EVERY_S, ChildProcess, isolate, send_event
+from transport.child_process import REPORT_EVERY_S, ChildProcess, isolate, send_event
 from transport.errors import ChildFailed, TransportError
 
 logger = logging.getLogger(__name__)
@@ -146,7 +146,7 @@ class WorkerProcess(ChildProcess):
         self,
         timeout_s: float,
         tell: Callable[[str], None] | None = None,
-        tell_every_s: float = TELL_EVERY_S,
+        tell_every_s: float = REPORT_EVERY_S,
     ) -> Mapping[str, Any]:
         """As ``ChildProcess.wait_ready``.
 

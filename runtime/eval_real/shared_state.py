@@ -29,7 +29,7 @@ from transport.channel import Arrays
 from transport.schema import ArraySpec, Schema
 from transport.shm.atomics import CACHE_LINES, AtomicInt64
 from transport.shm.latest_value import LatestValueReader, LatestValueWriter, latest_value_nbytes
-from transport.shm.segment import Mapping, create_anonymous
+from transport.shm.segment import MappedSegment, create_anonymous
 from transport.shm.spsc_queue import QueueReader, QueueWriter, queue_nbytes
 
 TEXT_BYTES = 240
@@ -132,7 +132,7 @@ class SharedState:
     def __init__(self, fd: int, dims: Dims) -> None:
         self.dims = dims
         self._layout = SharedStateLayout(dims)
-        self._memory = Mapping(fd, self._layout.nbytes, writable=True)
+        self._memory = MappedSegment(fd, self._layout.nbytes, writable=True)
         self.order = AtomicInt64(self._memory, self._layout.offsets["order"])
         self.watchdog_beat = AtomicInt64(self._memory, self._layout.offsets["guardian_beat"])
 

@@ -15,7 +15,7 @@ from runtime.eval_real.processes import WorkerProcess, WorkerProcessFailed
 from runtime.eval_real.recording import RecordingWriter
 from runtime.eval_real.run_config import RunConfig
 from runtime.eval_real.shared_state import SharedState, create_segment, encode_order, get_text
-from transport.child_process import TELL_EVERY_S
+from transport.child_process import REPORT_EVERY_S
 
 logger = logging.getLogger(__name__)
 
@@ -154,13 +154,13 @@ class Supervisor:
             what: Is said every few seconds to be waited for.
         """
         began_s = time.monotonic()
-        say_s = began_s + TELL_EVERY_S
+        say_s = began_s + REPORT_EVERY_S
         while not condition():
             now_s = time.monotonic()
             if now_s - began_s > timeout_s:
                 return False
             if what and now_s > say_s:
-                say_s += TELL_EVERY_S
+                say_s += REPORT_EVERY_S
                 self._tell(f"waiting for {what}, {now_s - began_s:.0f} s so far")
             self.poll()
             time.sleep(0.005)

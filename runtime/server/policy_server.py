@@ -107,7 +107,7 @@ class PolicyServer:
             port,
             describe=self._describe,
             accept=self._session_manager.accept,
-            ask=self._run_admin_command,
+            admin_handler=self._run_admin_command,
             curve=curve,
             transports=transports,
             max_message_bytes=limits.message_bytes,

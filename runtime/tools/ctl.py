@@ -78,13 +78,13 @@ def load(dialer: Dialer, checkpoint: str, timeout_s: float) -> dict[str, Any]:
     path = Path(checkpoint)
     name = str(path.resolve()) if path.exists() else checkpoint
     token = read_token(dialer.port) if _is_here(dialer.host) else ""
-    state = dialer.ask("load", {"checkpoint": name, "token": token})
+    state = dialer.send_admin_command("load", {"checkpoint": name, "token": token})
     until_s = time.monotonic() + timeout_s
     while state["state"] not in ("serving", "failed"):
         if time.monotonic() >= until_s:
             raise TransportError(f"{name}: still {state['state']} after {timeout_s:g} s")
         time.sleep(LOOK_S)
-        state = dialer.ask("load_state")
+        state = dialer.send_admin_command("load_state")
     return state
 
 
@@ -116,7 +116,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     try:
         with from_flags(ServerAccess, args).dial() as dialer:
             if args.command == "status":
-                print(json.dumps(dialer.ask("status"), indent=2))
+                print(json.dumps(dialer.send_admin_command("status"), indent=2))
                 return 0
             order = from_flags(LoadCommand, args)
             state = load(dialer, order.checkpoint, order.timeout_s)

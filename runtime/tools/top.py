@@ -106,11 +106,11 @@ def main(argv: Sequence[str] | None = None) -> int:
     try:
         with command.server.dial() as dialer:
             if command.once:
-                console.print(picture(dialer.ask("status")))
+                console.print(picture(dialer.send_admin_command("status")))
                 return 0
             with Live(console=console, screen=True, auto_refresh=False) as live:
                 while True:
-                    live.update(picture(dialer.ask("status")), refresh=True)
+                    live.update(picture(dialer.send_admin_command("status")), refresh=True)
                     time.sleep(command.interval_s)
     except KeyboardInterrupt:
         return 0

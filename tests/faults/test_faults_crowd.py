@@ -25,7 +25,7 @@ pytestmark = pytest.mark.timeout(900 if SOAK else 120)
 
 def status(server: Server) -> dict:
     with dial(server.address, "", "") as dialer:
-        return dialer.ask("status")
+        return dialer.send_admin_command("status")
 
 
 def settled(server: Server) -> dict:

@@ -163,9 +163,9 @@ def test_a_flood_of_greetings_that_nobody_follows_up(server: Server, robot: Robo
             dialer = stack.enter_context(Dialer("127.0.0.1", server.port, timeout_s=10))
             schema = messages.observation_schema(observation(0))
             hello = Hello(f"flood {number}", schema, ("shm", "zmq"), {"kind": "sim"})
-            link = dialer._take_link()
-            dialer._link = link
-            link.tell(Opcode.HELLO, NO_EPOCH, hello.to_body())
+            link = dialer._take_socket()
+            dialer._client_socket = link
+            link.send_control(Opcode.HELLO, NO_EPOCH, hello.to_body())
         robot.check(50)
     with PolicyClient(server.address) as newcomer:
         newcomer.infer(observation(1), timeout_s=15)
@@ -227,9 +227,13 @@ def test_a_stopped_client_costs_nobody_anything(server: Server, robot: Robot) ->
         robot.check(len(robot.latency_s) + 20)
     with dial(server.address, "", "") as dialer:
         deadline_s = time.monotonic() + 20
-        while len(dialer.ask("status")["sessions"]) > 1 and time.monotonic() < deadline_s:
+
+        def sessions() -> int:
+            return len(dialer.send_admin_command("status")["sessions"])
+
+        while sessions() > 1 and time.monotonic() < deadline_s:
             time.sleep(0.05)
-        assert len(dialer.ask("status")["sessions"]) == 1
+        assert sessions() == 1
 
 
 def test_more_than_any_observation_is_hung_up_on(server: Server, robot: Robot) -> None:

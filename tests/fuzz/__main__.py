@@ -26,8 +26,16 @@ RESULTS = ROOT / "bench" / "results" / "fuzz.json"
 CRASHES = Path(tempfile.gettempdir()) / "metronome-fuzz"
 CRASHED, BAD_INPUT = 1, 2
 MAX_BYTES, MAX_STEPS_BYTES = 2048, 256
-"""Of an input; the second for targets of several steps, which end after a few anyway."""
-STEPPED = ("session", "segments", "handshake", "listener", "door", "dialer", "join")
+"""Length of an input; the second for targets that end after a few steps anyway."""
+STEPPED = (
+    "session",
+    "segments",
+    "handshake",
+    "listener",
+    "shm_acceptor",
+    "dialer",
+    "client_handshake",
+)
 _STAT = re.compile(r"^stat::(\w+):\s+(\d+)", re.MULTILINE)
 _COVERED = re.compile(r"cov: (\d+)")
 TAIL = 4000

@@ -23,7 +23,7 @@ from transport.channel import MAX_BODY_BYTES, Kind, Message
 from transport.errors import PeerGone, TransportError
 from transport.schema import USED, Schema
 from transport.shm.channel import ShmChannel
-from transport.shm.segment import Parts
+from transport.shm.segment import ShmResources
 from transport.shm.segment_layout import PAGE, SegmentLayout
 from transport.zeromq.channel import ZmqChannel
 
@@ -41,20 +41,20 @@ PAIRS = (
 
 
 class Wire:
-    """A ``Carrier`` to nobody, whose queue may be full and whose peer may go."""
+    """A ``FrameConnection`` to nobody, whose queue may be full and whose peer may go."""
 
     def __init__(self) -> None:
         self.sent, self.full = 0, False
-        self.gone: str | None = None
+        self.gone_reason: str | None = None
 
     def send(self, frame: Any) -> bool:
-        if self.gone:
-            raise PeerGone(self.gone)
+        if self.gone_reason:
+            raise PeerGone(self.gone_reason)
         self.sent += not self.full
         return not self.full
 
     def pump(self, timeout_s: float) -> str | None:
-        return self.gone
+        return self.gone_reason
 
     def close(self, reason: str) -> None: ...
 
@@ -111,7 +111,7 @@ def session(data: bytes) -> None:
             credited += not dropped and frame[6:8] == b"\x0a\0"
         else:
             _use(feed, step, channel, wire, held)
-        assert len(channel._staging._under_way) <= SLOTS
+        assert len(channel._send_buffers._under_way) <= SLOTS
         assert channel._peer_tail <= channel._head <= channel._peer_tail + SLOTS
     left = len(channel._inbox)
     statistics = channel.statistics()
@@ -174,7 +174,7 @@ def _use(feed: Feed, step: int, channel: Any, wire: Any, held: list[Message]) ->
             loan.publish(feed.byte())
         elif isinstance(wire, Wire):
             wire.full = feed.byte() & 3 == 1
-            wire.gone = "gone" if feed.byte() == 255 else None
+            wire.gone_reason = "gone" if feed.byte() == 255 else None
 
 
 # Shared memory
@@ -254,7 +254,7 @@ def _ring(feed: Feed, memory: Segments) -> None:
     ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
     ours.setblocking(False)
     eventfds = [os.eventfd(0, os.EFD_NONBLOCK | os.EFD_CLOEXEC) for _ in range(2)]
-    parts = Parts(memory.own, memory.peer, *eventfds, ours)  # type: ignore[arg-type]
+    parts = ShmResources(memory.own, memory.peer, *eventfds, ours)  # type: ignore[arg-type]
     channel = ShmChannel(memory.send, memory.recv, samples.EPOCH, parts, spin_us=0)
     held: list[Message] = []
     try:
@@ -318,7 +318,7 @@ def _say(feed: Feed, theirs: socket.socket, channel: ShmChannel) -> None:
         elif kind & 3 == 2:
             theirs.shutdown(socket.SHUT_WR)
         if kind & 4:
-            channel.look_for_peer()
-        if kind & 8 and channel.fall_asleep():
-            channel.wake_up()
-    assert channel.gone is None or len(channel.gone) <= MAX_BODY_BYTES
+            channel.check_peer()
+        if kind & 8 and channel.prepare_to_wait():
+            channel.finish_wait()
+    assert channel.gone_reason is None or len(channel.gone_reason) <= MAX_BODY_BYTES

@@ -1,4 +1,4 @@
-"""Targets that are a client of a server that answers what it likes."""
+"""Targets that are a client whose server sends arbitrary answers."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ from tests.fuzz.targets import Target
 from transport.dialer import Dialer
 from transport.errors import ProtocolError, TransportError, TransportUnavailable
 from transport.handshake_messages import NO_EPOCH, Opcode, ShmOffer, decode_body
-from transport.shm import client_handshake as joining
+from transport.shm import client_handshake as client_handshake_module
 from transport.shm.client_handshake import client_handshake
 from transport.shm.segment import create_all
 from transport.shm.segment_layout import SegmentLayout
@@ -35,12 +35,12 @@ from transport.zeromq.client_socket import ClientSocket
 MESSAGES = 3
 
 
-class Silence(Exception):
-    """The server says no more; a real client would wait."""
+class NoMoreAnswers(Exception):
+    """The scripted server has no more answers; a real client would wait."""
 
 
 class _Scripted:
-    """A ZMQ socket that has received what a feed makes of valid answers, and forgets the rest."""
+    """A ZMQ socket that has received scripted answers, and drops what is sent."""
 
     def __init__(self, answers: list[list[bytes]]) -> None:
         self._frames: deque[zmq.Frame] = deque()
@@ -66,26 +66,26 @@ class _Scripted:
 
 
 class _Sleep:
-    """Nothing will come any more."""
+    """A poll that raises instead of waiting."""
 
     def poll(self, timeout_ms: int) -> list[Any]:
         if timeout_ms:
-            raise Silence
+            raise NoMoreAnswers
         return []
 
 
-class _Link(ClientSocket):
-    """A link whose socket is scripted."""
+class _ScriptedClientSocket(ClientSocket):
+    """A client socket over a scripted ZMQ socket."""
 
     def __init__(self, answers: list[list[bytes]]) -> None:
         self.address, self._encrypted, self._refusal = "somewhere", False, None
         self._socket: Any = _Scripted(answers)
         self._monitor: Any = _Scripted([])
         self._context: Any = types.SimpleNamespace(destroy=lambda linger: None)
-        self._deliver, self._epoch, self._gone = None, NO_EPOCH, None
-        self._connected, self._rejected, self._shut = True, False, False
-        self._alarm: Any = _Sleep()
-        self._sleep: Any = _Sleep()
+        self._deliver, self._epoch, self._gone_reason = None, NO_EPOCH, None
+        self._connected, self._rejected, self._closed = True, False, False
+        self._monitor_poll: Any = _Sleep()
+        self._sockets_poll: Any = _Sleep()
 
 
 def dialer(data: bytes) -> None:
@@ -96,9 +96,9 @@ def dialer(data: bytes) -> None:
     for opcode in (Opcode.WELCOME, Opcode.CONFIRM):
         answers += [_answer(feed, opcode) for _ in range(1 + (feed.byte() == 255))]
     answers += [_message(feed, place) for place in range(MESSAGES) if feed.left or not place]
-    link = _Link(answers)
+    client_socket = _ScriptedClientSocket(answers)
     client = Dialer("somewhere", 1)
-    client._link = link
+    client._client_socket = client_socket
     contract: PolicyContract = samples.CONTRACT
     try:
         if not quick:
@@ -106,7 +106,7 @@ def dialer(data: bytes) -> None:
             check_contract(contract)
             reached["described"] += 1
         channel, welcome = client.open(samples.OBSERVATION, client="fuzz", transport="zmq")
-    except (TransportError, PolicyError, Silence):
+    except (TransportError, PolicyError, NoMoreAnswers):
         client.close()
         return
     reached["opened"] += 1
@@ -116,7 +116,7 @@ def dialer(data: bytes) -> None:
                 check(message, welcome.schema)
     channel.close()
     client.close()
-    assert link._shut
+    assert client_socket._closed
 
 
 def _answer(feed: Feed, opcode: Opcode) -> list[bytes]:
@@ -165,11 +165,11 @@ def _message(feed: Feed, sequence: int) -> list[bytes]:
     return [feed.bytes_near(data) if kind & 16 else data] * (1 + (kind & 224 == 224))
 
 
-# Joining
+# The client's half of a shared-memory session
 
 
 class _Prompted(socket.socket):
-    """A client's socket whose server answers the moment it connects.
+    """A client's socket whose server answers as soon as it connects.
 
     The server's end stays open until this one is closed: hanging up with a proof unread would reset
     the connection, and the answer would never be read.
@@ -193,8 +193,8 @@ class _Prompted(socket.socket):
 
 
 @contextlib.contextmanager
-def side_socket() -> Iterator[Target]:
-    """An offer of shared memory, what is in its segments, and the answer at the door."""
+def client_handshake_target() -> Iterator[Target]:
+    """An offer of shared memory, the content of its segments, and the answer to the proof."""
     mine = theirs = samples.SMALL
     layout = SegmentLayout.of(mine)
     created = create_all([layout.nbytes, layout.nbytes])
@@ -235,14 +235,14 @@ def side_socket() -> Iterator[Target]:
         said = feed.bytes_near(ACCEPTED) if kind & 1 else ACCEPTED
         answer[:] = said, fds
         with contextlib.suppress(TransportUnavailable):
-            parts = client_handshake(read, samples.EPOCH, mine, theirs, timeout_s=0.05)
+            resources = client_handshake(read, samples.EPOCH, mine, theirs, timeout_s=0.05)
             assert said == ACCEPTED and len(fds) >= 2  # the kernel drops what is too many
-            parts.close()
-            reached["joined"] += 1
+            resources.close()
+            reached["mapped"] += 1
         assert descriptors() == before, "a descriptor was leaked"
 
     try:
-        with mock.patch.object(joining, "socket", shim):
+        with mock.patch.object(client_handshake_module, "socket", shim):
             yield target
     finally:
         listening.close()

@@ -1,4 +1,4 @@
-"""What fuzzing begins with: ``python -m tests.fuzz.corpus`` writes ``corpus/TARGET/``.
+"""Seed inputs of the fuzz targets: ``python -m tests.fuzz.corpus`` writes ``corpus/TARGET/``.
 
 A structured target needs little, since its empty input is the valid message; a raw one needs what
 crosses the wire.
@@ -11,10 +11,10 @@ import shutil
 from collections.abc import Mapping
 from pathlib import Path
 
-from runtime import messages
+from runtime.protocol import messages
 from tests.fuzz import samples
 from tests.fuzz.targets import TARGETS
-from transport.control import Opcode
+from transport.handshake_messages import Opcode
 
 FOLDER = Path(__file__).with_name("corpus")
 _SEED = 20240607
@@ -43,21 +43,21 @@ def _raw() -> Mapping[str, list[bytes]]:
         ],
         "jpeg": [b"\2" + top, b"\3" + wrist],
         "description": [b"\7\0" + samples.CONTRACT.to_json().encode()],
-        # HELLO, the proof at the door, CONFIRM of shared memory.
+        # HELLO, the proof, CONFIRM of shared memory.
         "handshake": [bytes(6) + bytes((160, 0, 0, 0)) + bytes((0, 0, 0, 0, 8, 0))],
         "broken": [bytes(8)],
     }
 
 
 def seeds(name: str) -> list[bytes]:
-    """The same at every call."""
+    """The seeds of one target; the same at every call."""
     generator = random.Random(f"{_SEED} {name}")
     made = [bytes(64), *_raw().get(name, [])]
     return made + [generator.randbytes(size) for size in (16, 48, 96, 192)]
 
 
 def write() -> None:
-    """All of them, anew."""
+    """Write the seeds of all targets."""
     for name in TARGETS:
         folder = FOLDER / name
         shutil.rmtree(folder, ignore_errors=True)

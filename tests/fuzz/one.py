@@ -16,7 +16,7 @@ from pathlib import Path
 import atheris
 
 from tests.fuzz.feed import reached
-from tests.fuzz.targets import opened
+from tests.fuzz.targets import open_target
 
 PACKAGES = ["transport", "runtime", "policies"]
 COMPILED = ["transport.shm.atomics", "transport.shm.ring_kernels"]
@@ -36,7 +36,7 @@ def main(argv: list[str]) -> None:
     count = 0
     with contextlib.ExitStack() as stack:
         with atheris.instrument_imports(include=PACKAGES, exclude=COMPILED):
-            target = stack.enter_context(opened(name))
+            target = stack.enter_context(open_target(name))
 
         def counted(data: bytes) -> None:
             nonlocal count

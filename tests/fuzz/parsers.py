@@ -92,7 +92,7 @@ def hello(data: bytes) -> None:
     reached["accepted"] += 1
 
 
-def offer(data: bytes) -> None:
+def segment_offer(data: bytes) -> None:
     """Two segments by name."""
     feed = Feed(data)
     body = body_of(feed, samples.offer())

@@ -1,8 +1,8 @@
-"""Every parser of what a peer sends, by name, as a function of bytes.
+"""Fuzz targets by name: every parser of data from a peer, as a function of bytes.
 
-A target raises only where a promise is broken: an exception that the parser does not name, memory
-or descriptors out of proportion, a store outside of what is ours, or something accepted that is not
-what it says. What a parser refuses is no violation.
+A target raises only if a guarantee is broken: an undocumented exception, excessive memory or
+descriptors, a write outside of its own memory, or an accepted message that is invalid. A refusal by
+a parser is no violation.
 """
 
 from __future__ import annotations
@@ -19,12 +19,12 @@ from tests.fuzz.feed import reached
 
 Target = Callable[[bytes], None]
 MAX_GROWTH_KB = 64 * 1024
-"""Of the process, by a single input. The longest message of any target is a fiftieth of it."""
+"""Allowed growth of the process by one input: 50 times the longest message of any target."""
 
-_PLAIN = {
+_FUNCTIONS = {
     "control": "parsers:control",
     "hello": "parsers:hello",
-    "offer": "parsers:offer",
+    "segment_offer": "parsers:segment_offer",
     "schema": "parsers:schema",
     "description": "parsers:description",
     "error": "parsers:error",
@@ -36,59 +36,59 @@ _PLAIN = {
     "session": "channels:session",
     "dialer": "client_side:dialer",
 }
-_HOLDING = {
+_CONTEXTS = {
     "segments": "channels:segments",
     "handshake": "server_side:handshake",
     "listener": "server_side:listener",
-    "door": "server_side:door",
-    "gatekeeper": "server_side:gatekeeper",
-    "join": "client_side:side_socket",
+    "shm_acceptor": "server_side:shm_acceptor",
+    "authenticator": "server_side:authenticator",
+    "client_handshake": "client_side:client_handshake_target",
 }
-"""Those that make something first, and let go of it afterwards."""
+"""Targets that need resources, which a context manager acquires and releases."""
 
 
 def broken(data: bytes) -> None:
-    """A parser that believes a length it was told: to see that a violation is found."""
+    """A parser that trusts a length in its input, to test that a violation is found."""
     count = int.from_bytes(data[:1], "little")
     if count and data[count] == ord("!"):
         reached["believed"] += 1
 
 
-def _plain(place: str) -> Callable[[], AbstractContextManager[Target]]:
-    return lambda: contextlib.nullcontext(_found(place))
+def _from_function(path: str) -> Callable[[], AbstractContextManager[Target]]:
+    return lambda: contextlib.nullcontext(_import(path))
 
 
-def _holding(place: str) -> Callable[[], AbstractContextManager[Target]]:
+def _from_context(path: str) -> Callable[[], AbstractContextManager[Target]]:
     def made() -> AbstractContextManager[Target]:
-        context: AbstractContextManager[Target] = _found(place)()
+        context: AbstractContextManager[Target] = _import(path)()
         return context
 
     return made
 
 
-def _found(place: str) -> Callable[..., Any]:
-    """What is imported is what the one target needs."""
-    module, _, name = place.partition(":")
+def _import(path: str) -> Callable[..., Any]:
+    """Import a target; only its own module is imported."""
+    module, _, name = path.partition(":")
     return getattr(importlib.import_module(f"tests.fuzz.{module}"), name)
 
 
 TARGETS = MappingProxyType(
-    {name: _plain(place) for name, place in _PLAIN.items()}
-    | {name: _holding(place) for name, place in _HOLDING.items()}
+    {name: _from_function(path) for name, path in _FUNCTIONS.items()}
+    | {name: _from_context(path) for name, path in _CONTEXTS.items()}
 )
-BROKEN = MappingProxyType({"broken": _plain("targets:broken")})
-"""Never run unless it is named."""
+BROKEN = MappingProxyType({"broken": _from_function("targets:broken")})
+"""A target that runs only if it is named."""
 
 
 @contextlib.contextmanager
-def opened(name: str) -> Iterator[Target]:
-    """The target of this name; see ``bounded``."""
+def open_target(name: str) -> Iterator[Target]:
+    """Acquire the target of this name, wrapped in ``bounded``."""
     with {**TARGETS, **BROKEN}[name]() as target:
         yield bounded(target)
 
 
 def bounded(target: Target) -> Target:
-    """``target``, which also raises where one input makes the process grow by more than
+    """Wrap ``target`` to raise if one input makes the process grow by more than
     ``MAX_GROWTH_KB``."""
     peak_kb = 0
 

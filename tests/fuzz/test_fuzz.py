@@ -17,13 +17,13 @@ import pytest
 from tests.fuzz import corpus
 from tests.fuzz.feed import Feed, reached
 from tests.fuzz.mutation import Violation, hammer
-from tests.fuzz.targets import TARGETS, opened
+from tests.fuzz.targets import TARGETS, open_target
 
 RUNS = 600
 GATES = {
     "control": ("prefix", "body"),
     "hello": ("accepted",),
-    "offer": ("accepted",),
+    "segment_offer": ("accepted",),
     "schema": ("accepted", "of varying length"),
     "description": ("accepted",),
     "error": ("ContractMismatch", "InferenceError"),
@@ -36,10 +36,10 @@ GATES = {
     "segments": ("DATA", "ERROR", "RESET"),
     "handshake": ("proven", "sessions over shm", "sessions over zmq"),
     "listener": ("sessions", "DATA"),
-    "door": ("entered",),
-    "gatekeeper": ("let in",),
+    "shm_acceptor": ("accepted",),
+    "authenticator": ("admitted",),
     "dialer": ("described", "opened", "chunks"),
-    "join": ("joined",),
+    "client_handshake": ("mapped",),
 }
 
 
@@ -58,7 +58,7 @@ def test_every_target_says_how_deep_it_reaches() -> None:
 
 @pytest.mark.parametrize("name", TARGETS)
 def test_no_input_breaks_a_promise(name: str) -> None:
-    with opened(name) as target:
+    with open_target(name) as target:
         hammer(target, corpus.seeds(name), RUNS, seed=1)
     missed = [gate for gate in GATES[name] if not reached[gate]]
     assert not missed, f"{name} never got past {missed}: {dict(reached)}"
@@ -77,7 +77,7 @@ def test_the_seeds_are_few() -> None:
 
 
 def test_a_broken_parser_is_found() -> None:
-    with opened("broken") as broken:
+    with open_target("broken") as broken:
         broken(bytes(8))
         with pytest.raises(Violation, match="IndexError") as caught:
             hammer(broken, corpus.seeds("broken"), 2000, seed=1)
@@ -139,5 +139,5 @@ def test_libfuzzer_finds_it_too_and_keeps_the_input(tmp_path: Path) -> None:
     (kept,) = outcome["crashes"]
     assert done.returncode == 1, done.stdout + done.stderr
     assert Path(kept).parent == crashes / "broken" and kept in done.stdout
-    with opened("broken") as broken, pytest.raises(IndexError):
+    with open_target("broken") as broken, pytest.raises(IndexError):
         broken(Path(kept).read_bytes())

@@ -41,7 +41,7 @@ def test_server_address_is_accepted_by_clients(host: str, expected: str, transpo
     with serving(ToyPolicy(), host=host) as server:
         assert server.address == f"{expected}:{server.port}"
         with Dialer(*parse_address(server.address)) as dialer:
-            assert dialer.ask("status")["address"] == server.address
+            assert dialer.send_admin_command("status")["address"] == server.address
         with PolicyClient(server.address, transport=transport) as client:
             assert client.infer(observation(timestep=3)).obs_timestep == 3
             assert client.transport == transport

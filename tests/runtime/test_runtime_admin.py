@@ -229,7 +229,7 @@ def test_load_with_a_wrong_token_is_refused(token: object) -> None:
             ctl.dial(f"127.0.0.1:{server.port}", "", "") as dialer,
             pytest.raises(Refused, match="operator"),
         ):
-            dialer.ask("load", {"checkpoint": "good", "token": token})
+            dialer.send_admin_command("load", {"checkpoint": "good", "token": token})
         assert reloader.state.state == "none"
 
 
@@ -257,7 +257,7 @@ def test_unknown_admin_command_is_refused_with_the_valid_ones() -> None:
         ctl.dial(f"127.0.0.1:{server.port}", "", "") as dialer,
         pytest.raises(Refused, match="status"),
     ):
-        dialer.ask("dance")
+        dialer.send_admin_command("dance")
 
 
 def test_only_operator_keys_may_load(tmp_path: Path) -> None:

@@ -25,7 +25,7 @@ from runtime.server.warmup import synthetic_observation
 from tests.runtime.batch_policy import BatchPolicy
 from tests.runtime.serving import connect, serving
 from tests.runtime.toy_policy import ToyPolicy, observation
-from transport.base import SLOTS, Record
+from transport.base import SLOTS, ReceivedMessage
 from transport.channel import Kind, Message
 from transport.errors import Refused
 from transport.handshake_messages import Hello, Peer
@@ -428,7 +428,7 @@ def test_client_that_only_resets_does_not_occupy_the_server() -> None:
         def poll(self) -> Message:
             self.polled += 1
             assert self.polled <= 100, "nobody else is looked at"
-            return Record(Kind.RESET, self.polled, 0, self.polled, None, b"")
+            return ReceivedMessage(Kind.RESET, self.polled, 0, self.polled, None, b"")
 
     with PolicyServer(BatchPolicy()) as server:
         hello = Hello("c", messages.observation_schema(observation(0)), ("shm",))

@@ -9,7 +9,7 @@ from typing import Any
 
 from transport.schema import ArraySpec, Schema
 from transport.shm.latest_value import LatestValueReader, LatestValueWriter, latest_value_nbytes
-from transport.shm.segment import Mapping, create_anonymous
+from transport.shm.segment import MappedSegment, create_anonymous
 from transport.shm.spsc_queue import QueueReader, QueueWriter, queue_nbytes
 
 SCHEMA = Schema((ArraySpec("number", "int64", ()), ArraySpec("values", "int64", (500,))))
@@ -29,8 +29,8 @@ class Shared:
     """The segment, mapped."""
 
     def __init__(self, fd: int) -> None:
-        self.memory = Mapping(fd, NBYTES, writable=True)
-        self.seen = Mapping(fd, NBYTES, writable=False)
+        self.memory = MappedSegment(fd, NBYTES, writable=True)
+        self.seen = MappedSegment(fd, NBYTES, writable=False)
 
     def latest_writer(self) -> LatestValueWriter:
         return LatestValueWriter(self.memory, 0, SCHEMA, SLOTS)

@@ -12,7 +12,7 @@ from transport.shm.adaptive_spin import MAX_SPIN_US, AdaptiveSpin
 
 @pytest.fixture
 def clock(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[int]]:
-    """Of a machine of two cores; every look at it takes 50 µs."""
+    """Of a machine of two cores; every poll at it takes 50 µs."""
     now = [0]
 
     def tick() -> int:
@@ -34,37 +34,37 @@ def always(_rounds: int) -> bool:
 
 def test_a_spin_in_vain_turns_it_off_until_waits_are_short_again(clock: list[int]) -> None:
     spin = AdaptiveSpin()
-    assert spin.worthwhile and spin.watch(always)
-    assert not spin.watch(never)
-    spin.waited(10**9)
-    assert not spin.worthwhile and not spin.watch(always)
+    assert spin.will_spin and spin.spin(always)
+    assert not spin.spin(never)
+    spin.record_wait(10**9)
+    assert not spin.will_spin and not spin.spin(always)
     for _ in range(8):
-        assert not spin.worthwhile
-        spin.waited(1000)
-    assert spin.worthwhile
+        assert not spin.will_spin
+        spin.record_wait(1000)
+    assert spin.will_spin
 
 
 def test_what_was_announced_is_watched_for_where_hope_is_off(clock: list[int]) -> None:
     spin = AdaptiveSpin(0)
-    assert not spin.watch(always)
+    assert not spin.spin(always)
     looks = iter([False] * 5 + [True])
-    assert spin.expect(lambda rounds: next(looks))
+    assert spin.spin_after_signal(lambda rounds: next(looks))
     before = clock[0]
-    assert not spin.expect(never)
+    assert not spin.spin_after_signal(never)
     assert clock[0] - before < 1_200_000, "bounded"
 
 
 def test_who_announced_in_vain_is_not_believed_for_a_while(clock: list[int]) -> None:
     spin = AdaptiveSpin()
-    assert not spin.expect(never)
-    assert [spin.expect(always) for _ in range(9)] == [False] * 8 + [True]
+    assert not spin.spin_after_signal(never)
+    assert [spin.spin_after_signal(always) for _ in range(9)] == [False] * 8 + [True]
 
 
 def test_nobody_watches_on_one_core(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(os, "cpu_count", lambda: 1)
     spin = AdaptiveSpin()
-    assert not spin.worthwhile and not spin.watch(always)
-    assert not spin.expect(never)
+    assert not spin.will_spin and not spin.spin(always)
+    assert not spin.spin_after_signal(never)
 
 
 @pytest.mark.parametrize("spin_us", [-1, MAX_SPIN_US + 1])

@@ -16,7 +16,7 @@ from numba import njit
 
 from transport.shm import atomics, ring_kernels
 from transport.shm.atomics import AtomicInt64
-from transport.shm.segment import Mapping, create_anonymous
+from transport.shm.segment import MappedSegment, create_anonymous
 
 ARM = "aarch64-unknown-linux-gnu"
 
@@ -34,7 +34,7 @@ def test_words_are_read_as_they_were_stored() -> None:
 
 def test_an_atomic_integer_keeps_its_value_and_keeps_its_memory_mapped() -> None:
     fd = create_anonymous("test", 4096)
-    memory, seen = Mapping(fd, 4096, writable=True), Mapping(fd, 4096, writable=False)
+    memory, seen = MappedSegment(fd, 4096, writable=True), MappedSegment(fd, 4096, writable=False)
     os.close(fd)
     AtomicInt64(memory, 128).store(-7)
     value = AtomicInt64(seen, 128)
@@ -91,7 +91,7 @@ def arm_instructions(function: Any) -> list[str]:
         (ring_kernels.publish, {"stlr", "dmb"}),
         (ring_kernels.take, {"ldar|ldapr"}),
         (ring_kernels.release, {"stlr"}),
-        (ring_kernels.fall_asleep, {"stlr", "dmb", "ldar|ldapr"}),
+        (ring_kernels.prepare_to_wait, {"stlr", "dmb", "ldar|ldapr"}),
     ],
     ids=lambda value: getattr(value, "__name__", ""),
 )
@@ -107,7 +107,7 @@ def test_a_publisher_on_arm_looks_for_a_sleeper_only_after_its_fence() -> None:
     fence = found.index("dmb")
     assert found[fence - 1] == "stlr"
     assert set(found[fence + 1 :]) & {"ldar", "ldapr"}
-    sleeper = arm_instructions(ring_kernels.fall_asleep)
+    sleeper = arm_instructions(ring_kernels.prepare_to_wait)
     fence = sleeper.index("dmb")
     assert sleeper[fence - 1] == "stlr"
     assert set(sleeper[fence + 1 :]) & {"ldar", "ldapr"}

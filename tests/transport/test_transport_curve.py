@@ -174,12 +174,15 @@ def test_questions_are_answered_with_who_asked(ring: Keyring) -> None:
             raise Refused("command", command, "who")
         return {"user": peer.user, "said": arguments}
 
-    with make_listener(curve=ring.server(), ask=ask) as listener, pumped(listener):
+    with make_listener(curve=ring.server(), admin_handler=ask) as listener, pumped(listener):
         keys = ring.client("boss", operator=True)
         with Dialer("127.0.0.1", listener.port, timeout_s=5, curve=keys) as dialer:
-            assert dialer.ask("who", {"a": 1}) == {"user": "operators/boss", "said": {"a": 1}}
+            assert dialer.send_admin_command("who", {"a": 1}) == {
+                "user": "operators/boss",
+                "said": {"a": 1},
+            }
             with pytest.raises(Refused, match="what"):
-                dialer.ask("what")
+                dialer.send_admin_command("what")
             assert dialer.describe() == {"serves": "tests"}
 
 
@@ -221,7 +224,7 @@ def test_a_bad_file_in_the_list_is_passed_over(ring: Keyring) -> None:
         (ring.listed / f"c{number}.key").write_text(text.replace(key, bad))
     ring.client("arm")
     known = zmq.auth.load_certificate(ring.folder / "arm.key")[0]
-    assert ring.server().name_of(known) == "arm"
+    assert ring.server().find_name(known) == "arm"
 
 
 def test_the_list_must_be_there(ring: Keyring) -> None:
@@ -265,15 +268,17 @@ def test_a_server_that_hangs_up_first_is_asked_what_it_wants(ring: Keyring) -> N
     """Which of two ends with different security hangs up first is chance; the reason is not."""
     for curve, wanted in ((None, "NULL"), (ring.server(), "CURVE")):
         with make_listener(curve=curve) as listener, pumped(listener):
-            assert zmtp_greeting.mechanism(f"tcp://127.0.0.1:{listener.port}") == wanted
+            assert zmtp_greeting.read_mechanism(f"tcp://127.0.0.1:{listener.port}") == wanted
 
 
 def test_what_is_not_zmq_has_no_greeting(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(zmtp_greeting, "PATIENCE_S", 0.05)
+    monkeypatch.setattr(zmtp_greeting, "TIMEOUT_S", 0.05)
     with socket.create_server(("127.0.0.1", 0)) as listening:
         port = listening.getsockname()[1]
-        assert zmtp_greeting.mechanism(f"tcp://127.0.0.1:{port}") == ""  # connected, and silence
-    assert zmtp_greeting.mechanism(f"tcp://127.0.0.1:{port}") == ""
+        assert (
+            zmtp_greeting.read_mechanism(f"tcp://127.0.0.1:{port}") == ""
+        )  # connected, and silence
+    assert zmtp_greeting.read_mechanism(f"tcp://127.0.0.1:{port}") == ""
 
 
 def test_a_file_of_the_list_is_parsed_once_for_each_state(
@@ -288,14 +293,14 @@ def test_a_file_of_the_list_is_parsed_once_for_each_state(
         return public_key(path)
 
     monkeypatch.setattr("transport.zeromq.curve.public_key", counted)
-    assert [keys.name_of(known) for _ in range(3)] == ["arm"] * 3
+    assert [keys.find_name(known) for _ in range(3)] == ["arm"] * 3
     assert len(parsed) == 1
     other, _ = new_keys(ring.folder, "other")
     entry = ring.listed / "arm.key"
     entry.write_bytes(other.read_bytes())
-    assert keys.name_of(known) is None
+    assert keys.find_name(known) is None
     entry.unlink()
-    assert keys.name_of(zmq.auth.load_certificate(other)[0]) is None
+    assert keys.find_name(zmq.auth.load_certificate(other)[0]) is None
 
 
 def test_a_fault_while_a_key_is_looked_up_lets_nobody_in_and_ends_nothing(
@@ -304,7 +309,7 @@ def test_a_fault_while_a_key_is_looked_up_lets_nobody_in_and_ends_nothing(
     allowed = ring.client("arm")
     with make_listener(curve=ring.server()) as listener, pumped(listener):
         with monkeypatch.context() as patched:
-            patched.setattr(ServerKeys, "name_of", lambda *_: 1 / 0)
+            patched.setattr(ServerKeys, "find_name", lambda *_: 1 / 0)
             with (
                 pytest.raises((Refused, TransportTimeout)),
                 Dialer("127.0.0.1", listener.port, timeout_s=0.5, curve=allowed) as dialer,

@@ -98,7 +98,7 @@ def test_a_taken_port_is_named() -> None:
         ({"host": "no such host"}, "'no such host' is not an address of this machine"),
         ({"port": 65536}, "port: got 65536"),
         ({"transports": ()}, "transports: got"),
-        ({"transports": ("carrier pigeon",)}, "transports: got"),
+        ({"transports": ("connection pigeon",)}, "transports: got"),
     ],
 )
 def test_where_nobody_can_listen(changes, text: str) -> None:
@@ -140,13 +140,13 @@ def test_a_server_of_another_version_is_named_with_ours() -> None:
         port = server.bind_to_random_port("tcp://127.0.0.1")
         with Dialer("127.0.0.1", port, timeout_s=PATIENCE_S) as dialer:
             # What a later version must still send: the prefix and REFUSED never change.
-            link = dialer._take_link()
-            dialer._link = link
-            link.tell(Opcode.DESCRIBE, NO_EPOCH, {})
+            link = dialer._take_socket()
+            dialer._client_socket = link
+            link.send_control(Opcode.DESCRIBE, NO_EPOCH, {})
             identity, *_ = server.recv_multipart()
             refused = PREFIX.pack(MAGIC, 9, Opcode.REFUSED, NO_EPOCH)
             server.send_multipart([identity, refused, b"{}"])
-            ours = f"version 9, this client speaks {PROTOCOL_VERSION}"
+            ours = f"version 9, this client uses {PROTOCOL_VERSION}"
             with pytest.raises(ProtocolError, match=ours):
                 dialer.describe()
 
@@ -208,8 +208,8 @@ def test_a_session_of_its_own_for_every_open() -> None:
 
 def test_an_idle_client_keeps_its_session(monkeypatch: pytest.MonkeyPatch) -> None:
     """ZMQ's own threads answer heartbeats; the client need not call anything."""
-    monkeypatch.setattr("transport.zeromq.client_socket.HEARTBEAT_MS", 50)
-    monkeypatch.setattr("transport.zeromq.client_socket.SILENCE_MS", 2000)
+    monkeypatch.setattr("transport.zeromq.client_socket.HEARTBEAT_INTERVAL_MS", 50)
+    monkeypatch.setattr("transport.zeromq.client_socket.HEARTBEAT_TIMEOUT_MS", 2000)
     with make_listener() as listener, Dialer("127.0.0.1", listener.port) as dialer:
         with pumped(listener):
             channel, _ = dialer.open(OBSERVATION, client="idle", transport="zmq")

@@ -33,7 +33,7 @@ VARYING = Schema(
 
 
 class Wire:
-    """A carrier to a channel in the same process."""
+    """A connection to a channel in the same process."""
 
     def __init__(self) -> None:
         self.peer: ZmqChannel | None = None
@@ -60,7 +60,7 @@ def wired(forth: Schema = OBSERVATION, back: Schema = CHUNK) -> tuple[ZmqChannel
 
 def frame_of(channel: ZmqChannel, number: int = 1) -> bytearray:
     """A valid first message for the other end of ``channel``."""
-    wire, peer = channel._carrier, channel._carrier.peer
+    wire, peer = channel._connection, channel._connection.peer
     wire.peer = None
     channel.send(observation(number), number)
     wire.peer = peer
@@ -149,7 +149,7 @@ def test_an_exchange_sends_from_one_buffer_and_needs_no_credit() -> None:
             right.send(chunk(number), number)
         left.poll().release()
     assert len(addresses) == 1
-    assert len(left._carrier.sent) == len(right._carrier.sent) == 20
+    assert len(left._connection.sent) == len(right._connection.sent) == 20
 
 
 def test_a_loan_stays_while_answers_come() -> None:
@@ -169,10 +169,10 @@ def test_a_loan_stays_while_answers_come() -> None:
 
 def test_a_silent_peer_costs_as_many_buffers_as_slots() -> None:
     left, _ = wired()
-    left._carrier.peer = None
+    left._connection.peer = None
     for number in range(SLOTS):
         left.send(observation(number), number)
-    assert len(left._staging._under_way) == SLOTS
+    assert len(left._send_buffers._under_way) == SLOTS
 
 
 # messages of variable length
@@ -190,7 +190,7 @@ def test_only_what_is_used_crosses_a_network() -> None:
     left, right = wired(VARYING)
     for used in (1, 7, 640, ROOM):
         left.send(varying(used), used)
-        assert len(left._carrier.sent[-1]) == PAYLOAD_OFFSET + VARYING.offsets["data"] + used
+        assert len(left._connection.sent[-1]) == PAYLOAD_OFFSET + VARYING.offsets["data"] + used
         with right.poll() as message:
             assert message.arrays["data"].shape == (used,)
             assert (message.arrays["data"] == varying(used)["data"][:used]).all()
@@ -210,9 +210,9 @@ def test_more_than_there_is_or_nothing_cannot_be_sent(used: int) -> None:
 @pytest.mark.parametrize("claimed", [0, -1, 9, 11, 2**62])
 def test_a_length_that_is_not_the_frames_own_is_not_believed(claimed: int) -> None:
     left, right = wired(VARYING)
-    left._carrier.peer = None
+    left._connection.peer = None
     left.send(varying(10), 1)
-    frame = bytearray(left._carrier.sent[-1])
+    frame = bytearray(left._connection.sent[-1])
     start = PAYLOAD_OFFSET + VARYING.offsets["data" + USED]
     frame[start : start + 8] = np.int64(claimed).tobytes()
     right.deliver(memoryview(frame))
@@ -246,7 +246,7 @@ def test_both_transports_carry_it(transport: str) -> None:
     ],
 )
 def test_a_schema_that_counts_what_is_not_its_end_is_refused(specs) -> None:
-    with pytest.raises(SchemaMismatch, match="how much of it counts"):
+    with pytest.raises(SchemaMismatch, match="a used length"):
         Schema(specs)
 
 

@@ -19,7 +19,7 @@ def test_a_wake_up_is_not_lost_where_the_server_looks_again(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     """It looks once more whenever some time has passed: here, always."""
-    monkeypatch.setattr(transport.server.listener, "_LOOK_EVERY_S", 0.0)
+    monkeypatch.setattr(transport.server.listener, "_POLL_EVERY_S", 0.0)
     with make_listener() as listener:
         ended = threading.Event()
 
@@ -52,8 +52,8 @@ def test_a_session_is_handed_out_when_it_is_opened(monkeypatch: pytest.MonkeyPat
 
 def test_questions_do_not_keep_a_server_from_its_sessions(monkeypatch: pytest.MonkeyPatch) -> None:
     """However many have arrived, after some time it looks at everything else again."""
-    monkeypatch.setattr(transport.server.listener, "_CONTROL_S", 0.0)
-    monkeypatch.setattr(transport.server.listener, "_LOOK_EVERY_S", 0.0)
+    monkeypatch.setattr(transport.server.listener, "_CONTROL_BUDGET_S", 0.0)
+    monkeypatch.setattr(transport.server.listener, "_POLL_EVERY_S", 0.0)
     with make_listener() as listener:
         question = b"nobody", PROTOCOL_VERSION, int(Opcode.DESCRIBE), NO_EPOCH, b"", Peer()
         listener._control.extend([question] * 3)

@@ -6,7 +6,7 @@ from hypothesis import settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, rule
 
-from transport.receive_window import Window
+from transport.receive_window import ReceiveWindow
 
 
 class WindowMachine(RuleBasedStateMachine):
@@ -14,7 +14,7 @@ class WindowMachine(RuleBasedStateMachine):
 
     def __init__(self) -> None:
         super().__init__()
-        self.window = Window(4)
+        self.window = ReceiveWindow(4)
         self.released = []
         self.before = 0
 

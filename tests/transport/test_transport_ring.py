@@ -22,7 +22,7 @@ from transport.channel import MAX_BODY_BYTES, Kind
 from transport.errors import ProtocolError
 from transport.schema import ArraySpec, Schema
 from transport.shm.ring import RingReader, RingWriter
-from transport.shm.segment import Mapping, Segment
+from transport.shm.segment import MappedSegment, Segment
 from transport.shm.segment_layout import SegmentLayout
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -38,8 +38,8 @@ FRAMES = 20_000
 class Both:
     """Two segments, each mapped as its two sides map them."""
 
-    left: tuple[Mapping, Mapping]
-    right: tuple[Mapping, Mapping]
+    left: tuple[MappedSegment, MappedSegment]
+    right: tuple[MappedSegment, MappedSegment]
 
     def writer(self, epoch: bytes = EPOCH) -> RingWriter:
         return RingWriter(*self.left, epoch, SCHEMA, SegmentLayout.of(SCHEMA))
@@ -92,7 +92,7 @@ class RingMachine(RuleBasedStateMachine):
 
     def _sent(self, *message: Any) -> None:
         """It was published; the bell is needed exactly if the reader fell asleep before."""
-        assert self.writer.reader_sleeps == self.asleep
+        assert self.writer.must_signal_reader == self.asleep
         self.published.append(message)
         self.sent += 1
 
@@ -140,14 +140,14 @@ class RingMachine(RuleBasedStateMachine):
         self.reader.release(sequence)
 
     @rule()
-    def fall_asleep(self) -> None:
+    def prepare_to_wait(self) -> None:
         """Only where nothing is left to take; and who does not sleep asks for no bell."""
-        self.asleep = self.reader.fall_asleep()
+        self.asleep = self.reader.prepare_to_wait()
         assert self.asleep == (not self.published)
 
     @rule()
-    def wake_up(self) -> None:
-        self.reader.wake_up()
+    def finish_wait(self) -> None:
+        self.reader.finish_wait()
         self.asleep = False
 
     @invariant()
@@ -167,7 +167,7 @@ class RingMachine(RuleBasedStateMachine):
                 assert record.views.arrays["value"].tobytes() == content * 3
                 assert (record.views.arrays["image"] == struct.unpack("<q", content)[0] % 251).all()
             else:
-                assert record.content == content
+                assert record.raw_body == content
 
     @invariant()
     def unread_is_what_was_not_taken(self) -> None:

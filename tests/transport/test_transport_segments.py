@@ -15,7 +15,14 @@ import pytest
 
 from transport.errors import ProtocolError, TransportUnavailable
 from transport.shm import segment
-from transport.shm.segment import FOLDER, Mapping, Segment, create_all, create_anonymous, sweep
+from transport.shm.segment import (
+    FOLDER,
+    MappedSegment,
+    Segment,
+    create_all,
+    create_anonymous,
+    sweep,
+)
 
 
 def path_of(segment: Segment) -> Path:
@@ -85,7 +92,7 @@ def test_an_anonymous_segment_is_zeros_reserved_and_not_inherited() -> None:
         status = os.fstat(fd)
         assert status.st_size == 100_000 <= status.st_blocks * 512
         assert not os.get_inheritable(fd)
-        mapping = Mapping(fd, 100_000, writable=False)
+        mapping = MappedSegment(fd, 100_000, writable=False)
         assert not mapping.bytes.any()
         mapping.close()
     finally:
@@ -110,7 +117,7 @@ def test_a_descriptor_of_another_length_is_not_mapped(nbytes: int) -> None:
     fd = create_anonymous("test", 8192)
     try:
         with pytest.raises(ProtocolError, match=f"segment: got 8192 bytes, expected {nbytes}"):
-            Mapping(fd, nbytes, writable=False)
+            MappedSegment(fd, nbytes, writable=False)
     finally:
         os.close(fd)
 

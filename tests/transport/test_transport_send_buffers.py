@@ -8,7 +8,7 @@ from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, rule
 
 from transport.schema import ALIGNMENT, Schema
-from transport.zeromq.send_buffers import Buffer, Staging
+from transport.zeromq.send_buffers import SendBuffer, SendBuffers
 
 OFFSET = 128
 
@@ -16,12 +16,12 @@ OFFSET = 128
 class Model(RuleBasedStateMachine):
     def __init__(self) -> None:
         super().__init__()
-        self.staging = Staging(OBSERVATION, OFFSET)
-        self.under_way: dict[int, Buffer] = {}
+        self.staging = SendBuffers(OBSERVATION, OFFSET)
+        self.under_way: dict[int, SendBuffer] = {}
         self.head = self.received = 0
-        self.open: Buffer | None = None
+        self.open: SendBuffer | None = None
         self.all: set[int] = set()
-        self.kept: list[Buffer] = []
+        self.kept: list[SendBuffer] = []
 
     @rule()
     def claim(self) -> None:
@@ -59,7 +59,7 @@ TestStaging = Model.TestCase
 
 
 def test_an_exchange_of_one_and_one_stays_in_one_buffer() -> None:
-    staging = Staging(OBSERVATION, OFFSET)
+    staging = SendBuffers(OBSERVATION, OFFSET)
     first = staging.claim()
     for sequence in range(10):
         assert staging.claim() is first
@@ -68,7 +68,7 @@ def test_an_exchange_of_one_and_one_stays_in_one_buffer() -> None:
 
 
 def test_a_frame_holds_header_and_arrays_on_cache_lines() -> None:
-    buffer = Buffer(OBSERVATION, OFFSET)
+    buffer = SendBuffer(OBSERVATION, OFFSET)
     assert buffer.frame.nbytes == OFFSET + OBSERVATION.nbytes
     start = buffer.frame.ctypes.data
     assert start % ALIGNMENT == 0
@@ -78,7 +78,7 @@ def test_a_frame_holds_header_and_arrays_on_cache_lines() -> None:
 
 
 def test_a_message_without_arrays_still_has_a_frame() -> None:
-    buffer = Buffer(Schema(()), OFFSET)
+    buffer = SendBuffer(Schema(()), OFFSET)
     assert buffer.frame.shape == (OFFSET,)
     assert buffer.arrays == {}
     assert buffer.frame.dtype == np.uint8

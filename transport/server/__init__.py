@@ -1,1 +1,1 @@
-"""The accepting side: listener, handshake and sessions."""
+"""The server's side: listener, handshake and sessions."""

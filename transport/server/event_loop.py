@@ -1,4 +1,4 @@
-"""One epoll for everything a server waits on, and a way to end the wait from outside."""
+"""One epoll for all descriptors that a server waits on; ``wake`` ends the wait from outside."""
 
 from __future__ import annotations
 
@@ -11,40 +11,48 @@ from transport.shm.eventfd import new_eventfd
 
 
 class EventLoop:
-    """Descriptors and what to do when one is readable. Single-threaded, but for ``wake``."""
+    """Descriptors, each with a handler that is called when it is readable.
+
+    Single-threaded, except for ``wake``.
+    """
 
     def __init__(self) -> None:
         self._epoll = select.epoll()
         self._handlers: dict[int, Callable[[], None]] = {}
         self._wake = new_eventfd()
         self._woken = False
-        self.watch(self._wake, self._on_wake)
+        self.register(self._wake, self._on_wake)
 
-    def watch(self, fd: int, handler: Callable[[], None]) -> None:
+    def register(self, fd: int, handler: Callable[[], None]) -> None:
+        """Call ``handler`` in ``run_once`` whenever ``fd`` is readable."""
         self._epoll.register(fd, select.EPOLLIN)
         self._handlers[fd] = handler
 
-    def forget(self, fd: int) -> None:
-        """Stop watching; before ``fd`` is closed. Idempotent."""
+    def unregister(self, fd: int) -> None:
+        """Stop waiting on ``fd``; call this before closing it. Idempotent."""
         if self._handlers.pop(fd, None) is not None:
             self._epoll.unregister(fd)
 
     def wake(self) -> None:
-        """Make the current or next ``run`` return at once. For signal handlers and threads."""
+        """Make the current or next ``run_once`` return. For signal handlers and other threads."""
         with contextlib.suppress(BlockingIOError, OSError):
             os.eventfd_write(self._wake, 1)
 
-    def run(self, timeout_s: float | None) -> bool:
-        """Wait for something readable and handle all that is; whether ``wake`` was called."""
+    def run_once(self, timeout_s: float | None) -> bool:
+        """Wait for readable descriptors and call their handlers; whether ``wake`` was called.
+
+        Args:
+            timeout_s: Longest wait in seconds; None for no limit.
+        """
         for fd, _ in self._epoll.poll(-1 if timeout_s is None else max(0.0, timeout_s)):
-            handler = self._handlers.get(fd)  # an earlier handler may have forgotten it
+            handler = self._handlers.get(fd)  # an earlier handler may have unregistered it
             if handler is not None:
                 handler()
         woken, self._woken = self._woken, False
         return woken
 
     def close(self) -> None:
-        """Idempotent."""
+        """Close the epoll and the eventfd. Idempotent."""
         if not self._epoll.closed:
             self._epoll.close()
             self._handlers.clear()

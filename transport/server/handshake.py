@@ -1,9 +1,9 @@
-"""A server's half of the handshake: who may have a session, and over what.
+"""The server's half of the handshake: which client gets a session, and over which transport.
 
-DESCRIBE is answered from nothing and leaves nothing behind. HELLO makes a pending session, with
-shared memory on offer where that is possible; CONFIRM, over the same connection, makes it run.
-What is not confirmed in time is given up: the segments' names after ``OFFER_S``, the rest after
-``PENDING_S``.
+DESCRIBE is answered without any state. HELLO makes a pending session, with an offer of shared
+memory where possible. CONFIRM, over the same connection, starts it. A session that is not confirmed
+in time is dropped: the segments' names after ``OFFER_TIMEOUT_S``, the rest after
+``PENDING_TIMEOUT_S``.
 """
 
 from __future__ import annotations
@@ -34,69 +34,69 @@ from transport.handshake_messages import (
     Welcome,
     decode_body,
     encode,
-    mapping,
-    string,
+    object_field,
+    text_field,
 )
-from transport.server.sessions import Pending
+from transport.server.sessions import PendingSession
 from transport.server.shm_acceptor import ShmAcceptor
-from transport.shm.segment_offer import Offer
+from transport.shm.segment_offer import SegmentOffer
 from transport.zeromq.server_socket import ServerSocket
 
-OFFER_S = 2.0
-PENDING_S = 10.0
-Ask = Callable[[str, Mapping[str, Any], "Peer"], dict[str, Any]]
-"""An operator's command, its arguments, who it is; the answer, JSON values."""
+OFFER_TIMEOUT_S = 2.0
+PENDING_TIMEOUT_S = 10.0
+AdminHandler = Callable[[str, Mapping[str, Any], "Peer"], dict[str, Any]]
+"""Runs an admin command: called with command, arguments and sender; returns JSON values."""
 _log = logging.getLogger(__name__)
 
 
 class Handshake:
-    """Answers the control plane of one listener.
+    """Answers the control messages of one listener.
 
     Args:
-        running: How many sessions run now.
-        start: Makes a confirmed session run: (pending, transport, reason).
-        counts: Where to count; the listener's statistics.
+        running: Returns the number of running sessions.
+        start: Starts a confirmed session: (pending, transport, reason).
+        counts: The counters of the listener's statistics.
     """
 
     def __init__(
         self,
-        router: ServerSocket,
-        door: ShmAcceptor | None,
+        server_socket: ServerSocket,
+        acceptor: ShmAcceptor | None,
         *,
         describe: Callable[[], dict[str, Any]],
         accept: Callable[[Hello], Welcome],
-        ask: Ask | None,
+        admin_handler: AdminHandler | None,
         transports: tuple[str, ...],
         max_sessions: int,
         running: Callable[[], int],
-        start: Callable[[Pending, str, str], None],
+        start: Callable[[PendingSession, str, str], None],
         counts: Counter[str],
     ) -> None:
-        self._router, self._acceptor = router, door
+        self._server_socket, self._acceptor = server_socket, acceptor
         self._describe, self._accept, self._start = describe, accept, start
-        self._ask = ask
+        self._admin_handler = admin_handler
         self._transports, self._max_sessions, self._running = transports, max_sessions, running
         self._counts = counts
-        self._pending: dict[bytes, Pending] = {}
+        self._pending: dict[bytes, PendingSession] = {}
         self._last_id = 0
 
     @property
     def pending(self) -> list[Hello]:
-        """Of those that were granted a session and have not confirmed it."""
+        """The requests of clients that were granted a session and have not confirmed it."""
         return [pending.hello for pending in self._pending.values()]
 
     @property
     def deadline(self) -> float | None:
-        """Monotonic time at which ``expire`` has something to do."""
+        """Monotonic time at which ``expire`` must be called; None if it need not be."""
         return min(
             (p.until if p.offer is None else p.offer_until for p in self._pending.values()),
             default=None,
         )
 
-    def handle(  # noqa: PLR0917  what the listener has of a message
+    def handle(  # noqa: PLR0917  the parts of a message
         self, identity: bytes, version: int, number: int, epoch: bytes, text: bytes, peer: Peer
     ) -> None:
-        """One control message."""
+        """Handle and answer one control message."""
         if version != PROTOCOL_VERSION:
             self._counts["version_mismatches"] += 1
             self._refuse(identity, "protocol version", str(version), str(PROTOCOL_VERSION))
@@ -108,10 +108,14 @@ class Handshake:
             elif number == Opcode.HELLO:
                 self._hello(identity, body, peer)
             elif number == Opcode.CONFIRM:
-                self._confirm(identity, epoch, string(body, "transport"), string(body, "reason"))
-            elif number == Opcode.ASK and self._ask is not None:
-                answer = self._ask(string(body, "command"), mapping(body, "arguments"), peer)
-                self._reply(identity, Opcode.ANSWER, NO_EPOCH, answer)
+                self._confirm(
+                    identity, epoch, text_field(body, "transport"), text_field(body, "reason")
+                )
+            elif number == Opcode.ADMIN_COMMAND and self._admin_handler is not None:
+                answer = self._admin_handler(
+                    text_field(body, "command"), object_field(body, "arguments"), peer
+                )
+                self._reply(identity, Opcode.ADMIN_REPLY, NO_EPOCH, answer)
             elif number == Opcode.BYE:
                 self._drop(epoch, identity)
             else:
@@ -123,18 +127,22 @@ class Handshake:
             self._counts["refused"] += 1
             self._refuse(identity, error.field, error.got, error.expected)
         except Exception:
-            # A fault of whoever describes or accepts must not end everybody else's session.
+            # An error in a callback must not end the sessions of other clients.
             _log.exception("the handshake of a client failed")
             self._counts["failures"] += 1
             self._refuse(identity, "server", "an internal error", "a session; see the server's log")
 
-    def admit(self, epoch: bytes, proof: bytes, link: socket.socket) -> str | None:
-        """A client at the door says that it mapped the segments of its offer."""
+    def accept_proof(self, epoch: bytes, proof: bytes, unix_socket: socket.socket) -> str | None:
+        """Check a client's proof that it mapped the offered segments, and send it the eventfds.
+
+        Returns:
+            None, and the offer keeps ``unix_socket``; or the reason for the refusal.
+        """
         pending = self._pending.get(epoch)
         if pending is None or pending.offer is None or not pending.offer.check(proof):
             return "not the segments on offer"
         try:
-            pending.offer.accept(link)
+            pending.offer.accept(unix_socket)
         except OSError as error:
             pending.offer.withdraw()
             pending.offer = None
@@ -143,6 +151,7 @@ class Handshake:
         return None
 
     def expire(self, now: float) -> None:
+        """Drop the offers and the pending sessions whose time is over. ``now``: monotonic."""
         for epoch, pending in list(self._pending.items()):
             if now >= pending.until:
                 _log.info("session %d was never confirmed by %s", pending.id, pending.hello.client)
@@ -153,7 +162,7 @@ class Handshake:
                 pending.offer = None
 
     def close(self, reason: str) -> None:
-        """Idempotent."""
+        """Drop all pending sessions and send ``reason`` to their clients. Idempotent."""
         for epoch, pending in list(self._pending.items()):
             self._reply(pending.identity, Opcode.BYE, epoch, {"reason": reason})
             self._drop(epoch, pending.identity)
@@ -171,7 +180,7 @@ class Handshake:
             raise Refused("transport", reason, "shm")
         now = time.monotonic()
         self._last_id += 1
-        pending = Pending(
+        pending = PendingSession(
             self._last_id,
             identity,
             os.urandom(EPOCH_BYTES),
@@ -181,8 +190,8 @@ class Handshake:
             common,
             offer,
             reason,
-            now + OFFER_S,
-            now + PENDING_S,
+            now + OFFER_TIMEOUT_S,
+            now + PENDING_TIMEOUT_S,
         )
         self._pending[pending.epoch] = pending
         answer = {
@@ -202,23 +211,23 @@ class Handshake:
 
     def _offer(
         self, hello: Hello, welcome: Welcome, common: tuple[str, ...]
-    ) -> tuple[Offer | None, str]:
+    ) -> tuple[SegmentOffer | None, str]:
         if "shm" not in hello.transports:
             return None, "client: zmq was asked for"
         if "shm" not in common or self._acceptor is None:
             return None, "server: it offers zmq only"
         try:
-            return Offer(hello.schema, welcome.schema), ""
+            return SegmentOffer(hello.schema, welcome.schema), ""
         except TransportUnavailable as error:
             return None, f"server: {error}"
 
     def _confirm(self, identity: bytes, epoch: bytes, transport: str, reason: str) -> None:
         pending = self._pending.get(epoch)
         if pending is None or pending.identity != identity:
-            # Too late, or a guess: the client that this belongs to learns that it has no session.
+            # Too late, or a guessed epoch: the sender is told that it has no session.
             self._reply(identity, Opcode.BYE, epoch, {"reason": "the handshake took too long"})
             return
-        proven = pending.offer is not None and pending.offer.link is not None
+        proven = pending.offer is not None and pending.offer.unix_socket is not None
         if transport not in pending.transports or (transport == "shm" and not proven):
             self._drop(epoch, identity)
             raise ProtocolError(f"transport: got {transport!r:.80}, expected what was proven")
@@ -227,9 +236,9 @@ class Handshake:
             pending.offer = None
         del self._pending[epoch]
         reason = reason[:1024]
-        # Agreed before anything can be sent over it.
-        said = {"transport": transport, "reason": reason}
-        if self._reply(identity, Opcode.CONFIRM, epoch, said):
+        # The agreement is sent before any message of the session.
+        agreed = {"transport": transport, "reason": reason}
+        if self._reply(identity, Opcode.CONFIRM, epoch, agreed):
             self._start(pending, transport, reason)
         elif pending.offer is not None:
             pending.offer.withdraw()
@@ -248,9 +257,9 @@ class Handshake:
     def _reply(
         self, identity: bytes, opcode: Opcode, epoch: bytes, body: Mapping[str, Any]
     ) -> bool:
-        """Whether there was still somebody to send it to."""
+        """Send a control message; False if the client has left."""
         try:
-            self._router.send(identity, encode(opcode, epoch, body))
+            self._server_socket.send(identity, encode(opcode, epoch, body))
         except PeerGone:
             _log.debug("a client left before its %s", opcode.name)
             return False

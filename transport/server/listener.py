@@ -1,12 +1,12 @@
-"""A server's side of every session: one wait for all of them.
+"""The server's side of all sessions: one wait for all of them.
 
-Single-threaded, all descriptors in one epoll, nothing looked at by the clock: an idle listener
-sleeps until a client speaks, hangs up, or lets a deadline of the handshake pass. Clients that have
-just spoken over shared memory are looked at there first (``transport.server.polled_sessions``), and
-for a bounded moment before it sleeps.
+Single-threaded, with all descriptors in one epoll and no periodic polling. An idle listener sleeps
+until a client sends or hangs up, or a deadline of the handshake passes. Sessions over shared memory
+that were recently active are polled first (``transport.server.polled_sessions``), and for a bounded
+time before the listener sleeps.
 
-Whatever a peer sends is checked before anything is made for it, answered or counted, and never
-ends the server.
+Every message from a peer is checked before anything is allocated for it, then answered or counted.
+No message ends the server.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ from transport.handshake_messages import (
 )
 from transport.schema import MAX_MESSAGE_BYTES
 from transport.server.event_loop import EventLoop
-from transport.server.handshake import Ask, Handshake
+from transport.server.handshake import AdminHandler, Handshake
 from transport.server.session_table import SessionTable
 from transport.server.sessions import ListenerStatistics, ServerSession
 from transport.server.shm_acceptor import ShmAcceptor
@@ -41,35 +41,36 @@ from transport.zeromq.curve import ServerKeys
 from transport.zeromq.server_socket import ServerSocket
 
 MAX_CONTROL_QUEUE = 1024
-"""Control messages that may wait until ``wait`` is called again; further ones are dropped."""
+"""Control messages that may be queued until the next ``wait``; further ones are dropped."""
 _PROBE_AFTER_S = (0.0, 0.05, 0.5)
-"""A lost connection is announced a little before its sessions can be told from the others."""
-_LOOK_EVERY_S = 0.001
-"""A server that is never idle looks away from shared memory this often."""
-_CONTROL_S = 0.001
-"""How long handshakes and questions may keep a server from its sessions, but for the last one."""
-_AT_ONCE = 256
-"""Messages taken from the ZMQ socket before anything else is looked at."""
+"""When to probe the sessions after a lost connection. ZMQ reports the loss a little before sending
+on that connection fails."""
+_POLL_EVERY_S = 0.001
+"""How often a server that is never idle handles its descriptors."""
+_CONTROL_BUDGET_S = 0.001
+"""Time for control messages before the sessions are served; the last message may exceed it."""
+_RECEIVE_BATCH = 256
+"""Messages taken from the ZMQ socket before other work is done."""
 _log = logging.getLogger(__name__)
 
 
 class Listener:
-    """Listens at ``host:port`` and hands out the sessions that have something to read.
+    """Listens at ``host:port`` and returns the sessions that have unread messages.
 
     Args:
-        port: 0 for any; ``port`` then says which.
-        describe: What a client is told that asks; JSON values.
-        accept: Grants a session or raises ``Refused``; nothing was allocated before it.
-        ask: Answers an operator; raises ``Refused``.
-        curve: The server's keys, and whose it lets in; without, everybody may come.
-        transports: Which may be used, of ``TRANSPORTS``.
-        max_message_bytes: What one message over ZMQ may have.
-        spin_us: How long to watch the shared memory of a client in a tight exchange before
-            sleeping; see ``AdaptiveSpin``.
+        port: 0 for any free port; the attribute ``port`` then holds its number.
+        describe: Returns the description that DESCRIBE is answered with; JSON values.
+        accept: Grants a session or raises ``Refused``; nothing is allocated before it.
+        admin_handler: Runs an admin command, or raises ``Refused``.
+        curve: The server's keys and the admitted public keys; None for no encryption.
+        transports: The transports that may be used, of ``TRANSPORTS``.
+        max_message_bytes: Maximum length of one message over ZMQ.
+        spin_us: How long to poll the shared memory of a client in a tight exchange before
+            sleeping, in µs; see ``AdaptiveSpin``.
 
     Raises:
-        AddressInUse: As it says.
-        TransportError: A host or port that cannot be listened on.
+        AddressInUse: Another program listens on the port.
+        TransportError: The host or port cannot be listened on.
     """
 
     def __init__(
@@ -79,7 +80,7 @@ class Listener:
         *,
         describe: Callable[[], dict[str, Any]],
         accept: Callable[[Hello], Welcome],
-        ask: Ask | None = None,
+        admin_handler: AdminHandler | None = None,
         curve: ServerKeys | None = None,
         transports: Sequence[str] = TRANSPORTS,
         max_sessions: int = 64,
@@ -89,32 +90,32 @@ class Listener:
         if not transports or any(name not in TRANSPORTS for name in transports):
             raise TransportError(f"transports: got {transports}, expected some of {TRANSPORTS}")
         self._adaptive = AdaptiveSpin(spin_us)
-        self._router = ServerSocket(host, port, curve, max_message_bytes)
-        self.host, self.port = self._router.host, self._router.port
+        self._server_socket = ServerSocket(host, port, curve, max_message_bytes)
+        self.host, self.port = self._server_socket.host, self._server_socket.port
         self._event_loop = EventLoop()
         try:
-            self._open(describe, accept, ask, tuple(transports), max_sessions, spin_us)
+            self._open(describe, accept, admin_handler, tuple(transports), max_sessions, spin_us)
         except BaseException:
             self._event_loop.close()
-            self._router.close()
+            self._server_socket.close()
             raise
 
     def _open(  # noqa: PLR0917  the constructor's second half
         self,
         describe: Callable[[], dict[str, Any]],
         accept: Callable[[Hello], Welcome],
-        ask: Ask | None,
+        admin_handler: AdminHandler | None,
         transports: tuple[str, ...],
         max_sessions: int,
         spin_us: float,
     ) -> None:
         self._counts: Counter[str] = Counter()
         self._session_table = SessionTable(
-            self._event_loop, self._router, self._receive, self._counts, spin_us
+            self._event_loop, self._server_socket, self._receive, self._counts, spin_us
         )
-        self._look_at = 0.0
+        self._next_poll_s = 0.0
         self._control: deque[tuple[bytes, int, int, bytes, bytes, Peer]] = deque()
-        self._probes: list[float] = []
+        self._probe_times: list[float] = []
         self._closed = False
         self._acceptor: ShmAcceptor | None = None
         if "shm" in transports:
@@ -122,42 +123,41 @@ class Listener:
 
             for name in sweep():
                 _log.info("removed %s: its server died during a handshake", name)
-            self._acceptor = ShmAcceptor(self._event_loop, self._admit)
+            self._acceptor = ShmAcceptor(self._event_loop, self._accept_proof)
         self._handshake = Handshake(
-            self._router,
+            self._server_socket,
             self._acceptor,
             describe=describe,
             accept=accept,
-            ask=ask,
+            admin_handler=admin_handler,
             transports=transports,
             max_sessions=max_sessions,
             running=lambda: len(self._session_table.sessions),
             start=self._session_table.start,
             counts=self._counts,
         )
-        self._event_loop.watch(self._router.fd, self._nothing)
-        self._event_loop.watch(self._router.monitor_fd, self._nothing)
-        if self._router.gatekeeper is not None:
-            self._event_loop.watch(self._router.gatekeeper.fd, self._nothing)
+        self._event_loop.register(self._server_socket.fd, self._on_zmq_readable)
+        self._event_loop.register(self._server_socket.monitor_fd, self._on_zmq_readable)
+        if self._server_socket.authenticator is not None:
+            self._event_loop.register(self._server_socket.authenticator.fd, self._on_zmq_readable)
 
     @property
     def sessions(self) -> Mapping[int, ServerSession]:
-        """Those that run, by id."""
+        """The running sessions, by id."""
         return MappingProxyType(self._session_table.sessions)
 
     @property
     def hellos(self) -> list[Hello]:
-        """Of every session that runs or was granted and may still be confirmed."""
+        """The requests of all running sessions, and of granted ones that may still be confirmed."""
         running = [session.hello for session in self._session_table.sessions.values()]
         return [*running, *self._handshake.pending]
 
     def wait(self, timeout_s: float | None) -> list[ServerSession]:
-        """Sessions with something to read, and those that were opened or have ended since (each
-        once).
+        """Return sessions with unread messages, and once each those that opened or ended.
 
-        Runs the handshakes meanwhile. Returns early, perhaps with nothing, after ``wake``. A
-        session that is not read until ``poll`` gives None is returned again; the channel of one
-        that has ended is closed when ``wait`` is called next.
+        Runs the handshakes meanwhile. Returns early, perhaps with no session, after ``wake``. A
+        session that is not read until ``poll`` gives None is returned again. The channel of an
+        ended session is closed by the next call of ``wait``.
         """
         if self._closed:
             raise TransportError("the listener is closed")
@@ -166,33 +166,34 @@ class Listener:
         until = None if timeout_s is None else began + timeout_s
         woken = False
         while True:
-            # First what has arrived, then what is overdue: whoever serves may have been busy for
-            # longer than a client's patience, and that is not the client's fault.
-            if time.monotonic() >= self._look_at:
-                woken = self._look(0.0) or woken
+            # First the messages that have arrived, then the deadlines: the serving thread may have
+            # been busy for longer than a timeout of the handshake, which is no client's fault.
+            if time.monotonic() >= self._next_poll_s:
+                woken = self._run_event_loop(0.0) or woken
             ready = self._session_table.collect()
             now = time.monotonic()
-            rung = self._session_table.polled_sessions.take_rung()
+            signalled = self._session_table.polled_sessions.take_signalled()
             if ready or woken or (until is not None and now >= until):
                 if ready and now > began:
-                    self._adaptive.waited(round((now - began) * 1e9))
+                    self._adaptive.record_wait(round((now - began) * 1e9))
                 return ready
             polled_sessions = self._session_table.polled_sessions
-            watch = self._adaptive.expect if rung else self._adaptive.watch
-            if polled_sessions and watch(polled_sessions.look):
+            watch = self._adaptive.spin_after_signal if signalled else self._adaptive.spin
+            if polled_sessions and watch(polled_sessions.spin):
                 continue
-            if polled_sessions.fall_asleep():
-                woken = self._look(self._patience(time.monotonic(), until))
+            if polled_sessions.stop_polling():
+                woken = self._run_event_loop(self._sleep_timeout_s(time.monotonic(), until))
 
     def wake(self) -> None:
-        """Make ``wait`` return. The one method for other threads and signal handlers."""
+        """Make ``wait`` return. The only method for other threads and signal handlers."""
         self._event_loop.wake()
 
     def statistics(self) -> ListenerStatistics:
+        """Counts since the listener was made."""
         return ListenerStatistics(running=len(self._session_table.sessions), **self._counts)
 
     def close(self, reason: str = "") -> None:
-        """End every session; each client is told ``reason``. Idempotent."""
+        """End every session and send ``reason`` to each client. Idempotent."""
         if self._closed:
             return
         self._closed = True
@@ -201,7 +202,7 @@ class Listener:
         if self._acceptor is not None:
             self._acceptor.close()
         self._event_loop.close()
-        self._router.close()
+        self._server_socket.close()
 
     def __enter__(self) -> Listener:
         return self
@@ -211,40 +212,40 @@ class Listener:
 
     # --- inside
 
-    def _look(self, patience_s: float | None) -> bool:
-        """Handle what the descriptors say, waiting that long; whether ``wake`` was called.
+    def _run_event_loop(self, timeout_s: float | None) -> bool:
+        """Handle readable descriptors, after at most ``timeout_s``; whether ``wake`` was called.
 
-        A message that has come is handed out first; whatever else is due can wait for a
-        millisecond of a busy server's.
+        Messages of sessions are taken first. A busy server does its other work once per
+        millisecond.
         """
-        woken = self._event_loop.run(patience_s)
+        woken = self._event_loop.run_once(timeout_s)
         self._receive(0.0)
         now = time.monotonic()
-        if now >= self._look_at or not self._session_table.filled:
-            self._serve(now)
-            self._look_at = time.monotonic() + _LOOK_EVERY_S
+        if now >= self._next_poll_s or not self._session_table.has_zmq_input:
+            self._do_due_work(now)
+            self._next_poll_s = time.monotonic() + _POLL_EVERY_S
         return woken
 
-    def _nothing(self) -> None:
-        """ZMQ's descriptors only say that it is worth looking; ``_serve`` always looks."""
+    def _on_zmq_readable(self) -> None:
+        """ZMQ's descriptors only end the sleep: ``_do_due_work`` always reads their sockets."""
 
-    def _admit(self, epoch: bytes, proof: bytes, link: socket.socket) -> str | None:
-        return self._handshake.admit(epoch, proof, link)
+    def _accept_proof(self, epoch: bytes, proof: bytes, unix_socket: socket.socket) -> str | None:
+        return self._handshake.accept_proof(epoch, proof, unix_socket)
 
-    def _patience(self, now: float, deadline: float | None) -> float | None:
-        if self._router.waiting or self._control:
+    def _sleep_timeout_s(self, now: float, deadline: float | None) -> float | None:
+        if self._server_socket.waiting or self._control:
             return 0.0
-        door = None if self._acceptor is None else self._acceptor.deadline
-        times = (deadline, door, self._handshake.deadline, min(self._probes, default=None))
+        acceptor = None if self._acceptor is None else self._acceptor.deadline
+        times = (deadline, acceptor, self._handshake.deadline, min(self._probe_times, default=None))
         until = min((at for at in times if at is not None), default=None)
         return None if until is None else max(0.0, until - now)
 
-    def _serve(self, now: float) -> None:
-        """Everything that is due, without waiting."""
-        if self._router.gatekeeper is not None:
-            self._router.gatekeeper.answer()
-        # Not all there are: whoever asks faster than is answered would keep out everybody else.
-        until = now + _CONTROL_S
+    def _do_due_work(self, now: float) -> None:
+        """Do all other work that is due, without waiting."""
+        if self._server_socket.authenticator is not None:
+            self._server_socket.authenticator.answer_request()
+        # Bounded: a client that sends faster than it is answered must not block the others.
+        until = now + _CONTROL_BUDGET_S
         while self._control:
             self._handshake.handle(*self._control.popleft())
             self._receive(0.0)
@@ -253,20 +254,20 @@ class Listener:
         self._handshake.expire(now)
         if self._acceptor is not None:
             self._acceptor.expire(now)
-        lost, noise = self._router.observe()
+        lost, noise = self._server_socket.observe()
         self._counts["noise"] += noise
         if lost:
-            self._probes = [now + after for after in _PROBE_AFTER_S]
-        if self._probes and now >= self._probes[0]:
-            self._probes = [at for at in self._probes if at > now]
+            self._probe_times = [now + after for after in _PROBE_AFTER_S]
+        if self._probe_times and now >= self._probe_times[0]:
+            self._probe_times = [at for at in self._probe_times if at > now]
             self._session_table.probe()
 
     def _receive(self, timeout_s: float) -> None:
-        """Hand out what has arrived on the ZMQ socket; control messages wait for ``wait``."""
+        """Route the messages that have arrived on the ZMQ socket; queue control messages."""
         if timeout_s > 0:
-            self._router.wait(timeout_s)
-        for _ in range(_AT_ONCE):
-            message = self._router.receive()
+            self._server_socket.wait(timeout_s)
+        for _ in range(_RECEIVE_BATCH):
+            message = self._server_socket.receive()
             if message is None:
                 return
             identity, frames = message

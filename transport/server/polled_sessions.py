@@ -1,9 +1,12 @@
-"""A server's shared-memory sessions that are looked at, because their clients do not ring.
+"""The shared-memory sessions that a server polls, instead of waiting for their eventfds.
 
-Each session over shared memory is in one of two states. Asleep: its client rings a bell, which is
-in the epoll, and costs nothing until it does. Polled: its client publishes without a system call,
-and the server looks. A bell wakes a session; only a server that is about to block puts them all to
-sleep. So a thousand idle sessions cost a busy one nothing, and a busy one costs itself no bell.
+Each session over shared memory is in one of two states:
+
+* Waiting: its client writes to an eventfd, which is in the epoll. It costs nothing until then.
+* Polled: its client publishes without a system call, and the server polls the memory.
+
+A signal on the eventfd makes a session polled. A server that is about to block makes all of them
+waiting. So a thousand idle sessions cost a busy one nothing, and a busy session needs no signals.
 """
 
 from __future__ import annotations
@@ -17,51 +20,52 @@ if TYPE_CHECKING:
 
 
 class PolledSessions:
-    """Those that are."""
+    """The polled sessions of one listener."""
 
     def __init__(self) -> None:
         self._sessions: dict[int, tuple[ServerSession, ShmChannel]] = {}
-        self._rung = False
+        self._signalled = False
 
     def __bool__(self) -> bool:
         return bool(self._sessions)
 
-    def wake(self, session: ServerSession, channel: ShmChannel) -> None:
-        channel.wake_up()
+    def add(self, session: ServerSession, channel: ShmChannel) -> None:
+        """Poll ``session`` from now on; its client need not signal."""
+        channel.finish_wait()
         self._sessions[session.id] = session, channel
 
-    def ring(self, session: ServerSession, channel: ShmChannel) -> None:
-        """``wake``, because its client rang: for what is there, or is about to come."""
-        self.wake(session, channel)
-        self._rung = True
+    def add_signalled(self, session: ServerSession, channel: ShmChannel) -> None:
+        """``add`` after a signal from the client: it has sent, or is about to send."""
+        self.add(session, channel)
+        self._signalled = True
 
-    def take_rung(self) -> bool:
-        """Whether a client has rung since the last call."""
-        rung, self._rung = self._rung, False
-        return rung
+    def take_signalled(self) -> bool:
+        """Whether a client has signalled since the last call of this method."""
+        signalled, self._signalled = self._signalled, False
+        return signalled
 
     def discard(self, session: ServerSession) -> None:
-        """Idempotent."""
+        """Stop polling ``session``. Idempotent."""
         self._sessions.pop(session.id, None)
 
-    def telling(self) -> list[ServerSession]:
-        """Those with something to read, or whose channel has found its peer gone."""
+    def ready(self) -> list[ServerSession]:
+        """The polled sessions with unread messages, and those whose client is gone."""
         return [
             session
             for session, channel in self._sessions.values()
-            if channel.unread or channel.gone is not None
+            if channel.unread or channel.gone_reason is not None
         ]
 
-    def look(self, rounds: int) -> bool:
-        """Watch them all, so many rounds in sum; whether one has something to read."""
+    def spin(self, rounds: int) -> bool:
+        """Poll all sessions for ``rounds`` rounds in total; whether one has an unread message."""
         each = max(1, rounds // max(1, len(self._sessions)))
-        return any(channel.watch(each) for _, channel in self._sessions.values())
+        return any(channel.spin(each) for _, channel in self._sessions.values())
 
-    def fall_asleep(self) -> bool:
-        """Have all of them ring; False when something came first: then do not block."""
+    def stop_polling(self) -> bool:
+        """Have all clients signal; False if a message arrived first: then do not block."""
         for session, channel in list(self._sessions.values()):
-            if not channel.fall_asleep():
-                channel.wake_up()
+            if not channel.prepare_to_wait():
+                channel.finish_wait()
                 return False
             del self._sessions[session.id]
         return True

@@ -1,4 +1,4 @@
-"""The sessions that run on one listener, and how each of them gets its news."""
+"""The running sessions of one listener: start them, route messages to them, end them."""
 
 from __future__ import annotations
 
@@ -14,9 +14,9 @@ from transport.errors import PeerGone, TransportError
 from transport.handshake_messages import NO_EPOCH, Opcode, encode
 from transport.server.event_loop import EventLoop
 from transport.server.polled_sessions import PolledSessions
-from transport.server.sessions import Pending, ServerSession
+from transport.server.sessions import PendingSession, ServerSession
 from transport.zeromq.channel import ZmqChannel
-from transport.zeromq.client_socket import farewell
+from transport.zeromq.client_socket import bye_reason
 from transport.zeromq.server_socket import ServerSocket
 
 if TYPE_CHECKING:
@@ -26,36 +26,38 @@ _log = logging.getLogger(__name__)
 
 
 class SessionTable:
-    """Makes confirmed sessions run, routes to them, notices their end.
+    """Starts confirmed sessions, routes messages to them and detects their end.
 
     Args:
-        receive: Hands out what has arrived on the router, waiting at most so long for it.
+        receive: Routes the messages that arrive on ``server_socket`` within a time in seconds.
+        counts: The counters of the listener's statistics.
+        spin_us: For channels over shared memory; see ``ShmChannel``.
 
     Attributes:
-        sessions: Those that run, by id.
-        awake: Those over shared memory that are looked at without their ringing.
+        sessions: The running sessions, by id.
+        polled_sessions: Those over shared memory that are polled.
     """
 
     def __init__(
         self,
         event_loop: EventLoop,
-        router: ServerSocket,
+        server_socket: ServerSocket,
         receive: Callable[[float], None],
         counts: Counter[str],
         spin_us: float,
     ) -> None:
-        self._event_loop, self._router, self._receive = event_loop, router, receive
+        self._event_loop, self._server_socket, self._receive = event_loop, server_socket, receive
         self._counts, self._spin_us = counts, spin_us
         self.sessions: dict[int, ServerSession] = {}
         self.polled_sessions = PolledSessions()
-        self._carriers: dict[bytes, ServerSocketCarrier] = {}
+        self._connections: dict[bytes, ServerFrameConnection] = {}
         self._ready: dict[int, ServerSession] = {}
         self._opened: list[ServerSession] = []
-        self._over: list[ServerSession] = []
-        self._told: list[ServerSession] = []
+        self._ended: list[ServerSession] = []
+        self._reported: list[ServerSession] = []
 
-    def start(self, pending: Pending, transport: str, reason: str) -> None:
-        """Make a confirmed session run."""
+    def start(self, pending: PendingSession, transport: str, reason: str) -> None:
+        """Start a confirmed session."""
         _log.debug("session %d (%s): %s, %s", pending.id, pending.hello.client, transport, reason)
         self._counts["opened"] += 1
         start = self._start_shm if transport == "shm" else self._start_zmq
@@ -63,85 +65,88 @@ class SessionTable:
         self._opened.append(session)
 
     def route(self, identity: bytes, number: int, epoch: bytes, frames: list[zmq.Frame]) -> bool:
-        """Take a message that belongs to a ZMQ session; whether it does."""
-        carrier = self._carriers.get(epoch)
-        if carrier is None or carrier.identity != identity:
+        """Deliver a message to its ZMQ session; False if it belongs to none."""
+        connection = self._connections.get(epoch)
+        if connection is None or connection.identity != identity:
             return False
         if number in (Opcode.MESSAGE, Opcode.CREDIT):
-            # What is of more frames than a message has is let in as none, to be counted.
+            # Too many frames are delivered as an empty frame, which the channel counts.
             head = frames[0].buffer
-            carrier.channel.deliver(head if len(frames) == 1 else head[:0])
-            self._ready[carrier.session.id] = carrier.session
+            connection.channel.deliver(head if len(frames) == 1 else head[:0])
+            self._ready[connection.session.id] = connection.session
         elif number == Opcode.BYE:
-            self._end(carrier.session, farewell(frames))
+            self._end(connection.session, bye_reason(frames))
         else:
             self._counts["malformed"] += 1
         return True
 
     @property
-    def filled(self) -> bool:
-        """Whether something came over ZMQ that was not collected."""
+    def has_zmq_input(self) -> bool:
+        """Whether a ZMQ session has messages that ``collect`` has not returned."""
         return bool(self._ready)
 
     def probe(self) -> None:
-        """Find the ZMQ sessions whose connection is no more."""
-        for carrier in list(self._carriers.values()):
+        """End the ZMQ sessions whose connection is lost."""
+        for connection in list(self._connections.values()):
             try:
-                self._router.send(carrier.identity, encode(Opcode.PING, NO_EPOCH))
+                self._server_socket.send(connection.identity, encode(Opcode.PING, NO_EPOCH))
             except PeerGone as error:
-                self._end(carrier.session, str(error))
+                self._end(connection.session, str(error))
 
     def collect(self) -> list[ServerSession]:
-        """Those with something to read, and those opened or ended since the last call."""
-        telling = self.polled_sessions.telling()
-        calm = all(session.channel.gone is None for session in telling)
-        if calm and not self._ready and not self._over and not self._opened:
-            return telling
-        self._ready.update((session.id, session) for session in telling)
+        """Sessions with unread messages, and those opened or ended since the last call."""
+        ready = self.polled_sessions.ready()
+        no_ended = all(session.channel.gone_reason is None for session in ready)
+        if no_ended and not self._ready and not self._ended and not self._opened:
+            return ready
+        self._ready.update((session.id, session) for session in ready)
         for number, session in list(self._ready.items()):
-            if session.channel.gone is not None:
-                # Found out by whoever reads or writes it: no descriptor would tell.
-                self._end(session, session.channel.gone)
+            if session.channel.gone_reason is not None:
+                # The serving code found this while reading or writing; no descriptor reports it.
+                self._end(session, session.channel.gone_reason)
             if not session.channel.unread:
                 del self._ready[number]
         opened, self._opened = self._opened, []
-        over, self._over = self._over, []
-        self._told += over
-        news = {one.id: one for one in (*self._ready.values(), *opened, *over)}
-        return list(news.values())
+        over, self._ended = self._ended, []
+        self._reported += over
+        changed = {one.id: one for one in (*self._ready.values(), *opened, *over)}
+        return list(changed.values())
 
     def close_ended(self) -> None:
-        """Close the channels of the ended sessions that were handed out before."""
-        if not self._told:
+        """Close the channels of the ended sessions that ``collect`` has returned."""
+        if not self._reported:
             return
-        told, self._told = self._told, []
-        for session in told:
+        reported, self._reported = self._reported, []
+        for session in reported:
             session.channel.close(session.ended or "")
             self._ready.pop(session.id, None)
 
     def close(self, reason: str) -> None:
-        for session in [*self.sessions.values(), *self._over, *self._told]:
+        """Close the channels of all sessions."""
+        for session in [*self.sessions.values(), *self._ended, *self._reported]:
             session.channel.close(reason)
 
-    def _start_zmq(self, pending: Pending, reason: str) -> ServerSession:
+    def _start_zmq(self, pending: PendingSession, reason: str) -> ServerSession:
         channel: ZmqChannel
         session: ServerSession
-        carrier = ServerSocketCarrier(
-            self._router,
+        connection = ServerFrameConnection(
+            self._server_socket,
             pending.identity,
             pending.epoch,
             self._receive,
-            on_close=lambda why: self._forget(session, why),
+            on_close=lambda why: self._on_closed_locally(session, why),
             on_gone=lambda why: self._end(session, why),
         )
-        channel = ZmqChannel(pending.welcome.schema, pending.hello.schema, pending.epoch, carrier)
+        channel = ZmqChannel(
+            pending.welcome.schema, pending.hello.schema, pending.epoch, connection
+        )
         channel.transport_reason = reason
         session = ServerSession(pending.id, pending.hello, channel, reason, pending.peer)
-        carrier.channel, carrier.session = channel, session
-        self._carriers[pending.epoch] = carrier
+        connection.channel, connection.session = channel, session
+        self._connections[pending.epoch] = connection
         return session
 
-    def _start_shm(self, pending: Pending, reason: str) -> ServerSession:
+    def _start_shm(self, pending: PendingSession, reason: str) -> ServerSession:
         from transport.shm.channel import ShmChannel
 
         channel: ShmChannel
@@ -154,62 +159,66 @@ class SessionTable:
             pending.epoch,
             pending.offer.take(),
             spin_us=self._spin_us,
-            on_close=lambda why: self._leave(session, channel, why),
+            on_close=lambda why: self._on_shm_closed(session, channel, why),
         )
         channel.transport_reason = reason
         session = ServerSession(pending.id, pending.hello, channel, reason, pending.peer)
-        self._event_loop.watch(channel.eventfd, lambda: self.polled_sessions.ring(session, channel))
-        self._event_loop.watch(channel.link.fileno(), lambda: self._spoke(session, channel))
-        self.polled_sessions.wake(session, channel)
+        self._event_loop.register(
+            channel.eventfd, lambda: self.polled_sessions.add_signalled(session, channel)
+        )
+        self._event_loop.register(
+            channel.unix_socket.fileno(), lambda: self._on_socket_readable(session, channel)
+        )
+        self.polled_sessions.add(session, channel)
         return session
 
-    def _spoke(self, session: ServerSession, channel: ShmChannel) -> None:
-        reason = channel.look_for_peer()
+    def _on_socket_readable(self, session: ServerSession, channel: ShmChannel) -> None:
+        reason = channel.check_peer()
         if reason is not None:
             self._unwatch(session, channel)
             self._end(session, reason)
 
-    def _leave(self, session: ServerSession, channel: ShmChannel, reason: str) -> None:
+    def _on_shm_closed(self, session: ServerSession, channel: ShmChannel, reason: str) -> None:
         self._unwatch(session, channel)
-        self._forget(session, reason)
+        self._on_closed_locally(session, reason)
 
     def _unwatch(self, session: ServerSession, channel: ShmChannel) -> None:
         self.polled_sessions.discard(session)
-        self._event_loop.forget(channel.eventfd)
-        self._event_loop.forget(channel.link.fileno())
+        self._event_loop.unregister(channel.eventfd)
+        self._event_loop.unregister(channel.unix_socket.fileno())
 
     def _end(self, session: ServerSession, reason: str) -> None:
-        """The client ended it, or died: whoever serves it will be told."""
+        """The client closed or died: ``collect`` will return the session."""
         if session.ended is None:
-            session.channel.gone = session.channel.gone or reason
+            session.channel.gone_reason = session.channel.gone_reason or reason
             if session.channel.unread:
                 self._ready[session.id] = session
             self._remove(session, reason)
-            self._over.append(session)
+            self._ended.append(session)
 
-    def _forget(self, session: ServerSession, reason: str) -> None:
-        """Whoever serves it closed its channel."""
+    def _on_closed_locally(self, session: ServerSession, reason: str) -> None:
+        """The server's own code closed the channel."""
         if session.ended is None:
             self._remove(session, f"closed here: {reason}" if reason else "closed here")
 
     def _remove(self, session: ServerSession, reason: str) -> None:
         session.ended = reason
         self.sessions.pop(session.id, None)
-        for epoch, carrier in list(self._carriers.items()):
-            if carrier.session is session:
-                del self._carriers[epoch]
+        for epoch, connection in list(self._connections.items()):
+            if connection.session is session:
+                del self._connections[epoch]
         _log.debug("session %d ended: %s", session.id, reason)
 
 
-class ServerSocketCarrier:
-    """The ``Carrier`` of one session on the server's shared socket."""
+class ServerFrameConnection:
+    """The ``FrameConnection`` of one session, on the socket that all sessions share."""
 
     channel: ZmqChannel
     session: ServerSession
 
     def __init__(
         self,
-        router: ServerSocket,
+        server_socket: ServerSocket,
         identity: bytes,
         epoch: bytes,
         receive: Callable[[float], None],
@@ -218,25 +227,28 @@ class ServerSocketCarrier:
         on_gone: Callable[[str], None],
     ) -> None:
         self.identity = identity
-        self._router, self._epoch, self._receive = router, epoch, receive
+        self._server_socket, self._epoch, self._receive = server_socket, epoch, receive
         self._on_close, self._on_gone = on_close, on_gone
 
     def send(self, frame: Any) -> bool:
+        """See ``FrameConnection.send``."""
         try:
-            return self._router.send(self.identity, (frame,))
+            return self._server_socket.send(self.identity, (frame,))
         except PeerGone as error:
             self._on_gone(str(error))
             raise
 
     def pump(self, timeout_s: float) -> str | None:
+        """See ``FrameConnection.pump``."""
         self._receive(timeout_s)
         return self.session.ended
 
     def close(self, reason: str) -> None:
+        """See ``FrameConnection.close``."""
         over = self.session.ended is not None
         self._on_close(reason)
         if not over:
             with contextlib.suppress(PeerGone):
-                self._router.send(
+                self._server_socket.send(
                     self.identity, encode(Opcode.BYE, self._epoch, {"reason": reason})
                 )

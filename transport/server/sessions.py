@@ -1,4 +1,4 @@
-"""A server's sessions: those being agreed on, and those that run."""
+"""Records of a listener: pending sessions, running sessions and statistics."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from transport.base import BaseChannel
 from transport.handshake_messages import Hello, Peer, Welcome
 
 if TYPE_CHECKING:
-    from transport.shm.segment_offer import Offer
+    from transport.shm.segment_offer import SegmentOffer
 
 
 @dataclass(frozen=True, slots=True)
@@ -17,14 +17,14 @@ class ListenerStatistics:
     """Counts since the listener was made.
 
     Attributes:
-        running: Sessions now; ``opened``: all there ever were.
-        refused: Clients that asked for what they cannot have.
-        malformed: Messages that are not of this protocol, or not for whom they came from.
+        running: Sessions that run now; ``opened``: all that were ever started.
+        refused: Requests for a session or a command that were refused.
+        malformed: Messages that break the protocol, or that their sender may not send.
         version_mismatches: Clients of another protocol version.
-        dropped_epoch: Messages of sessions that are over.
-        noise: Connections that never spoke ZMQ.
-        offers_expired: Shared memory that nobody claimed in time.
-        failures: Faults inside ``describe`` or ``accept``; the log has each.
+        dropped_epoch: Messages of sessions that have ended.
+        noise: Connections that failed ZMQ's handshake.
+        offers_expired: Offers of shared memory that no client accepted in time.
+        failures: Exceptions in callbacks such as ``describe`` or ``accept``; each is logged.
     """
 
     running: int = 0
@@ -39,16 +39,16 @@ class ListenerStatistics:
 
 
 @dataclass(slots=True, eq=False)
-class Pending:
-    """Welcomed, not yet confirmed.
+class PendingSession:
+    """A session that was granted and is not yet confirmed.
 
     Attributes:
-        identity: Of its connection.
-        peer: Who it is.
-        transports: What both sides accept.
-        offer: Shared memory on offer; None once it is confirmed, withdrawn or was impossible.
+        identity: ZMQ identity of the client's connection.
+        peer: The client's address and user.
+        transports: The transports that both sides accept.
+        offer: The offer of shared memory; None if it was withdrawn or impossible.
         reason: Why there is no offer.
-        offer_until, until: Monotonic times at which the names, and the whole session, are given up.
+        offer_until, until: Monotonic times at which the offer and the whole session expire.
     """
 
     id: int
@@ -58,7 +58,7 @@ class Pending:
     peer: Peer
     welcome: Welcome
     transports: tuple[str, ...]
-    offer: Offer | None
+    offer: SegmentOffer | None
     reason: str
     offer_until: float
     until: float
@@ -66,13 +66,13 @@ class Pending:
 
 @dataclass(slots=True, eq=False)
 class ServerSession:
-    """One client.
+    """A session with one client.
 
     Attributes:
-        peer: Who it is.
-        channel: The server's side. Once the session has ended the listener closes it, too.
-        transport_reason: Why it is this transport, as both sides were told.
-        ended: Why it is over, once it is. What had arrived can still be read.
+        peer: The client's address and user.
+        channel: The server's side. The listener closes it after the session has ended.
+        transport_reason: Why this transport was chosen, as both sides were told.
+        ended: Why the session ended; None while it runs. Messages that arrived can still be read.
     """
 
     id: int

@@ -1,4 +1,4 @@
-"""The AF_UNIX socket where clients prove that they mapped their segments."""
+"""The AF_UNIX socket where clients prove that they mapped the offered segments."""
 
 from __future__ import annotations
 
@@ -16,11 +16,11 @@ from transport.server.event_loop import EventLoop
 from transport.shm.segment import PREFIX
 from transport.shm.segment_offer import PROOF_BYTES
 
-PATIENCE_S = 2.0
-"""Who connects has this long to prove itself."""
-MAX_WAITING = 64
-RECESS_S = 0.5
-"""After a client could not be let in for want of descriptors."""
+PROOF_TIMEOUT_S = 2.0
+"""From a connection to its proof."""
+MAX_UNPROVEN = 64
+ACCEPT_RETRY_S = 0.5
+"""Pause after a connection could not be accepted for lack of descriptors."""
 _CREDENTIALS = struct.Struct("3i")
 _log = logging.getLogger(__name__)
 
@@ -29,104 +29,108 @@ class ShmAcceptor:
     """Listens under a random abstract name, which only this network namespace can reach.
 
     Args:
-        admit: Called with epoch, nonces and the connected socket of a client of this user. It
-            answers and keeps the socket, or returns why not.
+        accept_proof: Called with epoch, nonces and the connected socket of a client of the same
+            user. It answers and keeps the socket, or returns the reason for a refusal.
     """
 
     def __init__(
-        self, event_loop: EventLoop, admit: Callable[[bytes, bytes, socket.socket], str | None]
+        self,
+        event_loop: EventLoop,
+        accept_proof: Callable[[bytes, bytes, socket.socket], str | None],
     ) -> None:
         self.name = f"{PREFIX}{secrets.token_hex(16)}"
-        self._event_loop, self._admit = event_loop, admit
-        self._waiting: dict[int, tuple[socket.socket, float]] = {}
+        self._event_loop, self._accept_proof = event_loop, accept_proof
+        self._unproven: dict[int, tuple[socket.socket, float]] = {}
         self._reopen_at: float | None = None
         self._socket = socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET)
         self._socket.setblocking(False)
         self._socket.bind(f"\0{self.name}")
-        self._socket.listen(MAX_WAITING)
-        event_loop.watch(self._socket.fileno(), self._knock)
+        self._socket.listen(MAX_UNPROVEN)
+        event_loop.register(self._socket.fileno(), self._accept_all)
 
     @property
     def deadline(self) -> float | None:
-        """Monotonic time at which ``expire`` has something to do."""
-        times = [deadline for _, deadline in self._waiting.values()]
+        """Monotonic time at which ``expire`` must be called; None if it need not be."""
+        times = [deadline for _, deadline in self._unproven.values()]
         if self._reopen_at is not None:
             times.append(self._reopen_at)
         return min(times, default=None)
 
     def expire(self, now: float) -> None:
+        """Reject the connections whose time is over, and listen again after a pause."""
         if self._reopen_at is not None and now >= self._reopen_at:
             self._reopen_at = None
-            self._event_loop.watch(self._socket.fileno(), self._knock)
-        for fd, (_, deadline) in list(self._waiting.items()):
+            self._event_loop.register(self._socket.fileno(), self._accept_all)
+        for fd, (_, deadline) in list(self._unproven.items()):
             if now >= deadline:
-                self._dismiss(fd, "too late")
+                self._reject(fd, "too late")
 
     def close(self) -> None:
-        """Idempotent."""
-        for fd in list(self._waiting):
-            self._dismiss(fd, "the server is closing")
-        self._event_loop.forget(self._socket.fileno())
+        """Close the socket and all connections that have not sent their proof. Idempotent."""
+        for fd in list(self._unproven):
+            self._reject(fd, "the server is closing")
+        self._event_loop.unregister(self._socket.fileno())
         self._socket.close()
 
-    def _knock(self) -> None:
-        """Everybody who has: a server that was busy must not let the proofs of some expire."""
-        for _ in range(MAX_WAITING):
-            if not self._let_in():
+    def _accept_all(self) -> None:
+        """Accept all waiting connections, so that no proof expires because the server was busy."""
+        for _ in range(MAX_UNPROVEN):
+            if not self._accept_one():
                 return
 
-    def _let_in(self) -> bool:
-        """The next one; whether there was somebody."""
+    def _accept_one(self) -> bool:
+        """Accept the next connection; False if there is none."""
         try:
-            link, _ = self._socket.accept()
+            unix_socket, _ = self._socket.accept()
         except BlockingIOError:
             return False
         except OSError as error:
-            # Out of descriptors, say. It stays readable: look away, or the wait would spin.
-            _log.warning("a local client could not be let in: %s", error)
-            self._event_loop.forget(self._socket.fileno())
-            self._reopen_at = time.monotonic() + RECESS_S
+            # Out of descriptors, for example. The socket stays readable, so waiting on it would
+            # spin.
+            _log.warning("a local connection could not be accepted: %s", error)
+            self._event_loop.unregister(self._socket.fileno())
+            self._reopen_at = time.monotonic() + ACCEPT_RETRY_S
             return False
-        link.setblocking(False)
-        fd = link.fileno()
-        self._waiting[fd] = link, time.monotonic() + PATIENCE_S
-        self._event_loop.watch(fd, lambda: self._read(fd))
-        if len(self._waiting) > MAX_WAITING:
-            self._dismiss(next(iter(self._waiting)), "too many wait")
-        # The proof mostly comes with the connection; a busy server must not let it expire.
+        unix_socket.setblocking(False)
+        fd = unix_socket.fileno()
+        self._unproven[fd] = unix_socket, time.monotonic() + PROOF_TIMEOUT_S
+        self._event_loop.register(fd, lambda: self._read(fd))
+        if len(self._unproven) > MAX_UNPROVEN:
+            self._reject(next(iter(self._unproven)), "too many wait")
+        # The proof mostly arrives with the connection; reading it now keeps it from expiring.
         self._read(fd)
         return True
 
     def _read(self, fd: int) -> None:
-        link, _ = self._waiting[fd]
+        unix_socket, _ = self._unproven[fd]
         try:
-            proof = link.recv(PROOF_BYTES + 1)
+            proof = unix_socket.recv(PROOF_BYTES + 1)
         except BlockingIOError:
             return
         except OSError:
             proof = b""
         if len(proof) != PROOF_BYTES:
-            self._dismiss(fd, "not a proof")
+            self._reject(fd, "not a proof")
             return
-        if _uid(link) != os.geteuid():
-            self._dismiss(fd, "another user")
+        if _uid(unix_socket) != os.geteuid():
+            self._reject(fd, "another user")
             return
-        refusal = self._admit(proof[:EPOCH_BYTES], proof[EPOCH_BYTES:], link)
+        refusal = self._accept_proof(proof[:EPOCH_BYTES], proof[EPOCH_BYTES:], unix_socket)
         if refusal is not None:
-            self._dismiss(fd, refusal)
+            self._reject(fd, refusal)
             return
-        del self._waiting[fd]
-        self._event_loop.forget(fd)
+        del self._unproven[fd]
+        self._event_loop.unregister(fd)
 
-    def _dismiss(self, fd: int, why: str) -> None:
-        link, _ = self._waiting.pop(fd)
-        self._event_loop.forget(fd)
+    def _reject(self, fd: int, why: str) -> None:
+        unix_socket, _ = self._unproven.pop(fd)
+        self._event_loop.unregister(fd)
         with contextlib.suppress(OSError):
-            link.send(why.encode())
-        link.close()
+            unix_socket.send(why.encode())
+        unix_socket.close()
 
 
-def _uid(link: socket.socket) -> int:
-    raw = link.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, _CREDENTIALS.size)
+def _uid(unix_socket: socket.socket) -> int:
+    raw = unix_socket.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, _CREDENTIALS.size)
     uid: int = _CREDENTIALS.unpack(raw)[1]
     return uid

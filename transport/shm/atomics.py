@@ -1,16 +1,16 @@
 """Atomic 64-bit words at raw addresses, for memory that two processes share.
 
-Guaranteed: what was written before ``store`` (release) is seen by whoever read the new value with
-``load`` (acquire), on every machine that numba compiles for. A plain numpy store does the same on
-x86 most of the time and on ARM not at all; a fence around plain accesses would leave the access
-itself divisible. No inline assembly: LLVM's own atomic load and store say exactly this.
+Guaranteed on every machine that numba compiles for: a reader that gets a new value from ``load``
+(acquire) sees everything that was written before its ``store`` (release). A plain numpy store does
+the same on x86 most of the time and on ARM not at all. Rejected: fences around plain accesses,
+which leave the access itself divisible; inline assembly, because LLVM has atomic loads and stores.
 
 ``load``, ``store``, ``fence`` and the other intrinsics are for compiled functions to call;
 ``load_acquire``, ``store_release``, ``full_fence`` and ``spin`` are for Python. Addresses and
-values are int64: the type that numba gives a Python int, so a call needs no conversion.
+values are int64, numba's type for a Python int, so a call needs no conversion.
 
-Nothing here gives up the GIL. A loop of bounded length that kept it costs other threads at most
-that bound; one that gave it up would wait up to 5 ms to get it back, at every single message.
+No function releases the GIL. A bounded loop that keeps the GIL delays other threads by at most that
+bound. A loop that released it would wait up to 5 ms to get it back, for every message.
 """
 
 from __future__ import annotations
@@ -27,13 +27,13 @@ from numba.extending import intrinsic
 from transport.jit import compiled
 
 if TYPE_CHECKING:
-    from transport.shm.segment import Mapping
+    from transport.shm.segment import MappedSegment
 
 _WORD = ir.IntType(64)
 CACHE_LINES = 128
 """Bytes between words that different processes write: processors fetch cache lines in pairs."""
 PAUSE = {"x86_64": ("llvm.x86.sse2.pause", None), "aarch64": ("llvm.aarch64.isb", 15)}
-"""What tells a core that it is spinning, and its operand, by machine; elsewhere none is given.
+"""The instruction that hints a spin to the core, and its operand, by machine; others have none.
 ``isb`` stalls for tens of nanoseconds as x86's ``pause`` does; ARM's ``yield`` does nothing on
 most cores."""
 
@@ -86,20 +86,20 @@ load = intrinsic(_load("acquire"))
 store = intrinsic(_store("release"))
 """``store(address, value)``, release."""
 load_relaxed = intrinsic(_load("monotonic"))
-"""As ``load``, but it orders nothing: one access, which the compiler neither splits nor repeats.
+"""As ``load``, without ordering: one access, which the compiler neither splits nor repeats.
 For words that a peer may change between a check and a use."""
 store_relaxed = intrinsic(_store("monotonic"))
-"""As ``store``, but it orders nothing."""
+"""As ``store``, without ordering."""
 fence = intrinsic(_fence)
-"""A full (sequentially consistent) fence: no store before it is still on its way after it."""
+"""A full (sequentially consistent) fence: stores before it are visible before loads after it."""
 pause = intrinsic(_pause)
 
 
 def record_at(dtype: np.dtype[Any]) -> Any:
-    """An intrinsic that takes an address and gives the record of ``dtype`` (aligned) that is there.
+    """Make an intrinsic that takes an address and returns the record of ``dtype`` (aligned) there.
 
-    Its fields are read and written by name with plain loads and stores: for memory that no other
-    process accesses at the same time.
+    Its fields are read and written by name with plain loads and stores. Use it only for memory that
+    no other process accesses at the same time.
     """
     record = from_dtype(dtype)
 
@@ -114,19 +114,19 @@ def record_at(dtype: np.dtype[Any]) -> Any:
 
 @compiled("i8(i8)")
 def load_acquire(address: int) -> int:
-    """The word at ``address`` (8-byte aligned)."""
+    """Load the word at ``address`` (8-byte aligned), acquire."""
     return load(address)  # type: ignore[no-any-return]
 
 
 @compiled("void(i8, i8)")
 def store_release(address: int, value: int) -> None:
-    """Everything written before is visible to whoever sees ``value``."""
+    """Store ``value``, release: a reader of it sees everything that was written before."""
     store(address, value)
 
 
 @compiled("void()")
 def full_fence() -> None:
-    """No access before it is moved behind it, and none after it before it."""
+    """A full fence: no access is moved across it in either direction."""
     fence()
 
 
@@ -145,17 +145,19 @@ class AtomicInt64:
     """One int64 in shared memory that one process writes and others read.
 
     Args:
-        memory: Where it is.
-        offset: A multiple of 8; of ``CACHE_LINES`` where another process writes what is beside it.
+        memory: The segment that holds it.
+        offset: Where it is, in bytes: a multiple of 8, or of ``CACHE_LINES`` if another process
+            writes the memory beside it.
     """
 
-    def __init__(self, memory: Mapping, offset: int) -> None:
+    def __init__(self, memory: MappedSegment, offset: int) -> None:
         self._bytes = memory.bytes[offset : offset + 8]  # keeps it mapped
         self._address = memory.address + offset
 
     def load(self) -> int:
-        """The value, and with it everything its writer wrote before."""
+        """Load the value, acquire: everything its writer wrote before it is visible."""
         return int(load_acquire(self._address))
 
     def store(self, value: int) -> None:
+        """Store ``value``, release. Only for the one process that writes."""
         store_release(self._address, value)

@@ -1,4 +1,4 @@
-"""A client's half of the shared-memory offer: map, prove, receive the eventfds."""
+"""The client's half of a shared-memory session: map both segments, prove it, receive eventfds."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ import socket
 from transport.errors import ProtocolError, TransportUnavailable
 from transport.handshake_messages import ShmOffer
 from transport.schema import Schema
-from transport.shm.segment import Mapping, Parts, Segment
+from transport.shm.segment import MappedSegment, Segment, ShmResources
 from transport.shm.segment_layout import SegmentLayout
 from transport.shm.segment_offer import ACCEPTED
 
@@ -23,36 +23,40 @@ _ANSWER_BYTES = 256
 
 def client_handshake(
     offer: ShmOffer, epoch: bytes, mine: Schema, theirs: Schema, *, timeout_s: float
-) -> Parts:
-    """Take up ``offer``.
+) -> ShmResources:
+    """Accept ``offer`` and return the client's side of the session.
+
+    Args:
+        mine, theirs: Schemas that the client and the server send.
+        timeout_s: For the server's answer to the proof.
 
     Raises:
-        TransportUnavailable: With the reason, whatever it was; nothing is left behind.
+        TransportUnavailable: With the reason. All resources are released.
     """
-    mappings: list[Mapping] = []
-    link = socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+    mappings: list[MappedSegment] = []
+    unix_socket = socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET)
     try:
         nonces = b""
         for index, schema in enumerate((mine, theirs)):
             mapping, nonce = _map(offer, index, SegmentLayout.of(schema))
             mappings.append(mapping)
             nonces += nonce
-        link.settimeout(timeout_s)
-        eventfds = _prove(link, offer.socket, epoch + nonces)
-        link.setblocking(False)
+        unix_socket.settimeout(timeout_s)
+        eventfds = _prove(unix_socket, offer.socket, epoch + nonces)
+        unix_socket.setblocking(False)
     except BaseException as error:
-        link.close()
+        unix_socket.close()
         for mapping in mappings:
             mapping.close()
         if isinstance(error, OSError | ProtocolError):
             raise TransportUnavailable(f"client: {error}") from error
         raise
-    server_bell, client_bell = eventfds
-    return Parts(mappings[0], mappings[1], client_bell, server_bell, link)
+    server_eventfd, client_eventfd = eventfds
+    return ShmResources(mappings[0], mappings[1], client_eventfd, server_eventfd, unix_socket)
 
 
-def _map(offer: ShmOffer, index: int, layout: SegmentLayout) -> tuple[Mapping, bytes]:
-    """Segment ``index`` of the offer and its nonce; the client's own (0) is writable."""
+def _map(offer: ShmOffer, index: int, layout: SegmentLayout) -> tuple[MappedSegment, bytes]:
+    """Map segment ``index`` of the offer and read its nonce. The client's own (0) is writable."""
     if offer.sizes[index] != layout.nbytes:
         raise ProtocolError(f"segment: got {offer.sizes[index]} bytes, expected {layout.nbytes}")
     writable = index == 0
@@ -72,22 +76,24 @@ def _map(offer: ShmOffer, index: int, layout: SegmentLayout) -> tuple[Mapping, b
         raise
 
 
-def _prove(link: socket.socket, door: str, proof: bytes) -> tuple[int, int]:
-    """The eventfds (the server waits on, the client waits on) that the proof is answered with."""
+def _prove(unix_socket: socket.socket, socket_name: str, proof: bytes) -> tuple[int, int]:
+    """Send the proof and receive the eventfds: the server's, then the client's."""
     try:
-        link.connect(f"\0{door}")
+        unix_socket.connect(f"\0{socket_name}")
     except ConnectionRefusedError as error:
         raise TransportUnavailable(
             "client: the server's socket cannot be reached (another network namespace)"
         ) from error
     try:
-        link.send(proof)
-        answer, eventfds, _, _ = socket.recv_fds(link, _ANSWER_BYTES, 2, socket.MSG_CMSG_CLOEXEC)
+        unix_socket.send(proof)
+        answer, eventfds, _, _ = socket.recv_fds(
+            unix_socket, _ANSWER_BYTES, 2, socket.MSG_CMSG_CLOEXEC
+        )
     except TimeoutError as error:
         raise TransportUnavailable("client: the server's socket did not answer") from error
     if answer != ACCEPTED or len(eventfds) != 2:
         for eventfd in eventfds:
             os.close(eventfd)
-        said = answer.decode("utf-8", "replace") or "it hung up"
-        raise TransportUnavailable(f"server: {said}")
+        reason = answer.decode("utf-8", "replace") or "it hung up"
+        raise TransportUnavailable(f"server: {reason}")
     return eventfds[0], eventfds[1]

@@ -1,4 +1,4 @@
-"""Eventfds: how one process wakes another."""
+"""Eventfds, with which one process wakes another."""
 
 from __future__ import annotations
 
@@ -6,5 +6,5 @@ import os
 
 
 def new_eventfd() -> int:
-    """An eventfd that never blocks."""
+    """Make a non-blocking eventfd that child processes do not inherit."""
     return os.eventfd(0, os.EFD_NONBLOCK | os.EFD_CLOEXEC)

@@ -1,28 +1,27 @@
-"""A ring of fixed slots from one process to one other, without a lock.
+"""A lock-free ring of fixed slots, from one writing process to one reading process.
 
-Two segments, one per direction of writing: each side writes its own and maps the other's
-read-only. A direction's headers, payloads and ``head`` (messages published) are in the writer's
-segment, its ``tail`` (messages released) is in the reader's; every counter has cache lines of its
-own.
+There are two segments. Each side writes its own and maps the other's read-only. A direction's
+headers, payloads and ``head`` (messages published) are in the writer's segment. Its ``tail``
+(messages released) is in the reader's. Every counter has its own cache lines.
 
-Order is the whole protocol. Writer: payload, header, store-release ``head``. Reader: load-acquire
-``head``, copy the header, believe the copy only when it fits, store-release ``tail``. A death at
-any instruction leaves a slot unpublished or unreleased; nothing to repair.
+The protocol is the order of accesses. Writer: payload, header, store-release ``head``. Reader:
+load-acquire ``head``, copy the header, check the copy, store-release ``tail``. A death at any
+instruction leaves a slot unpublished or unreleased, and nothing has to be repaired.
 
-Sleeping needs one thing more. A reader that is about to sleep stores ``asleep``, then looks at
-``head`` again; a writer stores ``head``, then looks at ``asleep``; both with a full fence in
-between. Whatever the interleaving, one of the two sees the other: either the reader does not go to
-sleep, or the writer rings its bell. Acquire and release alone allow both to miss.
+Sleeping needs a full fence as well. A reader that is about to sleep stores ``asleep``, then loads
+``head`` again. A writer stores ``head``, then loads ``asleep``. Both have the fence in between, so
+in every interleaving at least one sees the other's store: either the reader does not sleep, or the
+writer signals its eventfd. Acquire and release alone would allow both to miss it.
 
-Headers go round by sequence; a header says where its payload is, and the writer takes the lowest
-place that is free. So an exchange of one question and one answer stays in one payload, warm in the
-caches, and the others cost nothing until they are needed.
+Headers are indexed by sequence number. A header says where its payload is, and the writer uses the
+lowest free place. So an exchange of one request and one reply stays in one payload, which the
+caches hold, and the other places cost nothing until they are needed.
 
-Rejected: a lock or a semaphore around the slots (its owner's death would hold it for ever); one
-segment for both directions (a reader that runs wild could then overwrite what it reads); ringing
-the bell always (a system call per message, the dearest part of it, mostly for nobody). What runs
-once per message is compiled, in ``transport.shm.ring_kernels``: in Python the same few loads and
-stores cost ten times as much.
+Rejected: a lock or a semaphore around the slots (a dead owner would hold it forever); one segment
+for both directions (a faulty reader could overwrite what it reads); a signal for every message (a
+system call per message, its most expensive part, and mostly not needed). Everything that runs once
+per message is compiled, in ``transport.shm.ring_kernels``: in Python the same few loads and stores
+cost ten times as much.
 """
 
 from __future__ import annotations
@@ -32,21 +31,25 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from transport.base import KINDS, Record
+from transport.base import KINDS, ReceivedMessage
 from transport.channel import MAX_BODY_BYTES, Kind
 from transport.errors import ProtocolError
 from transport.schema import Schema
 from transport.shm import ring_kernels
 from transport.shm.atomics import load_acquire, spin, store_release
-from transport.shm.segment import Mapping
+from transport.shm.segment import MappedSegment
 from transport.shm.segment_layout import SegmentLayout
-from transport.slot_views import Views
+from transport.slot_views import SlotViews
 
 
 def _state(
-    dtype: np.dtype[Any], own: Mapping, peer: Mapping, epoch: bytes, layout: SegmentLayout
+    dtype: np.dtype[Any],
+    own: MappedSegment,
+    peer: MappedSegment,
+    epoch: bytes,
+    layout: SegmentLayout,
 ) -> NDArray[Any]:
-    """What ``steps.WRITER`` and ``steps.READER`` have in common, filled in."""
+    """Make a ``ring_kernels.WRITER`` or ``READER`` record and fill in their common fields."""
     state = np.zeros((), dtype)
     state["own"], state["peer"], state["slots"] = own.address, peer.address, layout.slots
     state["epoch_low"], state["epoch_high"] = np.frombuffer(epoch, np.int64)
@@ -54,14 +57,20 @@ def _state(
 
 
 class RingWriter:
-    """The sending end. ``own`` is written, ``peer`` only read.
+    """The sending end of a ring. It writes ``own`` and only reads ``peer``.
 
     Attributes:
-        reader_sleeps: Whether the last ``publish`` found a reader whose bell must be rung.
+        must_signal_reader: Whether the last ``publish`` found a sleeping reader, whose eventfd must
+            be written.
     """
 
     def __init__(
-        self, own: Mapping, peer: Mapping, epoch: bytes, schema: Schema, layout: SegmentLayout
+        self,
+        own: MappedSegment,
+        peer: MappedSegment,
+        epoch: bytes,
+        schema: Schema,
+        layout: SegmentLayout,
     ) -> None:
         self._own, self._layout, self._length = own, layout, schema.nbytes
         self._closed_at = own.address + layout.closed_offset
@@ -70,7 +79,7 @@ class RingWriter:
         self._record = _state(ring_kernels.WRITER, own, peer, epoch, layout)
         self._record["published"] = load_acquire(own.address + layout.head_offset)
         self._state: int = self._record.ctypes.data
-        self.reader_sleeps = False
+        self.must_signal_reader = False
         self._views: list[dict[str, NDArray[Any]]] = [
             schema.views(layout.payload(own.bytes, place), writable=True)
             for place in range(layout.slots)
@@ -78,7 +87,7 @@ class RingWriter:
         self._claimed = ring_kernels.NO_PLACE
 
     def claim(self) -> dict[str, NDArray[Any]] | None:
-        """Views of where the next payload goes, or None while the reader holds every place.
+        """Return views of the next payload's place, or None while the reader holds every place.
 
         Raises:
             ProtocolError: The reader's tail is impossible.
@@ -94,7 +103,7 @@ class RingWriter:
         return self._views[place]
 
     def publish(self, kind: Kind, request_id: int, budget_ns: int, body: bytes | None) -> bool:
-        """Make the next message visible, DATA as it is or with ``body``; False without a place."""
+        """Publish the next message: the claimed DATA, or ``body``. False if no place is free."""
         if self._claimed < 0 and self.claim() is None:
             return False
         number, length = ring_kernels.DATA, self._length
@@ -102,18 +111,18 @@ class RingWriter:
             number, length = int(kind), len(body)
             start = self._layout.payload_offset(self._claimed)
             self._own.buffer[start : start + length] = body
-        said = ring_kernels.publish(self._state, request_id, budget_ns, number, length)
+        outcome = ring_kernels.publish(self._state, request_id, budget_ns, number, length)
         self._claimed = ring_kernels.NO_PLACE
-        self.reader_sleeps = said == ring_kernels.PUBLISHED_TO_A_SLEEPER
+        self.must_signal_reader = outcome == ring_kernels.PUBLISHED_READER_ASLEEP
         return True
 
     @property
     def reader_asleep(self) -> bool:
-        """Whether the reader has asked for its bell. A hint: ``publish`` looks with a fence."""
+        """Whether the reader sleeps. A hint, without the fence that ``publish`` uses."""
         return bool(self._views and load_acquire(self._reader_asleep_at))
 
     def close(self) -> None:
-        """Say that nothing will follow; let go of the memory. The mappings are the channel's."""
+        """Set the flag that no message follows, and drop all views. The channel unmaps them."""
         if self._views:
             # SYNC POINT: pairs with take.closed: publishes that the last head is stored.
             store_release(self._closed_at, 1)
@@ -126,15 +135,20 @@ class RingWriter:
 
 
 class RingReader:
-    """The receiving end. ``own`` is written (the tail), ``peer`` only read.
+    """The receiving end of a ring. It writes the tail in ``own`` and only reads ``peer``.
 
     Attributes:
-        dropped_epoch, dropped_malformed: Slots passed over, by cause.
-        closed: Whether the writer has said that nothing will follow.
+        dropped_epoch, dropped_malformed: Number of dropped messages, by cause.
+        closed: Whether the writer has set the flag that no message follows.
     """
 
     def __init__(
-        self, own: Mapping, peer: Mapping, epoch: bytes, schema: Schema, layout: SegmentLayout
+        self,
+        own: MappedSegment,
+        peer: MappedSegment,
+        epoch: bytes,
+        schema: Schema,
+        layout: SegmentLayout,
     ) -> None:
         self._peer, self._layout = peer, layout
         self._head_at = peer.address + layout.head_offset
@@ -143,8 +157,8 @@ class RingReader:
         self._record["data_length"] = schema.nbytes
         self._state: int = self._record.ctypes.data
         self._cursor = 0
-        self._views: list[Views] = [
-            Views(schema, peer.buffer, layout.payload_offset(place))
+        self._views: list[SlotViews] = [
+            SlotViews(schema, peer.buffer, layout.payload_offset(place))
             for place in range(layout.slots)
         ]
         self.dropped_epoch = self.dropped_malformed = 0
@@ -152,15 +166,15 @@ class RingReader:
 
     @property
     def unread(self) -> bool:
-        """Whether something is published that was not taken. A hint: ``take`` synchronizes."""
+        """Whether a message was published and not taken. A hint: ``take`` synchronizes."""
         return bool(load_acquire(self._head_at) != self._cursor)
 
     def spin(self, rounds: int) -> bool:
-        """As ``unread``, but watch for that many rounds (tens of nanoseconds each)."""
+        """As ``unread``, but poll for ``rounds`` rounds of tens of nanoseconds each."""
         return bool(spin(self._head_at, self._cursor, rounds) != self._cursor)
 
-    def take(self) -> Record | None:
-        """The next valid message, held until ``release``; None when there is none.
+    def take(self) -> ReceivedMessage | None:
+        """Take the next valid message, held until ``release``; None if there is none.
 
         Raises:
             ProtocolError: The writer's head is impossible.
@@ -173,12 +187,14 @@ class RingReader:
                 if number == ring_kernels.DATA:
                     self._cursor = sequence + 1
                     views = self._views[place]
-                    return Record(Kind.DATA, request_id, budget_ns, sequence, views, b"")
+                    return ReceivedMessage(Kind.DATA, request_id, budget_ns, sequence, views, b"")
                 if number in KINDS and length <= MAX_BODY_BYTES:
                     self._cursor = sequence + 1
                     start = self._layout.payload_offset(place)
                     body = bytes(self._peer.buffer[start : start + length])
-                    return Record(KINDS[number], request_id, budget_ns, sequence, None, body)
+                    return ReceivedMessage(
+                        KINDS[number], request_id, budget_ns, sequence, None, body
+                    )
             if found <= ring_kernels.CLOSED:
                 self.closed = found == ring_kernels.CLOSED
                 return None
@@ -197,14 +213,14 @@ class RingReader:
         if self._views:
             ring_kernels.release(self._state, sequence)
 
-    def fall_asleep(self) -> bool:
-        """From now on the writer rings; False when something came first: then do not sleep."""
-        return bool(ring_kernels.fall_asleep(self._state))
+    def prepare_to_wait(self) -> bool:
+        """Have the writer signal; False if a message arrived first: then do not sleep."""
+        return bool(ring_kernels.prepare_to_wait(self._state))
 
-    def wake_up(self) -> None:
-        """The writer need not ring any more. Not a sync point: it may ring once too often."""
+    def finish_wait(self) -> None:
+        """Stop the writer's signals. Not a sync point: one surplus signal may still arrive."""
         store_release(self._asleep_at, 0)
 
     def close(self) -> None:
-        """Let go of the memory; releases that come later do nothing."""
+        """Drop all views; later calls of ``release`` do nothing."""
         self._views.clear()

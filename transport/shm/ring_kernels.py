@@ -1,17 +1,17 @@
-"""The ring's steps, compiled: what runs once per message.
+"""The compiled functions of the ring, which run once per message.
 
-``transport.shm.ring`` says what they guarantee together; here is each on its own. They work on
-addresses and on integers, check what the peer wrote, and touch nothing of Python's.
+``transport.shm.ring`` describes the protocol that they form. They work on addresses and integers,
+check everything that the peer wrote, and use no Python objects.
 
-Three records have named fields. ``WRITER`` and ``READER`` are what one end knows, in memory of its
-own that no peer can write: plain loads and stores. ``FIRST_PAGE`` is shared. Its counters and flags
-are accessed atomically, and each place where two processes meet is marked ``SYNC POINT`` and names
-the place that it pairs with. A message's header is written plainly before it is published, and read
-with relaxed atomic loads, once per field: a hostile peer may go on writing to it, and what was
-checked must be what is used.
+Three records have named fields. ``WRITER`` and ``READER`` hold the private state of one end, which
+no peer can write; it is accessed with plain loads and stores. ``FIRST_PAGE`` is shared. Its
+counters and flags are accessed atomically. Each access that synchronizes two processes is marked
+``SYNC POINT`` and names the access that it pairs with. A message's header is written with plain
+stores before it is published. It is read with one relaxed atomic load per field, because a hostile
+peer may keep writing to it, and the values that were checked must be the values that are used.
 
-numba does not see that another file changed (``transport.jit``), so everything that the compiled
-code depends on is defined here, and ``transport.shm.segment_layout`` takes the offsets from here.
+numba does not notice a change of another file (``transport.jit``), so everything that the compiled
+code depends on is defined here. ``transport.shm.segment_layout`` takes the offsets from here.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from transport.jit import compiled
 from transport.shm.atomics import fence, load, load_relaxed, record_at, store, store_relaxed
 
 DATA = 1
-"""The number of the kind of message whose length is given beforehand."""
+"""Number of the message kind whose length the schema fixes."""
 
 
 def _words(*names: str) -> list[tuple[str, type]]:
@@ -35,7 +35,7 @@ HEADER = np.dtype(
     ),
     align=True,
 )
-"""A message's header, in the writer's segment: ``place`` says where its payload is."""
+"""A message's header, in the writer's segment. ``place`` is the index of its payload."""
 HEADER_BYTES = HEADER.itemsize
 EPOCH_LOW, EPOCH_HIGH, SEQUENCE, REQUEST_ID, BUDGET_NS, KIND, LENGTH, PLACE = (
     int(HEADER.fields[name][1])  # type: ignore[index]
@@ -53,12 +53,13 @@ FIRST_PAGE = np.dtype(
     },
     align=True,
 )
-"""The first page of a segment. Its owner, and nobody else, writes all of it: ``identity`` before
-anybody else maps it (``transport.shm.segment_layout``), ``head`` (messages published in this
-segment), ``tail`` (messages released in the other), ``asleep`` (1: ring the bell), ``closed`` (1:
-nothing will follow) and the ``headers`` of the last messages, by sequence modulo the number of
-slots. Counters are 128
-bytes apart: processors fetch cache lines in pairs."""
+"""The first page of a segment. Only the segment's owner writes it.
+
+``identity`` is written before the peer maps the segment (``transport.shm.segment_layout``).
+``head`` counts the messages published in this segment, ``tail`` the messages released in the other.
+``asleep`` is 1 while the owner sleeps and needs a signal, ``closed`` is 1 when no message follows.
+``headers`` are those of the last messages, by sequence modulo the number of slots. Counters are 128
+bytes apart, because processors fetch cache lines in pairs."""
 HEAD, TAIL, ASLEEP, CLOSED_FLAG, HEADERS = (
     int(FIRST_PAGE.fields[name][1])  # type: ignore[index]
     for name in ("head", "tail", "asleep", "closed", "headers")
@@ -70,32 +71,39 @@ WRITER = np.dtype(
     [*_ENDS, *_words("published", "released", "claimed"), ("places", np.int64, MAX_SLOTS)],
     align=True,
 )
-"""What a writer knows: addresses of its ``own`` segment and its ``peer``'s, constants, messages
-``published``, messages that the reader was seen to have ``released``, the place it ``claimed``, and
-the ``places`` of the last messages' payloads, by sequence modulo ``slots``."""
+"""Private state of a writer: addresses of its ``own`` segment and of its ``peer``'s, constants, the
+number of messages ``published``, the last number of ``released`` ones it read, the ``claimed``
+place, and the ``places`` of the last messages' payloads, by sequence modulo ``slots``."""
 READER = np.dtype(
     [*_ENDS, *_words("data_length", "taken", "released", "released_early")], align=True
 )
-"""What a reader knows: addresses and constants as a writer, the length of DATA, messages ``taken``,
-``released`` (all below it are), and ``released_early``: a bit per message from ``released`` on,
-of those released before an older one."""
+"""Private state of a reader: addresses and constants as in ``WRITER``, the length of DATA, the
+number of messages ``taken``, ``released`` (all messages below it are released), and
+``released_early``: one bit per message from ``released`` on, set if it was released before an older
+one."""
 
 _header_at = record_at(HEADER)
 _writer_at = record_at(WRITER)
 _reader_at = record_at(READER)
 
 NO_PLACE, BAD_TAIL = -1, -2
-"""Of ``claim``."""
-PUBLISHED, PUBLISHED_TO_A_SLEEPER = 0, 1
-"""Of ``publish``."""
+"""Failures of ``claim``."""
+PUBLISHED, PUBLISHED_READER_ASLEEP = 0, 1
+"""Results of ``publish``."""
 NOTHING, CLOSED, TAKEN, OTHER_EPOCH, MALFORMED, IMPOSSIBLE = range(6)
-"""Of ``take``."""
+"""Results of ``take``."""
 
 
 @compiled("i8(i8)")
 def claim(address: int) -> int:
-    """The lowest place for a payload that no unreleased message is in; or ``NO_PLACE``, or
-    ``BAD_TAIL`` where what the reader says it has released cannot be. ``address``: of a WRITER."""
+    """Claim the lowest payload place that no unreleased message uses.
+
+    Args:
+        address: Of a WRITER.
+
+    Returns:
+        The place; ``NO_PLACE`` if there is none; ``BAD_TAIL`` if the reader's tail is impossible.
+    """
     writer = _writer_at(address)
     # SYNC POINT: pairs with release.tail: the reader is done with the payloads below this tail, so
     # they may be overwritten.
@@ -116,8 +124,14 @@ def claim(address: int) -> int:
 
 @compiled("i8(i8, i8, i8, i8, i8)")
 def publish(address: int, request_id: int, budget_ns: int, kind: int, length: int) -> int:
-    """Make the claimed place's message visible; whether the reader must be woken. ``address``: of a
-    WRITER."""
+    """Publish the message in the claimed place.
+
+    Args:
+        address: Of a WRITER.
+
+    Returns:
+        ``PUBLISHED_READER_ASLEEP`` if the reader must be woken, else ``PUBLISHED``.
+    """
     writer = _writer_at(address)
     sequence = writer.published
     index = sequence % writer.slots
@@ -134,18 +148,25 @@ def publish(address: int, request_id: int, budget_ns: int, kind: int, length: in
     writer.published = sequence + 1
     # SYNC POINT: pairs with take.head: publishes the header above and the payload before it.
     store(writer.own + HEAD, sequence + 1)
-    # SYNC POINT: pairs with fall_asleep.fence: of the two stores before the fences, head here and
-    # asleep there, at least one is seen by the load after the other's fence.
+    # SYNC POINT: pairs with prepare_to_wait.fence: of the two stores before the fences, head here
+    # and asleep there, at least one is seen by the load after the other's fence.
     fence()
     if load(writer.peer + ASLEEP) != 0:
-        return PUBLISHED_TO_A_SLEEPER
+        return PUBLISHED_READER_ASLEEP
     return PUBLISHED
 
 
 @compiled("UniTuple(i8, 7)(i8)")
 def take(address: int) -> tuple[int, int, int, int, int, int, int]:
-    """What came of looking for the next message, its sequence, and of its header: request id,
-    budget, kind, length, place. For ``IMPOSSIBLE``: the head. ``address``: of a READER."""
+    """Take the next message.
+
+    Args:
+        address: Of a READER.
+
+    Returns:
+        A result, ``NOTHING`` to ``IMPOSSIBLE``; the message's sequence (for ``IMPOSSIBLE``: the
+        head); and from its header request id, budget, kind, length, place.
+    """
     reader = _reader_at(address)
     cursor, slots = reader.taken, reader.slots
     # SYNC POINT: pairs with publish.head: headers and payloads of all messages below it are whole.
@@ -154,7 +175,7 @@ def take(address: int) -> tuple[int, int, int, int, int, int, int]:
         # SYNC POINT: pairs with RingWriter.close.closed: the last head is stored before.
         if load(reader.peer + CLOSED_FLAG) == 0:
             return NOTHING, 0, 0, 0, 0, 0, 0
-        # SYNC POINT: pairs with publish.head: what came between the two loads above.
+        # SYNC POINT: pairs with publish.head: messages published between the two loads above.
         head = load(reader.peer + HEAD)
         if head == cursor:
             return CLOSED, 0, 0, 0, 0, 0, 0
@@ -181,8 +202,12 @@ def take(address: int) -> tuple[int, int, int, int, int, int, int]:
 
 @compiled("void(i8, i8)")
 def release(address: int, sequence: int) -> None:
-    """Let go of one message, in any order: the writer may go on behind the oldest that is held.
-    ``address``: of a READER."""
+    """Release one message, in any order. The tail moves up to the oldest message that is held.
+
+    Args:
+        address: Of a READER.
+        sequence: Of the message. One that is not held is ignored.
+    """
     reader = _reader_at(address)
     tail = reader.released
     if tail <= sequence < reader.taken:
@@ -193,15 +218,21 @@ def release(address: int, sequence: int) -> None:
         reader.released_early = early
         if tail != reader.released:
             reader.released = tail
-            # SYNC POINT: pairs with claim.tail: whatever was read of the payloads below it is read.
+            # SYNC POINT: pairs with claim.tail: all reads of the payloads below it are done.
             store(reader.own + TAIL, tail)
 
 
 @compiled("b1(i8)")
-def fall_asleep(address: int) -> bool:
-    """Say that the bell is needed from now on; False when there is something to take already:
-    then it is not, or a reader that never sleeps again would be rung for at every message.
-    ``address``: of a READER."""
+def prepare_to_wait(address: int) -> bool:
+    """Set the ``asleep`` flag, so that the writer signals.
+
+    Args:
+        address: Of a READER.
+
+    Returns:
+        False if a message has arrived already. The flag is then cleared, because a reader that does
+        not sleep would otherwise be signalled for every message.
+    """
     reader = _reader_at(address)
     asleep = reader.own + ASLEEP
     store(asleep, 1)

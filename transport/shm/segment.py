@@ -1,8 +1,9 @@
-"""Shared-memory segments that no death can leak.
+"""Shared-memory segments that do not leak when a process dies.
 
-A segment of ``create_anonymous`` never has a name: processes inherit its descriptor, or are sent
-it. A ``Segment`` has a name only during a handshake. Its creator holds ``flock`` on it for that
-long, so a name of ours whose lock is free belongs to nobody alive, and ``sweep`` removes it.
+A segment of ``create_anonymous`` never has a name: processes inherit its descriptor or receive it
+over a socket. A ``Segment`` has a name only during a handshake. Its creator holds ``flock`` on it
+for that time. So the creator of a segment with one of our names and a free lock is dead, and
+``sweep`` removes the name.
 """
 
 from __future__ import annotations
@@ -37,25 +38,25 @@ _libc = ctypes.CDLL(None, use_errno=True)
 _libc.mlock.argtypes = (ctypes.c_void_p, ctypes.c_size_t)
 
 
-class Mapping:
-    """A mapped segment, its pages there already and, where the system allows it, kept in memory.
+class MappedSegment:
+    """A mapped segment. Its pages are present and, where the system allows it, locked in memory.
 
     Args:
-        fd: The segment's; stays the caller's to close.
+        fd: The segment's descriptor, which the caller closes.
 
     Raises:
         ProtocolError: The segment is not ``nbytes`` long.
 
     Attributes:
-        address: Of its first byte, page-aligned.
-        bytes: (nbytes,) uint8 view, read-only where the mapping is.
-        locked: Whether it can not be swapped out (RLIMIT_MEMLOCK, or CAP_IPC_LOCK).
+        address: Of the first byte, page-aligned.
+        bytes: (nbytes,) uint8 view; read-only unless ``writable``.
+        locked: Whether it cannot be swapped out (RLIMIT_MEMLOCK, or CAP_IPC_LOCK).
     """
 
     def __init__(self, fd: int, nbytes: int, *, writable: bool) -> None:
         _check_length(fd, nbytes, "segment")
         protection = mmap.PROT_READ | (mmap.PROT_WRITE if writable else 0)
-        # Populated at once, so that the first frames do not pay a page fault per 4 KiB.
+        # Populated now, so that the first messages do not cost a page fault per 4 KiB.
         flags = mmap.MAP_SHARED | getattr(mmap, "MAP_POPULATE", 0)
         self._map: mmap.mmap | None = mmap.mmap(fd, nbytes, flags=flags, prot=protection)
         self.bytes: NDArray[np.uint8] = np.frombuffer(self._map, np.uint8)
@@ -65,11 +66,11 @@ class Mapping:
 
     @property
     def buffer(self) -> Any:
-        """The whole segment, for views."""
+        """The whole segment as a buffer, for views."""
         return self._map
 
     def close(self) -> None:
-        """Unmap; where views are still alive, when the last of them is gone. Idempotent."""
+        """Unmap, or leave that to the last view that still exists. Idempotent."""
         memory, self._map = self._map, None
         self.bytes = np.empty(0, np.uint8)
         if memory is not None:
@@ -78,32 +79,32 @@ class Mapping:
 
 
 @dataclass(frozen=True, slots=True)
-class Parts:
-    """What one side of a shared-memory session holds.
+class ShmResources:
+    """The memory and descriptors of one side of a shared-memory session.
 
     Attributes:
-        own, peer: The segment this side writes, and the other's.
-        own_bell, peer_bell: eventfds: the one this side waits on, and the other's.
-        link: The connected AF_UNIX socket (SOCK_SEQPACKET, non-blocking).
+        own, peer: The segment that this side writes, and the other side's.
+        own_eventfd, peer_eventfd: The eventfd that this side waits on, and the other side's.
+        unix_socket: The connected AF_UNIX socket (SOCK_SEQPACKET, non-blocking).
     """
 
-    own: Mapping
-    peer: Mapping
-    own_bell: int
-    peer_bell: int
-    link: socket.socket
+    own: MappedSegment
+    peer: MappedSegment
+    own_eventfd: int
+    peer_eventfd: int
+    unix_socket: socket.socket
 
     def close(self) -> None:
-        """Once."""
-        self.link.close()
-        os.close(self.own_bell)
-        os.close(self.peer_bell)
+        """Release everything. Call this once."""
+        self.unix_socket.close()
+        os.close(self.own_eventfd)
+        os.close(self.peer_eventfd)
         self.own.close()
         self.peer.close()
 
 
 class Segment:
-    """A named segment, before its name is given up."""
+    """A shared-memory segment that still has a name."""
 
     def __init__(self, name: str, fd: int, nbytes: int, *, owner: bool) -> None:
         self.name, self.nbytes = name, nbytes
@@ -111,10 +112,10 @@ class Segment:
 
     @classmethod
     def create(cls, nbytes: int) -> Segment:
-        """A locked segment of a random name, mode 0600, its memory reserved.
+        """Create a segment with a random name and mode 0600; lock it and reserve its memory.
 
         Raises:
-            OSError: ENOSPC when it does not fit; whatever else the system said.
+            OSError: ENOSPC if it does not fit, or another error of the system.
         """
         while True:
             name = f"/{PREFIX}{secrets.token_hex(16)}"
@@ -132,11 +133,11 @@ class Segment:
 
     @classmethod
     def open(cls, name: str, nbytes: int, *, writable: bool) -> Segment:
-        """The segment a peer made.
+        """Open a segment that a peer created.
 
         Raises:
-            ProtocolError: Not a name of ours, or not of this length.
-            OSError: It is not there, or not for this user.
+            ProtocolError: The name is not one of ours, or the segment has another length.
+            OSError: It does not exist, or this user may not open it.
         """
         if not _NAME.fullmatch(name):
             raise ProtocolError(f"segment name: got {name[:80]!r}, expected {_NAME.pattern}")
@@ -150,15 +151,16 @@ class Segment:
         return segment
 
     def write(self, data: bytes, offset: int = 0) -> None:
-        """Fill in before anybody maps it."""
+        """Write ``data`` at byte ``offset``, before the peer maps the segment."""
         if os.pwrite(self._fd, data, offset) != len(data):
             raise OSError(errno.EIO, f"short write to {self.name}")
 
-    def map(self, *, writable: bool) -> Mapping:
-        return Mapping(self._fd, self.nbytes, writable=writable)
+    def map(self, *, writable: bool) -> MappedSegment:
+        """Map the whole segment."""
+        return MappedSegment(self._fd, self.nbytes, writable=writable)
 
     def close(self) -> None:
-        """Unlink it if it is ours, then let go of the lock. Mappings stay. Idempotent."""
+        """Unlink the name if this side created it, then unlock. Mappings stay. Idempotent."""
         if self._fd < 0:
             return
         if self._owner:
@@ -168,7 +170,7 @@ class Segment:
         self._fd = -1
 
     def _lock(self) -> bool:
-        """Whether it is locked and still has its name: a sweeper may have come in between."""
+        """Lock it; False if a sweeper has taken the lock or the name meanwhile."""
         try:
             fcntl.flock(self._fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
@@ -177,13 +179,13 @@ class Segment:
 
 
 def create_anonymous(label: str, nbytes: int) -> int:
-    """The descriptor of a segment of zeros without a name, its memory reserved.
+    """Create a nameless segment of zeros with reserved memory; return its descriptor.
 
     Args:
-        label: What ``/proc`` shows it as.
+        label: Its name in ``/proc``.
 
     Raises:
-        OSError: There is not that much memory.
+        OSError: There is not enough memory.
     """
     fd = os.memfd_create(label, os.MFD_CLOEXEC)
     try:
@@ -195,10 +197,10 @@ def create_anonymous(label: str, nbytes: int) -> int:
 
 
 def create_all(sizes: Sequence[int]) -> list[Segment]:
-    """Segments of these sizes, or none.
+    """Create segments of these sizes in bytes, or none.
 
     Raises:
-        TransportUnavailable: The reason in words, for the peer and the log.
+        TransportUnavailable: With the reason, for the peer and the log.
     """
     segments: list[Segment] = []
     try:
@@ -216,7 +218,7 @@ def create_all(sizes: Sequence[int]) -> list[Segment]:
 
 
 def sweep() -> list[str]:
-    """Remove names of ours that nobody holds any more; which they were."""
+    """Remove the names of segments whose creators are dead; return the removed names."""
     removed = []
     names = sorted(FOLDER.glob(f"{PREFIX}*")) if FOLDER.is_dir() else []
     for path in names:
@@ -225,20 +227,20 @@ def sweep() -> list[str]:
         try:
             fd = os.open(path, os.O_RDWR | os.O_CLOEXEC | os.O_NOFOLLOW)
         except OSError:
-            continue  # gone meanwhile, or another user's
+            continue  # removed meanwhile, or owned by another user
         try:
             fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
             path.unlink()
             removed.append(path.name)
         except OSError:
-            continue  # its creator lives, or unlinked it just now
+            continue  # its creator is alive, or has just unlinked it
         finally:
             os.close(fd)
     return removed
 
 
 def _reserve(fd: int, nbytes: int) -> None:
-    # ftruncate would succeed on a full tmpfs; the first touch would then be a SIGBUS.
+    # ftruncate would succeed on a full tmpfs, and the first access would raise SIGBUS.
     os.posix_fallocate(fd, 0, nbytes)
 
 
@@ -249,7 +251,7 @@ def _check_length(fd: int, nbytes: int, what: str) -> None:
 
 
 def _open(name: str, flags: int, *, read_only: bool) -> int:
-    """posix_ipc's errors as OSError with their number."""
+    """Open with posix_ipc, whose errors are raised as OSError with an errno."""
     try:
         memory = posix_ipc.SharedMemory(name, flags, mode=0o600, read_only=read_only)
     except posix_ipc.ExistentialError as error:

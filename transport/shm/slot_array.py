@@ -1,4 +1,4 @@
-"""Room in shared memory for several values of one schema, one after the other."""
+"""An array of slots in shared memory, each for one value of a schema."""
 
 from __future__ import annotations
 
@@ -10,22 +10,22 @@ from numpy.typing import NDArray
 from transport.channel import Arrays
 from transport.schema import Schema
 from transport.shm.atomics import CACHE_LINES
-from transport.shm.segment import Mapping
+from transport.shm.segment import MappedSegment
 
 
 class SlotArray:
     """``count`` slots, each of which holds one value of ``schema``.
 
     Args:
-        memory: Where they are. Its views here keep it mapped.
-        offset: Of the first slot.
+        memory: The segment that holds them. The views keep it mapped.
+        offset: Of the first slot, in bytes.
 
     Attributes:
-        blocks: The bytes of each slot.
+        blocks: (schema.nbytes,) uint8 view of each slot.
         views: The arrays of each slot; read-only where ``memory`` is.
     """
 
-    def __init__(self, memory: Mapping, offset: int, schema: Schema, count: int) -> None:
+    def __init__(self, memory: MappedSegment, offset: int, schema: Schema, count: int) -> None:
         self.schema, self.count = schema, count
         self._memory, self._offset = memory.bytes, offset
         self._stride = _stride(schema)
@@ -37,7 +37,7 @@ class SlotArray:
         self.views: list[Arrays] = [schema.views(block, writable=True) for block in self.blocks]
 
     def column(self, name: str) -> NDArray[Any]:
-        """(count, ...) view of one array of every slot."""
+        """(count, ...) view of the array ``name`` of every slot."""
         if name in self._columns:
             return self._columns[name]
         spec, begin = self.schema.specs[name], self._offset + self.schema.offsets[name]
@@ -49,7 +49,7 @@ class SlotArray:
 
     @staticmethod
     def nbytes(schema: Schema, count: int) -> int:
-        """How long it is: a multiple of ``CACHE_LINES``."""
+        """Length of ``count`` slots in bytes; a multiple of ``CACHE_LINES``."""
         return count * _stride(schema)
 
 

@@ -1,20 +1,19 @@
 """A channel over ZMQ frames, with the slots of a ring.
 
-A message is one frame: a fixed header, then the payload in the schema's layout. One frame and not
-two, because each costs a call, a lookup and an allocation on either side. The sender writes header
-and payload into one buffer of its own, which ZMQ sends from there; the receiver looks at the frame
+A message is one frame: a fixed header, then the payload in the schema's layout. It is not two
+frames, because each costs a call, a lookup and an allocation on either side. The sender writes
+header and payload into one buffer, and ZMQ sends from that buffer. The receiver reads the frame
 where ZMQ put it. So the only copies are the caller's and the kernel's.
 
-Every header says two counts of its sender: messages released, and messages received. The first
-tells how many of the four slots are free: ``send`` says ``WouldBlock`` exactly where a
-shared-memory ring would, and a peer that stopped reading costs four messages of memory, not a
-queue. The second tells which buffers ZMQ is done with, as soon as an answer says that the question
-arrived: an exchange of one request and one answer stays in one buffer, warm in the cache. A credit
-message of its own is only sent when half of the slots were released and nothing else was there to
-carry the news.
+Every header holds two counts of its sender: messages released and messages received. The first
+gives the number of free slots. So ``send`` raises ``WouldBlock`` exactly where a shared-memory ring
+would, and a peer that stopped reading costs four messages of memory, not a queue. The second shows
+which buffers may be reused: a reply shows that the request arrived, so an exchange of one request
+and one reply stays in one buffer, which the cache holds. A separate CREDIT message is sent only
+when half of the slots were released and no other message carried the count.
 
-ZMQ delivers whole messages in order while a connection lasts. When it breaks the session is over:
-a client sees the disconnect, and what an earlier epoch left under way is dropped and counted.
+ZMQ delivers whole messages in order while a connection lasts. A broken connection ends the session:
+a client sees the disconnect, and late messages of an earlier epoch are dropped and counted.
 """
 
 from __future__ import annotations
@@ -26,62 +25,63 @@ from typing import Any, Protocol
 import numpy as np
 from numpy.typing import NDArray
 
-from transport.base import KINDS, SLOTS, BaseChannel, Record
+from transport.base import KINDS, SLOTS, BaseChannel, ReceivedMessage
 from transport.channel import MAX_BODY_BYTES, Kind
 from transport.errors import PeerGone
 from transport.handshake_messages import EPOCH_BYTES, MAGIC, PROTOCOL_VERSION, Opcode
-from transport.receive_window import Window
+from transport.receive_window import ReceiveWindow
 from transport.schema import USED, Schema
-from transport.slot_views import Views
+from transport.slot_views import SlotViews
 from transport.zeromq.client_socket import HEADER_ROOM
-from transport.zeromq.send_buffers import Staging
+from transport.zeromq.send_buffers import SendBuffers
 
 _HEADER = struct.Struct(f"<4sHH{EPOCH_BYTES}sqqqqqI")
 """The control prefix; then sequence, released, received, request id, budget_ns, kind."""
 PAYLOAD_OFFSET = HEADER_ROOM
-"""Where the payload begins in a frame that has one: on a cache line, behind the header's two."""
+"""Where the payload begins in a DATA frame: on a cache line, after the header's two."""
 
 
-class Carrier(Protocol):
-    """Brings frames to the peer and hands back what came: a client's own socket, or the server's
-    one socket that all its sessions share."""
+class FrameConnection(Protocol):
+    """Sends and receives the frames of one session: over a client's own socket, or over the
+    server's socket, which all sessions share."""
 
     def send(self, frame: Any) -> bool:
-        """Queue one frame; False when the queue is full. A large one is not copied.
+        """Queue one frame; False if the queue is full. A large frame is not copied.
 
         Raises:
-            PeerGone: As it says.
+            PeerGone: The connection broke.
         """
 
     def pump(self, timeout_s: float) -> str | None:
-        """Deliver what has come, waiting for it at most so long; why the peer is gone, if so."""
+        """Deliver received frames, waiting at most ``timeout_s``; why the peer is gone, or None."""
 
     def close(self, reason: str) -> None:
-        """End the session; the peer is told."""
+        """End the session and send ``reason`` to the peer."""
 
 
 class ZmqChannel(BaseChannel):
-    """One side. Frames come in through ``deliver``."""
+    """One side of a session over ZMQ. Received frames are passed to ``deliver``."""
 
     transport = "zmq"
 
     def __init__(
-        self, send_schema: Schema, recv_schema: Schema, epoch: bytes, carrier: Carrier
+        self, send_schema: Schema, recv_schema: Schema, epoch: bytes, connection: FrameConnection
     ) -> None:
         super().__init__(send_schema, recv_schema)
-        self._epoch, self._carrier = epoch, carrier
-        self._staging = Staging(send_schema, PAYLOAD_OFFSET)
-        self._head = self._peer_tail = self._told = 0
-        self._looked = False
-        self._window = Window(SLOTS)
-        self._inbox: deque[Record] = deque()
+        self._epoch, self._connection = epoch, connection
+        self._send_buffers = SendBuffers(send_schema, PAYLOAD_OFFSET)
+        self._head = self._peer_tail = self._released_sent = 0
+        self._pumped = False
+        self._window = ReceiveWindow(SLOTS)
+        self._inbox: deque[ReceivedMessage] = deque()
 
     @property
     def unread(self) -> bool:
+        """See ``BaseChannel.unread``."""
         return self._closed is None and bool(self._inbox)
 
     def deliver(self, frame: memoryview) -> None:
-        """Take in a MESSAGE or a CREDIT. What does not belong here is counted and dropped."""
+        """Process a received MESSAGE or CREDIT frame. Invalid frames are dropped and counted."""
         if len(frame) < _HEADER.size:
             self.dropped_malformed += 1
             return
@@ -97,7 +97,7 @@ class ZmqChannel(BaseChannel):
             self.dropped_malformed += 1
             return
         self._peer_tail = released
-        self._staging.reclaim(received)
+        self._send_buffers.reclaim(received)
         if opcode == Opcode.CREDIT:
             return
         window.take()
@@ -109,14 +109,14 @@ class ZmqChannel(BaseChannel):
             self._inbox.append(record)
 
     def end(self, reason: str) -> None:
-        """The peer is no more."""
-        if self.gone is None:
-            self.gone = reason
+        """Record that the peer is gone, with the first ``reason``."""
+        if self.gone_reason is None:
+            self.gone_reason = reason
 
     def _record(
         self, frame: memoryview, sequence: int, request_id: int, budget: int, number: int
-    ) -> Record | None:
-        """The message, if it is what its header says; no payload is believed without."""
+    ) -> ReceivedMessage | None:
+        """Make the message; None if the frame does not match its header or the schema."""
         kind = KINDS.get(number)
         if kind is None or request_id < 0 or budget < 0:
             return None
@@ -124,26 +124,28 @@ class ZmqChannel(BaseChannel):
             schema = self.recv_schema.cut(len(frame) - PAYLOAD_OFFSET)
             if schema is None:
                 return None
-            views = Views(schema, *_aligned(frame))
+            views = SlotViews(schema, *_aligned(frame))
             if (
                 schema.tail is not None
                 and views.arrays[schema.tail + USED] != (schema.specs[schema.tail].shape[0])
             ):
                 return None
-            return Record(kind, request_id, budget, sequence, views, b"")
+            return ReceivedMessage(kind, request_id, budget, sequence, views, b"")
         if len(frame) > _HEADER.size + MAX_BODY_BYTES:
             return None
-        return Record(kind, request_id, budget, sequence, None, bytes(frame[_HEADER.size :]))
+        return ReceivedMessage(
+            kind, request_id, budget, sequence, None, bytes(frame[_HEADER.size :])
+        )
 
     def _claim(self) -> dict[str, NDArray[Any]] | None:
-        return self._staging.claim().arrays if self._free() else None
+        return self._send_buffers.claim().arrays if self._free() else None
 
     def _publish(self, kind: Kind, request_id: int, budget_ns: int, body: bytes | None) -> bool:
         if not self._free():
             return False
         frame: Any
         if body is None:
-            buffer = self._staging.claim()
+            buffer = self._send_buffers.claim()
             frame = buffer.frame
             if self.send_schema.tail is not None:
                 frame = frame[: PAYLOAD_OFFSET + self.send_schema.length(buffer.arrays)]
@@ -153,60 +155,60 @@ class ZmqChannel(BaseChannel):
             self._write_header(frame, Opcode.MESSAGE, request_id, budget_ns, kind)
             frame += body
         try:
-            if not self._carrier.send(frame):
+            if not self._connection.send(frame):
                 return False
         except PeerGone as error:
             self.end(str(error))
             raise
         if body is None:
-            self._staging.sent(self._head)
+            self._send_buffers.sent(self._head)
         self._head += 1
-        self._told = self._window.tail
+        self._released_sent = self._window.tail
         return True
 
-    def _take(self) -> Record | None:
+    def _take(self) -> ReceivedMessage | None:
         self._give_credit()
-        if not self._inbox and self.gone is None:
+        if not self._inbox and self.gone_reason is None:
             self._pump(0.0)
-            self._looked = True
+            self._pumped = True
         return self._inbox.popleft() if self._inbox else None
 
     def _release(self, sequence: int) -> None:
         if self._closed is None and self._window.release(sequence):
             self._give_credit()
 
-    def _look_for_peer(self) -> None:
-        """Not again right after ``_take`` did: the socket's thread waits for this processor."""
-        if not self._looked:
+    def _check_peer(self) -> None:
+        """Pump, unless ``_take`` just did: a second time would only delay ZMQ's own thread."""
+        if not self._pumped:
             self._pump(0.0)
-        self._looked = False
+        self._pumped = False
 
     def _wait(self, timeout_s: float) -> None:
         self._pump(timeout_s)
 
     def _close(self, reason: str) -> None:
         self._inbox.clear()
-        self._carrier.close(reason)
+        self._connection.close(reason)
 
     def _free(self) -> bool:
-        if self._head - self._peer_tail >= SLOTS and self.gone is None:
+        if self._head - self._peer_tail >= SLOTS and self.gone_reason is None:
             self._pump(0.0)
         return self._head - self._peer_tail < SLOTS
 
     def _pump(self, timeout_s: float) -> None:
-        gone = self._carrier.pump(timeout_s)
+        gone = self._connection.pump(timeout_s)
         if gone is not None:
             self.end(gone)
 
     def _give_credit(self) -> None:
-        """Say what was released, once it is worth a message of its own."""
-        if self._window.tail - self._told < SLOTS // 2 or self.gone is not None:
+        """Send the released count in a CREDIT message, once half of the slots were released."""
+        if self._window.tail - self._released_sent < SLOTS // 2 or self.gone_reason is not None:
             return
         frame = bytearray(_HEADER.size)
         self._write_header(frame, Opcode.CREDIT)
         try:
-            if self._carrier.send(frame):
-                self._told = self._window.tail
+            if self._connection.send(frame):
+                self._released_sent = self._window.tail
         except PeerGone as error:
             self.end(str(error))
 
@@ -230,10 +232,10 @@ class ZmqChannel(BaseChannel):
 
 
 def _aligned(frame: memoryview) -> tuple[Any, int]:
-    """The payload's memory and its offset there; a copy where ZMQ put a small frame at an odd
+    """The payload's memory and its offset there; a copy if ZMQ put a small frame at an unaligned
     address."""
     short = len(frame) < PAYLOAD_OFFSET + np.dtype(np.int64).itemsize
     if not short and np.frombuffer(frame, np.int64, 1, PAYLOAD_OFFSET).flags.aligned:
         return frame, PAYLOAD_OFFSET
-    # One byte at least: numpy makes no array of none, and a schema may have no arrays.
+    # At least one byte: a schema may have no arrays, and numpy accepts no empty buffer.
     return bytes(frame[PAYLOAD_OFFSET:]) or b"\0", 0

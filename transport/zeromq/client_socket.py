@@ -1,4 +1,4 @@
-"""A client's one ZMQ socket: the control plane, and the data plane where that is ZMQ."""
+"""A client's ZMQ socket: for control messages, and for the session if it runs over ZMQ."""
 
 from __future__ import annotations
 
@@ -28,28 +28,28 @@ from transport.handshake_messages import (
     decode_body,
     decode_prefix,
     encode,
-    string,
+    text_field,
 )
 from transport.schema import MAX_MESSAGE_BYTES
 from transport.zeromq import zmtp_greeting
 from transport.zeromq.curve import ClientKeys
 
-HEARTBEAT_MS = 1000
-SILENCE_MS = 5000
-"""A peer whose network is silent for this long is gone; it need not call anything to stay."""
+HEARTBEAT_INTERVAL_MS = 1000
+HEARTBEAT_TIMEOUT_MS = 5000
+"""After this time without network traffic the peer is gone. ZMQ's own threads send heartbeats."""
 LINGER_MS = 200
-"""How long a goodbye may take to leave."""
+"""How long closing may take to send the last message."""
 COPY_BELOW = 65536
-"""Bytes up to which a copy is cheaper than having ZMQ report that it is done with the original."""
+"""Frames shorter than this are copied. ZMQ's notification that a buffer was sent costs more."""
 HEADER_ROOM = 128
-"""What a message has before its payload, at most."""
-QUEUE = 16
-"""Messages that ZMQ may queue per peer and direction. A session that keeps to its slots never has
-more than half of them there; from one that does not, ZMQ stops reading at this many, and TCP makes
-it wait."""
-DESCRIPTORS = 12
-"""As many as a link may need: its socket and monitor, the connection, ZMQ's own threads."""
-# Asked per message; an enum costs more.
+"""Maximum number of bytes before a message's payload."""
+HIGH_WATER_MARK = 16
+"""Messages that ZMQ may queue per peer and direction. A session that respects its slots never has
+more than half of this number queued. From a peer that does not, ZMQ stops reading at this number,
+and TCP makes it wait."""
+NEEDED_DESCRIPTORS = 12
+"""Descriptors that one client may need: socket, monitor, connection and ZMQ's own threads."""
+# Used once per message; an enum costs more.
 _EVENTS, _POLLIN, _DONTWAIT = int(zmq.EVENTS), int(zmq.POLLIN), int(zmq.DONTWAIT)
 _FAILURES = (
     zmq.Event.HANDSHAKE_FAILED_NO_DETAIL
@@ -62,28 +62,29 @@ _MECHANISM_MISMATCH = int(zmq.PROTOCOL_ERROR_ZMTP_MECHANISM_MISMATCH)
 
 
 def configure(socket: zmq.Socket[bytes]) -> None:
-    """What both ends of every connection set, before they bind or connect."""
-    socket.set(zmq.HEARTBEAT_IVL, HEARTBEAT_MS)
-    socket.set(zmq.HEARTBEAT_TIMEOUT, SILENCE_MS)
-    socket.set(zmq.HEARTBEAT_TTL, SILENCE_MS)
+    """Set the options that both ends share, before ``bind`` or ``connect``."""
+    socket.set(zmq.HEARTBEAT_IVL, HEARTBEAT_INTERVAL_MS)
+    socket.set(zmq.HEARTBEAT_TIMEOUT, HEARTBEAT_TIMEOUT_MS)
+    socket.set(zmq.HEARTBEAT_TTL, HEARTBEAT_TIMEOUT_MS)
     socket.set(zmq.MAXMSGSIZE, MAX_MESSAGE_BYTES + HEADER_ROOM)
     socket.set(zmq.LINGER, LINGER_MS)
-    socket.set(zmq.SNDHWM, QUEUE)
-    socket.set(zmq.RCVHWM, QUEUE)
+    socket.set(zmq.SNDHWM, HIGH_WATER_MARK)
+    socket.set(zmq.RCVHWM, HIGH_WATER_MARK)
 
 
 def has_input(socket: zmq.Socket[bytes]) -> bool:
-    """Whether a message can be received at once. Cheaper than the exception that says it cannot."""
+    """Whether a message can be received at once. Cheaper than ``recv`` and its exception."""
     return bool(int(socket.get(_EVENTS)) & _POLLIN)
 
 
-def alarm(socket: zmq.Socket[bytes]) -> select.poll:
-    """A poll of ``socket``'s descriptor, for one that is seldom spoken to: a third of the cost of
-    ``has_input``, which need only be asked, until it says no, when this is readable.
+def make_fd_poll(socket: zmq.Socket[bytes]) -> select.poll:
+    """Make a poll of ``socket``'s descriptor, for a socket that seldom receives.
 
-    Holds only for a socket that nothing is sent on: sending takes in the descriptor's signal.
+    It costs a third of ``has_input``, which must be called only when the poll is readable, and then
+    until it returns False. Use it only for a socket that never sends: sending clears the
+    descriptor's signal.
     """
-    # Whoever has never looked is not signalled either.
+    # The descriptor signals only after the events were read once.
     has_input(socket)
     poll = select.poll()
     poll.register(int(socket.get(zmq.FD)), select.POLLIN)
@@ -91,10 +92,12 @@ def alarm(socket: zmq.Socket[bytes]) -> select.poll:
 
 
 class ClientSocket:
-    """A DEALER connected to ``endpoint``, with its own context.
+    """A DEALER socket connected to ``endpoint``, with its own context.
+
+    It is the ``FrameConnection`` of a session after ``attach_session``.
 
     Attributes:
-        address: As a person would write it, for messages.
+        address: The server's address as the user gave it, for messages.
     """
 
     def __init__(
@@ -108,8 +111,8 @@ class ClientSocket:
         self._socket: zmq.Socket[bytes] = self._context.socket(zmq.DEALER)
         self._deliver: Callable[[memoryview], None] | None = None
         self._epoch = NO_EPOCH
-        self._gone: str | None = None
-        self._connected = self._rejected = self._shut = False
+        self._gone_reason: str | None = None
+        self._connected = self._rejected = self._closed = False
         try:
             configure(self._socket)
             self._socket.set(zmq.IPV6, int(ipv6))
@@ -119,13 +122,13 @@ class ClientSocket:
                 zmq.Event.HANDSHAKE_SUCCEEDED | zmq.Event.DISCONNECTED | _FAILURES
             )
             self._socket.connect(endpoint)
-            self._alarm = alarm(self._monitor)
-            self._sleep = select.poll()
+            self._monitor_poll = make_fd_poll(self._monitor)
+            self._sockets_poll = select.poll()
             for socket in (self._monitor, self._socket):
-                self._sleep.register(int(socket.get(zmq.FD)), select.POLLIN)
+                self._sockets_poll.register(int(socket.get(zmq.FD)), select.POLLIN)
         except zmq.ZMQError as error:
             self._context.destroy(linger=0)
-            raise TransportError(f"cannot dial {address}: {error}") from error
+            raise TransportError(f"cannot connect to {address}: {error}") from error
 
     def request(
         self,
@@ -136,23 +139,23 @@ class ClientSocket:
         answer: Opcode,
         timeout_s: float,
     ) -> tuple[bytes, dict[str, Any]]:
-        """Ask, and wait for ``answer``; its epoch and body.
+        """Send a control message and wait for ``answer``; return its epoch and body.
 
         Raises:
-            Refused: As the server says.
-            ProtocolError: The server speaks another version, or nonsense.
-            PeerGone: The server said goodbye instead.
-            TransportTimeout: No answer came.
+            Refused: The server refused, or rejected the key.
+            ProtocolError: The answer has another protocol version, or none.
+            PeerGone: The server ended the session instead.
+            TransportTimeout: No answer arrived within ``timeout_s``.
         """
         deadline = time.monotonic() + timeout_s
-        self.tell(opcode, epoch, body)
+        self.send_control(opcode, epoch, body)
         while True:
             left = deadline - time.monotonic()
             if left <= 0:
-                raise TransportTimeout(self._silence(timeout_s))
+                raise TransportTimeout(self._timeout_message(timeout_s))
             if not has_input(self._socket):
-                self._sleep.poll(math.ceil(left * 1000))
-                self._watch()
+                self._sockets_poll.poll(math.ceil(left * 1000))
+                self._read_monitor()
                 if self._refusal is not None:
                     raise self._refusal
             frames = self._receive()
@@ -161,31 +164,32 @@ class ClientSocket:
             version, number, came_epoch = decode_prefix(frames[0].buffer)
             if version != PROTOCOL_VERSION:
                 raise ProtocolError(
-                    f"{self.address} speaks protocol version {version}, "
-                    f"this client speaks {PROTOCOL_VERSION}: install the same release on both"
+                    f"{self.address} uses protocol version {version}, "
+                    f"this client uses {PROTOCOL_VERSION}: install the same release on both"
                 )
             if number == Opcode.BYE:
-                raise PeerGone(farewell(frames))
+                raise PeerGone(bye_reason(frames))
             if number == Opcode.REFUSED:
-                refusal = decode_body(_second(frames))
-                raise Refused(*(string(refusal, name) for name in ("field", "got", "expected")))
+                refusal = decode_body(_body_frame(frames))
+                raise Refused(*(text_field(refusal, name) for name in ("field", "got", "expected")))
             if number == answer and epoch in (NO_EPOCH, came_epoch):
-                return came_epoch, decode_body(_second(frames))
+                return came_epoch, decode_body(_body_frame(frames))
 
-    def tell(self, opcode: Opcode, epoch: bytes, body: Mapping[str, Any]) -> None:
-        """Send without waiting for an answer."""
+    def send_control(self, opcode: Opcode, epoch: bytes, body: Mapping[str, Any]) -> None:
+        """Send a control message without waiting for an answer. Raises ``WouldBlock``."""
         try:
             self._socket.send_multipart(encode(opcode, epoch, body), zmq.DONTWAIT)
         except zmq.Again as error:
-            raise WouldBlock(f"nothing has taken what was sent to {self.address}") from error
+            raise WouldBlock(f"the queue to {self.address} is full") from error
 
-    def carry(self, epoch: bytes, deliver: Callable[[memoryview], None]) -> None:
-        """From now on be the ``Carrier`` of the session ``epoch``."""
+    def attach_session(self, epoch: bytes, deliver: Callable[[memoryview], None]) -> None:
+        """Become the ``FrameConnection`` of session ``epoch``; pass its frames to ``deliver``."""
         self._epoch, self._deliver = epoch, deliver
 
-    # --- Carrier
+    # --- FrameConnection
 
     def send(self, frame: Any) -> bool:
+        """See ``FrameConnection.send``."""
         try:
             self._socket.send(frame, _DONTWAIT, copy=len(frame) < COPY_BELOW)
         except zmq.Again:
@@ -193,37 +197,41 @@ class ClientSocket:
         return True
 
     def pump(self, timeout_s: float) -> str | None:
-        # Asked right before sleeping: what was sent meanwhile may have taken in the descriptor's
-        # signal, and would then leave it silent with a message there.
-        if timeout_s > 0 and self._gone is None and not has_input(self._socket):
-            self._sleep.poll(math.ceil(timeout_s * 1000))
+        """See ``FrameConnection.pump``."""
+        # Checked right before sleeping: sending may have cleared the descriptor's signal although a
+        # message is there.
+        if timeout_s > 0 and self._gone_reason is None and not has_input(self._socket):
+            self._sockets_poll.poll(math.ceil(timeout_s * 1000))
             if self._dispatch():
-                return self._gone  # whoever waited has it; the rest when they look again
+                # The caller has its message; the next call reads further ones.
+                return self._gone_reason
         while has_input(self._socket):
             self._dispatch()
-        if self._alarm.poll(0):
-            self._watch()
-            if self._gone is not None:
-                # The connection broke after its last messages were handed over; those are in time.
+        if self._monitor_poll.poll(0):
+            self._read_monitor()
+            if self._gone_reason is not None:
+                # Messages that arrived before the connection broke are still delivered.
                 while has_input(self._socket):
                     self._dispatch()
-        return self._gone
+        return self._gone_reason
 
     def close(self, reason: str = "") -> None:
-        """Say goodbye, where there is a session, and let go of everything. Idempotent."""
-        if self._shut:
+        """End the session, if there is one, with ``reason``; close the socket. Idempotent."""
+        if self._closed:
             return
-        self._shut = True
-        if self._deliver is not None and self._gone is None:
+        self._closed = True
+        if self._deliver is not None and self._gone_reason is None:
             with contextlib.suppress(TransportError):
-                self.tell(Opcode.BYE, self._epoch, {"reason": reason})
+                self.send_control(Opcode.BYE, self._epoch, {"reason": reason})
         self._socket.disable_monitor()
-        self._context.destroy(linger=LINGER_MS if self._connected and self._gone is None else 0)
+        self._context.destroy(
+            linger=LINGER_MS if self._connected and self._gone_reason is None else 0
+        )
 
     # --- inside
 
     def _receive(self) -> list[zmq.Frame] | None:
-        """All frames of one message, whatever their number; None when nothing was there."""
+        """All frames of the next message; None if there is none."""
         frames: list[zmq.Frame] = []
         try:
             while not frames or frames[-1].more:
@@ -233,7 +241,7 @@ class ClientSocket:
         return frames
 
     def _dispatch(self) -> bool:
-        """Hand on the next message; whether there was one."""
+        """Handle the next message; False if there is none."""
         frames = self._receive()
         if frames is None:
             return False
@@ -243,47 +251,47 @@ class ClientSocket:
         except ProtocolError:
             number, epoch = 0, NO_EPOCH
         if number == Opcode.BYE and epoch == self._epoch:
-            self._gone = self._gone or farewell(frames)
+            self._gone_reason = self._gone_reason or bye_reason(frames)
         elif number != Opcode.PING and self._deliver is not None:
-            # What is of more frames than a message has is let in as none, to be counted.
+            # Too many frames are delivered as an empty frame, which the channel counts.
             self._deliver(head if len(frames) == 1 else head[:0])
         return True
 
-    def _watch(self) -> None:
-        """Read what the monitor saw happen to the connection."""
+    def _read_monitor(self) -> None:
+        """Read the monitor's events about the connection."""
         while has_input(self._monitor):
-            said = recv_monitor_message(self._monitor, zmq.DONTWAIT)
-            event = said["event"]
+            report = recv_monitor_message(self._monitor, zmq.DONTWAIT)
+            event = report["event"]
             if event == zmq.Event.HANDSHAKE_SUCCEEDED:
                 self._connected = True
             elif event == zmq.Event.DISCONNECTED:
-                if self._connected and self._gone is None:
-                    self._gone = f"the connection to {self.address} broke"
+                if self._connected and self._gone_reason is None:
+                    self._gone_reason = f"the connection to {self.address} broke"
             else:
                 self._rejected = True
-                self._refusal = self._refusal or self._key_refused(event, said["value"])
+                self._refusal = self._refusal or self._key_refused(event, report["value"])
 
     def _key_refused(self, event: int, value: int) -> Refused | None:
-        """What a failed handshake says about keys."""
-        wants = f"keys that the server at {self.address} lets in"
+        """The refusal that a failed ZMQ handshake means for the keys, or None."""
+        expected = f"keys that the server at {self.address} lets in"
         if event == zmq.Event.HANDSHAKE_FAILED_AUTH:
-            return Refused("key", "a key that is not on its list", wants)
+            return Refused("key", "a key that is not on its list", expected)
         if value == _MECHANISM_MISMATCH:
             if self._encrypted:
                 return Refused("key", "keys", f"none: the server at {self.address} has none itself")
-            return Refused("key", "none (--server_key, --client_key)", wants)
+            return Refused("key", "none (--server_key, --client_key)", expected)
         if event != zmq.Event.HANDSHAKE_FAILED_NO_DETAIL:
             return None
-        # It hung up before its greeting was read.
-        if not self._encrypted and zmtp_greeting.mechanism(self._endpoint) == "CURVE":
-            return Refused("key", "none (--server_key, --client_key)", wants)
+        # The server hung up before ZMQ read its greeting.
+        if not self._encrypted and zmtp_greeting.read_mechanism(self._endpoint) == "CURVE":
+            return Refused("key", "none (--server_key, --client_key)", expected)
         if self._encrypted:
             either = "another server's key, one not on its list, or keys where it has none itself"
-            return Refused("key", either, wants)
+            return Refused("key", either, expected)
         return None
 
-    def _silence(self, timeout_s: float) -> str:
-        self._watch()
+    def _timeout_message(self, timeout_s: float) -> str:
+        self._read_monitor()
         what = f"nothing answered at {self.address} within {timeout_s:g} s"
         if self._connected:
             return f"{what}: connected, but the server is silent"
@@ -293,33 +301,33 @@ class ClientSocket:
 
 
 def _require_descriptors(address: str) -> None:
-    """ZMQ ends the whole process where it gets no descriptor for its threads: look before.
+    """Check that enough descriptors are free: ZMQ aborts the process if it gets none.
 
     Raises:
-        TransportError: There are not enough left.
+        TransportError: Not enough descriptors are free.
     """
     taken: list[int] = []
     try:
-        for _ in range(DESCRIPTORS):
+        for _ in range(NEEDED_DESCRIPTORS):
             taken.append(os.eventfd(0, os.EFD_CLOEXEC))
     except OSError as error:
         raise TransportError(
-            f"cannot dial {address}: {error.strerror}: got {len(taken)} descriptors, "
-            f"expected {DESCRIPTORS}; close some, or raise the limit (ulimit -n)"
+            f"cannot connect to {address}: {error.strerror}: got {len(taken)} descriptors, "
+            f"expected {NEEDED_DESCRIPTORS}; close some, or raise the limit (ulimit -n)"
         ) from error
     finally:
         for fd in taken:
             os.close(fd)
 
 
-def _second(frames: list[zmq.Frame]) -> bytes:
+def _body_frame(frames: list[zmq.Frame]) -> bytes:
     return frames[1].bytes if len(frames) > 1 else b""
 
 
-def farewell(frames: list[zmq.Frame]) -> str:
-    """What a BYE says, for ``PeerGone``."""
+def bye_reason(frames: list[zmq.Frame]) -> str:
+    """The reason in a BYE message, as text for ``PeerGone``."""
     with contextlib.suppress(ProtocolError):
-        reason = decode_body(_second(frames)).get("reason")
+        reason = decode_body(_body_frame(frames)).get("reason")
         if isinstance(reason, str) and reason:
             return f"the peer closed: {reason}"
     return "the peer closed"

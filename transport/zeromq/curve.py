@@ -1,7 +1,7 @@
-"""Encryption and admission on ZMQ: CURVE (RFC 26), with the public keys that are let in.
+"""Encryption and authentication on ZMQ: CURVE (RFC 26), with a list of admitted public keys.
 
-A server with keys speaks to nobody without: what is not on its list does not get past ZMQ's own
-handshake, so nothing of it is ever parsed here. Certificates are ZMQ's own text files.
+A server with keys rejects every client whose key is not on its list, in ZMQ's own handshake. So no
+message of such a client is parsed here. Certificates are ZMQ's own text files.
 """
 
 from __future__ import annotations
@@ -21,22 +21,22 @@ from zmq.utils import z85
 from transport.errors import TransportError
 
 ENDPOINT = "inproc://zeromq.zap.01"
-"""Where ZMQ asks whether a key may come in (RFC 27)."""
+"""Endpoint at which ZMQ requests the authentication of a key (RFC 27, ZAP)."""
 DOMAIN = b"metronome"
 OPERATORS = "operators"
-"""A folder in the list: whose keys are here may also give orders."""
+"""Folder in the list: clients with a key in it may also send admin commands."""
 MAX_LISTED = 10_000
 _LOG_EVERY_S = 1.0
 _log = logging.getLogger(__name__)
 
 
 class KeyFileError(TransportError):
-    """A key file or list that cannot be used; says which and why."""
+    """A key file or list cannot be used; the message says which and why."""
 
 
 @dataclass(frozen=True, slots=True)
 class ClientKeys:
-    """Whom to trust, and who one is; Z85 text.
+    """The keys of a client, as Z85 text.
 
     Attributes:
         server: The server's public key.
@@ -49,21 +49,21 @@ class ClientKeys:
 
     @classmethod
     def load(cls, server_key: str | Path, client_key: str | Path) -> ClientKeys:
-        """From the server's public file and the client's secret one. Raises ``KeyFileError``."""
+        """Load the server's public file and the client's secret one. Raises ``KeyFileError``."""
         return cls(public_key(server_key), *secret_keys(client_key))
 
     def apply(self, socket: zmq.Socket[bytes]) -> None:
-        """Before it connects."""
+        """Set the keys on ``socket``, before it connects."""
         socket.curve_serverkey = self.server
         socket.curve_publickey, socket.curve_secretkey = self.public, self.secret
 
 
 @dataclass(frozen=True, slots=True)
 class ServerKeys:
-    """A server's own, and the folder with the public keys that it lets in.
+    """A server's own keys, and the folder with the public keys of admitted clients.
 
-    The folder is looked at anew for every connection, and a file read again where it has changed:
-    who is removed stays out from the next one on.
+    The folder is listed again for every connection, and a changed file is read again. So a removed
+    key is rejected from the next connection on.
     """
 
     public: bytes
@@ -75,20 +75,20 @@ class ServerKeys:
 
     @classmethod
     def load(cls, server_key: str | Path, allowed: str | Path) -> ServerKeys:
-        """Raises ``KeyFileError``."""
+        """Load the server's secret file. Raises ``KeyFileError``."""
         folder = Path(allowed)
         if not folder.is_dir():
             raise KeyFileError(f"{folder}: got no folder, expected one with clients' public keys")
         return cls(*secret_keys(server_key), folder)
 
     def apply(self, socket: zmq.Socket[bytes]) -> None:
-        """Before it binds."""
+        """Set the keys on ``socket``, before it binds."""
         socket.curve_server = True
         socket.curve_publickey, socket.curve_secretkey = self.public, self.secret
         socket.zap_domain = DOMAIN
 
-    def name_of(self, key: bytes) -> str | None:
-        """Whose public key (Z85) that is: ``NAME`` or ``operators/NAME``; None if not listed."""
+    def find_name(self, key: bytes) -> str | None:
+        """Name of a public key (Z85): ``NAME`` or ``operators/NAME``; None if it is not listed."""
         for path in self._files():
             if self._key_in(path) == key:
                 name = Path(path).relative_to(self.allowed).with_suffix("").as_posix()
@@ -105,7 +105,7 @@ class ServerKeys:
         return sorted(found)[:MAX_LISTED]
 
     def _key_in(self, path: str) -> bytes | None:
-        """The public key in that file, None where it has none; parsed once for each state of it."""
+        """The public key in a file, or None. The file is parsed again only after it changed."""
         try:
             now = os.stat(path)  # noqa: PTH116
         except OSError:
@@ -117,7 +117,7 @@ class ServerKeys:
         try:
             key: bytes | None = public_key(path)
         except KeyFileError as error:
-            _log.warning("passed over: %s", error)
+            _log.warning("ignored a key file: %s", error)
             key = None
         if len(self._read) >= MAX_LISTED:
             self._read.clear()
@@ -126,17 +126,21 @@ class ServerKeys:
 
 
 def is_operator(user: str) -> bool:
-    """Whether ``user`` (``ServerKeys.name_of``) may give orders."""
+    """Whether ``user`` (``ServerKeys.find_name``) may send admin commands."""
     return user.startswith(f"{OPERATORS}/")
 
 
 def public_key(path: str | Path) -> bytes:
-    """Of a public or secret file. Raises ``KeyFileError``."""
+    """Load the public key of a public or secret file. Raises ``KeyFileError``."""
     return _load(path)[0]
 
 
 def secret_keys(path: str | Path) -> tuple[bytes, bytes]:
-    """(public, secret) of a secret file that nobody else can read. Raises ``KeyFileError``."""
+    """Load (public, secret) of a secret file.
+
+    Raises:
+        KeyFileError: The file cannot be used, or other users can read it.
+    """
     public, secret = _load(path)
     if secret is None:
         raise KeyFileError(f"{path}: got a public key, expected a file with the secret one")
@@ -159,11 +163,11 @@ def _load(path: str | Path) -> tuple[bytes, bytes | None]:
     return public, secret
 
 
-class Gatekeeper:
-    """Answers ZMQ's question, for one context, whether a key may come in.
+class CurveAuthenticator:
+    """Answers the authentication requests (RFC 27, ZAP) of one ZMQ context.
 
     Attributes:
-        fd: Edge-triggered, as ZMQ's are.
+        fd: Descriptor of its socket, edge-triggered as all of ZMQ's.
     """
 
     def __init__(self, context: zmq.Context[zmq.Socket[bytes]], keys: ServerKeys) -> None:
@@ -175,37 +179,38 @@ class Gatekeeper:
 
     @property
     def waiting(self) -> bool:
+        """Whether a request can be answered at once."""
         return bool(int(self._socket.get(zmq.EVENTS)) & zmq.POLLIN)
 
-    def answer(self) -> None:
-        """One question; ``waiting`` says whether there are more."""
+    def answer_request(self) -> None:
+        """Answer one request; ``waiting`` says whether there are more."""
         if not self.waiting:
             return
-        question = self._socket.recv_multipart(zmq.DONTWAIT)
+        request = self._socket.recv_multipart(zmq.DONTWAIT)
         try:
-            answer = self._reply(question)
+            answer = self._reply(request)
         except Exception:
-            # Not let in, and nobody else's trouble.
-            _log.exception("a key could not be looked up")
-            answer = [*[*question, b"", b""][:2], b"500", b"an error of the server's", b"", b""]
+            # This client is rejected; the others are not affected.
+            _log.exception("a key could not be checked")
+            answer = [*[*request, b"", b""][:2], b"500", b"an error of the server's", b"", b""]
         self._socket.send_multipart(answer)
 
-    def _reply(self, question: list[bytes]) -> list[bytes]:
-        version, number, *_ = [*question, b"", b""]
-        if len(question) != 7 or question[5] != b"CURVE" or len(question[6]) != 32:
+    def _reply(self, request: list[bytes]) -> list[bytes]:
+        version, number, *_ = [*request, b"", b""]
+        if len(request) != 7 or request[5] != b"CURVE" or len(request[6]) != 32:
             return [version or b"1.0", number, b"400", b"CURVE only", b"", b""]
-        key = z85.encode(question[6])
-        user = self._keys.name_of(key)
-        address = question[3].decode("utf-8", "replace")
+        key = z85.encode(request[6])
+        user = self._keys.find_name(key)
+        address = request[3].decode("utf-8", "replace")
         if user is None:
-            self.refused(f"{address} with the key {key.decode()}, which is not listed")
+            self.log_refusal(f"{address} with the key {key.decode()}, which is not listed")
             return [version, number, b"400", b"this key is not listed", b"", b""]
-        _log.debug("%s from %s may come in", user, address)
+        _log.debug("admitted %s from %s", user, address)
         return [version, number, b"200", b"", user.encode(), b""]
 
-    def refused(self, who: str) -> None:
-        """Log it, but not for everyone in a flood."""
+    def log_refusal(self, peer: str) -> None:
+        """Log a refused connection, at most once per second."""
         now_s = time.monotonic()
         if now_s >= self._quiet_until_s:
             self._quiet_until_s = now_s + _LOG_EVERY_S
-            _log.warning("refused a connection of %s", who)
+            _log.warning("refused a connection of %s", peer)

@@ -1,4 +1,4 @@
-"""A server's one ZMQ socket, shared by the control plane and every ZMQ session."""
+"""A server's ZMQ socket, shared by control messages and all sessions over ZMQ."""
 
 from __future__ import annotations
 
@@ -10,24 +10,24 @@ from typing import Any
 import zmq
 from zmq.utils.monitor import recv_monitor_message
 
-from transport.address import bare_host, format_address, port_within, resolve
+from transport.address import bare_host, format_address, hint_port_in_ipv6, resolve
 from transport.errors import AddressInUse, PeerGone, TransportError
 from transport.handshake_messages import MAX_CONTROL_BYTES
 from transport.schema import MAX_MESSAGE_BYTES
 from transport.zeromq.client_socket import (
     COPY_BELOW,
     HEADER_ROOM,
+    HEARTBEAT_TIMEOUT_MS,
     LINGER_MS,
-    SILENCE_MS,
-    alarm,
     configure,
     has_input,
+    make_fd_poll,
 )
-from transport.zeromq.curve import Gatekeeper, ServerKeys
+from transport.zeromq.curve import CurveAuthenticator, ServerKeys
 
 _DONTWAIT, _MORE = int(zmq.DONTWAIT), int(zmq.DONTWAIT | zmq.SNDMORE)  # an enum costs more
 MAX_FRAMES = 2
-"""Frames of a message beyond the identity; what has more is nobody's."""
+"""Frames of a message without the identity; messages with more are invalid."""
 _FAILURES = (
     zmq.Event.HANDSHAKE_FAILED_NO_DETAIL
     | zmq.Event.HANDSHAKE_FAILED_PROTOCOL
@@ -36,12 +36,12 @@ _FAILURES = (
 
 
 class ServerSocket:
-    """A bound ROUTER.
+    """A bound ROUTER socket.
 
     Attributes:
-        host, port: Where it is bound; the port is real where 0 was asked for.
-        gatekeeper: Who lets keys in; None without encryption.
-        fd, monitor_fd: Edge-triggered, as ZMQ's are: look at ``waiting`` before sleeping on them.
+        host, port: Where it is bound; the actual port if 0 was given.
+        authenticator: Checks clients' keys; None without encryption.
+        fd, monitor_fd: Edge-triggered, as all of ZMQ's: check ``waiting`` before sleeping on them.
     """
 
     def __init__(
@@ -51,21 +51,21 @@ class ServerSocket:
         curve: ServerKeys | None = None,
         max_message_bytes: int = MAX_MESSAGE_BYTES,
     ) -> None:
-        """Raises ``AddressInUse``; ``TransportError`` for an address that cannot be had."""
+        """Bind. Raises ``AddressInUse``, or ``TransportError`` for an unusable address."""
         self.host = host = bare_host(host)
         numeric, ipv6 = resolve(host, port, listening=True)
         self._context = zmq.Context()
         try:
             self._socket: zmq.Socket[bytes] = self._context.socket(zmq.ROUTER)
             configure(self._socket)
-            self.gatekeeper = None if curve is None else Gatekeeper(self._context, curve)
+            self.authenticator = None if curve is None else CurveAuthenticator(self._context, curve)
             if curve is not None:
                 curve.apply(self._socket)
-            # Whoever announces more is hung up on before any of it is kept.
+            # ZMQ disconnects a peer that announces a longer message, before it receives it.
             most = max(max_message_bytes, MAX_CONTROL_BYTES)
             self._socket.set(zmq.MAXMSGSIZE, min(most, MAX_MESSAGE_BYTES) + HEADER_ROOM)
             self._socket.set(zmq.ROUTER_MANDATORY, 1)
-            self._socket.set(zmq.HANDSHAKE_IVL, SILENCE_MS)
+            self._socket.set(zmq.HANDSHAKE_IVL, HEARTBEAT_TIMEOUT_MS)
             self._socket.set(zmq.IPV6, int(ipv6))
             self._monitor: zmq.Socket[bytes] = self._socket.get_monitor_socket(
                 zmq.Event.DISCONNECTED | _FAILURES
@@ -81,22 +81,25 @@ class ServerSocket:
                 ) from error
             raise TransportError(
                 f"cannot listen at {format_address(host, port)}: {error.strerror}"
-                f"{port_within(host)}"
+                f"{hint_port_in_ipv6(host)}"
             ) from error
         endpoint = self._socket.getsockopt_string(zmq.LAST_ENDPOINT)
         self.port = int(endpoint.rstrip("\0").rpartition(":")[2])
         self.fd = int(self._socket.get(zmq.FD))
         self.monitor_fd = int(self._monitor.get(zmq.FD))
-        self._alarm = alarm(self._monitor)
+        self._monitor_poll = make_fd_poll(self._monitor)
 
     @property
     def waiting(self) -> bool:
-        """Whether ``receive`` or ``observe`` has something."""
-        asked = self.gatekeeper is not None and self.gatekeeper.waiting
-        return asked or has_input(self._socket) or bool(self._alarm.poll(0))
+        """Whether ``receive``, ``observe`` or the authenticator has work."""
+        asked = self.authenticator is not None and self.authenticator.waiting
+        return asked or has_input(self._socket) or bool(self._monitor_poll.poll(0))
 
     def receive(self) -> tuple[bytes, list[zmq.Frame]] | None:
-        """Identity and frames of the next message; no frames if it has too many. Never blocks."""
+        """Return identity and frames of the next message, or None. Never blocks.
+
+        A message with too many frames is returned without frames.
+        """
         if not has_input(self._socket):
             return None
         try:
@@ -114,7 +117,7 @@ class ServerSocket:
         return identity.bytes, [] if surplus else frames
 
     def send(self, identity: bytes, frames: Sequence[Any]) -> bool:
-        """Queue for one peer, large frames without a copy; False when its queue is full.
+        """Queue a message for one peer, large frames without a copy; False if its queue is full.
 
         Raises:
             PeerGone: No connection has this identity.
@@ -131,13 +134,13 @@ class ServerSocket:
         return True
 
     def wait(self, timeout_s: float) -> None:
-        """Until something can be received, at most so long."""
+        """Wait until a message can be received, at most ``timeout_s``."""
         self._socket.poll(math.ceil(timeout_s * 1000))
 
     def observe(self) -> tuple[int, int]:
-        """(connections lost, connections that never spoke ZMQ) since the last call."""
+        """Return (lost connections, failed ZMQ handshakes) since the last call."""
         lost = noise = 0
-        if not self._alarm.poll(0):
+        if not self._monitor_poll.poll(0):
             return 0, 0
         while has_input(self._monitor):
             event = recv_monitor_message(self._monitor, zmq.DONTWAIT)["event"]
@@ -145,11 +148,13 @@ class ServerSocket:
                 lost += 1
             else:
                 noise += 1
-                if self.gatekeeper is not None:
-                    self.gatekeeper.refused("somebody without keys, or with another server's")
+                if self.authenticator is not None:
+                    self.authenticator.log_refusal(
+                        "a client without keys, or with another server's key"
+                    )
         return lost, noise
 
     def close(self) -> None:
-        """Send what is queued, for a bounded time, and let go."""
+        """Close after sending queued messages for a bounded time."""
         self._socket.disable_monitor()
         self._context.destroy(linger=LINGER_MS)
