@@ -1,4 +1,4 @@
-"""Targets that are one side of a session: the peer sends, or writes into memory, what it likes."""
+"""Targets that are one side of a session whose peer sends or writes arbitrary data."""
 
 from __future__ import annotations
 
@@ -40,8 +40,8 @@ PAIRS = (
 """What one side sends, and what it receives."""
 
 
-class Wire:
-    """A ``FrameConnection`` to nobody, whose queue may be full and whose peer may go."""
+class ScriptedConnection:
+    """A ``FrameConnection`` without a peer; its queue may be full and it may be broken."""
 
     def __init__(self) -> None:
         self.sent, self.full = 0, False
@@ -60,7 +60,7 @@ class Wire:
 
 
 def check(message: Message, schema: Schema) -> None:
-    """What every message is, whatever was sent."""
+    """Check the guarantees of every received message."""
     reached[message.kind.name] += 1
     assert message.kind in Kind and message.request_id >= 0 and message.budget_ns >= 0
     assert len(message.body) <= MAX_BODY_BYTES
@@ -92,8 +92,8 @@ def session(data: bytes) -> None:
     """Frames that reach one side of a session over ZMQ."""
     feed = Feed(data)
     send, recv = PAIRS[feed.byte() % len(PAIRS)]
-    wire = Wire()
-    channel = ZmqChannel(send, recv, samples.EPOCH, wire)
+    connection = ScriptedConnection()
+    channel = ZmqChannel(send, recv, samples.EPOCH, connection)
     held: list[Message] = []
     delivered = credited = 0
     for _ in range(STEPS):
@@ -110,7 +110,7 @@ def session(data: bytes) -> None:
             assert len(channel._inbox) + len(held) <= SLOTS
             credited += not dropped and frame[6:8] == b"\x0a\0"
         else:
-            _use(feed, step, channel, wire, held)
+            _use(feed, step, channel, connection, held)
         assert len(channel._send_buffers._under_way) <= SLOTS
         assert channel._peer_tail <= channel._head <= channel._peer_tail + SLOTS
     left = len(channel._inbox)
@@ -154,8 +154,8 @@ def _frame(feed: Feed, channel: ZmqChannel, schema: Schema) -> tuple[bytes, bool
     return frame, fine
 
 
-def _use(feed: Feed, step: int, channel: Any, wire: Any, held: list[Message]) -> None:
-    """What whoever has the channel does meanwhile."""
+def _use(feed: Feed, step: int, channel: Any, connection: Any, held: list[Message]) -> None:
+    """One call that the owner of the channel makes."""
     with contextlib.suppress(TransportError):  # WouldBlock and PeerGone, as they say
         if step == 4:
             message = channel.poll()
@@ -172,9 +172,9 @@ def _use(feed: Feed, step: int, channel: Any, wire: Any, held: list[Message]) ->
                 array[...] = 1
                 assert name in channel.send_schema.specs
             loan.publish(feed.byte())
-        elif isinstance(wire, Wire):
-            wire.full = feed.byte() & 3 == 1
-            wire.gone_reason = "gone" if feed.byte() == 255 else None
+        elif isinstance(connection, ScriptedConnection):
+            connection.full = feed.byte() & 3 == 1
+            connection.gone_reason = "gone" if feed.byte() == 255 else None
 
 
 # Shared memory
@@ -233,7 +233,7 @@ class Segments:
 
 @contextlib.contextmanager
 def segments() -> Iterator[Target]:
-    """A ring whose peer writes anything anywhere in its own segment, at any time.
+    """A ring whose peer writes arbitrary data anywhere in its own segment, at any time.
 
     What it may do to us is to be read wrongly, never more: its segment is mapped read-only, as in a
     real session, so that a store of ours there ends the process, and what lies around our own must
@@ -300,7 +300,7 @@ def _publish(feed: Feed, peer: Region, layout: SegmentLayout, length: int) -> No
 
 
 def _overwrite(feed: Feed, peer: Region, layout: SegmentLayout) -> None:
-    """Any word of the first page, most often one that is looked at."""
+    """Overwrite any word of the first page, most often a polled one."""
     where = feed.byte()
     offsets = layout.head_offset, layout.tail_offset, layout.asleep_offset, layout.closed_offset
     offset = offsets[where & 3] if where < 192 else (where * 61 + feed.byte()) * 8 % (PAGE - 8)
@@ -310,7 +310,7 @@ def _overwrite(feed: Feed, peer: Region, layout: SegmentLayout) -> None:
 
 
 def _say(feed: Feed, theirs: socket.socket, channel: ShmChannel) -> None:
-    """A datagram on the side socket, or its end; then a look, and a sleep that must not be one."""
+    """Send a datagram or close the socket; then check the peer, and prepare a wait."""
     kind = feed.byte()
     with contextlib.suppress(OSError, TransportError):
         if kind & 3 == 1:

@@ -45,19 +45,19 @@ GATES = {
 
 @pytest.fixture(autouse=True)
 def _quiet() -> Iterator[None]:
-    """What is refused is logged; a thousand times, to nobody."""
+    """Disable logging: thousands of refusals would be logged."""
     logging.disable(logging.CRITICAL)
     reached.clear()
     yield
     logging.disable(logging.NOTSET)
 
 
-def test_every_target_says_how_deep_it_reaches() -> None:
+def test_every_target_lists_its_gates() -> None:
     assert set(GATES) == set(TARGETS)
 
 
 @pytest.mark.parametrize("name", TARGETS)
-def test_no_input_breaks_a_promise(name: str) -> None:
+def test_no_input_breaks_a_guarantee(name: str) -> None:
     with open_target(name) as target:
         hammer(target, corpus.seeds(name), RUNS, seed=1)
     missed = [gate for gate in GATES[name] if not reached[gate]]
@@ -65,7 +65,7 @@ def test_no_input_breaks_a_promise(name: str) -> None:
 
 
 @pytest.mark.parametrize("name", TARGETS)
-def test_the_seeds_are_what_is_committed(name: str) -> None:
+def test_committed_seeds_match_the_generator(name: str) -> None:
     files = sorted((corpus.FOLDER / name).iterdir())
     assert [file.read_bytes() for file in files] == corpus.seeds(name), (
         "python -m tests.fuzz.corpus"
@@ -95,7 +95,7 @@ target(b"xx")
 """
 
 
-def test_memory_out_of_proportion_is_found() -> None:
+def test_excessive_memory_is_found() -> None:
     """In a new process: in this one other tests may have needed more before, and peaks are kept.
 
     A shell's child: what is started from here directly keeps this process's peak for its own.
@@ -117,14 +117,14 @@ def test_the_same_seed_gives_the_same_inputs() -> None:
     assert runs[0] == runs[1] and len(set(runs[0])) > 40
 
 
-def test_an_input_of_zeros_changes_nothing() -> None:
+def test_input_of_zeros_is_the_valid_message() -> None:
     valid = {"a": [1, "two", None], "b": {"c": 1.5}}
     feed = Feed(b"")
     assert feed.vary(valid) is valid and feed.bytes_near(b"same") == b"same"
     assert json.loads(feed.json(valid)) == valid
 
 
-def test_libfuzzer_finds_it_too_and_keeps_the_input(tmp_path: Path) -> None:
+def test_libfuzzer_finds_the_violation_and_keeps_the_input(tmp_path: Path) -> None:
     pytest.importorskip("atheris")
     results, crashes = tmp_path / "fuzz.json", tmp_path / "crashes"
     command = [sys.executable, "-m", "tests.fuzz", "broken", "--results", str(results)]

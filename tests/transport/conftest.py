@@ -9,7 +9,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-from transport_forks import Nursery, orphans
+from transport_forks import ForkServer, orphans
 
 
 def descriptors() -> dict[str, str]:
@@ -23,11 +23,11 @@ def descriptors() -> dict[str, str]:
 
 
 @pytest.fixture(scope="session")
-def nursery() -> Iterator[Nursery]:
+def fork_server() -> Iterator[ForkServer]:
     """Forks children that run what these modules have."""
-    nursery = Nursery("transport_sides", "transport_streams", "transport_policies")
-    yield nursery
-    nursery.close()
+    fork_server = ForkServer("transport_sides", "transport_streams", "transport_policies")
+    yield fork_server
+    fork_server.close()
 
 
 @pytest.fixture(autouse=True)

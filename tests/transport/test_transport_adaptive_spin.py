@@ -1,4 +1,4 @@
-"""When to watch memory before sleeping."""
+"""When to spin before sleeping."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ def always(_rounds: int) -> bool:
     return True
 
 
-def test_a_spin_in_vain_turns_it_off_until_waits_are_short_again(clock: list[int]) -> None:
+def test_unsuccessful_spin_turns_spinning_off_until_waits_are_short_again(clock: list[int]) -> None:
     spin = AdaptiveSpin()
     assert spin.will_spin and spin.spin(always)
     assert not spin.spin(never)
@@ -44,7 +44,7 @@ def test_a_spin_in_vain_turns_it_off_until_waits_are_short_again(clock: list[int
     assert spin.will_spin
 
 
-def test_what_was_announced_is_watched_for_where_hope_is_off(clock: list[int]) -> None:
+def test_announced_message_is_spun_for_although_spinning_is_off(clock: list[int]) -> None:
     spin = AdaptiveSpin(0)
     assert not spin.spin(always)
     looks = iter([False] * 5 + [True])
@@ -54,13 +54,13 @@ def test_what_was_announced_is_watched_for_where_hope_is_off(clock: list[int]) -
     assert clock[0] - before < 1_200_000, "bounded"
 
 
-def test_who_announced_in_vain_is_not_believed_for_a_while(clock: list[int]) -> None:
+def test_announcement_without_message_makes_the_next_ones_ignored(clock: list[int]) -> None:
     spin = AdaptiveSpin()
     assert not spin.spin_after_signal(never)
     assert [spin.spin_after_signal(always) for _ in range(9)] == [False] * 8 + [True]
 
 
-def test_nobody_watches_on_one_core(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_no_spin_on_one_core(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(os, "cpu_count", lambda: 1)
     spin = AdaptiveSpin()
     assert not spin.will_spin and not spin.spin(always)
@@ -68,6 +68,6 @@ def test_nobody_watches_on_one_core(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @pytest.mark.parametrize("spin_us", [-1, MAX_SPIN_US + 1])
-def test_out_of_range(spin_us: float) -> None:
+def test_limit_out_of_range_is_an_error(spin_us: float) -> None:
     with pytest.raises(ValueError, match=f"got {spin_us}, expected 0 to {MAX_SPIN_US}"):
         AdaptiveSpin(spin_us)

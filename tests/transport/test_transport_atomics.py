@@ -21,7 +21,7 @@ from transport.shm.segment import MappedSegment, create_anonymous
 ARM = "aarch64-unknown-linux-gnu"
 
 
-def test_words_are_read_as_they_were_stored() -> None:
+def test_loads_return_stored_words() -> None:
     words = np.zeros(3, np.int64)
     address = words.ctypes.data + 8
     for value in (0, 1, 2**63 - 1, -1):
@@ -101,7 +101,7 @@ def test_arm_gets_acquiring_loads_and_releasing_stores(function: Any, needs: set
         assert set(need.split("|")) & set(found), f"{need} is not among {found}"
 
 
-def test_a_publisher_on_arm_looks_for_a_sleeper_only_after_its_fence() -> None:
+def test_publisher_on_arm_loads_asleep_flag_after_its_fence() -> None:
     """store head, fence, load asleep: without the fence both sides may miss each other."""
     found = arm_instructions(ring_kernels.publish)
     fence = found.index("dmb")
@@ -124,7 +124,7 @@ def test_only_synchronization_points_order_memory_on_arm() -> None:
 _MARK = re.compile(r"# SYNC POINT: pairs with ([\w.]+)\.(\w+): \w")
 
 
-def test_each_synchronization_point_is_named_by_its_pair() -> None:
+def test_each_sync_point_is_named_by_its_pair() -> None:
     marks = set()
     for path in Path(ring_kernels.__file__).parent.glob("**/*.py"):
         text = path.read_text()

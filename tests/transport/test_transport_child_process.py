@@ -68,7 +68,7 @@ def until_ended(child: ChildProcess) -> list[dict]:
 # Ready or not
 
 
-def test_what_a_child_sends_when_it_is_ready_is_kept(start: Start) -> None:
+def test_ready_event_is_kept(start: Start) -> None:
     child = start(HEAD + 'send_event("ready", pid=os.getpid())\n' + STAY)
     assert child.wait_ready(PATIENCE_S) is child.ready
     assert child.ready == {"event": "ready", "pid": child.pid}
@@ -76,7 +76,7 @@ def test_what_a_child_sends_when_it_is_ready_is_kept(start: Start) -> None:
     assert child.status == "alive"
 
 
-def test_a_failure_is_told_with_its_exceptions_name(start: Start) -> None:
+def test_failure_is_reported_with_its_exceptions_name(start: Start) -> None:
     child = start(HEAD + 'send_event("failed", error="no port", kind="SensorLost")\n')
     with pytest.raises(ChildFailed, match=r"^arm: no port$") as raised:
         child.wait_ready(PATIENCE_S)
@@ -90,16 +90,14 @@ def test_a_failure_is_told_with_its_exceptions_name(start: Start) -> None:
         ("os.kill(os.getpid(), signal.SIGKILL)", "killed by SIGKILL"),
     ],
 )
-def test_an_end_before_it_is_ready_is_told_with_its_status(
-    start: Start, end: str, status: str
-) -> None:
+def test_end_before_ready_is_reported_with_exit_status(start: Start, end: str, status: str) -> None:
     child = start(HEAD + end)
     with pytest.raises(ChildFailed, match=rf"^arm did not start \({status}\)$") as raised:
         child.wait_ready(PATIENCE_S)
     assert raised.value.error == raised.value.kind == ""
 
 
-def test_one_that_takes_too_long_is_told_while_it_is_waited_for(start: Start) -> None:
+def test_slow_start_is_reported_while_waiting(start: Start) -> None:
     child = start(HEAD + STAY)
     told: list[str] = []
     with pytest.raises(ChildFailed, match=r"^arm was not ready within 0.1 s$"):
@@ -111,7 +109,7 @@ def test_one_that_takes_too_long_is_told_while_it_is_waited_for(start: Start) ->
 # What is said between them
 
 
-def test_lines_and_events_go_to_and_fro_and_the_end_is_an_event(
+def test_lines_and_events_are_exchanged_and_the_end_is_an_event(
     start: Start, caplog: pytest.LogCaptureFixture
 ) -> None:
     caplog.set_level(logging.INFO)
@@ -137,7 +135,7 @@ for line in sys.stdin:
     assert caplog.messages.count('arm: ["nor is this"]') == 2
 
 
-def test_one_that_has_ended_is_not_told_anything(start: Start) -> None:
+def test_send_line_to_an_ended_child_does_nothing(start: Start) -> None:
     child = start(HEAD)
     assert until_ended(child) == [{"event": "ended"}]
     child.send_line("go")
@@ -146,7 +144,7 @@ def test_one_that_has_ended_is_not_told_anything(start: Start) -> None:
     assert child.status == "exit status 0"
 
 
-def test_what_it_prints_for_people_is_logged_and_is_in_the_error(
+def test_printed_lines_are_logged_and_in_the_error(
     start: Start, caplog: pytest.LogCaptureFixture
 ) -> None:
     caplog.set_level(logging.INFO)
@@ -163,7 +161,7 @@ sys.exit(2)
     assert "arm: loading" in caplog.messages
 
 
-def test_events_have_a_pipe_of_their_own_where_standard_output_is_for_people(
+def test_events_use_a_separate_pipe_with_events_flag(
     start: Start, caplog: pytest.LogCaptureFixture
 ) -> None:
     caplog.set_level(logging.INFO)
@@ -178,7 +176,7 @@ write_event(int(sys.argv[2]), "ready", address="here")
     assert 'arm: {"event": "failed", "error": "this is for people"}' in caplog.messages
 
 
-def test_an_event_that_nobody_listens_to_is_nobodys_loss(start: Start) -> None:
+def test_send_event_without_reader_does_nothing(start: Start) -> None:
     source, sink = os.pipe()
     os.close(source)
     child_process.write_event(sink, "ready")
@@ -188,14 +186,14 @@ def test_an_event_that_nobody_listens_to_is_nobodys_loss(start: Start) -> None:
 # The end
 
 
-def test_one_that_outlives_hears_no_signals_of_its_parents(start: Start) -> None:
+def test_outliving_child_gets_no_terminal_signals(start: Start) -> None:
     code = 'send_event("ready", group=os.getpgrp())\n' + STAY
     outlives, does_not = start(HEAD + code, outlives=True), start(HEAD + code)
     assert outlives.wait_ready(PATIENCE_S)["group"] == outlives.pid
     assert does_not.wait_ready(PATIENCE_S)["group"] == os.getpgrp()
 
 
-def test_it_ends_when_its_standard_input_does(start: Start) -> None:
+def test_child_ends_with_its_standard_input(start: Start) -> None:
     child = start(HEAD + 'send_event("ready")\n' + STAY + "sys.exit(5)")
     with child:
         child.wait_ready(PATIENCE_S)
@@ -204,7 +202,7 @@ def test_it_ends_when_its_standard_input_does(start: Start) -> None:
     assert child.pidfd == -1
 
 
-def test_one_that_does_not_is_asked_by_a_signal_first(start: Start) -> None:
+def test_child_that_does_not_end_gets_sigterm_first(start: Start) -> None:
     code = """
 signal.signal(signal.SIGTERM, lambda *_: sys.exit(6))
 send_event("ready")
@@ -217,7 +215,7 @@ threading.Event().wait()
 
 
 @pytest.mark.parametrize("stopped", [False, True])
-def test_one_that_hears_nothing_is_killed_and_that_is_logged(
+def test_child_that_ignores_sigterm_is_killed_and_logged(
     start: Start,
     caplog: pytest.LogCaptureFixture,
     monkeypatch: pytest.MonkeyPatch,
@@ -238,7 +236,7 @@ threading.Event().wait()
     assert caplog.messages == ["arm did not end within 0.1 s: killed"]
 
 
-def test_what_a_child_started_and_left_behind_does_not_hold_its_parent_up(start: Start) -> None:
+def test_leftover_grandchild_does_not_block_close(start: Start) -> None:
     code = """
 left = subprocess.Popen(["sleep", "1000"], pass_fds=[int(sys.argv[2])])
 write_event(int(sys.argv[2]), "ready", left=left.pid)
@@ -255,7 +253,7 @@ write_event(int(sys.argv[2]), "ready", left=left.pid)
 # Code that is not ours
 
 
-def test_what_code_prints_is_not_taken_for_an_answer(isolated: Start, capfd) -> None:
+def test_printed_text_is_not_taken_for_an_event(isolated: Start, capfd) -> None:
     code = """
 print("Welcome to the arm")
 os.system("echo and from a program of its own")
@@ -269,7 +267,7 @@ select.select([isolation.input_fd], [], [])
     assert "Welcome to the arm\nand from a program of its own\n" in capfd.readouterr().err
 
 
-def test_code_that_asks_is_an_error_with_its_question(isolated: Start) -> None:
+def test_code_that_reads_stdin_is_an_error_with_its_question(isolated: Start) -> None:
     code = """
 try:
     input("Press ENTER to calibrate: ")
@@ -288,7 +286,7 @@ send_event("failed", error=isolation.explain(ConnectionError("no port\\n  try an
         isolated(code)
 
 
-def test_code_that_hangs_is_given_up_with_what_it_printed(isolated: Start) -> None:
+def test_hanging_code_is_ended_with_its_printed_text_in_the_error(isolated: Start) -> None:
     code = """
 with isolation.deadline(0.2, "connect()"):
     print("Turn the arm on")
@@ -300,7 +298,7 @@ with isolation.deadline(0.2, "connect()"):
         isolated(code)
 
 
-def test_a_deadline_that_is_kept_ends_nothing(isolated: Start) -> None:
+def test_kept_deadline_does_not_end_the_process(isolated: Start) -> None:
     code = """
 with isolation.deadline(60, "connect()"):
     pass
@@ -309,7 +307,7 @@ send_event("ready", threads=[t.name for t in threading.enumerate()])
     assert isolated(code).ready["threads"] == ["MainThread", "what is printed"]
 
 
-def test_a_deadline_tells_what_to_do_about_it(start: Start) -> None:
+def test_deadline_error_contains_the_hint(start: Start) -> None:
     code = """
 with isolation.deadline(0.2, "it", "check its power"):
     threading.Event().wait()

@@ -1,4 +1,4 @@
-"""CURVE: who is let in, who is not, how soon each learns it, and that nobody else is disturbed."""
+"""CURVE: which keys are admitted, how soon others are refused, and no effect on other sessions."""
 
 from __future__ import annotations
 
@@ -48,7 +48,7 @@ def ring(tmp_path: Path) -> Keyring:
 
 
 @pytest.mark.parametrize("transport", ["shm", "zmq"])
-def test_a_listed_key_comes_in_and_is_known_by_name(ring: Keyring, transport: str) -> None:
+def test_listed_key_is_admitted_and_known_by_name(ring: Keyring, transport: str) -> None:
     with (
         make_listener(curve=ring.server()) as listener,
         Dialer("127.0.0.1", listener.port, timeout_s=5, curve=ring.client("arm-3")) as dialer,
@@ -86,7 +86,7 @@ def _other_server(ring: Keyring) -> ClientKeys | None:
         (_other_server, "another server's key"),
     ],
 )
-def test_others_are_refused_at_once_and_logged_and_nobody_notices(
+def test_other_keys_are_refused_at_once_and_logged_and_sessions_continue(
     ring: Keyring, caplog: pytest.LogCaptureFixture, keys, says: str
 ) -> None:
     caplog.set_level(logging.WARNING)
@@ -119,7 +119,7 @@ def test_keys_for_a_server_that_has_none_are_refused_at_once(ring: Keyring) -> N
         assert time.monotonic() - began < REFUSED_WITHIN_S
 
 
-def test_who_is_removed_from_the_list_stays_out(ring: Keyring) -> None:
+def test_key_removed_from_the_list_is_refused(ring: Keyring) -> None:
     keys = ring.client("arm")
     with make_listener(curve=ring.server()) as listener, pumped(listener):
         with Dialer("127.0.0.1", listener.port, timeout_s=5, curve=keys) as dialer:
@@ -168,7 +168,7 @@ def test_what_crosses_cannot_be_read(ring: Keyring) -> None:
     assert b"serves" not in seen
 
 
-def test_questions_are_answered_with_who_asked(ring: Keyring) -> None:
+def test_admin_command_is_passed_with_its_sender(ring: Keyring) -> None:
     def ask(command, arguments, peer):
         if command != "who":
             raise Refused("command", command, "who")
@@ -186,7 +186,7 @@ def test_questions_are_answered_with_who_asked(ring: Keyring) -> None:
             assert dialer.describe() == {"serves": "tests"}
 
 
-def test_garbage_at_an_encrypted_port_harms_nobody(ring: Keyring) -> None:
+def test_garbage_at_an_encrypted_port_does_not_affect_sessions(ring: Keyring) -> None:
     with make_listener(curve=ring.server()) as listener, pumped(listener):
         for _ in range(20):
             with socket.create_connection(("127.0.0.1", listener.port)) as raw:
@@ -215,7 +215,7 @@ def test_a_key_file_that_cannot_be_used_is_named(ring: Keyring, what: str) -> No
         ClientKeys.load(ring.server_public, path)
 
 
-def test_a_bad_file_in_the_list_is_passed_over(ring: Keyring) -> None:
+def test_bad_file_in_the_list_is_ignored(ring: Keyring) -> None:
     (ring.listed / "aaa.key").write_text("nothing\n")
     (ring.listed / "bbb.key").write_bytes(b"\xff\xfe\x00")
     text = (ring.folder / "server.key").read_text()
@@ -252,8 +252,8 @@ def test_the_command_line(tmp_path: Path, capsys: pytest.CaptureFixture[str]) ->
         assert says in capsys.readouterr().err
 
 
-def test_silence_is_not_taken_for_a_refusal(ring: Keyring) -> None:
-    """Where nobody listens, keys or not, that is what is said."""
+def test_no_answer_is_not_reported_as_a_refusal(ring: Keyring) -> None:
+    """Without a server there is no refusal, with or without keys."""
     with socket.socket() as taken:
         taken.bind(("127.0.0.1", 0))
         port = taken.getsockname()[1]
@@ -264,7 +264,7 @@ def test_silence_is_not_taken_for_a_refusal(ring: Keyring) -> None:
             dialer.describe()
 
 
-def test_a_server_that_hangs_up_first_is_asked_what_it_wants(ring: Keyring) -> None:
+def test_mechanism_is_read_from_a_server_that_hangs_up_first(ring: Keyring) -> None:
     """Which of two ends with different security hangs up first is chance; the reason is not."""
     for curve, wanted in ((None, "NULL"), (ring.server(), "CURVE")):
         with make_listener(curve=curve) as listener, pumped(listener):
@@ -303,7 +303,7 @@ def test_a_file_of_the_list_is_parsed_once_for_each_state(
     assert keys.find_name(zmq.auth.load_certificate(other)[0]) is None
 
 
-def test_a_fault_while_a_key_is_looked_up_lets_nobody_in_and_ends_nothing(
+def test_error_while_checking_a_key_refuses_it_and_server_continues(
     ring: Keyring, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     allowed = ring.client("arm")

@@ -32,23 +32,23 @@ def session_of_each(serving: Peer) -> Iterator[list[Peer]]:
         yield [local, remote]
 
 
-def test_a_client_that_closes_is_said_to_have_closed() -> None:
+def test_closed_client_is_reported_as_closed() -> None:
     with server() as serving, session_of_each(serving) as clients:
         for dialing in clients:
-            dialing.tell("quit")
+            dialing.send_line("quit")
             dialing.expect("closed")
             assert "the client quit" in serving.expect("ended")["reason"]
 
 
 @pytest.mark.parametrize("doomed", [0, 1], ids=TRANSPORTS)
-def test_a_killed_client_is_noticed_and_the_other_goes_on(doomed: int) -> None:
+def test_killed_client_is_detected_and_the_other_continues(doomed: int) -> None:
     with server() as serving, session_of_each(serving) as clients:
         clients[doomed].kill()
         assert "gone" in serving.expect("ended")["reason"]
         assert clients[1 - doomed].ask() == {"event": "answer", "whole": True}
 
 
-def test_a_killed_server_is_noticed() -> None:
+def test_killed_server_is_detected() -> None:
     with server() as serving, session_of_each(serving) as clients:
         serving.kill()
         for dialing in clients:
@@ -64,7 +64,7 @@ def test_all_killed() -> None:
             process.kill()
 
 
-def test_a_server_that_shuts_down_says_so() -> None:
+def test_server_shutdown_is_reported_to_clients() -> None:
     with server() as serving, session_of_each(serving) as clients:
         serving.signal(signal.SIGTERM)
         assert serving.process.wait(20) == 0
@@ -74,18 +74,18 @@ def test_a_server_that_shuts_down_says_so() -> None:
             assert "the server is shutting down (SIGTERM)" in said["text"]
 
 
-def test_stopped_clients_hurt_nobody_and_may_go_on() -> None:
+def test_stopped_clients_do_not_affect_others_and_can_continue() -> None:
     with server() as serving, session_of_each(serving) as clients, client(serving.port) as other:
         other.expect("open")
         for dialing in clients:
-            dialing.tell("send")
+            dialing.send_line("send")
             dialing.expect("sent")
             dialing.signal(signal.SIGSTOP)
         for _ in range(20):
             assert other.ask() == {"event": "answer", "whole": True}
         for dialing in clients:
             dialing.signal(signal.SIGCONT)
-            dialing.tell("quit")
+            dialing.send_line("quit")
             dialing.expect("closed")
 
 
@@ -118,7 +118,7 @@ def test_a_starting_server_leaves_the_names_of_living_ones_alone() -> None:
         link.close()
 
 
-def test_an_offer_that_nobody_takes_up_is_withdrawn() -> None:
+def test_unaccepted_offer_is_withdrawn() -> None:
     with server() as serving:
         link, names = welcomed(serving.port)
         with Dialer("127.0.0.1", serving.port, timeout_s=20.0) as dialer:
@@ -127,7 +127,7 @@ def test_an_offer_that_nobody_takes_up_is_withdrawn() -> None:
         link.close()
 
 
-def test_a_server_that_runs_out_of_descriptors_lives_on_and_recovers() -> None:
+def test_server_without_free_descriptors_survives_and_recovers() -> None:
     """It goes from shared memory to ZMQ to silence, and back when clients leave."""
     limited = ["sh", "-c", 'ulimit -n $0 && exec "$@"', "44"]
     transports = []

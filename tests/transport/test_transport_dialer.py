@@ -1,4 +1,4 @@
-"""Addresses, and what a client is told when it cannot have what it asks for."""
+"""Addresses, and the errors of a client that gets no session."""
 
 from __future__ import annotations
 
@@ -57,7 +57,7 @@ def test_addresses(text: str, host: str, port: int) -> None:
         *("host:65536", "host:-1", "http://host:80", "host:5000/", "[]:5000", "a/b:5"),
     ],
 )
-def test_what_is_not_an_address(text: str) -> None:
+def test_invalid_address_is_an_error(text: str) -> None:
     with pytest.raises(TransportError, match=r"address.*got .*expected"):
         parse_address(text)
 
@@ -101,12 +101,12 @@ def test_a_taken_port_is_named() -> None:
         ({"transports": ("connection pigeon",)}, "transports: got"),
     ],
 )
-def test_where_nobody_can_listen(changes, text: str) -> None:
+def test_listening_at_an_unusable_address_is_an_error(changes, text: str) -> None:
     with pytest.raises(TransportError, match=text):
         make_listener(**changes)
 
 
-def test_nobody_listens() -> None:
+def test_connection_to_a_closed_port_times_out() -> None:
     with socket.socket() as taken:
         taken.bind(("127.0.0.1", 0))
         port = taken.getsockname()[1]
@@ -117,7 +117,7 @@ def test_nobody_listens() -> None:
             dialer.describe()
 
 
-def test_something_else_listens() -> None:
+def test_connection_to_another_program_times_out() -> None:
     with (
         socket.create_server(("127.0.0.1", 0)) as other,
         Dialer("127.0.0.1", other.getsockname()[1], timeout_s=0.3) as dialer,
@@ -163,7 +163,7 @@ def test_a_refusal_says_field_got_and_expected() -> None:
         assert listener.statistics().refused == 1
 
 
-def test_what_is_forced_and_not_offered() -> None:
+def test_requested_transport_that_is_not_offered_is_an_error() -> None:
     with make_listener(transports=("shm",)) as listener, pumped(listener), dial(listener) as dialer:
         with pytest.raises(TransportUnavailable, match=r"'zmq' cannot be had.*shm"):
             dialer.open(OBSERVATION, client="c", transport="zmq")
@@ -220,7 +220,7 @@ def test_an_idle_client_keeps_its_session(monkeypatch: pytest.MonkeyPatch) -> No
             session.channel.recv(PATIENCE_S).release()
 
 
-def test_an_old_epoch_is_dropped_and_counted() -> None:
+def test_message_of_an_old_epoch_is_dropped_and_counted() -> None:
     """What an earlier session left under way does not reach a later one."""
     with make_listener() as listener, Dialer("127.0.0.1", listener.port) as dialer:
         with pumped(listener):
@@ -244,7 +244,7 @@ def test_an_old_epoch_is_dropped_and_counted() -> None:
             assert listener.statistics().dropped_epoch == 1
 
 
-def test_closing_the_listener_tells_clients_that_are_still_shaking_hands() -> None:
+def test_closing_the_listener_ends_pending_handshakes() -> None:
     from transport.handshake_messages import Hello
     from transport.zeromq.client_socket import ClientSocket
 
@@ -279,7 +279,7 @@ def test_a_client_over_zmq_needs_no_compiler() -> None:
     subprocess.run([sys.executable, "-c", code], cwd=ROOT, check=True)
 
 
-def test_another_user_at_the_door_is_sent_away(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_proof_of_another_user_is_rejected(monkeypatch: pytest.MonkeyPatch) -> None:
     """Even one who could map the segments: the credentials of the socket decide."""
     with make_listener() as listener, pumped(listener), dial(listener) as dialer:
         monkeypatch.setattr("transport.server.shm_acceptor.os.geteuid", lambda: 12345)

@@ -92,7 +92,7 @@ def changed(frame: bytearray, **fields: object) -> memoryview:
     ],
     ids=str,
 )
-def test_a_header_that_cannot_be_is_counted_and_dropped(fields: dict[str, object]) -> None:
+def test_impossible_header_is_counted_and_dropped(fields: dict[str, object]) -> None:
     left, right = wired()
     right.deliver(changed(frame_of(left), **fields))
     assert right.poll() is None
@@ -109,14 +109,14 @@ def test_a_frame_of_another_length_is_dropped(cut: int) -> None:
     assert right.statistics().dropped_malformed == 2
 
 
-def test_another_epoch_is_counted_apart() -> None:
+def test_other_epoch_is_counted_separately() -> None:
     left, right = wired()
     right.deliver(changed(frame_of(left), epoch=b"f" * 16))
     assert right.statistics().dropped_epoch == 1
 
 
 @given(st.binary(max_size=300))
-def test_any_bytes_are_survived(noise: bytes) -> None:
+def test_arbitrary_bytes_raise_no_error(noise: bytes) -> None:
     left, right = wired()
     for data in (noise, _HEADER.pack(b"MTRN", 2, Opcode.MESSAGE, EPOCH, *[0] * 6) + noise):
         right.deliver(memoryview(data))
@@ -126,7 +126,7 @@ def test_any_bytes_are_survived(noise: bytes) -> None:
     left.close()
 
 
-def test_a_flood_is_held_to_the_slots() -> None:
+def test_flood_is_limited_to_the_slots() -> None:
     left, right = wired()
     frame = frame_of(left)
     for sequence in range(100):
@@ -186,7 +186,7 @@ def varying(used: int) -> dict[str, np.ndarray]:
     }
 
 
-def test_only_what_is_used_crosses_a_network() -> None:
+def test_only_used_items_are_sent_over_a_network() -> None:
     left, right = wired(VARYING)
     for used in (1, 7, 640, ROOM):
         left.send(varying(used), used)
@@ -198,7 +198,7 @@ def test_only_what_is_used_crosses_a_network() -> None:
 
 
 @pytest.mark.parametrize("used", [0, -1, ROOM + 1, 2**62])
-def test_more_than_there_is_or_nothing_cannot_be_sent(used: int) -> None:
+def test_impossible_used_length_cannot_be_sent(used: int) -> None:
     left, right = wired(VARYING)
     with pytest.raises(SchemaMismatch, match=f"data{USED}: got {used}, expected 1 to {ROOM}"):
         left.send(varying(used), 1)
@@ -208,7 +208,7 @@ def test_more_than_there_is_or_nothing_cannot_be_sent(used: int) -> None:
 
 
 @pytest.mark.parametrize("claimed", [0, -1, 9, 11, 2**62])
-def test_a_length_that_is_not_the_frames_own_is_not_believed(claimed: int) -> None:
+def test_used_length_that_differs_from_the_frame_is_dropped(claimed: int) -> None:
     left, right = wired(VARYING)
     left._connection.peer = None
     left.send(varying(10), 1)
@@ -221,7 +221,7 @@ def test_a_length_that_is_not_the_frames_own_is_not_believed(claimed: int) -> No
 
 
 @pytest.mark.parametrize("transport", ["shm", "zmq"])
-def test_both_transports_carry_it(transport: str) -> None:
+def test_both_transports_carry_a_variable_length(transport: str) -> None:
     with ExitStack() as stack:
         listener = stack.enter_context(make_listener())
         dialer = stack.enter_context(Dialer("127.0.0.1", listener.port, timeout_s=PATIENCE_S))
@@ -245,7 +245,7 @@ def test_both_transports_carry_it(transport: str) -> None:
         (ArraySpec("data" + USED, "int64", ()),),
     ],
 )
-def test_a_schema_that_counts_what_is_not_its_end_is_refused(specs) -> None:
+def test_schema_with_used_length_of_another_array_is_refused(specs) -> None:
     with pytest.raises(SchemaMismatch, match="a used length"):
         Schema(specs)
 

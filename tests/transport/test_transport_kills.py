@@ -2,7 +2,7 @@
 
 Production code has no hook for it: a victim traces itself, and kills itself at a line. After each
 death: no name is left in /dev/shm that the next server's start does not remove (after the
-handshake: none at all), whoever survives says so before its deadline, and a new session works.
+handshake: none at all), the survivor reports it before its deadline, and a new session works.
 """
 
 from __future__ import annotations
@@ -19,14 +19,14 @@ from typing import Any
 
 import numpy as np
 import pytest
-from transport_forks import LONG, Forked, Nursery, isolated_if_possible, orphans
+from transport_forks import LONG, ForkedChild, ForkServer, isolated_if_possible, orphans
 
 from transport.shm.segment import FOLDER, PREFIX
 
 TIMES = 50 if LONG else 1
 TIMEOUT_S = 1.0
 SLACK_S = 1.0
-"""For a machine that is busy with something else; what is measured is in the log."""
+"""Tolerance for a busy machine; the log has the measured times."""
 ERRORS = ("PeerGone", "TransportTimeout", "TransportUnavailable")
 _log = logging.getLogger(__name__)
 pytestmark = pytest.mark.timeout(1800 if LONG else 120)
@@ -95,12 +95,12 @@ SERVER_DATA = [
 
 
 @pytest.fixture(scope="module")
-def nursery() -> Iterator[Nursery]:
+def fork_server() -> Iterator[ForkServer]:
     """With a /dev/shm of its own, where that can be had: a test that runs beside this one would
     see the names of its dead before the next server removes them."""
-    nursery = Nursery("transport_sides", prefix=isolated_if_possible("64m"))
-    yield nursery
-    nursery.close()
+    fork_server = ForkServer("transport_sides", prefix=isolated_if_possible("64m"))
+    yield fork_server
+    fork_server.close()
 
 
 @pytest.fixture(scope="module")
@@ -129,7 +129,7 @@ def names_of(pid: int) -> list[str]:
     return found
 
 
-def die(victim: Forked) -> int:
+def die(victim: ForkedChild) -> int:
     """Wait until it has; when, on the monotonic clock."""
     while (said := victim.next())["event"] != "dying":
         assert said["event"] in ("open", "answered"), f"it never came to that line: {said}"
@@ -137,10 +137,10 @@ def die(victim: Forked) -> int:
     return int(said["at_ns"])
 
 
-def again(port: int, nursery: Nursery) -> None:
+def again(port: int, fork_server: ForkServer) -> None:
     """A new client, answered."""
-    with nursery.fork("transport_sides:ask", port=port, timeout_s=20.0, count=3) as client:
-        client.until("answered")
+    with fork_server.fork("transport_sides:ask", port=port, timeout_s=20.0, count=3) as client:
+        client.wait_for("answered")
 
 
 def calls(point: Point) -> Iterator[dict[str, Any]]:
@@ -154,13 +154,13 @@ def calls(point: Point) -> Iterator[dict[str, Any]]:
 
 
 @pytest.mark.parametrize("point", CLIENT_HANDSHAKE + CLIENT_DATA + CLIENT_CLOSE, ids=str)
-def test_a_client_is_killed(point: Point, nursery: Nursery, delays) -> None:
-    with nursery.fork("transport_sides:serve") as server:
+def test_a_client_is_killed(point: Point, fork_server: ForkServer, delays) -> None:
+    with fork_server.fork("transport_sides:serve") as server:
         port = server.expect("listening")["port"]
         for line in calls(point):
             count = 5 if point in CLIENT_CLOSE else 10_000
             what = {"port": port, "timeout_s": TIMEOUT_S, "count": count, "point": line}
-            with nursery.fork("transport_sides:ask", **what) as victim:
+            with fork_server.fork("transport_sides:ask", **what) as victim:
                 died_ns = die(victim)
             if point not in CLIENT_HANDSHAKE:
                 said = server.expect("ended")
@@ -168,21 +168,21 @@ def test_a_client_is_killed(point: Point, nursery: Nursery, delays) -> None:
                     (said["at_ns"] - died_ns) / 1e9
                 )
                 assert not names_of(server.pid)
-            again(port, nursery)
+            again(port, fork_server)
             assert "closed" in server.expect("ended")["reason"]
         server.finish()
-    assert not orphans(nursery.shm)
+    assert not orphans(fork_server.shm)
 
 
 @pytest.mark.parametrize("point", SERVER_HANDSHAKE + SERVER_DATA, ids=str)
-def test_a_server_is_killed(point: Point, nursery: Nursery, delays) -> None:
+def test_a_server_is_killed(point: Point, fork_server: ForkServer, delays) -> None:
     for line in calls(point):
-        with nursery.fork("transport_sides:serve", point=line) as victim:
+        with fork_server.fork("transport_sides:serve", point=line) as victim:
             port = victim.expect("listening")["port"]
             what = {"port": port, "timeout_s": TIMEOUT_S, "count": 10_000}
-            with nursery.fork("transport_sides:ask", **what) as client:
+            with fork_server.fork("transport_sides:ask", **what) as client:
                 died_ns = die(victim)
-                said = client.until("failed")
+                said = client.wait_for("failed")
                 delays.setdefault(f"client, {said['phase']}: death to error", []).append(
                     (said["at_ns"] - died_ns) / 1e9
                 )
@@ -194,23 +194,23 @@ def test_a_server_is_killed(point: Point, nursery: Nursery, delays) -> None:
                     said
                 )
                 if point in SERVER_DATA:
-                    assert (said["phase"], orphans(nursery.shm)) == ("data", set())
-                with nursery.fork("transport_sides:serve") as server:
+                    assert (said["phase"], orphans(fork_server.shm)) == ("data", set())
+                with fork_server.fork("transport_sides:serve") as server:
                     port = server.expect("listening")["port"]
-                    assert not orphans(nursery.shm)
-                    client.tell(port)
-                    client.until("answered")
+                    assert not orphans(fork_server.shm)
+                    client.send_line(port)
+                    client.wait_for("answered")
 
 
 @pytest.mark.parametrize("side", ["client", "server"])
-def test_it_is_killed_anywhere(side: str, nursery: Nursery) -> None:
+def test_process_is_killed_at_a_random_moment(side: str, fork_server: ForkServer) -> None:
     """Compiled code has no lines: the moment is drawn, and the blow comes from outside."""
     generator = random.Random(side)
     for _ in range(TIMES * 10):
-        with nursery.fork("transport_sides:serve") as server:
+        with fork_server.fork("transport_sides:serve") as server:
             port = server.expect("listening")["port"]
             what = {"port": port, "timeout_s": TIMEOUT_S, "count": 10_000_000}
-            with nursery.fork("transport_sides:ask", **what) as client:
+            with fork_server.fork("transport_sides:ask", **what) as client:
                 client.expect("open")
                 moment_ns = time.monotonic_ns() + generator.randrange(5_000_000)
                 while time.monotonic_ns() < moment_ns:
@@ -219,16 +219,16 @@ def test_it_is_killed_anywhere(side: str, nursery: Nursery) -> None:
                 victim.signal(9)
                 assert victim.next()["event"] == "end"
                 said = survivor.expect("ended" if side == "client" else "failed")
-                assert not orphans(nursery.shm)
+                assert not orphans(fork_server.shm)
                 if side == "client":
                     assert not names_of(server.pid)
-                    again(port, nursery)
+                    again(port, fork_server)
                 else:
                     assert said["type"] == "PeerGone"
                     assert said["late_ns"] / 1e9 < SLACK_S
 
 
-def test_a_name_whose_owner_lives_is_no_orphan() -> None:
+def test_name_with_a_living_owner_is_no_orphan() -> None:
     """What the checks above rest on."""
     path = FOLDER / f"{PREFIX}{'0' * 32}"
     with path.open("wb") as file:

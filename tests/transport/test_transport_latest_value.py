@@ -27,7 +27,7 @@ def shared() -> Iterator[Shared]:
     shared.close()
 
 
-def test_the_latest_value_and_only_that(shared: Shared) -> None:
+def test_reader_gets_only_the_latest_value(shared: Shared) -> None:
     writer, reader = shared.latest_writer(), shared.latest_reader()
     assert not reader.refresh()
     assert reader.read() is None
@@ -43,7 +43,7 @@ def test_the_latest_value_and_only_that(shared: Shared) -> None:
         assert sequence == reader.newest == reader.sequence
 
 
-def test_a_copy_that_was_read_stays_as_it_is(shared: Shared) -> None:
+def test_copied_value_does_not_change(shared: Shared) -> None:
     writer, reader = shared.latest_writer(), shared.latest_reader()
     put(writer, 1)
     _, first = reader.read()
@@ -68,7 +68,7 @@ def test_the_nearest_value_of_those_still_there(shared: Shared, published: int) 
     assert reader.nearest("number", 0) is None
     for number in range(1, published + 1):
         put(writer, 10 * number)
-    writer.claim()["number"][...] = 3  # not published: nobody's nearest
+    writer.claim()["number"][...] = 3  # not published, so never the nearest
     oldest = max(1, published - (SLOTS - 2))
     for wanted, expected in (
         (0, oldest),

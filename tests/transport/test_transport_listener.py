@@ -1,4 +1,4 @@
-"""A server's wait for all sessions at once: whom it hands out, and what it owes to whom."""
+"""A server's wait for all sessions: which sessions it returns, and when."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from transport.dialer import Dialer
 from transport.handshake_messages import NO_EPOCH, PROTOCOL_VERSION, Opcode, Peer
 
 
-def test_a_wake_up_is_not_lost_where_the_server_looks_again(
+def test_wake_is_not_lost_between_two_polls(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     """It looks once more whenever some time has passed: here, always."""
@@ -34,7 +34,7 @@ def test_a_wake_up_is_not_lost_where_the_server_looks_again(
         waiting.join()
 
 
-def test_a_session_is_handed_out_when_it_is_opened(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_session_is_returned_when_it_is_opened(monkeypatch: pytest.MonkeyPatch) -> None:
     seen: list[int] = []
     with (
         make_listener() as listener,
@@ -50,13 +50,13 @@ def test_a_session_is_handed_out_when_it_is_opened(monkeypatch: pytest.MonkeyPat
         channel.close()
 
 
-def test_questions_do_not_keep_a_server_from_its_sessions(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_control_messages_do_not_block_sessions(monkeypatch: pytest.MonkeyPatch) -> None:
     """However many have arrived, after some time it looks at everything else again."""
     monkeypatch.setattr(transport.server.listener, "_CONTROL_BUDGET_S", 0.0)
     monkeypatch.setattr(transport.server.listener, "_POLL_EVERY_S", 0.0)
     with make_listener() as listener:
-        question = b"nobody", PROTOCOL_VERSION, int(Opcode.DESCRIBE), NO_EPOCH, b"", Peer()
-        listener._control.extend([question] * 3)
+        message = b"nobody", PROTOCOL_VERSION, int(Opcode.DESCRIBE), NO_EPOCH, b"", Peer()
+        listener._control.extend([message] * 3)
         for left in (2, 1, 0, 0):
             listener.wait(0.0)
             assert len(listener._control) == left

@@ -1,4 +1,4 @@
-"""Whatever arrives at the port, the server lives on, counts it, and says why where it can."""
+"""Invalid input at the port: the server continues, counts it, and answers with a reason."""
 
 from __future__ import annotations
 
@@ -46,7 +46,7 @@ def peer(listener: Listener) -> Iterator[zmq.Socket]:
         yield peer
 
 
-def until(listener: Listener, reached: Callable[[ListenerStatistics], bool]) -> None:
+def wait_for(listener: Listener, reached: Callable[[ListenerStatistics], bool]) -> None:
     """Run the listener until its counts are so; it must still serve then."""
     for _ in range(200):
         if reached(listener.statistics()):
@@ -83,7 +83,7 @@ def test_noise_on_the_port(listener: Listener, noise: bytes) -> None:
                 continue
             except OSError:
                 break
-    until(listener, lambda counts: counts.running == 0)
+    wait_for(listener, lambda counts: counts.running == 0)
 
 
 @pytest.mark.parametrize(
@@ -104,7 +104,7 @@ def test_noise_on_the_port(listener: Listener, noise: bytes) -> None:
 )
 def test_junk_frames_are_counted(listener: Listener, peer: zmq.Socket, frames) -> None:
     peer.send_multipart(frames)
-    until(listener, lambda counts: counts.malformed == 1)
+    wait_for(listener, lambda counts: counts.malformed == 1)
 
 
 @pytest.mark.parametrize(
@@ -128,7 +128,7 @@ def test_junk_frames_are_counted(listener: Listener, peer: zmq.Socket, frames) -
 )
 def test_a_bad_hello_is_refused(listener: Listener, peer: zmq.Socket, body, complaint) -> None:
     peer.send_multipart([PREFIX.pack(MAGIC, PROTOCOL_VERSION, Opcode.HELLO, NO_EPOCH), body])
-    until(listener, lambda counts: counts.malformed == 1)
+    wait_for(listener, lambda counts: counts.malformed == 1)
     head, text = peer.recv_multipart()
     assert PREFIX.unpack(head)[2] == Opcode.REFUSED
     assert complaint in json.loads(text)["got"]
@@ -149,15 +149,17 @@ def test_a_bad_hello_is_refused(listener: Listener, peer: zmq.Socket, body, comp
 def test_a_schema_out_of_bounds_is_refused_by_name(listener, peer, schema) -> None:
     hello = {"client": "c", "transports": ["zmq"], "schema": json.dumps(schema), "attributes": {}}
     peer.send_multipart(encode(Opcode.HELLO, NO_EPOCH, hello))
-    until(listener, lambda counts: counts.refused == 1)
+    wait_for(listener, lambda counts: counts.refused == 1)
     refusal = json.loads(peer.recv_multipart()[1])
     assert refusal.keys() == {"field", "got", "expected"}
     assert listener.statistics().opened == 0
 
 
-def test_another_protocol_version_is_told_both(listener: Listener, peer: zmq.Socket) -> None:
+def test_refusal_of_another_protocol_version_names_both(
+    listener: Listener, peer: zmq.Socket
+) -> None:
     peer.send_multipart([PREFIX.pack(MAGIC, 7, Opcode.HELLO, NO_EPOCH), b"{}"])
-    until(listener, lambda counts: counts.version_mismatches == 1)
+    wait_for(listener, lambda counts: counts.version_mismatches == 1)
     head, text = peer.recv_multipart()
     assert PREFIX.unpack(head)[1] == PROTOCOL_VERSION
     assert json.loads(text) == {
@@ -167,19 +169,19 @@ def test_another_protocol_version_is_told_both(listener: Listener, peer: zmq.Soc
     }
 
 
-def test_a_message_beyond_the_cap_ends_its_sender_only(listener, peer) -> None:
+def test_too_long_message_ends_only_its_sender(listener, peer) -> None:
     peer.send(bytes(MAX_MESSAGE_BYTES + 1))
-    until(listener, lambda counts: counts.running == 0)
+    wait_for(listener, lambda counts: counts.running == 0)
     assert listener.statistics().malformed == 0
 
 
 def test_messages_without_a_session_are_counted(listener: Listener, peer: zmq.Socket) -> None:
     for opcode in (Opcode.MESSAGE, Opcode.CREDIT):
         peer.send_multipart([PREFIX.pack(MAGIC, PROTOCOL_VERSION, opcode, b"e" * 16), b"old"])
-    until(listener, lambda counts: counts.dropped_epoch == 2)
+    wait_for(listener, lambda counts: counts.dropped_epoch == 2)
 
 
-def test_a_confirmation_of_nothing_is_answered(listener: Listener, peer: zmq.Socket) -> None:
+def test_confirmation_without_session_is_answered(listener: Listener, peer: zmq.Socket) -> None:
     peer.send_multipart(encode(Opcode.CONFIRM, b"e" * 16, {"transport": "zmq", "reason": ""}))
     with pumped(listener):
         head, text = peer.recv_multipart()
@@ -187,7 +189,7 @@ def test_a_confirmation_of_nothing_is_answered(listener: Listener, peer: zmq.Soc
     assert json.loads(text)["reason"] == "the handshake took too long"
 
 
-def test_shared_memory_that_was_not_proven_is_not_believed(listener, peer) -> None:
+def test_unproven_shared_memory_is_refused(listener, peer) -> None:
     hello = Hello("liar", OBSERVATION, ("shm", "zmq"))
     peer.send_multipart(encode(Opcode.HELLO, NO_EPOCH, hello.to_body()))
     with pumped(listener):
@@ -198,29 +200,29 @@ def test_shared_memory_that_was_not_proven_is_not_believed(listener, peer) -> No
     assert listener.statistics().opened == 0
 
 
-def test_a_wrong_proof_is_sent_away(listener: Listener, peer: zmq.Socket) -> None:
+def test_wrong_proof_is_rejected(listener: Listener, peer: zmq.Socket) -> None:
     hello = Hello("guesses", OBSERVATION, ("shm", "zmq"))
     peer.send_multipart(encode(Opcode.HELLO, NO_EPOCH, hello.to_body()))
     with pumped(listener):
         head, text = peer.recv_multipart()
-        door = json.loads(text)["shm"]["socket"]
+        socket_name = json.loads(text)["shm"]["socket"]
         for proof in (b"x", PREFIX.unpack(head)[3] + bytes(32), bytes(48), bytes(4096)):
             with socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET) as link:
                 link.settimeout(PATIENCE_S)
-                link.connect(f"\0{door}")
+                link.connect(f"\0{socket_name}")
                 link.send(proof)
                 assert link.recv(256) in (b"not a proof", b"not the segments on offer")
                 assert link.recv(256) == b""
 
 
-def test_a_session_is_not_for_another_connection(listener: Listener, peer: zmq.Socket) -> None:
+def test_session_rejects_another_connection(listener: Listener, peer: zmq.Socket) -> None:
     """Whoever learns an epoch still cannot speak for, or end, the session."""
     with Dialer("127.0.0.1", listener.port, timeout_s=PATIENCE_S) as dialer:
         with pumped(listener):
             channel, _ = dialer.open(OBSERVATION, client="owner", transport="zmq")
         with channel:
             peer.send_multipart(encode(Opcode.BYE, channel._epoch, {"reason": "mischief"}))
-            until(listener, lambda counts: counts.running == 1)
+            wait_for(listener, lambda counts: counts.running == 1)
             (session,) = listener.sessions.values()
             channel.send(observation(1), 1)
             with session.channel.recv(PATIENCE_S) as message:
@@ -228,7 +230,7 @@ def test_a_session_is_not_for_another_connection(listener: Listener, peer: zmq.S
             channel.recv(PATIENCE_S).release()
 
 
-def test_a_fault_in_accept_costs_one_client_only() -> None:
+def test_error_in_accept_affects_one_client_only() -> None:
     def accept(hello: Hello) -> Welcome:
         if hello.client == "unlucky":
             raise KeyError("a bug")

@@ -1,4 +1,4 @@
-"""Where shared memory cannot be had, ZMQ is used, and the reason is said on both sides.
+"""Without shared memory ZMQ is used, and both sides have the reason.
 
 Mount and network namespaces stand in for containers and other hosts; they take root.
 """
@@ -10,7 +10,7 @@ import subprocess
 from collections.abc import Iterator
 
 import pytest
-from transport_forks import Nursery, isolated
+from transport_forks import ForkServer, isolated
 from transport_peers import Peer, client, server
 
 
@@ -63,12 +63,12 @@ def test_a_server_with_a_dev_shm_that_is_too_small() -> None:
 
 def test_one_mebibyte_of_dev_shm_serves_some_from_memory_and_the_others_over_zmq() -> None:
     """Nobody dies of a page that is not there, and what is given back is used again."""
-    nursery = Nursery("transport_sides", prefix=isolated("1m"))
+    fork_server = ForkServer("transport_sides", prefix=isolated("1m"))
     try:
-        with nursery.fork("transport_sides:serve") as serving:
+        with fork_server.fork("transport_sides:serve") as serving:
             port = serving.expect("listening")["port"]
             what = {"port": port, "timeout_s": 20.0}
-            with nursery.fork("transport_sides:open_many", count=20, **what) as many:
+            with fork_server.fork("transport_sides:open_many", count=20, **what) as many:
                 said = many.expect("opened")
                 assert said["failure"] == ""
                 transports = [transport for transport, _ in said["how"]]
@@ -79,16 +79,16 @@ def test_one_mebibyte_of_dev_shm_serves_some_from_memory_and_the_others_over_zmq
                     for transport, reason in said["how"]
                     if transport == "zmq"
                 )
-                many.tell("close")
+                many.send_line("close")
                 many.expect("closed")
             for _ in range(100):
-                with nursery.fork("transport_sides:open_many", count=1, **what) as one:
+                with fork_server.fork("transport_sides:open_many", count=1, **what) as one:
                     (how,) = one.expect("opened")["how"]
                 if how[0] == "shm":
                     break
             assert how[0] == "shm"
     finally:
-        nursery.close()
+        fork_server.close()
 
 
 @pytest.mark.parametrize(
@@ -101,23 +101,23 @@ def test_one_mebibyte_of_dev_shm_serves_some_from_memory_and_the_others_over_zmq
     ids=["read-only", "not-writable", "not-searchable"],
 )
 def test_a_server_that_may_not_use_dev_shm(options: str, uid: int, reason: str) -> None:
-    nursery = Nursery("transport_sides", prefix=isolated(options))
+    fork_server = ForkServer("transport_sides", prefix=isolated(options))
     try:
-        with nursery.fork("transport_sides:serve", uid=uid) as serving:
+        with fork_server.fork("transport_sides:serve", uid=uid) as serving:
             port = serving.expect("listening")["port"]
-            with nursery.fork("transport_sides:open_many", port=port, count=1) as dialing:
+            with fork_server.fork("transport_sides:open_many", port=port, count=1) as dialing:
                 said = dialing.expect("opened")
                 assert said == {"event": "opened", "how": [["zmq", reason]], "failure": ""}
     finally:
-        nursery.close()
+        fork_server.close()
 
 
-def test_a_client_that_runs_out_of_descriptors_hurts_nobody_else(nursery: Nursery) -> None:
+def test_client_without_free_descriptors_does_not_affect_others(fork_server: ForkServer) -> None:
     """It falls back, or is told; never a crash, and the server and others go on."""
-    with nursery.fork("transport_sides:serve") as serving:
+    with fork_server.fork("transport_sides:serve") as serving:
         what = {"port": serving.expect("listening")["port"]}
         for nofile in range(64, 70):
-            with nursery.fork(
+            with fork_server.fork(
                 "transport_sides:open_many", count=100, nofile=nofile, **what
             ) as many:
                 said = many.expect("opened")
@@ -125,9 +125,9 @@ def test_a_client_that_runs_out_of_descriptors_hurts_nobody_else(nursery: Nurser
                 assert transports == sorted(transports)
                 assert "shm" in transports
                 assert "Too many open files" in said["failure"]
-                with nursery.fork("transport_sides:open_many", count=3, **what) as other:
+                with fork_server.fork("transport_sides:open_many", count=3, **what) as other:
                     assert [how for how, _ in other.expect("opened")["how"]] == ["shm"] * 3
-                many.tell("close")
+                many.send_line("close")
                 many.expect("closed")
 
 

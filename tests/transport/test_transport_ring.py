@@ -91,14 +91,14 @@ class RingMachine(RuleBasedStateMachine):
         assert accepted == (self.sent - self.oldest < LAYOUT.slots)
 
     def _sent(self, *message: Any) -> None:
-        """It was published; the bell is needed exactly if the reader fell asleep before."""
+        """It was published; a signal is needed exactly if the reader sleeps."""
         assert self.writer.must_signal_reader == self.asleep
         self.published.append(message)
         self.sent += 1
 
     @rule(scribble=st.integers(0, 255))
     def claim_and_cancel(self, scribble: int) -> None:
-        """What was written into a place that is not published is nobody's."""
+        """Data in an unpublished place is not visible."""
         views = self.writer.claim()
         self._expect_room(views is not None)
         for view in (views or {}).values():
@@ -141,7 +141,7 @@ class RingMachine(RuleBasedStateMachine):
 
     @rule()
     def prepare_to_wait(self) -> None:
-        """Only where nothing is left to take; and who does not sleep asks for no bell."""
+        """Only if no message is left; a reader that does not sleep needs no signal."""
         self.asleep = self.reader.prepare_to_wait()
         assert self.asleep == (not self.published)
 
@@ -190,7 +190,7 @@ def poke(both: Both, offset: int, data: bytes) -> None:
 
 
 @pytest.mark.parametrize("head", [-1, 5, 2**62])
-def test_an_impossible_head_is_not_followed(both: Both, head: int) -> None:
+def test_impossible_head_is_an_error(both: Both, head: int) -> None:
     reader = both.reader()
     poke(both, SegmentLayout.of(SCHEMA).head_offset, struct.pack("<q", head))
     with pytest.raises(ProtocolError, match=f"head: got {head}, expected 0 to 4"):
@@ -198,7 +198,7 @@ def test_an_impossible_head_is_not_followed(both: Both, head: int) -> None:
 
 
 @pytest.mark.parametrize("tail", [-1, 5, 2**62])
-def test_an_impossible_tail_is_not_believed(both: Both, tail: int) -> None:
+def test_impossible_tail_is_an_error(both: Both, tail: int) -> None:
     writer = both.writer()
     for number in range(4):
         assert writer.publish(Kind.RESET, number, 0, b"")
@@ -220,7 +220,7 @@ GOOD = (EPOCH, 0, 7, 0, int(Kind.DATA), SCHEMA.nbytes, 0)
         *((6, -1), (6, 4), (6, 2**40)),
     ],
 )
-def test_a_slot_that_is_not_what_it_should_be_is_dropped(both: Both, position, value) -> None:
+def test_slot_with_invalid_header_is_dropped(both: Both, position, value) -> None:
     writer, reader = both.writer(), both.reader()
     writer.publish(Kind.DATA, 7, 0, None)
     header = [*GOOD]

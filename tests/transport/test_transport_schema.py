@@ -98,7 +98,7 @@ def test_a_schema_out_of_bounds_is_named() -> None:
         Schema((ArraySpec("a", "uint8", (half,)), ArraySpec("b", "uint8", (half,))))
 
 
-def test_an_array_may_be_called_as_if_it_counted_another() -> None:
+def test_array_of_another_dtype_may_have_a_used_suffix() -> None:
     picture = ArraySpec("images/used", "uint8", (4, 4, 3))
     above = ArraySpec("images", "uint8", (4,))
     for specs in ((picture,), (above, picture), (picture, above)):
@@ -159,21 +159,21 @@ def test_a_name_that_would_harm_a_terminal_or_a_log_is_refused(client: str) -> N
 
 
 @pytest.mark.parametrize("name", ["/a\ud800", "/ä"])
-def test_names_of_segments_are_ascii(name: str) -> None:
-    body = ShmOffer(("/a", "/b"), (1, 2), "door").to_body()
+def test_segment_names_must_be_ascii(name: str) -> None:
+    body = ShmOffer(("/a", "/b"), (1, 2), "socket").to_body()
     for changed in ({"names": [name, "/b"]}, {"socket": name}):
         with pytest.raises(ProtocolError, match="offer: got"):
             ShmOffer.from_body({**body, **changed})
 
 
 def test_an_offer_survives_the_wire() -> None:
-    offer = ShmOffer(("/a", "/b"), (1, 2), "door")
+    offer = ShmOffer(("/a", "/b"), (1, 2), "socket")
     _, text = encode(Opcode.WELCOME, NO_EPOCH, offer.to_body())
     assert ShmOffer.from_body(decode_body(text)) == offer
 
 
 @given(st.binary(max_size=64))
-def test_bytes_that_are_no_prefix_are_refused(data: bytes) -> None:
+def test_invalid_prefix_is_refused(data: bytes) -> None:
     with pytest.raises(ProtocolError, match="expected"):
         decode_prefix(b"x" + data)
     with pytest.raises(ProtocolError, match="expected"):

@@ -74,7 +74,7 @@ def test_views_outlive_a_closed_mapping() -> None:
 @pytest.mark.parametrize(
     "name", ["", "/etc", "metronome-" + "0" * 32, "/metronome-" + "g" * 32, "/metronome-/../x"]
 )
-def test_a_name_that_is_not_ours_is_not_opened(name: str) -> None:
+def test_foreign_name_is_not_opened(name: str) -> None:
     with pytest.raises(ProtocolError, match="segment name"):
         Segment.open(name, 4096, writable=False)
 
@@ -122,12 +122,12 @@ def test_a_descriptor_of_another_length_is_not_mapped(nbytes: int) -> None:
         os.close(fd)
 
 
-def test_a_segment_that_is_not_there() -> None:
+def test_missing_segment_is_an_error() -> None:
     with pytest.raises(FileNotFoundError):
         Segment.open("/metronome-" + "0" * 32, 4096, writable=False)
 
 
-def test_no_memory_leaves_nothing_and_says_how_much(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_lack_of_memory_leaves_nothing_and_reports_sizes(monkeypatch: pytest.MonkeyPatch) -> None:
     made: list[int] = []
     reserve = os.posix_fallocate
 
@@ -144,7 +144,7 @@ def test_no_memory_leaves_nothing_and_says_how_much(monkeypatch: pytest.MonkeyPa
     assert set(FOLDER.glob("metronome-*")) <= before
 
 
-def test_a_sweep_takes_what_nobody_holds_and_nothing_else() -> None:
+def test_sweep_removes_only_names_without_an_owner() -> None:
     held = Segment.create(4096)
     dead = FOLDER / ("metronome-" + "d" * 32)
     foreign = [FOLDER / "metronome-notes", FOLDER / ("other-" + "d" * 32)]
@@ -181,7 +181,7 @@ def test_a_sweep_between_creation_and_lock_is_survived(monkeypatch: pytest.Monke
     created.close()
 
 
-def test_a_mapping_is_there_and_locked_where_that_is_allowed() -> None:
+def test_mapping_is_populated_and_locked_where_allowed() -> None:
     """No page of it is missing before the first frame, and none beyond the limit is an error."""
     segment = Segment.create(64 * 4096)
     try:

@@ -58,7 +58,7 @@ class Model(RuleBasedStateMachine):
 TestStaging = Model.TestCase
 
 
-def test_an_exchange_of_one_and_one_stays_in_one_buffer() -> None:
+def test_exchange_of_one_request_and_one_reply_uses_one_buffer() -> None:
     staging = SendBuffers(OBSERVATION, OFFSET)
     first = staging.claim()
     for sequence in range(10):

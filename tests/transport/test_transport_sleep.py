@@ -1,4 +1,4 @@
-"""Nobody sleeps through a message: with nothing watched, every hand-over is a wake-up.
+"""No message is missed while sleeping: without spinning, every message needs a wake-up.
 
 A wake-up that is lost leaves both sides asleep until a time-out of many seconds, which is an
 error here, and counted.
@@ -11,39 +11,39 @@ import threading
 
 import pytest
 from contracts.channel import PATIENCE_S
-from transport_forks import LONG, Nursery
+from transport_forks import LONG, ForkServer
 from transport_rig import connected
 
 from transport.errors import ChannelClosed
 
-HAND_OVERS = 1_000_000 if LONG else 20_000
+MESSAGES = 1_000_000 if LONG else 20_000
 _log = logging.getLogger(__name__)
 pytestmark = pytest.mark.timeout(1800 if LONG else 120)
 
 
 @pytest.mark.parametrize("bursts", [1, 3], ids=["ping-pong", "bursts-and-work"])
-def test_every_hand_over_wakes_the_sleeper(nursery: Nursery, bursts: int) -> None:
-    what = {"count": HAND_OVERS, "bursts": bursts, "seed": 1}
-    with nursery.fork("transport_streams:hand_over", port=0, **what) as server:
+def test_every_message_wakes_a_sleeping_reader(fork_server: ForkServer, bursts: int) -> None:
+    what = {"count": MESSAGES, "bursts": bursts, "seed": 1}
+    with fork_server.fork("transport_streams:exchange_bursts", port=0, **what) as server:
         port = server.expect("listening")["port"]
-        with nursery.fork("transport_streams:hand_over", port=port, **what) as client:
+        with fork_server.fork("transport_streams:exchange_bursts", port=port, **what) as client:
             for side in (client, server):
                 said = side.expect("done", 1800)
                 assert said["timeouts"] == 0
-                assert said["hand_overs"] >= HAND_OVERS
-                assert said["sleeps"] > HAND_OVERS // 100, "hardly anybody slept: nothing was shown"
+                assert said["messages"] >= MESSAGES
+                assert said["sleeps"] > MESSAGES // 100, "hardly anybody slept: nothing was shown"
                 _log.info("%s", said)
 
 
 @pytest.mark.parametrize("spin_us", [0, 100])
-def test_a_listener_sleeps_through_no_session_of_many(nursery: Nursery, spin_us: int) -> None:
+def test_listener_misses_no_message_of_many_sessions(fork_server: ForkServer, spin_us: int) -> None:
     """Two clients at once, four sessions each, of which one and then three are in use."""
-    each = HAND_OVERS // 4
-    with nursery.fork("transport_streams:wait_for_all", spin_us=spin_us) as server:
+    each = MESSAGES // 4
+    with fork_server.fork("transport_streams:wait_for_all", spin_us=spin_us) as server:
         what = {"port": server.expect("listening")["port"], "sessions": 4, "count": each}
         with (
-            nursery.fork("transport_streams:use_some", busy=1, seed=1, **what) as one,
-            nursery.fork("transport_streams:use_some", busy=3, seed=2, **what) as other,
+            fork_server.fork("transport_streams:use_some", busy=1, seed=1, **what) as one,
+            fork_server.fork("transport_streams:use_some", busy=3, seed=2, **what) as other,
         ):
             for client in (one, other):
                 said = client.expect("done", 1800)
@@ -55,7 +55,7 @@ def test_a_listener_sleeps_through_no_session_of_many(nursery: Nursery, spin_us:
             _log.info("%s", said)
 
 
-def test_a_wait_that_another_thread_ends_by_closing_is_an_error_and_no_crash() -> None:
+def test_close_from_another_thread_ends_recv_with_an_error() -> None:
     """Against the rule of one thread; but a lab's clean-up does it."""
     said: list[BaseException] = []
     with connected("shm") as pair:

@@ -1,4 +1,4 @@
-"""The queue of one writer and one reader: every value once and in order, whoever is replaced."""
+"""The queue: every value once and in order, also after a writer or reader was replaced."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ def make_shared() -> Shared:
 
 
 @given(st.lists(st.sampled_from(["put", "take", "new writer", "new reader"]), max_size=60))
-def test_a_queue_is_a_queue_whoever_is_replaced(steps: list[str]) -> None:
+def test_values_arrive_once_and_in_order_after_replacements(steps: list[str]) -> None:
     shared = make_shared()
     writer, reader = shared.queue_writer(), shared.queue_reader()
     model: list[int] = []
@@ -39,7 +39,7 @@ def test_a_queue_is_a_queue_whoever_is_replaced(steps: list[str]) -> None:
     shared.close()
 
 
-def test_a_full_queue_counts_what_it_refused() -> None:
+def test_full_queue_counts_refused_values() -> None:
     shared = make_shared()
     writer, reader = shared.queue_writer(), shared.queue_reader()
     for number in range(COUNT):

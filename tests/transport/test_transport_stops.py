@@ -9,7 +9,7 @@ import signal
 
 import numpy as np
 import pytest
-from transport_forks import LONG, Nursery
+from transport_forks import LONG, ForkServer
 from transport_policies import STOP
 
 from policies.types import ActionChunk, MetaObs
@@ -34,10 +34,10 @@ def value_of(chunk: ActionChunk) -> float:
 
 
 @pytest.mark.parametrize(("transport", "duration_s"), STOPS)
-def test_a_stopped_server_answers_nobody_with_anothers_answer(
-    nursery: Nursery, transport: str, duration_s: float
+def test_stopped_server_sends_no_client_anothers_reply(
+    fork_server: ForkServer, transport: str, duration_s: float
 ) -> None:
-    with nursery.fork("transport_policies:serve_policy", kind="stopping") as server:
+    with fork_server.fork("transport_policies:serve_policy", kind="stopping") as server:
         address = f"127.0.0.1:{server.expect('listening')['port']}"
         with PolicyClient(address, transport=transport, timeout_s=30.0) as client:
             client.infer(observation(0.0))
@@ -54,10 +54,10 @@ def test_a_stopped_server_answers_nobody_with_anothers_answer(
 
 
 @pytest.mark.parametrize("transport", ["shm", "zmq"])
-def test_what_a_stopped_server_owed_the_session_before_is_not_seen(
-    nursery: Nursery, transport: str
+def test_late_replies_of_the_previous_session_are_not_seen(
+    fork_server: ForkServer, transport: str
 ) -> None:
-    with nursery.fork("transport_policies:serve_policy", kind="stopping") as server:
+    with fork_server.fork("transport_policies:serve_policy", kind="stopping") as server:
         address = f"127.0.0.1:{server.expect('listening')['port']}"
         with PolicyClient(address, transport=transport, timeout_s=30.0) as client:
             client.infer(observation(0.0))
@@ -72,16 +72,16 @@ def test_what_a_stopped_server_owed_the_session_before_is_not_seen(
 
 
 @pytest.mark.parametrize(("transport", "duration_s"), STOPS)
-def test_a_stopped_client_takes_no_old_answer_for_a_new_one(
-    nursery: Nursery, transport: str, duration_s: float
+def test_stopped_client_takes_no_old_reply_for_a_new_one(
+    fork_server: ForkServer, transport: str, duration_s: float
 ) -> None:
     """Meanwhile the server serves another, for as long as the stop lasts."""
-    with nursery.fork("transport_policies:serve_policy", kind="stopping") as server:
+    with fork_server.fork("transport_policies:serve_policy", kind="stopping") as server:
         port = server.expect("listening")["port"]
         what = {"port": port, "transport": transport, "rounds": ROUNDS}
         with (
             PolicyClient(f"127.0.0.1:{port}", timeout_s=30.0) as other,
-            nursery.fork("transport_policies:ask_and_stop", **what) as client,
+            fork_server.fork("transport_policies:request_and_stop", **what) as client,
         ):
             other.infer(observation(0.0))
             for number in range(1, ROUNDS + 1):
@@ -107,8 +107,10 @@ def keeping(number: int, keep: int) -> MetaObs:
 
 @pytest.mark.parametrize("transport", ["shm", "zmq"])
 @pytest.mark.parametrize("keep", [1, 2])
-def test_a_policy_may_look_at_the_last_two(nursery: Nursery, transport: str, keep: int) -> None:
-    with nursery.fork("transport_policies:serve_policy", kind="keeping") as server:
+def test_policy_may_keep_the_last_two_observations(
+    fork_server: ForkServer, transport: str, keep: int
+) -> None:
+    with fork_server.fork("transport_policies:serve_policy", kind="keeping") as server:
         address = f"127.0.0.1:{server.expect('listening')['port']}"
         with PolicyClient(address, transport=transport, timeout_s=30.0) as client:
             for number in range(50):
@@ -116,10 +118,10 @@ def test_a_policy_may_look_at_the_last_two(nursery: Nursery, transport: str, kee
 
 
 @pytest.mark.parametrize("transport", ["shm", "zmq"])
-def test_a_policy_that_keeps_more_ends_its_session_and_no_other(
-    nursery: Nursery, transport: str
+def test_policy_that_keeps_more_observations_ends_only_its_session(
+    fork_server: ForkServer, transport: str
 ) -> None:
-    with nursery.fork("transport_policies:serve_policy", kind="keeping") as server:
+    with fork_server.fork("transport_policies:serve_policy", kind="keeping") as server:
         address = f"127.0.0.1:{server.expect('listening')['port']}"
         with (
             PolicyClient(address, transport=transport, timeout_s=30.0) as greedy,

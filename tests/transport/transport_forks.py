@@ -1,8 +1,8 @@
-"""Processes forked from a warm one: there in milliseconds, holding nothing of the test's own.
+"""Test processes forked from a prepared one: they start in milliseconds and inherit no resources.
 
-A ``Nursery`` imports what its children need and then only forks, so that a thousand deaths cost a
-thousand forks and not a thousand imports. Children inherit no socket, no segment and no thread.
-They speak as ``transport_peers`` do: one JSON object per event, one word per line the other way.
+A ``ForkServer`` imports the modules of its children once and then only forks, so that a thousand
+killed children cost no further imports. Children inherit no socket, no segment and no thread. As in
+``transport_peers``, a child writes one JSON object per event and reads one word per line.
 """
 
 from __future__ import annotations
@@ -31,8 +31,8 @@ LONG = os.environ.get("METRONOME_LONG", "") not in ("", "0")
 """Whether to run at full length: ``make soak``."""
 
 
-class Forked:
-    """One child: ``pid``, what it says, and the words it is told."""
+class ForkedChild:
+    """One forked child: its process id, its events, and the lines sent to it."""
 
     def __init__(self, pid: int, stdin: int, stdout: int) -> None:
         self.pid, self._stdin, self._stdout = pid, stdin, stdout
@@ -40,10 +40,10 @@ class Forked:
         self.over = False
 
     def next(self, patience_s: float = PATIENCE_S) -> dict[str, Any]:
-        """The next event; ``{"event": "end"}`` once the process is no more."""
+        """The next event; ``{"event": "end"}`` after the process has ended."""
         while b"\n" not in self._buffer and not self.over:
             readable, _, _ = select.select([self._stdout], [], [], patience_s)
-            assert readable, f"nothing was said in {patience_s} s: it is stuck"
+            assert readable, f"no event within {patience_s} s: it is stuck"
             more = os.read(self._stdout, 65536)
             self.over = not more
             self._buffer += more
@@ -53,18 +53,18 @@ class Forked:
         return dict(json.loads(line))
 
     def expect(self, event: str, patience_s: float = PATIENCE_S) -> dict[str, Any]:
-        """The next event, which must be this one."""
+        """The next event, which must have this name."""
         said = self.next(patience_s)
         assert said["event"] == event, said
         return said
 
-    def until(self, event: str) -> dict[str, Any]:
-        """The first event of this name; those before are passed over."""
+    def wait_for(self, event: str) -> dict[str, Any]:
+        """The first event of this name; earlier ones are dropped."""
         while (said := self.next())["event"] != event:
             assert said["event"] not in ("end", "fault"), said
         return said
 
-    def tell(self, word: object) -> None:
+    def send_line(self, word: object) -> None:
         os.write(self._stdin, f"{word}\n".encode())
 
     def signal(self, number: int) -> None:
@@ -80,7 +80,7 @@ class Forked:
             os.sched_yield()
 
     def finish(self) -> None:
-        """Let go of its stdin, which ends a client; SIGTERM ends a server. Then it must end."""
+        """Close its standard input, which ends a client, and send SIGTERM, which ends a server."""
         if not self.over:
             with contextlib.suppress(ProcessLookupError):
                 self.signal(signal.SIGCONT)
@@ -92,7 +92,7 @@ class Forked:
                 pass
 
     def close(self) -> None:
-        """Whatever it takes. Idempotent."""
+        """Kill it and close its pipes. Idempotent."""
         if not self.over:
             with contextlib.suppress(ProcessLookupError):
                 self.signal(signal.SIGKILL)
@@ -102,12 +102,12 @@ class Forked:
         self._stdin = self._stdout = -1
 
 
-class Nursery:
+class ForkServer:
     """A process that imports ``modules`` and forks.
 
     Args:
-        modules: Imported once; what ``fork`` names is found in them.
-        prefix: A command to run it under, for namespaces and limits.
+        modules: Imported once; they hold the functions that ``fork`` names.
+        prefix: A command that starts the process, for namespaces and limits.
     """
 
     def __init__(self, *modules: str, prefix: Sequence[str] = ()) -> None:
@@ -122,20 +122,20 @@ class Nursery:
             )
         try:
             self._control.settimeout(PATIENCE_S)
-            assert self._control.recv(16) == b"ready", "the nursery did not start"
+            assert self._control.recv(16) == b"ready", "the fork server did not start"
         except BaseException:
             self.close()
             raise
 
     @contextlib.contextmanager
-    def fork(self, role: str, **arguments: Any) -> Iterator[Forked]:
-        """A child that runs ``role`` (``module:function``)."""
+    def fork(self, role: str, **arguments: Any) -> Iterator[ForkedChild]:
+        """Fork a child that runs ``role`` (``module:function``)."""
         child_in, our_out = os.pipe()
         our_in, child_out = os.pipe()
         request = json.dumps({"role": role, "arguments": arguments}).encode()
         try:
             socket.send_fds(self._control, [request], [child_in, child_out])
-            child = Forked(int(self._control.recv(16)), our_out, our_in)
+            child = ForkedChild(int(self._control.recv(16)), our_out, our_in)
         except BaseException:
             os.close(our_out)
             os.close(our_in)
@@ -151,7 +151,7 @@ class Nursery:
 
     @property
     def shm(self) -> Path:
-        """Its /dev/shm, which ``prefix`` may have made another than ours."""
+        """Its /dev/shm, which ``prefix`` may have replaced."""
         return Path(f"/proc/{self._process.pid}/root{FOLDER}")
 
     def close(self) -> None:
@@ -164,7 +164,7 @@ class Nursery:
 
 
 def orphans(folder: Path = FOLDER) -> set[str]:
-    """Names in /dev/shm that nobody alive holds; another run's handshake may be under way."""
+    """Names in /dev/shm that no living process holds; another test run may hold others."""
     found = set()
     for path in folder.glob(f"{PREFIX}*"):
         try:
@@ -176,19 +176,19 @@ def orphans(folder: Path = FOLDER) -> set[str]:
     return found
 
 
-def say(event: str, **what: Any) -> None:
-    """From a child: one event, in one write."""
+def send_event(event: str, **what: Any) -> None:
+    """Send one event from a child, in one write."""
     os.write(1, json.dumps({"event": event, **what}).encode() + b"\n")
 
 
 def isolated(options: str) -> list[str]:
-    """Run what follows with a /dev/shm of its own; a size, then further options of tmpfs."""
+    """A command prefix for a separate /dev/shm. ``options``: size, then other tmpfs options."""
     mount = 'mount -t tmpfs -o size=$0 tmpfs /dev/shm && exec "$@"'
     return ["unshare", "-m", "sh", "-c", mount, options]
 
 
 def isolated_if_possible(size: str) -> list[str]:
-    """As ``isolated``, and nothing where that is not allowed."""
+    """As ``isolated``; empty if that is not allowed."""
     prefix = isolated(size)
     try:
         allowed = subprocess.run([*prefix, "true"], capture_output=True, check=False)
@@ -197,12 +197,12 @@ def isolated_if_possible(size: str) -> list[str]:
     return [] if allowed.returncode else prefix
 
 
-def _be(role: str, arguments: dict[str, Any]) -> None:
+def _run_role(role: str, arguments: dict[str, Any]) -> None:
     module, _, name = role.partition(":")
     try:
         getattr(import_module(module), name)(**arguments)
     except BaseException as error:
-        say("fault", type=type(error).__name__, text=traceback.format_exc()[-3000:])
+        send_event("fault", type=type(error).__name__, text=traceback.format_exc()[-3000:])
 
 
 def main(control_fd: str, *modules: str) -> None:
@@ -210,7 +210,7 @@ def main(control_fd: str, *modules: str) -> None:
     for module in modules:
         import_module(module)
     gc.freeze()
-    signal.signal(signal.SIGCHLD, signal.SIG_IGN)  # the kernel buries them
+    signal.signal(signal.SIGCHLD, signal.SIG_IGN)  # the kernel reaps the children
     control.send(b"ready")
     while True:
         request, fds, _, _ = socket.recv_fds(control, 65536, 2)
@@ -223,7 +223,7 @@ def main(control_fd: str, *modules: str) -> None:
             for number, fd in enumerate(fds):
                 os.dup2(fd, number)
                 os.close(fd)
-            _be(**json.loads(request))
+            _run_role(**json.loads(request))
             os._exit(0)
         for fd in fds:
             os.close(fd)

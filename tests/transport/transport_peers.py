@@ -1,6 +1,6 @@
-"""A server and a client as programs of their own, and how a test talks to them.
+"""A server and a client as separate programs, and the test's interface to them.
 
-Each prints one JSON object per event; the client does what it reads, one word per line.
+Each prints one JSON object per event. The client reads commands, one word per line.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ PATIENCE_S = 60.0
 
 
 class Peer:
-    """A process that says what it does."""
+    """A server or client process and its events."""
 
     def __init__(self, arguments: Sequence[str], prefix: Sequence[str]) -> None:
         command = [*prefix, sys.executable, __file__, *arguments]
@@ -43,41 +43,42 @@ class Peer:
         self._buffer = b""
 
     def expect(self, event: str) -> dict[str, Any]:
-        """The next event, which must be this one."""
+        """The next event, which must have this name."""
         said = self.next()
         assert said["event"] == event, said
         return said
 
     def next(self) -> dict[str, Any]:
+        """The next event."""
         stdout = self.process.stdout
         while b"\n" not in self._buffer:
             readable, _, _ = select.select([stdout], [], [], PATIENCE_S)
-            assert readable, f"nothing was said in {PATIENCE_S} s"
+            assert readable, f"no event within {PATIENCE_S} s"
             more = os.read(stdout.fileno(), 65536)
             assert more, f"it ended with {self.process.wait()}"
             self._buffer += more
         line, _, self._buffer = self._buffer.partition(b"\n")
         return json.loads(line)
 
-    def tell(self, word: str) -> None:
+    def send_line(self, word: str) -> None:
         self.process.stdin.write(f"{word}\n".encode())
         self.process.stdin.flush()
 
     def ask(self) -> dict[str, Any]:
-        """Have a client make one request; what came of it."""
-        self.tell("ask")
+        """Have a client make one request; the resulting event."""
+        self.send_line("ask")
         return self.next()
 
     def signal(self, number: int) -> None:
         self.process.send_signal(number)
 
     def kill(self) -> None:
-        """As the kernel would: no handler, no cleanup."""
+        """Kill it with SIGKILL: no handler, no cleanup."""
         self.process.kill()
         self.process.wait()
 
     def close(self) -> int:
-        """End it if it has not ended; its exit status."""
+        """End it if it has not ended; return its exit status."""
         if self.process.poll() is None:
             self.process.send_signal(signal.SIGCONT)
             self.process.terminate()
@@ -89,7 +90,7 @@ class Peer:
 
 @contextmanager
 def server(*options: str, prefix: Sequence[str] = (), host: str = "127.0.0.1") -> Iterator[Peer]:
-    """A server; ``port`` is its attribute."""
+    """Start a server; its attribute ``port`` is set."""
     peer = Peer(["server", host, *options], prefix)
     try:
         peer.port = peer.expect("listening")["port"]
@@ -107,7 +108,7 @@ def client(
     host: str = "127.0.0.1",
     prefix: Sequence[str] = (),
 ) -> Iterator[Peer]:
-    """A client, of another user where a number is given."""
+    """Start a client, as user id ``user`` if it is not empty."""
     peer = Peer(["client", host, str(port), transport, user], prefix)
     try:
         yield peer
@@ -115,7 +116,7 @@ def client(
         peer.close()
 
 
-def say(event: str, **what: Any) -> None:
+def send_event(event: str, **what: Any) -> None:
     sys.stdout.write(json.dumps({"event": event, **what}) + "\n")
     sys.stdout.flush()
 
@@ -141,25 +142,25 @@ def run_server(host: str, *transports: str) -> None:
         transports=transports or ("shm", "zmq"),
     )
     signal.signal(signal.SIGTERM, stop)
-    say("listening", port=listener.port)
+    send_event("listening", port=listener.port)
     known = set()
     while not stopping:
         for session in listener.wait(None):
             if session.id not in known:
                 known.add(session.id)
                 transport = session.channel.transport
-                say("session", transport=transport, reason=session.transport_reason)
+                send_event("session", transport=transport, reason=session.transport_reason)
             try:
                 while (message := session.channel.poll()) is not None:
                     with message:
                         session.channel.send(answer(message.arrays), message.request_id)
             except PeerGone:
-                say("ended", reason=session.ended)
+                send_event("ended", reason=session.ended)
     listener.close("the server is shutting down (SIGTERM)")
 
 
 def answer(arrays: Any) -> dict[str, Any]:
-    """The sum of every byte, so that a torn frame shows."""
+    """The sum of all bytes, so that a torn frame is detected."""
     total = sum(int(array.view(np.uint8).sum()) for array in arrays.values() if array.ndim)
     stages = np.full(8, total, np.int64)
     return {"actions": np.zeros((10, 14), np.float32), "stages": stages}
@@ -181,9 +182,9 @@ def run_client(host: str, port: str, transport: str, user: str) -> None:
                 os.setuid(int(user))
             channel, _ = dialer.open(OBSERVATION, client="peer", transport=transport)
         except TransportError as error:
-            say("failed", type=type(error).__name__, text=str(error))
+            send_event("failed", type=type(error).__name__, text=str(error))
             return
-    say("open", transport=channel.transport, reason=channel.transport_reason)
+    send_event("open", transport=channel.transport, reason=channel.transport_reason)
     asked = 0
     for line in sys.stdin:
         if line.strip() == "quit":
@@ -193,15 +194,15 @@ def run_client(host: str, port: str, transport: str, user: str) -> None:
             sent = observation(asked)
             channel.send(sent, asked)
             if line.strip() == "send":
-                say("sent")
+                send_event("sent")
                 continue
             with channel.recv(20.0) as message:
                 whole = np.array_equal(message.arrays["stages"], answer(sent)["stages"])
-            say("answer", whole=whole)
+            send_event("answer", whole=whole)
         except TransportError as error:
-            say("failed", type=type(error).__name__, text=str(error))
+            send_event("failed", type=type(error).__name__, text=str(error))
     channel.close("the client quit")
-    say("closed")
+    send_event("closed")
 
 
 if __name__ == "__main__":

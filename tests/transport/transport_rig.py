@@ -1,4 +1,4 @@
-"""A listener with a client's session on it, as the tests of this folder use it."""
+"""A listener and a session on it, for the tests of this folder."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ def make_listener(**changes: Any) -> Listener:
 def pumped(
     listener: Listener, serve: Callable[[ServerSession], None] = lambda session: None
 ) -> Iterator[None]:
-    """Run the listener in a thread; ``serve`` is called with what ``wait`` returns."""
+    """Run the listener in a thread; call ``serve`` with every session that ``wait`` returns."""
     stop = threading.Event()
     faults: list[BaseException] = []
 
@@ -57,7 +57,7 @@ def pumped(
 
 @contextmanager
 def connected(transport: str) -> Iterator[Pair]:
-    """Both ends of a session through a real handshake; the listener is then nobody's."""
+    """Both ends of a session after a real handshake; the listener no longer runs."""
     with ExitStack() as stack:
         listener = stack.enter_context(make_listener())
         dialer = stack.enter_context(Dialer("127.0.0.1", listener.port, timeout_s=PATIENCE_S))

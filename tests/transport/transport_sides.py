@@ -1,4 +1,4 @@
-"""The two sides of a session as children of a ``Nursery``, and how one is killed at a line."""
+"""The two sides of a session, for a ``ForkServer``; either can kill itself at a given line."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from typing import Any
 
 import numpy as np
 from contracts.frames import CHUNK, OBSERVATION, observation
-from transport_forks import say
+from transport_forks import send_event
 
 import transport.shm.channel  # noqa: F401  a client imports both once it has an offer
 from transport.base import BaseChannel
@@ -28,7 +28,7 @@ HOST, PATIENCE_S = "127.0.0.1", 20.0
 
 
 def arm(point: dict[str, Any] | None) -> None:
-    """Have this process kill itself at ``point``.
+    """Make this process kill itself at ``point``.
 
     ``at`` counts the distinct lines of one call of ``function`` in ``module``, from 1; 0 is its
     return. ``call`` says which call of it.
@@ -39,7 +39,7 @@ def arm(point: dict[str, Any] | None) -> None:
     calls = 0
 
     def die() -> None:
-        say("dying", at_ns=time.monotonic_ns())
+        send_event("dying", at_ns=time.monotonic_ns())
         os.kill(os.getpid(), signal.SIGKILL)
 
     def enter(frame: FrameType, _event: str, _argument: Any) -> Any:
@@ -84,7 +84,7 @@ def serve(port: int = 0, point: dict[str, Any] | None = None, uid: int = 0) -> N
         spin_us=0,
     )
     signal.signal(signal.SIGTERM, stop)
-    say("listening", port=listener.port)
+    send_event("listening", port=listener.port)
     arm(point)
     while not stopping:
         for session in listener.wait(None):
@@ -94,9 +94,9 @@ def serve(port: int = 0, point: dict[str, Any] | None = None, uid: int = 0) -> N
                         session.channel.send(answer(message.arrays), message.request_id)
             except PeerGone:
                 if session.ended is not None:  # else it will be handed out once more
-                    say("ended", reason=session.ended, at_ns=time.monotonic_ns())
+                    send_event("ended", reason=session.ended, at_ns=time.monotonic_ns())
     listener.close("the server is shutting down")
-    say("closed")
+    send_event("closed")
 
 
 def answer(arrays: Any) -> dict[str, Any]:
@@ -111,7 +111,7 @@ def ask(
     point: dict[str, Any] | None = None,
     transport: str = "shm",
 ) -> None:
-    """Open a session, ask ``count`` times, close; then thrice at every port it is told."""
+    """Open a session, send ``count`` requests, close; then three requests at each port it reads."""
     arm(point)
     _ask(port, timeout_s, count, transport)
     for line in sys.stdin:
@@ -119,14 +119,14 @@ def ask(
 
 
 def _ask(port: int, timeout_s: float, count: int, transport: str) -> None:
-    """Says ``answered``, or ``failed`` with how late after its deadline (negative: before)."""
+    """Send ``answered``, or ``failed`` with the delay after its deadline (negative: before)."""
     phase, answers = "handshake", 0
-    # Of the handshake, three answers are waited for: to HELLO, to the proof, to CONFIRM.
+    # The handshake waits for three answers: to HELLO, to the proof, to CONFIRM.
     until_ns = time.monotonic_ns() + round(3 * timeout_s * 1e9)
     try:
         with Dialer(HOST, port, timeout_s=timeout_s, spin_us=0) as dialer:
             channel, _ = dialer.open(OBSERVATION, client="asks", transport=transport)
-        say("open", transport=channel.transport, reason=channel.transport_reason)
+        send_event("open", transport=channel.transport, reason=channel.transport_reason)
         phase = "data"
         sent = observation(0)
         with channel:
@@ -137,17 +137,19 @@ def _ask(port: int, timeout_s: float, count: int, transport: str) -> None:
                 with channel.recv(timeout_s) as message:
                     whole = np.array_equal(message.arrays["stages"], answer(sent)["stages"])
                     if message.request_id != answers or not whole:
-                        say("wrong", asked=answers, got=message.request_id)
+                        send_event("wrong", asked=answers, got=message.request_id)
                 answers += 1
-        say("answered", count=answers)
+        send_event("answered", count=answers)
     except TransportError as error:
         now_ns = time.monotonic_ns()
         what = {"type": type(error).__name__, "text": str(error)}
-        say("failed", **what, phase=phase, answers=answers, at_ns=now_ns, late_ns=now_ns - until_ns)
+        send_event(
+            "failed", **what, phase=phase, answers=answers, at_ns=now_ns, late_ns=now_ns - until_ns
+        )
 
 
 def open_many(port: int, count: int, nofile: int = 0, timeout_s: float = 2.0) -> None:
-    """Sessions, each asked once, as many as can be had up to ``count``; then close them all."""
+    """Open up to ``count`` sessions, with one request each; then close them all."""
     if nofile:
         resource.setrlimit(resource.RLIMIT_NOFILE, (nofile, nofile))
     opened: deque[BaseChannel] = deque()
@@ -163,11 +165,11 @@ def open_many(port: int, count: int, nofile: int = 0, timeout_s: float = 2.0) ->
                 channel.send(sent, 1)
                 with channel.recv(PATIENCE_S) as message:
                     if not np.array_equal(message.arrays["stages"], answer(sent)["stages"]):
-                        say("wrong")
+                        send_event("wrong")
     except TransportError as error:
         failure = f"{type(error).__name__}: {error}"
-    say("opened", how=how, failure=failure)
+    send_event("opened", how=how, failure=failure)
     sys.stdin.readline()
     for channel in opened:
         channel.close()
-    say("closed")
+    send_event("closed")

@@ -1,4 +1,4 @@
-"""Long conversations, as children of a ``Nursery``: what is asleep wakes, what is sent is whole."""
+"""Long exchanges, for a ``ForkServer``: sleeping readers wake up and frames arrive whole."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ import zlib
 from typing import Any
 
 import numpy as np
-from transport_forks import say
+from transport_forks import send_event
 from transport_sides import HOST, PATIENCE_S
 
 from transport.base import BaseChannel
@@ -38,7 +38,7 @@ def _served(schema: Schema) -> tuple[Listener, BaseChannel]:
     listener = Listener(
         HOST, 0, describe=dict, accept=lambda hello: Welcome(schema), spin_us=0, transports=["shm"]
     )
-    say("listening", port=listener.port)
+    send_event("listening", port=listener.port)
     return listener, _only_session(listener)
 
 
@@ -48,13 +48,13 @@ def _dialed(port: int, schema: Schema) -> BaseChannel:
 
 
 def work(generator: random.Random) -> None:
-    """Of a random size: from nothing to some tens of microseconds."""
+    """Compute for a random time, up to some tens of microseconds."""
     size = generator.choice((0, 0, 100, 1000, 10_000, 65_536))
     zlib.crc32(MUCH[:size])
 
 
 def sleeps() -> int:
-    """How often this process has let go of its core by itself."""
+    """Number of voluntary context switches of this process."""
     return resource.getrusage(resource.RUSAGE_SELF).ru_nvcsw
 
 
@@ -65,7 +65,7 @@ def _send(channel: BaseChannel, schema: Schema, number: int) -> None:
             break
         except WouldBlock:
             os.sched_yield()
-    # Some with a warning, of these some with time enough to wake up, fall asleep again, or neither.
+    # Some are announced; of these, some leave time to wake up or to sleep again.
     if number % 3:
         loan.announce()
     if number % 7 == 0:
@@ -74,10 +74,11 @@ def _send(channel: BaseChannel, schema: Schema, number: int) -> None:
     loan.publish(number)
 
 
-def hand_over(port: int, count: int, bursts: int, seed: int) -> None:
-    """One end of ``count`` hand-overs; bursts of up to ``bursts``, each answered by one message.
+def exchange_bursts(port: int, count: int, bursts: int, seed: int) -> None:
+    """One end of an exchange of ``count`` messages, in bursts that one message answers.
 
-    Both ends draw the same bursts. A wake-up that is lost leaves both asleep until the time-out.
+    Both ends draw the same bursts of up to ``bursts``. A lost wake-up leaves both asleep until the
+    timeout.
     """
     first = port != 0
     listener, channel = (None, _dialed(port, TINY)) if first else _served(TINY)
@@ -88,7 +89,7 @@ def hand_over(port: int, count: int, bursts: int, seed: int) -> None:
         with channel.recv(PATIENCE_S) as message:
             got = message.request_id, int(message.arrays["number"])
         if got != (number, number):
-            say("wrong", got=got, expected=number)
+            send_event("wrong", got=got, expected=number)
 
     while done < count:
         size = shared.randint(1, bursts)
@@ -104,7 +105,7 @@ def hand_over(port: int, count: int, bursts: int, seed: int) -> None:
             receive(done)
         else:
             _send(channel, TINY, done)
-    say("done", hand_overs=done, timeouts=channel.timeouts, sleeps=sleeps() - before)
+    send_event("done", messages=done, timeouts=channel.timeouts, sleeps=sleeps() - before)
     sys.stdin.read()
     channel.close()
     if listener is not None:
@@ -112,7 +113,7 @@ def hand_over(port: int, count: int, bursts: int, seed: int) -> None:
 
 
 def wait_for_all(spin_us: float) -> None:
-    """A listener with sessions; until SIGTERM. A wait that gives nothing is one that timed out."""
+    """A listener that serves until SIGTERM. A wait without a session has timed out."""
     listener = Listener(HOST, 0, describe=dict, accept=lambda hello: Welcome(TINY), spin_us=spin_us)
     stopping: list[int] = []
 
@@ -121,7 +122,7 @@ def wait_for_all(spin_us: float) -> None:
         listener.wake()
 
     signal.signal(signal.SIGTERM, stop)
-    say("listening", port=listener.port)
+    send_event("listening", port=listener.port)
     answered = nothing = 0
     before = sleeps()
     while not stopping:
@@ -137,7 +138,9 @@ def wait_for_all(spin_us: float) -> None:
             except PeerGone:
                 continue
     timeouts = sum(session.channel.timeouts for session in listener.sessions.values())
-    say("done", answered=answered, nothing=nothing, timeouts=timeouts, sleeps=sleeps() - before)
+    send_event(
+        "done", answered=answered, nothing=nothing, timeouts=timeouts, sleeps=sleeps() - before
+    )
     listener.close()
 
 
@@ -150,17 +153,17 @@ def use_some(port: int, sessions: int, busy: int, count: int, seed: int) -> None
         _send(channel, TINY, number)
         with channel.recv(PATIENCE_S) as message:
             if message.request_id != number:
-                say("wrong", got=message.request_id, expected=number)
+                send_event("wrong", got=message.request_id, expected=number)
         work(generator)
     timeouts = sum(channel.timeouts for channel in channels)
-    say("done", count=count, timeouts=timeouts, sleeps=sleeps() - before)
+    send_event("done", count=count, timeouts=timeouts, sleeps=sleeps() - before)
     sys.stdin.read()
     for channel in channels:
         channel.close()
 
 
 def send_frames(port: int, count: int, seed: int) -> None:
-    """``count`` numbered frames with checksums; one that finds no place is passed over, counted."""
+    """Send ``count`` numbered frames with checksums; one that finds no place is counted as lost."""
     listener, channel = (None, _dialed(port, FRAME)) if port else _served(FRAME)
     generator = random.Random(seed)
     content = np.frombuffer(random.Random(seed).randbytes(4096), np.uint8).copy()
@@ -187,7 +190,7 @@ def send_frames(port: int, count: int, seed: int) -> None:
             loan.publish(number)
             break
         work(generator)
-    say("done", lost=lost, sent=channel.statistics().sent)
+    send_event("done", lost=lost, sent=channel.statistics().sent)
     sys.stdin.read()
     channel.close("all was sent")
     if listener is not None:
@@ -195,27 +198,27 @@ def send_frames(port: int, count: int, seed: int) -> None:
 
 
 def receive_frames(port: int, seed: int) -> None:
-    """Until the sender closes: check every frame when it comes and again when it is let go.
+    """Until the sender closes, check every frame when it arrives and when it is released.
 
-    Up to three are held while the next is awaited, and let go in random order; but the sender's
-    places come back in order, so what is three messages old has to go first.
+    Up to three are held while the next is awaited, and released in random order. The sender's
+    places come back in order, so messages that are three messages old are released first.
     """
     listener, channel = (None, _dialed(port, FRAME)) if port else _served(FRAME)
     generator = random.Random(seed)
     held: dict[int, Message] = {}
-    last, got, torn, reordered, missing, most = -1, 0, 0, 0, 0, 0
+    last, got, torn, reordered, missing, max_held = -1, 0, 0, 0, 0, 0
 
     def whole(message: Message) -> bool:
         return zlib.crc32(message.arrays["content"]) == int(message.arrays["crc"])
 
-    def let_go(position: int) -> bool:
-        """Whether it is what it was."""
+    def release(position: int) -> bool:
+        """Release a message; whether it is unchanged."""
         with held.pop(position) as message:
             return whole(message)
 
     try:
         while True:
-            most = max(most, len(held))
+            max_held = max(max_held, len(held))
             message = channel.recv(PATIENCE_S)
             torn += not whole(message)
             reordered += message.request_id <= last
@@ -225,17 +228,17 @@ def receive_frames(port: int, seed: int) -> None:
             got += 1
             work(generator)
             while held and generator.random() < 0.5:
-                torn += not let_go(generator.choice(list(held)))
+                torn += not release(generator.choice(list(held)))
             for position in [one for one in held if one < got - 3]:
-                torn += not let_go(position)
+                torn += not release(position)
     except PeerGone:
         pass
     for position in list(held):
-        torn += not let_go(position)
+        torn += not release(position)
     seen = {"got": got, "last": last, "torn": torn, "reordered": reordered, "missing": missing}
     counts = channel.statistics()
     dropped = counts.dropped_epoch + counts.dropped_malformed
-    say("done", **seen, most=most, dropped=dropped, timeouts=channel.timeouts)
+    send_event("done", **seen, max_held=max_held, dropped=dropped, timeouts=channel.timeouts)
     channel.close()
     if listener is not None:
         listener.close()
