@@ -275,7 +275,7 @@ def test_only_operator_keys_may_load(tmp_path: Path) -> None:
             return ctl.dial(address, str(server_public), str(keys / f"{name}.key_secret"))
 
         with dial("arm") as arm:
-            assert arm.ask("status")["sessions"] == []
+            assert arm.send_admin_command("status")["sessions"] == []
             with pytest.raises(Refused, match=r"arm at 127\.0\.0\.1"):
                 ctl.load(arm, "good", PATIENCE_S)
         with dial("boss") as boss:
