@@ -1,4 +1,4 @@
-"""Whether a policy and a robot belong together; asked before anything moves."""
+"""Checks that a policy fits a robot, before anything moves."""
 
 from __future__ import annotations
 
@@ -18,20 +18,20 @@ POSITIVE_NUMBERS = (
     "max_sensing_age_s",
     "connect_timeout_s",
 )
-"""Fields of a mission."""
+"""Fields of a ``RunConfig`` that must be positive, or None."""
 LONGEST_STOP_ALONE_S = 2.0
-"""How long a base may drive on after everybody who commands it has died."""
+"""How long a base may drive on after all processes that command it have died."""
 
 
 class Incompatible(RuntimeFault):
-    """The policy is not for this robot, or not at this rate; says what, got and expected."""
+    """The policy does not fit this robot or this rate; the message says what, got and expected."""
 
 
 def check_compatible(config: RunConfig, robot: Robot) -> None:
-    """Compare the policy's contract and the mission's rates with the robot.
+    """Compare the policy's contract and the run's rates with the robot.
 
     Raises:
-        Incompatible, ValueError: The first thing that does not fit.
+        Incompatible, ValueError: The first property that does not fit.
     """
     policy, robot_limits = config.contract, robot.contract
     _equal("action_dim", policy.action_dim, robot_limits.action_dim, robot)
@@ -62,33 +62,34 @@ def _equal(name: str, policy: int, robots: int, robot: Robot) -> None:
 
 
 def _check_names(policy: PolicyContract, robot: Robot, *, same_joints: bool) -> None:
-    """Where both sides say what their numbers are called, they have to say the same.
+    """Where both sides name their numbers, the names must be the same.
 
-    ``same_joints`` is a person's word that other names mean the same joints; it says nothing of
-    names that both sides have in different places.
+    With ``same_joints`` the user asserts that different names mean the same joints. Names that both
+    sides have in different places are refused all the same.
     """
-    for what, policys, robots in (
+    for what, policy_names, robot_names in (
         ("state", policy.state_names, robot.contract.joint_names),
         ("action", policy.action_names, robot.contract.action_names),
     ):
-        if not policys or policys == robots:
+        if not policy_names or policy_names == robot_names:
             continue
-        moved = [name for name in policys if name in robots]
-        moved = [name for name in moved if policys.index(name) != robots.index(name)]
+        moved = [name for name in policy_names if name in robot_names]
+        moved = [name for name in moved if policy_names.index(name) != robot_names.index(name)]
         if moved:
             raise Incompatible(
-                f"{what}_names: the policy's order is {list(policys)}, {robot.name}'s is "
-                f"{list(robots)}: one joint would be taken for another"
+                f"{what}_names: the policy's order is {list(policy_names)}, {robot.name}'s is "
+                f"{list(robot_names)}: one joint would be taken for another"
             )
         if not same_joints:
             raise Incompatible(
-                f"{what}_names: the policy has {list(policys)}, {robot.name} has {list(robots)}; "
+                f"{what}_names: the policy has {list(policy_names)}, {robot.name} has "
+                f"{list(robot_names)}; "
                 "where they are the same joints under other names, --same_joints says so"
             )
 
 
 def _check_actions(robot: Robot) -> None:
-    """What is not known to come to rest, or to stay there, does not move."""
+    """Refuse a robot that is commanded by velocity and may not stop by itself."""
     contract = robot.contract
     speeds = [spec.name for spec in contract.actions if spec.kind is ActionKind.VELOCITY]
     if speeds and contract.stops_alone_after_s is None:
@@ -100,7 +101,7 @@ def _check_actions(robot: Robot) -> None:
 
 
 def _check_start(robot: Robot) -> None:
-    """Where a rollout begins, and how fast the robot may go there."""
+    """Check the pose at which a rollout begins, and the speed of the move to it."""
     contract, limits = robot.contract, robot.limits
     for what, given in (("start pose", robot.start_pose), ("start velocity", robot.start_velocity)):
         if given is None:
@@ -127,7 +128,7 @@ def _check_start(robot: Robot) -> None:
 
 
 def _check_stopping_alone(config: RunConfig, robot: Robot) -> None:
-    """Soon enough to be a stop, late enough not to come between two commands."""
+    """Check that the robot stops alone soon enough, but not between two commands."""
     stops_s, shortest_s = robot.contract.stops_alone_after_s, 2 * config.period_s
     if stops_s is not None and not shortest_s <= stops_s <= LONGEST_STOP_ALONE_S:
         raise Incompatible(
@@ -155,7 +156,7 @@ def _check_cameras(policy: PolicyContract, robot: Robot) -> None:
 
 
 def _check_rates(config: RunConfig, robot: Robot) -> None:
-    ratio = config.ratio  # says itself what is wrong with it
+    ratio = config.ratio  # raises ValueError, with a message
     rate, (lowest, highest) = ratio / config.contract.dt_s, robot.contract.control_hz
     if not lowest <= rate <= highest:
         raise Incompatible(
@@ -174,7 +175,7 @@ def _check_rates(config: RunConfig, robot: Robot) -> None:
             f"{1 / config.sensing_rate:g} s, expected more often than --max_sensing_age_s = "
             f"{config.max_sensing_age_s:g} s"
         )
-    # Without limits a stop would have no bound.
+    # Without these limits the duration of a stop has no bound.
     unlimited = ~np.isfinite(robot.limits.velocity) | ~np.isfinite(robot.limits.acceleration)
     if unlimited.any():
         joint = int(np.argmax(unlimited))

@@ -1,13 +1,15 @@
 """The control process: the loop that commands the robot, and nothing else.
 
-Started as ``python -m runtime.eval_real.control_process``.
+The supervisor starts it as ``python -m runtime.eval_real.control_process``.
 
-Chunks reach it through the mailbox, commands leave through the driver. It imports neither torch nor
-zmq nor a simulator, opens no file while it runs and writes to no terminal, which may block: what it
-has to say goes through the mailbox as well. Its end, wanted or not, is the guardian's beginning.
+It reads chunks from shared memory and sends commands through the robot's driver. It imports neither
+torch nor zmq nor a simulator. While it runs it opens no file and writes to no terminal, because
+either may block; its log goes through shared memory too. When it ends without reporting
+``Phase.ENDED``, the watchdog process takes over.
 
-It stops the arm by itself when the parent or the sensing process dies or falls silent, when the
-server is lost, when a picture or the plan gets too old, on SIGTERM, and when the parent says so.
+It stops the arm when the parent process dies, when the sensing or watchdog process stops updating
+its heartbeat, when the server is lost, when a picture or the plan gets too old, on SIGTERM, and
+when the parent commands it.
 """
 
 from __future__ import annotations
@@ -27,11 +29,17 @@ from runtime.control.clock import MonotonicClock, spin_for
 from runtime.control.control_loop import ControlLoop
 from runtime.control.realtime import Realtime, no_garbage_collection
 from runtime.eval_real.event_log import ORPHAN_HOLD_S, EventLog
-from runtime.eval_real.phases import MOVING, Order, Phase, Server, Signal
+from runtime.eval_real.phases import MOVING, ControlCommand, Phase, ServerStatus, Signal
 from runtime.eval_real.processes import ParentPipe, child_main
 from runtime.eval_real.rollout_counts import RolloutCounter, RolloutCounts
 from runtime.eval_real.run_config import RobotLimits, RunConfig
-from runtime.eval_real.shared_state import SharedState, decode_order, get_text, put_text, read_chunk
+from runtime.eval_real.shared_state import (
+    SharedState,
+    decode_command,
+    get_text,
+    put_text,
+    read_chunk,
+)
 from runtime.stats import RequestLatency
 from runtime.trace import recorder as trace
 from transport.channel import Arrays
@@ -40,30 +48,35 @@ from transport.child_process import send_event
 logger = logging.getLogger(__name__)
 
 SETTLE_S = 0.25
-"""At rest for so long before the policy is shown where the arm is: a servo lags its command."""
+"""Time at rest before the first observation is requested, because a servo lags its command."""
 FRESH_JOINTS_S = 2.0
-"""How long a joint state newer than a reset may take."""
+"""Timeout for a joint state that is newer than a reset."""
 
 
-class NotingClock(MonotonicClock):
-    """A monotonic clock that remembers the deadline it waited for."""
+class DeadlineClock(MonotonicClock):
+    """A monotonic clock that keeps the deadline it last waited for in ``deadline_ns``."""
 
     deadline_ns = 0
 
     def wait_until_ns(self, deadline_ns: int) -> None:
+        """Return at ``deadline_ns``, and keep it."""
         self.deadline_ns = deadline_ns
         super().wait_until_ns(deadline_ns)
 
 
 class Control:
-    """One period at a time: orders, watchdogs, joints, chunks; then the command.
+    """The control loop of one robot.
+
+    Each period it reads the parent's command and the joints, checks for faults, takes chunks, and
+    sends one command.
 
     Args:
-        mission: What to do.
-        mailbox: Shared with the others.
+        config: The run's configuration.
+        shared_state: The memory shared with the other processes.
         robot: Connected for control.
-        log: Where events go.
-        inherited: Last pose that a dead predecessor commanded; None to begin where the robot is.
+        log: Passes log records to the parent.
+        inherited: (A,) the last pose that a predecessor commanded before it died; None to begin
+            at the robot's measured pose.
     """
 
     def __init__(
@@ -77,8 +90,9 @@ class Control:
         self._config, self._robot, self._log = config, robot, log
         self._machine = config.make_state_machine(RobotLimits.of(robot))
         self._contract = config.contract
-        self._order, self._watchdog_beat = shared_state.order, shared_state.watchdog_beat
-        self._senses = shared_state.latest_reader("senses")
+        self._control_command = shared_state.control_command
+        self._watchdog_heartbeat = shared_state.watchdog_heartbeat
+        self._sensing_report = shared_state.latest_reader("sensing")
         self._chunks = shared_state.queue_reader("chunks")
         self._progress = shared_state.latest_writer("progress")
         self._commands = shared_state.latest_writer("commands")
@@ -87,13 +101,15 @@ class Control:
         self._accepted = shared_state.queue_writer("accepted")
         before = shared_state.latest_reader("progress")
         before.refresh()
-        self._leg, self._ask = int(before.values["leg"]), int(before.values["ask"])
-        self._obeyed = int(before.values["obeyed"])
+        self._attempt, self._request_seq = (
+            int(before.values[name]) for name in ("attempt", "request_seq")
+        )
+        self._acked_command = int(before.values["acked_command"])
         rows = shared_state.latest_reader("commands")
         rows.refresh()
         self._row = int(rows.values["row"]) + 1 if rows.sequence else 0
         self._counter = RolloutCounter(self._machine.stream, RolloutCounts.read(rows.values))
-        self._clock = NotingClock(spin_for(config.realtime.priority))
+        self._clock = DeadlineClock(spin_for(config.realtime.priority))
         self._loop = ControlLoop(self._clock, config.period_s)
         self._settle_ticks = SETTLE_S / config.period_s
         self._latency = RequestLatency()
@@ -112,54 +128,54 @@ class Control:
         self._reset(rest if inherited is None else inherited)
 
     def run(self) -> None:
-        """Command the robot until told to end."""
+        """Command the robot until the parent sends ``QUIT``, SIGTERM comes, or the parent dies."""
         signal.signal(signal.SIGTERM, lambda *_: self._end("SIGTERM"))
         with no_garbage_collection():
             self._loop.run(self._step)
 
     def _step(self, k: int) -> bool:
         advance, self._last_k = k - self._last_k, k
-        self._senses.refresh()
-        self._obey()
-        self._look()
-        self._watch(time.monotonic_ns())
+        self._sensing_report.refresh()
+        self._read_command()
+        self._read_joints()
+        self._check_faults(time.monotonic_ns())
         with trace.span("take_chunks"):
             self._take_chunks()
         tick = self._machine.tick
         with trace.span("execute", tick):
             command = self._machine.command(advance)
-        intent = self._intend(advance, command, played=self._machine.tick != tick)
+        row = self._write_command(advance, command, played=self._machine.tick != tick)
         with trace.span("send_action", tick):
             self._robot.send_action(command)
-        self._record(intent, time.monotonic_ns())
-        self._note_phase()
-        self._ask_for_chunk(advance)
+        self._record(row, time.monotonic_ns())
+        self._log_phase()
+        self._request_chunk(advance)
         self._publish_progress()
-        return not self._leave()
+        return not self._may_end()
 
-    # Orders
+    # Commands of the parent
 
-    def _obey(self) -> None:
-        number, order, argument = decode_order(self._order.load())
-        if number == self._obeyed:
+    def _read_command(self) -> None:
+        number, command, argument = decode_command(self._control_command.load())
+        if number == self._acked_command:
             return
-        self._obeyed = number
+        self._acked_command = number
         machine = self._machine
-        if order is Order.START and machine.phase in (Phase.HOLD, Phase.FAULT):
+        if command is ControlCommand.START and machine.phase in (Phase.HOLD, Phase.FAULT):
             self._start(argument)
-        elif order is Order.RESUME and machine.phase in (Phase.HOLD, Phase.FAULT):
-            self._leg += 1
+        elif command is ControlCommand.RESUME and machine.phase in (Phase.HOLD, Phase.FAULT):
+            self._attempt += 1
             self._signals |= Signal.RESUME
             with self._counter.across_reset():
                 machine.resume()
-        elif order is Order.STOP:
+        elif command is ControlCommand.STOP:
             self._stop()
-        elif order is Order.RELEASE and machine.phase is Phase.FAULT:
+        elif command is ControlCommand.RELEASE and machine.phase is Phase.FAULT:
             self._reset(machine.stream.last_command.copy())
-        elif order is Order.EMERGENCY:
+        elif command is ControlCommand.EMERGENCY:
             self._fail("the emergency key was pressed")
-        elif order is Order.QUIT:
-            self._end("told to")
+        elif command is ControlCommand.QUIT:
+            self._end("the evaluation is over")
 
     def _start(self, seed: int) -> None:
         if self._robot.reset(seed):
@@ -167,7 +183,7 @@ class Control:
             self._reset(self._robot.contract.rest_command(sample.position))
         else:
             self._reset(self._machine.stream.last_command.copy())
-        self._leg += 1
+        self._attempt += 1
         self._latency = RequestLatency()
         self._signals |= Signal.START
         self._machine.start()
@@ -197,39 +213,41 @@ class Control:
             self._ending = True
             logger.info("the control process ends: %s", reason)
 
-    # Watchdogs
+    # Faults
 
-    def _watch(self, now_ns: int) -> None:
+    def _check_faults(self, now_ns: int) -> None:
         if self._ending and self._machine.phase in (Phase.APPROACH, Phase.WAIT, Phase.RUN):
             self._stop()
         if os.getppid() != self._parent:
             self._fail("the parent process died")
             if self._end_at_ns is None:
                 self._end_at_ns = now_ns + round(1e9 * ORPHAN_HOLD_S)
-                self._end("there is nobody left to end it")
+                self._end("its parent process died")
         phase = self._machine.phase
         if phase not in (Phase.APPROACH, Phase.WAIT, Phase.RUN):
             return
-        senses, longest_ns = self._senses.values, self._config.max_sensing_age_s * 1e9
+        sensing, max_age_ns = self._sensing_report.values, self._config.max_sensing_age_s * 1e9
         if self._signals & (Signal.START | Signal.RESUME):
-            return  # what it says of now is yet to come
-        silent_ns = now_ns - int(senses["beat_ns"])
-        picture_ns = now_ns - int(senses["frame_ns"])
-        if silent_ns > longest_ns or min(2 * silent_ns, picture_ns) > longest_ns:
+            return  # the sensing process has not reported on this attempt yet
+        silent_ns = now_ns - int(sensing["heartbeat_ns"])
+        picture_ns = now_ns - int(sensing["frame_ns"])
+        if silent_ns > max_age_ns or min(2 * silent_ns, picture_ns) > max_age_ns:
             self._fail(f"the sensing process has been silent for {silent_ns / 1e9:.2f} s")
-        elif now_ns - self._watchdog_beat.load() > longest_ns:
-            self._fail("the guardian is silent: nobody would stop the arm for this process")
-        elif senses["fault"][0] and int(senses["leg"]) == self._leg:
-            self._fail(get_text(senses["fault"]))
-        elif senses["server"] == Server.LOST:
+        elif now_ns - self._watchdog_heartbeat.load() > max_age_ns:
+            self._fail(
+                "the watchdog process is silent, so nothing would stop the arm after this one"
+            )
+        elif sensing["fault"][0] and int(sensing["attempt"]) == self._attempt:
+            self._fail(get_text(sensing["fault"]))
+        elif sensing["server"] == ServerStatus.LOST:
             self._fail("the policy server is lost")
-        elif picture_ns > longest_ns:
+        elif picture_ns > max_age_ns:
             self._fail(f"the newest picture is {picture_ns / 1e9:.2f} s old")
         elif phase is Phase.RUN:
             age_ns = now_ns - self._source_ns()
             if self._source_ns() and age_ns > self._config.max_chunk_age_s * 1e9:
                 self._fail(f"the plan's observation is {age_ns / 1e9:.2f} s old")
-            elif senses["success"] and int(senses["leg"]) == self._leg:
+            elif sensing["success"] and int(sensing["attempt"]) == self._attempt:
                 self._stop()
 
     def _fail(self, reason: str) -> None:
@@ -240,7 +258,7 @@ class Control:
         self._machine.fail(reason)
 
     def _source_ns(self) -> int:
-        """Capture of the observation behind the last command; 0 where there is none."""
+        """Capture time of the observation behind the last command; 0 if there is none."""
         source = self._machine.stream.executor.last_source
         return int(self._captured_ns[source % len(self._captured_ns)]) if source >= 0 else 0
 
@@ -252,7 +270,10 @@ class Control:
 
     def _take_chunks(self) -> None:
         while (views := self._chunks.peek()) is not None:
-            if int(views["leg"]) == self._leg and self._machine.phase in (Phase.WAIT, Phase.RUN):
+            if int(views["attempt"]) == self._attempt and self._machine.phase in (
+                Phase.WAIT,
+                Phase.RUN,
+            ):
                 self._take(views)
             self._chunks.release()
 
@@ -262,7 +283,7 @@ class Control:
         self._latency.add(now_ns - chunk.t_capture_ns)
         self._captured_ns[chunk.obs_timestep % len(self._captured_ns)] = chunk.t_capture_ns
         if self._machine.phase is Phase.WAIT:
-            self._waited = 0  # whatever comes of it, the next one is asked for anew
+            self._waited = 0  # if this chunk is not accepted, another is requested
         self._machine.accept(chunk)
         copy = self._accepted.claim()
         if copy is not None:
@@ -271,46 +292,48 @@ class Control:
             copy["row"][...], copy["arrived_ns"][...] = self._row, now_ns
             self._accepted.publish()
 
-    def _ask_for_chunk(self, advance: int) -> None:
-        senses, machine = self._senses.values, self._machine
-        if int(senses["leg"]) == self._leg and int(senses["submitted"]) != self._submitted:
-            self._submitted = int(senses["submitted"])
-            if senses["obs_timestep"] >= 0:
-                machine.requested(int(senses["obs_timestep"]))
+    def _request_chunk(self, advance: int) -> None:
+        sensing, machine = self._sensing_report.values, self._machine
+        current = int(sensing["attempt"]) == self._attempt
+        if current and int(sensing["submitted"]) != self._submitted:
+            self._submitted = int(sensing["submitted"])
+            if sensing["obs_timestep"] >= 0:
+                machine.requested(int(sensing["obs_timestep"]))
         if machine.phase is Phase.WAIT:
             self._waited += advance
             if self._waited - advance < self._settle_ticks <= self._waited:
-                self._ask += 1
+                self._request_seq += 1
             return
         self._waited = 0
-        acknowledged = int(senses["ask"]) == self._ask
+        acknowledged = int(sensing["request_seq"]) == self._request_seq
         if acknowledged and machine.wants_chunk(self._latency.ticks(self._contract.dt_s)):
-            self._ask += 1
+            self._request_seq += 1
 
-    # What it sees, and what the others see
+    # Joints in, commands and progress out
 
-    def _look(self) -> None:
-        """The joints; without them it stops as it is told to by any other sense."""
+    def _read_joints(self) -> None:
+        """Read the joints; a lost sensor is a fault."""
         try:
             self._sample = self._robot.get_joints()
         except SensorLost as error:
             self._fail(str(error))
-        self._pass_joints_on(self._sample)
+        self._publish_joints(self._sample)
 
-    def _pass_joints_on(self, sample: JointSample) -> None:
+    def _publish_joints(self, sample: JointSample) -> None:
         views = self._joints.claim()
         if views is not None:
             views["position"][:] = sample.position
             views["stamp_ns"][...], views["received_ns"][...] = sample.stamp_ns, sample.received_ns
             self._joints.publish()
 
-    def _intend(self, advance: int, command: NDArray[np.float32], *, played: bool) -> Arrays:
-        """Write down what is about to be sent, and from which inputs.
+    def _write_command(self, advance: int, command: NDArray[np.float32], *, played: bool) -> Arrays:
+        """Write the command and its inputs to shared memory, before it is sent.
 
-        Before it is sent: a successor sends it again, which changes nothing if it was sent.
+        If this process dies in between, the watchdog sends the command again. That changes nothing
+        if it had been sent.
         """
         views = self._commands.claim()
-        views["row"][...], views["leg"][...] = self._row, self._leg
+        views["row"][...], views["attempt"][...] = self._row, self._attempt
         views["tick"][...], views["played"][...] = self._machine.tick - played, played
         views["phase"][...] = self._machine.phase
         views["signals"][...], views["advance"][...] = self._signals, advance
@@ -326,7 +349,7 @@ class Control:
         self._commands.publish()
         return views
 
-    def _record(self, intent: Arrays, sent_ns: int) -> None:
+    def _record(self, row: Arrays, sent_ns: int) -> None:
         self._row += 1
         self._signals = Signal.NONE
         views = self._ticks.claim()
@@ -334,15 +357,15 @@ class Control:
             return
         for name, value in views.items():
             if name != "sent_ns":
-                np.copyto(value, intent[name])
+                np.copyto(value, row[name])
         views["sent_ns"][...] = sent_ns
         self._ticks.publish()
 
-    def _note_phase(self) -> None:
+    def _log_phase(self) -> None:
         phase = self._machine.phase
         if phase is self._phase:
             return
-        self._log.attempt, self._log.tick = self._leg, self._machine.tick
+        self._log.attempt, self._log.tick = self._attempt, self._machine.tick
         if phase is Phase.FAULT:
             logger.error("at rest after a fault, latched: %s", self._machine.fault)
         elif phase is Phase.STOP:
@@ -354,24 +377,24 @@ class Control:
     def _publish_progress(self) -> None:
         views, machine = self._progress.claim(), self._machine
         period_ns = self._loop.period_ns
-        views["phase"][...], views["obeyed"][...] = machine.phase, self._obeyed
-        views["leg"][...], views["tick"][...] = self._leg, machine.tick
+        views["phase"][...], views["acked_command"][...] = machine.phase, self._acked_command
+        views["attempt"][...], views["tick"][...] = self._attempt, machine.tick
         views["t0_ns"][...] = self._clock.deadline_ns - (machine.tick - 1) * period_ns
-        views["ask"][...] = self._ask
+        views["request_seq"][...] = self._request_seq
         put_text(views["fault"], machine.fault)
         views["dropped_rows"][...] = self._ticks.refused
         self._progress.publish()
 
-    def _leave(self) -> bool:
-        """Whether it may end: told to, and at rest for long enough."""
+    def _may_end(self) -> bool:
+        """Whether it shall end and has rested for long enough; publishes ``Phase.ENDED`` if so."""
         if not self._ending or self._machine.phase in (*MOVING, Phase.WAIT):
             return False
         if self._end_at_ns is not None and time.monotonic_ns() < self._end_at_ns:
             return False
         views = self._progress.claim()
         views["phase"][...] = Phase.ENDED
-        views["leg"][...], views["ask"][...] = self._leg, self._ask
-        views["obeyed"][...] = self._obeyed
+        views["attempt"][...], views["request_seq"][...] = self._attempt, self._request_seq
+        views["acked_command"][...] = self._acked_command
         self._progress.publish()
         return True
 
@@ -384,7 +407,7 @@ def _work(config: RunConfig, shared_state: SharedState, parent: ParentPipe) -> i
             send_event("ready", realtime=realtime.report())
             if not os.read(parent.input_fd, 4096):
                 return 0
-            # From here on, and not before, is the predecessor's guardian gone.
+            # The predecessor's watchdog has ended by now, so this process is the only writer.
             log = EventLog(shared_state.queue_writer("events"))
             logging.basicConfig(level=logging.INFO, handlers=[log], force=True)
             last = shared_state.latest_reader("commands")
@@ -394,6 +417,7 @@ def _work(config: RunConfig, shared_state: SharedState, parent: ParentPipe) -> i
 
 
 def main(argv: Sequence[str] | None = None) -> int:
+    """Run the control process. Returns the exit status."""
     return child_main("control", _work, argv)
 
 

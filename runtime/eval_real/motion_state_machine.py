@@ -1,11 +1,11 @@
-"""What an arm is commanded, period by period: hold, move to the start, play the policy, stop.
+"""The robot's command in each control period: hold, move to the start, play the policy, stop.
 
-A ``MotionStateMachine`` is a function of its inputs: it reads no clock, no sensor and no file.
-Whoever feeds the same chunks and calls in the same periods gets the same commands, bit for bit;
-that is how a recording is replayed.
+A ``MotionStateMachine`` is a function of its inputs: it reads no clock, no sensor and no file. The
+same chunks and calls in the same periods give the same commands, bit for bit; ``replay`` relies on
+this.
 
-The periods count on whatever happens; *ticks* are those of them in which the policy plays, counted
-from the start of a rollout. Holding and waiting cost no ticks.
+A *tick* is a control period in which the policy plays, counted from the start of a rollout. Periods
+in which the robot holds, approaches or waits are not ticks.
 """
 
 from __future__ import annotations
@@ -21,22 +21,27 @@ from robots.base import ActionSpec
 from runtime.control.command_stream import CommandStream, Motion
 from runtime.eval_real.phases import Phase
 
-MOST_APPROACHES = 3
-"""Moves to where the policy begins before it is taken not to know."""
+MAX_APPROACHES = 3
+"""Moves to the start of the policy's motion before a rollout fails, because it begins elsewhere."""
 
 
 class MotionStateMachine:
-    """Commands one robot.
+    """The motion of one robot: a phase, and one command per control period.
 
     Args:
-        stream: Chunks to commands within the robot's limits.
-        max_ticks: Control ticks per rollout; then it stops by itself.
-        start_pose: (A,) where a rollout begins, None for wherever the robot is.
-        start_velocity: (A,) per second, the most that an approach may use.
-        near: (A,) how far the policy's first action may be from where the robot is commanded, in
-            each joint's unit; from further away it is approached first. Velocities are left out: a
-            robot at rest reaches any of them within its limits.
-        actions: What each of the A numbers is; none: positions.
+        stream: Makes commands within the robot's limits from chunks.
+        max_ticks: Control ticks per rollout; then the robot stops.
+        start_pose: (A,) where a rollout begins; None for the robot's current pose.
+        start_velocity: (A,) per second, the maximum during an approach.
+        near: (A,) the largest distance of the policy's first action from the last command, in each
+            joint's unit; from further away the robot approaches it first. Velocities are not
+            compared: a robot at rest reaches any of them within its limits.
+        actions: The kind of each of the A numbers; empty: positions.
+
+    Attributes:
+        stream: As given.
+        phase: What the robot does now.
+        tick: The next control tick of the rollout.
     """
 
     def __init__(
@@ -64,12 +69,11 @@ class MotionStateMachine:
         self._fault = ""
         self.phase = Phase.HOLD
         self.tick = 0
-        """The next control tick of the rollout."""
 
-    # What may be asked of it
+    # Changes of phase
 
     def reset(self, pose: ArrayLike) -> None:
-        """Hold ``pose`` (A,), where the robot is at rest, until ``start``."""
+        """Hold ``pose`` (A,), at which the robot rests, until ``start``."""
         self.stream.reset(pose)
         self._fault = ""
         self.tick = 0
@@ -79,7 +83,7 @@ class MotionStateMachine:
         """Begin a rollout: move to the start pose, if there is one, and wait for a chunk.
 
         Raises:
-            ValueError: Not while holding.
+            ValueError: The phase is not ``HOLD``.
         """
         if self.phase is not Phase.HOLD:
             raise ValueError(f"start: got phase {self.phase.name}, expected HOLD")
@@ -95,7 +99,7 @@ class MotionStateMachine:
             self.phase = Phase.STOP
 
     def fail(self, reason: str) -> None:
-        """Come to rest; only ``resume`` goes on. The first reason is the one that counts."""
+        """Come to rest and latch a fault until ``resume`` or ``reset``. The first reason counts."""
         if self.phase is Phase.FAULT or self._fault:
             return
         self._fault = reason
@@ -103,19 +107,19 @@ class MotionStateMachine:
         self.phase = Phase.STOP
 
     def resume(self) -> None:
-        """Go on from where the arm is, with a chunk from an observation of now.
+        """Wait at the current pose for a chunk from a new observation, then play it.
 
-        After a fault the rollout's ticks go on; otherwise (a predecessor died) they begin anew.
+        After a fault the rollout's ticks continue. Otherwise (a predecessor died) they restart.
 
         Raises:
-            ValueError: The arm still moves.
+            ValueError: The phase is neither ``HOLD`` nor ``FAULT``.
         """
         if self.phase not in (Phase.HOLD, Phase.FAULT):
             raise ValueError(f"resume: got phase {self.phase.name}, expected HOLD or FAULT")
         if self.phase is Phase.HOLD or not self.stream.resume():
             self.stream.reset(self.stream.last_command)
             self.tick = 0
-        # An observation is for a whole policy tick; what is left of a part of one is skipped.
+        # An observation belongs to a whole policy tick, so the rest of a started one is skipped.
         self.tick = -(-self.tick // self.stream.ratio) * self.stream.ratio
         self._fault = ""
         self._approaches = 0
@@ -134,7 +138,11 @@ class MotionStateMachine:
     # Chunks
 
     def wants_chunk(self, latency_ticks: int) -> bool:
-        """Whether to ask for a chunk now; in ``WAIT`` one for ``tick``, from an arm at rest."""
+        """Whether to request a chunk now; in ``WAIT`` for ``tick``, with the arm at rest.
+
+        Args:
+            latency_ticks: Policy ticks that an answer is expected to take.
+        """
         if self.phase is Phase.WAIT:
             return True
         return self.phase is Phase.RUN and self.stream.wants_chunk(self.tick, latency_ticks)
@@ -144,22 +152,22 @@ class MotionStateMachine:
         self.stream.executor.requested(timestep)
 
     def accept(self, chunk: ActionChunk) -> bool:
-        """Take a chunk; False if it was dropped, or is to be asked for again from nearer by."""
+        """Take a chunk; False if it was dropped, or if the robot must approach its start first."""
         if self.phase not in (Phase.WAIT, Phase.RUN):
             return False
         if self.phase is Phase.WAIT and not self._begins_near(chunk):
             return False
         accepted = self.stream.accept(chunk)
-        self._note_fault()
+        self._check_stream()
         if accepted and self.phase is Phase.WAIT and self.stream.motion is Motion.RUNNING:
             self.phase = Phase.RUN
         return accepted
 
     def _begins_near(self, chunk: ActionChunk) -> bool:
-        """Whether the arm is where the chunk begins; otherwise it sets out for there."""
+        """Whether the arm is near the chunk's first action; otherwise start an approach to it."""
         index = self.tick // self.stream.ratio - chunk.obs_timestep - chunk.first_action_offset
         if not np.isfinite(chunk.actions).all():
-            return True  # the stream refuses it in its own words
+            return True  # the stream refuses it, with a message
         limits = self.stream.limiter.limits
         first = np.clip(
             chunk.actions[min(max(index, 0), len(chunk) - 1)].astype(np.float64),
@@ -169,13 +177,13 @@ class MotionStateMachine:
         far = np.where(self._by_velocity, 0.0, np.abs(first - self.stream.last_command))
         if (far <= self._near).all():
             return True
-        if self._approaches >= MOST_APPROACHES:
+        if self._approaches >= MAX_APPROACHES:
             joint = int(np.argmax(far / self._near))
             spec = self._actions[joint] if self._actions else ActionSpec("")
             self.fail(
                 f"joint {joint} ({spec.name}): the policy begins {far[joint]:.3f} {spec.unit} away "
-                f"(--near: {self._near[joint]:g}), after {MOST_APPROACHES} moves to where it "
-                "wanted to begin"
+                f"(--near: {self._near[joint]:g}), after {MAX_APPROACHES} moves to where its "
+                "chunks began"
             )
             return False
         self._approaches += 1
@@ -202,41 +210,43 @@ class MotionStateMachine:
         return self.stream.hold()
 
     def _play(self, advance: int) -> NDArray[np.float32]:
-        # The tick was due at the first of these periods; the missed ones went by with it.
+        # The missed periods count as ticks.
         self.tick += advance - 1
         command = self.stream.command(self.tick)
         self.tick += 1
-        self._note_fault()
+        self._check_stream()
         if self.phase is Phase.RUN and self.finished:
             self.phase = Phase.STOP
         return command
 
-    def _note_fault(self) -> None:
-        """A fault that the stream found by itself: starved for too long, or a chunk with NaN."""
+    def _check_stream(self) -> None:
+        """Take over a fault that the stream latched: starved for too long, or a chunk with NaN."""
         if self.stream.fault is not None and not self._fault:
             self._fault = self.stream.fault
             self.phase = Phase.STOP
 
     def _approach(self, pose: ArrayLike) -> None:
-        """Set out for ``pose``, slowly: q(u) = q0 + (q1 − q0)·(3u² − 2u³), at rest at both ends.
+        """Start a slow move to ``pose``: q(u) = q0 + (q1 − q0)·(3u² − 2u³), at rest at both ends.
 
-        Its peak speed is 1.5·Δ/T and its peak acceleration 6·Δ/T²; T is the least that keeps both.
+        Its peak speed is 1.5·Δ/T and its peak acceleration 6·Δ/T²; T is the shortest time in which
+        both stay within their limits.
         """
         self._from[:] = self.stream.last_command
         self._to[:] = pose
         self._from[self._by_velocity] = self._to[self._by_velocity] = 0.0
-        way = np.abs(self._to - self._from)
+        distance = np.abs(self._to - self._from)
         with np.errstate(divide="ignore", invalid="ignore"):
-            by_speed = 1.5 * way / self._start_velocity
-            by_force = np.sqrt(6.0 * way / self.stream.limiter.limits.acceleration)
-        seconds = float(np.where(way > 0, np.maximum(by_speed, by_force), 0.0).max())
+            by_speed = 1.5 * distance / self._start_velocity
+            by_acceleration = np.sqrt(6.0 * distance / self.stream.limiter.limits.acceleration)
+        duration_s = np.where(distance > 0, np.maximum(by_speed, by_acceleration), 0.0)
+        seconds = float(duration_s.max())
         self._span = math.ceil(seconds / self.stream.period_s)
         self._step = 0
         if self._span:
             self.phase = Phase.APPROACH
 
     def _move(self, advance: int) -> NDArray[np.float32]:
-        # A missed period is not made up for: the path is what counts, not when.
+        # Missed periods delay the move: its path matters, not its time.
         del advance
         self._step += 1
         u = min(1.0, self._step / self._span)

@@ -1,4 +1,4 @@
-"""The person at the terminal: starts rollouts, judges them, and stops the arm with any key."""
+"""Keys of the operator, who starts rollouts, judges them, and stops the arm with any key."""
 
 from __future__ import annotations
 
@@ -12,13 +12,13 @@ import tty
 from collections.abc import Callable, Mapping
 
 QUIT = "q"
+"""The key that ends the session."""
 
 
 class OperatorConsole:
-    """Single keys from standard input, whether that is a terminal or a pipe.
+    """Single keys from standard input, a terminal or a pipe. A context manager.
 
-    A terminal is switched to give keys without Enter, and switched back on leaving; Ctrl-C stays
-    what it is.
+    Inside the context a terminal delivers keys without Enter; Ctrl-C still raises SIGINT.
 
     Args:
         show: Prints a line.
@@ -41,9 +41,9 @@ class OperatorConsole:
             termios.tcsetattr(self._fd, termios.TCSADRAIN, self._before)  # type: ignore[arg-type]
 
     def key(self, timeout_s: float = 0.0) -> str:
-        """The next key pressed within ``timeout_s``; empty without one."""
+        """The next key pressed within ``timeout_s``; empty if there is none."""
         if self._ended:
-            time.sleep(timeout_s)  # a loop that waits for keys must not become a busy one
+            time.sleep(timeout_s)  # a loop that waits for keys must not become a busy loop
             return ""
         if not select.select([self._fd], [], [], timeout_s)[0]:
             return ""
@@ -52,13 +52,15 @@ class OperatorConsole:
         return data.decode(errors="replace")
 
     def ask(self, question: str, choices: Mapping[str, str], meanwhile: Callable[[], None]) -> str:
-        """The key of one of ``choices`` (key to meaning).
+        """Print a question and wait for one of the keys of ``choices``.
 
         Args:
-            meanwhile: Called while waiting, a hundred times a second or more.
+            question: Printed with the choices.
+            choices: Key to meaning.
+            meanwhile: Called while waiting, 100 times a second or more.
 
         Returns:
-            The key; ``QUIT`` when nobody can answer any more.
+            The key; ``QUIT`` if standard input has ended.
         """
         named = {"\n": "Enter"}
         offered = ", ".join(f"[{named.get(key, key)}] {text}" for key, text in choices.items())

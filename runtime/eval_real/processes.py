@@ -1,7 +1,7 @@
-"""The processes beside the parent of a real evaluation: how they are started, and how they fail.
+"""Start and failure of the worker processes of a real evaluation: control, sensing, watchdog.
 
-Each has the mailbox's descriptor and the mission on its command line. Each is in a session of its
-own, so that Ctrl-C reaches the parent alone, which then ends things in order.
+The command line of each has the shared memory's descriptor and the run's configuration. Each is in
+a session of its own, so that Ctrl-C reaches the parent alone, which then ends the others in order.
 """
 
 from __future__ import annotations
@@ -28,30 +28,32 @@ from transport.errors import ChildFailed, TransportError
 logger = logging.getLogger(__name__)
 
 EXPECTED_FAILURES = (ConfigError, RobotError, PolicyError, RuntimeFault, TransportError, ValueError)
-"""What a user can act on: reported by message alone, without a traceback."""
+"""Errors that a user can act on, reported by their message without a traceback."""
 FAILED = 1
 CONNECT_GRACE_S = 10.0
-"""What connecting may take beyond its own timeout."""
+"""Time that connecting may take beyond its own timeout."""
 MODULES = {
     "control": "runtime.eval_real.control_process",
     "watchdog": "runtime.eval_real.watchdog_process",
     "sensing": "runtime.eval_real.sensing_process",
 }
-"""Short name to what ``python -m`` runs."""
+"""Short name of a process to its module."""
 
 
 class WorkerProcessFailed(RuntimeFault):
-    """A process did not come up; says which and why."""
+    """A process did not start; the message says which and why."""
 
 
 # In the child
 
 
 class ParentPipe:
-    """The parent's pipes, kept from a driver's code, which may be others', may print and may ask.
+    """The pipes to and from the parent, separated from the standard streams of third-party code.
+
+    A driver may print or read its standard input; neither reaches the parent's pipes.
 
     Attributes:
-        input_fd: Where the parent's lines arrive; at its end the parent is gone.
+        input_fd: Carries the parent's lines; end of file means that the parent has ended.
     """
 
     def __init__(self) -> None:
@@ -59,14 +61,17 @@ class ParentPipe:
         self.input_fd = self._isolation.input_fd
 
     def fail(self, error: BaseException) -> None:
-        """Tell the parent why this process ends."""
+        """Send the parent the event ``failed`` with the reason."""
         expected = isinstance(error, EXPECTED_FAILURES)
         send_event("failed", error=str(error) if expected else self._isolation.explain(error))
 
     def connect(self, robot: Robot, role: Role, timeout_s: float) -> None:
-        """``robot.connect``, which may not take much longer than it was told to.
+        """Call ``robot.connect``; end this process if it takes much longer than ``timeout_s``.
 
-        Code of others can hang, and cannot be interrupted: this process ends then.
+        Third-party code may hang and cannot be interrupted from here.
+
+        Raises:
+            ConnectFailed: The driver raised an error that is none of ``EXPECTED_FAILURES``.
         """
         what = f"{robot.name}: connecting as {role}"
         with self._isolation.deadline(timeout_s + CONNECT_GRACE_S, what):
@@ -74,7 +79,7 @@ class ParentPipe:
                 robot.connect(role, timeout_s)
             except EXPECTED_FAILURES:
                 raise
-            except Exception as error:  # of any kind: a vendor's
+            except Exception as error:  # a vendor's driver may raise anything
                 raise ConnectFailed(f"{what}: {self._isolation.explain(error)}") from error
 
 
@@ -83,7 +88,11 @@ def child_main(
     work: Callable[[RunConfig, SharedState, ParentPipe], int],
     argv: Sequence[str] | None,
 ) -> int:
-    """What the ``main`` of each does: open what it was given, work, report a failure."""
+    """The ``main`` of each worker process: open the shared memory, call ``work``, report a failure.
+
+    Returns:
+        The exit status.
+    """
     cli = argparse.ArgumentParser(
         prog=f"python -m {MODULES[short_name]}", description="Started by eval_real.py"
     )
@@ -95,16 +104,16 @@ def child_main(
     try:
         config = RunConfig.from_json(args.config)
         dims = config.dims(config.make_robot())
-        # A watchdog sleeps; and whoever may have to wake for a dying arm writes no files.
+        # The watchdog writes no files: it may have to stop the arm at any time.
         file = Path(config.trace) if config.trace and short_name != "watchdog" else None
-        # Written after the work, the robot's end included. A successor's does not replace it.
-        beside = trace.sibling(file, f"{short_name}-{os.getpid()}")
+        # Written after ``work``. The process id keeps a successor from replacing the file.
+        trace_file = trace.sibling(file, f"{short_name}-{os.getpid()}")
         with (
-            trace.tracing(beside, short_name),
+            trace.tracing(trace_file, short_name),
             SharedState(args.shared_state, dims) as shared_state,
         ):
             return work(config, shared_state, parent)
-    except Exception as error:  # a driver's own errors are of any kind
+    except Exception as error:  # a driver may raise anything
         if not isinstance(error, (*EXPECTED_FAILURES, OSError, EOFError)):
             logger.info("%s ended", short_name, exc_info=error)
         parent.fail(error)
@@ -115,13 +124,16 @@ def child_main(
 
 
 class WorkerProcess(ChildProcess):
-    """One process of an evaluation, running. Several are called ``the control process`` in turn.
+    """A running worker process of an evaluation.
+
+    A process that died is replaced by a new one with the same short name.
 
     Args:
         short_name: ``control``, ``watchdog`` or ``sensing``.
-        mission: For its command line.
-        mailbox_fd: Inherited by it.
-        pass_fds: Further descriptors that it inherits, and ``arguments`` that say which.
+        config: Passed on its command line.
+        shared_state_fd: Descriptor of the shared memory; inherited.
+        pass_fds: Further descriptors to inherit.
+        arguments: Further command-line arguments, such as the numbers of ``pass_fds``.
     """
 
     def __init__(
@@ -151,7 +163,7 @@ class WorkerProcess(ChildProcess):
         """As ``ChildProcess.wait_ready``.
 
         Raises:
-            WorkerProcessFailed: It failed, which it says in its own words, ended, or took longer.
+            WorkerProcessFailed: It reported a failure, ended, or took longer.
         """
         try:
             return super().wait_ready(timeout_s, tell, tell_every_s)

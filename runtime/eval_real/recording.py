@@ -1,22 +1,24 @@
-"""A rollout on disk: every command with what it was made from. numpy arrays and JSON, no pickle.
+"""A rollout on disk: every command with its inputs. numpy arrays and JSON, no pickle.
 
-``<stem>.npz`` holds the rows, one per command, and the chunks; ``<stem>.json`` what else a pilot
-needs to make the same commands again, and what came of it.
+``<stem>.npz`` holds the rows, one per command, and the chunks. ``<stem>.json`` holds the run's
+configuration (``mission``) and the robot's limits (``body``), from which a replay computes the same
+commands again, and the outcome.
 
-Rows (n of them): ``row``, ``leg``, ``tick``, ``played``, ``phase``, ``signals``, ``advance``,
-``source``, ``deadline_ns``, ``sent_ns``, ``captured_ns``, ``stamp_ns``, ``received_ns`` (n,) int64;
-``command``, ``pose`` (n, A), ``state`` (n, S) float32. What the control process had counted of the
-rollout by then: ``chunks``, ``dropped_stale``, ``discarded_actions``, ``starved_ticks``,
-``staleness_ticks``, ``clamped_ticks`` (n,) int64, ``seam_jump`` (n,) float64; older recordings have
-none of these, and a replay needs none.
+Rows (n of them): ``row``, ``leg`` (the attempt), ``tick``, ``played``, ``phase``, ``signals``,
+``advance``, ``source``, ``deadline_ns``, ``sent_ns``, ``captured_ns``, ``stamp_ns``,
+``received_ns`` (n,) int64; ``command``, ``pose`` (n, A), ``state`` (n, S) float32. Counts of the
+rollout up to the row: ``chunks``, ``dropped_stale``, ``discarded_actions``, ``starved_ticks``,
+``staleness_ticks``, ``clamped_ticks`` (n,) int64, ``seam_jump`` (n,) float64. Older recordings have
+no counts, and a replay needs none.
 
-Chunks (m): ``chunk_row`` (the row before whose command it was taken), ``chunk_leg``,
-``chunk_ask``, ``chunk_obs_timestep``, ``chunk_first_action_offset``, ``chunk_count``,
-``chunk_t_capture_ns``, ``chunk_arrived_ns`` (m,), ``chunk_stages_ns`` (m, 8), ``chunk_actions``
-(m, T, A) float32.
+Chunks (m): ``chunk_row`` (the chunk was taken before the command of this row), ``chunk_leg``,
+``chunk_ask`` (the request it answers), ``chunk_obs_timestep``, ``chunk_first_action_offset``,
+``chunk_count``, ``chunk_t_capture_ns``, ``chunk_arrived_ns`` (m,) int64, ``chunk_stages_ns`` (m, 8)
+int64, ``chunk_actions`` (m, T, A) float32.
 
-``weights`` (ticks, m) float32: the share that each chunk has
-in the policy's action for each tick that was played.
+``weights`` (ticks, m) float32: the share of each chunk in the policy's action for each tick played.
+
+In a ``Recording`` the columns ``leg`` and ``ask`` are called ``attempt`` and ``request_seq``.
 """
 
 from __future__ import annotations
@@ -25,7 +27,7 @@ import json
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 from numpy.typing import NDArray
@@ -39,9 +41,22 @@ from transport.shm.spsc_queue import QueueReader
 
 FORMAT = 4
 FLAT = 3
-"""The format before, in which a mission had no more than its own fields and ``trace`` was text."""
+"""The format before: ``mission`` has fewer keys, and its ``trace`` is a text, empty for none."""
+
+_COLUMNS_ON_DISK = {"attempt": "leg", "request_seq": "ask"}
+_COLUMNS = {stored: name for name, stored in _COLUMNS_ON_DISK.items()}
+_CONFIG_ON_DISK = {"connection": "wishes"}
+_CONFIG = {stored: name for name, stored in _CONFIG_ON_DISK.items()}
+"""Names in this program and on disk, where they differ; the file format keeps the older names."""
 
 Columns = Mapping[str, NDArray[Any]]
+"""Arrays of equal length by name."""
+T = TypeVar("T")
+
+
+def _renamed(values: Mapping[str, T], names: Mapping[str, str]) -> dict[str, T]:
+    """``values`` in the same order, with the keys in ``names`` replaced."""
+    return {names.get(name, name): value for name, value in values.items()}
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -49,9 +64,10 @@ class Recording:
     """One rollout.
 
     Attributes:
-        rows, chunks: By column, see the module; chunk columns without their prefix.
-        mission, body: What the pilot was made for.
-        facts: What else is to be known: seed, outcome, events.
+        rows, chunks: Columns as in the module's docstring; those of chunks without their prefix.
+        config: The run's configuration.
+        robot_limits: The robot's limits.
+        facts: Further entries of the JSON file: seed, outcome, faults, videos.
     """
 
     rows: Columns
@@ -64,6 +80,7 @@ class Recording:
         return len(self.rows["row"])
 
     def chunk(self, index: int) -> ActionChunk:
+        """Chunk ``index``, in the order in which the chunks were taken."""
         columns = self.chunks
         return ActionChunk(
             actions=columns["actions"][index, : columns["count"][index]],
@@ -76,11 +93,12 @@ class Recording:
     def save(self, stem: Path, weights: NDArray[np.float32]) -> None:
         """Write ``<stem>.npz`` and ``<stem>.json``, whole or not at all. Raises ``OSError``."""
         stem.parent.mkdir(parents=True, exist_ok=True)
-        chunks = {f"chunk_{name}": column for name, column in self.chunks.items()}
-        write_arrays(stem.with_suffix(".npz"), {"weights": weights, **self.rows, **chunks})
+        rows, chunks = (_renamed(columns, _COLUMNS_ON_DISK) for columns in (self.rows, self.chunks))
+        chunks = {f"chunk_{name}": column for name, column in chunks.items()}
+        write_arrays(stem.with_suffix(".npz"), {"weights": weights, **rows, **chunks})
         text = {
             "format": FORMAT,
-            "mission": json.loads(self.config.to_json()),
+            "mission": _renamed(json.loads(self.config.to_json()), _CONFIG_ON_DISK),
             "body": self.robot_limits.to_dict(),
             **self.facts,
         }
@@ -88,10 +106,12 @@ class Recording:
 
     @classmethod
     def load(cls, stem: Path) -> Recording:
-        """What ``save`` wrote.
+        """Read the files that ``save`` wrote.
 
         Raises:
-            OSError, ValueError, KeyError, ConfigError: It is not there, or not such a recording.
+            OSError: A file is missing or cannot be read.
+            ValueError, KeyError, TypeError, AttributeError, ConfigError: It is not a recording of
+                this format or of the one before.
         """
         facts = json.loads(stem.with_suffix(".json").read_text(encoding="utf-8"))
         made_as = facts.pop("format", None)
@@ -99,11 +119,10 @@ class Recording:
             raise ValueError(
                 f"{stem}.json: not a recording of format {FLAT} or {FORMAT}, but another version's"
             )
-        said = facts.pop("mission")
+        mission = _renamed(facts.pop("mission"), _CONFIG)
         if made_as == FLAT:
-            said = {**said, "trace": said.get("trace") or None}
-            said["connection"] = said.pop("wishes", {})
-        config = parse_config(RunConfig, said, source=f"{stem}.json: mission")
+            mission["trace"] = mission.get("trace") or None
+        config = parse_config(RunConfig, mission, source=f"{stem}.json: mission")
         robot_limits = RobotLimits.from_dict(facts.pop("body"))
         with np.load(stem.with_suffix(".npz"), allow_pickle=False) as arrays:
             columns = dict(arrays)
@@ -113,14 +132,15 @@ class Recording:
             for name in list(columns)
             if name.startswith("chunk_")
         }
-        return cls(columns, chunks, config, robot_limits, facts)
+        rows, chunks = _renamed(columns, _COLUMNS), _renamed(chunks, _COLUMNS)
+        return cls(rows, chunks, config, robot_limits, facts)
 
 
 class RecordingWriter:
-    """Collects what the mailbox brings, rollout by rollout.
+    """Collects the rows and chunks of a rollout from shared memory.
 
     Args:
-        ticks, accepted: The queues that the control process fills.
+        ticks, accepted: Queues that the control process fills with commands and accepted chunks.
     """
 
     def __init__(self, ticks: QueueReader, accepted: QueueReader) -> None:
@@ -129,7 +149,7 @@ class RecordingWriter:
         self._chunks: list[dict[str, NDArray[Any]]] = []
 
     def drain(self) -> None:
-        """Take what is there. Chunks first: a row is complete when it comes."""
+        """Empty both queues. Chunks first, so that those of a row are there when it is taken."""
         for queue, keep in ((self._accepted, self._keep_chunk), (self._ticks, self._keep_row)):
             while (views := queue.peek()) is not None:
                 keep({name: value.copy() for name, value in views.items()})
@@ -139,17 +159,17 @@ class RecordingWriter:
         self._chunks.append(values)
 
     def _keep_row(self, values: dict[str, NDArray[Any]]) -> None:
-        # A successor repeats the row that its predecessor may have died over.
+        # The watchdog repeats the row during which the control process may have died.
         self._rows.setdefault(int(values["row"]), values)
 
-    def rest(self) -> None:
-        """Forget what was before the rollout that begins now."""
+    def clear(self) -> None:
+        """Forget the rows and chunks so far, before a rollout begins."""
         self.drain()
         self._rows.clear()
         self._chunks.clear()
 
     def take(self, config: RunConfig, robot_limits: RobotLimits) -> Recording:
-        """The rollout so far, from its start on."""
+        """The rollout so far, from its last ``Signal.START`` on; empty columns without one."""
         self.drain()
         rows = [self._rows[number] for number in sorted(self._rows)]
         starts = [i for i, row in enumerate(rows) if row["signals"] & Signal.START]

@@ -1,8 +1,8 @@
-"""Play a recorded run again: the same chunks in the same periods give the same commands.
+"""Compute the commands of a recording again, and compare them with the recorded ones.
 
-``python -m runtime.eval_real.replay RUN``: a folder of recordings or one of them, by name without
-suffix. Exit status 0 when every command is the same bit for bit, 1 when one is not, 2 when there is
-none.
+``python -m runtime.eval_real.replay RUN``, where RUN is a folder of recordings, or one recording by
+its name without suffix. Exit status: 0 every command is the same bit for bit, 1 a command differs,
+2 there is no recording.
 """
 
 from __future__ import annotations
@@ -31,34 +31,34 @@ from runtime.eval_real.recording import Recording
 
 DIFFERENT, BAD_INPUT = 1, 2
 _SILENT = logging.getLogger(f"{__name__}.silent")
-"""What was latched when it was recorded is no news."""
+"""A replay does not log the recorded faults again."""
 _SILENT.disabled = True
 
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Replay:
-    """What came of it.
+    """The result of a replay.
 
     Attributes:
-        commands: (n, A) float32, made anew.
-        gaps: Rows that are missing from the recording; what comes after the first may differ.
+        commands: (n, A) float32, computed again.
+        gaps: Number of rows missing from the recording; commands after the first gap may differ.
     """
 
     commands: NDArray[np.float32]
     gaps: int
 
     def first_difference(self, recording: Recording) -> int | None:
-        """The first row whose command is another one, bit for bit; None when all are the same."""
+        """Index of the first row whose command differs in any bit; None if all are the same."""
         recorded = recording.rows["command"]
         same = (self.commands.view(np.uint32) == recorded.view(np.uint32)).all(axis=1)
         return None if same.all() else int(np.argmin(same))
 
 
 def replay(recording: Recording) -> Replay:
-    """Feed the recording's inputs to a new pilot.
+    """Feed the recording's inputs to a new motion state machine.
 
     Raises:
-        ValueError: Nothing was recorded.
+        ValueError: The recording holds no commands.
     """
     if not recording.rows:
         raise ValueError("the recording holds no commands")
@@ -70,11 +70,11 @@ def replay(recording: Recording) -> Replay:
     for i, number in enumerate(rows["row"].tolist()):
         signals = Signal(int(rows["signals"][i]))
         if signals & Signal.WATCHDOG:
-            stopping = stopping or _taken_over(machine, recording)
+            stopping = stopping or _watchdog_brake(machine, recording)
             commands[i] = stopping.brake()
             continue
         stopping = None
-        _signal(machine, signals, rows["pose"][i])
+        _apply_signals(machine, signals, rows["pose"][i])
         for chunk in chunks.get(number, ()):
             machine.accept(chunk)
         commands[i] = machine.command(int(rows["advance"][i]))
@@ -89,8 +89,8 @@ def _by_row(recording: Recording) -> dict[int, list[ActionChunk]]:
     return chunks
 
 
-def _signal(machine: MotionStateMachine, signals: Signal, pose: NDArray[np.float32]) -> None:
-    """In the order in which the control process has them."""
+def _apply_signals(machine: MotionStateMachine, signals: Signal, pose: NDArray[np.float32]) -> None:
+    """Make the calls of ``signals`` in the order in which the control process makes them."""
     if signals & Signal.RESET:
         machine.reset(pose)
     if signals & Signal.START:
@@ -103,8 +103,8 @@ def _signal(machine: MotionStateMachine, signals: Signal, pose: NDArray[np.float
         machine.fail("as recorded")
 
 
-def _taken_over(machine: MotionStateMachine, recording: Recording) -> MotionLimiter:
-    """The guardian's brake, from what control had written down."""
+def _watchdog_brake(machine: MotionStateMachine, recording: Recording) -> MotionLimiter:
+    """The watchdog's brake, from the last command that control wrote."""
     limiter = machine.stream.limiter
     robot_limits = recording.robot_limits
     brake = MotionLimiter(robot_limits.limits, recording.config.period_s, robot_limits.actions)
@@ -114,9 +114,10 @@ def _taken_over(machine: MotionStateMachine, recording: Recording) -> MotionLimi
 
 
 def weights(recording: Recording) -> NDArray[np.float32]:
-    """(ticks, m) the share of each chunk in the action planned for each policy tick played.
+    """(ticks, m) float32: the share of each chunk in the action of each policy tick played.
 
-    Blending is linear, so the plan of chunks that are 1 in a column of their own has the shares.
+    Blending is linear. So chunk i is replaced by one that is 1 in column i and 0 elsewhere; the
+    blended plan of these chunks holds the shares.
     """
     count = len(recording.chunks.get("row", ()))
     ratio = recording.config.ratio
@@ -157,7 +158,7 @@ class ReplayCommand:
 
 
 def find(run: Path) -> list[Path]:
-    """The recordings that ``run`` means, by stem."""
+    """Paths without suffix of the recordings in the folder ``run``, or of the recording ``run``."""
     if run.is_dir():
         return sorted(path.with_suffix("") for path in run.rglob("*.npz") if _is_whole(path))
     return [run.with_suffix("")] if _is_whole(run.with_suffix(".npz")) else []
@@ -168,12 +169,14 @@ def _is_whole(path: Path) -> bool:
 
 
 def parser() -> argparse.ArgumentParser:
+    """The parser of the command line."""
     cli = CommandLine(prog="python -m runtime.eval_real.replay", description=__doc__)
     add_flags(cli, ReplayCommand)
     return cli
 
 
 def main(argv: Sequence[str] | None = None) -> int:
+    """Replay the recordings and print one line for each. Returns the exit status."""
     run = from_flags(ReplayCommand, parser().parse_args(argv)).run
     try:
         stems = find(run)

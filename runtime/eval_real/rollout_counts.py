@@ -1,4 +1,4 @@
-"""What is counted of a rollout while it runs, and written into every row of its recording."""
+"""Counts of a rollout, kept while it runs and written into every row of its recording."""
 
 from __future__ import annotations
 
@@ -14,15 +14,15 @@ from runtime.control.chunk_executor import ExecutorStatistics
 from runtime.control.command_stream import CommandStream
 
 COUNTED = (*(field.name for field in fields(ExecutorStatistics)), "clamped_ticks")
-"""Names in a row: whole numbers, but for ``seam_jump``."""
+"""Columns of a row: integers, except ``seam_jump``."""
 
 
 @dataclass(frozen=True, slots=True)
 class RolloutCounts:
-    """Figures of a rollout up to some command.
+    """Counts of a rollout up to one of its commands.
 
     Attributes:
-        executor: Of chunks and policy ticks.
+        executor: Counts of chunks and policy ticks.
         clamped_ticks: Commands that the limits changed.
     """
 
@@ -31,23 +31,24 @@ class RolloutCounts:
 
     @classmethod
     def of(cls, stream: CommandStream) -> RolloutCounts:
-        """Since the last reset of ``stream``."""
+        """The counts of ``stream`` since its last reset."""
         return cls(stream.executor.statistics(), stream.limiter.clamped_ticks)
 
     @classmethod
     def read(cls, row: Mapping[str, NDArray[Any]]) -> RolloutCounts:
-        """What ``write`` wrote."""
+        """The counts that ``write`` wrote into ``row``."""
         values = {name: row[name].item() for name in COUNTED}
         clamped = values.pop("clamped_ticks")
         return cls(ExecutorStatistics(**values), clamped)
 
     def write(self, row: Mapping[str, NDArray[Any]]) -> None:
+        """Write the counts into the 0-d arrays of ``row``."""
         for name in COUNTED[:-1]:
             row[name][...] = getattr(self.executor, name)
         row["clamped_ticks"][...] = self.clamped_ticks
 
     def __add__(self, later: RolloutCounts) -> RolloutCounts:
-        """Of both together, one after the other."""
+        """Counts of two parts of a rollout, one after the other."""
         a, b = self.executor, later.executor
         return RolloutCounts(
             ExecutorStatistics(
@@ -69,8 +70,8 @@ class RolloutCounter:
     """Counts a rollout across the resets of its stream.
 
     Args:
-        stream: Whose own counts begin anew with each reset.
-        before: What a control process that died had counted of the same rollout.
+        stream: Its own counts restart at 0 with each reset.
+        before: Counts of the same rollout by a control process that died.
     """
 
     def __init__(self, stream: CommandStream, before: RolloutCounts) -> None:
@@ -78,21 +79,21 @@ class RolloutCounter:
 
     @contextlib.contextmanager
     def across_reset(self) -> Iterator[None]:
-        """Keep what was counted so far, where what is done meanwhile resets the stream."""
+        """Keep the counts so far if the block resets the stream."""
         counted = RolloutCounts.of(self._stream)
         yield
         if RolloutCounts.of(self._stream) != counted:
             self._before += counted
 
     def begin(self) -> None:
-        """A rollout starts, with a stream that has just been reset."""
+        """Start a rollout at 0. The stream has just been reset."""
         self._before = _NOTHING
 
     def write(self, row: Mapping[str, NDArray[Any]]) -> None:
-        """The rollout's counts up to now, into ``row``."""
+        """Write the rollout's counts so far into ``row``."""
         (self._before + RolloutCounts.of(self._stream)).write(row)
 
 
 def last_counts(rows: Mapping[str, NDArray[Any]]) -> RolloutCounts:
-    """Of all ``rows`` of a rollout, at least one, by column."""
+    """The counts in the last of ``rows``, the columns of a rollout with at least one row."""
     return RolloutCounts.read({name: np.asarray(rows[name][-1]) for name in COUNTED})

@@ -1,4 +1,4 @@
-"""Rollouts one after another, with a person beside the robot or without one."""
+"""Runs rollouts one after another, attended by an operator or unattended."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ import numpy as np
 from runtime.control.chunk_executor import ExecutorStatistics
 from runtime.errors import RuntimeFault
 from runtime.eval_real.operator_console import QUIT, OperatorConsole
-from runtime.eval_real.phases import MOVING, Order, Phase, Signal
+from runtime.eval_real.phases import MOVING, ControlCommand, Phase, Signal
 from runtime.eval_real.recording import Recording
 from runtime.eval_real.replay import replay, weights
 from runtime.eval_real.rollout_counts import last_counts
@@ -27,29 +27,32 @@ from runtime.trace import recorder as trace
 BEGIN_WITHIN_S = 20.0
 """For the first chunk, once the arm waits for it."""
 ACKED_WITHIN_S = 20.0
+"""For the control process to read a command."""
 SAVED_WITHIN_S = 120.0
-LOOK_S = 0.005
+"""For the videos to be written."""
+POLL_S = 0.005
+"""Wait for a key between two polls of the processes."""
 
 
 class SessionOver(RuntimeFault):
-    """No more rollouts: something was lost and nobody asked to go on."""
+    """No more rollouts: something was lost, and the operator did not resume or there is none."""
 
 
 class Interrupted(RuntimeFault):
-    """Somebody ended it: a key, SIGINT or SIGTERM."""
+    """The session was ended by a key, SIGINT or SIGTERM."""
 
 
 @dataclass(frozen=True, slots=True)
 class Rollout:
-    """What came of one.
+    """The result of one rollout.
 
     Attributes:
-        episode: As in simulation; ``seed`` counts the rollouts where the robot takes none.
-        judged: Whether anybody or the robot could tell how it went.
+        episode: As in simulation; ``seed`` numbers the rollouts if the robot takes no seed.
+        judged: Whether the robot or the operator reported success or failure.
         clamped_ticks: Commands that the limits changed.
-        faults: Why it stopped in between.
-        stem: Of the recording's files.
-        replayed: Whether the recording gives the same commands, bit for bit.
+        faults: The reason of each stop during the rollout.
+        stem: Path of the recording's files without their suffix.
+        replayed: Whether the recording replays to the same commands, bit for bit.
     """
 
     episode: Episode
@@ -60,7 +63,7 @@ class Rollout:
     replayed: bool
 
     def details(self) -> dict[str, Any]:
-        """For the result file, beside what every episode has."""
+        """Entries of the result file beside those of every episode."""
         return {
             "judged": self.judged,
             "clamped_ticks": self.clamped_ticks,
@@ -71,16 +74,17 @@ class Rollout:
 
 
 class RolloutSession:
-    """Runs rollouts until all are done.
+    """Runs the rollouts of one evaluation.
 
     Args:
-        supervisor: Of the processes, at rest.
-        body: Of the robot, for recordings.
-        operator: The person.
+        supervisor: Runs the processes; the arm is at rest.
+        robot_limits: The robot's limits, for recordings.
+        operator: Reads the operator's keys.
         folder: For recordings and videos.
-        unattended: Nobody is there: nothing is asked, and a fault ends the session.
-        new_server: Starts a private server anew where that died; its address, else None.
-        tell: Called with a line for everything that happens.
+        unattended: Ask no questions, and end the session at a fault.
+        new_server: Restarts the private server if it died and returns its address; else returns
+            None.
+        tell: Called with one line of text for every event.
     """
 
     def __init__(
@@ -101,10 +105,10 @@ class RolloutSession:
         self._unwritten = ""
 
     def run(self, seeds: Iterable[int]) -> Iterator[Rollout]:
-        """One rollout per seed, each as it ends. The arm is at rest between them.
+        """Run one rollout per seed and yield each result. The arm is at rest in between.
 
         Raises:
-            SessionOver, Interrupted: The arm is at rest.
+            SessionOver, Interrupted: There are no more rollouts; the arm is at rest.
         """
         for index, seed in enumerate(seeds):
             if not self._unattended:
@@ -132,17 +136,17 @@ class RolloutSession:
         supervisor = self._supervisor
         if supervisor.dead:
             self._restore()
-        supervisor.recorder.rest()
+        supervisor.recorder.clear()
         self._faults.clear()
         self._began_s = time.monotonic()
         supervisor.record_video()
-        supervisor.order(Order.START, seed)
-        self._until_obeyed()
+        supervisor.send_command(ControlCommand.START, seed)
+        self._wait_acked()
         waiting_since_s = time.monotonic()
         while True:
             supervisor.poll()
             if {"control", "watchdog"} <= set(supervisor.dead):
-                raise SessionOver("neither the control process nor its guardian reach the robot")
+                raise SessionOver("neither the control process nor its watchdog reach the robot")
             phase = supervisor.phase
             if phase is Phase.HOLD and supervisor.acked_command:
                 return
@@ -155,23 +159,24 @@ class RolloutSession:
             elif time.monotonic() - waiting_since_s > BEGIN_WITHIN_S:
                 self._stop()
                 raise SessionOver(f"no first chunk within {BEGIN_WITHIN_S:g} s")
-            if self._operator.key(LOOK_S) and phase in (*MOVING, Phase.WAIT):
-                supervisor.order(Order.EMERGENCY)
+            if self._operator.key(POLL_S) and phase in (*MOVING, Phase.WAIT):
+                supervisor.send_command(ControlCommand.EMERGENCY)
                 self._tell("a key was pressed: stopping")
 
-    def _until_obeyed(self) -> None:
+    def _wait_acked(self) -> None:
+        """Wait until the control process has read the last command, or has died."""
         supervisor = self._supervisor
         if not supervisor.wait_for(
             lambda: supervisor.acked_command or "control" in supervisor.dead, ACKED_WITHIN_S
         ):
-            raise SessionOver("the control process does not obey")
+            raise SessionOver("the control process does not read its commands")
 
     def _on_fault(self) -> None:
-        """The arm is at rest and latched: ask what now; go on, or end the rollout.
+        """Resume or end the rollout after a latched fault, as the operator chooses.
 
         Raises:
-            SessionOver: Nobody is there to ask, or it cannot go on.
-            Interrupted: The person wants no more.
+            SessionOver: The session is unattended, or cannot go on.
+            Interrupted: The operator quit.
         """
         supervisor = self._supervisor
         reason = supervisor.fault or "the control process ended"
@@ -184,8 +189,8 @@ class RolloutSession:
         if answer == QUIT:
             raise Interrupted
         self._restore()
-        supervisor.order(Order.RESUME if answer == "r" else Order.RELEASE)
-        self._until_obeyed()
+        supervisor.send_command(ControlCommand.RESUME if answer == "r" else ControlCommand.RELEASE)
+        self._wait_acked()
 
     def _restore(self) -> None:
         try:
@@ -194,25 +199,25 @@ class RolloutSession:
             raise SessionOver(str(error)) from error
 
     def _stop(self) -> None:
-        with contextlib.suppress(KeyboardInterrupt):  # once is enough: it is stopping
+        with contextlib.suppress(KeyboardInterrupt):  # the arm is stopping already
             if not self._supervisor.stop():
                 self._tell("the arm did not come to rest in time")
 
     def _ask(self, question: str, choices: dict[str, str]) -> str:
         return self._operator.ask(question, choices, self._supervisor.poll)
 
-    # What came of it
+    # Results
 
     def _conclude(self, index: int, seed: int, *, cut: bool) -> Rollout | None:
-        """Write it down; None where nothing was played."""
+        """Save the recording and return the result; None if no tick was played."""
         supervisor = self._supervisor
         supervisor.poll()
-        senses = supervisor.senses()
+        sensing = supervisor.sensing_report()
         recording = supervisor.recorder.take(supervisor.config, self._robot_limits)
         if not recording.rows or not recording.rows["played"].any():
             return None
-        if senses["tells"]:
-            judged, success = True, bool(senses["success"])
+        if sensing["reports_outcome"]:
+            judged, success = True, bool(sensing["success"])
         else:
             judged, success = self._judge(cut)
         stem = self._folder / f"rollout_{index:03d}"
@@ -223,14 +228,14 @@ class RolloutSession:
             "seed": seed,
             "judged": judged,
             "success": success,
-            "reward": senses["reward"],
+            "reward": sensing["reward"],
             "faults": list(self._faults),
             "videos": supervisor.save_video(str(stem), SAVED_WITHIN_S),
         }
         recording = replace(recording, facts=facts)
         try:
             recording.save(stem, weights(recording))
-        except OSError as error:  # what came of it is known all the same
+        except OSError as error:  # the result is known all the same
             self._unwritten = f"{stem}: not recorded: {error.strerror or error}"
             self._faults.append(self._unwritten)
         counts = last_counts(recording.rows)
@@ -245,7 +250,7 @@ class RolloutSession:
         return Rollout(episode, judged, counts.clamped_ticks, faults, stem, identical)
 
     def _judge(self, cut: bool) -> tuple[bool, bool]:
-        """(judged, success) by the person; not judged without one."""
+        """(judged, success) as the operator says; not judged when unattended or cut short."""
         if self._unattended or cut:
             return False, False
         answer = self._ask("how did it go?", {"s": "success", "f": "failure", "k": "skip"})

@@ -1,12 +1,12 @@
 """The sensing process: cameras, the policy client, the outcome.
 
-Started as ``python -m runtime.eval_real.sensing_process``.
+The supervisor starts it as ``python -m runtime.eval_real.sensing_process``.
 
-It looks at the cameras at its own rate and, when the control process has asked for a chunk, sends
-the newest observation; answers go into the mailbox. An observation is for the policy tick nearest
-to its capture, or, while the arm waits at rest, for the tick that will be next.
+It reads the cameras at its own rate. When the control process has requested a chunk, it sends the
+newest observation to the policy server, and writes the answer to shared memory. An observation
+belongs to the policy tick nearest to its capture or, while the arm waits at rest, to the next tick.
 
-Its loop is never held up: a lost server is dialled again in a thread, videos are written in one.
+Its loop never blocks for long: threads reconnect to a lost server and write videos.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ from robots.base import CameraSample, JointSample, Robot, Role
 from robots.errors import RobotError
 from runtime.client.policy_client import PolicyClient
 from runtime.errors import RuntimeFault, ServerBusy, ServerLost
-from runtime.eval_real.phases import Phase, Server
+from runtime.eval_real.phases import Phase, ServerStatus
 from runtime.eval_real.processes import ParentPipe, child_main
 from runtime.eval_real.run_config import RunConfig
 from runtime.eval_real.shared_state import SharedState, put_text, write_chunk
@@ -42,25 +42,26 @@ from transport.zeromq.malloc import keep_freed_memory
 
 logger = logging.getLogger(__name__)
 
-LOOK_S = 0.001
-"""How long it sleeps when there is nothing to do: what a request may wait to be seen."""
+POLL_S = 0.001
+"""Sleep when there is nothing to do; a request waits at most this long."""
 ANSWER_WITHIN_S = 1.0
-"""Then a request is given up and asked again, with what is seen by then."""
+"""A request without an answer by then is replaced by one with a newer observation."""
 RECONNECT_S = 5.0
-"""One attempt at a lost server; there is no end to attempts."""
+"""Timeout of one attempt to reconnect; the number of attempts is not limited."""
 FRESH_FRAMES = 2
-"""New pictures of every camera before an arm at rest is shown: one may have been under way."""
-ROLLING = (Phase.WAIT, Phase.APPROACH, Phase.RUN)
+"""New pictures of every camera before the first request at rest: one may show the arm moving."""
+ROLLOUT_PHASES = (Phase.WAIT, Phase.APPROACH, Phase.RUN)
 
 
 class Sensing:
-    """One look at a time.
+    """The sensing loop of one robot.
 
     Args:
-        mission, mailbox: Shared with the others.
+        config: The run's configuration.
+        shared_state: The memory shared with the other processes.
         robot: Connected for sensing.
-        client: Of the policy server, its session open.
-        input_fd: Where the parent's lines arrive.
+        client: Connected to the policy server, its session open.
+        input_fd: Carries the parent's lines.
     """
 
     def __init__(
@@ -76,30 +77,32 @@ class Sensing:
         self._contract, self._ratio = config.contract, config.ratio
         self._progress = shared_state.latest_reader("progress")
         self._joint_queue = shared_state.queue_reader("joints")
-        self._senses = shared_state.latest_writer("senses")
+        self._sensing_report = shared_state.latest_writer("sensing")
         self._chunks = shared_state.queue_writer("chunks")
         self._joints: deque[JointSample] = deque(maxlen=512)
         self._frames: dict[str, CameraSample] = {}
         self._frame_ns = 0
         self._fresh: dict[str, int] = {}
         self._progress.refresh()
-        self._leg, self._ask = (int(self._progress.values[name]) for name in ("leg", "ask"))
+        self._attempt, self._request_seq = (
+            int(self._progress.values[name]) for name in ("attempt", "request_seq")
+        )
         self._submitted = 0
         self._obs_timestep = -1
-        self._asked_ns = 0
+        self._request_sent_ns = 0
         self._unanswered = False
         self._fault = self._refusal = ""
-        self._success, self._reward, self._steps, self._tells = False, 0.0, 0, False
+        self._success, self._reward, self._steps, self._reports_outcome = False, 0.0, 0, False
         self._reconnecting: threading.Thread | None = None
         self._lost = False
         self._video: VideoRecorder | None = None
         self._parent = os.getppid()
-        self._heard = b""
+        self._input_buffer = b""
         self._quit = False
-        self._seen_ask = -1
+        self._seen_request_seq = -1
 
     def run(self) -> None:
-        """Look until told to quit or left alone."""
+        """Run until the parent closes its pipe or dies."""
         period_ns = round(1e9 / self._config.sensing_rate)
         next_ns = time.monotonic_ns()
         while not self._quit and os.getppid() == self._parent:
@@ -108,14 +111,14 @@ class Sensing:
                 with trace.span("look"):
                     self._look(now_ns)
                 next_ns = max(next_ns + period_ns, now_ns)
-            self._follow()
-            self._serve()
+            self._read_progress()
+            self._exchange()
             self._publish()
-            self._listen(max(0.0, min(LOOK_S, (next_ns - time.monotonic_ns()) / 1e9)))
+            self._read_commands(max(0.0, min(POLL_S, (next_ns - time.monotonic_ns()) / 1e9)))
         if self._reconnecting is not None:
             self._reconnecting.join()
 
-    # What is seen
+    # Cameras and joints
 
     def _look(self, now_ns: int) -> None:
         try:
@@ -132,14 +135,14 @@ class Sensing:
                 self._fresh[name] = self._fresh.get(name, 0) + 1
         self._frames = frames
         self._frame_ns = min((s.received_ns for s in frames.values()), default=now_ns)
-        self._tells = outcome is not None
+        self._reports_outcome = outcome is not None
         if outcome is not None:
             self._success, self._reward, self._steps = outcome
         if self._video is not None:
-            self._video.note(frames, now_ns)
+            self._video.add(frames, now_ns)
 
     def _take_joints(self) -> None:
-        """Where the bus is control's alone, its samples come through the mailbox."""
+        """If only control can read the joints, its samples come through shared memory."""
         while (views := self._joint_queue.peek()) is not None:
             if not self._robot.shareable:
                 self._joints.append(
@@ -150,16 +153,16 @@ class Sensing:
             self._joint_queue.release()
 
     def _joints_at(self, stamp_ns: int) -> JointSample | None:
-        """The joint state that belongs to a picture: nearest by the robot's own stamps."""
+        """The joint state of a picture: the nearest by the robot's own stamps."""
         if self._robot.shareable:
             return self._robot.get_joints_at(stamp_ns)
         return min(self._joints, key=lambda s: abs(s.stamp_ns - stamp_ns), default=None)
 
     def first_observation(self) -> MetaObs:
-        """One whole observation, waited for.
+        """Wait for the first complete observation.
 
         Raises:
-            RobotError: It does not come; from the robot, or because control passes no joints on.
+            RobotError: From the robot, or control published no joints in time.
         """
         deadline_s = time.monotonic() + self._config.connect_timeout_s
         while time.monotonic() < deadline_s:
@@ -168,19 +171,19 @@ class Sensing:
             obs = self._observation()
             if obs is not None:
                 return obs
-            time.sleep(LOOK_S)
+            time.sleep(POLL_S)
         raise RobotError(
             f"no joint state from the control process within {self._config.connect_timeout_s:g} s"
         )
 
-    # What control wants
+    # Requests of the control process
 
-    def _follow(self) -> None:
+    def _read_progress(self) -> None:
         self._progress.refresh()
         values = self._progress.values
-        attempt, ask, phase = int(values["leg"]), int(values["ask"]), Phase(int(values["phase"]))
-        if attempt != self._leg:
-            self._leg = attempt
+        attempt, request_seq = int(values["attempt"]), int(values["request_seq"])
+        if attempt != self._attempt:
+            self._attempt = attempt
             self._obs_timestep = -1
             self._success, self._reward, self._steps = False, 0.0, 0
             self._unanswered = False
@@ -188,46 +191,47 @@ class Sensing:
             if not self._lost:
                 with contextlib.suppress(ServerLost):
                     self._client.reset()
-        if ask != self._seen_ask:
-            self._seen_ask = ask
+        if request_seq != self._seen_request_seq:
+            self._seen_request_seq = request_seq
             self._fresh.clear()
-        if phase not in ROLLING:
+        if Phase(int(values["phase"])) not in ROLLOUT_PHASES:
             if self._unanswered and not self._lost:
                 self._client.cancel()
             self._unanswered = False
 
-    def _wanted(self) -> bool:
+    def _should_request(self) -> bool:
         values = self._progress.values
         phase = Phase(int(values["phase"]))
         if self._lost or (not self._frames and self._contract.cameras):
             return False
-        if int(values["ask"]) == self._ask:
+        if int(values["request_seq"]) == self._request_seq:
             return self._overdue()
         if phase is Phase.WAIT:
             return all(self._fresh.get(name, 0) >= FRESH_FRAMES for name in self._frames)
         return phase is Phase.RUN
 
-    def _serve(self) -> None:
+    def _exchange(self) -> None:
+        """Send the observation that control requested, and pass chunks on to it."""
         if self._reconnecting is not None and not self._reconnecting.is_alive():
             self._reconnecting.join()
             self._reconnecting = None
             if self._lost:
-                self._reconnect()
+                self._start_reconnect()
         try:
-            if self._wanted():
+            if self._should_request():
                 self._submit()
             if not self._lost:
                 self._pass_chunks_on()
         except ServerLost as error:
-            self._lose(str(error))
+            self._report_lost(str(error))
         except ServerBusy:
-            pass  # asked again at the next look, with what is seen then
+            pass  # sent again in the next cycle, with the newest observation
         except PolicyError as error:
             self._refusal = self._refusal or str(error)
         except RobotError as error:
             self._fault = str(error)
         except RuntimeFault as error:
-            self._lose(str(error))
+            self._report_lost(str(error))
 
     def _submit(self) -> None:
         values = self._progress.values
@@ -246,18 +250,18 @@ class Sensing:
             self._client.cancel()
         self._client.submit(obs)
         self._obs_timestep = obs.timestep
-        self._asked_ns = time.monotonic_ns()
-        self._ask = int(values["ask"])
+        self._request_sent_ns = time.monotonic_ns()
+        self._request_seq = int(values["request_seq"])
         self._submitted += 1
         self._unanswered = True
 
     def _overdue(self) -> bool:
-        """Whether the newest request should have been answered by now."""
-        late_ns = time.monotonic_ns() - self._asked_ns
+        """Whether the newest request has waited too long for its answer."""
+        late_ns = time.monotonic_ns() - self._request_sent_ns
         return self._unanswered and late_ns > ANSWER_WITHIN_S * 1e9
 
     def _observation(self) -> MetaObs | None:
-        """The newest pictures and the state that belongs to them; None where that is missing."""
+        """The newest pictures and the joint state of their capture; None without a joint state."""
         if self._frames:
             oldest = min(self._frames.values(), key=lambda sample: sample.stamp_ns)
             joints = self._joints_at(oldest.stamp_ns)
@@ -282,24 +286,24 @@ class Sensing:
             if views is None:
                 logger.warning("the control process does not take chunks: one is dropped")
                 continue
-            write_chunk(chunk, self._leg, self._ask, views)
+            write_chunk(chunk, self._attempt, self._request_seq, views)
             self._chunks.publish()
 
-    # The server's death
+    # A lost server
 
-    def _lose(self, reason: str) -> None:
+    def _report_lost(self, reason: str) -> None:
         if not self._lost:
             self._lost = True
             send_event("lost", reason=reason)
             self._unanswered = False
         if self._reconnecting is None:
-            self._reconnect()
+            self._start_reconnect()
 
-    def _reconnect(self) -> None:
-        self._reconnecting = threading.Thread(target=self._dial_again, name="reconnect")
+    def _start_reconnect(self) -> None:
+        self._reconnecting = threading.Thread(target=self._reconnect_once, name="reconnect")
         self._reconnecting.start()
 
-    def _dial_again(self) -> None:
+    def _reconnect_once(self) -> None:
         try:
             self._client.reconnect(RECONNECT_S)
         except ContractMismatch as error:
@@ -311,38 +315,38 @@ class Sensing:
             self._lost = False
             send_event("connected", transport=self._client.transport)
 
-    # What the others see and say
+    # Other processes
 
     def _publish(self) -> None:
-        views = self._senses.claim()
-        views["beat_ns"][...], views["frame_ns"][...] = time.monotonic_ns(), self._frame_ns
-        views["leg"][...], views["ask"][...] = self._leg, self._ask
+        views = self._sensing_report.claim()
+        views["heartbeat_ns"][...], views["frame_ns"][...] = time.monotonic_ns(), self._frame_ns
+        views["attempt"][...], views["request_seq"][...] = self._attempt, self._request_seq
         views["submitted"][...], views["obs_timestep"][...] = self._submitted, self._obs_timestep
-        views["server"][...] = Server.LOST if self._lost else Server.CONNECTED
+        views["server"][...] = ServerStatus.LOST if self._lost else ServerStatus.CONNECTED
         views["success"][...], views["reward"][...] = self._success, self._reward
-        views["steps"][...], views["tells"][...] = self._steps, self._tells
+        views["steps"][...], views["reports_outcome"][...] = self._steps, self._reports_outcome
         put_text(views["fault"], self._fault or self._refusal)
-        self._senses.publish()
+        self._sensing_report.publish()
 
-    def _listen(self, timeout_s: float) -> None:
+    def _read_commands(self, timeout_s: float) -> None:
         readable, _, _ = select.select([self._input_fd], [], [], timeout_s)
         if not readable:
             return
         part = os.read(self._input_fd, 65536)
         self._quit = not part
-        *lines, self._heard = (self._heard + part).split(b"\n")
+        *lines, self._input_buffer = (self._input_buffer + part).split(b"\n")
         for line in lines:
             word, _, argument = line.decode().partition(" ")
             if word == "record":
                 self._video = VideoRecorder(self._config.video_fps)
             elif word == "save":
-                # A successor has nothing of what its predecessor saw; it says so by no file.
+                # A process started after ``record`` has no pictures, and writes no file.
                 video, self._video = self._video or VideoRecorder(0.0), None
                 video.save(Path(argument))
 
 
 def _work(config: RunConfig, shared_state: SharedState, parent: ParentPipe) -> int:
-    die_with_parent(os.getppid())  # a camera's code that hangs would not let it see the end
+    die_with_parent(os.getppid())  # a camera driver that hangs would keep it from ending
     logging.basicConfig(level=logging.WARNING, format="%(levelname)s %(name)s: %(message)s")
     robot = config.make_robot()
     with (
@@ -357,7 +361,7 @@ def _work(config: RunConfig, shared_state: SharedState, parent: ParentPipe) -> i
         obs = sensing.first_observation()
         schema = observation_schema(obs)
         check_observation_schema(schema, client.contract)
-        client.infer(obs)  # opens the session, and everything has been done once
+        client.infer(obs)  # opens the session, and warms up the whole path
         client.reset()
         info = client.info
         send_event(
@@ -372,6 +376,7 @@ def _work(config: RunConfig, shared_state: SharedState, parent: ParentPipe) -> i
 
 
 def main(argv: Sequence[str] | None = None) -> int:
+    """Run the sensing process. Returns the exit status."""
     keep_freed_memory()
     return child_main("sensing", _work, argv)
 

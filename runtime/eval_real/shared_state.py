@@ -1,18 +1,20 @@
-"""What the processes of a robot's evaluation share: one anonymous segment, inherited by descriptor.
+"""The shared memory of the processes of a robot evaluation: one anonymous segment.
 
-Every cell and queue has one writer:
+The processes inherit its file descriptor. Every integer, latest value and queue has one writer:
 
-=============  =======================  ==================================================
-control        -> sensing               ``progress``, ``joints``
-control        -> parent                ``progress``, ``ticks``, ``accepted``, ``events``
-control        -> guardian, successor   ``progress``, ``commands``
-sensing        -> control, parent       ``senses``, ``chunks``
-guardian       -> parent, control       ``watchdog_beat``
-parent         -> control               ``order``
-=============  =======================  ==================================================
+========  ======================  ==================================================
+writer    readers                 fields
+========  ======================  ==================================================
+control   sensing                 ``progress``, ``joints``
+control   parent                  ``progress``, ``ticks``, ``accepted``, ``events``
+control   watchdog, successor     ``progress``, ``commands``
+sensing   control, parent         ``sensing``, ``chunks``
+watchdog  parent, control         ``watchdog_heartbeat``
+parent    control                 ``control_command``
+========  ======================  ==================================================
 
-The guardian takes over what control wrote only once control is dead, so there is one writer still.
-The segment has no name: no death of anybody can leak it.
+The watchdog writes control's fields only after control has died, so there is still one writer.
+The segment has no name, so no process that dies can leak it.
 """
 
 from __future__ import annotations
@@ -23,7 +25,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from policies.types import STAGES, ActionChunk
-from runtime.eval_real.phases import Order
+from runtime.eval_real.phases import ControlCommand
 from runtime.eval_real.rollout_counts import COUNTED
 from transport.channel import Arrays
 from transport.schema import ArraySpec, Schema
@@ -39,7 +41,7 @@ CHUNKS, ACCEPTED, JOINTS, TICKS, EVENTS = 16, 64, 256, 2048, 64
 
 @dataclass(frozen=True, slots=True)
 class Dims:
-    """What the sizes in the segment follow from: lengths of state, action and chunk."""
+    """Lengths of state, action and chunk, which determine the sizes in the segment."""
 
     state: int
     action: int
@@ -55,17 +57,24 @@ def _numbers(*names: str) -> list[tuple[str, str, tuple[int, ...]]]:
 
 
 class SharedStateLayout:
-    """Schemas and offsets, the same in every process that knows the ``Dims``."""
+    """Schemas and offsets of the fields; the same in every process that has the same ``Dims``."""
 
     def __init__(self, dims: Dims) -> None:
         state, action = (dims.state,), (dims.action,)
         chunk = (
-            *_numbers("leg", "ask", "obs_timestep", "first_action_offset", "count", "t_capture_ns"),
+            *_numbers(
+                "attempt",
+                "request_seq",
+                "obs_timestep",
+                "first_action_offset",
+                "count",
+                "t_capture_ns",
+            ),
             ("stages_ns", "int64", (len(STAGES),)),
             ("actions", "float32", (dims.chunk, dims.action)),
         )
         row = (
-            *_numbers("row", "leg", "tick", "played", "phase", "signals", "advance", "source"),
+            *_numbers("row", "attempt", "tick", "played", "phase", "signals", "advance", "source"),
             *_numbers("deadline_ns", "captured_ns", "stamp_ns", "received_ns"),
             *((name, "float64" if name == "seam_jump" else "int64", ()) for name in COUNTED),
             ("command", "float32", action),
@@ -74,13 +83,28 @@ class SharedStateLayout:
         )
         self.latest = {
             "progress": _schema(
-                *_numbers("phase", "obeyed", "leg", "tick", "t0_ns", "ask", "dropped_rows"),
+                *_numbers(
+                    "phase",
+                    "acked_command",
+                    "attempt",
+                    "tick",
+                    "t0_ns",
+                    "request_seq",
+                    "dropped_rows",
+                ),
                 ("fault", "uint8", (TEXT_BYTES,)),
             ),
             "commands": _schema(*row, ("velocity", "float64", action)),
-            "senses": _schema(
-                *_numbers("beat_ns", "frame_ns", "leg", "ask", "submitted", "obs_timestep"),
-                *_numbers("server", "tells", "success", "steps"),
+            "sensing": _schema(
+                *_numbers(
+                    "heartbeat_ns",
+                    "frame_ns",
+                    "attempt",
+                    "request_seq",
+                    "submitted",
+                    "obs_timestep",
+                ),
+                *_numbers("server", "reports_outcome", "success", "steps"),
                 ("reward", "float64", ()),
                 ("fault", "uint8", (TEXT_BYTES,)),
             ),
@@ -94,14 +118,14 @@ class SharedStateLayout:
             ),
             "ticks": (_schema(*row, *_numbers("sent_ns")), TICKS),
             "events": (
-                _schema(*_numbers("stamp_ns", "leg", "tick"), ("text", "uint8", (TEXT_BYTES,))),
+                _schema(*_numbers("stamp_ns", "attempt", "tick"), ("text", "uint8", (TEXT_BYTES,))),
                 EVENTS,
             ),
         }
         self.offsets: dict[str, int] = {}
         end = 0
-        for word in ("order", "guardian_beat"):
-            self.offsets[word], end = end, end + CACHE_LINES
+        for name in ("control_command", "watchdog_heartbeat"):
+            self.offsets[name], end = end, end + CACHE_LINES
         for name, schema in self.latest.items():
             self.offsets[name], end = end, end + latest_value_nbytes(schema)
         for name, (schema, count) in self.queues.items():
@@ -110,50 +134,60 @@ class SharedStateLayout:
 
 
 def create_segment(dims: Dims) -> int:
-    """Descriptor of a segment for ``dims``, its memory reserved.
+    """Create a segment for ``dims`` and reserve its memory. Returns the file descriptor.
 
     Raises:
-        OSError: There is not that much memory.
+        OSError: There is not enough memory.
     """
-    return create_anonymous("metronome-mailbox", SharedStateLayout(dims).nbytes)
+    return create_anonymous("metronome-eval-real", SharedStateLayout(dims).nbytes)
 
 
 class SharedState:
-    """One process' view of the segment; ends are made as they are asked for.
+    """One process' mapping of the segment; makes readers and writers of its fields on request.
 
     Args:
-        fd: Of ``create_segment``; stays the caller's to close.
-        dims: Those it was made with.
+        fd: The descriptor from ``create_segment``. The caller closes it.
+        dims: The dimensions that the segment was created with.
+
+    Attributes:
+        control_command: The parent's newest command, see ``encode_command``.
+        watchdog_heartbeat: Monotonic time in ns at which the watchdog last ran.
 
     Raises:
-        ProtocolError: The segment is not of this size.
+        ProtocolError: The segment has another size than ``dims`` requires.
     """
 
     def __init__(self, fd: int, dims: Dims) -> None:
         self.dims = dims
         self._layout = SharedStateLayout(dims)
         self._memory = MappedSegment(fd, self._layout.nbytes, writable=True)
-        self.order = AtomicInt64(self._memory, self._layout.offsets["order"])
-        self.watchdog_beat = AtomicInt64(self._memory, self._layout.offsets["guardian_beat"])
+        self.control_command = AtomicInt64(self._memory, self._layout.offsets["control_command"])
+        self.watchdog_heartbeat = AtomicInt64(
+            self._memory, self._layout.offsets["watchdog_heartbeat"]
+        )
 
     def latest_writer(self, name: str) -> LatestValueWriter:
+        """The writer of the latest value ``name``; raises ``KeyError`` for an unknown name."""
         return LatestValueWriter(
             self._memory, self._layout.offsets[name], self._layout.latest[name]
         )
 
     def latest_reader(self, name: str) -> LatestValueReader:
+        """A reader of the latest value ``name``; raises ``KeyError`` for an unknown name."""
         return LatestValueReader(
             self._memory, self._layout.offsets[name], self._layout.latest[name]
         )
 
     def queue_writer(self, name: str) -> QueueWriter:
+        """The writer of the queue ``name``; raises ``KeyError`` for an unknown name."""
         return QueueWriter(self._memory, self._layout.offsets[name], *self._layout.queues[name])
 
     def queue_reader(self, name: str) -> QueueReader:
+        """The reader of the queue ``name``; raises ``KeyError`` for an unknown name."""
         return QueueReader(self._memory, self._layout.offsets[name], *self._layout.queues[name])
 
     def close(self) -> None:
-        """Unmap, once the last end is gone. Idempotent."""
+        """Unmap the segment, once the last reader and writer are gone. Idempotent."""
         self._memory.close()
 
     def __enter__(self) -> SharedState:
@@ -163,33 +197,45 @@ class SharedState:
         self.close()
 
 
-def encode_order(number: int, order: Order, argument: int = 0) -> int:
-    """One word: which order this is in the row, what is wanted, and a number with it."""
-    return number << 32 | argument << 8 | order
+def encode_command(number: int, command: ControlCommand, argument: int = 0) -> int:
+    """Pack a command into 64 bits.
+
+    Args:
+        number: Sequence number of the command, below 2**31.
+        command: What control is to do.
+        argument: 24 bits; the seed of ``START``.
+    """
+    return number << 32 | argument << 8 | command
 
 
-def decode_order(word: int) -> tuple[int, Order, int]:
-    """What ``encode_order`` put together."""
-    return word >> 32, Order(word & 0xFF), word >> 8 & 0xFFFFFF
+def decode_command(word: int) -> tuple[int, ControlCommand, int]:
+    """(number, command, argument), the inverse of ``encode_command``."""
+    return word >> 32, ControlCommand(word & 0xFF), word >> 8 & 0xFFFFFF
 
 
 def put_text(view: NDArray[np.uint8], text: str) -> None:
-    """Write ``text`` into a text field, cut to its length."""
+    """Write ``text`` as UTF-8 into the text field ``view``, cut to its length."""
     data = text.encode()[: view.size]
     view[: len(data)] = np.frombuffer(data, np.uint8)
     view[len(data) :] = 0
 
 
 def get_text(view: NDArray[np.uint8]) -> str:
+    """The text that ``put_text`` wrote into ``view``."""
     return view.tobytes().rstrip(b"\0").decode(errors="replace")
 
 
-def write_chunk(chunk: ActionChunk, attempt: int, ask: int, views: Arrays) -> None:
-    """Copy ``chunk`` into a message of the mailbox."""
+def write_chunk(chunk: ActionChunk, attempt: int, request_seq: int, views: Arrays) -> None:
+    """Copy ``chunk`` into ``views``, a claimed message of the queue ``chunks``.
+
+    Args:
+        attempt, request_seq: The attempt and the request of control that it answers.
+    """
     count = len(chunk)
     views["actions"][:count] = chunk.actions
     views["actions"][count:] = 0
-    views["leg"][...], views["ask"][...], views["count"][...] = attempt, ask, count
+    views["attempt"][...], views["request_seq"][...] = attempt, request_seq
+    views["count"][...] = count
     views["obs_timestep"][...] = chunk.obs_timestep
     views["first_action_offset"][...] = chunk.first_action_offset
     views["t_capture_ns"][...] = chunk.t_capture_ns
@@ -197,7 +243,7 @@ def write_chunk(chunk: ActionChunk, attempt: int, ask: int, views: Arrays) -> No
 
 
 def read_chunk(views: Arrays) -> ActionChunk:
-    """The chunk in the mailbox, copied out of it."""
+    """The chunk in ``views``, a message of the queue ``chunks``, copied."""
     count = int(views["count"])
     return ActionChunk(
         actions=views["actions"][:count].copy(),

@@ -1,4 +1,4 @@
-"""The parent's view of the processes that drive a robot: started, ordered, watched, replaced."""
+"""Starts, commands, watches and replaces the processes that drive a robot; runs in the parent."""
 
 from __future__ import annotations
 
@@ -10,36 +10,41 @@ from dataclasses import replace
 from typing import Any
 
 from robots.base import Robot
-from runtime.eval_real.phases import MOVING, Order, Phase, Server
+from runtime.eval_real.phases import MOVING, ControlCommand, Phase, ServerStatus
 from runtime.eval_real.processes import WorkerProcess, WorkerProcessFailed
 from runtime.eval_real.recording import RecordingWriter
 from runtime.eval_real.run_config import RunConfig
-from runtime.eval_real.shared_state import SharedState, create_segment, encode_order, get_text
+from runtime.eval_real.shared_state import SharedState, create_segment, encode_command, get_text
 from transport.child_process import REPORT_EVERY_S
 
 logger = logging.getLogger(__name__)
 
 READY_WITHIN_S = 60.0
+"""For a worker process to start, or the server to be connected again."""
 HANGS_AFTER_S = 2.0
-"""Beyond the age at which control stops the arm; then a sensing process is not waited for."""
+"""Silence beyond the age at which control stops the arm; then the sensing process is killed."""
 STOP_WITHIN_S = 10.0
 """For the arm to come to rest before the processes are killed: far more than any limit implies."""
 
 
 class Supervisor:
-    """Runs the control process, its guardian and the sensing process.
+    """Runs the control, watchdog and sensing processes.
 
     Args:
-        mission: What they are told.
+        config: The run's configuration; passed to each process.
         robot: The same robot, not connected; for its dimensions.
-        tell: Called with a line for everything that happens.
+        tell: Called with one line of text for every event.
 
     Attributes:
-        setting: What sensing said when it was ready: transport, its reason, the policy's info.
-        realtime: What the control process could have of the kernel, in words.
+        config: As given; its address changes when the server is replaced.
+        recorder: Collects the commands and chunks of the rollout.
+        lost: Why the policy server is lost; empty while it is connected.
+        setting: The ``ready`` event of the sensing process: transport, its reason, the policy's
+            info.
+        realtime: The real-time options that the control process was granted, as text.
 
     Raises:
-        WorkerProcessFailed: One did not come up; says why. Nothing has moved.
+        WorkerProcessFailed: A process did not start; the message says why. Nothing has moved.
     """
 
     def __init__(self, config: RunConfig, robot: Robot, tell: Callable[[str], None]) -> None:
@@ -49,12 +54,12 @@ class Supervisor:
         self._fd = create_segment(dims)
         self._shared_state = SharedState(self._fd, dims)
         self._progress = self._shared_state.latest_reader("progress")
-        self._senses = self._shared_state.latest_reader("senses")
+        self._sensing_report = self._shared_state.latest_reader("sensing")
         self._events = self._shared_state.queue_reader("events")
         self.recorder = RecordingWriter(
             self._shared_state.queue_reader("ticks"), self._shared_state.queue_reader("accepted")
         )
-        self._orders = 0
+        self._commands_sent = 0
         self._control: WorkerProcess | None = None
         self._watchdog: WorkerProcess | None = None
         self._sensing: WorkerProcess | None = None
@@ -71,96 +76,100 @@ class Supervisor:
             self.close()
             raise
 
-    # What it sees
+    # State of the processes
 
     @property
     def phase(self) -> Phase:
+        """What the control process is doing."""
         self._progress.refresh()
         return Phase(int(self._progress.values["phase"]))
 
     @property
     def attempt(self) -> int:
-        """Counts starts and resumptions."""
-        return int(self._progress.values["leg"])
+        """Number of starts and resumptions so far."""
+        return int(self._progress.values["attempt"])
 
     @property
     def acked_command(self) -> bool:
-        """Whether the last order was seen."""
+        """Whether the control process has read the last command."""
         self._progress.refresh()
-        return int(self._progress.values["obeyed"]) == self._orders
+        return int(self._progress.values["acked_command"]) == self._commands_sent
 
     @property
     def played(self) -> int:
-        """Control ticks of the rollout."""
+        """Control ticks of the rollout so far."""
         return int(self._progress.values["tick"])
 
-    def senses(self) -> dict[str, Any]:
-        """What the sensing process published last."""
-        self._senses.refresh()
-        return {n: v.item() for n, v in self._senses.values.items() if v.size == 1}
+    def sensing_report(self) -> dict[str, Any]:
+        """The numbers that the sensing process published last, by name."""
+        self._sensing_report.refresh()
+        return {n: v.item() for n, v in self._sensing_report.values.items() if v.size == 1}
 
     @property
     def fault(self) -> str:
-        """Why the arm was stopped."""
+        """Why the arm was stopped; empty without a fault."""
         self._progress.refresh()
         return get_text(self._progress.values["fault"])
 
     @property
     def dead(self) -> list[str]:
-        """Members that ended although nobody told them to."""
+        """Short names of the processes that have died."""
         workers = (self._control, self._watchdog, self._sensing)
         return [worker.short_name for worker in workers if worker is not None and not worker.alive]
 
     def poll(self) -> None:
-        """Record what came, tell what happened. To be called a hundred times a second or more."""
+        """Drain the recording queues and report events. Call it 100 times a second or more."""
         self.recorder.drain()
         while (views := self._events.peek()) is not None:
             self._tell(get_text(views["text"]))
             self._events.release()
         for worker in (self._control, self._watchdog, self._sensing):
             for event in worker.events() if worker is not None else ():
-                self._hear(event)
+                self._handle_event(event)
             if worker is None or worker.alive or worker.pid in self._reported:
                 continue
             self._reported.add(worker.pid)
             if not self._closing or worker.returncode:
                 self._tell(f"{worker.name} ended: {worker.status}")
 
-    def _hear(self, said: dict[str, Any]) -> None:
-        event = said["event"]
-        if event == "lost":
-            self.lost = said["reason"]
-            self._tell(f"server lost: {said['reason']}")
-        elif event == "connected":
+    def _handle_event(self, event: dict[str, Any]) -> None:
+        name = event["event"]
+        if name == "lost":
+            self.lost = event["reason"]
+            self._tell(f"server lost: {event['reason']}")
+        elif name == "connected":
             self.lost = ""
-            self._tell(f"server connected again, over {said['transport']}")
-        elif event == "failed":
-            self._tell(f"a process failed: {said['error']}")
-        elif event == "saved":
-            self._saved.update(said)
-        elif event == "wrong_policy":
-            self._tell(f"another policy answered: {said['reason']}")
+            self._tell(f"server connected again, over {event['transport']}")
+        elif name == "failed":
+            self._tell(f"a process failed: {event['error']}")
+        elif name == "saved":
+            self._saved.update(event)
+        elif name == "wrong_policy":
+            self._tell(f"another policy answered: {event['reason']}")
 
-    # What it does
+    # Actions
 
-    def order(self, order: Order, argument: int = 0) -> None:
-        self._orders += 1
-        self._shared_state.order.store(encode_order(self._orders, order, argument))
+    def send_command(self, command: ControlCommand, argument: int = 0) -> None:
+        """Send the control process a command and a 24-bit argument (the seed of ``START``)."""
+        self._commands_sent += 1
+        self._shared_state.control_command.store(
+            encode_command(self._commands_sent, command, argument)
+        )
 
     def wait_for(self, condition: Callable[[], bool], timeout_s: float, what: str = "") -> bool:
-        """Poll until ``condition``; whether it came true in time.
+        """Poll until ``condition`` is true; False after ``timeout_s``.
 
         Args:
-            what: Is said every few seconds to be waited for.
+            what: Named in a line every few seconds while waiting; empty for no such line.
         """
         began_s = time.monotonic()
-        say_s = began_s + REPORT_EVERY_S
+        next_line_s = began_s + REPORT_EVERY_S
         while not condition():
             now_s = time.monotonic()
             if now_s - began_s > timeout_s:
                 return False
-            if what and now_s > say_s:
-                say_s += REPORT_EVERY_S
+            if what and now_s > next_line_s:
+                next_line_s += REPORT_EVERY_S
                 self._tell(f"waiting for {what}, {now_s - began_s:.0f} s so far")
             self.poll()
             time.sleep(0.005)
@@ -168,20 +177,20 @@ class Supervisor:
         return True
 
     def stop(self) -> bool:
-        """Bring the arm to rest; whether it is."""
-        self.order(Order.STOP)
+        """Bring the arm to rest; False if it still moves after ``STOP_WITHIN_S``."""
+        self.send_command(ControlCommand.STOP)
         return self.wait_for(lambda: self.phase not in (*MOVING, Phase.WAIT), STOP_WITHIN_S)
 
     def restore(self, address: str | None = None) -> None:
-        """Replace whoever died. The arm is at rest and stays there.
+        """Replace the processes that died. The arm must be at rest, and stays there.
 
         Args:
-            address: Of the server that is to be asked from now on, where that has changed.
+            address: The policy server's new address; None if it has not changed.
 
         Raises:
-            WorkerProcessFailed: A successor did not come up, or the server is still lost.
+            WorkerProcessFailed: A new process did not start, or the server is still lost.
         """
-        if self._control is not None and not (self._control.alive and self._guardian_alive):
+        if self._control is not None and not (self._control.alive and self._watchdog_alive):
             self._start_control()
         if address is not None and address != self.config.address:
             self.config = replace(self.config, address=address)
@@ -193,17 +202,20 @@ class Supervisor:
             raise WorkerProcessFailed(f"the server is still lost: {self.lost}")
 
     def _connected(self) -> bool:
-        senses = self.senses()
-        recent = time.monotonic_ns() - senses["beat_ns"] < 1e8
-        return bool(recent and senses["server"] == Server.CONNECTED)
+        sensing = self.sensing_report()
+        recent = time.monotonic_ns() - sensing["heartbeat_ns"] < 1e8
+        return bool(recent and sensing["server"] == ServerStatus.CONNECTED)
 
     @property
-    def _guardian_alive(self) -> bool:
+    def _watchdog_alive(self) -> bool:
         return self._watchdog is not None and self._watchdog.alive
 
     def _start_control(self) -> None:
-        """A control process and its guardian; the guardian of a dead one holds until then."""
-        before = (self._control, self._watchdog)
+        """Start a control process and its watchdog.
+
+        The watchdog of a control process that died holds the arm until these are ready.
+        """
+        predecessors = (self._control, self._watchdog)
         control = WorkerProcess("control", self.config, self._fd)
         watchdog = None
         try:
@@ -221,22 +233,22 @@ class Supervisor:
                 if worker is not None:
                     worker.close(1.0)
             raise
-        for worker in before:
+        for worker in predecessors:
             if worker is not None:
                 if worker.short_name == "control" and worker.alive:
-                    worker.terminate()  # its guardian died; it comes to rest first
+                    worker.terminate()  # its watchdog died; it comes to rest first
                 worker.close(STOP_WITHIN_S)
         self._control, self._watchdog = control, watchdog
         self._progress.refresh()
-        acked_command = int(self._progress.values["obeyed"])
+        acked_command = int(self._progress.values["acked_command"])
         control.send_line("go")
-        self._orders = max(self._orders, acked_command)
-        commands = self.wait_for(
+        self._commands_sent = max(self._commands_sent, acked_command)
+        in_time = self.wait_for(
             lambda: not control.alive or self._progress.refresh(),
             READY_WITHIN_S,
             "the control process to command",
         )
-        if not (commands and control.alive):
+        if not (in_time and control.alive):
             raise WorkerProcessFailed(f"the control process does not command ({control.status})")
 
     def _start_sensing(self) -> None:
@@ -245,8 +257,8 @@ class Supervisor:
         self.lost = ""
 
     def _sensing_hangs(self) -> bool:
-        """Whether the sensing process has given no sign of life for so long that none will come."""
-        silent_s = (time.monotonic_ns() - self.senses()["beat_ns"]) / 1e9
+        """Whether the sensing process has been silent for so long that it counts as hung."""
+        silent_s = (time.monotonic_ns() - self.sensing_report()["heartbeat_ns"]) / 1e9
         return bool(silent_s > self.config.max_sensing_age_s + HANGS_AFTER_S)
 
     def _end_sensing(self) -> None:
@@ -257,11 +269,17 @@ class Supervisor:
             self._sensing = None
 
     def record_video(self) -> None:
+        """Tell the sensing process to keep pictures for a new video."""
         if self._sensing is not None:
             self._sensing.send_line("record")
 
     def save_video(self, stem: str, timeout_s: float) -> list[str]:
-        """Have what was recorded written; which files there are."""
+        """Have the sensing process write its videos; returns their paths.
+
+        Args:
+            stem: Path without the camera's name and the suffix, see ``VideoRecorder.save``.
+            timeout_s: Then it returns without the videos.
+        """
         if self._sensing is None:
             return []
         self._saved.clear()
@@ -276,11 +294,11 @@ class Supervisor:
         return list(self._saved.get("paths", ()))
 
     def close(self) -> None:
-        """Bring the arm to rest and end everybody. Idempotent."""
+        """Bring the arm to rest and end all processes. Idempotent."""
         if self._fd < 0:
             return
         self._closing = True
-        self.order(Order.QUIT)
+        self.send_command(ControlCommand.QUIT)
         if self._control is not None and self._control.alive:
             self.wait_for(lambda: not (self._control and self._control.alive), STOP_WITHIN_S)
         if self._sensing is not None and self._sensing_hangs():

@@ -1,4 +1,4 @@
-"""Pictures kept while a rollout runs, and made a video of when it is over."""
+"""Keeps camera pictures while a rollout runs, and encodes videos when it is over."""
 
 from __future__ import annotations
 
@@ -13,30 +13,38 @@ from robots.base import CameraSample
 from runtime.evaluation.video import write_video
 from transport.child_process import send_event
 
-MOST_PICTURES = 1000
-"""Of each camera in a video; a longer rollout is shown with half as many per second."""
+MAX_PICTURES = 1000
+"""Pictures of each camera in a video. A longer rollout gets half the frame rate."""
 
 
 class VideoRecorder:
-    """Pictures of one rollout, thinned out as they come, encoded when it is over."""
+    """The pictures of one rollout, at a limited rate.
+
+    Args:
+        fps: Pictures kept per second and camera; 0 for none.
+    """
 
     def __init__(self, fps: float) -> None:
         self._fps = fps
         self._next_ns = 0
         self._pictures: dict[str, list[NDArray[np.uint8]]] = {}
 
-    def note(self, frames: Mapping[str, CameraSample], now_ns: int) -> None:
+    def add(self, frames: Mapping[str, CameraSample], now_ns: int) -> None:
+        """Keep one picture of each camera, unless the last ones were kept less than 1/fps ago."""
         if self._fps <= 0 or now_ns < self._next_ns:
             return
         self._next_ns = max(self._next_ns + round(1e9 / self._fps), now_ns)
         for name, sample in frames.items():
             self._pictures.setdefault(name, []).append(sample.image)
-        if max(map(len, self._pictures.values()), default=0) > MOST_PICTURES:
+        if max(map(len, self._pictures.values()), default=0) > MAX_PICTURES:
             self._fps /= 2
-            self._pictures = {name: shown[::2] for name, shown in self._pictures.items()}
+            self._pictures = {name: kept[::2] for name, kept in self._pictures.items()}
 
     def save(self, stem: Path) -> None:
-        """Write ``<stem>_<camera>.mp4`` in a thread (see ``file_name``); says which, or why not."""
+        """Write ``<stem>_<camera>.mp4`` in a thread (see ``file_name``).
+
+        The thread then sends the event ``saved`` with the paths, or with the problem.
+        """
         threading.Thread(target=self._write, args=(stem,), name="video", daemon=True).start()
 
     def _write(self, stem: Path) -> None:
@@ -52,6 +60,9 @@ class VideoRecorder:
 
 
 def file_name(camera: str) -> str:
-    """``camera`` as part of a file's name: what is no letter, digit, ``.``, ``_``, ``-`` or blank
-    is written as ``%`` and its code, ``a/b`` as ``a%2Fb``."""
+    """``camera`` as part of a file name.
+
+    Characters other than letters, digits, ``.``, ``_``, ``-`` and blank become ``%`` and their code
+    in hexadecimal: ``a/b`` becomes ``a%2Fb``.
+    """
     return "".join(c if c.isalnum() or c in "._- " else f"%{ord(c):02X}" for c in camera)

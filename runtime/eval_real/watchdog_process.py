@@ -1,16 +1,16 @@
-"""The guardian brings the arm to rest when the control process cannot.
+"""The watchdog process brings the arm to rest when the control process cannot.
 
-``python -m runtime.eval_real.watchdog_process``, started by ``eval_real.py``.
+The supervisor starts it as ``python -m runtime.eval_real.watchdog_process``.
 
-It is connected to the robot beforehand and sleeps until the control process ends, which the kernel
-tells it at once, or until that has not commanded a moving arm for too long. Then
+It connects to the robot beforehand. It sleeps until the control process ends (the kernel wakes it
+at once) or has not commanded a moving arm for too long. Then
 
-* it kills the control process: one that was merely held up must not wake and command a moment of
-  the past;
-* it sends the last command again. Control writes a command down before it sends it, so either this
-  changes nothing or the arm gets what it was owed;
-* from the next deadline of control's own grid on it brakes within the robot's limits, and then
-  commands that pose until it is told to go, or for a while if there is nobody left to tell it.
+* it kills the control process, so that one that was only held up cannot send outdated commands
+  later;
+* it sends the last command again. Control writes each command to shared memory before sending it,
+  so the arm either receives a command that was still to be sent, or the same one again;
+* from control's next deadline on it brakes within the robot's limits. Then it commands that pose
+  until the parent releases it, or for ``ORPHAN_HOLD_S`` if the parent has died.
 """
 
 from __future__ import annotations
@@ -43,24 +43,23 @@ from transport.child_process import send_event
 
 logger = logging.getLogger(__name__)
 
-LOOK_S = 0.005
-"""How often it looks whether control still commands; an end is told by the kernel at once."""
+POLL_S = 0.005
+"""Interval of the checks for a stall; the kernel reports an end at once."""
 STALLED_PERIODS, STALLED_S = 5, 0.1
-"""Control has stalled when it is late by the longer of the two with the arm in motion."""
-
-
+"""Control has stalled when the arm moves and its command is late by the longer of the two."""
 GIVE_UP_S = 5.0
-"""For a robot that takes no commands."""
+"""Time for which a robot may refuse commands before the watchdog gives up."""
 
 
 class Watchdog:
-    """Watches one control process.
+    """Watches one control process and takes over its robot.
 
     Args:
-        mission, mailbox: Shared with control.
-        robot: Connected, or to be connected when needed where two processes cannot be at once.
-        pidfd: Of the control process.
-        input_fd: Where the parent says that it may go.
+        config: The run's configuration.
+        shared_state: The memory shared with the other processes.
+        robot: Connected; or not yet, if only one process can be connected at a time.
+        pidfd: Descriptor of the control process (``pidfd_open``).
+        input_fd: A line or end of file here releases the watchdog.
     """
 
     def __init__(
@@ -71,20 +70,20 @@ class Watchdog:
         self._pidfd = pidfd
         self._progress = shared_state.latest_reader("progress")
         self._commands = shared_state.latest_reader("commands")
-        self._beat = shared_state.watchdog_beat
+        self._beat = shared_state.watchdog_heartbeat
         self._stall_ns = round(1e9 * max(STALLED_S, STALLED_PERIODS * config.period_s))
         self._parent = os.getppid()
         self._why = "the control process died"
         self._refused_ns = 0
-        # All that takes time to make is made now: the arm would have to wait for it.
+        # Made now, so that the arm does not wait for it later.
         self._planner = MotionLimiter(robot.limits, config.period_s, robot.contract.actions)
         self._recorder = _Recorder(shared_state)
 
     def watch(self) -> bool:
-        """Wait for control's end; whether somebody has to take over."""
+        """Wait until control ends, or kill it when it stalls; whether to take over."""
         poller = select.poll()
         poller.register(self._pidfd, select.POLLIN)
-        while not poller.poll(LOOK_S * 1e3):
+        while not poller.poll(POLL_S * 1e3):
             self._beat.store(time.monotonic_ns())
             if self._stalled():
                 self._why = "the control process had stalled and was killed"
@@ -106,23 +105,27 @@ class Watchdog:
         return time.monotonic_ns() - int(self._commands.values["deadline_ns"]) > self._stall_ns
 
     def take_over(self) -> None:
-        """Stop the arm, then hold it until released."""
+        """Stop the arm, then hold it until released.
+
+        Raises:
+            RobotLost: The robot refused commands for ``GIVE_UP_S``.
+        """
         if self._robot.role is None:
             self._robot.connect(Role.CONTROL, self._config.connect_timeout_s)
         if not self._commands.refresh() and not self._commands.sequence:
-            return  # it never commanded anything
+            return  # control never sent a command
         period_s, period_ns = self._config.period_s, round(self._config.period_s * 1e9)
-        intent = self._commands.values
-        last = intent["command"].astype(np.float64)
-        command = intent["command"]
+        row = self._commands.values
+        last = row["command"].astype(np.float64)
+        command = row["command"]
         sent = self._send(command)
         planner, recorder = self._planner, self._recorder
-        planner.reset(last, last - intent["velocity"] * period_s)
-        recorder.take_over(intent, self._progress.values)
+        planner.reset(last, last - row["velocity"] * period_s)
+        recorder.take_over(row, self._progress.values)
         if sent:
-            recorder.note_last()
-        logger.error("%s: the guardian brings the arm to rest", self._why)
-        clock, deadline_ns = MonotonicClock(), int(intent["deadline_ns"])
+            recorder.record_sent()
+        logger.error("%s: the watchdog brings the arm to rest", self._why)
+        clock, deadline_ns = MonotonicClock(), int(row["deadline_ns"])
         rested, left_ns = False, 0
         while not self._released(left_ns):
             now_ns = time.monotonic_ns()
@@ -131,20 +134,20 @@ class Watchdog:
             clock.wait_until_ns(deadline_ns)
             if sent:
                 command = planner.brake()
-                recorder.intend(command, planner.velocity, deadline_ns)
+                recorder.write_command(command, planner.velocity, deadline_ns)
             sent = self._send(command)
             if not sent:
                 continue
-            recorder.note_last()
+            recorder.record_sent()
             if planner.at_rest and not rested:
                 rested = True
-                logger.error("at rest after a fault, held by the guardian")
+                logger.error("at rest after a fault, held by the watchdog")
                 recorder.latch(self._why)
             if os.getppid() != self._parent and not left_ns and rested:
                 left_ns = now_ns + round(1e9 * ORPHAN_HOLD_S)
 
     def _send(self, command: NDArray[np.float32]) -> bool:
-        """Whether it left. What a robot that is held up does not take is owed, and goes first."""
+        """Send ``command``; False if the robot refused it, and the caller must send it again."""
         try:
             self._robot.send_action(command)
         except RobotLost:
@@ -157,7 +160,7 @@ class Watchdog:
         return True
 
     def _released(self, left_ns: int) -> bool:
-        """Told to go; or left alone, and it has held for long enough."""
+        """Whether the parent released the watchdog, or died and the hold time is over."""
         if left_ns:
             return time.monotonic_ns() > left_ns
         if os.getppid() != self._parent:
@@ -167,26 +170,30 @@ class Watchdog:
 
 
 class _Recorder:
-    """Goes on with what control wrote, in its place."""
+    """Writes the shared-memory fields of a control process that has died."""
 
     def __init__(self, shared_state: SharedState) -> None:
         self._ticks = shared_state.queue_writer("ticks")
         self._commands = shared_state.latest_writer("commands")
         self._progress = shared_state.latest_writer("progress")
         self._row: dict[str, NDArray[Any]] = {}
-        self._before: dict[str, NDArray[Any]] = {}
+        self._last_progress: dict[str, NDArray[Any]] = {}
 
-    def take_over(self, intent: Arrays, progress: Arrays) -> None:
-        """Control is dead: from here on these are ours to write."""
+    def take_over(self, row: Arrays, progress: Arrays) -> None:
+        """Become the writer of control's fields. Control must have ended.
+
+        Args:
+            row, progress: Control's last values of ``commands`` and ``progress``.
+        """
         for writer in (self._ticks, self._commands, self._progress):
             writer.take_over()
-        self._row = {name: value.copy() for name, value in intent.items()}
-        self._before = {name: value.copy() for name, value in progress.items()}
+        self._row = {name: value.copy() for name, value in row.items()}
+        self._last_progress = {name: value.copy() for name, value in progress.items()}
 
-    def intend(
+    def write_command(
         self, command: NDArray[np.float32], velocity: NDArray[np.float64], deadline_ns: int
     ) -> None:
-        """Write down what is about to be sent; a successor of the guardian may need it."""
+        """Write a command to shared memory before it is sent, for a successor of the watchdog."""
         row = self._row
         row["row"] += 1
         row["played"][...] = 0
@@ -198,8 +205,8 @@ class _Recorder:
             np.copyto(views[name], value)
         self._commands.publish()
 
-    def note_last(self) -> None:
-        """Record the command just sent. Control may have done so already: the row is the same."""
+    def record_sent(self) -> None:
+        """Record the command just sent. If control recorded it already, the row is the same."""
         views = self._ticks.claim()
         if views is not None:
             for name, value in views.items():
@@ -209,9 +216,9 @@ class _Recorder:
             self._ticks.publish()
 
     def latch(self, why: str) -> None:
-        """Tell everybody that the arm is at rest after a fault."""
+        """Publish that the arm is at rest after the fault ``why``."""
         views = self._progress.claim()
-        for name, value in self._before.items():
+        for name, value in self._last_progress.items():
             views[name][...] = value
         views["phase"][...] = Phase.FAULT
         put_text(views["fault"], why)
@@ -227,7 +234,7 @@ def _work(config: RunConfig, shared_state: SharedState, parent: ParentPipe, pidf
             watchdog = Watchdog(config, shared_state, robot, pidfd, parent.input_fd)
             send_event("ready")
             if watchdog.watch():
-                # One writer at a time: the queue of events was control's until it died.
+                # Control was the only writer of the queue of events until it died.
                 log = EventLog(shared_state.queue_writer("events"))
                 logging.basicConfig(level=logging.INFO, handlers=[log], force=True)
                 watchdog.take_over()
@@ -235,6 +242,7 @@ def _work(config: RunConfig, shared_state: SharedState, parent: ParentPipe, pidf
 
 
 def main(argv: Sequence[str] | None = None) -> int:
+    """Run the watchdog process. Returns the exit status."""
     arguments = list(sys.argv[1:] if argv is None else argv)
     at = arguments.index("--control")
     pidfd = int(arguments[at + 1])

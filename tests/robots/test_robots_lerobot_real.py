@@ -190,7 +190,7 @@ def test_killed_in_mid_motion_the_torque_is_never_off(
         since = motors.count
         until(lambda s=since: motors.is_swinging(s))
         os.kill(program.child("robots.lerobot_process"), signal.SIGKILL)
-        program.expect("neither the control process nor its guardian reach", PATIENCE_S)
+        program.expect("neither the control process nor its watchdog reach", PATIENCE_S)
         assert program.wait() == 1
     _never_off(motors, begun)
     begun = motors.count

@@ -1,4 +1,4 @@
-"""A result says what was starved, clamped and discarded as it happened, not as it is replayed."""
+"""Counts in a result are those of the rollout itself, not of a replay of its recording."""
 
 from __future__ import annotations
 
@@ -65,8 +65,8 @@ def evaluate(program: str, folder: Path) -> tuple[dict[str, Any], Recording]:
     return result, Recording.load(folder / "dummy" / "fake" / "rollout_000")
 
 
-def shown_by(recording: Recording) -> dict[str, int]:
-    """The figures, from the commands and the chunks alone."""
+def counts_from_commands(recording: Recording) -> dict[str, int]:
+    """The counts, computed from the commands and the chunks alone."""
     rows, chunks = recording.rows, recording.chunks
     played = rows["played"].astype(bool)
     ticks, at = rows["tick"][played], rows["row"][played]
@@ -92,12 +92,12 @@ def shown_by(recording: Recording) -> dict[str, int]:
 @pytest.mark.parametrize(
     ("program", "identical"), [(AS_IT_IS, True), (ANOTHER_REPLAY, False)], ids=["same", "another"]
 )
-def test_a_result_counts_what_happened_whatever_its_replay_says(
+def test_result_counts_are_those_of_the_rollout_when_the_replay_differs(
     program: str, identical: bool, tmp_path: Path
 ) -> None:
     result, recording = evaluate(program, tmp_path)
     (episode,) = result["episodes"]
-    shown = shown_by(recording)
+    shown = counts_from_commands(recording)
     assert episode["replays_bit_for_bit"] is identical
     assert shown["starved_ticks"] > 10
     assert shown["clamped_ticks"] > 5
@@ -109,7 +109,7 @@ def test_a_result_counts_what_happened_whatever_its_replay_says(
         assert timing[name] == shown[name]
 
 
-def test_a_recording_from_before_there_were_counts_replays(tmp_path: Path) -> None:
+def test_a_recording_without_counts_replays(tmp_path: Path) -> None:
     _, recording = evaluate(AS_IT_IS, tmp_path)
     stem = tmp_path / "dummy" / "fake" / "rollout_000"
     with np.load(stem.with_suffix(".npz")) as arrays:
@@ -130,7 +130,7 @@ def counted(counter: RolloutCounter) -> RolloutCounts:
     return last_counts({name: np.array([0, value]) for name, value in into.items()})
 
 
-def test_counts_go_on_across_resets_and_across_the_death_of_a_control_process() -> None:
+def test_counts_continue_across_resets_and_in_a_successor() -> None:
     config = RunConfig(
         robot="dummy", contract_json=CONTRACT.to_json(), address="127.0.0.1:1", near=9.0
     )
@@ -150,7 +150,7 @@ def test_counts_go_on_across_resets_and_across_the_death_of_a_control_process() 
     assert once.executor.chunks == 1
     assert once.executor.starved_ticks == 3
     assert once.clamped_ticks > 0
-    # A fault that is released: the pilot begins anew, the rollout does not.
+    # A fault that is released resets the state machine, but not the counts of the rollout.
     with counter.across_reset():
         machine.reset(machine.stream.last_command.copy())
     assert counted(counter) == once

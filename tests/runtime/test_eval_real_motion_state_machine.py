@@ -1,4 +1,4 @@
-"""Whatever happens to a pilot: its commands keep the limits, and a recording makes them again."""
+"""The motion state machine keeps the limits, and a recording of it replays bit for bit."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from policies.types import ActionChunk, PolicyContract
 from robots.base import ActionKind, ActionSpec, arm_actions
 from robots.errors import ConfigError
 from robots.joint_limits import JointLimits
-from runtime.eval_real.motion_state_machine import MOST_APPROACHES, MotionStateMachine
+from runtime.eval_real.motion_state_machine import MotionStateMachine
 from runtime.eval_real.phases import MOVING, Phase, Signal
 from runtime.eval_real.recording import Recording
 from runtime.eval_real.replay import main, replay, weights
@@ -32,7 +32,9 @@ LIMITS = JointLimits(
     np.array([10.0, 8.0, 30.0]),
 )
 START = np.array([0.2, -0.3, 0.5], np.float32)
-BODY = RobotLimits(LIMITS, START, np.array([0.5, 0.5, 0.5]), arm_actions(("a", "b", "grip"), (2,)))
+ROBOT_LIMITS = RobotLimits(
+    LIMITS, START, np.array([0.5, 0.5, 0.5]), arm_actions(("a", "b", "grip"), (2,))
+)
 
 
 def config(**changes: object) -> RunConfig:
@@ -46,12 +48,12 @@ def config(**changes: object) -> RunConfig:
     return dataclasses.replace(made, **changes)  # type: ignore[arg-type]
 
 
-class Flight:
-    """A pilot, and what a control process would write down of it."""
+class RecordedMachine:
+    """A motion state machine, and the rows that a control process would record of it."""
 
-    def __init__(self, plan: RunConfig, robot_limits: RobotLimits = BODY) -> None:
-        self.plan, self.robot_limits = plan, robot_limits
-        self.machine = plan.make_state_machine(robot_limits)
+    def __init__(self, config: RunConfig, robot_limits: RobotLimits = ROBOT_LIMITS) -> None:
+        self.config, self.robot_limits = config, robot_limits
+        self.machine = config.make_state_machine(robot_limits)
         self.rows: list[dict[str, object]] = []
         self.chunks: list[dict[str, object]] = []
         self.signals = Signal.NONE
@@ -63,11 +65,11 @@ class Flight:
         self.machine.reset(self.pose)
 
     def signal(self, signal: Signal) -> None:
-        """As the control process: what does not apply now is not done, and not written down."""
+        """As the control process: a call that does not apply now is neither made nor recorded."""
         machine = self.machine
         rests = machine.phase in (Phase.HOLD, Phase.FAULT)
         if signal in (Signal.START, Signal.RESUME) and self.signals & ~Signal.RESET:
-            return  # one order a period, and what watches comes after it
+            return  # one command a period, and fault checks come after it
         if signal is Signal.START and rests:
             self.reset(machine.stream.last_command.copy())
             machine.start()
@@ -110,7 +112,7 @@ class Flight:
             {name: np.stack([row[name] for row in table]) for name in table[0]} if table else {}
             for table in (self.rows, self.chunks)
         )
-        return Recording(rows, chunks, self.plan, self.robot_limits, {"seed": 0})
+        return Recording(rows, chunks, self.config, self.robot_limits, {"seed": 0})
 
     def until(self, phase: Phase, most: int = 500) -> list[np.ndarray]:
         commands = []
@@ -148,21 +150,21 @@ events = st.one_of(
 )
 
 
-def play(flight: Flight, steps: list[tuple[str, object]]) -> np.ndarray:
-    """The commands of ``steps``, from where the flight was reset to."""
-    commands = [flight.pose.copy()] * 2
-    commands.append(flight.command())
+def play(recorded: RecordedMachine, steps: list[tuple[str, object]]) -> np.ndarray:
+    """The commands of ``steps``, from the pose that the machine was reset to."""
+    commands = [recorded.pose.copy()] * 2
+    commands.append(recorded.command())
     for kind, value in steps:
         if kind == "signal":
-            flight.signal(value)
+            recorded.signal(value)
         elif kind in ("chunk", "nan"):
             ahead, ends = value if kind == "chunk" else (0, [np.nan] * 6)
             path = np.linspace(ends[:3], ends[3:], 20)
-            tick = flight.machine.tick // flight.machine.stream.ratio
-            flight.give(chunk(max(0, tick + ahead), path))
+            tick = recorded.machine.tick // recorded.machine.stream.ratio
+            recorded.give(chunk(max(0, tick + ahead), path))
         else:
             for _ in range(value if kind == "many" else 1):
-                commands.append(flight.command(value if kind == "command" else 1))
+                commands.append(recorded.command(value if kind == "command" else 1))
     return np.stack(commands)
 
 
@@ -176,10 +178,10 @@ rates = st.sampled_from([50.0, 100.0])
 def test_limits_hold_and_the_recording_replays(
     steps: list[tuple[str, object]], manager: str, rate: float
 ) -> None:
-    flight = Flight(config(action_manager=manager, publish_rate=rate))
-    flight.reset(np.array([0.5, 1.0, 0.2]))
-    check_limits(play(flight, steps), flight.plan.period_s)
-    recording = flight.recording()
+    recorded = RecordedMachine(config(action_manager=manager, publish_rate=rate))
+    recorded.reset(np.array([0.5, 1.0, 0.2]))
+    check_limits(play(recorded, steps), recorded.config.period_s)
+    recording = recorded.recording()
     assert replay(recording).first_difference(recording) is None
 
 
@@ -197,50 +199,54 @@ DRIVES = RobotLimits(
 def test_a_velocity_is_within_its_limits_zero_at_rest_and_replayed(
     steps: list[tuple[str, object]], manager: str, rate: float
 ) -> None:
-    flight = Flight(config(action_manager=manager, publish_rate=rate), DRIVES)
-    flight.reset(np.array([0.5, 1.0, 0.0]))
-    commands = play(flight, steps)
-    period_s = flight.plan.period_s
+    recorded = RecordedMachine(config(action_manager=manager, publish_rate=rate), DRIVES)
+    recorded.reset(np.array([0.5, 1.0, 0.0]))
+    commands = play(recorded, steps)
+    period_s = recorded.config.period_s
     check_limits(np.where([True, True, False], commands, 0.0), period_s)
     speeds = commands[:, 2].astype(np.float64)
     assert (np.abs(speeds) <= min(LIMITS.velocity[2], LIMITS.position_upper[2])).all()
     assert (np.abs(np.diff(speeds)) <= LIMITS.acceleration[2] * period_s + 1e-6).all()
-    flight.signal(Signal.STOP)
+    recorded.signal(Signal.STOP)
     resting = (Phase.HOLD, Phase.FAULT, Phase.WAIT)
-    for _ in range(flight.machine.stream.limiter.worst_ticks_to_rest() + 1):
-        last = flight.command()
-    assert flight.machine.phase in resting
+    for _ in range(recorded.machine.stream.limiter.worst_ticks_to_rest() + 1):
+        last = recorded.command()
+    assert recorded.machine.phase in resting
     assert last[2] == 0
-    recording = flight.recording()
+    recording = recorded.recording()
     assert replay(recording).first_difference(recording) is None
 
 
 @pytest.mark.parametrize("how", ["played to its end", "starved", "stopped", "failed"])
-def test_a_base_that_drives_stands_still_after(how: str) -> None:
+def test_a_driving_base_stands_still_after(how: str) -> None:
     """Whatever ends a rollout, "hold" is zero for a velocity."""
-    flight = Flight(config(), DRIVES)
-    flight.reset(DRIVES.start_pose)
-    flight.signal(Signal.START)
-    flight.until(Phase.WAIT)
+    recorded = RecordedMachine(config(), DRIVES)
+    recorded.reset(DRIVES.start_pose)
+    recorded.signal(Signal.START)
+    recorded.until(Phase.WAIT)
     driving = np.array([START[0], START[1], 0.4])
-    flight.give(chunk(0, driving))  # at rest it may begin with any speed: no approach
-    assert flight.machine.phase is Phase.RUN
-    commands = [flight.command() for _ in range(12)]
+    recorded.give(chunk(0, driving))  # at rest it may begin with any speed: no approach
+    assert recorded.machine.phase is Phase.RUN
+    commands = [recorded.command() for _ in range(12)]
     assert commands[-1][2] == pytest.approx(0.4)
     if how == "played to its end":
         for tick in range(10, 70, 10):
-            flight.give(chunk(tick, driving))
-            commands += [flight.command() for _ in range(10)]
+            recorded.give(chunk(tick, driving))
+            commands += [recorded.command() for _ in range(10)]
     elif how != "starved":
-        flight.signal(Signal.STOP if how == "stopped" else Signal.FAIL)
-    commands += flight.until(Phase.HOLD if how in ("played to its end", "stopped") else Phase.FAULT)
-    commands += [flight.command() for _ in range(5)]
+        recorded.signal(Signal.STOP if how == "stopped" else Signal.FAIL)
+    commands += recorded.until(
+        Phase.HOLD if how in ("played to its end", "stopped") else Phase.FAULT
+    )
+    commands += [recorded.command() for _ in range(5)]
     speeds = np.stack(commands)[:, 2].astype(np.float64)
     assert not speeds[-5:].any()
-    assert (np.abs(np.diff(speeds)) <= LIMITS.acceleration[2] * flight.plan.period_s + 1e-6).all()
+    assert (
+        np.abs(np.diff(speeds)) <= LIMITS.acceleration[2] * recorded.config.period_s + 1e-6
+    ).all()
 
 
-def test_how_near_a_policy_has_to_begin_follows_from_unit_and_range() -> None:
+def test_default_near_follows_from_unit_and_range() -> None:
     limits = JointLimits(
         np.array([-100.0, 0, -90, -2]), np.array([100.0, 50, 90, 2]), *np.ones((2, 4))
     )
@@ -266,24 +272,24 @@ def test_how_near_a_policy_has_to_begin_follows_from_unit_and_range() -> None:
 
 
 def test_a_rollout_from_far_away_is_approached_slowly_and_ends_by_itself(tmp_path: Path) -> None:
-    flight = Flight(config())
-    flight.reset(np.array([-0.9, 1.8, 1.0]))
-    flight.signal(Signal.START)
-    approach = np.stack(flight.until(Phase.WAIT)).astype(np.float64)
+    recorded = RecordedMachine(config())
+    recorded.reset(np.array([-0.9, 1.8, 1.0]))
+    recorded.signal(Signal.START)
+    approach = np.stack(recorded.until(Phase.WAIT)).astype(np.float64)
     assert np.array_equal(approach[-1].astype(np.float32), START)
-    assert np.abs(np.diff(approach, axis=0)).max() <= 0.5 * flight.plan.period_s + 1e-6
+    assert np.abs(np.diff(approach, axis=0)).max() <= 0.5 * recorded.config.period_s + 1e-6
     # The policy wants to begin elsewhere: there too only slowly, and then it is asked again.
-    flight.give(chunk(0, START + np.float32(0.4)))
-    assert flight.machine.phase is Phase.APPROACH
-    flight.until(Phase.WAIT)
-    assert flight.machine.tick == 0
+    recorded.give(chunk(0, START + np.float32(0.4)))
+    assert recorded.machine.phase is Phase.APPROACH
+    recorded.until(Phase.WAIT)
+    assert recorded.machine.tick == 0
     for tick in range(0, 60, 10):
-        flight.give(chunk(tick, START + np.float32(0.4)))
+        recorded.give(chunk(tick, START + np.float32(0.4)))
         for _ in range(10):
-            flight.command()
-    flight.until(Phase.HOLD)
-    assert flight.machine.finished
-    recording = flight.recording()
+            recorded.command()
+    recorded.until(Phase.HOLD)
+    assert recorded.machine.finished
+    recording = recorded.recording()
     shares = weights(recording)
     assert shares.shape == (60, 7)  # the first one only said where to begin
     np.testing.assert_allclose(shares.sum(axis=1), 1.0)
@@ -301,13 +307,13 @@ def test_a_rollout_from_far_away_is_approached_slowly_and_ends_by_itself(tmp_pat
 
 
 def test_a_recording_of_the_format_before_is_played_again(tmp_path: Path) -> None:
-    flight = Flight(config())
-    flight.reset(START)
-    flight.until(Phase.HOLD)
+    recorded = RecordedMachine(config())
+    recorded.reset(START)
+    recorded.until(Phase.HOLD)
     for _ in range(3):
-        flight.command()
+        recorded.command()
     stem = tmp_path / "rollout_000"
-    flight.recording().save(stem, np.zeros((0, 0), np.float32))
+    recorded.recording().save(stem, np.zeros((0, 0), np.float32))
     facts = json.loads(stem.with_suffix(".json").read_text())
     facts["format"] = 3
     facts["mission"] = {
@@ -348,61 +354,61 @@ def test_a_recording_of_the_format_before_is_played_again(tmp_path: Path) -> Non
     assert loaded.strategy().name == "sequential"
 
 
-def test_a_policy_that_never_begins_where_it_said_is_a_fault() -> None:
-    flight = Flight(config())
-    flight.reset(START)
-    flight.signal(Signal.START)
-    for attempt in range(MOST_APPROACHES + 1):
-        flight.until(Phase.WAIT)
-        flight.give(chunk(0, START + np.float32(0.3 * (-1) ** attempt)))
-    flight.until(Phase.FAULT)
+def test_a_policy_that_moves_its_start_after_each_approach_is_a_fault() -> None:
+    recorded = RecordedMachine(config())
+    recorded.reset(START)
+    recorded.signal(Signal.START)
+    for attempt in range(MAX_APPROACHES + 1):
+        recorded.until(Phase.WAIT)
+        recorded.give(chunk(0, START + np.float32(0.3 * (-1) ** attempt)))
+    recorded.until(Phase.FAULT)
     assert re.fullmatch(
         r"joint 1 \(b\): the policy begins 0\.6\d+ rad away \(--near: 0\.1\), after 3 moves to "
-        "where it wanted to begin",
-        flight.machine.fault,
+        "where its chunks began",
+        recorded.machine.fault,
     )
 
 
 @pytest.mark.parametrize("rate", [50.0, 150.0])
 def test_a_fault_is_latched_until_it_is_resumed_and_ticks_go_on(rate: float) -> None:
-    flight = Flight(config(publish_rate=rate))
-    flight.reset(START)
-    flight.signal(Signal.START)
-    flight.until(Phase.WAIT)
-    flight.give(chunk(0, START))
+    recorded = RecordedMachine(config(publish_rate=rate))
+    recorded.reset(START)
+    recorded.signal(Signal.START)
+    recorded.until(Phase.WAIT)
+    recorded.give(chunk(0, START))
     for _ in range(5):
-        flight.command()
-    flight.signal(Signal.FAIL)
-    flight.until(Phase.FAULT)
-    assert flight.machine.phase not in MOVING
-    flight.give(chunk(9, START + np.float32(0.1)))
-    rest = [flight.command() for _ in range(5)]
+        recorded.command()
+    recorded.signal(Signal.FAIL)
+    recorded.until(Phase.FAULT)
+    assert recorded.machine.phase not in MOVING
+    recorded.give(chunk(9, START + np.float32(0.1)))
+    rest = [recorded.command() for _ in range(5)]
     assert np.ptp(rest, axis=0).max() == 0
-    flight.signal(Signal.RESUME)
-    assert flight.machine.phase is Phase.WAIT
-    tick = flight.machine.tick
+    recorded.signal(Signal.RESUME)
+    assert recorded.machine.phase is Phase.WAIT
+    tick = recorded.machine.tick
     assert tick >= 5
-    assert tick % flight.machine.stream.ratio == 0
-    flight.give(chunk(tick // flight.machine.stream.ratio, START + np.float32(0.05)))
-    flight.command()
-    assert flight.machine.phase is Phase.RUN
-    assert flight.machine.tick == tick + 1
+    assert tick % recorded.machine.stream.ratio == 0
+    recorded.give(chunk(tick // recorded.machine.stream.ratio, START + np.float32(0.05)))
+    recorded.command()
+    assert recorded.machine.phase is Phase.RUN
+    assert recorded.machine.tick == tick + 1
 
 
 def test_without_chunks_it_stops_and_latches_by_itself() -> None:
-    flight = Flight(config())
-    flight.reset(START)
-    flight.signal(Signal.START)
-    flight.until(Phase.WAIT)
-    flight.give(chunk(0, np.linspace(START, START + 0.3, 20)))
-    flight.until(Phase.FAULT)
-    assert "no chunk" in flight.machine.fault
+    recorded = RecordedMachine(config())
+    recorded.reset(START)
+    recorded.signal(Signal.START)
+    recorded.until(Phase.WAIT)
+    recorded.give(chunk(0, np.linspace(START, START + 0.3, 20)))
+    recorded.until(Phase.FAULT)
+    assert "no chunk" in recorded.machine.fault
 
 
 @pytest.mark.parametrize(
     "module", ["runtime.eval_real.control_process", "runtime.eval_real.watchdog_process"]
 )
-def test_what_commands_the_robot_imports_no_heavy_thing(module: str) -> None:
+def test_processes_that_command_the_robot_import_no_heavy_library(module: str) -> None:
     """Nor does the twin's driver in it: a page fault or a thread of theirs would cost a tick."""
     code = (
         f"import sys, {module}\n"
@@ -414,8 +420,8 @@ def test_what_commands_the_robot_imports_no_heavy_thing(module: str) -> None:
     assert said.stdout.strip() == "[]"
 
 
-def test_a_pilot_cannot_be_started_in_motion() -> None:
-    machine: MotionStateMachine = config().make_state_machine(BODY)
+def test_start_and_resume_are_refused_in_motion() -> None:
+    machine: MotionStateMachine = config().make_state_machine(ROBOT_LIMITS)
     machine.reset(START + np.float32(0.3))
     machine.start()
     assert machine.phase is Phase.APPROACH

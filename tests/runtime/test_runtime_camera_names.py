@@ -126,7 +126,7 @@ def test_a_video_of_every_camera_is_a_file_of_the_rollouts_folder(
     said: list[dict[str, object]] = []
     monkeypatch.setattr(video_recorder, "send_event", lambda event, **fields: said.append(fields))
     video = VideoRecorder(10.0)
-    video.note({name: CameraSample(np.zeros((16, 16, 3), np.uint8), 1, 1)}, 1)
+    video.add({name: CameraSample(np.zeros((16, 16, 3), np.uint8), 1, 1)}, 1)
     video._write(tmp_path / "rollout_0")
     (path,) = tmp_path.iterdir()
     assert said == [{"paths": [str(path)], "problem": ""}]

@@ -1,4 +1,4 @@
-"""Sensing, guardian and control one at a time, in this process, around a robot made up here."""
+"""``Sensing``, ``Watchdog`` and ``Control``, each alone in this process, with a fake robot."""
 
 from __future__ import annotations
 
@@ -32,14 +32,14 @@ from runtime.eval_real.shared_state import Dims, SharedState, create_segment, ge
 from runtime.eval_real.watchdog_process import Watchdog
 
 CONTRACT = PolicyContract("toy", (CameraContract("top", (4, 4), (4, 4)),), 3, 3, 20, 10)
-MISSION = RunConfig(robot="toy", contract_json=CONTRACT.to_json(), address="127.0.0.1:1")
+CONFIG = RunConfig(robot="toy", contract_json=CONTRACT.to_json(), address="127.0.0.1:1")
 LIMITS = JointLimits(np.full(3, -2.0), np.full(3, 2.0), np.full(3, 1.0), np.full(3, 5.0))
 
 
-class Lonely(Robot):
-    """A robot whose bus belongs to one process at a time."""
+class ExclusiveRobot(Robot):
+    """A robot to which one process at a time can be connected."""
 
-    name = "lonely"
+    name = "exclusive"
     contract = RobotContract(("a", "b", "c"), arm_actions("abc", ()), {"top": (4, 4)})
     limits = LIMITS
     shareable = False
@@ -74,7 +74,7 @@ class Lonely(Robot):
 
 
 @pytest.fixture
-def box() -> Iterator[SharedState]:
+def shared_state() -> Iterator[SharedState]:
     dims = Dims(3, 3, 20)
     fd = create_segment(dims)
     with SharedState(fd, dims) as shared_state:
@@ -82,12 +82,12 @@ def box() -> Iterator[SharedState]:
     os.close(fd)
 
 
-def test_pictures_are_paired_with_the_states_of_their_stamps(box: SharedState) -> None:
-    """Joints come through the mailbox where two processes cannot share the bus."""
-    robot = Lonely()
+def test_pictures_are_paired_with_the_states_of_their_stamps(shared_state: SharedState) -> None:
+    """Joints come through shared memory when two processes cannot both connect to the robot."""
+    robot = ExclusiveRobot()
     robot.connect(Role.SENSING)
-    sensing = Sensing(MISSION, box, robot, client=None, input_fd=-1)
-    joints = box.queue_writer("joints")
+    sensing = Sensing(CONFIG, shared_state, robot, client=None, input_fd=-1)
+    joints = shared_state.queue_writer("joints")
     for number in range(10):
         views = joints.claim()
         views["position"][:] = number
@@ -100,49 +100,56 @@ def test_pictures_are_paired_with_the_states_of_their_stamps(box: SharedState) -
         assert obs.t_capture_ns == 7_000 + expected  # our clock, of the earlier of the two
 
 
-def test_without_joints_there_is_no_observation(box: SharedState) -> None:
-    robot = Lonely()
+def test_without_joints_there_is_no_observation(shared_state: SharedState) -> None:
+    robot = ExclusiveRobot()
     robot.connect(Role.SENSING)
     sensing = Sensing(
-        dataclasses.replace(MISSION, connect_timeout_s=0.05), box, robot, client=None, input_fd=-1
+        dataclasses.replace(CONFIG, connect_timeout_s=0.05),
+        shared_state,
+        robot,
+        client=None,
+        input_fd=-1,
     )
     with pytest.raises(RobotError, match=r"no joint state from the control process within 0\.05 s"):
         sensing.first_observation()
 
 
 @pytest.mark.parametrize("refuses", [set(), {1}, {2, 3}])
-def test_a_guardian_goes_on_where_control_stopped(
-    box: SharedState, monkeypatch: pytest.MonkeyPatch, refuses: set[int]
+def test_the_watchdog_continues_where_control_stopped(
+    shared_state: SharedState, monkeypatch: pytest.MonkeyPatch, refuses: set[int]
 ) -> None:
-    """It sends what control owed, brakes on the same grid, says that it latched, and records.
+    """It sends control's last command, brakes on the same deadlines, latches a fault and records.
 
-    What a robot that was held up did not take is not skipped: that would be a jump.
+    A command that the robot refused is sent again: skipping it would be a jump.
     """
-    commands, progress = box.latest_writer("commands"), box.latest_writer("progress")
+    commands, progress = (
+        shared_state.latest_writer("commands"),
+        shared_state.latest_writer("progress"),
+    )
     speed = np.array([1.0, -0.5, 0.0])
     due_ns = time.monotonic_ns()
     views = commands.claim()
-    views["row"][...], views["leg"][...], views["tick"][...] = 41, 3, 17
+    views["row"][...], views["attempt"][...], views["tick"][...] = 41, 3, 17
     views["deadline_ns"][...] = due_ns
     views["command"][:], views["velocity"][:] = (0.5, 0.5, 0.5), speed
     views["signals"][...] = Signal.NONE
     commands.publish()
     views = progress.claim()
-    views["phase"][...], views["leg"][...] = Phase.RUN, 3
+    views["phase"][...], views["attempt"][...] = Phase.RUN, 3
     progress.publish()
 
-    robot = Lonely()
+    robot = ExclusiveRobot()
     robot.refuses = refuses
-    made = Watchdog(MISSION, box, robot, pidfd=-1, input_fd=-1)
-    made._progress.refresh()
+    watchdog = Watchdog(CONFIG, shared_state, robot, pidfd=-1, input_fd=-1)
+    watchdog._progress.refresh()
     monkeypatch.setattr(
         Watchdog, "_released", lambda self, left_ns: len(robot.sent) > 30, raising=True
     )
-    made.take_over()
+    watchdog.take_over()
 
     assert robot.role is Role.CONTROL  # it connected when the bus was free
     sent = np.stack(robot.sent).astype(np.float64)
-    period_s = MISSION.period_s
+    period_s = CONFIG.period_s
     np.testing.assert_array_equal(sent[0], (0.5, 0.5, 0.5))
     path = np.vstack([sent[0] - speed * period_s, sent])
     force = np.diff(path, n=2, axis=0) / period_s**2
@@ -150,7 +157,7 @@ def test_a_guardian_goes_on_where_control_stopped(
     assert (sent[-1] == sent[-2]).all()
     assert (sent[-1] - sent[0])[0] > 0 > (sent[-1] - sent[0])[1]  # on, in the same direction
 
-    ticks = box.queue_reader("ticks")
+    ticks = shared_state.queue_reader("ticks")
     rows = []
     while (views := ticks.peek()) is not None:
         rows.append({name: value.copy() for name, value in views.items()})
@@ -160,26 +167,29 @@ def test_a_guardian_goes_on_where_control_stopped(
     assert all(row["signals"] == Signal.WATCHDOG for row in rows[1:])
     deadlines = np.array([int(row["deadline_ns"]) for row in rows])
     assert ((deadlines - due_ns) % round(period_s * 1e9) == 0).all()
-    now = box.latest_reader("progress")
+    now = shared_state.latest_reader("progress")
     now.refresh()
     assert now.values["phase"] == Phase.FAULT
     assert get_text(now.values["fault"]) == "the control process died"
 
 
-class Driving(Lonely):
-    """Its last number is how fast it drives."""
+class Driving(ExclusiveRobot):
+    """A robot whose last number is a velocity."""
 
     contract = dataclasses.replace(
-        Lonely.contract,
-        actions=(*Lonely.contract.actions[:2], ActionSpec("c", ActionKind.VELOCITY, "m/s")),
+        ExclusiveRobot.contract,
+        actions=(*ExclusiveRobot.contract.actions[:2], ActionSpec("c", ActionKind.VELOCITY, "m/s")),
         stops_alone_after_s=0.5,
     )
 
 
-def test_a_guardian_brings_a_base_that_drives_to_a_stand(
-    box: SharedState, monkeypatch: pytest.MonkeyPatch
+def test_the_watchdog_brings_a_driving_base_to_a_stand(
+    shared_state: SharedState, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    commands, progress = box.latest_writer("commands"), box.latest_writer("progress")
+    commands, progress = (
+        shared_state.latest_writer("commands"),
+        shared_state.latest_writer("progress"),
+    )
     views = commands.claim()
     views["deadline_ns"][...] = time.monotonic_ns()
     views["command"][:], views["velocity"][:] = (0.5, 0.5, 0.4), (0.0, 0.0, 0.4)
@@ -187,7 +197,7 @@ def test_a_guardian_brings_a_base_that_drives_to_a_stand(
     progress.claim()["phase"][...] = Phase.RUN
     progress.publish()
     robot = Driving()
-    watchdog = Watchdog(MISSION, box, robot, pidfd=-1, input_fd=-1)
+    watchdog = Watchdog(CONFIG, shared_state, robot, pidfd=-1, input_fd=-1)
     watchdog._progress.refresh()
     monkeypatch.setattr(Watchdog, "_released", lambda self, left_ns: len(robot.sent) > 12)
     watchdog.take_over()
@@ -198,8 +208,8 @@ def test_a_guardian_brings_a_base_that_drives_to_a_stand(
     assert (sent[:, :2] == 0.5).all()
 
 
-def test_a_control_process_holds_what_is_measured_and_no_speed(box: SharedState) -> None:
-    """The order of the state is not that of the commands, and a speed is not held."""
+def test_a_control_process_holds_what_is_measured_and_no_speed(shared_state: SharedState) -> None:
+    """The state has another order than the commands, and a velocity is not held."""
 
     class Measured(Driving):
         contract = RobotContract(
@@ -214,5 +224,7 @@ def test_a_control_process_holds_what_is_measured_and_no_speed(box: SharedState)
 
     robot = Measured()
     robot.connect(Role.CONTROL)
-    control = Control(MISSION, box, robot, EventLog(box.queue_writer("events")), None)
+    control = Control(
+        CONFIG, shared_state, robot, EventLog(shared_state.queue_writer("events")), None
+    )
     np.testing.assert_allclose(control._machine.command(), [0.1, 0.2, 0.0])

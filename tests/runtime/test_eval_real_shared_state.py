@@ -1,4 +1,4 @@
-"""The memory that the processes of a robot's evaluation share: sizes, orders, texts."""
+"""The shared memory of a robot evaluation: sizes, commands, texts."""
 
 from __future__ import annotations
 
@@ -7,20 +7,20 @@ import os
 import numpy as np
 import pytest
 
-from runtime.eval_real.phases import Order
+from runtime.eval_real.phases import ControlCommand
 from runtime.eval_real.shared_state import (
     Dims,
     SharedState,
     create_segment,
-    decode_order,
-    encode_order,
+    decode_command,
+    encode_command,
     get_text,
     put_text,
 )
 from transport.errors import ProtocolError
 
 
-def test_a_segment_of_other_sizes_is_refused() -> None:
+def test_a_segment_of_another_size_is_refused() -> None:
     fd = create_segment(Dims(14, 14, 100))
     try:
         with pytest.raises(ProtocolError, match=r"segment: got .* bytes, expected"):
@@ -29,39 +29,49 @@ def test_a_segment_of_other_sizes_is_refused() -> None:
         os.close(fd)
 
 
-def test_every_cell_and_queue_has_room_of_its_own() -> None:
+def test_fields_do_not_overlap() -> None:
     dims = Dims(state=3, action=2, chunk=5)
     fd = create_segment(dims)
     try:
-        with SharedState(fd, dims) as box:
-            box.order.store(1)
-            box.watchdog_beat.store(2)
-            for name in ("progress", "commands", "senses"):
-                writer = box.latest_writer(name)
+        with SharedState(fd, dims) as shared_state:
+            shared_state.control_command.store(1)
+            shared_state.watchdog_heartbeat.store(2)
+            for name in ("progress", "commands", "sensing"):
+                writer = shared_state.latest_writer(name)
                 for array in writer.claim().values():
                     array[...] = 7
                 writer.publish()
             for name in ("chunks", "accepted", "joints", "ticks", "events"):
-                queue = box.queue_writer(name)
+                queue = shared_state.queue_writer(name)
                 while (arrays := queue.claim()) is not None:
                     for array in arrays.values():
                         array[...] = 9
                     queue.publish()
-            assert (box.order.load(), box.watchdog_beat.load()) == (1, 2)
-            for name in ("progress", "commands", "senses"):
-                reader = box.latest_reader(name)
+            assert (
+                shared_state.control_command.load(),
+                shared_state.watchdog_heartbeat.load(),
+            ) == (1, 2)
+            for name in ("progress", "commands", "sensing"):
+                reader = shared_state.latest_reader(name)
                 assert reader.refresh() and reader.sequence == 1
                 assert all((array == 7).all() for array in reader.values.values())
             for name in ("chunks", "accepted", "joints", "ticks", "events"):
-                arrays = box.queue_reader(name).peek()
+                arrays = shared_state.queue_reader(name).peek()
                 assert all((array == 9).all() for array in arrays.values())
     finally:
         os.close(fd)
 
 
-def test_orders_come_back_as_they_were_given() -> None:
-    for number, order, argument in ((0, Order.HOLD, 0), (3, Order.RESUME, 2**24 - 1)):
-        assert decode_order(encode_order(number, order, argument)) == (number, order, argument)
+def test_decode_command_inverts_encode_command() -> None:
+    for number, command, argument in (
+        (0, ControlCommand.HOLD, 0),
+        (3, ControlCommand.RESUME, 2**24 - 1),
+    ):
+        assert decode_command(encode_command(number, command, argument)) == (
+            number,
+            command,
+            argument,
+        )
 
 
 def test_texts_are_cut_not_torn() -> None:
