@@ -1,1 +1,1 @@
-"""Control at a fixed rate: the loop, the chunk executor and what turns a plan into commands."""
+"""Control at a fixed rate: the loop, the chunk executor, and commands within the robot's limits."""

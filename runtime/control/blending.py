@@ -1,10 +1,11 @@
-"""How overlapping chunks become one command per tick: strategies, by name.
+"""Strategies that combine overlapping chunks into one action per tick, by name.
 
-A strategy says when to ask for the next chunk (``stride``), and how a chunk's action for a tick is
-combined with what is already planned for that tick (``blend``, a pure function over whole arrays).
+A strategy defines when the next chunk is requested (``stride``), and how its action for a tick is
+combined with the action already planned for it (``blend``, a pure function over whole arrays).
 
-Re-planning every tick and blending is never a default: it has scored from better to 0 % on the
-same checkpoint, so the user or the checkpoint asks for it by name, and its effect is reported.
+Re-planning every tick with blending is never a default: on the same checkpoint its success rate has
+ranged from better to 0 %. So the user or the checkpoint must select it by name, and its effect is
+reported.
 """
 
 from __future__ import annotations
@@ -23,8 +24,8 @@ __all__ = ["ILSTUDIO_NAMES", "STRATEGIES", "Strategy", "make_strategy"]
 Blend = Callable[[NDArray[np.float64], NDArray[np.float64], NDArray[np.int64], float], None]
 """(planned (n, A), new (n, A), count (n,), coefficient): combine ``new`` into ``planned`` in place.
 
-``count`` is how many chunks have contributed to each tick so far; where it is 0, ``planned`` is
-undefined.
+``count`` is the number of chunks that have contributed to each tick so far. Where it is 0,
+``planned`` is undefined.
 """
 
 
@@ -34,7 +35,7 @@ def replace(
     count: NDArray[np.int64],
     coefficient: float,
 ) -> None:
-    """The new chunk is the plan."""
+    """Replace the plan by the new chunk."""
     planned[:] = new
 
 
@@ -48,10 +49,10 @@ def ensemble(
 
     A negative m favours the newest.
 
-    As a running mean: after i contributions the planned value stands for the total weight
+    Computed as a running mean: after i contributions the planned value has the total weight
     W_i = Σ_{j<i} exp(-m·j), so planned += (new − planned)·w_i / (W_i + w_i).
     """
-    # m = 0: plain mean. Otherwise the geometric sum in closed form, so that nothing else is kept.
+    # m = 0: plain mean. Otherwise the geometric sum in closed form, so that no sum is stored.
     if coefficient == 0.0:
         share = 1.0 / (count + 1.0)
     elif coefficient < 0.0:  # the same share, with terms that cannot overflow
@@ -69,7 +70,7 @@ def overlap(
     count: NDArray[np.int64],
     coefficient: float,
 ) -> None:
-    """(1 − c)·new + c·planned where both exist."""
+    """(1 − c)·new + c·planned where both exist; elsewhere the new."""
     np.copyto(planned, new, where=(count == 0)[:, None])
     planned += (1.0 - coefficient) * (new - planned)
 
@@ -80,21 +81,21 @@ def crossfade(
     count: NDArray[np.int64],
     coefficient: float,
 ) -> None:
-    """From the planned to the new within the first ``coefficient`` ticks, where both exist."""
+    """Fade from the planned to the new over the first ``coefficient`` ticks, where both exist."""
     np.copyto(planned, new, where=(count == 0)[:, None])
     planned += fade_in(len(new), coefficient)[:, None] * (new - planned)
 
 
 def align(planned: NDArray[np.float64], before: NDArray[np.floating], fade: float) -> None:
-    """Cancel a seam's offset and fade it out, in place: position and velocity go on as they were.
+    """Shift the plan, in place, so that it continues from ``before``, and fade the shift out.
 
-    The offset is what separates ``before`` from where the plan would have been a tick earlier, its
-    first step continued backwards; so the motion goes on from ``before`` at the plan's own speed.
+    The offset is ``before`` minus the plan extrapolated to the tick before, by its first step. So
+    the motion continues from ``before`` at the plan's own speed.
 
     Args:
-        planned: (n, A) from the first tick after ``before`` on.
-        before: (A,) what is commanded in the tick before.
-        fade: Ticks until nothing of the offset is left; no more than n.
+        planned: (n, A) the plan from the first tick after ``before`` on.
+        before: (A,) the action of the tick before.
+        fade: Ticks until the offset is 0; at most n are used.
     """
     step = planned[1] - planned[0] if len(planned) > 1 else 0.0
     offset = before - (planned[0] - step)
@@ -102,24 +103,24 @@ def align(planned: NDArray[np.float64], before: NDArray[np.floating], fade: floa
 
 
 def fade_in(length: int, ticks: float) -> NDArray[np.float64]:
-    """(length,) weights from above 0 to 1 at index ``ticks``, with no slope at either end."""
+    """(length,) weights from above 0 to 1 at index ``ticks``: smoothstep, flat at both ends."""
     x = np.minimum(1.0, np.arange(1, length + 1) / (ticks + 1.0))
     return x * x * (3.0 - 2.0 * x)
 
 
 @dataclass(frozen=True, slots=True)
 class Strategy:
-    """How chunks are asked for and combined.
+    """When chunks are requested, and how they are combined.
 
     Attributes:
         name: As the user gave it.
         blend: Combines a new chunk with the plan.
-        stride: Ticks from one observation that is sent to the next.
+        stride: Ticks from one requested observation to the next.
         coefficient: m of ``ensemble``, c of ``overlap``, ticks of ``crossfade`` and ``align``;
             unused by ``replace``.
-        windowed: The next chunk takes over only when ``stride`` ticks of this one were played.
-        step_s: Seconds between a chunk's actions, None for the contract's dt.
-        aligned: Every seam goes through ``align``.
+        windowed: The next chunk takes over only after ``stride`` ticks of this one were played.
+        step_s: Seconds between a chunk's actions; None for the contract's dt.
+        aligned: Every new chunk is shifted with ``align``.
     """
 
     name: str
@@ -175,7 +176,7 @@ def make_strategy(
         case "overlap" | "TemporalAggManager":
             return Strategy(name, overlap, every(1), given(0.1))
         case "crossfade":
-            # Half of a chunk is played and the rest is there to fade from, unless told otherwise.
+            # By default half of a chunk is played; the other half is left to fade from.
             played = every(min(n_action_steps, max(1, chunk_size // 2)))
             return Strategy(name, crossfade, played, given(DEFAULT_FADE_TICKS), windowed=True)
         case "align_fade":

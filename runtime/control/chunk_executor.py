@@ -1,19 +1,19 @@
-"""Chunks in, one command per tick out: a plan indexed by absolute tick.
+"""Turns chunks into one command per tick, with a plan indexed by absolute tick.
 
 Guaranteed:
 
-* Action i of a chunk is for tick ``obs_timestep + first_action_offset + i`` and is played then or
-  never. What a chunk says about ticks that were already emitted is discarded; that delay is
-  measured by the tick counter, never estimated.
-* Chunks only get newer: one whose observation is not newer than the newest accepted is dropped and
-  counted, so a late or repeated answer cannot pull the arm back.
-* ``command`` allocates nothing: the plan is a ring of ticks, made once.
+* Action i of a chunk is for tick ``obs_timestep + first_action_offset + i``, and is played at that
+  tick or never. Actions for ticks that were already emitted are discarded. The tick counter
+  measures that delay; it is never estimated.
+* A chunk whose observation is not newer than the newest accepted one is dropped and counted, so a
+  late or repeated answer cannot move the arm back.
+* ``command`` allocates nothing: the plan is a ring of ticks, allocated once.
 
-A simulated world is commanded from here, a robot through ``runtime.control.command_stream``, which
-keeps its limits.
+A simulated world takes its commands from here. A robot takes them through
+``runtime.control.command_stream``, which keeps its limits.
 
 Rejected: a queue of actions popped per tick (it plays late chunks from their start, so latency
-turns into a shift in time, and it cannot blend).
+becomes a shift in time, and it cannot blend).
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ from policies.types import ActionChunk, PolicyContract
 from runtime.control.blending import Strategy, align
 
 NEVER = -(2**62)
-"""A tick that is never asked for."""
+"""A tick number that never occurs; marks an empty slot of the plan."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -37,11 +37,11 @@ class ExecutorStatistics:
     Attributes:
         chunks: Chunks accepted.
         dropped_stale: Chunks dropped because a newer one had been accepted.
-        discarded_actions: Actions that came after their tick.
-        starved_ticks: Ticks asked for that no chunk covered; the last command was repeated, or,
-            where actions are not absolute, zero was commanded.
-        seam_jump: Largest |Δ| of any joint that a new chunk made at its first tick, against the
-            plan it replaced or else the last command (in each action's own unit).
+        discarded_actions: Actions that arrived after their tick.
+        starved_ticks: Ticks that no chunk covered. The last command was repeated; or, if actions
+            are not absolute, zero was commanded.
+        seam_jump: Largest |Δ| of any joint at the first tick of a new chunk, relative to the plan
+            it replaced or else to the last command (in each action's own unit).
         staleness_ticks: Largest age of the newest observation behind a command, in ticks.
     """
 
@@ -57,8 +57,11 @@ class ChunkExecutor:
     """Turns the chunks of one episode into commands.
 
     Args:
-        contract: Dims, chunk size and dt of the policy.
-        strategy: How chunks combine.
+        contract: The policy's dimensions, chunk size and dt.
+        strategy: How chunks are requested and combined.
+
+    Raises:
+        ValueError: The strategy aligns seams, and the policy's actions are not absolute.
     """
 
     def __init__(self, contract: PolicyContract, strategy: Strategy) -> None:
@@ -82,7 +85,7 @@ class ChunkExecutor:
         self.reset()
 
     def reset(self) -> None:
-        """Forget the episode: the next tick is 0 and nothing is planned."""
+        """Start a new episode at tick 0, with an empty plan and counts of 0."""
         self._tick_of.fill(NEVER)
         self._count.fill(0)
         self._next_tick = 0
@@ -96,7 +99,7 @@ class ChunkExecutor:
         self._seam_jump = 0.0
 
     def flush(self) -> None:
-        """Drop what is planned and asked for; ticks go on. Older observations count no more."""
+        """Drop the plan and the open request, and refuse older observations. Ticks go on."""
         self._tick_of.fill(NEVER)
         self._covered_to = self._next_tick - 1
         # An observation made after the last emitted tick may carry that tick's number.
@@ -105,11 +108,12 @@ class ChunkExecutor:
         self._requested = -1
 
     def wants_chunk(self, tick: int, latency_ticks: int = 0) -> bool:
-        """Whether to observe and ask at ``tick``, so that the answer is there when it is due.
+        """Whether to observe and request a chunk at ``tick``, so that it arrives when it is due.
 
         Args:
-            latency_ticks: Ticks that an answer is expected to take; 0 in lockstep. An estimate:
-                it decides when to ask, never where an answer is played.
+            tick: The current tick.
+            latency_ticks: Ticks that an answer is expected to take; 0 in lockstep. The estimate
+                affects when a chunk is requested, never the ticks at which it is played.
         """
         if self._requested < 0:
             return True
@@ -128,8 +132,9 @@ class ChunkExecutor:
         """Blend ``chunk`` into the plan; False if it was dropped because it is not newer.
 
         Args:
-            at_once: It takes over at the next tick, whatever the window: the robot is not where
-                the plan says.
+            chunk: At most chunk_size actions of shape (A,).
+            at_once: Take over at the next tick, ignoring the window, because the robot is not
+                where the plan says.
 
         Raises:
             ValueError: The chunk's shape is not the contract's, or it holds a NaN or infinity.
@@ -189,7 +194,7 @@ class ChunkExecutor:
         return True
 
     def _just_before(self, tick: int) -> NDArray[np.float64] | NDArray[np.float32] | None:
-        """What is played in the tick before ``tick``, where that is known."""
+        """(A,) the action of the tick before ``tick``; None if it is not known."""
         if self.covers(tick - 1):
             return self._plan[(tick - 1) % self._capacity]  # type: ignore[no-any-return]
         return self._command if self._started and tick == self._next_tick else None
@@ -199,7 +204,7 @@ class ChunkExecutor:
         return bool(self._tick_of[tick % self._capacity] == tick)
 
     def covered_to(self, tick: int) -> int:
-        """The last tick of the plan without a gap from ``tick`` on; ``tick`` − 1 if it has none."""
+        """The last tick covered without a gap from ``tick`` on; ``tick`` − 1 if there is none."""
         end = max(self._covered_to, tick - 1)
         while self._tick_of[(end + 1) % self._capacity] == end + 1:
             end += 1
@@ -207,28 +212,28 @@ class ChunkExecutor:
         return end
 
     def copy_planned(self, tick: int, out: NDArray[np.float64]) -> None:
-        """Copy the action planned for ``tick``, which the plan must cover, into ``out`` (A,)."""
+        """Copy the action planned for ``tick``, which must be covered, into ``out`` (A,)."""
         out[:] = self._plan[tick % self._capacity]
 
     @property
     def started(self) -> bool:
-        """Whether an action was ever played."""
+        """Whether a planned action was played in this episode."""
         return self._started
 
     @property
     def next_tick(self) -> int:
-        """The first tick that was not emitted yet."""
+        """The first tick that has not been emitted."""
         return self._next_tick
 
     def command(self, tick: int) -> NDArray[np.float32]:
         """The command for ``tick``, (A,) float32; valid until the next call.
 
-        A tick that no chunk covers counts as starved: the last command is repeated, so that an
-        arm holds where it is. Actions that are not absolute become zero, for the same reason.
+        A tick that no chunk covers counts as starved. The last command is repeated, so that an
+        arm holds its pose; actions that are not absolute become zero, for the same reason.
 
         Raises:
             ValueError: ``tick`` was already emitted.
-            LookupError: Nothing was ever planned, so that there is nothing to repeat.
+            LookupError: The tick is not covered and there is no last command to repeat.
         """
         if tick < self._next_tick:
             raise ValueError(f"tick: got {tick}, expected at least {self._next_tick}")
@@ -247,8 +252,8 @@ class ChunkExecutor:
         self._next_tick = tick + 1
         return self._command
 
-    def pass_by(self, tick: int) -> None:
-        """Note that ``tick`` was spent without a command from here: its actions are discarded."""
+    def skip(self, tick: int) -> None:
+        """Note that ``tick`` passes without a command from here. Its actions are not played."""
         self._next_tick = max(self._next_tick, tick + 1)
 
     @property
@@ -262,6 +267,7 @@ class ChunkExecutor:
         return self._last_source
 
     def statistics(self) -> ExecutorStatistics:
+        """The counts since the last ``reset``."""
         return ExecutorStatistics(
             chunks=self._chunks,
             dropped_stale=self._stale,

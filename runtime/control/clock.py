@@ -1,4 +1,4 @@
-"""Where a loop's time comes from: the machine's monotonic clock, or a test's hand."""
+"""Clocks of a control loop: the machine's monotonic clock, and a manual one for tests."""
 
 from __future__ import annotations
 
@@ -10,10 +10,9 @@ from typing import Protocol
 
 NS_PER_S = 1_000_000_000
 FIRST_WAKE_NS = 200_000
-"""Before the deadline, without a spin: more than a wake-up takes, too little to forget in."""
+"""Lead of the first wake-up without a spin: longer than a wake-up, too short to lose the caches."""
 DEFAULT_SPIN_NS = 200_000
-"""Above the wake-up latency of nearly every tick on a loaded virtual machine; at 50 Hz 1 % of a
-core."""
+"""Longer than nearly every wake-up on a loaded virtual machine. At 50 Hz it costs 1 % of a core."""
 _TIMER_ABSTIME = 1
 
 
@@ -28,31 +27,32 @@ _clock_nanosleep.restype = ctypes.c_int
 
 
 class Clock(Protocol):
-    """Nanoseconds that only go forward."""
+    """A monotonic clock in nanoseconds."""
 
-    def now_ns(self) -> int: ...
+    def now_ns(self) -> int:
+        """The current time."""
+        ...
 
     def wait_until_ns(self, deadline_ns: int) -> None:
-        """Return at ``deadline_ns``, or at once when that has passed."""
+        """Return at ``deadline_ns``, or at once if it has passed."""
         ...
 
 
 class MonotonicClock:
-    """CLOCK_MONOTONIC. Wakes shortly before the deadline, then spins up to it, or sleeps again.
+    """CLOCK_MONOTONIC. Wakes shortly before the deadline, then spins until it, or sleeps again.
 
-    After a period of others' work nothing of ours is in the caches. On a loaded machine the first
-    few lines after a wake-up then take longer than the wake-up itself. So the thread is awake
-    before the deadline in either case:
+    After a period in which other threads ran, the caches hold nothing of this thread. On a loaded
+    machine the first few lines after a wake-up then take longer than the wake-up itself. So the
+    thread wakes before the deadline in both cases:
 
-    * With a spin of at least the machine's wake-up latency, it is on time to some microseconds, at
-      the price of so much CPU per tick. The spin is bounded: an endless one would be throttled
-      under SCHED_FIFO.
-    * Without, it sleeps once more for what is left. That wake-up finds the core awake and the code
-      in its caches, and costs next to nothing.
+    * With a spin of at least the machine's wake-up latency, it is on time within microseconds, and
+      spends that much CPU time per tick. The spin is bounded: SCHED_FIFO throttles an endless one.
+    * Without a spin, it sleeps again for the rest. The core is then active and the code in its
+      caches, so this second wake-up is fast.
 
-    The kernel is given absolute deadlines, so neither being preempted before the call nor a signal
-    during it makes the sleep longer. Signal handlers run during the wait, and what they raise ends
-    it. One thread waits on one clock.
+    The kernel gets absolute deadlines, so neither preemption before the call nor a signal during
+    it makes the sleep longer. Signal handlers run during the wait, and an exception that they raise
+    ends it. Only one thread may wait on a clock.
 
     Args:
         spin_ns: How long before the deadline to wake up and spin; 0 for no spin.
@@ -69,10 +69,15 @@ class MonotonicClock:
         self._until = _Timespec()
         self._until_address = ctypes.addressof(self._until)
 
-    # The function itself: a method of our own would be one more thing to fetch from memory.
+    # The function itself: a method around it would be one more access to memory.
     now_ns = staticmethod(time.monotonic_ns)
 
     def wait_until_ns(self, deadline_ns: int) -> None:
+        """Return at ``deadline_ns``, or at once if it has passed.
+
+        Raises:
+            OSError: ``clock_nanosleep`` failed.
+        """
         now_ns = self.now_ns
         self._sleep_until_ns(deadline_ns - self._lead_ns)
         if not self._spin_ns:
@@ -92,27 +97,34 @@ class MonotonicClock:
 
 
 def spin_for(priority: int) -> int:
-    """How long a loop of that SCHED_FIFO priority should spin; 0 is an ordinary thread.
+    """Nanoseconds that a loop of this SCHED_FIFO priority should spin; priority 0 is SCHED_OTHER.
 
-    An ordinary thread should not: under load, what it burns before the deadline counts against it,
-    and the scheduler lets somebody else in just then.
+    Under SCHED_OTHER it should not spin: on a loaded machine the CPU time of the spin counts
+    against the thread, and the scheduler then runs another thread at the deadline.
     """
     return DEFAULT_SPIN_NS if priority else 0
 
 
 class ManualClock:
-    """Time passes only when told to, or to whatever is waited for. For tests and lockstep."""
+    """A clock for tests and lockstep; only ``wait_until_ns`` and ``advance_ns`` change its time.
+
+    Args:
+        start_ns: The initial time.
+    """
 
     def __init__(self, start_ns: int = 0) -> None:
         self._now_ns = start_ns
 
     def now_ns(self) -> int:
+        """The current time."""
         return self._now_ns
 
     def wait_until_ns(self, deadline_ns: int) -> None:
+        """Set the time to ``deadline_ns``, unless it has passed."""
         self._now_ns = max(self._now_ns, deadline_ns)
 
     def advance_ns(self, duration_ns: int) -> None:
+        """Move the time forward; raises ``ValueError`` for a negative duration."""
         if duration_ns < 0:
             raise ValueError(f"duration_ns: got {duration_ns}, expected 0 or more")
         self._now_ns += duration_ns

@@ -1,15 +1,15 @@
-"""A robot's commands from chunks: control rate, limits, and a bounded stop when chunks stay away.
+"""Turns chunks into a robot's commands: control rate, limits, and a bounded stop without chunks.
 
 Guaranteed for every command, whatever the policy, the network and the server do:
 
-* It keeps the robot's position, velocity and acceleration limits, and the robot can stop inside
+* It keeps the robot's position, velocity and acceleration limits, and the robot can stop within
   them from there (``robots.motion_limiter``).
-* When no newer chunk comes, what is left of the plan is played ever more slowly, so that the robot
-  comes to rest on its planned path, at the plan's end or before; commanded velocities fall to zero
-  with it. It stays there, and goes on when a chunk comes, its offset faded out. After
-  ``fault_after_s`` without one, a fault is latched.
-* A latched fault ends with ``resume`` and nothing else. Until then chunks are refused.
-* After ``fail`` (NaN, a watchdog, an emergency key) every joint brakes as hard as it may.
+* When no newer chunk comes, the rest of the plan is played ever more slowly, so that the robot
+  comes to rest on its planned path, at the plan's end or before. Commanded velocities fall to zero
+  with it. The robot stays there until a chunk comes, and continues with an offset that fades out.
+  After ``fault_after_s`` without a chunk, a fault is latched.
+* Only ``resume`` or ``reset`` ends a latched fault. Until then chunks are refused.
+* After ``fail`` (NaN, a watchdog, an emergency key) every joint brakes as hard as its limits allow.
 
 Rejected: repeating the last command (no bound on acceleration), braking at the plan's end (leaves
 the path).
@@ -39,11 +39,11 @@ logger = logging.getLogger(__name__)
 
 
 class Motion(enum.StrEnum):
-    """What a ``CommandStream`` is doing; rest means coming to rest, and staying there."""
+    """What a ``CommandStream`` is doing. "Rest" below: coming to rest, then staying there."""
 
     WAITING = "waiting"  # holding a pose until a chunk comes
     RUNNING = "running"  # playing the plan
-    STARVED = "starved"  # rest along what is left of the plan, until a chunk comes
+    STARVED = "starved"  # rest along the rest of the plan, until a chunk comes
     FAULT = "fault"  # rest, until ``resume``
 
 
@@ -52,11 +52,11 @@ class StreamStatistics:
     """Counts since the last ``reset``.
 
     Attributes:
-        executor: Of chunks and policy ticks.
-        clamps: Of the limits, per control tick.
-        stops: How often chunks stayed away for so long that the robot slowed down.
+        executor: Counts of chunks and policy ticks.
+        clamps: Counts of the limits, per control tick.
+        stops: How often the robot slowed down for lack of chunks.
         faults: How often a fault was latched.
-        refused_chunks: Chunks that came while it was.
+        refused_chunks: Chunks that came while a fault was latched.
     """
 
     executor: ExecutorStatistics
@@ -67,23 +67,31 @@ class StreamStatistics:
 
 
 class CommandStream:
-    """Chunks in, one command per control tick out.
+    """Turns chunks into one command per control tick.
 
     A tick allocates nothing that outlives it. Not thread-safe: one loop owns it.
 
     Args:
-        contract: Of the policy.
-        strategy: How chunks combine.
-        limits: Of the robot's actuators.
-        actions: What each number of a command is; none: positions.
+        contract: The policy's contract; A is its action_dim.
+        strategy: How chunks are requested and combined.
+        limits: Limits of the robot's A actuators.
+        actions: The kind of each of the A numbers; empty: positions.
         ratio: Control ticks per policy tick, see ``control_ratio``.
-        hold: Joints that step at a policy tick, where the others move on a line to the next.
-        fault_after_s: How long chunks may stay away, from the first tick that slows down.
-        log: Where it is said that something was latched or resumed.
+        hold: Joints that keep their value between policy ticks; the others are interpolated.
+        fault_after_s: Time without a chunk, from the first tick that slows down, to a fault.
+        log: Logs faults and resumptions.
+
+    Attributes:
+        ratio: As given.
+        period_s: Seconds per control tick.
+        executor: Holds the plan.
+        limiter: Keeps the limits.
+        stop_lead_ticks: Policy ticks of the plan that the longest stop along it takes.
+        rest_within_s: Maximum duration of a stop, from the first command that slows down.
 
     Raises:
-        ValueError: Limits for another number of joints than the policy's actions, actions that are
-            not absolute or of a kind that has no rest, a ratio below 1, or a time that is not
+        ValueError: The limits have another number of joints than the policy's actions, the actions
+            are not absolute or of a kind that has no rest, the ratio is below 1, or a time is not
             positive.
     """
 
@@ -116,25 +124,23 @@ class CommandStream:
         self.executor = ChunkExecutor(contract, strategy)
         self.limiter = MotionLimiter(limits, self.period_s, actions)
         self._fault_after = max(1, math.ceil(fault_after_s / self.period_s))
-        self._playback = PlanSampler(self.executor, contract.action_dim, ratio, hold)
+        self._sampler = PlanSampler(self.executor, contract.action_dim, ratio, hold)
         self._worst_ticks = self.limiter.worst_ticks_to_rest()
         self.stop_lead_ticks = max(0, math.ceil((self._worst_ticks - 1) / 2 / ratio))
-        """Policy ticks of the plan that the longest stop along it takes up."""
         self.rest_within_s = 3 * self._worst_ticks * self.period_s
-        """How long any stop takes at most, from the first command that slows down."""
         self.reset(self.limiter.command)
 
     def reset(self, position: ArrayLike) -> None:
-        """A new episode: hold ``position``, (A,), until a chunk comes.
+        """Start a new episode: hold ``position``, (A,), until a chunk comes.
 
         Raises:
-            ValueError: Another length than A, or NaN or infinity.
+            ValueError: ``position`` has another length than A, or holds NaN or infinity.
         """
         self.limiter.reset(position)
         self._motion = Motion.WAITING
         self._fault: str | None = None
         self._aligns = self._brakes = self._on_plan = False
-        self._playback.forget()
+        self._sampler.clear_offset()
         self._stops = self._faults = self._refused = self._starved_for = self._slow_ticks = 0
         self._phase = 0.0
         self._path_end = -1
@@ -142,6 +148,7 @@ class CommandStream:
 
     @property
     def motion(self) -> Motion:
+        """What the stream is doing now."""
         return self._motion
 
     @property
@@ -156,15 +163,16 @@ class CommandStream:
 
     @property
     def last_command(self) -> NDArray[np.float32]:
-        """(A,) float32: the last command, or where ``reset`` said the robot is."""
+        """(A,) float32: the last command, or the position given to ``reset``."""
         return self.limiter.command
 
     def wants_chunk(self, tick: int, latency_ticks: int = 0) -> bool:
-        """Whether to observe and ask at control tick ``tick``; see ``ChunkExecutor.wants_chunk``.
+        """Whether to observe and request a chunk now; see ``ChunkExecutor.wants_chunk``.
 
-        Asks so much earlier that the answer comes before the robot would begin to slow down.
+        The request is early enough that the answer comes before the robot begins to slow down.
 
         Args:
+            tick: The current control tick.
             latency_ticks: Policy ticks that an answer is expected to take.
         """
         if self._motion is Motion.FAULT:
@@ -178,7 +186,7 @@ class CommandStream:
     def accept(self, chunk: ActionChunk) -> bool:
         """Blend ``chunk`` into the plan; False if it was dropped or refused.
 
-        A chunk that must not be played (NaN, infinity, a wrong shape) latches a fault.
+        An invalid chunk (NaN, infinity, a wrong shape) latches a fault.
         """
         if self._motion is Motion.FAULT:
             self._refused += 1
@@ -201,12 +209,12 @@ class CommandStream:
         if self._motion is Motion.RUNNING:
             return self._play(policy_tick, part)
         if self._motion is Motion.WAITING or (self._motion is Motion.FAULT and self._brakes):
-            self.executor.pass_by(policy_tick)
+            self.executor.skip(policy_tick)
             return self.limiter.brake()
         return self._slow_down(policy_tick)
 
     def hold(self) -> NDArray[np.float32]:
-        """The command, (A,) float32, of a period without a tick: rest, or a step nearer to it."""
+        """The command, (A,) float32, of a period without a tick: brake, or stay at rest."""
         return self.limiter.brake()
 
     def fail(self, reason: str) -> None:
@@ -215,7 +223,10 @@ class CommandStream:
         self._latch(reason)
 
     def resume(self) -> bool:
-        """End a fault: wait for a chunk from a new observation. False while still moving."""
+        """End a fault and wait for a chunk from a new observation.
+
+        False, without effect, if there is no fault or the robot still moves.
+        """
         if self._motion is not Motion.FAULT or not self.limiter.at_rest:
             return False
         self.executor.flush()
@@ -226,6 +237,7 @@ class CommandStream:
         return True
 
     def statistics(self) -> StreamStatistics:
+        """The counts since the last ``reset``."""
         return StreamStatistics(
             executor=self.executor.statistics(),
             clamps=self.limiter.statistics(),
@@ -248,28 +260,28 @@ class CommandStream:
 
     def _play(self, policy_tick: int, part: int) -> NDArray[np.float32]:
         left = (self.executor.covered_to(policy_tick) - policy_tick) * self.ratio - part
-        # At an even deceleration over n commands the plan goes on for (n − 1)/2 of their periods.
+        # Under constant deceleration, n commands use up (n − 1)/2 periods of the plan.
         if left < (self.limiter.ticks_to_rest() - 1) / 2:
             self._starve()
             return self._slow_down(policy_tick)
         self._emit(policy_tick)
         if self._aligns:
-            self._playback.align(policy_tick, part, self.limiter.position)
+            self._sampler.align(policy_tick, part, self.limiter.position)
             self._aligns = False
         self._phase = policy_tick + part / self.ratio
         self._on_plan = True
-        self._playback.fade()
-        self._playback.read(policy_tick, part / self.ratio)
+        self._sampler.fade()
+        self._sampler.read(policy_tick, part / self.ratio)
         return self._limited()
 
     def _starve(self) -> None:
-        """From here on the plan is played more slowly with every tick."""
+        """Begin a stop: the plan is played more slowly with every tick."""
         self._motion = Motion.STARVED
         self._aligns = True
         self._stops += 1
         self._starved_for = 0
         self._slow_ticks = max(1, self.limiter.ticks_to_rest())
-        # A plan of which nothing was played is no path to stop along.
+        # Without a tick played, the robot is not on the plan and cannot stop along it.
         self._brakes = not self._on_plan
         self._path_end = int(self._phase) if self._on_plan else -1
         while self._on_plan and self.executor.covers(self._path_end + 1):
@@ -284,23 +296,24 @@ class CommandStream:
         if rate > 0.0 and not self._brakes:
             self._phase = min(self._phase + rate / self.ratio, float(self._path_end))
             base = int(self._phase)
-            self._playback.read(base, self._phase - base)
-        # A path played at a part of its speed has that part of its velocities.
-        self._playback.target[self.limiter.by_velocity] *= rate
-        # A path too winding for its limits is left rather than followed for ever.
+            self._sampler.read(base, self._phase - base)
+        # Velocities scale with the rate at which the path is played.
+        self._sampler.target[self.limiter.by_velocity] *= rate
+        # A path that the limits cannot follow must not delay the stop for ever: leave it and brake.
         self._brakes = self._brakes or self._starved_for > self._slow_ticks + self._worst_ticks
         return self.limiter.brake() if self._brakes else self._limited()
 
     def _emit(self, policy_tick: int) -> None:
+        """Count the policy tick in the executor, once."""
         executor = self.executor
         if not executor.started and not executor.covers(policy_tick):
-            executor.pass_by(policy_tick)
+            executor.skip(policy_tick)
         elif policy_tick >= executor.next_tick:
             executor.command(policy_tick)
 
     def _limited(self) -> NDArray[np.float32]:
         try:
-            return self.limiter.limit(self._playback.target)
+            return self.limiter.limit(self._sampler.target)
         except UnsafeCommand as error:
             self.fail(str(error))
             return self.limiter.brake()

@@ -1,11 +1,11 @@
 """The control loop: one call per tick, on absolute deadlines.
 
-Guaranteed, whatever a tick costs and however late the machine wakes us:
+Guaranteed, however long a tick takes and however late the thread wakes up:
 
-* Tick k is due at t0 + k·dt, computed from t0 each time, so nothing drifts.
-* Ticks are strictly increasing. One that cannot start within half a period of its deadline is
-  skipped and counted as missed; so two steps never start closer than half a period. Late ticks are
-  not bunched to catch up, because a robot that gets two commands at once has been given a jump.
+* Tick k is due at t0 + k·dt, computed from t0 each time, so the loop does not drift.
+* Ticks are strictly increasing. A tick that cannot start within half a period of its deadline is
+  skipped and counted as missed, so two steps never start closer than half a period. Late ticks are
+  not bunched to catch up: two commands at once are a jump for a robot.
 
 Rejected: sleeping dt after each tick (drifts by the tick's cost), deadline = last wake-up + dt
 (drifts by the wake-up latency), running missed ticks back to back (bunches).
@@ -25,19 +25,19 @@ from runtime.stats import Percentiles
 from runtime.trace import recorder as trace
 
 Step = Callable[[int], bool | None]
-"""Called with the tick; a False return ends the loop. None goes on."""
+"""Called with the tick; the loop ends if it returns False, and goes on if it returns None."""
 Slack = Callable[[int], None]
-"""Called with the tick after its step: work that may use up what is left of the period."""
+"""Called with the tick after its step, for work that may take the rest of the period."""
 
 
 @dataclass(frozen=True, slots=True)
 class LoopStatistics:
-    """What happened to the deadlines.
+    """How well a loop kept its deadlines.
 
     Attributes:
         ticks: Ticks run.
-        missed_ticks: Ticks skipped because the one before them overran.
-        lateness: Time at which the step had returned − its deadline, over all ticks run; seconds.
+        missed_ticks: Ticks skipped because an earlier one overran.
+        lateness: Return of the step minus its deadline, over all ticks run; seconds.
     """
 
     ticks: int
@@ -51,9 +51,9 @@ class ControlLoop:
     A tick allocates nothing that outlives it.
 
     Args:
-        clock: Where time comes from.
+        clock: The time source.
         period_s: Seconds per tick.
-        capacity: Lateness samples kept, the newest ones; allocated here, not in the loop.
+        capacity: Number of newest lateness samples kept; allocated here, not in the loop.
 
     Raises:
         ValueError: ``period_s`` is not positive.
@@ -71,6 +71,7 @@ class ControlLoop:
 
     @property
     def period_ns(self) -> int:
+        """Nanoseconds per tick."""
         return self._period_ns
 
     def run(
@@ -82,8 +83,9 @@ class ControlLoop:
     ) -> None:
         """Call ``step(k)`` at t0 + k·dt, k from 0, t0 being now, and ``slack(k)`` after it.
 
-        Ends before tick ``max_ticks``, when ``step`` returns False, or after ``stop()``. What they
-        raise ends the loop and is the caller's. Lateness is taken when ``step`` returns.
+        Ends before tick ``max_ticks``, when ``step`` returns False, or after ``stop()``. An
+        exception from either ends the loop and propagates. Lateness is measured when ``step``
+        returns.
         """
         clock, period_ns, lateness_ns = self._clock, self._period_ns, self._lateness_ns
         capacity, tolerance_ns = len(lateness_ns), period_ns // 2
@@ -93,20 +95,20 @@ class ControlLoop:
         while (max_ticks is None or tick < max_ticks) and not self._stopping:
             deadline_ns = t0_ns + tick * period_ns
             clock.wait_until_ns(deadline_ns)
-            # Not of the loop's own clock, which may be anybody's.
+            # The trace needs the machine's clock; the loop's may be a manual one.
             began_ns = time.monotonic_ns() if trace.on else 0
-            going_on = step(tick)
+            proceed = step(tick)
             done_ns = clock.now_ns()
             lateness_ns[self._ticks % capacity] = done_ns - deadline_ns
             self._ticks += 1
-            if going_on is False:
+            if proceed is False:
                 if trace.on:
                     trace.tick(tick, began_ns, done_ns - deadline_ns, 0)
                 break
             if slack is not None:
                 slack(tick)
                 done_ns = clock.now_ns()
-            # The next tick is the first one that can still start in time.
+            # The next tick is the first that can still start in time.
             next_tick = max(tick + 1, -(-(done_ns - t0_ns - tolerance_ns) // period_ns))
             if max_ticks is not None:
                 next_tick = min(next_tick, max_ticks)
@@ -121,14 +123,14 @@ class ControlLoop:
         self._stopping = True
 
     def lateness_ns(self) -> NDArray[np.int64]:
-        """Raw lateness samples, (n,) nanoseconds, the newest ``capacity`` ones, oldest first."""
+        """(n,) the newest ``capacity`` lateness samples in nanoseconds, oldest first."""
         capacity = len(self._lateness_ns)
         if self._ticks <= capacity:
             return self._lateness_ns[: self._ticks].copy()
         return np.roll(self._lateness_ns, -(self._ticks % capacity))
 
     def statistics(self) -> LoopStatistics:
-        """The counts so far, of all runs; a frozen value."""
+        """The counts of all runs so far."""
         return LoopStatistics(
             ticks=self._ticks,
             missed_ticks=self._missed,

@@ -1,7 +1,7 @@
-"""Commands between two policy ticks, for a robot that takes commands faster than the policy thinks.
+"""Commands between two policy ticks, for a control rate above the policy's.
 
-A control rate is an integer multiple r of the policy's: sub-tick j of tick k commands the plan at
-time (k + j/r)·dt. Anything else is refused, because it would have to be rounded somewhere.
+The control rate is an integer multiple r of the policy's: control tick j of policy tick k commands
+the plan at time (k + j/r)·dt. Any other rate is refused, because times would have to be rounded.
 """
 
 from __future__ import annotations
@@ -14,11 +14,11 @@ from numpy.typing import NDArray
 
 
 def control_ratio(policy_hz: float, control_hz: float) -> int:
-    """r, the control rate over the policy's.
+    """r, the control rate divided by the policy's.
 
     Raises:
-        ValueError: It is not a whole number of at least 1 (to within 1e-6); names both rates and
-            the nearest that would do.
+        ValueError: It is not an integer of at least 1 (to within 1e-6). The message names both
+            rates and the nearest valid ones.
     """
     if not (control_hz > 0 and math.isfinite(control_hz)):
         raise ValueError(f"publish rate: got {control_hz} Hz, expected a positive number")
@@ -34,16 +34,16 @@ def control_ratio(policy_hz: float, control_hz: float) -> int:
 
 
 class Interpolator:
-    """An action between two ticks, on the line from one to the next.
+    """Linear interpolation of an action between two ticks.
 
     A call allocates nothing that outlives it.
 
     Args:
         action_dim: A.
-        hold: Dimensions that step at the tick, such as grippers that open or close.
+        hold: Dimensions that keep their value between ticks, such as grippers that open or close.
 
     Attributes:
-        start, end: (A,) float64, for the caller to fill: the plan at a tick and one tick after.
+        start, end: (A,) float64, filled by the caller: the plan at a tick and one tick later.
     """
 
     def __init__(self, action_dim: int, hold: Sequence[int] = ()) -> None:
@@ -53,7 +53,7 @@ class Interpolator:
         self._value = np.zeros(action_dim)
 
     def at(self, fraction: float) -> NDArray[np.float64]:
-        """(A,) float64 at ``fraction`` of the way from ``start`` to ``end``, 0 to 1.
+        """(A,) float64: start + fraction·(end − start), with ``fraction`` in [0, 1].
 
         Exactly ``start`` at 0. Valid until the next call.
         """

@@ -1,4 +1,4 @@
-"""The plan as a function of policy time, with an offset that fades out."""
+"""Samples a chunk executor's plan between its ticks, plus an offset that fades out."""
 
 from __future__ import annotations
 
@@ -13,16 +13,17 @@ from runtime.control.interpolation import Interpolator
 
 
 class PlanSampler:
-    """Reads an executor's plan between its ticks. Allocates nothing that outlives a call.
+    """Reads an executor's plan at control ticks. Allocates nothing that outlives a call.
 
     Args:
-        executor: Whose plan.
+        executor: Holds the plan.
         action_dim: A.
         ratio: Control ticks per policy tick.
-        hold: Dimensions that step at a policy tick; the others move on a line to the next.
+        hold: Dimensions that keep their value between policy ticks; the others are interpolated
+            linearly.
 
     Attributes:
-        target: (A,) float64: what ``read`` found.
+        target: (A,) float64, the result of ``read``.
     """
 
     def __init__(
@@ -36,21 +37,24 @@ class PlanSampler:
         self._residual = np.zeros(action_dim)
         ticks = round(DEFAULT_FADE_TICKS * ratio)
         self._fade_out = 1.0 - fade_in(ticks + 1, ticks)
-        self.forget()
+        self.clear_offset()
 
-    def forget(self) -> None:
-        """No offset."""
+    def clear_offset(self) -> None:
+        """Set the offset to zero."""
         self._fading = len(self._fade_out)
         self._residual.fill(0.0)
 
     def align(self, policy_tick: int, part: int, before: NDArray[np.float64]) -> None:
-        """Go on from ``before`` at the plan's own speed; what separates the two fades out.
+        """Set the offset so that the motion continues from ``before`` at the plan's own speed.
+
+        The counterpart, at the control rate, of ``blending.align``.
 
         Args:
-            policy_tick, part: The control tick that comes next; the plan must cover it.
-            before: (A,) what was commanded in the control tick before.
+            policy_tick, part: The next control tick is ``part`` (0 to ratio − 1) of
+                ``policy_tick``; the plan must cover it.
+            before: (A,) the command of the control tick before.
         """
-        self.forget()
+        self.clear_offset()
         self.read(policy_tick, part / self._ratio)
         np.subtract(before, self.target, out=self._offset)
         following = policy_tick + (part + 1) // self._ratio
@@ -61,19 +65,20 @@ class PlanSampler:
         self._fading = 0
 
     def fade(self) -> None:
-        """One control tick less of the offset."""
+        """Reduce the offset by one control tick of its fade."""
         if self._fading < len(self._fade_out):
             np.multiply(self._offset, self._fade_out[self._fading], out=self._residual)
             self._fading += 1
 
     def read(self, base: int, fraction: float) -> None:
-        """``target`` = the plan at policy time ``base`` + ``fraction``, plus what is left to fade.
+        """Set ``target`` to the plan at policy time ``base`` + ``fraction``, plus the offset left.
 
         Args:
-            base: A tick that the plan covers; the one after it too, unless ``fraction`` is 0.
+            base: A policy tick that the plan covers; the next one too, unless ``fraction`` is 0.
+            fraction: In [0, 1).
         """
-        executor, between = self._executor, self._interpolator
-        executor.copy_planned(base, between.start)
+        executor, interpolator = self._executor, self._interpolator
+        executor.copy_planned(base, interpolator.start)
         if fraction:
-            executor.copy_planned(base + 1, between.end)
-        np.add(between.at(fraction), self._residual, out=self.target)
+            executor.copy_planned(base + 1, interpolator.end)
+        np.add(interpolator.at(fraction), self._residual, out=self.target)

@@ -1,7 +1,7 @@
-"""What the kernel can do for a loop that must keep time: asked for once, never required.
+"""Real-time options of the kernel for a control loop: requested once, never required.
 
-Every option is tried by itself. What could not be had (usually for lack of privilege) is said in
-one line and the loop runs without it: a loop that keeps time a little worse beats none.
+Each option is tried separately. Options that are refused (usually for lack of privilege) are
+reported in one line, and the loop runs without them: less exact timing is better than no loop.
 """
 
 from __future__ import annotations
@@ -25,6 +25,7 @@ logger = logging.getLogger(__name__)
 _PR_SET_TIMERSLACK = 29
 _MCL_CURRENT, _MCL_FUTURE = 1, 2
 DMA_LATENCY = Path("/dev/cpu_dma_latency")
+"""While it is open with a latency of 0, CPUs stay out of deep idle states."""
 
 _libc = ctypes.CDLL(None, use_errno=True)
 
@@ -35,23 +36,25 @@ SLICE_NS = 1_000_000
 
 @dataclass(frozen=True, slots=True)
 class RealtimeOptions:
-    """What to ask for. The default is everything that harms nobody else.
+    """Which options to request. The defaults do not disturb other processes.
 
     Attributes:
-        priority: Of SCHED_FIFO, 1 to 99; 0 leaves the scheduling as it is. Interrupt threads have
-            50; a loop whose driver needs them to make progress stays below.
-        lock_memory: Keep every page in memory, present and future, so that no tick waits for one.
-        timer_slack_ns: How late the kernel may batch this thread's timers; its default is 50 µs.
-            0 leaves it. Without meaning under SCHED_FIFO.
-        slice_ns: Of the ordinary scheduler, for a thread that is not SCHED_FIFO: who asks for less
-            time at once gets it earlier (EEVDF; Linux 6.12 and later, without meaning before). It
-            must hold a tick's work and spin. 0 leaves it.
-        forbid_deep_idle: Keep the machine's CPUs out of idle states that take long to wake from,
-            until closed.
+        priority: SCHED_FIFO priority, 1 to 99; 0 keeps the scheduling policy. Interrupt threads
+            have 50; a loop whose driver depends on them must stay below.
+        lock_memory: Keep all present and future pages in memory, so that no tick waits for one.
+        timer_slack_ns: How late the kernel may fire this thread's timers to batch them; its default
+            is 50 µs. 0 keeps it. No effect under SCHED_FIFO.
+        slice_ns: Time slice for a thread that is not SCHED_FIFO: the scheduler (EEVDF, Linux 6.12
+            and later; no effect before) runs a thread with a shorter slice earlier. It must hold
+            a tick's work and spin. 0 keeps it.
+        forbid_deep_idle: Keep the machine's CPUs out of idle states with a long wake-up, until
+            closed.
         threads: Whether the process' other threads, and those that they start, get SCHED_FIFO too,
-            one priority below. For a driver with threads of its own: one of them that is kept
-            from the CPU by somebody ordinary, while it holds the interpreter, keeps the loop
-            from it too.
+            one priority below. For a driver with threads of its own: if an ordinary process keeps
+            such a thread from the CPU while it holds the GIL, the loop waits as well.
+
+    Raises:
+        ValueError: A value is out of range.
     """
 
     priority: int = 80
@@ -71,18 +74,18 @@ class RealtimeOptions:
 
 
 UNPRIVILEGED = RealtimeOptions(priority=0, lock_memory=False, forbid_deep_idle=False)
-"""What any user may have."""
+"""Options that need no privilege."""
 
 
 class Realtime:
     """The options in force for the calling thread, until closed or the process ends.
 
-    Scheduling and timer slack are the thread's own: make this in the thread that runs
-    the loop. Threads and processes started later do not inherit the scheduling. A context manager.
+    Scheduling and timer slack belong to a thread: create this in the thread that runs the loop.
+    Threads and processes started later do not inherit the scheduling. A context manager.
 
     Attributes:
-        granted: What was had, in words.
-        refused: What was not, each with its reason.
+        granted: The options granted, as text.
+        refused: The options refused, each with its reason.
     """
 
     def __init__(self, options: RealtimeOptions) -> None:
@@ -108,9 +111,9 @@ class Realtime:
             below = max(1, options.priority - 1)
             self._try(f"its threads {below}", lambda: self._threads(below))
 
-    def _try(self, name: str, ask: Callable[[], None]) -> None:
+    def _try(self, name: str, apply: Callable[[], None]) -> None:
         try:
-            ask()
+            apply()
         except (OSError, ValueError) as error:
             reason = error.strerror if isinstance(error, OSError) else str(error)
             self.refused += (f"{name} ({reason})",)
@@ -118,16 +121,16 @@ class Realtime:
             self.granted += (name,)
 
     def report(self) -> str:
-        """One line: what was granted, and what was refused and why."""
-        line = f"real time: {', '.join(self.granted) or 'nothing asked for'}"
-        return f"{line}; not had: {', '.join(self.refused)}" if self.refused else line
+        """One line: the options granted, and those refused with their reasons."""
+        line = f"real time: {', '.join(self.granted) or 'nothing requested'}"
+        return f"{line}; refused: {', '.join(self.refused)}" if self.refused else line
 
     def log(self) -> None:
-        """Log ``report``: a warning where something was refused."""
+        """Log ``report``, as a warning if an option was refused."""
         logger.log(logging.WARNING if self.refused else logging.INFO, "%s", self.report())
 
     def close(self) -> None:
-        """Give everything back, but the timer slack, which costs nobody anything. Idempotent."""
+        """Undo all options but the timer slack, which disturbs no other thread. Idempotent."""
         while self._undo:
             with contextlib.suppress(OSError):
                 self._undo.pop()()
@@ -149,24 +152,24 @@ class Realtime:
 
     def _scheduler(self, priority: int) -> None:
         policy, parameter = os.sched_getscheduler(0), os.sched_getparam(0)
-        # A child that computes for seconds at this priority would stop the machine.
+        # A child process that computes for seconds at this priority would block the machine.
         os.sched_setscheduler(0, os.SCHED_FIFO | os.SCHED_RESET_ON_FORK, os.sched_param(priority))
         self._undo.append(lambda: os.sched_setscheduler(0, policy, parameter))
 
     def _threads(self, priority: int) -> None:
-        # Without the reset: who starts threads here starts them for the loop's sake.
+        # Without SCHED_RESET_ON_FORK: threads started by these serve the loop as well.
         _schedule_others(os.SCHED_FIFO, priority)
         self._undo.append(lambda: _schedule_others(os.SCHED_OTHER, 0))
 
     def _lock_memory(self) -> None:
-        # Under a finite limit, locking the future would turn a later allocation into a failure.
+        # Under a finite limit, MCL_FUTURE would make a later allocation fail.
         soft, _ = resource.getrlimit(resource.RLIMIT_MEMLOCK)
         unlimited = soft == resource.RLIM_INFINITY or _has_capability(_CAP_IPC_LOCK)
         _check(_libc.mlockall(_MCL_CURRENT | _MCL_FUTURE if unlimited else _MCL_CURRENT))
         self._undo.append(lambda: _check(_libc.munlockall()))
 
     def _hold_dma_latency(self) -> None:
-        # The request lasts as long as the descriptor is open.
+        # The request lasts while the descriptor is open.
         descriptor = os.open(DMA_LATENCY, os.O_WRONLY | os.O_CLOEXEC)
         self._undo.append(lambda: os.close(descriptor))
         os.write(descriptor, struct.pack("=i", 0))
@@ -174,9 +177,9 @@ class Realtime:
 
 @contextlib.contextmanager
 def no_garbage_collection() -> Iterator[None]:
-    """Collect now, and not again until the block ends; for an episode.
+    """Collect garbage now, and not again until the block ends; for an episode.
 
-    What exists is frozen, so that the collection after it does not walk through all of it.
+    Existing objects are frozen (``gc.freeze``), so that they are not scanned again.
     """
     was_enabled = gc.isenabled()
     gc.collect()
@@ -201,7 +204,7 @@ def _has_capability(number: int) -> bool:
 
 
 class _SchedAttr(ctypes.Structure):
-    """``struct sched_attr`` of the kernel, as far as every version has it."""
+    """The fields of the kernel's ``struct sched_attr`` that every version has."""
 
     _fields_ = (
         ("size", ctypes.c_uint32),
@@ -221,7 +224,7 @@ _SCHED_SETATTR = {"x86_64": 314, "aarch64": 274}
 def _sched_slice(slice_ns: int) -> None:
     number = _SCHED_SETATTR.get(platform.machine())
     if number is None:
-        raise ValueError(f"not known how on {platform.machine()}")
+        raise ValueError(f"system call number unknown on {platform.machine()}")
     attributes = _SchedAttr(
         size=ctypes.sizeof(_SchedAttr),
         sched_policy=os.SCHED_OTHER,
@@ -232,7 +235,7 @@ def _sched_slice(slice_ns: int) -> None:
 
 
 def _schedule_others(policy: int, priority: int) -> None:
-    """Every thread of this process but the calling one."""
+    """Set the scheduling of every thread of this process but the calling one."""
     for entry in Path("/proc/self/task").iterdir():
         if (thread := int(entry.name)) != threading.get_native_id():
             with contextlib.suppress(ProcessLookupError):  # it has ended meanwhile

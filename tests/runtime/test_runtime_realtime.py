@@ -24,7 +24,7 @@ def refuse(number: int):
     return ask
 
 
-def test_what_is_refused_is_said_in_one_line_and_never_fatal(
+def test_refused_options_are_reported_in_one_line_and_not_fatal(
     monkeypatch: pytest.MonkeyPatch, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     monkeypatch.setattr(os, "sched_setscheduler", refuse(errno.EPERM))
@@ -34,7 +34,7 @@ def test_what_is_refused_is_said_in_one_line_and_never_fatal(
         held.log()
     assert held.granted == ("timer slack 1 ns",)
     assert held.report() == (
-        "real time: timer slack 1 ns; not had: locked memory (Cannot allocate memory), "
+        "real time: timer slack 1 ns; refused: locked memory (Cannot allocate memory), "
         "no deep idle states (No such file or directory), "
         "SCHED_FIFO priority 80 (Operation not permitted)"
     )
@@ -43,22 +43,22 @@ def test_what_is_refused_is_said_in_one_line_and_never_fatal(
     assert record.getMessage() == held.report()
 
 
-def test_nothing_asked_for_is_nothing_refused(caplog: pytest.LogCaptureFixture) -> None:
+def test_without_options_nothing_is_refused(caplog: pytest.LogCaptureFixture) -> None:
     options = RealtimeOptions(0, False, timer_slack_ns=0, slice_ns=0, forbid_deep_idle=False)
     with caplog.at_level(logging.INFO), Realtime(options) as held:
         held.log()
-    assert held.report() == "real time: nothing asked for"
+    assert held.report() == "real time: nothing requested"
     assert caplog.records[0].levelno == logging.INFO
 
 
-def test_anybody_may_have_fine_timers_and_a_short_slice() -> None:
+def test_timer_slack_and_slice_need_no_privilege() -> None:
     with Realtime(UNPRIVILEGED) as held:
         assert realtime._libc.prctl(PR_GET_TIMERSLACK, 0, 0, 0, 0) == 1
         assert held.granted == ("timer slack 1 ns", "slice 1 ms")
         assert held.refused == ()
 
 
-def test_what_was_had_is_given_back() -> None:
+def test_close_undoes_the_options() -> None:
     policy = os.sched_getscheduler(0)
     descriptors = len(list(Path("/proc/self/fd").iterdir()))
     held = Realtime(RealtimeOptions(lock_memory=False))
@@ -110,25 +110,26 @@ def test_garbage_is_collected_before_a_block_and_never_in_it() -> None:
         ({"timer_slack_ns": -1}, "timer_slack_ns: got -1, expected 0 or more"),
     ],
 )
-def test_nonsense_is_refused(options: dict[str, int], message: str) -> None:
+def test_values_out_of_range_are_refused(options: dict[str, int], message: str) -> None:
     with pytest.raises(ValueError, match=message):
         RealtimeOptions(**options)
 
 
-def test_the_threads_of_a_driver_get_it_too_and_so_do_those_they_start() -> None:
-    """One that is preempted by anybody while it holds the interpreter would stop the loop."""
-    ask, asked, ended = threading.Event(), threading.Event(), threading.Event()
+def test_threads_of_the_process_and_those_they_start_get_the_priority() -> None:
+    """A thread that is preempted by an ordinary process while it holds the GIL stops the loop."""
+    begin, running, ended = threading.Event(), threading.Event(), threading.Event()
     born: list[int] = []
 
     def child() -> None:
         born.append(threading.get_native_id())
-        asked.set()
+        running.set()
         ended.wait(10)
 
     def driver() -> None:
-        ask.wait(10)
-        threading.Thread(target=child).start()
-        ended.wait(10)
+        begin.wait(10)
+        started = threading.Thread(target=child)
+        started.start()
+        started.join()
 
     parent = threading.Thread(target=driver)
     parent.start()
@@ -136,8 +137,8 @@ def test_the_threads_of_a_driver_get_it_too_and_so_do_those_they_start() -> None
         with Realtime(RealtimeOptions(priority=3, threads=True, lock_memory=False)) as held:
             if held.refused:
                 pytest.skip(held.report())
-            ask.set()
-            assert asked.wait(10)
+            begin.set()
+            assert running.wait(10)
             for thread in (parent.native_id, born[0]):
                 assert os.sched_getscheduler(thread) == os.SCHED_FIFO
                 assert os.sched_getparam(thread).sched_priority == 2
