@@ -1,6 +1,6 @@
-"""A twin, a policy server and ``eval_real.py``, each a program of its own, for those who kill them.
+"""A twin, a policy server and ``eval_real.py``, each a program of its own, which a test can kill.
 
-What the arm was told is taken from the twin's own record of commands as they arrived.
+The tests check the twin's own record of the commands that arrived.
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ ENVIRONMENT = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
 
 
 class Program:
-    """A process and the lines it says."""
+    """A process and the lines it prints."""
 
     def __init__(self, *command: str, keys: bool = False, prefix: tuple[str, ...] = ()) -> None:
         self.process = subprocess.Popen(
@@ -85,7 +85,7 @@ class Program:
         self.process.send_signal(number)
 
     def wait(self) -> int:
-        """Its exit status, once it has said all it has to say."""
+        """Its exit status, after all of its output was read."""
         while self._line(time.monotonic() + PATIENCE_S) is not None:
             pass
         return self.process.wait(PATIENCE_S)
@@ -119,7 +119,7 @@ class Program:
 
 
 class Server(Program):
-    """A policy server; on ``port``, or one of its own choice."""
+    """A policy server on ``port``; on a free port if that is 0."""
 
     def __init__(
         self,
@@ -188,7 +188,7 @@ def evaluation(twin: Twin, server: str, folder: Path, *flags: str, **options: An
 
 @dataclasses.dataclass(frozen=True)
 class Motion:
-    """What arrived: commands as the arm had them, one per instant."""
+    """The commands that arrived at the arm, one per instant."""
 
     arrived_ns: np.ndarray
     action: np.ndarray
@@ -243,6 +243,6 @@ def stop_s(limits: JointLimits) -> float:
     return float((limits.velocity / limits.acceleration).max()) + 2 * PERIOD_S
 
 
-def watchdog_s() -> float:
-    """What ``eval_real.py`` allows for silence unless told otherwise."""
+def max_sensing_age_s() -> float:
+    """Default of ``eval_real.py`` for the age of the newest picture, at which the arm stops."""
     return float(RunConfig.__dataclass_fields__["max_sensing_age_s"].default)  # type: ignore[arg-type]

@@ -1,6 +1,6 @@
-"""Anything dies in mid-motion: the arm comes to rest within its limits, in time, and stays latched.
+"""A process dies in mid-motion: the arm comes to rest within its limits, in time, with a fault.
 
-Everything is a real process. ``METRONOME_SOAK=1`` kills the server 50 times and the others 20 times
+Every process is real. ``METRONOME_SOAK=1`` kills the server 50 times and the others 20 times
 each (``METRONOME_SERVER_KILLS``, ``METRONOME_KILLS``, ``METRONOME_STALLS`` say otherwise);
 ``METRONOME_SEED`` chooses other moments.
 """
@@ -25,9 +25,9 @@ from tests.faults.rig import (
     Server,
     Twin,
     evaluation,
+    max_sensing_age_s,
     stop_s,
     twin,
-    watchdog_s,
 )
 
 SOAK = bool(os.environ.get("METRONOME_SOAK"))
@@ -38,13 +38,13 @@ KILLS_OF_OURS = int(os.environ.get("METRONOME_KILLS", "20" if SOAK else "1"))
 STALLS = int(os.environ.get("METRONOME_STALLS", "10" if SOAK else "1"))
 soak_only = pytest.mark.skipif(not SOAK, reason="METRONOME_SOAK is not set")
 STALL_S = 0.1 + 2 * PERIOD_S
-"""What the guardian allows a control process that says nothing."""
+"""How long the watchdog waits for the commands of a control process."""
 
 pytestmark = [pytest.mark.alone, pytest.mark.timeout(3600 if SOAK else 300)]
 
 
-class Ride:
-    """A rollout under way, with faults in it."""
+class FaultyRollout:
+    """A running rollout, and the faults that a test causes in it."""
 
     def __init__(self, arm: Twin, server: Server, program: Program) -> None:
         self.arm, self.server, self.program = arm, server, program
@@ -84,7 +84,7 @@ class Ride:
         gap_ms = 1e3 * motion.longest_gap_s
         said = f"at rest after {rest_s:.3f} s of {within_s:.3f}, longest gap {gap_ms:.0f} ms"
         print(f"{name}: {said}", flush=True)  # noqa: T201
-        # Latched: nobody asked for more, so nothing moves.
+        # The fault is latched: without a resume nothing moves.
         self.arm.robot.clear_record()
         time.sleep(0.2)
         held = self.arm.record()["step_target"]
@@ -98,7 +98,7 @@ class Ride:
         Motion.of(self.arm.record()).check(self.arm.limits)
 
     def replace_server(self) -> None:
-        """The server is dead: another one at the same address."""
+        """Replace a dead server by another at the same address."""
         self.server.close()
         self.server = Server("make_short", self.server.port)
         self.program.expect("server connected again")
@@ -111,87 +111,89 @@ def arm() -> Iterator[Twin]:
 
 
 @contextlib.contextmanager
-def ride(arm: Twin, folder: Path) -> Iterator[Ride]:
+def faulty_rollout(arm: Twin, folder: Path) -> Iterator[FaultyRollout]:
     with contextlib.ExitStack() as stack:
         server = stack.enter_context(Server("make_short"))
         program = stack.enter_context(evaluation(arm, server.address, folder, *FOR_EVER))
-        riding = Ride(arm, server, program)
-        stack.callback(lambda: riding.server.close())  # noqa: PLW0108  not the one of now
-        riding.start()
-        yield riding
+        rollout = FaultyRollout(arm, server, program)
+        stack.callback(lambda: rollout.server.close())  # noqa: PLW0108  not the one of now
+        rollout.start()
+        yield rollout
         program.press("q")
         program.expect("stopped: ")
         program.press("q")
         assert program.wait() == 130
-        for name, rests_s in riding.rests_s.items():
+        for name, rests_s in rollout.rests_s.items():
             print(f"{name}: {len(rests_s)} times, at rest after {max(rests_s):.3f} s at most")  # noqa: T201
 
 
-def test_the_server_dies(arm: Twin, tmp_path: Path) -> None:
+def test_the_arm_stops_when_the_server_dies(arm: Twin, tmp_path: Path) -> None:
     times = KILLS_OF_THE_SERVER
-    with ride(arm, tmp_path) as riding:
+    with faulty_rollout(arm, tmp_path) as rollout:
         for _ in range(times):
-            riding.fault(
+            rollout.fault(
                 "server",
                 signal.SIGKILL,
-                riding.server.pid,
-                watchdog_s() + stop_s(arm.limits),
+                rollout.server.pid,
+                max_sensing_age_s() + stop_s(arm.limits),
                 "lost",
             )
-            riding.replace_server()
-            riding.resume()
+            rollout.replace_server()
+            rollout.resume()
 
 
-def test_a_process_of_ours_dies(arm: Twin, tmp_path: Path) -> None:
+def test_the_arm_stops_when_a_worker_process_dies(arm: Twin, tmp_path: Path) -> None:
     times = KILLS_OF_OURS
-    with ride(arm, tmp_path) as riding:
+    with faulty_rollout(arm, tmp_path) as rollout:
         for _ in range(times):
-            pid = riding.program.child("runtime.eval_real.sensing_process")
-            allowed_s = watchdog_s() + stop_s(arm.limits)
-            riding.fault("sensing", signal.SIGKILL, pid, allowed_s, "sensing process")
-            riding.resume()
-            pid = riding.program.child("runtime.eval_real.control_process")
+            pid = rollout.program.child("runtime.eval_real.sensing_process")
+            allowed_s = max_sensing_age_s() + stop_s(arm.limits)
+            rollout.fault("sensing", signal.SIGKILL, pid, allowed_s, "sensing process")
+            rollout.resume()
+            pid = rollout.program.child("runtime.eval_real.control_process")
             allowed_s = STALL_S + stop_s(arm.limits)
-            riding.fault("control", signal.SIGKILL, pid, allowed_s, "control process died")
-            riding.resume()
+            rollout.fault("control", signal.SIGKILL, pid, allowed_s, "control process died")
+            rollout.resume()
         if not SOAK:
             return
-        pid = riding.program.child("runtime.eval_real.watchdog_process")
-        allowed_s = watchdog_s() + stop_s(arm.limits)
-        riding.fault("watchdog", signal.SIGKILL, pid, allowed_s, "watchdog")
-        riding.resume()
-        pid = riding.program.child("runtime.eval_real.control_process")
-        riding.fault("stalled", signal.SIGSTOP, pid, STALL_S + stop_s(arm.limits), "stalled")
-        riding.resume()
+        pid = rollout.program.child("runtime.eval_real.watchdog_process")
+        allowed_s = max_sensing_age_s() + stop_s(arm.limits)
+        rollout.fault("watchdog", signal.SIGKILL, pid, allowed_s, "watchdog")
+        rollout.resume()
+        pid = rollout.program.child("runtime.eval_real.control_process")
+        rollout.fault("stalled", signal.SIGSTOP, pid, STALL_S + stop_s(arm.limits), "stalled")
+        rollout.resume()
 
 
 @soak_only
-def test_the_server_stalls_and_a_person_presses_a_key(arm: Twin, tmp_path: Path) -> None:
+def test_the_arm_stops_when_the_server_stalls_or_a_key_is_pressed(
+    arm: Twin, tmp_path: Path
+) -> None:
     times = STALLS
-    with ride(arm, tmp_path) as riding:
+    with faulty_rollout(arm, tmp_path) as rollout:
         for _ in range(times):
             arm.robot.clear_record()
-            riding.into_motion()
-            os.kill(riding.server.pid, signal.SIGSTOP)
+            rollout.into_motion()
+            os.kill(rollout.server.pid, signal.SIGSTOP)
             time.sleep(0.1)
-            os.kill(riding.server.pid, signal.SIGCONT)
-            riding.into_motion()
+            os.kill(rollout.server.pid, signal.SIGCONT)
+            rollout.into_motion()
             motion = Motion.of(arm.record())
             motion.check(arm.limits)
-            assert not any("at rest" in line for line in riding.program.said[-2:])
+            assert not any("at rest" in line for line in rollout.program.said[-2:])
             at_ns = time.monotonic_ns()
-            os.kill(riding.server.pid, signal.SIGSTOP)
+            os.kill(rollout.server.pid, signal.SIGSTOP)
             time.sleep(2.0)
-            os.kill(riding.server.pid, signal.SIGCONT)
+            os.kill(rollout.server.pid, signal.SIGCONT)
             # Half a chunk is played before the last one; then it starves and is latched.
-            riding.stopped("server stalled", at_ns, 30 * PERIOD_S + stop_s(arm.limits), "no chunk")
-            riding.resume()
+            rollout.stopped("server stalled", at_ns, 30 * PERIOD_S + stop_s(arm.limits), "no chunk")
+            rollout.resume()
             arm.robot.clear_record()
-            riding.into_motion()
+            rollout.into_motion()
             at_ns = time.monotonic_ns()
-            riding.program.press(" ")
-            riding.stopped("key", at_ns, 0.1 + stop_s(arm.limits), "emergency")
-            riding.resume()
+            rollout.program.press(" ")
+            rollout.stopped("key", at_ns, 0.1 + stop_s(arm.limits), "emergency")
+            rollout.resume()
 
 
 @pytest.mark.parametrize(
@@ -202,9 +204,7 @@ def test_the_server_stalls_and_a_person_presses_a_key(arm: Twin, tmp_path: Path)
         "make_whole",
     ],
 )
-def test_stalls_of_a_tenth_of_a_second_starve_no_tick(
-    arm: Twin, tmp_path: Path, factory: str
-) -> None:
+def test_server_stalls_of_100_ms_starve_no_tick(arm: Twin, tmp_path: Path, factory: str) -> None:
     """At any moment of a chunk, the end of one that is played to its end included."""
     ticks, rollouts = (500, 3) if SOAK else (250, 1)
     chance, stalls = random.Random(SEED), 0
@@ -241,16 +241,16 @@ def test_stalls_of_a_tenth_of_a_second_starve_no_tick(
         signal.SIGKILL,
     ],
 )
-def test_the_parent_is_told_to_end_or_dies(arm: Twin, tmp_path: Path, number: int) -> None:
+def test_the_arm_stops_when_the_parent_ends_or_dies(arm: Twin, tmp_path: Path, number: int) -> None:
     with (
         Server("make_short") as server,
         evaluation(arm, server.address, tmp_path, *FOR_EVER) as program,
     ):
-        riding = Ride(arm, server, program)
-        riding.start()
+        rollout = FaultyRollout(arm, server, program)
+        rollout.start()
         control = program.child("runtime.eval_real.control_process")
         arm.robot.clear_record()
-        riding.into_motion()
+        rollout.into_motion()
         at_ns = time.monotonic_ns()
         program.signal(number)
         assert program.wait() == (-signal.SIGKILL if number == signal.SIGKILL else 130)
@@ -264,7 +264,7 @@ def test_the_parent_is_told_to_end_or_dies(arm: Twin, tmp_path: Path, number: in
 
 
 @soak_only
-def test_a_policy_that_answers_nan(arm: Twin, tmp_path: Path) -> None:
+def test_a_chunk_with_nan_latches_a_fault(arm: Twin, tmp_path: Path) -> None:
     with (
         Server("make_broken") as server,
         evaluation(arm, server.address, tmp_path, "--yes", *FOR_EVER) as program,
@@ -276,7 +276,7 @@ def test_a_policy_that_answers_nan(arm: Twin, tmp_path: Path) -> None:
 
 
 @soak_only
-def test_what_is_outside_the_limits_is_clamped(arm: Twin, tmp_path: Path) -> None:
+def test_actions_outside_the_limits_are_clamped(arm: Twin, tmp_path: Path) -> None:
     with Server("make_reaching") as server:
         arm.robot.clear_record()
         flags = ("--yes", "-n", "1", "--max_timesteps", "80")

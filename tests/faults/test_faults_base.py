@@ -1,4 +1,4 @@
-"""A mobile base: whatever ends, dies or falls silent while it drives, it comes to a stand.
+"""A mobile base comes to a stand when a process ends or dies while it drives.
 
 ``METRONOME_KILLS`` says how often each death is tried (``METRONOME_SOAK=1``: 20 times).
 """
@@ -21,13 +21,13 @@ from tests.faults.rig import PATIENCE_S, Program
 SOAK = bool(os.environ.get("METRONOME_SOAK"))
 KILLS = int(os.environ.get("METRONOME_KILLS", "20" if SOAK else "1"))
 QUANTUM = base_robot.ACCELERATION * 0.02
-"""What a velocity may change by from one command to the next, m/s."""
+"""Largest change of velocity from one command to the next, m/s."""
 
 pytestmark = [pytest.mark.alone, pytest.mark.timeout(3600 if SOAK else 300)]
 
 
 class Device:
-    """The base's own computer: nobody's child but the test's."""
+    """The base's own computer, a child process of the test alone."""
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
@@ -114,7 +114,7 @@ def test_the_base_stands_when_the_server_dies(device: Device, tmp_path: Path) ->
 def test_the_base_stands_when_a_process_dies(device: Device, tmp_path: Path, name: str) -> None:
     with evaluation(device, tmp_path / "out", "--max_timesteps", "100000") as program:
         device.driving()
-        os.kill(program.child(f"runtime.{name}"), signal.SIGKILL)
+        os.kill(program.child(f"runtime.eval_real.{name}_process"), signal.SIGKILL)
         assert program.wait() == 1, program.said
     rows = device.rows()
     assert rows[-1, 2] == 0
@@ -122,8 +122,8 @@ def test_the_base_stands_when_a_process_dies(device: Device, tmp_path: Path, nam
     check_braking(rows)
 
 
-def test_the_base_stands_when_all_of_us_are_killed(tmp_path: Path) -> None:
-    """Nobody is left to command zero: the device does it alone, as it said that it would."""
+def test_the_base_stands_when_all_processes_are_killed(tmp_path: Path) -> None:
+    """Nothing is left to command zero, so the device stops by itself, as its contract says."""
     for attempt in range(KILLS):
         folder = tmp_path / str(attempt)
         folder.mkdir()
@@ -142,9 +142,7 @@ def test_the_base_stands_when_all_of_us_are_killed(tmp_path: Path) -> None:
         print(f"stood {alone[0, 0] - last[0]:.3f} s after the last command")  # noqa: T201
 
 
-def test_a_base_that_does_not_say_that_it_stops_alone_does_not_move(
-    device: Device, tmp_path: Path
-) -> None:
+def test_a_base_that_may_not_stop_alone_is_refused(device: Device, tmp_path: Path) -> None:
     with evaluation(device, tmp_path / "out", stops_alone="false") as program:
         assert program.wait() == 2
     assert re.search(r"error: base is commanded by velocity \(x\.vel\)", program.said[-1])

@@ -1,4 +1,4 @@
-"""A disk that is full: what the robot did is still told, and nothing half-written is left."""
+"""A full disk: the result is still reported, and no half-written file is left."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ def tiny(tmp_path: Path) -> Iterator[Path]:
     subprocess.run(["umount", str(folder)], check=True)
 
 
-def test_a_rollout_that_cannot_be_recorded_is_still_told_and_is_the_last(tiny: Path) -> None:
+def test_a_rollout_that_cannot_be_recorded_is_reported_and_is_the_last(tiny: Path) -> None:
     with twin() as arm, Server("make") as server:
         flags = ("--max_timesteps", "100", "--num_rollout", "3", "--yes")
         with evaluation(arm, server.address, tiny, *flags) as program:

@@ -15,7 +15,16 @@ from policies.types import MetaObs
 from runtime.client import PolicyClient
 from runtime.errors import ServerLost
 from tests.faults.crowd_policy import STATE_DIM
-from tests.faults.rig import PERIOD_S, Motion, Program, Server, evaluation, stop_s, twin, watchdog_s
+from tests.faults.rig import (
+    PERIOD_S,
+    Motion,
+    Program,
+    Server,
+    evaluation,
+    max_sensing_age_s,
+    stop_s,
+    twin,
+)
 from tests.hosts import INSIDE, NoOtherHost, other_host, slow_cable, unplugged
 
 SOAK = bool(os.environ.get("METRONOME_SOAK"))
@@ -62,7 +71,7 @@ def test_delay_stall_and_cut(elsewhere: tuple[str, ...], tmp_path: Path) -> None
         program.expect("stopped: ")
         motion = Motion.of(arm.record())
         motion.check(arm.limits)
-        assert motion.rest_s(at_ns) <= 30 * PERIOD_S + watchdog_s() + stop_s(arm.limits)
+        assert motion.rest_s(at_ns) <= 30 * PERIOD_S + max_sensing_age_s() + stop_s(arm.limits)
         time.sleep(3.0)
         program.press("r")
         program.expect("^run$")

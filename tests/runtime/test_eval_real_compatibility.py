@@ -1,4 +1,4 @@
-"""A policy and a robot that do not belong together are told apart before anything moves."""
+"""A policy that does not fit the robot is refused before anything moves."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ POLICY = PolicyContract("toy", (), 3, 3, chunk_size=20, n_action_steps=10)
 
 
 class Statue(Robot):
-    """Says what it is and does nothing."""
+    """A robot with a contract that does nothing."""
 
     start: np.ndarray | None = None
     speed: np.ndarray | None = None
@@ -80,13 +80,13 @@ def fit(
     check_compatible(made, robot)
 
 
-def test_what_belongs_together_fits() -> None:
+def test_a_fitting_policy_and_robot_pass() -> None:
     fit()
     fit(state_names=NAMES, action_names=NAMES)
     fit(dataclasses.replace(BASE, stops_alone_after_s=0.5), start=[1, 1, 0])
 
 
-def test_joints_in_another_order_are_noticed() -> None:
+def test_joints_in_another_order_are_refused() -> None:
     other = ("elbow", "shoulder", "x.vel")
     for what in ("state", "action"):
         with pytest.raises(
@@ -95,7 +95,7 @@ def test_joints_in_another_order_are_noticed() -> None:
             fit(**{f"{what}_names": other})
 
 
-def test_other_joints_are_noticed_unless_a_person_says_that_they_are_the_same() -> None:
+def test_other_joint_names_are_refused_without_same_joints() -> None:
     other = ("left_shoulder", "left_elbow", "base")
     with pytest.raises(
         Incompatible, match=r"state_names: the policy has .*statue has .*--same_joints"
@@ -105,13 +105,13 @@ def test_other_joints_are_noticed_unless_a_person_says_that_they_are_the_same() 
 
 
 @pytest.mark.parametrize("names", [("elbow", "shoulder", "x.vel"), ("base", "shoulder", "x.vel")])
-def test_a_persons_word_does_not_move_joints(names: tuple[str, ...]) -> None:
+def test_same_joints_does_not_allow_another_order(names: tuple[str, ...]) -> None:
     with pytest.raises(Incompatible, match="one joint would be taken for another"):
         fit(action_names=names, config={"same_joints": True})
 
 
 @pytest.mark.parametrize("stops_s", [np.inf, np.nan, -1.0, 0.0, 0.005, 3600.0])
-def test_a_base_has_to_stop_alone_soon_and_not_between_two_commands(stops_s: float) -> None:
+def test_stops_alone_after_s_out_of_range_is_refused(stops_s: float) -> None:
     with pytest.raises(
         Incompatible, match=r"stops_alone_after_s: got \S+ s, expected 0.04 \(two comm"
     ):
@@ -130,16 +130,16 @@ def test_a_base_has_to_stop_alone_soon_and_not_between_two_commands(stops_s: flo
         ({"start": [0.5, np.nan, 0]}, r"start pose: elbow .*got nan rad"),
     ],
 )
-def test_a_start_that_cannot_be_is_refused(given: dict[str, Any], message: str) -> None:
+def test_an_invalid_start_is_refused(given: dict[str, Any], message: str) -> None:
     with pytest.raises(Incompatible, match=message):
         fit(**given)
 
 
-def test_how_fast_a_base_approaches_is_not_asked() -> None:
+def test_a_velocity_needs_no_start_velocity() -> None:
     fit(dataclasses.replace(BASE, stops_alone_after_s=0.5), start=[1, 1, 0], speed=[1, 1, 0])
 
 
-def test_pictures_rarer_than_they_may_be_old_are_refused() -> None:
+def test_a_sensing_rate_below_the_allowed_picture_age_is_refused() -> None:
     with pytest.raises(
         Incompatible, match=r"--sensing_rate: got 1 Hz.*--max_sensing_age_s = 0.5 s"
     ):
@@ -159,7 +159,7 @@ def test_a_camera_that_is_missing_among_the_pictures_is_lost() -> None:
         robot.get_cameras()
 
 
-def test_a_base_that_would_drive_on_is_refused() -> None:
+def test_a_base_that_may_not_stop_alone_is_refused() -> None:
     with pytest.raises(Incompatible, match=r"by velocity \(x.vel\).*expected stops_alone_after_s"):
         fit(BASE)
 

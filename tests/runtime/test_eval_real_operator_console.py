@@ -1,4 +1,4 @@
-"""The person at the terminal, and nobody there."""
+"""``OperatorConsole`` with keys, and with an input that has ended."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ def test_keys_come_one_by_one(monkeypatch: pytest.MonkeyPatch) -> None:
         assert [operator.key(1.0), operator.key(1.0), operator.key(0.0)] == ["a", "b", ""]
 
 
-def test_what_is_not_offered_is_not_taken(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_keys_that_are_not_choices_are_ignored(monkeypatch: pytest.MonkeyPatch) -> None:
     said: list[str] = []
     with standard_input(monkeypatch) as keyboard, OperatorConsole(said.append) as operator:
         os.write(keyboard, b"xF")
@@ -37,7 +37,7 @@ def test_what_is_not_offered_is_not_taken(monkeypatch: pytest.MonkeyPatch) -> No
     assert said == ["well?  [s] success, [f] failure"]
 
 
-def test_with_nobody_there_waiting_for_a_key_still_takes_its_time(
+def test_waiting_for_a_key_takes_its_time_after_the_input_ended(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     """Or an unattended evaluation would burn a core that its policy needs."""

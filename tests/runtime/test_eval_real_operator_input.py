@@ -1,4 +1,4 @@
-"""What cannot be is refused in its own words, before anything moves."""
+"""Invalid input is refused with a message of its own, before anything moves."""
 
 from __future__ import annotations
 
@@ -72,7 +72,7 @@ def refused(capsys: pytest.CaptureFixture[str], *flags: str) -> str:
         ),
     ],
 )  # fmt: skip
-def test_the_command_line(
+def test_invalid_flags_are_refused(
     capsys: pytest.CaptureFixture[str], tmp_path: Path, flags: tuple[str, ...], message: str
 ) -> None:
     import re
@@ -96,7 +96,7 @@ def test_the_command_line(
     ],
     indirect=["serving"],
 )
-def test_a_policy_and_a_robot_that_do_not_fit(
+def test_a_policy_that_does_not_fit_the_robot_is_refused(
     capsys: pytest.CaptureFixture[str],
     tmp_path: Path,
     serving: str,
@@ -107,6 +107,6 @@ def test_a_policy_and_a_robot_that_do_not_fit(
     assert message in said, said
 
 
-def test_nobody_serves(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
+def test_a_missing_server_is_reported(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
     said = refused(capsys, "-m", "127.0.0.1:1", "-c", TWIN, *NO_TWIN, "-o", str(tmp_path))
     assert "127.0.0.1:1" in said

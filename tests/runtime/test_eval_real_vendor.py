@@ -1,4 +1,4 @@
-"""Code that is not ours, in the processes that drive a robot: one clear line, never a silence."""
+"""Failures of third-party code in the worker processes are reported in one clear line."""
 
 from __future__ import annotations
 
@@ -63,14 +63,16 @@ args:
         ("is not made", r"error: .*robot.yaml: type: .*: LookupError: no licence for this arm"),
     ],
 )
-def test_it_is_told_in_one_line(tmp_path: Path, habit: str, message: str) -> None:
+def test_a_driver_that_fails_is_reported_in_one_line(
+    tmp_path: Path, habit: str, message: str
+) -> None:
     status, said = evaluate(tmp_path, habit)
     assert re.search(message, said.splitlines()[-1]), said
     assert "Traceback" not in said
     assert status == 2
 
 
-def test_a_driver_that_never_connects_is_given_up(tmp_path: Path) -> None:
+def test_a_driver_that_never_connects_times_out(tmp_path: Path) -> None:
     status, said = evaluate(tmp_path, "hangs", "--connect_timeout_s", "0.5")
     last = said.splitlines()[-1]
     assert re.match(
@@ -88,7 +90,7 @@ def test_a_driver_that_never_connects_is_given_up(tmp_path: Path) -> None:
         ("its camera hangs", "the sensing process has been silent|the newest picture is", 1),
     ],
 )
-def test_one_that_asks_or_hangs_later_is_not_waited_for(
+def test_a_driver_that_hangs_while_running_ends_the_evaluation(
     tmp_path: Path, habit: str, last: str, expected: int
 ) -> None:
     began_s = time.monotonic()
@@ -99,13 +101,15 @@ def test_one_that_asks_or_hangs_later_is_not_waited_for(
     assert time.monotonic() - began_s < SILENCE_S  # far below what any single wait may take
 
 
-def test_what_it_prints_disturbs_nobody(tmp_path: Path) -> None:
+def test_output_of_a_driver_does_no_harm(tmp_path: Path) -> None:
     status, said = evaluate(tmp_path, "prints")
     assert status == 0, said
     assert "Vendor SDK 1.2" in said
 
 
-def test_a_policy_that_asks_in_a_server_of_ours_is_told_in_one_line(tmp_path: Path) -> None:
+def test_a_policy_that_reads_input_in_a_private_server_is_reported_in_one_line(
+    tmp_path: Path,
+) -> None:
     status, said = evaluate(tmp_path, "", policy="tests.runtime.vendor_robot:ask")
     assert re.search(
         r"error: the policy server did not start .*Which adapter\?.*the factory failed: EOFError",
