@@ -95,7 +95,7 @@ def test_sequential_plays_on_when_the_next_chunk_is_late() -> None:
     assert executor.statistics().starved_ticks == 0
 
 
-def test_a_delay_that_eats_the_window_asks_again_before_starving() -> None:
+def test_a_delay_beyond_the_window_requests_a_chunk_before_starving() -> None:
     executor = ChunkExecutor(contract(), strategy("sequential", stride=T))
     executor.requested(0)
     executor.accept(chunk(0))
@@ -130,7 +130,7 @@ def test_only_newer_chunks_are_accepted() -> None:
     assert played(executor, 6) == 5001
 
 
-def test_what_comes_after_its_tick_is_discarded() -> None:
+def test_actions_that_arrive_after_their_tick_are_discarded() -> None:
     executor = ChunkExecutor(contract(), strategy("latest"))
     executor.accept(chunk(0))
     for tick in range(7):
@@ -190,7 +190,7 @@ def test_reset_forgets_the_episode() -> None:
     assert executor.statistics().chunks == 1
 
 
-def test_a_plan_that_ends_before_the_answer_can_come_is_asked_for_early() -> None:
+def test_a_chunk_is_requested_early_when_the_plan_ends_before_the_answer() -> None:
     executor = ChunkExecutor(contract(), strategy("TemporalOlderManager"))  # every 8th tick
     executor.requested(0)
     executor.accept(chunk(0))
@@ -218,7 +218,7 @@ def test_a_command_is_as_old_as_its_observation_also_when_starving() -> None:
     assert executor.statistics().staleness_ticks == 38
 
 
-def test_seam_jump_is_what_the_robot_sees() -> None:
+def test_seam_jump_is_relative_to_the_replaced_plan() -> None:
     executor = ChunkExecutor(contract(), strategy("latest"))
     executor.accept(chunk(0, 1.0))
     executor.command(0)
@@ -322,7 +322,7 @@ def test_the_ensemble_matches_the_reference_series() -> None:
     assert np.abs(got - expected).max() / np.abs(expected).max() <= 1e-5
 
 
-def test_the_ancestors_names_mean_what_they_intended() -> None:
+def test_ilstudio_names_have_their_intended_meaning() -> None:
     first = strategy("OlderFirstManager", coefficient=0.5)
     assert (first.stride, first.windowed) == (5, True)
     older = strategy("TemporalOlderManager", coefficient=0.2)

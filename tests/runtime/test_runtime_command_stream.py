@@ -97,7 +97,7 @@ def test_between_two_ticks_a_line_is_followed() -> None:
     np.testing.assert_allclose(got, np.arange(40) * 0.025, atol=1e-6)
 
 
-def test_a_gripper_steps_where_a_joint_glides() -> None:
+def test_a_held_dimension_steps_and_a_joint_is_interpolated() -> None:
     stream = make_stream(limits(100, 1e6, 50), ratio=2, hold=(1,))
     stream.accept(line(0.1, 0))
     got = np.array([stream.command(tick).copy() for tick in range(6)])
@@ -140,7 +140,7 @@ scripts = st.lists(
     velocity=st.floats(0.1, 20),
     acceleration=st.floats(0.5, 200),
 )
-def test_whatever_comes_the_limits_are_kept_and_rest_is_reached_in_time(
+def test_limits_are_kept_and_rest_is_reached_in_time_for_any_input(
     script, ratio: int, name: str, velocity: float, acceleration: float
 ) -> None:
     stream = make_stream(
@@ -310,7 +310,7 @@ def test_resuming_waits_until_the_robot_rests() -> None:
     assert not stream.resume()
 
 
-def test_the_first_reason_stands_and_a_key_brakes_harder_than_running_dry() -> None:
+def test_the_first_reason_is_kept_and_fail_brakes_harder_than_starvation() -> None:
     stream = make_stream(limits(1.0, 1.0, 30), fault_after_s=0.04)
     run_dry(stream)
     assert not stream.at_rest
@@ -348,7 +348,7 @@ def test_a_fault_before_the_first_chunk_holds_the_pose() -> None:
 # cost
 
 
-def test_a_tick_allocates_nothing_that_stays() -> None:
+def test_a_tick_keeps_no_allocation() -> None:
     stream = make_stream(limits(1.0, 5.0), ratio=4)
     period = [line(math.sin(obs) / 50, obs, start=-obs * math.sin(obs) / 50) for obs in range(400)]
     now = 0
@@ -389,7 +389,7 @@ def test_a_tick_allocates_nothing_that_stays() -> None:
         ({}, {"fault_after_s": 0.0}, "fault_after_s: got 0.0, expected a positive"),
     ],
 )
-def test_what_does_not_fit_is_refused(changes, options, message: str) -> None:
+def test_invalid_arguments_are_refused(changes, options, message: str) -> None:
     with pytest.raises(ValueError, match=message):
         CommandStream(replace(CONTRACT, **changes), strategy(), limits(), **options)
 
