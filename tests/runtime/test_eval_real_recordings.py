@@ -50,7 +50,11 @@ def test_an_earlier_recording_is_saved_with_the_same_keys_and_values(
     before, after = (
         json.loads((folder / f"{name}.json").read_text()) for folder in (FOLDER, tmp_path)
     )
+    assert (before.pop("format"), after.pop("format")) == (3, 4)
+    was, now = before.pop("mission"), after.pop("mission")
     assert after == before
+    assert (was.pop("trace"), now["trace"]) == ("", None)
+    assert {name: now[name] for name in was} == was  # format 4 has further keys
     with np.load(FOLDER / f"{name}.npz") as old, np.load(tmp_path / f"{name}.npz") as new:
         assert list(new) == list(old)
         for column in old:
