@@ -30,7 +30,7 @@ def load_env_config(name: str, overrides: Mapping[str, str] | None = None) -> En
         overrides: Dotted keys to YAML text, the command line's ``--env.KEY VALUE``.
 
     Raises:
-        ConfigError: No such configuration, an unknown key, a wrong type.
+        InvalidConfig: No such configuration, an unknown key, a wrong type.
     """
     if name.startswith(GYM_PREFIX):
         config = load_config(EnvConfig, "gym", kind="env", overrides=overrides)
@@ -48,7 +48,7 @@ def make_world(
 
     Raises:
         EnvError: A camera that the world does not have, an unknown task, a size it cannot give.
-        ConfigError: The task's configuration is missing or wrong.
+        InvalidConfig: The task's configuration is missing or wrong.
     """
     sizes = {camera.name: camera.source_hw for camera in cameras or ()}
     names = config.cameras

@@ -32,7 +32,7 @@ INSTALLED = Path(__file__).resolve().parent.parent / "configs"
 """``configs/`` lies beside the packages, in a checkout as in site-packages."""
 
 
-class ConfigError(Exception):
+class InvalidConfig(Exception):
     """A configuration that cannot be used; the message names the file and the key path."""
 
 
@@ -51,11 +51,11 @@ class _Loader(yaml.SafeLoader):
         for key in keys:
             if keys.count(key) > 1:
                 line = node.start_mark.line + 1
-                raise ConfigError(f"key {key!r} is given twice in the mapping at line {line}")
+                raise InvalidConfig(f"key {key!r} is given twice in the mapping at line {line}")
         return super().construct_mapping(node, deep=deep)
 
 
-_NOT_YAML = (OSError, ValueError, TypeError, RecursionError, yaml.YAMLError, ConfigError)
+_NOT_YAML = (OSError, ValueError, TypeError, RecursionError, yaml.YAMLError, InvalidConfig)
 """What reading a file as YAML raises: a date with a 13th month is a ``ValueError``, an endless
 nesting a ``RecursionError``."""
 
@@ -85,13 +85,13 @@ def load_config(
         overrides: Dotted key to YAML text, e.g. ``{"camera_map.primary": "angle"}``.
 
     Raises:
-        ConfigError: No such configuration, no YAML, an unknown or missing key, a wrong type.
+        InvalidConfig: No such configuration, no YAML, an unknown or missing key, a wrong type.
     """
     path = find_config(name, kind=kind)
     try:
         raw = yaml.load(path.read_text(encoding="utf-8"), Loader=_Loader)  # noqa: S506 (a SafeLoader)
     except _NOT_YAML as error:
-        raise ConfigError(f"{path}: {_problem(error)}") from error
+        raise InvalidConfig(f"{path}: {_problem(error)}") from error
     return parse_config(cls, {} if raw is None else raw, source=str(path), overrides=overrides)
 
 
@@ -100,7 +100,7 @@ def parse_config(
 ) -> T:
     """As ``load_config``, from what the YAML said; ``source`` names it in errors."""
     if not isinstance(raw, dict):
-        raise ConfigError(f"{source}: got {_show(raw)}, expected a mapping of keys to values")
+        raise InvalidConfig(f"{source}: got {_show(raw)}, expected a mapping of keys to values")
     merged = dict(raw)
     for key, text in (overrides or {}).items():
         _put(merged, key, text, source)
@@ -111,14 +111,14 @@ def find_config(name: str, *, kind: str) -> Path:
     """The YAML file that ``name`` means; see ``load_config``.
 
     Raises:
-        ConfigError: There is none; lists where was looked and what there is.
+        InvalidConfig: There is none; lists where was looked and what there is.
     """
     try:
         as_path = Path(name).expanduser()
         if as_path.is_file():
             return as_path
     except (OSError, RuntimeError) as error:  # too long a name, or nobody's home
-        raise ConfigError(f"{kind} configuration {name!r:.80}: {error}") from error
+        raise InvalidConfig(f"{kind} configuration {name!r:.80}: {error}") from error
     folders = (Path("configs") / kind, INSTALLED / kind)
     if as_path.name == name:
         for folder in folders:
@@ -126,7 +126,7 @@ def find_config(name: str, *, kind: str) -> Path:
                 if candidate.is_file():
                     return candidate
     known = sorted({path.stem for folder in folders for path in folder.glob("*.yaml")})
-    raise ConfigError(
+    raise InvalidConfig(
         f"{kind} configuration {name!r}: neither a file nor a name among {known} "
         f"(looked in {' and '.join(str(folder) for folder in folders)})"
     )
@@ -159,7 +159,7 @@ def _parse(override: _Override, source: str, path: str) -> Any:
     try:
         return yaml.load(override.text, Loader=_Loader)  # noqa: S506 (a SafeLoader)
     except _NOT_YAML as error:
-        raise ConfigError(f"{source}: {path}: {_problem(error)}") from error
+        raise InvalidConfig(f"{source}: {path}: {_problem(error)}") from error
 
 
 def _resolve(value: Any, source: str, path: str) -> Any:
@@ -172,7 +172,7 @@ def _resolve(value: Any, source: str, path: str) -> Any:
 
 
 def _convert(hint: Any, value: Any, source: str, path: str) -> Any:
-    """``value`` as ``hint`` wants it, or ``ConfigError`` at ``source: path``."""
+    """``value`` as ``hint`` wants it, or ``InvalidConfig`` at ``source: path``."""
     if isinstance(value, _Override):
         if hint is str:
             return value.text
@@ -210,7 +210,7 @@ def _convert_annotated(hints: tuple[Any, ...], value: Any, source: str, path: st
             try:
                 mark.require(path, converted)
             except ValueError as error:
-                raise ConfigError(f"{source}: {error}") from error
+                raise InvalidConfig(f"{source}: {error}") from error
     return converted
 
 
@@ -224,18 +224,18 @@ def _convert_dataclass(cls: type[Any], value: Any, source: str, path: str) -> An
         if key not in fields:
             close = difflib.get_close_matches(key, fields, n=1)
             hint = f"; did you mean {close[0]!r}?" if close else ""
-            raise ConfigError(
+            raise InvalidConfig(
                 f"{source}: {_join(path, key)}: unknown key, expected one of {list(fields)}{hint}"
             )
     for name, field in fields.items():
         optional = (field.default, field.default_factory) != (dataclasses.MISSING,) * 2
         if name not in value and not optional:
-            raise ConfigError(f"{source}: {_join(path, name)}: missing")
+            raise InvalidConfig(f"{source}: {_join(path, name)}: missing")
     given = {k: _convert(hints[k], v, source, _join(path, k)) for k, v in value.items()}
     try:
         return cls(**given)
     except (ValueError, PolicyError) as error:
-        raise ConfigError(f"{source}: {f'{path}: ' if path else ''}{error}") from error
+        raise InvalidConfig(f"{source}: {f'{path}: ' if path else ''}{error}") from error
 
 
 def _convert_union(hints: tuple[Any, ...], value: Any, source: str, path: str) -> Any:
@@ -245,7 +245,7 @@ def _convert_union(hints: tuple[Any, ...], value: Any, source: str, path: str) -
     for hint in (h for h in hints if h is not type(None)):
         try:
             return _convert(hint, value, source, path)
-        except ConfigError as error:
+        except InvalidConfig as error:
             errors.append(error)
     # Where the value is of a kind that may be, what is wrong inside says more than the choices.
     inside = (f"{source}: {path}[", f"{source}: {path}.")
@@ -291,12 +291,12 @@ def _convert_scalar(hint: Any, value: Any, source: str, path: str) -> Any:
 def _check_keys(value: dict[Any, Any], source: str, path: str) -> None:
     for key in value:
         if not isinstance(key, str):
-            raise ConfigError(f"{source}: {_join(path, str(key))}: got the key {_show(key)}, "
+            raise InvalidConfig(f"{source}: {_join(path, str(key))}: got the key {_show(key)}, "
                               "expected a string")  # fmt: skip
 
 
-def _wrong(value: Any, expected: str, source: str, path: str) -> ConfigError:
-    return ConfigError(f"{source}: {path}: got {_show(value)}, expected {expected}")
+def _wrong(value: Any, expected: str, source: str, path: str) -> InvalidConfig:
+    return InvalidConfig(f"{source}: {path}: got {_show(value)}, expected {expected}")
 
 
 def _show(value: Any) -> str:

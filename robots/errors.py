@@ -9,7 +9,7 @@ class RobotError(Exception):
     """Anything this package raises on purpose."""
 
 
-class ConfigError(RobotError, yaml_config.ConfigError):
+class ConfigError(RobotError, yaml_config.InvalidConfig):
     """A robot's configuration that cannot be used; the message names the file and the key path."""
 
 

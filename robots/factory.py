@@ -91,7 +91,7 @@ def make_robot(name: str, overrides: Mapping[str, str] | None = None) -> Robot:
         return make(args, file.name or path.stem, f"{path}: args", overrides or {})
     except ConfigError:
         raise
-    except yaml_config.ConfigError as error:
+    except yaml_config.InvalidConfig as error:
         raise ConfigError(str(error)) from error
 
 
@@ -114,7 +114,7 @@ def _somebodys(module: str, source: str) -> Make:
     def make_or_say(*given: Any) -> Robot:
         try:
             return make(*given)
-        except (ConfigError, yaml_config.ConfigError):
+        except (ConfigError, yaml_config.InvalidConfig):
             raise
         except Exception as error:
             said = " ".join(str(error).split())

@@ -15,7 +15,7 @@ from policies.errors import CheckpointError, PolicyError
 from policies.execution import COEFFICIENT, Assumption, Execution, check_strategy
 from policies.number_ranges import COUNT, PERIOD_S, TICKS
 from policies.types import CameraContract, Pixels, Rendering
-from policies.yaml_config import ConfigError, load_config
+from policies.yaml_config import InvalidConfig, load_config
 
 FILE_NAMES = ("metronome.yaml", "metronome.json")
 
@@ -163,5 +163,5 @@ def read_extras(folder: Path, given: Path | None = None) -> Extras:
         raise CheckpointError(f"got both {found[0]} and {found[1]}, expected one")
     try:
         return load_config(Extras, str(found[0]), kind="policy")
-    except (ConfigError, PolicyError) as error:
+    except (InvalidConfig, PolicyError) as error:
         raise CheckpointError(f"{error}") from error

@@ -111,7 +111,7 @@ def read_evaluation(argv: Sequence[str] | None) -> Evaluation:
     """What the command line asks for.
 
     Raises:
-        ConfigError, RuntimeFault, ValueError: It asks for what cannot be.
+        InvalidConfig, RuntimeFault, ValueError: It asks for what cannot be.
     """
     args, rest = parser().parse_known_args(argv)
     overrides = read_overrides(rest, "robot.", "eval_real.py")

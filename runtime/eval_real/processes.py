@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from policies.errors import PolicyError
-from policies.yaml_config import ConfigError
+from policies.yaml_config import InvalidConfig
 from robots.base import Robot, Role
 from robots.errors import ConnectFailed, RobotError
 from runtime.errors import RuntimeFault
@@ -27,8 +27,15 @@ from transport.errors import ChildFailed, TransportError
 
 logger = logging.getLogger(__name__)
 
-EXPECTED_FAILURES = (ConfigError, RobotError, PolicyError, RuntimeFault, TransportError, ValueError)
-"""Errors that a user can act on, reported by their message without a traceback."""
+EXPECTED_FAILURES = (
+    InvalidConfig,
+    RobotError,
+    PolicyError,
+    RuntimeFault,
+    TransportError,
+    ValueError,
+)
+"""What a user can act on: reported by message alone, without a traceback."""
 FAILED = 1
 CONNECT_GRACE_S = 10.0
 """Time that connecting may take beyond its own timeout."""

@@ -110,7 +110,7 @@ class Recording:
 
         Raises:
             OSError: A file is missing or cannot be read.
-            ValueError, KeyError, TypeError, AttributeError, ConfigError: It is not a recording of
+            ValueError, KeyError, TypeError, AttributeError, InvalidConfig: It is not a recording of
                 this format or of the one before.
         """
         facts = json.loads(stem.with_suffix(".json").read_text(encoding="utf-8"))

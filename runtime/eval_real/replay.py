@@ -22,7 +22,7 @@ from policies.command_line import CommandLine
 from policies.flags import Flag, add_flags, from_flags
 from policies.standard_streams import run_command
 from policies.types import ActionChunk
-from policies.yaml_config import ConfigError
+from policies.yaml_config import InvalidConfig
 from robots.motion_limiter import MotionLimiter
 from runtime.control.chunk_executor import ChunkExecutor
 from runtime.eval_real.motion_state_machine import MotionStateMachine
@@ -191,7 +191,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         try:
             recording = Recording.load(stem)
             result = replay(recording)
-        except (OSError, ValueError, KeyError, TypeError, AttributeError, ConfigError) as error:
+        except (OSError, ValueError, KeyError, TypeError, AttributeError, InvalidConfig) as error:
             print(f"error: {stem}: {error}", file=sys.stderr)
             return BAD_INPUT
         row = result.first_difference(recording)

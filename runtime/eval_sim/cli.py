@@ -26,7 +26,7 @@ from policies.execution import Execution
 from policies.flags import add_flags, flag_value, from_flags
 from policies.standard_streams import run_command
 from policies.types import PolicyContract, PolicyInfo
-from policies.yaml_config import ConfigError, as_plain
+from policies.yaml_config import InvalidConfig, as_plain
 from runtime.control import strategy_options
 from runtime.errors import RuntimeFault
 from runtime.eval_sim.run_config import EvalSimConfig
@@ -60,7 +60,7 @@ def read_config(argv: Sequence[str] | None) -> EvalSimConfig:
     """What the command line asks for.
 
     Raises:
-        ConfigError, RuntimeFault, EnvError, ValueError: It asks for what cannot be.
+        InvalidConfig, RuntimeFault, EnvError, ValueError: It asks for what cannot be.
     """
     args, rest = parser().parse_known_args(argv)
     overrides = read_overrides(rest, "env.", "eval_sim.py")
@@ -78,7 +78,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         config = read_config(argv)
         model = config.model
         _must_be_writable(config.path.parent)
-    except (ConfigError, EnvError, RuntimeFault, ValueError) as error:
+    except (InvalidConfig, EnvError, RuntimeFault, ValueError) as error:
         print(f"error: {error}", file=sys.stderr)
         return BAD_INPUT
     keep_freed_memory()

@@ -21,7 +21,7 @@ from envs.world import World
 from policies.errors import PolicyError
 from policies.execution import Assumption, Execution
 from policies.types import PolicyContract, RolloutPolicy
-from policies.yaml_config import ConfigError
+from policies.yaml_config import InvalidConfig
 from runtime.client.policy_client import PolicyClient
 from runtime.control.chunk_executor import ChunkExecutor
 from runtime.control.strategy_options import choose_execution, strategy_of
@@ -40,7 +40,7 @@ from transport.errors import TransportError
 
 logger = logging.getLogger(__name__)
 
-EXPECTED_FAILURES = (ConfigError, EnvError, PolicyError, RuntimeFault, TransportError, ValueError)
+EXPECTED_FAILURES = (InvalidConfig, EnvError, PolicyError, RuntimeFault, TransportError, ValueError)
 """What a user can act on: reported by message alone, without a traceback."""
 
 

@@ -17,7 +17,7 @@ from policies.command_line import CommandLine
 from policies.errors import PolicyError
 from policies.flags import add_flags, flag_value, from_flags
 from policies.standard_streams import run_command
-from policies.yaml_config import ConfigError, load_config
+from policies.yaml_config import InvalidConfig, load_config
 from runtime.control import strategy_options
 from runtime.errors import ModelNameError
 from runtime.options.defaults import DEFAULT_CHECKPOINT
@@ -55,7 +55,7 @@ def read_command(argv: Sequence[str] | None) -> ServeCommand:
     """What the configuration's file and the flags say together.
 
     Raises:
-        ConfigError, ValueError: The file or a flag says something that cannot be.
+        InvalidConfig, ValueError: The file or a flag says something that cannot be.
     """
     args = parser().parse_args(argv)
     name = flag_value(ServeCommand, "config", args)
@@ -66,7 +66,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Run the server until SIGINT or SIGTERM. Returns the exit status."""
     try:
         command = read_command(argv)
-    except (ConfigError, ValueError) as error:
+    except (InvalidConfig, ValueError) as error:
         return _fail(error)
     if command.ready_fd is not None:
         try:

@@ -23,7 +23,7 @@ from policies.errors import PolicyError
 from policies.flags import Flag, add_flags, from_flags
 from policies.number_ranges import Choice
 from policies.standard_streams import run_command
-from policies.yaml_config import ConfigError, load_config
+from policies.yaml_config import InvalidConfig, load_config
 from runtime.errors import RuntimeFault
 from runtime.eval_sim.run_config import EvalSimConfig
 from runtime.eval_sim.runner import run
@@ -71,14 +71,14 @@ def sole_writer(folder: Path) -> Iterator[None]:
     """Hold ``folder`` for this run; a run that died has let go of it.
 
     Raises:
-        ConfigError: Another run is writing there.
+        InvalidConfig: Another run is writing there.
     """
     folder.mkdir(parents=True, exist_ok=True)
     with (folder / ".lock").open("w") as file:
         try:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError as error:
-            raise ConfigError(f"output: {folder}: another run is writing there") from error
+            raise InvalidConfig(f"output: {folder}: another run is writing there") from error
         yield
 
 
@@ -149,7 +149,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     except KeyboardInterrupt:
         print("interrupted; start again to go on from the last save", file=sys.stderr)
         return 130
-    except (ConfigError, EnvError, PolicyError, RuntimeFault, ValueError) as error:
+    except (InvalidConfig, EnvError, PolicyError, RuntimeFault, ValueError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
     rate = trainer.step * config.batch_size / trainer.seconds if trainer.seconds else 0.0

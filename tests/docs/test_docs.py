@@ -334,7 +334,7 @@ def test_the_errors_that_documents_quote_are_what_is_raised(
     from envs.factory import load_env_config
     from policies.checkpoint.python_factory import load_factory
     from policies.errors import PolicyError
-    from policies.yaml_config import ConfigError
+    from policies.yaml_config import InvalidConfig
     from runtime.errors import ModelNameError
     from runtime.options.model import read_model_name
 
@@ -347,7 +347,7 @@ def test_the_errors_that_documents_quote_are_what_is_raised(
     sample = folder / "mine" / "reach.yaml"
     text = sample.read_text()
     sample.write_text(text.replace("success:", "sucess:"))
-    with pytest.raises(ConfigError) as no_key:
+    with pytest.raises(InvalidConfig) as no_key:
         load_env_config("mine/reach.yaml")
     sample.write_text(text)
     serve, environment = (page.read_text() for page in PAGES[:2])

@@ -22,7 +22,7 @@ from envs.factory import load_env_config, make_world
 from envs.fake_world import FakeWorld
 from envs.gym_world import GymWorld
 from policies.types import CameraContract, Rendering
-from policies.yaml_config import ConfigError
+from policies.yaml_config import InvalidConfig
 
 ROOT = Path(__file__).resolve().parents[2]
 FAST = Rendering(shadows=False, msaa=0)
@@ -290,11 +290,11 @@ def test_unknown_names_are_errors_that_list_the_choices() -> None:
     camera = CameraContract("front", (24, 32), (24, 32))
     with pytest.raises(UnknownCamera, match=r"got 'front', expected some of \[.*'top'.*primary"):
         make_world(load_env_config("aloha"), cameras=[camera])
-    with pytest.raises(ConfigError, match=r"env configuration 'alhoa'.*'aloha', 'fake', 'gym'"):
+    with pytest.raises(InvalidConfig, match=r"env configuration 'alhoa'.*'aloha', 'fake', 'gym'"):
         load_env_config("alhoa")
-    with pytest.raises(ConfigError, match=r"task configuration 'sim_fold'.*'sim_insertion'"):
+    with pytest.raises(InvalidConfig, match=r"task configuration 'sim_fold'.*'sim_insertion'"):
         make_world(load_env_config("aloha", {"task": "sim_fold"}))
-    with pytest.raises(ConfigError, match=r"aloha.yaml: shadow: unknown key.*mean 'shadows'"):
+    with pytest.raises(InvalidConfig, match=r"aloha.yaml: shadow: unknown key.*mean 'shadows'"):
         load_env_config("aloha", {"shadow": "true"})
     with pytest.raises(EnvError, match=r"dt_s: got 0.1, expected 0.02"):
         make_world(load_env_config("aloha", {"dt_s": "0.1"}))

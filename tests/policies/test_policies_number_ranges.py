@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 
 from policies.command_line import CommandLine, Number
 from policies.number_ranges import Range, check_ranges
-from policies.yaml_config import ConfigError, parse_config
+from policies.yaml_config import InvalidConfig, parse_config
 
 FROM_1, ABOVE_0, OR_ALL = Range(1, 8), Range(0, 2.5, above=True), Range(1, 8, also=(-1, math.inf))
 
@@ -75,7 +75,7 @@ class Outer:
     ],
 )
 def test_a_key_out_of_range_is_named_by_file_and_path(raw: dict[str, object], message: str) -> None:
-    with pytest.raises(ConfigError) as caught:
+    with pytest.raises(InvalidConfig) as caught:
         parse_config(Outer, raw, source="here.yaml")
     assert str(caught.value) == message
 

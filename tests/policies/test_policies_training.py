@@ -19,7 +19,7 @@ from policies.training.cvae import ActCvae, checkpoint_tensors, kl_divergence
 from policies.training.dataset import Demonstrations
 from policies.training.trainer import Progress, TrainConfig, Trainer
 from policies.types import CameraContract
-from policies.yaml_config import ConfigError, load_config
+from policies.yaml_config import InvalidConfig, load_config
 
 CAMERA = CameraContract("top", source_hw=(40, 64), crop=(4, 0, 32, 32), model_hw=(32, 32))
 
@@ -260,5 +260,5 @@ def test_a_backbone_for_each_camera_cannot_be_trained(tmp_path):
     recipe = Path("configs/train/act_sim_transfer_cube.yaml").resolve()
     path = tmp_path / "recipe.yaml"
     path.write_text(recipe.read_text() + "\nbackbone_per_camera: true\n")
-    with pytest.raises(ConfigError, match="backbone_per_camera: unknown key, expected one of"):
+    with pytest.raises(InvalidConfig, match="backbone_per_camera: unknown key, expected one of"):
         load_config(TrainConfig, str(path), kind="train")

@@ -12,7 +12,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from policies.yaml_config import ConfigError, as_plain, find_config, load_config, parse_config
+from policies.yaml_config import InvalidConfig, as_plain, find_config, load_config, parse_config
 
 
 @dataclass(frozen=True)
@@ -78,7 +78,7 @@ def test_nested_values_become_dataclasses_and_tuples(tmp_path: Path) -> None:
     ],
 )
 def test_refusals_name_file_key_got_and_expected(raw: object, message: str) -> None:
-    with pytest.raises(ConfigError, match=message):
+    with pytest.raises(InvalidConfig, match=message):
         parse(raw)
 
 
@@ -123,26 +123,26 @@ def test_overrides_go_down_where_anything_is_allowed() -> None:
     ],
 )
 def test_an_override_that_is_no_yaml_is_named(overrides: dict[str, str], message: str) -> None:
-    with pytest.raises(ConfigError, match=message):
+    with pytest.raises(InvalidConfig, match=message):
         parse_config(Free, {}, source="x.yaml", overrides=overrides)
 
 
 def test_an_unknown_override_is_refused_by_its_path() -> None:
-    with pytest.raises(ConfigError, match=r"camera\.nmae: unknown key"):
+    with pytest.raises(InvalidConfig, match=r"camera\.nmae: unknown key"):
         parse({"task": "a"}, camera__nmae="x")
 
 
 def test_a_key_given_twice_is_refused(tmp_path: Path) -> None:
     path = tmp_path / "e.yaml"
     path.write_text("task: a\ntask: b\n")
-    with pytest.raises(ConfigError, match=r"e.yaml: key 'task' is given twice"):
+    with pytest.raises(InvalidConfig, match=r"e.yaml: key 'task' is given twice"):
         load_config(Example, str(path), kind="env")
 
 
 def test_broken_yaml_names_the_file(tmp_path: Path) -> None:
     path = tmp_path / "e.yaml"
     path.write_text("task: [")
-    with pytest.raises(ConfigError, match=r"e\.yaml: while parsing"):
+    with pytest.raises(InvalidConfig, match=r"e\.yaml: while parsing"):
         load_config(Example, str(path), kind="env")
 
 
@@ -165,7 +165,7 @@ def test_what_is_no_yaml_is_one_line_that_names_the_file(
 ) -> None:
     path = tmp_path / "x.yaml"
     path.write_bytes(content)
-    with pytest.raises(ConfigError, match=message) as raised:
+    with pytest.raises(InvalidConfig, match=message) as raised:
         load_config(Example, str(path), kind="env")
     assert str(raised.value).startswith(f"{path}: ")
     assert "\n" not in str(raised.value)
@@ -173,14 +173,14 @@ def test_what_is_no_yaml_is_one_line_that_names_the_file(
 
 @pytest.mark.parametrize("name", ["a" * 5000, "~nobody-of-this-name/x.yaml"])
 def test_a_name_that_can_be_no_file_is_refused(name: str) -> None:
-    with pytest.raises(ConfigError, match="env configuration"):
+    with pytest.raises(InvalidConfig, match="env configuration"):
         load_config(Example, name, kind="env")
 
 
 def test_no_object_is_built_from_yaml_tags(tmp_path: Path) -> None:
     path = tmp_path / "e.yaml"
     path.write_text("task: !!python/object/apply:os.getcwd []\n")
-    with pytest.raises(ConfigError, match="could not determine a constructor"):
+    with pytest.raises(InvalidConfig, match="could not determine a constructor"):
         load_config(Example, str(path), kind="env")
 
 
@@ -199,13 +199,13 @@ def test_lookup_is_path_then_working_folder_then_installed(
     assert load_config(Example, "a", kind="env").task == "local"
     (tmp_path / "here" / "a").write_text("task: path")
     assert load_config(Example, "a", kind="env").task == "path"
-    with pytest.raises(ConfigError, match=r"env configuration 'b'.*\['a'\]"):
+    with pytest.raises(InvalidConfig, match=r"env configuration 'b'.*\['a'\]"):
         find_config("b", kind="env")
 
 
 def test_a_name_cannot_climb_out_of_the_folders(tmp_path: Path) -> None:
     (tmp_path / "secret.yaml").write_text("task: a")
-    with pytest.raises(ConfigError, match="neither a file nor a name"):
+    with pytest.raises(InvalidConfig, match="neither a file nor a name"):
         find_config("../../../../tmp/nothing", kind="env")
 
 

@@ -89,7 +89,7 @@ def test_only_the_driver_in_use_is_imported() -> None:
 def test_what_cannot_be_is_refused_by_key(overrides: dict[str, str], message: str) -> None:
     with pytest.raises(ConfigError, match=message) as refused:
         make_robot("dummy", overrides)
-    assert isinstance(refused.value, yaml_config.ConfigError)  # one catch for all configurations
+    assert isinstance(refused.value, yaml_config.InvalidConfig)  # one catch for all configurations
 
 
 @pytest.mark.parametrize(

@@ -26,7 +26,7 @@ from policies.command_line import CommandLine, Number
 from policies.number_ranges import Range
 from policies.training.trainer import TrainConfig
 from policies.types import CameraContract
-from policies.yaml_config import ConfigError, parse_config
+from policies.yaml_config import InvalidConfig, parse_config
 from robots.agilex_config import AgilexConfig
 from robots.dummy import DummyConfig
 from robots.factory import RobotFile
@@ -268,7 +268,7 @@ def test_every_key_with_a_number_has_a_range_and_keeps_it(
     cls, example = CONFIGS[name]
     for text in bad_numbers(kind, bounds):
         spelled = {"nan": ".nan", "inf": ".inf", "-inf": "-.inf"}.get(text, text)
-        with pytest.raises(ConfigError) as caught:
+        with pytest.raises(InvalidConfig) as caught:
             parse_config(cls, example, source="here.yaml", overrides={path: wrap(spelled)})
         said = str(caught.value)
         assert re.match(rf"here\.yaml: {re.escape(path)}[^ ]*: got ", said), said

@@ -4,14 +4,14 @@ from __future__ import annotations
 
 import pytest
 
-from policies.yaml_config import ConfigError
+from policies.yaml_config import InvalidConfig
 from runtime.tools import train
 
 
 def test_two_runs_do_not_write_one_folder(tmp_path):
     with (
         train.sole_writer(tmp_path / "run"),
-        pytest.raises(ConfigError, match=r"run: another run is writing there"),
+        pytest.raises(InvalidConfig, match=r"run: another run is writing there"),
         train.sole_writer(tmp_path / "run"),
     ):
         pass
