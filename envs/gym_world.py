@@ -63,7 +63,7 @@ class GymWorld:
         kwargs.setdefault("render_mode", "rgb_array")
         # Before the environment's own code imports a renderer, and chooses a broken one for good.
         self._no_renderer = why_not()
-        with self._running("make()"):
+        with self._wrapping_errors("make()"):
             import gymnasium
 
             self._env: Any = gymnasium.make(config.task, **kwargs)
@@ -101,7 +101,7 @@ class GymWorld:
                 )
 
     def reset(self, seed: int) -> None:
-        with self._running("reset()"):
+        with self._wrapping_errors("reset()"):
             self._observation, _ = self._env.reset(seed=seed)
         self._timestep, self._highest_reward = 0, -np.inf
 
@@ -126,7 +126,7 @@ class GymWorld:
     def step(self, action: NDArray[np.float32]) -> StepResult:
         check_action(action, self.action_dim)
         played = int(np.argmax(action)) if self._discrete else action.astype(self._action_dtype)
-        with self._running("step()"):
+        with self._wrapping_errors("step()"):
             self._observation, reward, terminated, truncated, info = self._env.step(played)
         self._timestep += 1
         self._highest_reward = max(self._highest_reward, float(reward))
@@ -177,7 +177,7 @@ class GymWorld:
 
     def _state(self) -> NDArray[np.float32]:
         keys = self._keys.state
-        values = [self._at(key) for key in keys] if keys else [self._observation]
+        values = [self._lookup(key) for key in keys] if keys else [self._observation]
         if not keys and isinstance(self._observation, Mapping):
             raise EnvError(
                 f"gym.state: got no keys, expected some of {list(self._observation)}, "
@@ -187,7 +187,7 @@ class GymWorld:
 
     def _picture(self, name: str) -> NDArray[np.uint8]:
         key = self._keys.images[self._pictures[name]]
-        picture = self._rendered() if key == RENDER else np.asarray(self._at(key))
+        picture = self._rendered() if key == RENDER else np.asarray(self._lookup(key))
         if picture.ndim != 3 or picture.shape[2] != 3 or picture.dtype != np.uint8:
             raise EnvError(
                 f"images.{name}: got {picture.dtype} {picture.shape} from {key!r}, "
@@ -196,14 +196,14 @@ class GymWorld:
         return picture
 
     def _rendered(self) -> NDArray[np.uint8]:
-        with self._running(RENDER):
+        with self._wrapping_errors(RENDER):
             picture = self._env.render()
         if picture is None:
             raise EnvError(f"gym:{self.task}: render() returned nothing; it needs a render_mode")
         return np.asarray(picture)
 
     @contextlib.contextmanager
-    def _running(self, call: str) -> Iterator[None]:
+    def _wrapping_errors(self, call: str) -> Iterator[None]:
         """Anyone's environment may raise anything; often its renderer is not there."""
         try:
             yield
@@ -211,12 +211,12 @@ class GymWorld:
             logger.debug("gym:%s: %s failed", self.task, call, exc_info=True)
             kind = "" if isinstance(error, ImportError) else f"{type(error).__name__}: "
             hint = f"; rendering: {self._no_renderer}" if self._no_renderer else ""
-            _let_go(error)
+            _clear_frames(error)
             raise EnvError(
                 f"gym:{self.task}: {call} failed: {kind}{one_line(error)}{hint}"
             ) from error
 
-    def _at(self, dotted: str) -> Any:
+    def _lookup(self, dotted: str) -> Any:
         value = self._observation
         for key in dotted.split("."):
             if not isinstance(value, Mapping) or key not in value:
@@ -226,7 +226,7 @@ class GymWorld:
         return value
 
 
-def _let_go(error: BaseException | None) -> None:
+def _clear_frames(error: BaseException | None) -> None:
     """Free what the frames of ``error`` hold: a viewer that was half made raises in ``__del__``,
     and Python would print that, with a traceback, whenever it came to it."""
     before = sys.unraisablehook

@@ -120,11 +120,11 @@ class FlagField:
 def flags_of(cls: type[Any], group: Group = Group("")) -> Iterator[FlagField]:
     """The flags of ``cls`` and of the configurations in it, in the order of its fields."""
     for field, kind, marks in _fields(cls, group):
-        flag, limit = _mark(Flag, marks), _mark((Range, Choice), marks)
+        flag, limit = _find_annotation(Flag, marks), _find_annotation((Range, Choice), marks)
         if flag is not None:
             yield FlagField(cls, field, kind, limit, flag, group.title)
         elif _is_configuration(kind):
-            yield from flags_of(kind, _mark(Group, marks) or Group(""))
+            yield from flags_of(kind, _find_annotation(Group, marks) or Group(""))
 
 
 def _fields(
@@ -134,18 +134,18 @@ def _fields(
     hints = typing.get_type_hints(cls, include_extras=True)
     for field in dataclasses.fields(cls):
         if field.name not in group.without:
-            yield field, *_taken_apart(hints[field.name])
+            yield field, *_unwrap(hints[field.name])
 
 
 def _is_configuration(kind: Any) -> bool:
     return dataclasses.is_dataclass(kind) and isinstance(kind, type)
 
 
-def _mark(kind: Any, marks: list[Any]) -> Any:
+def _find_annotation(kind: Any, marks: list[Any]) -> Any:
     return next((mark for mark in marks if isinstance(mark, kind)), None)
 
 
-def _taken_apart(hint: Any) -> tuple[Any, list[Any]]:
+def _unwrap(hint: Any) -> tuple[Any, list[Any]]:
     """The type itself, without None, and the marks beside it."""
     marks: list[Any] = []
     while True:
@@ -186,8 +186,8 @@ def _argument(one: FlagField) -> dict[str, Any]:
         return {"action": "store_true"}
     origin, arguments = typing.get_origin(kind), typing.get_args(kind)
     if origin is tuple:
-        item, marks = _taken_apart(arguments[0])
-        limit = _mark(Range, marks)
+        item, marks = _unwrap(arguments[0])
+        limit = _find_annotation(Range, marks)
         count = "+" if arguments[1:] == (Ellipsis,) else len(arguments)
         return {"nargs": count, "type": flag.read or _reader(one, item, limit)}
     if origin in (dict, Mapping):
@@ -234,7 +234,7 @@ def _from_flags(
             if one.name in given and not (given[one.name] == "" and field.default is None):
                 values[field.name] = _value(one, given[one.name])
         elif _is_configuration(kind):
-            inner = _mark(Group, marks) or Group("")
+            inner = _find_annotation(Group, marks) or Group("")
             before = values.get(field.name, getattr(base, field.name, None))
             if any(flag.name in given for flag in flags_of(kind, inner)):
                 values[field.name] = _from_flags(kind, given, before, {}, inner)

@@ -16,8 +16,8 @@ from typing import Any, TextIO
 FAILED, INTERRUPTED = 1, 130
 
 
-class SteadyStream:
-    """``stream``, but for writes that fail: from then on they go nowhere.
+class NonFailingStream:
+    """``stream``, but for writes that fail: from then on they go devnull.
 
     Everything else is the stream's own.
 
@@ -36,7 +36,7 @@ class SteadyStream:
 
     def write(self, text: str) -> int:
         """Write ``text``; return its length whether or not the write succeeds."""
-        with self._steadily():
+        with self._ignore_errors():
             self._stream.write(text)
         return len(text)
 
@@ -47,11 +47,11 @@ class SteadyStream:
 
     def flush(self) -> None:
         """Flush the stream; a failure is recorded, not raised."""
-        with self._steadily():
+        with self._ignore_errors():
             self._stream.flush()
 
     @contextlib.contextmanager
-    def _steadily(self) -> Any:
+    def _ignore_errors(self) -> Any:
         try:
             yield
         except (OSError, ValueError) as error:  # ``ValueError``: it was closed
@@ -59,9 +59,9 @@ class SteadyStream:
                 self.failure = str(error)
             with contextlib.suppress(OSError, ValueError):
                 # What is still in its buffer is written at exit, and would fail again there.
-                nowhere = os.open(os.devnull, os.O_WRONLY)
-                os.dup2(nowhere, self._stream.fileno())
-                os.close(nowhere)
+                devnull = os.open(os.devnull, os.O_WRONLY)
+                os.dup2(devnull, self._stream.fileno())
+                os.close(devnull)
 
 
 def run_command(main: Callable[[], int | None]) -> int:
@@ -73,11 +73,11 @@ def run_command(main: Callable[[], int | None]) -> int:
     streams: Any = sys
     for number, (name, mode) in enumerate((("stdin", "r"), ("stdout", "w"), ("stderr", "w"))):
         if getattr(sys, name) is None:
-            _occupy(number)
-            nowhere = Path(os.devnull).open(mode, encoding="utf-8")  # noqa: SIM115  until exit
-            setattr(streams, name, nowhere)
+            _open_descriptor(number)
+            devnull = Path(os.devnull).open(mode, encoding="utf-8")  # noqa: SIM115  until exit
+            setattr(streams, name, devnull)
         elif mode == "w":
-            setattr(streams, name, SteadyStream(getattr(sys, name)))
+            setattr(streams, name, NonFailingStream(getattr(sys, name)))
     try:
         status = main() or 0
     except KeyboardInterrupt:
@@ -92,7 +92,7 @@ def run_command(main: Callable[[], int | None]) -> int:
     return status or (FAILED if lost else 0)
 
 
-def _occupy(descriptor: int) -> None:
+def _open_descriptor(descriptor: int) -> None:
     """Have 0, 1 and 2 be somebody's: else the next socket is where a child process prints to."""
     try:
         os.fstat(descriptor)

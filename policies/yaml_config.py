@@ -28,7 +28,7 @@ from policies.number_ranges import Choice, Range
 
 T = TypeVar("T")
 
-INSTALLED = Path(__file__).resolve().parent.parent / "configs"
+INSTALLED_CONFIGS = Path(__file__).resolve().parent.parent / "configs"
 """``configs/`` lies beside the packages, in a checkout as in site-packages."""
 
 
@@ -119,7 +119,7 @@ def find_config(name: str, *, kind: str) -> Path:
             return as_path
     except (OSError, RuntimeError) as error:  # too long a name, or nobody's home
         raise InvalidConfig(f"{kind} configuration {name!r:.80}: {error}") from error
-    folders = (Path("configs") / kind, INSTALLED / kind)
+    folders = (Path("configs") / kind, INSTALLED_CONFIGS / kind)
     if as_path.name == name:
         for folder in folders:
             for candidate in (folder / f"{name}.yaml", folder / name):

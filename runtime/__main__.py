@@ -1,4 +1,4 @@
-"""The console command ``metronome``, also ``python -m runtime``: one subcommand per program."""
+"""The console command ``metronome``, also ``python -m runtime``, with its subcommands."""
 
 from __future__ import annotations
 
@@ -13,10 +13,16 @@ COMMANDS = {
     "eval-sim": ("runtime.eval_sim.cli", "evaluate a policy in simulation"),
     "eval-real": ("runtime.eval_real.cli", "evaluate a policy on a robot"),
     "top": ("runtime.tools.top", "show the sessions of a running server"),
-    "ctl": ("runtime.tools.ctl", "ask a running server for its status, or load a checkpoint"),
-    "keys": ("runtime.tools.keys", "make the keys of an encrypted connection"),
+    "ctl": (
+        "runtime.tools.ctl",
+        "show a running server's status, or load another checkpoint into it",
+    ),
+    "keys": ("runtime.tools.keys", "make and list the keys of encrypted sessions"),
     "train": ("runtime.tools.train", "train a policy on demonstrations"),
-    "replay": ("runtime.eval_real.replay", "play the recordings of a robot's run again"),
+    "replay": (
+        "runtime.eval_real.replay",
+        "recompute the commands of a robot's recordings and compare them",
+    ),
     "trace": ("runtime.trace.merge", "merge the trace files of several processes"),
 }
 """Subcommand: (module with ``main``, what it does). Only the chosen module is imported."""
@@ -38,7 +44,7 @@ def main() -> int:
 
 
 def usage() -> str:
-    """The help text: one line per subcommand."""
+    """Return the help text, one line per subcommand."""
     lines = [f"  {name:<10} {what}" for name, (_, what) in COMMANDS.items()]
     return (
         "\n".join(
@@ -55,7 +61,7 @@ def usage() -> str:
 
 
 def console() -> int:
-    """The installed command: ``main`` with standard streams that do not fail."""
+    """Entry point of the installed command: ``main`` with standard streams that do not fail."""
     return run_command(main)
 
 

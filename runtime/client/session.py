@@ -76,7 +76,7 @@ class ClientSession:
         self.writer.write(obs, loan.arrays)
         request = self._requests.start(began_ns, budget_ns)
         if trace.on:
-            flow = trace.flow(self._trace_key, request.id)
+            flow = trace.flow_id(self._trace_key, request.id)
             trace.add("pack", began_ns, request.packed_ns, request.id, flow=flow)
         self._publish_waiting()
         return request.id
@@ -140,7 +140,7 @@ class ClientSession:
         loan.publish(request.id, budget_ns=request.budget_ns)
         self._requests.mark_published(request)
         if trace.on:
-            trace.published(began_ns, trace.flow(self._trace_key, request.id))
+            trace.add_send(began_ns, trace.flow_id(self._trace_key, request.id))
 
     def _receive_reply(self, message: Message) -> ActionChunk | None:
         """Record a reply; return its chunk, or None if the caller gets none."""
@@ -154,8 +154,8 @@ class ClientSession:
                 self._requests.count_reply(messages.policy_id(message.arrays))
                 chunk = with_stages(chunk, request, received_ns)
                 if trace.on:
-                    flow = trace.flow(self._trace_key, request.id)
-                    trace.answered(chunk.stages_ns, request.began_ns, received_ns, flow)
+                    flow = trace.flow_id(self._trace_key, request.id)
+                    trace.add_reply(chunk.stages_ns, request.began_ns, received_ns, flow)
                 return chunk
             finally:
                 if self._requests.waiting is not None:

@@ -103,7 +103,7 @@ class ControlLoop:
             self._ticks += 1
             if proceed is False:
                 if trace.on:
-                    trace.tick(tick, began_ns, done_ns - deadline_ns, 0)
+                    trace.add_tick(tick, began_ns, done_ns - deadline_ns, 0)
                 break
             if slack is not None:
                 slack(tick)
@@ -115,7 +115,7 @@ class ControlLoop:
             self._missed += next_tick - tick - 1
             if trace.on:
                 late_ns = int(lateness_ns[(self._ticks - 1) % capacity])
-                trace.tick(tick, began_ns, late_ns, next_tick - tick - 1)
+                trace.add_tick(tick, began_ns, late_ns, next_tick - tick - 1)
             tick = next_tick
 
     def stop(self) -> None:

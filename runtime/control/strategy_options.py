@@ -1,5 +1,6 @@
-"""Which strategy plays a policy's chunks, and why: the user's flags, else the checkpoint's own
-recommendation, else ``sequential``.
+"""Chooses the strategy that executes a policy's chunks.
+
+The user's flags come first, then the checkpoint's recommendation, then ``sequential``.
 """
 
 from __future__ import annotations
@@ -21,17 +22,24 @@ BY_DEFAULT = "the default: the checkpoint does not say"
 ActionManager = Annotated[
     str | None,
     Flag(
-        f"one of {', '.join(STRATEGIES)}; or {', '.join(ILSTUDIO_NAMES)}",
+        f"strategy that executes chunks: {', '.join(STRATEGIES)}; ILStudio's names: "
+        f"{', '.join(ILSTUDIO_NAMES)}",
         default=f"the checkpoint's, else {DEFAULT}",
     ),
 ]
-ManagerCoef = Annotated[float | None, COEFFICIENT, Flag("the strategy's coefficient")]
+ManagerCoef = Annotated[
+    float | None,
+    COEFFICIENT,
+    Flag("the strategy's coefficient", default="the checkpoint's, else the strategy's"),
+]
 ActionSteps = Annotated[
     int | None,
     TICKS,
-    Flag("ticks between re-plannings", default="the checkpoint's, else the strategy's"),
+    Flag(
+        "policy ticks from one chunk to the next", default="the checkpoint's, else the strategy's"
+    ),
 ]
-"""The options of every command that plays chunks."""
+"""The flags of every command that executes chunks."""
 
 
 def choose_execution(
@@ -40,37 +48,38 @@ def choose_execution(
     manager_coef: float | None = None,
     n_action_steps: int | None = None,
 ) -> Execution:
-    """How ``contract``'s chunks are played; ``source`` says why.
+    """Return how the chunks of ``contract`` are executed; its ``source`` names what chose it.
 
-    What the checkpoint says of a strategy holds for that strategy alone: with another one, what the
-    flags leave open is that one's own default.
+    The checkpoint's numbers apply to the strategy that it recommends. With another strategy, a
+    number that the flags leave open is that strategy's own default.
 
     Args:
-        contract: The policy's, with its checkpoint's recommendation if there is one.
-        action_manager, manager_coef, n_action_steps: The user's; None leaves it to the checkpoint.
+        contract: The policy's contract, with the checkpoint's recommendation if there is one.
+        action_manager, manager_coef, n_action_steps: The user's flags; None if not given.
 
     Raises:
-        ValueError: An unknown strategy, or a number that it does not take.
+        ValueError: An unknown strategy, or a number that it does not accept.
     """
-    said = contract.execution
+    recommended = contract.execution
     if action_manager is None:
-        name = DEFAULT if said is None else said.action_manager
-        source = BY_DEFAULT if said is None else said.source
+        name = DEFAULT if recommended is None else recommended.action_manager
+        source = BY_DEFAULT if recommended is None else recommended.source
     else:
         name, source = action_manager, BY_FLAG
-    same = said is not None and said.action_manager == name
     given = {"--manager_coef": manager_coef, "--n_action_steps": n_action_steps}
     flags = [flag for flag, value in given.items() if value is not None]
-    if said is not None and same:
-        manager_coef = said.manager_coef if manager_coef is None else manager_coef
-        n_action_steps = said.n_action_steps if n_action_steps is None else n_action_steps
+    if recommended is not None and recommended.action_manager == name:
+        if manager_coef is None:
+            manager_coef = recommended.manager_coef
+        if n_action_steps is None:
+            n_action_steps = recommended.n_action_steps
     chosen = Execution(name, manager_coef, n_action_steps, ", ".join([source, *flags]))
     strategy_of(contract, chosen)
     return chosen
 
 
 def strategy_of(contract: PolicyContract, execution: Execution) -> Strategy:
-    """What plays ``contract``'s chunks so. Raises ``ValueError`` as ``make_strategy``."""
+    """Return the strategy of ``execution`` for ``contract``'s chunks. Raises ``ValueError``."""
     return make_strategy(
         execution.action_manager,
         chunk_size=contract.chunk_size,
@@ -80,8 +89,8 @@ def strategy_of(contract: PolicyContract, execution: Execution) -> Strategy:
     )
 
 
-def record(contract: PolicyContract, execution: Execution) -> dict[str, Any]:
-    """For result files: the numbers in effect, whoever said them."""
+def result_entry(contract: PolicyContract, execution: Execution) -> dict[str, Any]:
+    """Return the entry of a result file: the strategy and the numbers in effect."""
     strategy = strategy_of(contract, execution)
     return {
         "name": strategy.name,
@@ -92,20 +101,22 @@ def record(contract: PolicyContract, execution: Execution) -> dict[str, Any]:
 
 
 def describe(contract: PolicyContract, execution: Execution) -> str:
-    """For people, one line: the strategy, its numbers in effect, and why."""
+    """Return one line of text: the strategy, the numbers in effect, and their source."""
     strategy = strategy_of(contract, execution)
     coefficient = f", coefficient {strategy.coefficient:g}" if _has_coefficient(strategy) else ""
     ticks = "every tick" if strategy.stride == 1 else f"every {strategy.stride} ticks"
     return f"{strategy.name}{coefficient}, a new chunk {ticks} ({execution.source})"
 
 
-def say_before(
+def summary_lines(
     contract: PolicyContract, execution: Execution, assumed: Sequence[str] | None = None
 ) -> list[str]:
-    """What a person should read before anything moves: the rate, the strategy, the assumptions.
+    """Return the lines that a command prints before it starts: rate, strategy, assumptions.
 
     Args:
-        assumed: In place of the contract's own, where more is known.
+        contract: The policy's contract, at the rate used.
+        execution: How its chunks are executed.
+        assumed: The assumptions to print; None for the contract's.
     """
     if assumed is None:
         assumed = [str(assumption) for assumption in contract.assumed]

@@ -1,9 +1,9 @@
-"""Evaluate a policy on a robot: ``eval_real.py``.
+"""``metronome eval-real``, also ``eval_real.py``: evaluate a policy on a robot.
 
-Writes ``<save_dir>/<robot>/<task>.json`` after every rollout; recordings and videos lie beside it,
-and ``python -m runtime.eval_real.replay`` plays a recording again.
-Exit status: 0 done, 1 the server, the robot or a process was lost (finished rollouts are kept),
-2 bad input, before anything moved, 130 interrupted.
+Writes ``<save_dir>/<robot>/<task>.json`` after every rollout, with recordings and videos beside it;
+``metronome replay`` recomputes the commands of a recording. Exit status: 0 done, 1 the server, the
+robot or a process was lost (finished rollouts are kept), 2 bad input, before the robot moved,
+130 interrupted.
 """
 
 from __future__ import annotations
@@ -39,8 +39,8 @@ from runtime.eval_real.run_config import EvalRealConfig, RobotLimits, RunConfig
 from runtime.eval_real.supervisor import Supervisor
 from runtime.evaluation.episode_result import Episode
 from runtime.evaluation.results import (
+    format_report,
     policy_record,
-    report,
     result_path,
     summarize,
     versions,
@@ -61,8 +61,9 @@ LOST, BAD_INPUT, INTERRUPTED = 1, 2, 130
 
 
 def parser() -> argparse.ArgumentParser:
+    """Return the parser, with one argument per flag of ``EvalRealConfig``."""
     cli = CommandLine(
-        prog="eval_real.py",
+        prog="metronome eval-real",
         description="Evaluate a policy on a robot.",
         epilog="--robot.KEY VALUE overrides KEY of the robot's configuration. While the arm moves, "
         "any key stops it.",
@@ -73,7 +74,17 @@ def parser() -> argparse.ArgumentParser:
 
 @dataclasses.dataclass(slots=True)
 class Evaluation:
-    """What the command line asks for, and what is known of it by now."""
+    """A running evaluation: its configuration, its processes and the results so far.
+
+    Attributes:
+        config: The command line.
+        task: The task's configuration.
+        robot: The robot, not connected; other processes connect to it.
+        rollouts: The finished rollouts.
+        setting: How the policy is reached, for the result; empty until the processes run.
+        run_config: What the processes run with; None until the policy's contract is known.
+        server: The server started for a local checkpoint; None if ``-m`` is an address.
+    """
 
     config: EvalRealConfig
     task: TaskConfig
@@ -85,42 +96,46 @@ class Evaluation:
 
     @property
     def path(self) -> Path:
+        """The result file."""
         config = self.config
         return result_path(config.save_dir, self.robot.name, Path(config.task).stem)
 
     def start_server(self) -> str:
-        """A private server; its address."""
+        """Start a server for a local checkpoint, if needed; return the server's address."""
         config, model = self.config, self.config.model
         if not isinstance(model, LocalModel):
             return str(model)
         if self.server is not None:
             self.server.close()
-        flags = ["-m", model.name, *config.checkpoint.flags()]
+        flags = ["-m", model.name, *config.checkpoint.to_argv()]
         if config.trace is not None:
             flags += ["--trace", str(trace.sibling(config.trace, "server"))]
         self.server = ServerProcess(flags)
         return self.server.address
 
     def new_server(self) -> str | None:
-        """The address of a new private server, where that died; None where there is nothing new."""
+        """Restart a private server that has died and return its address; None if none has died."""
         dead = self.server is not None and not self.server.alive
         return self.start_server() if dead else None
 
 
 def read_evaluation(argv: Sequence[str] | None) -> Evaluation:
-    """What the command line asks for.
+    """Return the evaluation that the command line describes, nothing started yet.
+
+    Args:
+        argv: The arguments; None for ``sys.argv``.
 
     Raises:
-        InvalidConfig, RuntimeFault, ValueError: It asks for what cannot be.
+        InvalidConfig, RobotError, RuntimeFault, ValueError: A flag or an override is invalid.
     """
     args, rest = parser().parse_known_args(argv)
-    overrides = read_overrides(rest, "robot.", "eval_real.py")
+    overrides = read_overrides(rest, "robot.", "metronome eval-real")
     config = from_flags(EvalRealConfig, args, overrides=overrides)
     check_flags(config.connection)
     if isinstance(config.model, ServerAddress) and config.checkpoint != CheckpointOptions():
         raise ValueError(
-            f"{', '.join(config.checkpoint.given())}: got with -m {config.model}, expected none: "
-            "they are for the server there, which loads the checkpoint"
+            f"{', '.join(config.checkpoint.given_flags())}: got with -m {config.model}, expected "
+            "none: they are for the server there, which loads the checkpoint"
         )
     return Evaluation(
         config=config,
@@ -132,15 +147,17 @@ def read_evaluation(argv: Sequence[str] | None) -> Evaluation:
 def make_run_config(
     evaluation: Evaluation, address: str, contract: PolicyContract, found: dict[str, str]
 ) -> RunConfig:
-    """What the processes are told.
+    """Return the configuration of the processes, with every open option decided.
 
     Args:
-        address: Of the policy server.
-        found: Overrides by which the robot's companion is found.
+        evaluation: The command line's.
+        address: The policy server's address.
+        contract: The policy's contract, from the server.
+        found: Overrides of the robot's keys with which a driver finds the robot's companion.
 
     Raises:
-        Incompatible: Nobody says how fast the policy is to be played.
-        ValueError: A strategy that cannot be.
+        Incompatible: Neither the checkpoint nor ``--fps`` defines the policy's rate.
+        ValueError: An unknown strategy, or a number that it does not accept.
     """
     config = evaluation.config
     played = contract.at_rate(config.fps)
@@ -165,9 +182,9 @@ def make_run_config(
         "max_timesteps": _given(config.max_timesteps, evaluation.task.max_timesteps),
         "max_chunk_age_s": _given(config.max_chunk_age_s, longest_s),
     }
-    said = {field.name: getattr(config, field.name) for field in dataclasses.fields(config)}
+    given = {field.name: getattr(config, field.name) for field in dataclasses.fields(config)}
     return RunConfig(
-        **{**said, **decided},
+        **{**given, **decided},
         contract_json=contract.to_json(),
         address=address,
         language=evaluation.task.language,
@@ -227,7 +244,7 @@ def _evaluate(evaluation: Evaluation) -> None:
         run_config = make_run_config(evaluation, address, contract, found)
         check_compatible(run_config, robot)
         evaluation.run_config = run_config
-        for line in strategy_options.say_before(run_config.contract, run_config.execution):
+        for line in strategy_options.summary_lines(run_config.contract, run_config.execution):
             _tell(line)
         supervisor = stack.enter_context(Supervisor(run_config, robot, _tell))
         _tell(supervisor.realtime)
@@ -268,7 +285,7 @@ def _result(evaluation: Evaluation, failure: str) -> tuple[dict[str, Any], list[
     if run_config is not None:
         contract = run_config.contract
         result |= {
-            "action_manager": strategy_options.record(contract, run_config.execution),
+            "action_manager": strategy_options.result_entry(contract, run_config.execution),
             "assumed": [str(assumption) for assumption in contract.assumed],
             "transport": setting["transport"],
             "transport_reason": setting["transport_reason"],
@@ -292,9 +309,9 @@ def _result(evaluation: Evaluation, failure: str) -> tuple[dict[str, Any], list[
 
 
 def _conclude(evaluation: Evaluation, failure: str) -> int:
-    """Say what came of it, written or not; the exit status where that failed."""
+    """Print the summary and write the result; return ``LOST`` if it cannot be written, else 0."""
     result, played = _result(evaluation, failure)
-    print(report(result))
+    print(format_report(result))
     try:
         write_result(evaluation.path, result, played)
     except OSError as error:

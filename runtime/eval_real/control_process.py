@@ -254,7 +254,7 @@ class Control:
         if self._machine.fault or self._machine.phase is Phase.FAULT:
             return
         self._signals |= Signal.FAIL
-        trace.instant("fault")
+        trace.add_instant("fault")
         self._machine.fail(reason)
 
     def _source_ns(self) -> int:

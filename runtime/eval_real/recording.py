@@ -36,7 +36,7 @@ from policies.types import STAGES, ActionChunk
 from policies.yaml_config import parse_config
 from runtime.eval_real.phases import Signal
 from runtime.eval_real.run_config import RobotLimits, RunConfig
-from runtime.evaluation.results import write_arrays, write_whole
+from runtime.evaluation.results import write_arrays, write_atomically
 from transport.shm.spsc_queue import QueueReader
 
 FORMAT = 4
@@ -102,7 +102,7 @@ class Recording:
             "body": self.robot_limits.to_dict(),
             **self.facts,
         }
-        write_whole(stem.with_suffix(".json"), json.dumps(text, indent=1).encode())
+        write_atomically(stem.with_suffix(".json"), json.dumps(text, indent=1).encode())
 
     @classmethod
     def load(cls, stem: Path) -> Recording:

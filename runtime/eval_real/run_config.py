@@ -1,4 +1,4 @@
-"""What ``eval_real.py`` is told, and what every process of it has to know, as one line of JSON."""
+"""The configurations of an evaluation on a robot: the command line's and its processes'."""
 
 from __future__ import annotations
 
@@ -33,89 +33,105 @@ from runtime.options.connection import ConnectionOptions
 from runtime.options.model import LocalModel, ServerAddress, read_model_name
 
 MOST_SEEDS = 2**24
-"""A seed is told to the control process in 24 bits."""
+"""A seed is sent to the control process in 24 bits."""
 SEEDS, PRIORITY, VIDEO_FPS = Range(0, MOST_SEEDS - 1), Range(0, 99), Range(0, 1000)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class EvalRealConfig:
-    """An evaluation on a robot, as ``eval_real.py`` is told.
+    """An evaluation on a robot, as the command line describes it.
 
     Attributes:
-        overrides: Of the robot's keys: ``--robot.KEY``.
-        fps: The policy's rate; it is applied to the contract, wherever the policy is, so that
-            ``checkpoint`` has none.
+        overrides: Values of ``--robot.KEY``, as YAML text by key.
+        fps: Policy ticks per second, in place of the checkpoint's. It is applied to the contract of
+            a local or a served policy; therefore ``checkpoint`` has no such flag.
 
     Raises:
-        ValueError: Options that do not go together.
+        ValueError: A value is out of range.
     """
 
     model_name_or_path: Annotated[
         str,
-        Flag("HOST:PORT, or a checkpoint or python:MODULE:FACTORY for a server of our own", "-m"),
+        Flag(
+            "server HOST:PORT; a checkpoint folder or python:MODULE:FACTORY starts a server", "-m"
+        ),
     ] = "127.0.0.1:5000"
-    robot: Annotated[str, Flag("name under configs/robot, or a YAML", "-c", name="robot_config")]
+    robot: Annotated[
+        str, Flag("name under configs/robot, or a YAML file", "-c", name="robot_config")
+    ]
     overrides: Mapping[str, str] = field(default_factory=dict)
-    task: Annotated[str, Flag("name under configs/task")] = "sim_transfer_cube"
+    task: Annotated[str, Flag("name under configs/task, or a YAML file")] = "sim_transfer_cube"
     publish_rate: Annotated[
-        float | None, RATE_HZ, Flag("commands per second", default="the policy's rate")
+        float | None, RATE_HZ, Flag("commands to the robot per second", default="the policy's rate")
     ] = None
     sensing_rate: Annotated[
         float | None,
         RATE_HZ,
-        Flag("looks at the cameras per second", default="the policy's rate"),
+        Flag("reads of the robot's sensors per second", default="the policy's rate"),
     ] = None
-    num_rollout: Annotated[int, COUNT, Flag("rollouts", "-n")] = 1
+    num_rollout: Annotated[int, COUNT, Flag("number of rollouts", "-n")] = 1
     max_timesteps: Annotated[
-        int | None, TICKS, Flag("policy ticks per rollout", default="the task's")
+        int | None, TICKS, Flag("largest number of policy ticks in a rollout", default="the task's")
     ] = None
     action_manager: ActionManager = None
     manager_coef: ManagerCoef = None
     n_action_steps: ActionSteps = None
-    save_dir: Annotated[str, Flag("where results go", "-o")] = "results"
-    seed: Annotated[int, SEEDS, Flag("of the first rollout, for robots that take one", "-s")] = 0
-    yes: Annotated[bool, Flag("do not wait for Enter; a fault ends the evaluation")] = False
+    save_dir: Annotated[str, Flag("folder for results", "-o")] = "results"
+    seed: Annotated[
+        int,
+        SEEDS,
+        Flag("seed of the first rollout, for robots that take one; each next is 1 higher", "-s"),
+    ] = 0
+    yes: Annotated[bool, Flag("start without waiting for Enter; a fault ends the run")] = False
     connection: ConnectionOptions = field(default_factory=ConnectionOptions)
     near: Annotated[
         float | None,
         POSITIVE,
         Flag(
-            "how far off the policy may begin, in each joint's unit",
+            "largest distance of the policy's first action from the arm, in each joint's unit",
             default="0.1 rad or 5.7 deg; other units: a twentieth of the joint's range, a tenth of "
             "a gripper's",
         ),
     ] = None
     same_joints: Annotated[
-        bool, Flag("the policy's joints are the robot's, although their names differ")
+        bool, Flag("accept joint names that differ between policy and robot")
     ] = False
     fault_after_s: Annotated[
         float,
         DURATION_S,
-        Flag("how long chunks may stay away once the arm slows down; then a fault is latched"),
+        Flag(
+            "seconds without a new chunk, after the arm has slowed down, until a fault is latched"
+        ),
     ] = 1.0
     max_chunk_age_s: Annotated[
         float | None,
         DURATION_S,
-        Flag("of what a command rests on; older, and the arm stops", default="a chunk and 1 s"),
+        Flag(
+            "largest age of the observation that a command is based on, in seconds; beyond it the "
+            "arm stops",
+            default="the chunk's length and 1 s",
+        ),
     ] = None
     max_sensing_age_s: Annotated[
         float,
         DURATION_S,
-        Flag("of the newest picture, and of the sensing process' own sign of life"),
+        Flag("largest age of the newest image and of the sensing process' heartbeat, in seconds"),
     ] = 0.5
     connect_timeout_s: Annotated[
-        float, DURATION_S, Flag("for the robot to be connected and its sensors to speak")
+        float,
+        DURATION_S,
+        Flag("seconds to connect to the robot and to get its sensors' first data"),
     ] = 15.0
     priority: Annotated[
         int,
         PRIORITY,
         Flag("SCHED_FIFO priority of the control loop and its watchdog", default="none"),
     ] = 0
-    video_fps: Annotated[float, VIDEO_FPS, Flag("pictures per second of videos, 0: none")] = 10.0
+    video_fps: Annotated[float, VIDEO_FPS, Flag("frames per second of videos; 0: no video")] = 10.0
     trace: TraceFile = None
     fps: Fps = None
-    checkpoint: Annotated[CheckpointOptions, Group("a checkpoint's options", without=("fps",))] = (
-        field(default_factory=CheckpointOptions)
+    checkpoint: Annotated[CheckpointOptions, Group("checkpoint options", without=("fps",))] = field(
+        default_factory=CheckpointOptions
     )
     log_level: LogLevel = "WARNING"
 
@@ -125,26 +141,27 @@ class EvalRealConfig:
 
     @property
     def model(self) -> LocalModel | ServerAddress:
-        """Whose policy. Raises ``ModelNameError`` where there is none by that name."""
+        """The checkpoint or server that ``model_name_or_path`` names. Raises ``ModelNameError``."""
         return read_model_name(self.model_name_or_path)
 
     @property
     def seeds(self) -> range:
-        """One per rollout."""
+        """The seed of each rollout."""
         return range(self.seed, self.seed + self.num_rollout)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class RunConfig(EvalRealConfig):
-    """The same with what the policy's server and the task say; every process gets it, as JSON.
+    """``EvalRealConfig`` with every option decided; each process gets it as a line of JSON.
 
-    What the user left open is decided here: the rates, the strategy and the lengths.
+    The rates, the strategy and the lengths that the user left open come from the policy's contract
+    and the task.
 
     Attributes:
-        contract_json: The policy's, as its server describes it.
-        address: The policy server's.
-        language: The instruction.
-        execution_source: Why the strategy is this one.
+        contract_json: The policy's contract, as its server sent it.
+        address: The policy server's address.
+        language: The task's instruction in words.
+        execution_source: What chose the strategy: a flag, the checkpoint, or the default.
     """
 
     contract_json: str
@@ -158,25 +175,27 @@ class RunConfig(EvalRealConfig):
     max_chunk_age_s: float = 5.0
 
     def to_json(self) -> str:
+        """Return the configuration as one line of JSON."""
         return json.dumps(as_plain(self))
 
     @classmethod
     def from_json(cls, text: str) -> RunConfig:
-        return parse_config(cls, json.loads(text), source="mission")
+        """Read what ``to_json`` returned. Raises ``InvalidConfig``."""
+        return parse_config(cls, json.loads(text), source="run configuration")
 
     @property
     def served_contract(self) -> PolicyContract:
-        """As the server has it: what another session's is compared with."""
+        """The contract as the server sent it; a later session's contract must equal it."""
         return PolicyContract.from_json(self.contract_json)
 
     @property
     def contract(self) -> PolicyContract:
-        """As it is played: at the user's rate."""
+        """The contract at the rate used, which ``fps`` may override."""
         return self.served_contract.at_rate(self.fps)
 
     @property
     def execution(self) -> Execution:
-        """How chunks are played, and why so."""
+        """How chunks are executed, and what chose it."""
         return Execution(
             self.action_manager, self.manager_coef, self.n_action_steps, self.execution_source
         )
@@ -186,20 +205,20 @@ class RunConfig(EvalRealConfig):
         """Control ticks per policy tick.
 
         Raises:
-            ValueError: The publish rate is no integer multiple of the policy's.
+            ValueError: The publish rate is not an integer multiple of the policy's.
         """
         return control_ratio(1 / self.contract.dt_s, self.publish_rate)
 
     @property
     def period_s(self) -> float:
-        """Between two commands."""
+        """Seconds from one command to the next."""
         return self.contract.dt_s / self.ratio
 
     def demand(self) -> dict[str, Any]:
-        """What a server is told of it, as ``PolicyClient`` takes it.
+        """Return the session's deadline and rate, as keyword arguments of ``PolicyClient``.
 
-        An answer later than the chunk is long has no action left. A strategy that plays its chunks
-        one after another needs them at that rate; the others take what they get.
+        A reply later than the chunk is long contains no action that can still be used. A strategy
+        that executes one chunk after another needs chunks at a fixed rate; the others need none.
         """
         contract, strategy = self.contract, self.strategy()
         demand: dict[str, Any] = {"deadline_ms": contract.chunk_size * contract.dt_s * 1e3}
@@ -209,24 +228,28 @@ class RunConfig(EvalRealConfig):
 
     @property
     def realtime(self) -> RealtimeOptions:
-        """Of the two processes that command the robot, whose driver may have threads."""
+        """Real-time options of the control and watchdog processes; drivers may start threads."""
         if not self.priority:
             return UNPRIVILEGED
         return RealtimeOptions(priority=self.priority, threads=True)
 
     def strategy(self) -> Strategy:
-        """Raises ``ValueError``: an unknown name, or a coefficient out of range."""
+        """Return the strategy. Raises ``ValueError``: unknown, or its coefficient out of range."""
         return strategy_of(self.contract, self.execution)
 
     def make_robot(self) -> Robot:
-        """The robot, not connected."""
+        """Return the robot, not connected. Raises ``ConfigError``."""
         return make_robot(self.robot, self.overrides)
 
     def make_state_machine(self, robot_limits: RobotLimits, **options: Any) -> MotionStateMachine:
-        """What commands ``body``; ``options`` as ``CommandStream`` has them.
+        """Return the state machine that commands a robot.
+
+        Args:
+            robot_limits: The robot's.
+            options: Further keyword arguments of ``CommandStream``.
 
         Raises:
-            ValueError: The policy's actions are not this robot's.
+            ValueError: The policy's actions do not fit the robot's.
         """
         contract = self.contract
         stream = CommandStream(
@@ -253,19 +276,20 @@ class RunConfig(EvalRealConfig):
         )
 
     def dims(self, robot: Robot) -> Dims:
+        """Return the sizes of the shared memory between the processes."""
         contract = self.contract
         return Dims(robot.contract.state_dim, contract.action_dim, contract.chunk_size)
 
 
 @dataclass(frozen=True, slots=True, eq=False)
 class RobotLimits:
-    """What a pilot has to know of a robot; kept with a recording.
+    """What a ``MotionStateMachine`` needs of a robot; stored with each recording.
 
     Attributes:
-        limits: Of its A actuators.
-        start_pose: (A,) float32, or None.
-        start_velocity: (A,) per second, for approaches.
-        actions: What each of the A numbers means.
+        limits: Position, velocity and acceleration limits of the A actuators.
+        start_pose: (A,) float32, in each joint's unit; None if the robot has none.
+        start_velocity: (A,) float64, unit per second, for the motion to ``start_pose``.
+        actions: Name, kind and unit of each of the A actions.
     """
 
     limits: JointLimits
@@ -275,13 +299,14 @@ class RobotLimits:
 
     @property
     def grippers(self) -> tuple[int, ...]:
-        """Dimensions that are not interpolated."""
+        """Indices of the gripper actions, which are not interpolated."""
         return tuple(
             index for index, spec in enumerate(self.actions) if spec.kind is ActionKind.GRIPPER
         )
 
     @classmethod
     def of(cls, robot: Robot) -> RobotLimits:
+        """Return those of ``robot``; its velocity limit where it has no start velocity."""
         given = robot.start_velocity
         return cls(
             robot.limits,
@@ -291,7 +316,7 @@ class RobotLimits:
         )
 
     def to_dict(self) -> dict[str, Any]:
-        """As JSON has it; floats come back as they were."""
+        """Return plain data for JSON; ``from_dict`` restores every float exactly."""
         return {
             **{f.name: getattr(self.limits, f.name).tolist() for f in fields(JointLimits)},
             "start_pose": None if self.start_pose is None else self.start_pose.tolist(),
@@ -301,7 +326,7 @@ class RobotLimits:
 
     @classmethod
     def from_dict(cls, raw: Mapping[str, Any]) -> RobotLimits:
-        """What ``to_dict`` gave. Raises ``KeyError`` where something is missing."""
+        """Read what ``to_dict`` returned. Raises ``KeyError``: a key is missing."""
         pose = raw["start_pose"]
         return cls(
             JointLimits(*(np.array(raw[f.name], np.float64) for f in fields(JointLimits))),
@@ -317,17 +342,20 @@ class RobotLimits:
 NEAR_RAD = 0.1
 """5.7 degrees."""
 NEAR_GRIPPER, NEAR_OTHER = 0.1, 0.05
-"""Of what lies between the position limits."""
+"""Fractions of the range between the position limits."""
 
 
 def default_near(robot_limits: RobotLimits) -> NDArray[np.float64]:
-    """(A,) how far a policy's first action may be from the arm, in each joint's unit.
+    """Return the largest distance of a policy's first action from the arm's position.
 
-    0.1 rad where the unit is an angle; else a part of what lies between the joint's limits, a tenth
-    for a gripper and a twentieth for other joints.
+    0.1 rad for a joint in an angular unit; otherwise a fraction of the range between the position
+    limits: a tenth for a gripper, a twentieth for other joints.
+
+    Returns:
+        (A,) float64, in each joint's unit.
 
     Raises:
-        ConfigError: A joint whose unit is no angle has no position limits.
+        ConfigError: A joint in another unit has no position limits.
     """
     near = np.zeros(len(robot_limits.actions))
     spans = robot_limits.limits.position_upper - robot_limits.limits.position_lower
@@ -341,6 +369,6 @@ def default_near(robot_limits: RobotLimits) -> NDArray[np.float64]:
         if spec.kind.holds_position and not np.isfinite(near[index]):
             raise ConfigError(
                 f"joint {index} ({spec.name}, {spec.unit}): got no position limits, expected both, "
-                "or --near: how far from the arm the policy may begin cannot be told otherwise"
+                "or --near: the largest distance of the first action follows from one of them"
             )
     return near

@@ -1,1 +1,1 @@
-"""Evaluation in simulation: the command, its workers and their episodes."""
+"""Evaluation in simulation: the command, its worker processes and the episode loop."""

@@ -1,7 +1,7 @@
-"""Evaluate a policy in simulation: ``eval_sim.py``.
+"""``metronome eval-sim``, also ``eval_sim.py``: evaluate a policy in simulation.
 
-Writes ``<output_dir>/<env>/<task>.json`` after every episode; videos and raw samples lie beside it.
-Exit status: 0 done, 1 the server was lost or a process died (the finished episodes are kept), 2 bad
+Writes ``<output_dir>/<env>/<task>.json`` after every episode, with videos and raw samples beside
+it. Exit status: 0 done, 1 the server was lost or a process died (finished episodes are kept), 2 bad
 input, 130 interrupted.
 """
 
@@ -30,11 +30,17 @@ from policies.yaml_config import InvalidConfig, as_plain
 from runtime.control import strategy_options
 from runtime.errors import RuntimeFault
 from runtime.eval_sim.run_config import EvalSimConfig
-from runtime.eval_sim.runner import Setting, run
+from runtime.eval_sim.runner import RunInfo, run
 from runtime.eval_sim.worker_processes import WorkerFailed
 from runtime.evaluation.episode_result import Episode
 from runtime.evaluation.plots import write_timing_plot
-from runtime.evaluation.results import policy_record, report, summarize, versions, write_result
+from runtime.evaluation.results import (
+    format_report,
+    policy_record,
+    summarize,
+    versions,
+    write_result,
+)
 from runtime.options.checkpoint import CheckpointOptions
 from runtime.options.connection import check_flags
 from runtime.options.model import ServerAddress
@@ -47,8 +53,9 @@ BAD_INPUT, LOST, INTERRUPTED = 2, 1, 130
 
 
 def parser() -> argparse.ArgumentParser:
+    """Return the parser, with one argument per flag of ``EvalSimConfig``."""
     cli = CommandLine(
-        prog="eval_sim.py",
+        prog="metronome eval-sim",
         description="Evaluate a policy in simulation.",
         epilog="--env.KEY VALUE overrides KEY of the environment's configuration.",
     )
@@ -57,17 +64,20 @@ def parser() -> argparse.ArgumentParser:
 
 
 def read_config(argv: Sequence[str] | None) -> EvalSimConfig:
-    """What the command line asks for.
+    """Return the configuration that the command line describes.
+
+    Args:
+        argv: The arguments; None for ``sys.argv``.
 
     Raises:
-        InvalidConfig, RuntimeFault, EnvError, ValueError: It asks for what cannot be.
+        InvalidConfig, RuntimeFault, EnvError, ValueError: A flag or an override is invalid.
     """
     args, rest = parser().parse_known_args(argv)
-    overrides = read_overrides(rest, "env.", "eval_sim.py")
+    overrides = read_overrides(rest, "env.", "metronome eval-sim")
     env = load_env_config(flag_value(EvalSimConfig, "env_name", args), overrides)
     config = from_flags(EvalSimConfig, args, env=env)
     check_flags(config.connection)
-    # Not as overrides: a dot in a camera's name is none between keys.
+    # Not as overrides: a dot in a camera's name does not separate keys.
     env = dataclasses.replace(env, camera_map={**env.camera_map, **config.camera_map})
     return dataclasses.replace(config, env=env)
 
@@ -86,8 +96,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     logging.basicConfig(level=config.log_level, format="%(levelname)s %(name)s: %(message)s")
     if isinstance(model, ServerAddress) and config.checkpoint != CheckpointOptions():
         print(
-            f"note: {', '.join(config.checkpoint.given())}: ignored; they are for the server at "
-            f"{model}, which loads the checkpoint",
+            f"note: {', '.join(config.checkpoint.given_flags())}: ignored; they are for the server "
+            f"at {model}, which loads the checkpoint",
             file=sys.stderr,
         )
     try:
@@ -103,20 +113,20 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def _evaluate(config: EvalSimConfig) -> int:
     episodes: list[Episode] = []
-    setting: Setting | None = None
+    run_info: RunInfo | None = None
     failure, status = "", 0
     bar = tqdm(total=config.num_rollout, unit="episode", desc=config.env.task)
     try:
         for item in run(config):
-            if isinstance(item, Setting):
-                setting = item
-                for line in _say_before(setting):
+            if isinstance(item, RunInfo):
+                run_info = item
+                for line in _summary_lines(run_info):
                     bar.write(line, file=sys.stderr)
                 continue
             episodes.append(item)
             bar.update()
             bar.set_postfix_str(f"{sum(e.success for e in episodes)} of {len(episodes)} succeeded")
-            _save(config, setting, episodes, "")
+            _save(config, run_info, episodes, "")
     except WorkerFailed as error:
         failure, status = str(error), BAD_INPUT if error.bad_input else LOST
     except RuntimeFault as error:
@@ -129,7 +139,7 @@ def _evaluate(config: EvalSimConfig) -> int:
         bar.close()
     if episodes:
         try:
-            _conclude(config, setting, episodes, failure)
+            _conclude(config, run_info, episodes, failure)
         except OSError as error:
             failure, status = failure or f"the result cannot be written: {error}", status or LOST
         except KeyboardInterrupt:
@@ -140,28 +150,31 @@ def _evaluate(config: EvalSimConfig) -> int:
     return status
 
 
-def _say_before(setting: Setting) -> list[str]:
-    contract = PolicyContract.from_json(setting.contract_json)
-    execution = Execution(**setting.execution)
-    return strategy_options.say_before(contract, execution, setting.assumed)
+def _summary_lines(run_info: RunInfo) -> list[str]:
+    contract = PolicyContract.from_json(run_info.contract_json)
+    execution = Execution(**run_info.execution)
+    return strategy_options.summary_lines(contract, execution, run_info.assumed)
 
 
 def _must_be_writable(folder: Path) -> None:
-    """Find out before the first episode rather than after it. Raises ``ValueError``."""
+    """Raise ``ValueError`` before the first episode if ``folder`` cannot be written."""
     try:
         folder.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryFile(dir=folder) as probe:
-            probe.write(b"room for at least this")
+            probe.write(b"a few bytes, to detect a full disk")
             probe.flush()
     except OSError as error:
         raise ValueError(f"--output_dir: {folder} cannot be written: {error}") from error
 
 
 def _conclude(
-    config: EvalSimConfig, setting: Setting | None, episodes: Sequence[Episode], failure: str
+    config: EvalSimConfig,
+    run_info: RunInfo | None,
+    episodes: Sequence[Episode],
+    failure: str,
 ) -> None:
     path = config.path
-    print(report(_save(config, setting, episodes, failure)))
+    print(format_report(_save(config, run_info, episodes, failure)))
     print(f"result       {path}")
     picture = path.with_name(f"{path.stem}_timing.png")
     write_timing_plot(picture, episodes, f"{config.env.task}, {len(episodes)} episodes")
@@ -171,21 +184,24 @@ def _conclude(
 
 
 def _save(
-    config: EvalSimConfig, setting: Setting | None, episodes: Sequence[Episode], failure: str
+    config: EvalSimConfig,
+    run_info: RunInfo | None,
+    episodes: Sequence[Episode],
+    failure: str,
 ) -> dict[str, Any]:
     result = summarize(episodes)
-    if setting is not None:
-        contract = PolicyContract.from_json(setting.contract_json)
-        execution = Execution(**setting.execution)
+    if run_info is not None:
+        contract = PolicyContract.from_json(run_info.contract_json)
+        execution = Execution(**run_info.execution)
         result |= {
-            "action_manager": strategy_options.record(contract, execution),
-            "assumed": list(setting.assumed),
-            "transport": setting.transport,
-            "transport_reason": setting.transport_reason,
-            "pictures": setting.pictures,
-            "deterministic": setting.deterministic,
-            "policy": policy_record(contract, PolicyInfo(**setting.policy_info)),
-            "world": setting.world,
+            "action_manager": strategy_options.result_entry(contract, execution),
+            "assumed": list(run_info.assumed),
+            "transport": run_info.transport,
+            "transport_reason": run_info.transport_reason,
+            "pictures": run_info.pictures,
+            "deterministic": run_info.deterministic,
+            "policy": policy_record(contract, PolicyInfo(**run_info.policy_info)),
+            "world": run_info.world,
         }
     result |= {
         "requested": config.num_rollout,

@@ -1,8 +1,8 @@
-"""One episode in a simulated world: lockstep, or by the wall clock.
+"""One episode in a simulated world, in lockstep or in real time.
 
-Both are the same ``ControlLoop`` and the same ``ChunkExecutor``. In lockstep the clock is a manual
-one: the world waits for the policy, so that the result depends on the seed alone. In real time the
-world does not wait: a tick that was missed is a tick in which the last command went on.
+Both use ``ControlLoop`` and ``ChunkExecutor``. In lockstep the clock is a ``ManualClock`` and the
+world waits for the policy, so the result depends on the seed alone. In real time the world does not
+wait: in a missed tick it is stepped with the last command.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ from runtime.stats import LatencyEstimate, StageTimes
 from runtime.trace import recorder as trace
 
 OnTick = Callable[[World], None]
-"""Called after every step of the world; must be quick in real time."""
+"""Called with the world after each of its steps; in real time it must be fast."""
 
 
 def run_lockstep(
@@ -39,7 +39,8 @@ def run_lockstep(
     """Run one episode in which the world waits for the policy.
 
     Raises:
-        PolicyError, ServerLost, RequestTimeout: From the policy.
+        PolicyError, ServerLost, RequestTimeout: Inference failed.
+        RuntimeFault: The policy returned a chunk for another tick than the observation's.
     """
     run = _Run(policy, world, executor, seed, on_tick)
 
@@ -48,15 +49,15 @@ def run_lockstep(
             chunk = policy.infer(run.observe(tick))
             if not run.accept(chunk):
                 raise RuntimeFault(
-                    f"the policy answered for tick {chunk.obs_timestep}, asked for {tick}: it must "
-                    "pass obs.timestep on"
+                    f"obs_timestep: got a chunk for tick {chunk.obs_timestep}, expected {tick}: "
+                    "the policy must copy obs.timestep"
                 )
         command = run.command(tick)
         run.ages_s.append((tick - executor.last_source) * world.dt_s)
         return run.step(command)
 
     ControlLoop(ManualClock(), world.dt_s).run(step, world.max_timesteps)
-    return run.ended(missed_ticks=0, lateness_s=np.empty(0))
+    return run.result(missed_ticks=0, lateness_s=np.empty(0))
 
 
 def run_realtime(
@@ -68,12 +69,12 @@ def run_realtime(
 ) -> Episode:
     """Run one episode at the world's own rate, by the wall clock.
 
-    The first chunk is waited for with the world at rest and no ticks counted. Observations are
-    rendered and sent in the slack of a tick, after its command; they belong to the tick that
-    follows. Garbage is collected between episodes, never within.
+    Before the first tick the world stands still until the first chunk arrives. After a tick's
+    command, in its remaining time, the observation of the next tick is rendered and sent. Garbage
+    is collected between episodes, never during one.
 
     Raises:
-        PolicyError, ServerLost, RequestTimeout: From the policy.
+        PolicyError, ServerLost, RequestTimeout: Inference failed.
     """
     run = _Run(policy, world, executor, seed, on_tick)
     captured_ns: dict[int, int] = {}
@@ -96,18 +97,18 @@ def run_realtime(
         nonlocal last_tick
         while (chunk := policy.poll()) is not None:
             accept(chunk)
-        if not missed_until(tick):
+        if not step_missed_ticks(tick):
             return False
         last_tick = tick
         command = run.command(tick)
         run.ages_s.append((time.monotonic_ns() - captured_ns[executor.last_source]) / 1e9)
         return run.step(command)
 
-    def missed_until(tick: int) -> bool:
-        """Play the ticks that were missed: the world went on with the last command."""
+    def step_missed_ticks(tick: int) -> bool:
+        """Step the world with the last command for every tick missed before ``tick``."""
         return all(run.step(executor.last_command) for _ in range(last_tick + 1, tick))
 
-    def slack(tick: int) -> None:
+    def send_observation(tick: int) -> None:
         if executor.wants_chunk(tick + 1, latency.ticks()):
             policy.submit(observe(tick + 1))
 
@@ -118,19 +119,19 @@ def run_realtime(
 
     loop = ControlLoop(MonotonicClock(spin_for(0)), world.dt_s)
     with no_garbage_collection():
-        loop.run(lambda tick: step(tick) or end(), world.max_timesteps, slack=slack)
+        loop.run(lambda tick: step(tick) or end(), world.max_timesteps, slack=send_observation)
     if not ended:  # the last ticks may have been missed
-        missed_until(world.max_timesteps)
-    return run.ended(
+        step_missed_ticks(world.max_timesteps)
+    return run.result(
         missed_ticks=loop.statistics().missed_ticks, lateness_s=loop.lateness_ns() / 1e9
     )
 
 
 class _Run:
-    """What both kinds of episode do, and what they note as they go.
+    """One running episode: the steps that lockstep and real time share, and their measurements.
 
     Attributes:
-        ages_s: Per tick: time since the capture behind the command.
+        ages_s: Per tick, the age of the observation that the command is based on, in seconds.
     """
 
     def __init__(
@@ -152,27 +153,27 @@ class _Run:
         executor.reset()
 
     def observe(self, tick: int) -> MetaObs:
-        """What a chunk is asked for with, rendered straight into the next message if there is
-        one."""
-        into = self._policy.loan_images()
+        """Return the observation for a request; a client's images are rendered into the message."""
+        images = self._policy.loan_images()
         t_capture_ns = time.monotonic_ns()
         with trace.span("observe", tick):
-            obs = self._world.observe(into)
+            obs = self._world.observe(images)
         obs.timestep, obs.t_capture_ns = tick, t_capture_ns
         self._executor.requested(tick)
         return obs
 
     def accept(self, chunk: ActionChunk) -> bool:
-        """Whether the chunk is one that was asked for."""
+        """Give the chunk to the executor; return whether it was requested."""
         self._stages.add(chunk.stages_ns)
         return self._executor.accept(chunk)
 
     def command(self, tick: int) -> NDArray[np.float32]:
+        """Return the command of ``tick``, (A,) float32."""
         with trace.span("execute", tick):
             return self._executor.command(tick)
 
     def step(self, command: NDArray[np.float32]) -> bool:
-        """Step the world; whether the episode goes on."""
+        """Step the world; return whether the episode continues."""
         with trace.span("world_step"):
             result = self._world.step(command)
         self._ticks += 1
@@ -182,8 +183,8 @@ class _Run:
             self._on_tick(self._world)
         return not (result.success or result.terminated or result.truncated)
 
-    def ended(self, *, missed_ticks: int, lateness_s: NDArray[np.float64]) -> Episode:
-        """What happened."""
+    def result(self, *, missed_ticks: int, lateness_s: NDArray[np.float64]) -> Episode:
+        """Return the record of the episode; ``lateness_s`` is (n,), one value per tick."""
         return Episode(
             seed=self._seed,
             success=self._success,

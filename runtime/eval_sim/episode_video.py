@@ -9,27 +9,32 @@ from runtime.evaluation.video import write_still, write_video
 
 
 class EpisodeVideo:
-    """Notes the world's state every other tick and renders afterwards, off the clock."""
+    """Stores a snapshot of the world every second tick; renders them after the episode.
+
+    Rendering during the episode would delay a real-time loop.
+    """
 
     EVERY = 2
+    """Ticks per frame."""
 
     def __init__(self, world: World) -> None:
         self._world = world
         self._snapshots: list[object] = []
         self._ticks = 0
 
-    def note(self, world: World) -> None:
+    def capture(self, world: World) -> None:
+        """Store a snapshot of ``world`` if this tick has a frame; called once per tick."""
         if self._ticks % self.EVERY == 0:
             self._snapshots.append(world.snapshot())
         self._ticks += 1
 
     def write(self, stem: Path) -> None:
-        """Write ``stem``.mp4, and ``stem``.png of the last moment: the success, if it is one.
+        """Write ``stem``.mp4, and the final state as ``stem``.png.
 
         Raises:
-            OSError: They cannot be written.
+            OSError: A file cannot be written.
         """
-        moments = [*self._snapshots, self._world.snapshot()]
-        frames = (self._world.frame(snapshot) for snapshot in moments)
+        snapshots = [*self._snapshots, self._world.snapshot()]
+        frames = (self._world.frame(snapshot) for snapshot in snapshots)
         write_video(stem.with_suffix(".mp4"), frames, fps=round(1 / self._world.dt_s / self.EVERY))
         write_still(stem.with_suffix(".png"), self._world.frame())

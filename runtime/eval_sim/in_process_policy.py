@@ -1,4 +1,4 @@
-"""A policy of this process, with everything that a rollout asks of a served one."""
+"""A policy in this process, behind the interface of a served one."""
 
 from __future__ import annotations
 
@@ -14,9 +14,9 @@ from runtime.trace import recorder as trace
 
 
 class InProcessPolicy:
-    """A ``RolloutPolicy`` around ``policy``, which it closes.
+    """A ``RolloutPolicy`` that runs ``policy`` in this process, and owns it.
 
-    A trace shows every request, as it does a served policy's.
+    Each inference is traced, as a request to a server is.
     """
 
     transport = "in process"
@@ -28,32 +28,39 @@ class InProcessPolicy:
 
     @property
     def contract(self) -> PolicyContract:
+        """The wrapped policy's contract."""
         return self._policy.contract
 
     @property
     def info(self) -> PolicyInfo:
+        """The wrapped policy's checkpoint, device, engine and precision."""
         return self._policy.info
 
     @property
     def deterministic(self) -> bool:
+        """Whether equal observations give equal chunks, bit for bit."""
         return messages.is_deterministic(self._policy.info)
 
     def loan_images(self) -> Mapping[str, NDArray[np.uint8]]:
-        """None: observations are not copied on their way."""
+        """Return no buffers: observations are passed without a copy."""
         return {}
 
     def infer(self, obs: MetaObs) -> ActionChunk:
+        """Compute a chunk for ``obs``. Raises ``PolicyError``."""
         began_ns = time.monotonic_ns()
         chunk = self._policy.infer(obs)
         if trace.on:
-            trace.inferred(chunk.stages_ns, began_ns, obs.timestep)
+            trace.add_inference(chunk.stages_ns, began_ns, obs.timestep)
         return chunk
 
     def reset(self) -> None:
+        """Start a new episode."""
         self._policy.reset()
 
     def fork(self) -> InProcessPolicy:
+        """Return a policy with its own episode state that shares the weights."""
         return InProcessPolicy(self._policy.fork())
 
     def close(self) -> None:
+        """Close the wrapped policy."""
         self._policy.close()

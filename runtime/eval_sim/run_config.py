@@ -1,4 +1,4 @@
-"""What ``eval_sim.py`` is told, as one value: it is passed on whole and kept with the result."""
+"""The configuration of one evaluation in simulation; it is written into the result file."""
 
 from __future__ import annotations
 
@@ -24,41 +24,45 @@ class EvalSimConfig:
     """An evaluation in simulation.
 
     Attributes:
-        env: The world: the configuration that ``env_name`` means, with what ``--env.KEY`` and
-            ``--camera_map`` override.
-        fps: Overrides the policy's rate. It is applied to the contract, wherever the policy is; so
-            ``checkpoint`` has none.
+        env: The world's configuration: ``env_name`` with the overrides of ``--env.KEY`` and
+            ``--camera_map``.
+        fps: Policy ticks per second, in place of the checkpoint's. It is applied to the contract of
+            a local or a served policy; therefore ``checkpoint`` has no such flag.
 
     Raises:
-        ValueError: Options that do not go together.
+        ValueError: A value is out of range, or two options exclude each other.
     """
 
     model_name_or_path: Annotated[
-        str, Flag("checkpoint, HOST:PORT or python:MODULE:FACTORY", "-m")
+        str, Flag("checkpoint folder, server HOST:PORT, or python:MODULE:FACTORY", "-m")
     ] = "127.0.0.1:5000"
     env_name: Annotated[
-        str, Flag("name under configs/env, a YAML, or gym:ID", "-e", name="env")
+        str, Flag("name under configs/env, a YAML file, or gym:ID", "-e", name="env")
     ] = "aloha"
     env: EnvConfig
-    num_rollout: Annotated[int, COUNT, Flag("episodes", "-n")] = 4
-    num_envs: Annotated[int, PROCESSES, Flag("processes side by side", "-bs", "--batch_size")] = 1
-    output_dir: Annotated[str, Flag("where results go", "-o")] = "results"
-    seed: Annotated[int, SEED, Flag("of the first episode; the next has one more", "-s")] = 0
-    realtime: Annotated[bool, Flag("by the wall clock, not in lockstep")] = False
+    num_rollout: Annotated[int, COUNT, Flag("number of episodes", "-n")] = 4
+    num_envs: Annotated[
+        int, PROCESSES, Flag("number of worker processes", "-bs", "--batch_size")
+    ] = 1
+    output_dir: Annotated[str, Flag("folder for results", "-o")] = "results"
+    seed: Annotated[int, SEED, Flag("seed of the first episode; each next is 1 higher", "-s")] = 0
+    realtime: Annotated[bool, Flag("run by the wall clock, not in lockstep")] = False
     connection: ConnectionOptions = field(default_factory=ConnectionOptions)
     action_manager: ActionManager = None
     manager_coef: ManagerCoef = None
     n_action_steps: ActionSteps = None
-    videos: Annotated[int, COUNT_OR_NONE, Flag("record this many of the first episodes")] = 10
+    videos: Annotated[
+        int, COUNT_OR_NONE, Flag("number of episodes to record, from the first on")
+    ] = 10
     camera_map: Annotated[
         Mapping[str, str],
-        Flag("which camera of the world the policy's camera is", metavar="POLICY=WORLD"),
+        Flag("the world's camera for a camera of the policy", metavar="POLICY=WORLD"),
     ] = field(default_factory=dict)
-    use_spawn: Annotated[bool, Flag("accepted; processes are always spawned")] = False
+    use_spawn: Annotated[bool, Flag("no effect: processes are always spawned")] = False
     trace: TraceFile = None
     fps: Fps = None
-    checkpoint: Annotated[CheckpointOptions, Group("a checkpoint's options", without=("fps",))] = (
-        field(default_factory=CheckpointOptions)
+    checkpoint: Annotated[CheckpointOptions, Group("checkpoint options", without=("fps",))] = field(
+        default_factory=CheckpointOptions
     )
     log_level: LogLevel = "WARNING"
 
@@ -67,28 +71,27 @@ class EvalSimConfig:
         SEED.require("--seed with --num_rollout", self.seed + self.num_rollout - 1)
         if self.realtime and self.num_envs > 1:
             raise ValueError(
-                "--realtime with --num_envs > 1: one world by the wall clock at a time on one "
-                "machine"
+                "--realtime with --num_envs > 1: only one world at a time can run in real time"
             )
 
     @property
     def model(self) -> LocalModel | ServerAddress:
-        """Whose policy. Raises ``ModelNameError`` where there is none by that name."""
+        """The checkpoint or server that ``model_name_or_path`` names. Raises ``ModelNameError``."""
         return read_model_name(self.model_name_or_path)
 
     @property
     def seeds(self) -> tuple[int, ...]:
-        """One per episode."""
+        """The seed of each episode."""
         return tuple(range(self.seed, self.seed + self.num_rollout))
 
     @property
     def path(self) -> Path:
-        """Of the result; what else is written lies beside it."""
+        """The result file; all other output is written beside it."""
         gym = self.env_name.startswith(GYM_PREFIX)
         world = self.env_name if gym else Path(self.env_name).stem
         return result_path(self.output_dir, world, self.env.task)
 
     @property
     def video_dir(self) -> Path:
-        """Where the videos of the first ``videos`` episodes go."""
+        """The folder for the videos of the first ``videos`` episodes."""
         return self.path.parent / "video" / self.path.stem

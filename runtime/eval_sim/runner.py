@@ -1,7 +1,7 @@
-"""Many episodes, in one process or several side by side, the same episodes either way.
+"""Runs the episodes of an evaluation, in this process or in several worker processes.
 
-Episode i has seed ``seed + i``, whichever process runs it. A process that fails ends the
-evaluation; what was finished by then has been handed over already.
+Episode i has seed ``seed + i`` in either case, so the episodes are the same. A failed process ends
+the evaluation; the episodes finished before are already yielded.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ from runtime.eval_sim.episode import OnTick, run_lockstep, run_realtime
 from runtime.eval_sim.episode_video import EpisodeVideo
 from runtime.eval_sim.in_process_policy import InProcessPolicy
 from runtime.eval_sim.run_config import EvalSimConfig
-from runtime.eval_sim.worker_processes import WorkerFailed, in_processes
+from runtime.eval_sim.worker_processes import WorkerFailed, run_in_processes
 from runtime.eval_sim.world_compatibility import check_world
 from runtime.evaluation.episode_result import Episode
 from runtime.options.model import LocalModel
@@ -41,17 +41,22 @@ from transport.errors import TransportError
 logger = logging.getLogger(__name__)
 
 EXPECTED_FAILURES = (InvalidConfig, EnvError, PolicyError, RuntimeFault, TransportError, ValueError)
-"""What a user can act on: reported by message alone, without a traceback."""
+"""Errors that a user can correct: only the message is shown, without a traceback."""
 
 
 @dataclass(frozen=True, slots=True)
-class Setting:
-    """What the episodes ran with, known once the policy and the world are there.
+class RunInfo:
+    """What an evaluation runs with; known once the policy and the world are created.
 
     Attributes:
-        contract_json: The policy's, at the rate that it is played at.
-        execution: How it is played; fields of ``Execution``.
-        assumed: What neither the checkpoint nor the user nor the world says, one line each.
+        contract_json: The policy's contract, at the rate used.
+        execution: The fields of ``Execution``: strategy and its numbers.
+        assumed: One line per value that neither checkpoint, user nor world defines.
+        policy_info: The fields of ``PolicyInfo``.
+        transport, transport_reason: How the policy is reached, and why so.
+        pictures: How images are sent to the policy.
+        deterministic: Whether the result depends on the seeds alone.
+        world: ``World.info()``.
     """
 
     contract_json: str
@@ -65,131 +70,131 @@ class Setting:
     world: dict[str, Any]
 
 
-Report = Setting | Episode
+Report = RunInfo | Episode
 RunEpisode = Callable[[World, ChunkExecutor, int, OnTick | None], Episode]
-"""Plays one policy, in lockstep or in real time: world, executor, seed, what to do every tick."""
+"""Runs one episode of a given policy: (world, executor, seed, on_tick) to its result."""
 
 
-def run(plan: EvalSimConfig) -> Iterator[Report]:
-    """Run the plan: one ``Setting`` first, then every ``Episode`` as it ends.
+def run(config: EvalSimConfig) -> Iterator[Report]:
+    """Run the evaluation: yield one ``RunInfo``, then each ``Episode`` when it ends.
 
     Raises:
-        WorkerFailed: Nothing more will come.
+        WorkerFailed: The policy, the world or a process failed; the evaluation has ended.
     """
     with contextlib.ExitStack() as stack:
-        if plan.realtime and isinstance(plan.model, LocalModel):
-            flags = ["-m", plan.model.name, *plan.checkpoint.flags()]
-            if plan.trace is not None:
-                flags += ["--trace", str(trace.sibling(plan.trace, "server"))]
-            child = stack.enter_context(ServerProcess(flags))
-            plan = dataclasses.replace(plan, model_name_or_path=child.address)
-        evaluate = functools.partial(_guarded, plan)
-        if plan.num_envs == 1:
-            yield from evaluate(plan.seeds)
+        if config.realtime and isinstance(config.model, LocalModel):
+            flags = ["-m", config.model.name, *config.checkpoint.to_argv()]
+            if config.trace is not None:
+                flags += ["--trace", str(trace.sibling(config.trace, "server"))]
+            server = stack.enter_context(ServerProcess(flags))
+            config = dataclasses.replace(config, model_name_or_path=server.address)
+        evaluate = functools.partial(_run_seeds, config)
+        if config.num_envs == 1:
+            yield from evaluate(config.seeds)
             return
-        told = False
-        reports = in_processes(evaluate, plan.seeds, plan.num_envs, plan.trace)
+        info_sent = False
+        reports = run_in_processes(evaluate, config.seeds, config.num_envs, config.trace)
         for report in stack.enter_context(contextlib.closing(reports)):
-            if not (told and isinstance(report, Setting)):  # every process has the same one
+            if not (info_sent and isinstance(report, RunInfo)):  # every process has the same one
                 yield report
-            told = True
+            info_sent = True
 
 
-def _guarded(plan: EvalSimConfig, seeds: tuple[int, ...]) -> Iterator[Report]:
+def _run_seeds(config: EvalSimConfig, seeds: tuple[int, ...]) -> Iterator[Report]:
     try:
-        yield from _episodes(plan, seeds)
+        yield from _evaluate(config, seeds)
     except (ServerLost, ServerBusy, RequestTimeout) as error:
         raise WorkerFailed(str(error), bad_input=False) from error
     except EXPECTED_FAILURES as error:
         raise WorkerFailed(str(error), bad_input=True) from error
 
 
-def _episodes(plan: EvalSimConfig, seeds: tuple[int, ...]) -> Iterator[Report]:
-    if plan.env.kind != "fake":
-        why_not()  # before anybody's policy imports mujoco; the world says it if it matters
+def _evaluate(config: EvalSimConfig, seeds: tuple[int, ...]) -> Iterator[Report]:
+    if config.env.kind != "fake":
+        why_not()  # before a policy imports mujoco; the world reports the reason if it renders
     with contextlib.ExitStack() as stack:
-        policy, run_episode = _policy(plan)
+        policy, run_episode = _make_policy(config)
         stack.enter_context(contextlib.closing(policy))
-        contract = _contract(plan, policy.contract)
+        contract = _played_contract(config, policy.contract)
         world = stack.enter_context(
             contextlib.closing(
-                make_world(plan.env, cameras=contract.cameras, rendering=contract.rendering)
+                make_world(config.env, cameras=contract.cameras, rendering=contract.rendering)
             )
         )
         check_world(world, policy, contract)
         execution = choose_execution(
-            contract, plan.action_manager, plan.manager_coef, plan.n_action_steps
+            contract, config.action_manager, config.manager_coef, config.n_action_steps
         )
         executor = ChunkExecutor(contract, strategy_of(contract, execution))
-        yield _setting(plan, world, policy, contract, execution)
+        yield _run_info(config, world, policy, contract, execution)
         for seed in seeds:
-            yield _one(plan, world, run_episode, executor, seed)
+            yield _run_one(config, world, run_episode, executor, seed)
 
 
-def _policy(plan: EvalSimConfig) -> tuple[RolloutPolicy, RunEpisode]:
-    """The policy, wherever it runs, and what plays it. ``run`` gives a real-time plan a server."""
-    if isinstance(plan.model, LocalModel):
-        policy = InProcessPolicy(plan.checkpoint.load(plan.model.name))
+def _make_policy(config: EvalSimConfig) -> tuple[RolloutPolicy, RunEpisode]:
+    """Return the policy, local or served, and the function that runs an episode with it."""
+    if isinstance(config.model, LocalModel):
+        policy = InProcessPolicy(config.checkpoint.load(config.model.name))
         return policy, functools.partial(run_lockstep, policy)
     client = PolicyClient(
-        str(plan.model), deterministic=not plan.realtime, **plan.connection.keywords()
+        str(config.model), deterministic=not config.realtime, **config.connection.keywords()
     )
-    if plan.realtime:
+    if config.realtime:
         return client, functools.partial(run_realtime, client)
     return client, functools.partial(run_lockstep, client)
 
 
-def _contract(plan: EvalSimConfig, contract: PolicyContract) -> PolicyContract:
-    """The policy's, at the rate that it is played at."""
-    unknown = sorted(set(plan.camera_map) - set(contract.camera_names))
+def _played_contract(config: EvalSimConfig, contract: PolicyContract) -> PolicyContract:
+    """Return the contract at the rate used. Raises ``ValueError``: an unknown camera is mapped."""
+    unknown = sorted(set(config.camera_map) - set(contract.camera_names))
     if unknown:
         raise ValueError(
             f"--camera_map: got {unknown}, expected some of {list(contract.camera_names)}"
         )
-    return contract.at_rate(plan.fps)
+    return contract.at_rate(config.fps)
 
 
-def _one(
-    plan: EvalSimConfig, world: World, run_episode: RunEpisode, executor: ChunkExecutor, seed: int
+def _run_one(
+    config: EvalSimConfig, world: World, run_episode: RunEpisode, executor: ChunkExecutor, seed: int
 ) -> Episode:
     video = None
-    if seed - plan.seed < plan.videos:
+    if seed - config.seed < config.videos:
         video = EpisodeVideo(world)
     with trace.span("episode", seed):
-        episode = run_episode(world, executor, seed, video.note if video else None)
+        episode = run_episode(world, executor, seed, video.capture if video else None)
     if video:
         outcome = "success" if episode.success else "failure"
         try:
-            video.write(plan.video_dir / f"seed{seed}_{outcome}")
+            video.write(config.video_dir / f"seed{seed}_{outcome}")
         except OSError as error:  # a full disk costs the video, not the episode
             logger.warning("no video of seed %d: %s", seed, error)
     return episode
 
 
-def _setting(
-    plan: EvalSimConfig,
+def _run_info(
+    config: EvalSimConfig,
     world: World,
     policy: RolloutPolicy,
     contract: PolicyContract,
     execution: Execution,
-) -> Setting:
+) -> RunInfo:
     info = policy.info
-    return Setting(
+    return RunInfo(
         contract_json=contract.to_json(),
         execution=dataclasses.asdict(execution),
-        assumed=_assumed(plan, world, contract),
+        assumed=_assumptions(config, world, contract),
         policy_info={name: getattr(info, name) for name in type(info).__slots__},
         transport=policy.transport,
         transport_reason=policy.transport_reason,
         pictures=policy.pictures,
-        deterministic=not plan.realtime and policy.deterministic,
+        deterministic=not config.realtime and policy.deterministic,
         world=world.info(),
     )
 
 
-def _assumed(plan: EvalSimConfig, world: World, contract: PolicyContract) -> tuple[str, ...]:
+def _assumptions(config: EvalSimConfig, world: World, contract: PolicyContract) -> tuple[str, ...]:
     lines = [str(assumption) for assumption in contract.assumed]
-    env, info = plan.env, world.info()
+    env, info = config.env, world.info()
     rendered = "shadows" in info and "msaa" in info
     if rendered and contract.rendering is None and None in (env.shadows, env.msaa):
         how = f"shadows {str(info['shadows']).lower()}, msaa {info['msaa']}"

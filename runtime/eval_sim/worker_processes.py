@@ -1,4 +1,4 @@
-"""An evaluation's seeds dealt out to processes side by side."""
+"""Runs an evaluation's seeds in several worker processes."""
 
 from __future__ import annotations
 
@@ -21,10 +21,10 @@ Report = TypeVar("Report")
 
 
 class WorkerFailed(RuntimeFault):
-    """A process could not go on.
+    """The evaluation cannot continue.
 
     Attributes:
-        bad_input: Whether the user asked for what cannot be; else a server or process was lost.
+        bad_input: Whether the user's input is invalid; otherwise a server or a process was lost.
     """
 
     def __init__(self, message: str, *, bad_input: bool) -> None:
@@ -34,44 +34,45 @@ class WorkerFailed(RuntimeFault):
 
 @dataclass(frozen=True, slots=True)
 class _Failure:
-    """A ``WorkerFailed`` on its way between processes."""
+    """A ``WorkerFailed`` as it is sent between processes."""
 
     message: str
     bad_input: bool
 
 
-def in_processes(
+def run_in_processes(
     evaluate: Callable[[tuple[int, ...]], Iterator[Report]],
     seeds: tuple[int, ...],
     count: int,
     trace_path: Path | None,
 ) -> Generator[Report, None, None]:
-    """What ``evaluate`` gives for all ``seeds`` together, as it comes.
+    """Yield the reports of all workers as they arrive.
 
     Args:
-        evaluate: Called in each process with its share of the seeds; raises ``WorkerFailed``. It
-            and what it gives can be pickled.
-        count: Processes at most.
-        trace_path: Where this process is traced; the others write beside it.
+        evaluate: Called in each process with its share of ``seeds``; yields reports and raises
+            ``WorkerFailed``. It and its reports must be picklable.
+        seeds: One per episode; worker i gets every ``count``-th, from the i-th on.
+        count: Largest number of processes.
+        trace_path: This process' trace file; the workers write theirs beside it. None: no trace.
 
     Raises:
-        WorkerFailed: Nothing more will come.
+        WorkerFailed: A worker failed or died; the other workers are ended.
     """
     context = multiprocessing.get_context("spawn")
     workers: dict[Connection[None, Report | _Failure | None], SpawnProcess] = {}
     with contextlib.ExitStack() as stack:
         for index in range(min(count, len(seeds))):
-            ours, theirs = context.Pipe(duplex=False)
-            stack.callback(ours.close)
+            receiver, sender = context.Pipe(duplex=False)
+            stack.callback(receiver.close)
             share = seeds[index::count]
             process = context.Process(
-                target=_work, args=(evaluate, share, trace_path, theirs), daemon=True
+                target=_work, args=(evaluate, share, trace_path, sender), daemon=True
             )
             with _ignoring_interrupts():
                 process.start()
-            theirs.close()
+            sender.close()
             stack.callback(_end, process)
-            workers[ours] = process
+            workers[receiver] = process
         yield from _collect(workers)
 
 
@@ -104,7 +105,7 @@ def _work(
     trace_path: Path | None,
     reports: Connection[Report | _Failure | None, None],
 ) -> None:
-    """A worker process: its reports, then None; or the failure."""
+    """Run in a worker process: send each report, then None; or a ``_Failure``."""
     keep_freed_memory()
     try:
         with trace.tracing(trace.sibling(trace_path, f"worker-{os.getpid()}"), "eval_sim worker"):
@@ -115,12 +116,12 @@ def _work(
         with contextlib.suppress(BrokenPipeError):
             reports.send(_Failure(str(error), error.bad_input))
     except BrokenPipeError:
-        pass  # whoever wanted the reports is gone
+        pass  # the parent process has ended
 
 
 @contextlib.contextmanager
 def _ignoring_interrupts() -> Iterator[None]:
-    """What is started meanwhile ignores Ctrl-C: its parent hears it, and ends its children."""
+    """Let processes started in this block ignore Ctrl-C: the parent handles it and ends them."""
     before = signal.signal(signal.SIGINT, signal.SIG_IGN)
     try:
         yield

@@ -1,4 +1,4 @@
-"""Whether a policy can be played in a simulated world."""
+"""Checks that a policy fits a simulated world."""
 
 from __future__ import annotations
 
@@ -11,17 +11,18 @@ from runtime.protocol import messages
 
 
 def check_world(world: World, policy: Policy, contract: PolicyContract) -> None:
-    """Check what a server checks at the handshake, and what it cannot see.
+    """Check observations, actions and rate of ``world`` against ``contract``.
 
-    Ends with one request that nobody counts: it opens the session and warms everything up.
+    A server checks the observations at the handshake, and does not know the world's actions and
+    rate. The last step is one uncounted inference, which opens the session and warms up.
 
     Args:
-        contract: The policy's, with the rate that the user gave where it does not say its own.
+        contract: The policy's contract at the rate used.
 
     Raises:
-        ContractMismatch: Cameras, sizes, dtypes or state length.
-        RuntimeFault: The world's tick or action is not the policy's; names both.
-        PolicyError, ServerLost, RequestTimeout: From the request.
+        ContractMismatch: Cameras, image sizes, dtypes or state length differ.
+        RuntimeFault: The world's rate or actions differ from the policy's; the message has both.
+        PolicyError, ServerLost, RequestTimeout: The inference failed.
     """
     world.reset(0)
     obs = world.observe()

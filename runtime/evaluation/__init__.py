@@ -1,1 +1,1 @@
-"""What every evaluation leaves behind: results, plots and videos."""
+"""Output of the evaluations: result files, plots and videos."""

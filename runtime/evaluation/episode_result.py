@@ -12,20 +12,20 @@ from runtime.control.chunk_executor import ExecutorStatistics
 
 @dataclass(frozen=True, slots=True)
 class Episode:
-    """What happened.
+    """The outcome and the measurements of one episode.
 
     Attributes:
-        seed: The world's.
+        seed: The seed of the world's reset.
         success: Whether the task was achieved.
         reward: Highest reward of any tick.
         horizon: Ticks until success or the end.
-        missed_ticks: Ticks that the loop had to skip; 0 in lockstep.
+        missed_ticks: Ticks that the loop skipped; 0 in lockstep.
         executor: Counts of the chunk executor.
-        action_age_s: (n,) per tick: time since the capture behind the command. In lockstep in the
-            world's time, in real time by the monotonic clock.
-        lateness_s: (n,) per tick; empty in lockstep.
-        stages_ns: Raw durations of every request by stage.
-        wall_s: Seconds it took.
+        action_age_s: (n,) per tick, the age of the observation that the command is based on. In
+            simulated time in lockstep, by the monotonic clock in real time.
+        lateness_s: (n,) per tick, how far after its deadline the step returned; empty in lockstep.
+        stages_ns: Duration of each stage in every request, by stage.
+        wall_s: Wall-clock duration.
     """
 
     seed: int

@@ -1,4 +1,4 @@
-"""The picture beside a result: how often which duration was exceeded."""
+"""The timing plot beside a result file."""
 
 from __future__ import annotations
 
@@ -13,10 +13,10 @@ from runtime.stats import StageTimes
 
 
 def write_timing_plot(path: Path, episodes: Sequence[Episode], title: str) -> None:
-    """Write a PNG: the complementary distribution of every duration, log-log.
+    """Write a PNG: the complementary cumulative distribution of every duration, log-log.
 
-    A point (t, p) says that a share p of the samples took longer than t. A curve that falls
-    steeply is a steady one; a tail to the right is what a control loop feels.
+    A point (t, p) means that a fraction p of the samples is longer than t. A steep curve means
+    steady timing; a long right tail means late commands.
     """
     import_matplotlib()
     from matplotlib import pyplot as plt

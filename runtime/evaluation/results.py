@@ -1,4 +1,4 @@
-"""What an evaluation leaves behind: one JSON per task, raw samples beside it, a line to read."""
+"""The result of an evaluation: a JSON file, its raw samples, and a summary for the terminal."""
 
 from __future__ import annotations
 
@@ -24,13 +24,13 @@ PACKAGES = ("metronome", "numpy", "torch", "mujoco", "gymnasium", "gym-aloha", "
 
 
 def result_path(folder: str, world: str, task: str) -> Path:
-    """``<folder>/<world>/<task>.json``, whatever characters a name like ``gym:a/b`` has."""
+    """Return ``<folder>/<world>/<task>.json``; ``_`` replaces characters unfit for a file name."""
     world, task = (re.sub(r"[^\w.+-]", "_", name) for name in (world, task))
     return Path(folder) / world / f"{task}.json"
 
 
 def wilson_95(successes: int, total: int) -> tuple[float, float]:
-    """The 95 % score interval of a proportion (Wilson 1927); (0, 1) without trials."""
+    """Return the 95 % score interval of a proportion (Wilson 1927); (0, 1) without trials."""
     if total == 0:
         return 0.0, 1.0
     z = 1.959963984540054
@@ -42,7 +42,7 @@ def wilson_95(successes: int, total: int) -> tuple[float, float]:
 
 
 def summarize(episodes: Sequence[Episode]) -> dict[str, Any]:
-    """The part of the result that follows from the episodes alone."""
+    """Return the part of the result that is computed from the episodes."""
     ordered = sorted(episodes, key=lambda episode: episode.seed)
     total, won = len(ordered), sum(episode.success for episode in ordered)
     won_horizons = [episode.horizon for episode in ordered if episode.success]
@@ -71,7 +71,7 @@ def summarize(episodes: Sequence[Episode]) -> dict[str, Any]:
 
 
 def timing(episodes: Sequence[Episode]) -> dict[str, Any]:
-    """Percentiles of all that has a duration (seconds), and the counts of what went wrong."""
+    """Return the percentiles of all durations, in seconds, and the counts of all episodes."""
     stages = StageTimes()
     for episode in episodes:
         stages.extend(episode.stages_ns)
@@ -81,8 +81,8 @@ def timing(episodes: Sequence[Episode]) -> dict[str, Any]:
         "unit": "s",
         "stages": {name: p.as_dict() for name, p in percentiles.items()},
         "request": request.as_dict(),
-        "action_age": Percentiles.of(_all(episodes, "action_age_s")).as_dict(),
-        "lateness": Percentiles.of(_all(episodes, "lateness_s")).as_dict(),
+        "action_age": Percentiles.of(_concatenated(episodes, "action_age_s")).as_dict(),
+        "lateness": Percentiles.of(_concatenated(episodes, "lateness_s")).as_dict(),
         "ticks": sum(episode.horizon for episode in episodes),
         "missed_ticks": sum(episode.missed_ticks for episode in episodes),
         "starved_ticks": sum(episode.executor.starved_ticks for episode in episodes),
@@ -94,13 +94,13 @@ def timing(episodes: Sequence[Episode]) -> dict[str, Any]:
     }
 
 
-def _all(episodes: Sequence[Episode], name: str) -> np.ndarray[Any, np.dtype[np.float64]]:
+def _concatenated(episodes: Sequence[Episode], name: str) -> np.ndarray[Any, np.dtype[np.float64]]:
     arrays = [getattr(episode, name) for episode in episodes]
     return np.concatenate(arrays) if arrays else np.empty(0)
 
 
 def versions() -> dict[str, str]:
-    """Of everything that a result may depend on; a package that is absent is left out."""
+    """Return the versions of Python, the machine type and the installed ones of ``PACKAGES``."""
     found = {"python": platform.python_version(), "machine": platform.machine()}
     for name in PACKAGES:
         try:
@@ -111,6 +111,7 @@ def versions() -> dict[str, str]:
 
 
 def policy_record(contract: PolicyContract, info: PolicyInfo) -> dict[str, Any]:
+    """Return the policy's entry in a result file: the fields of ``info`` and the contract."""
     return {
         **{name: getattr(info, name) for name in PolicyInfo.__slots__},
         "contract": json.loads(contract.to_json()),
@@ -118,27 +119,31 @@ def policy_record(contract: PolicyContract, info: PolicyInfo) -> dict[str, Any]:
 
 
 def write_result(path: Path, result: Mapping[str, Any], episodes: Sequence[Episode]) -> None:
-    """Write ``path`` (JSON) and ``<stem>_samples.npz`` beside it, each whole or not at all."""
+    """Write ``path`` (JSON) and ``<stem>_samples.npz`` beside it, each atomically.
+
+    Raises:
+        OSError: A file cannot be written.
+    """
     path.parent.mkdir(parents=True, exist_ok=True)
-    write_whole(path, json.dumps(result, indent=2, ensure_ascii=False).encode())
+    write_atomically(path, json.dumps(result, indent=2, ensure_ascii=False).encode())
     stages = StageTimes()
     for episode in episodes:
         stages.extend(episode.stages_ns)
     arrays = {f"stage_{name}_ns": np.asarray(v) for name, v in stages.samples_ns().items()}
-    arrays["action_age_s"] = _all(episodes, "action_age_s")
-    arrays["lateness_s"] = _all(episodes, "lateness_s")
+    arrays["action_age_s"] = _concatenated(episodes, "action_age_s")
+    arrays["lateness_s"] = _concatenated(episodes, "lateness_s")
     write_arrays(path.with_name(f"{path.stem}_samples.npz"), arrays)
 
 
 def write_arrays(path: Path, arrays: Mapping[str, NDArray[Any]]) -> None:
-    """Write an npz, whole or not at all. Raises ``OSError``."""
+    """Write an npz file atomically. Raises ``OSError``."""
     buffer = io.BytesIO()
     np.savez_compressed(buffer, allow_pickle=False, **dict(arrays))
-    write_whole(path, buffer.getbuffer())
+    write_atomically(path, buffer.getbuffer())
 
 
-def write_whole(path: Path, content: bytes | memoryview) -> None:
-    """Write ``path``, whole or not at all. Raises ``OSError``."""
+def write_atomically(path: Path, content: bytes | memoryview) -> None:
+    """Write a file in full or not at all, by renaming a temporary one. Raises ``OSError``."""
     partial = path.with_name(f".{path.name}.{os.getpid()}.partial")
     try:
         partial.write_bytes(content)
@@ -147,8 +152,8 @@ def write_whole(path: Path, content: bytes | memoryview) -> None:
         partial.unlink(missing_ok=True)
 
 
-def report(result: Mapping[str, Any]) -> str:
-    """A few lines for the terminal."""
+def format_report(result: Mapping[str, Any]) -> str:
+    """Return the summary of a result for the terminal, several lines."""
     low, high = result["wilson_95"]
     t = result["timing"]
 

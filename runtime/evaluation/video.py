@@ -1,4 +1,4 @@
-"""Videos and stills of episodes; frames are (H, W, 3) uint8 RGB."""
+"""Writes videos and still images; frames are (H, W, 3) uint8 RGB."""
 
 from __future__ import annotations
 
@@ -11,11 +11,13 @@ from numpy.typing import NDArray
 
 
 def write_video(path: Path, frames: Iterable[NDArray[np.uint8]], fps: int) -> None:
-    """Write ``frames`` to ``path``, H.264 in mp4; an odd height or width is cut by one.
+    """Write ``frames`` to ``path`` as H.264 in mp4, ``fps`` frames per second, at least 1.
+
+    H.264 needs even sizes: an odd height or width loses its last row or column.
 
     Raises:
-        ValueError: There is no frame.
-        OSError: It cannot be written.
+        ValueError: ``frames`` is empty.
+        OSError: The file cannot be written.
     """
     import av
 
@@ -29,15 +31,15 @@ def write_video(path: Path, frames: Iterable[NDArray[np.uint8]], fps: int) -> No
                 stream = container.add_stream("libx264", rate=fps)
                 stream.height, stream.width = height, width
                 stream.pix_fmt = "yuv420p"
-            picture = np.ascontiguousarray(frame[:height, :width])
-            container.mux(stream.encode(av.VideoFrame.from_ndarray(picture, format="rgb24")))
+            image = np.ascontiguousarray(frame[:height, :width])
+            container.mux(stream.encode(av.VideoFrame.from_ndarray(image, format="rgb24")))
         if stream is None:
             raise ValueError(f"{path}: got no frames, expected at least one")
         container.mux(stream.encode())
 
 
 def write_still(path: Path, frame: NDArray[np.uint8]) -> None:
-    """Write one frame to ``path``, a PNG."""
+    """Write one frame to ``path`` as PNG."""
     import_matplotlib()
     from matplotlib import image
 
@@ -46,8 +48,10 @@ def write_still(path: Path, frame: NDArray[np.uint8]) -> None:
 
 
 def import_matplotlib() -> None:
-    """Import matplotlib for files alone, whatever ``MPLBACKEND`` says: a notebook's or a missing
-    one ends the import, at the end of an evaluation."""
+    """Import matplotlib with the file-only backend, whatever ``MPLBACKEND`` says.
+
+    With a notebook's or an unknown backend the import would fail, at the end of an evaluation.
+    """
     os.environ["MPLBACKEND"] = "Agg"
     import matplotlib
 

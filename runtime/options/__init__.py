@@ -1,1 +1,1 @@
-"""Options that several commands share."""
+"""Flags and configurations that several commands share."""

@@ -1,4 +1,4 @@
-"""How to load a checkpoint: the same options for the server, the evaluation, and YAML."""
+"""How to load a checkpoint: options that the server and the evaluations share."""
 
 from __future__ import annotations
 
@@ -13,32 +13,38 @@ from policies.types import Pixels, Policy
 from runtime.options.common import Fps
 
 ALL = -1
-"""ILStudio's way of saying "all" of a chunk."""
+"""``--chunk_size`` for the whole chunk, as in ILStudio."""
 CHUNK = Range(1, LARGEST["chunk_size"], also=(ALL,))
 HEADS = Range(1, LARGEST["n_heads"])
 
 
 @dataclass(frozen=True, slots=True)
 class CheckpointOptions:
-    """What ``load_policy`` may be told; None leaves it to the checkpoint or the machine.
+    """The options of ``load_policy``; None means the value of the checkpoint or the machine.
 
-    ``camera_names``, ``n_heads`` and ``image_hw`` are for layouts that do not say.
+    ``camera_names``, ``n_heads`` and ``image_hw`` are for checkpoints that do not contain them.
+
+    Raises:
+        ValueError: A value is out of range.
     """
 
-    device: Annotated[str, Flag("auto, cpu, cuda or cuda:N")] = "auto"
+    device: Annotated[str, Flag("device of the network: auto, cpu, cuda or cuda:N")] = "auto"
     engine: Annotated[
-        str, Choice(ENGINES), Flag("what runs the network", default="the fastest there is")
+        str, Choice(ENGINES), Flag("inference engine", default="the fastest available")
     ] = "auto"
     precision: Annotated[
         str,
         Choice(PRECISIONS),
-        Flag(default="bf16 where the hardware has it and errs little, else fp32"),
+        Flag(
+            "number format of the network",
+            default="bf16 where the hardware supports it and its error is small, else fp32",
+        ),
     ] = "auto"
     dataset_id: Annotated[
-        str | None, Flag("whose normalizers to use", default="the checkpoint's first")
+        str | None, Flag("data set whose normalizers are used", default="the checkpoint's first")
     ] = None
     chunk_size: Annotated[
-        int | None, CHUNK, Flag("truncate chunks to this many actions", "-ck", default="-1: all")
+        int | None, CHUNK, Flag("actions of a chunk to use", "-ck", default="-1: all")
     ] = None
     threads: Annotated[
         int | None,
@@ -46,13 +52,15 @@ class CheckpointOptions:
         Flag("CPU threads of one inference", default="all cores but one"),
     ] = None
     camera_names: Annotated[
-        tuple[str, ...] | None, Flag("in the network's order; for the original ACT's layout")
+        tuple[str, ...] | None,
+        Flag("cameras in the network's order; for checkpoints of the original ACT"),
     ] = None
     n_heads: Annotated[
-        int | None, HEADS, Flag("attention heads; for the original ACT's layout")
+        int | None, HEADS, Flag("attention heads; for checkpoints of the original ACT")
     ] = None
     image_hw: Annotated[
-        tuple[Pixels, Pixels] | None, Flag("size of the pictures", metavar=("H", "W"))
+        tuple[Pixels, Pixels] | None,
+        Flag("image height and width in pixels, if the checkpoint has none", metavar=("H", "W")),
     ] = None
     fps: Fps = None
 
@@ -62,7 +70,7 @@ class CheckpointOptions:
             object.__setattr__(self, "chunk_size", None)
 
     def load(self, model: str) -> Policy:
-        """The policy at ``model``; raises as ``load_policy``."""
+        """Load the policy that ``model`` names. Raises ``PolicyError``, as ``load_policy``."""
         from policies.checkpoint.load import load_policy
 
         return load_policy(
@@ -79,13 +87,13 @@ class CheckpointOptions:
             fps=self.fps,
         )
 
-    def given(self) -> list[str]:
-        """The flags of what is not left to the checkpoint or the machine."""
+    def given_flags(self) -> list[str]:
+        """Return the names of the flags whose values differ from their defaults."""
         changed = (f.name for f in fields(self) if getattr(self, f.name) != f.default)
         return [f"--{name}" for name in changed]
 
-    def flags(self) -> list[str]:
-        """The command line that says the same."""
+    def to_argv(self) -> list[str]:
+        """Return command-line arguments that give the same options."""
         words: list[str] = []
         for field in fields(self):
             value = getattr(self, field.name)

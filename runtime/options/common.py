@@ -1,4 +1,4 @@
-"""Options that several commands have."""
+"""Annotated types of the flags ``--log_level``, ``--trace`` and ``--fps``."""
 
 from __future__ import annotations
 
@@ -10,10 +10,10 @@ from policies.number_ranges import RATE_HZ, Choice
 
 LOG_LEVELS = ("DEBUG", "INFO", "WARNING", "ERROR")
 
-LogLevel = Annotated[str, Choice(LOG_LEVELS), Flag("what is logged")]
-TraceFile = Annotated[Path | None, Flag("what happened when, for ui.perfetto.dev", metavar="FILE")]
+LogLevel = Annotated[str, Choice(LOG_LEVELS), Flag("lowest level that is logged")]
+TraceFile = Annotated[Path | None, Flag("write a trace for ui.perfetto.dev", metavar="FILE")]
 Fps = Annotated[
     float | None,
     RATE_HZ,
-    Flag("policy ticks per second, where the checkpoint does not say", default="its own, else 50"),
+    Flag("policy ticks per second", default="the checkpoint's, else 50"),
 ]

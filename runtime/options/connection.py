@@ -1,6 +1,6 @@
-"""How a client wants to be connected: as flags, as a value, and across a process boundary.
+"""How a client connects to a server: transport, image encoding and keys.
 
-The process that commands a robot reads this, too, and must not import zmq.
+The process that commands a robot imports this module too; it must not import zmq.
 """
 
 from __future__ import annotations
@@ -22,38 +22,39 @@ if TYPE_CHECKING:
 QUALITY = Range(jpeg.QUALITIES.start, jpeg.QUALITIES.stop - 1)
 
 
-def whole_path(name: str) -> str:
-    """The same file from every folder."""
+def absolute_path(name: str) -> str:
+    """Return ``name`` as an absolute path; an empty name stays empty."""
     return str(Path(name).resolve()) if name else ""
 
 
 ServerKey = Annotated[
-    str, Flag("the server's public key (runtime.tools.keys)", metavar="FILE", read=whole_path)
+    str, Flag("the server's public key file (metronome keys)", metavar="FILE", read=absolute_path)
 ]
-ClientKey = Annotated[str, Flag("one's own secret key", metavar="FILE", read=whole_path)]
+ClientKey = Annotated[
+    str, Flag("the client's secret key file (metronome keys)", metavar="FILE", read=absolute_path)
+]
 
 
 @dataclass(frozen=True, slots=True)
 class ConnectionOptions:
-    """How a client wants to be connected, and its pictures to cross.
+    """How a client connects to a server and sends its images.
 
-    Pictures go as JPEG only where the session goes over a network. The key files are for a server
-    that wants keys.
+    Images are sent as JPEG only over a network. The key files are for a server that requires keys.
 
     Raises:
-        ValueError: A quality that is none, or one key without the other.
+        ValueError: The JPEG quality is out of range, or one key is given without the other.
     """
 
-    transport: Annotated[str, Choice(TRANSPORTS), Flag("to a server")] = "auto"
-    resize: Annotated[bool, Flag("send a server pictures of the model's size")] = False
+    transport: Annotated[str, Choice(TRANSPORTS), Flag("transport to the server")] = "auto"
+    resize: Annotated[bool, Flag("resize images to the model's size before they are sent")] = False
     jpeg_quality: Annotated[
         int | None,
         QUALITY,
         Flag(
-            "send a server pictures as JPEG, 1 to 100, over a network",
+            "JPEG quality of images sent over a network",
             name="jpeg",
             const=DEFAULT_QUALITY,
-            default=str(DEFAULT_QUALITY),
+            default=f"no JPEG; {DEFAULT_QUALITY} without a value",
             metavar="QUALITY",
         ),
     ] = None
@@ -66,22 +67,22 @@ class ConnectionOptions:
             raise ValueError("server_key, client_key: got one, expected both or neither")
 
     def check(self) -> None:
-        """Find out now whether what they need is here.
+        """Check that the key files can be read and that the JPEG codec is installed.
 
         Raises:
-            JpegMissing: JPEG without its codec.
-            KeyFileError: A key file that cannot be used.
+            JpegMissing: JPEG is wanted and its codec is not installed.
+            KeyFileError: A key file cannot be used.
         """
         self.keys()
         if self.jpeg_quality is not None:
             jpeg.codec()
 
     def keywords(self) -> dict[str, Any]:
-        """What ``PolicyClient`` and ``ConnectionOptions`` take to wish the same; JSON values."""
+        """Return the options as keyword arguments of ``PolicyClient``; the values fit into JSON."""
         return dataclasses.asdict(self)
 
     def keys(self) -> ClientKeys | None:
-        """As the files say now; None without."""
+        """Read the key files; None without them. Raises ``KeyFileError``."""
         if not self.server_key:
             return None
         from transport.zeromq.curve import ClientKeys
@@ -89,8 +90,10 @@ class ConnectionOptions:
         return ClientKeys.load(self.server_key, self.client_key)
 
     def candidates(self) -> tuple[tuple[str, int | None], ...]:
-        """(transport, JPEG quality), in the order to try. Shared memory carries pixels for
-        nothing: JPEG would only cost time and bits there."""
+        """Return the pairs (transport, JPEG quality) in the order to try.
+
+        Shared memory gets no JPEG: it would cost time and quality and save nothing.
+        """
         if self.jpeg_quality is None:
             return ((self.transport, None),)
         candidates = {"shm": None, "zmq": self.jpeg_quality}
@@ -102,7 +105,7 @@ class ConnectionOptions:
 
 
 def check_flags(options: ConnectionOptions) -> None:
-    """``ConnectionOptions.check``, whose errors name the flag. Raises ``ValueError``."""
+    """Call ``options.check``; raise ``ValueError`` that names the flag if it fails."""
     from transport.zeromq.curve import KeyFileError
 
     try:

@@ -1,4 +1,4 @@
-"""What ``-m`` means: a checkpoint's path, a server's address, or anyone's own policy."""
+"""The values of ``-m``: a checkpoint's path, a server's address, or a Python factory."""
 
 from __future__ import annotations
 
@@ -30,10 +30,10 @@ class ServerAddress:
 
 
 def read_model_name(text: str) -> LocalModel | ServerAddress:
-    """How ``text`` is read: an existing path first, then a factory, then an address.
+    """Read ``text`` as an existing path, else as a factory, else as an address.
 
     Raises:
-        ModelNameError: None of them; says how it was read and what would do.
+        ModelNameError: It is none of them; the message says how it was read and what is valid.
     """
     path = _expanded(text)
     if text and _exists(path):
@@ -60,7 +60,7 @@ def read_model_name(text: str) -> LocalModel | ServerAddress:
 
 
 def _expanded(text: str) -> Path:
-    """``~`` expanded, which no shell does in ``--model_name_or_path=~/x``."""
+    """Expand ``~``, which a shell does not expand in ``--model_name_or_path=~/x``."""
     try:
         return Path(text).expanduser()
     except RuntimeError:  # no such user
@@ -70,5 +70,5 @@ def _expanded(text: str) -> Path:
 def _exists(path: Path) -> bool:
     try:
         return path.exists()
-    except OSError:  # too long to be a path, or in a folder that may not be looked into
+    except OSError:  # too long to be a path, or in a folder that cannot be read
         return False

@@ -1,4 +1,4 @@
-"""``--env.KEY VALUE``, ``--robot.KEY VALUE``, ``--KEY VALUE``: keys of a YAML file as flags."""
+"""Reads the flags ``--env.KEY VALUE``, ``--robot.KEY VALUE`` and ``--KEY VALUE``: YAML keys."""
 
 from __future__ import annotations
 
@@ -6,14 +6,15 @@ from collections.abc import Sequence
 
 
 def read_overrides(rest: Sequence[str], prefix: str, program: str) -> dict[str, str]:
-    """Values by key, from ``--env.KEY VALUE`` and ``--env.KEY=VALUE`` pairs.
+    """Return the values by key, from ``--env.KEY VALUE`` and ``--env.KEY=VALUE`` pairs.
 
     Args:
-        rest: What the parser of ``program`` did not know.
-        prefix: Before each key: ``"env."``, or empty for ``--KEY VALUE``.
+        rest: The arguments that the parser of ``program`` does not know.
+        prefix: The text before each key: ``"env."``, or empty for ``--KEY VALUE``.
+        program: The command's name, for errors.
 
     Raises:
-        ValueError: Anything else, or a key that was given before, or of which a part was.
+        ValueError: Another argument, or a key that an earlier one already sets, whole or in part.
     """
     start = f"--{prefix}"
     overrides: dict[str, str] = {}

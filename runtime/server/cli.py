@@ -1,4 +1,7 @@
-"""The policy server's command line: ``python -m runtime.server`` and ``start_policy_server.py``."""
+"""``metronome serve``, also ``python -m runtime.server``: run a policy server.
+
+Exit status: 0 stopped by a signal, 2 bad input, 130 interrupted before the server was ready.
+"""
 
 from __future__ import annotations
 
@@ -43,19 +46,23 @@ BAD_INPUT, INTERRUPTED = 2, 130
 
 
 def parser() -> argparse.ArgumentParser:
+    """Return the parser, with one argument per flag of ``ServeCommand``."""
     cli = CommandLine(
-        prog="python -m runtime.server",
-        description="Serve a policy: observations in, chunks of future actions out.",
+        prog="metronome serve",
+        description="Serve a policy: it gets observations and returns chunks of future actions.",
     )
     add_flags(cli, ServeCommand)
     return cli
 
 
 def read_command(argv: Sequence[str] | None) -> ServeCommand:
-    """What the configuration's file and the flags say together.
+    """Return the command line, applied to the configuration file that it names.
+
+    Args:
+        argv: The arguments; None for ``sys.argv``.
 
     Raises:
-        InvalidConfig, ValueError: The file or a flag says something that cannot be.
+        InvalidConfig, ValueError: The file or a flag is invalid.
     """
     args = parser().parse_args(argv)
     name = flag_value(ServeCommand, "config", args)
@@ -74,8 +81,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         except OSError as error:
             return _fail(ValueError(f"--ready_fd: got {command.ready_fd}: {error.strerror}"))
     if command.stop_with_stdin:
-        # A policy's code may ask: it must not read what tells of the parent's end.
-        threading.Thread(target=_stop_at_end, args=(take_stdin(),), daemon=True).start()
+        # A policy's code may read standard input; it must not consume the parent's end of file.
+        threading.Thread(target=_stop_at_end_of_file, args=(take_stdin(),), daemon=True).start()
     keep_freed_memory()
     logging.basicConfig(
         level=command.log_level, format="%(asctime)s %(levelname)s %(name)s: %(message)s"
@@ -91,7 +98,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def _serve(config: ServerConfig, *, insecure: bool, ready_fd: int | None = None) -> int:
-    signal.signal(signal.SIGTERM, signal.default_int_handler)  # until the server is there
+    signal.signal(signal.SIGTERM, signal.default_int_handler)  # until the server exists
     try:
         model = read_model_name(config.model_name_or_path)
         if not isinstance(model, LocalModel):
@@ -117,14 +124,14 @@ def _serve(config: ServerConfig, *, insecure: bool, ready_fd: int | None = None)
             curve=keys,
         ) as server:
             _stop_on_signals(server)
-            with _offices(server, config):
+            with _operator_services(server, config):
                 _announce(server, config, warm)
                 if ready_fd is not None:
                     write_event(ready_fd, "ready", address=server.address)
                 if keys is None and not insecure and not is_loopback(server.host):
                     _warn(server)
                 server.serve()
-                server.close()  # clients are told at once; what else ends may take its time
+                server.close()  # clients learn it now; ending the services may take longer
             policy = server.model.policy
     except (PolicyError, TransportError) as error:
         return _fail(error)
@@ -135,8 +142,8 @@ def _serve(config: ServerConfig, *, insecure: bool, ready_fd: int | None = None)
 
 
 @contextlib.contextmanager
-def _offices(server: PolicyServer, config: ServerConfig) -> Iterator[None]:
-    """What operators need: orders, and figures for Prometheus."""
+def _operator_services(server: PolicyServer, config: ServerConfig) -> Iterator[None]:
+    """Run the admin commands and, if wanted, the Prometheus metrics, during a ``with`` block."""
     with contextlib.ExitStack() as stack:
         if config.metrics_port:
             try:
@@ -158,7 +165,7 @@ def _offices(server: PolicyServer, config: ServerConfig) -> Iterator[None]:
             token = AdminToken(server.port)
             stack.callback(token.close)
         except OSError as error:
-            logger.warning("orders only with an operator's key: %s", error)
+            logger.warning("admin commands need an operator's key: %s", error)
         loader = ModelReloader(
             config.checkpoint.load,
             token,
@@ -172,8 +179,8 @@ def _offices(server: PolicyServer, config: ServerConfig) -> Iterator[None]:
         yield
 
 
-def _stop_at_end(fd: int) -> None:
-    """For a server that somebody's process started for itself: it must not outlive that."""
+def _stop_at_end_of_file(fd: int) -> None:
+    """Stop the server when ``fd`` closes: it must not outlive the process that started it."""
     while os.read(fd, 4096):
         pass
     os.kill(os.getpid(), signal.SIGTERM)
@@ -200,7 +207,9 @@ def _announce(server: PolicyServer, config: ServerConfig, warm: Percentiles) -> 
         f"{contract.dataset_id or '-'} of {list(contract.dataset_ids)}"
     )
     print(f"   observation  {cameras or 'no cameras'}; state {contract.state_dim}")
-    for line in strategy_options.say_before(contract, strategy_options.choose_execution(contract)):
+    for line in strategy_options.summary_lines(
+        contract, strategy_options.choose_execution(contract)
+    ):
         print(f"   {line}")
     threads = count(info.threads, "thread")
     print(f"   device       {info.device}, {info.precision}, {info.engine}, {threads}")
@@ -216,8 +225,8 @@ def _announce(server: PolicyServer, config: ServerConfig, warm: Percentiles) -> 
 
 def _warn(server: PolicyServer) -> None:
     logger.warning(
-        "NO ENCRYPTION, NO KEYS on %s: anybody who reaches port %d can use this policy, and "
-        "whoever is in between can read and change what a robot is told. Make keys with "
+        "NO ENCRYPTION, NO KEYS on %s: every host that reaches port %d can use this policy, and "
+        "every host on the network path can read and change the robot's commands. Make keys with "
         "`metronome keys`, give --curve_key and --curve_allow; --insecure silences this",
         server.host,
         server.port,
@@ -225,11 +234,12 @@ def _warn(server: PolicyServer) -> None:
 
 
 def count(number: int, noun: str) -> str:
-    """``1 thread``, ``2 threads``."""
+    """Return e.g. ``1 thread`` or ``2 threads``."""
     return f"{number} {noun}{'' if number == 1 else 's'}"
 
 
 def is_loopback(host: str) -> bool:
+    """Return whether ``host`` is ``localhost`` or a loopback address."""
     try:
         return ipaddress.ip_address(host).is_loopback
     except ValueError:
@@ -238,7 +248,7 @@ def is_loopback(host: str) -> bool:
 
 def _hint(config: ServerConfig) -> str:
     if config.model_name_or_path == DEFAULT_CHECKPOINT and not Path(DEFAULT_CHECKPOINT).exists():
-        return "the example checkpoint is not here: run from the repository's root, or `make demo`"
+        return "the example checkpoint is missing: run from the repository's root, or `make demo`"
     return ""
 
 

@@ -1,4 +1,4 @@
-"""The server's configuration, typed; the defaults are the command line's."""
+"""The server's configuration and its command line."""
 
 from __future__ import annotations
 
@@ -28,39 +28,49 @@ DESCRIPTOR = Range(3, 1_048_576)
 
 @dataclass(frozen=True, slots=True)
 class ServerConfig:
-    """What ``configs/server/*.yaml`` may say; flags win.
+    """The keys of ``configs/server/*.yaml``; flags override them.
 
-    Beyond loopback anybody who reaches the port can connect, unless there are keys.
+    On any other address than loopback, every host that reaches the port can connect unless
+    ``curve_key`` and ``curve_allow`` are set.
+
+    Raises:
+        ValueError: A value is out of range, or one of the two CURVE options is missing.
     """
 
-    model_name_or_path: Annotated[str, Flag("checkpoint, or python:MODULE:FACTORY", "-m")] = (
-        DEFAULT_CHECKPOINT
-    )
-    host: Annotated[str, Flag("where to listen")] = "127.0.0.1"
-    port: Annotated[int, PORT_OR_ANY, Flag("0 takes a free one", "-p")] = DEFAULT_PORT
+    model_name_or_path: Annotated[
+        str, Flag("checkpoint folder, or python:MODULE:FACTORY", "-m")
+    ] = DEFAULT_CHECKPOINT
+    host: Annotated[str, Flag("address to listen on")] = "127.0.0.1"
+    port: Annotated[int, PORT_OR_ANY, Flag("TCP port; 0 chooses a free one", "-p")] = DEFAULT_PORT
     transport: Annotated[
-        str, Choice(TRANSPORTS), Flag("what clients are offered", default="both")
+        str, Choice(TRANSPORTS), Flag("transports offered to clients", default="both")
     ] = "auto"
-    max_sessions: Annotated[int, COUNT, Flag("clients at a time")] = 64
+    max_sessions: Annotated[int, COUNT, Flag("largest number of connected clients")] = 64
     max_batch: Annotated[
-        int | None, COUNT, Flag("observations computed together", default="all the model can")
+        int | None, COUNT, Flag("most observations in one inference", default="the model's limit")
     ] = None
     batch_wait_ms: Annotated[
-        float, BATCH_WAIT_MS, Flag("how long a simulation waits for partners")
+        float,
+        BATCH_WAIT_MS,
+        Flag("longest wait of a simulation's request for others to join its batch, in ms"),
     ] = 0.0
     session_timeout_s: Annotated[
-        float, DURATION_S_OR_NONE, Flag("end who has said nothing for so long", default="never")
+        float,
+        DURATION_S_OR_NONE,
+        Flag("seconds without a message until a session is ended", default="never"),
     ] = 0.0
     limits: SessionLimits = field(default_factory=SessionLimits)
     curve_key: Annotated[
-        str, Flag("encrypt: the server's secret key (runtime.tools.keys)", metavar="FILE")
+        str, Flag("encrypt: the server's secret key file (metronome keys)", metavar="FILE")
     ] = ""
-    curve_allow: Annotated[str, Flag("public keys of those who are let in", metavar="DIR")] = ""
+    curve_allow: Annotated[
+        str, Flag("folder of the public keys of allowed clients", metavar="DIR")
+    ] = ""
     metrics_host: str = "127.0.0.1"
     metrics_port: Annotated[
-        int, PORT_OR_ANY, Flag("for Prometheus", "--metrics-port", default="none")
+        int, PORT_OR_ANY, Flag("port of the Prometheus metrics", "--metrics-port", default="none")
     ] = 0
-    checkpoint: Annotated[CheckpointOptions, Group("a checkpoint's options")] = field(
+    checkpoint: Annotated[CheckpointOptions, Group("checkpoint options")] = field(
         default_factory=CheckpointOptions
     )
 
@@ -71,14 +81,14 @@ class ServerConfig:
 
     @property
     def transports(self) -> tuple[str, ...]:
-        """What clients are offered."""
+        """The transports offered to clients."""
         return ("shm", "zmq") if self.transport == "auto" else (self.transport,)
 
     def keys(self) -> ServerKeys | None:
-        """As the files say; None without.
+        """Read the CURVE keys; None if the sessions are not encrypted.
 
         Raises:
-            KeyFileError: They cannot be used.
+            KeyFileError: A key file or the folder cannot be used.
         """
         if not self.curve_key:
             return None
@@ -89,19 +99,20 @@ class ServerConfig:
 
 @dataclass(frozen=True, slots=True)
 class ServeCommand:
-    """The server's command line: its configuration, and what no configuration file says.
+    """The server's command line: its configuration, and the flags that are not keys of the file.
 
     Attributes:
-        server: What the file and the flags make together.
-        ready_fd: An inherited pipe of the program that starts the server.
+        server: The configuration file with the flags applied.
+        ready_fd: A pipe inherited from the program that starts the server; it gets one JSON line
+            with the address when the server is ready.
     """
 
     server: ServerConfig
-    insecure: Annotated[bool, Flag("no warning for lack of encryption")] = False
-    config: Annotated[str, Flag("name under configs/server, or a YAML's path")] = "default"
+    insecure: Annotated[bool, Flag("no warning when sessions are not encrypted")] = False
+    config: Annotated[str, Flag("name under configs/server, or a YAML file")] = "default"
     stop_with_stdin: Annotated[bool, Flag("stop when standard input closes")] = False
     ready_fd: Annotated[
-        int | None, DESCRIPTOR, Flag("a descriptor that gets the address as JSON", hidden=True)
+        int | None, DESCRIPTOR, Flag("file descriptor that gets the address as JSON", hidden=True)
     ] = None
     trace: TraceFile = None
     log_level: LogLevel = "INFO"

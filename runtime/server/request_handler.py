@@ -193,8 +193,8 @@ class RequestHandler:
         self._state.counts["answered"] += 1
         session_state.count_reply(request, batch_size)
         if trace.on:
-            flow, arrived_ns = trace.flow(session_state.trace_key, number), request.arrived_ns
-            trace.served(chunk.stages_ns, arrived_ns, arrived_ns + waited_ns, inferred_ns, flow)
+            flow, arrived_ns = trace.flow_id(session_state.trace_key, number), request.arrived_ns
+            trace.add_served(chunk.stages_ns, arrived_ns, arrived_ns + waited_ns, inferred_ns, flow)
 
     def _fail(self, session_state: SessionState, message: Message, error: PolicyError) -> None:
         logger.info(

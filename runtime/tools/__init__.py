@@ -1,1 +1,1 @@
-"""Commands beside the server and the evaluations."""
+"""Command-line tools: server status and administration, keys, training, a demo."""

@@ -1,4 +1,4 @@
-"""``make demo``: a server, and two episodes of ALOHA evaluated against it."""
+"""``make demo``: start a server and evaluate it in two episodes of ALOHA."""
 
 from __future__ import annotations
 
@@ -21,14 +21,14 @@ def main() -> int:
     if not Path(checkpoint).exists():
         from policies.checkpoint.untrained import make_untrained
 
-        print(f"{checkpoint} is not here: the arm is driven by freshly initialized weights")
+        print(f"{checkpoint} does not exist: the demo uses untrained weights")
         make_untrained(Path(UNTRAINED), task="sim_transfer_cube")
         checkpoint = UNTRAINED
-    print(f"$ python -m runtime.server -m {checkpoint}", flush=True)
+    print(f"$ metronome serve -m {checkpoint}", flush=True)
     try:
         with ServerProcess(["-m", checkpoint]) as server:
             command = ["-m", server.address, "-e", "aloha", "--num_rollout", str(EPISODES)]
-            print(f"$ python eval_sim.py {' '.join(command)}", flush=True)
+            print(f"$ metronome eval-sim {' '.join(command)}", flush=True)
             return eval_sim.main([*command, "-o", "results/demo"])
     except RuntimeFault as error:
         print(f"error: {error}", file=sys.stderr)

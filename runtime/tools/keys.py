@@ -1,8 +1,8 @@
-"""Keys for encrypted sessions: ``python -m runtime.tools.keys new | allow | show``.
+"""``metronome keys new | allow | show``: make and list the CURVE keys of encrypted sessions.
 
-A server has one pair and a folder of the public keys that it lets in; a client has one pair and the
-server's public key. Certificates are ZMQ's own text files: ``NAME.key`` is public and may travel,
-``NAME.key_secret`` stays where it was made, readable by its owner alone.
+A server has one key pair and a folder of the public keys of allowed clients; a client has one key
+pair and the server's public key. The files are ZMQ's certificates: ``NAME.key`` is public and may
+be copied, ``NAME.key_secret`` stays on its machine, readable by its owner only.
 """
 
 from __future__ import annotations
@@ -30,34 +30,33 @@ _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,63}")
 
 @dataclass(frozen=True, slots=True)
 class NewCommand:
-    """``new``."""
+    """The arguments of ``new``."""
 
-    dir: Annotated[Path, Flag("where the pair is made", positional=True)]
-    name: Annotated[str, Flag("of both files", positional=True)]
+    dir: Annotated[Path, Flag("folder for the two key files", positional=True)]
+    name: Annotated[str, Flag("name of both files, without suffix", positional=True)]
 
 
 @dataclass(frozen=True, slots=True)
 class AllowCommand:
-    """``allow``."""
+    """The arguments of ``allow``."""
 
-    key: Annotated[Path, Flag("NAME.key", positional=True)]
-    list: Annotated[Path, Flag("the folder that the server was given", positional=True)]
-    operator: Annotated[bool, Flag("may also give orders (runtime.tools.ctl)")] = False
+    key: Annotated[Path, Flag("public key file, NAME.key", positional=True)]
+    list: Annotated[Path, Flag("the server's folder of allowed keys", positional=True)]
+    operator: Annotated[bool, Flag("also allow admin commands (metronome ctl)")] = False
 
 
 @dataclass(frozen=True, slots=True)
 class ShowCommand:
-    """``show``."""
+    """The arguments of ``show``."""
 
-    key: Annotated[Path, Flag("NAME.key", positional=True)]
+    key: Annotated[Path, Flag("public key file, NAME.key", positional=True)]
 
 
 def new_keys(folder: str | Path, name: str) -> tuple[Path, Path]:
-    """Make a pair: (public file, secret file with mode 600).
+    """Make a key pair; return (public file, secret file with mode 600).
 
     Raises:
-        KeyFileError: A name that cannot be a file's, keys that are there already, or a folder
-            that cannot be written.
+        KeyFileError: An invalid name, keys that exist already, or a folder that cannot be written.
     """
     if not _NAME.fullmatch(name):
         raise KeyFileError(f"name: got {name!r}, expected letters, digits, '.', '_' and '-'")
@@ -68,7 +67,7 @@ def new_keys(folder: str | Path, name: str) -> tuple[Path, Path]:
         for path in (public, secret):
             if path.exists():
                 raise KeyFileError(
-                    f"{path}: it exists; delete it first if nobody needs it any more"
+                    f"{path}: got a file that exists, expected none; delete it if it is not needed"
                 )
         folder.mkdir(parents=True, exist_ok=True)
         auth.create_certificates(folder, name)
@@ -81,15 +80,20 @@ def new_keys(folder: str | Path, name: str) -> tuple[Path, Path]:
 
 
 def allow(key: str | Path, listed: str | Path, *, operator: bool = False) -> Path:
-    """Put a public key on a server's list, under its file's name; where it lies now.
+    """Copy a public key into a server's folder of allowed keys; return the copy's path.
+
+    Args:
+        key: The public key file; the copy keeps its name.
+        listed: The server's folder.
+        operator: Whether the key may also send admin commands.
 
     Raises:
-        KeyFileError: Not a key's file, or another key is listed by that name.
+        KeyFileError: Not a public key file, or another key is listed under that name.
     """
     known = public_key(key)
     folder = Path(listed) / OPERATORS if operator else Path(listed)
     entry = folder / f"{Path(key).stem}.key"
-    secret_word = "secret-key"  # noqa: S105  of the format, not a secret
+    secret_word = "secret-key"  # noqa: S105  a word of the file format, not a secret
     try:
         if entry.exists() and public_key(entry) != known:
             raise KeyFileError(f"{entry}: another key has that name; rename one of them")
@@ -104,25 +108,28 @@ def allow(key: str | Path, listed: str | Path, *, operator: bool = False) -> Pat
 
 
 def parser() -> argparse.ArgumentParser:
-    cli = CommandLine(prog="python -m runtime.tools.keys", description="Keys for CURVE.")
+    """Return the parser, with its subcommands."""
+    cli = CommandLine(
+        prog="metronome keys", description="Make and list the CURVE keys of encrypted sessions."
+    )
     commands = cli.add_subparsers(dest="command", required=True)
-    new = commands.add_parser("new", help="make a pair: DIR/NAME.key and DIR/NAME.key_secret")
+    new = commands.add_parser("new", help="make a key pair: DIR/NAME.key and DIR/NAME.key_secret")
     add_flags(new, NewCommand)
-    allowing = commands.add_parser("allow", help="put a client's public key on a server's list")
+    allowing = commands.add_parser("allow", help="allow a client's public key on a server")
     add_flags(allowing, AllowCommand)
     add_flags(commands.add_parser("show", help="print a public key"), ShowCommand)
     return cli
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Returns the exit status."""
+    """Run the subcommand; return the exit status: 0, or 2 for bad input."""
     args = parser().parse_args(argv)
     try:
         if args.command == "new":
             new = from_flags(NewCommand, args)
             public, secret = new_keys(new.dir, new.name)
-            print(f"{public}  public: copy it to whoever must know it")
-            print(f"{secret}  secret: it stays here")
+            print(f"{public}  public: copy it to the other side")
+            print(f"{secret}  secret: keep it on this machine")
         elif args.command == "allow":
             entry = from_flags(AllowCommand, args)
             print(f"listed as {allow(entry.key, entry.list, operator=entry.operator)}")

@@ -1,4 +1,4 @@
-"""A server's sessions, live in the terminal: ``python -m runtime.tools.top HOST:PORT``."""
+"""``metronome top HOST:PORT``: show a server's sessions in the terminal, updated live."""
 
 from __future__ import annotations
 
@@ -32,28 +32,28 @@ COLUMNS: dict[str, Literal["left", "right"]] = {
     "p50 ms": "right",
     "p99 ms": "right",
     "answered": "right",
-    "passed over": "right",
+    "superseded": "right",
     "late": "right",
     "failed": "right",
     "batches": "left",
     "idle s": "right",
 }
 INTERVAL_S = Range(0.01, 3600)
-NARROWEST = 120
-"""Columns of a terminal that is none: a pipe or a file."""
+FILE_COLUMNS = 120
+"""Width of the output if it is a pipe or a file."""
 
 
 @dataclass(frozen=True, slots=True)
 class TopCommand:
-    """What is looked at, and how often."""
+    """The server to show, and how often the display is updated."""
 
     server: ServerAccess
-    interval_s: Annotated[float, INTERVAL_S, Flag("seconds between two looks")] = 1.0
-    once: Annotated[bool, Flag("look once, and end")] = False
+    interval_s: Annotated[float, INTERVAL_S, Flag("seconds between two updates")] = 1.0
+    once: Annotated[bool, Flag("print once and exit")] = False
 
 
-def picture(status: dict[str, Any]) -> Group:
-    """What is shown of ``PolicyServer.status``."""
+def render(status: dict[str, Any]) -> Group:
+    """Return the display of ``status``, which is ``PolicyServer.status``."""
     policy, counts = status["policy"], status["counts"]
     costs = ", ".join(
         f"{size}: {figures['usual']:.1f}" for size, figures in status["costs_ms"].items()
@@ -74,7 +74,7 @@ def picture(status: dict[str, Any]) -> Group:
 
 
 def _row(session: dict[str, Any]) -> tuple[str, ...]:
-    """In the order of ``COLUMNS``."""
+    """Return the cells of a session, in the order of ``COLUMNS``."""
     latency = session["latency_ms"]
     batches = ", ".join(f"{size}x{count}" for size, count in session["batches"].items())
     return (
@@ -92,25 +92,28 @@ def _row(session: dict[str, Any]) -> tuple[str, ...]:
 
 
 def parser() -> argparse.ArgumentParser:
-    cli = CommandLine(prog="python -m runtime.tools.top", description=__doc__)
+    """Return the parser, with one argument per flag of ``TopCommand``."""
+    cli = CommandLine(
+        prog="metronome top", description="Show a server's sessions in the terminal, updated live."
+    )
     add_flags(cli, TopCommand)
     return cli
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Until Ctrl-C. Returns the exit status."""
+    """Show the sessions until Ctrl-C; return the exit status: 0, or 2 without a server."""
     command = from_flags(TopCommand, parser().parse_args(argv))
     console = Console()
     if not console.is_terminal:
-        console.width = NARROWEST
+        console.width = FILE_COLUMNS
     try:
         with command.server.dial() as dialer:
             if command.once:
-                console.print(picture(dialer.send_admin_command("status")))
+                console.print(render(dialer.send_admin_command("status")))
                 return 0
             with Live(console=console, screen=True, auto_refresh=False) as live:
                 while True:
-                    live.update(picture(dialer.send_admin_command("status")), refresh=True)
+                    live.update(render(dialer.send_admin_command("status")), refresh=True)
                     time.sleep(command.interval_s)
     except KeyboardInterrupt:
         return 0

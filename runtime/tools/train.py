@@ -1,6 +1,7 @@
-"""Train a policy on demonstrations: ``metronome train --config act_sim_transfer_cube``.
+"""``metronome train``: train a policy on demonstrations.
 
-Interrupt it as you like: started again with the same configuration, it goes on where it was.
+An interrupted training continues from its last save when it is started again with the same
+configuration.
 """
 
 from __future__ import annotations
@@ -35,27 +36,35 @@ if TYPE_CHECKING:
     from policies.training.trainer import TrainConfig
 
 SELECTION_SEED = 900_000
-"""Evaluations on the way use the seeds from here on, so that none of a final evaluation is used
-for choosing anything."""
+"""First seed of the evaluations during training; a final evaluation must not share seeds with
+those that chose the checkpoint."""
 EXPORTS = ("lerobot",)
 
 
 @dataclass(frozen=True, slots=True)
 class TrainCommand:
-    """The training's command line, beside what ``--KEY VALUE`` overrides of a ``TrainConfig``."""
+    """The flags of the command; ``--KEY VALUE`` further overrides keys of ``TrainConfig``."""
 
-    config: Annotated[str, Flag("name under configs/train, or a YAML path")]
-    export: Annotated[
-        str | None, Choice(EXPORTS), Flag("write this layout too, beside the policy")
-    ] = None
-    no_evaluate: Annotated[bool, Flag("never run the environment")] = False
+    config: Annotated[str, Flag("name under configs/train, or a YAML file")]
+    export: Annotated[str | None, Choice(EXPORTS), Flag("also write the policy in this layout")] = (
+        None
+    )
+    no_evaluate: Annotated[bool, Flag("do not evaluate during training")] = False
 
 
 def success_rate(folder: Path, config: TrainConfig) -> float:
-    """Of the checkpoint in ``folder``, over ``config.evaluate_episodes`` in lockstep."""
+    """Return the success rate of a checkpoint over ``config.evaluate_episodes`` in lockstep.
+
+    Args:
+        folder: The checkpoint's.
+        config: The training's configuration.
+
+    Raises:
+        RuntimeFault: The evaluation failed.
+    """
     evaluation = EvalSimConfig(
         model_name_or_path=str(folder),
-        # The same threads as the training, for torch has one number for the whole process.
+        # The training's number of threads: torch has one number for the whole process.
         checkpoint=CheckpointOptions(device="cpu", precision="fp32", threads=_threads(config)),
         env=load_env_config("aloha", {"task": config.task}),
         seed=SELECTION_SEED,
@@ -67,8 +76,8 @@ def success_rate(folder: Path, config: TrainConfig) -> float:
 
 
 @contextlib.contextmanager
-def sole_writer(folder: Path) -> Iterator[None]:
-    """Hold ``folder`` for this run; a run that died has let go of it.
+def exclusive_output(folder: Path) -> Iterator[None]:
+    """Lock ``folder`` for this run; the kernel frees the lock if the process dies.
 
     Raises:
         InvalidConfig: Another run is writing there.
@@ -83,8 +92,9 @@ def sole_writer(folder: Path) -> Iterator[None]:
 
 
 def parser() -> argparse.ArgumentParser:
+    """Return the parser, with one argument per flag of ``TrainCommand``."""
     cli = CommandLine(
-        prog="python -m runtime.tools.train",
+        prog="metronome train",
         description="Train a policy on demonstrations.",
         epilog="--KEY VALUE overrides KEY of the configuration, e.g. --steps 100.",
     )
@@ -93,8 +103,8 @@ def parser() -> argparse.ArgumentParser:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """The command line; returns the exit status."""
-    # Threads that wait by spinning take each other's cores when something else runs as well.
+    """Run the training; return the exit status: 0, 2 bad input, 130 interrupted."""
+    # OpenMP threads that wait by spinning would take the cores of other processes.
     os.environ.setdefault("OMP_WAIT_POLICY", "passive")
     import torch
     from tqdm import tqdm
@@ -107,7 +117,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     command = from_flags(TrainCommand, args)
     logging.basicConfig(level=logging.INFO, format="%(levelname)s %(message)s")
     try:
-        overrides = read_overrides(rest, "", "python -m runtime.tools.train")
+        overrides = read_overrides(rest, "", "metronome train")
         config = load_config(TrainConfig, command.config, kind="train", overrides=overrides)
         torch.set_num_threads(_threads(config))
         with tqdm(desc="reading", unit="episode") as bar:
@@ -131,7 +141,7 @@ def main(argv: Sequence[str] | None = None) -> int:
                 return success_rate(folder, config)
 
         with contextlib.ExitStack() as stack:
-            stack.enter_context(sole_writer(config.output))
+            stack.enter_context(exclusive_output(config.output))
             trainer = Trainer(config, data, evaluate)
             bar = stack.enter_context(
                 tqdm(total=config.steps, initial=trainer.step, desc=config.task, unit="step")
@@ -147,7 +157,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         if command.export == "lerobot":
             save_lerobot(config.output / "lerobot", trainer.saved(), stored_as=config.stored_as)
     except KeyboardInterrupt:
-        print("interrupted; start again to go on from the last save", file=sys.stderr)
+        print("interrupted; start it again to continue from the last save", file=sys.stderr)
         return 130
     except (InvalidConfig, EnvError, PolicyError, RuntimeFault, ValueError) as error:
         print(f"error: {error}", file=sys.stderr)

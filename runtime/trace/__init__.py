@@ -1,1 +1,1 @@
-"""Tracing: what happened when, for a trace viewer."""
+"""Tracing: records the timing of a process for a trace viewer."""

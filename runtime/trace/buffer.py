@@ -1,4 +1,4 @@
-"""The memory that a trace is recorded into: fixed-size records, the newest ones kept."""
+"""The buffer of a trace: fixed-size records in memory, of which the newest are kept."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 CAPACITY = 1 << 18
-"""Records kept: 12 MiB, a quarter of an hour of a real-time evaluation at 50 Hz."""
+"""Records kept: 12 MiB, about 15 minutes of a real-time evaluation at 50 Hz."""
 RECORD = np.dtype(
     [
         ("begin_ns", "=i8"),
@@ -24,7 +24,7 @@ RECORD = np.dtype(
         ("value", "=i8"),
         ("name", "=u2"),
         ("kind", "=u1"),
-        ("link", "=u1"),
+        ("flow_position", "=u1"),
         ("thread", "=u4"),
     ]
 )
@@ -32,15 +32,15 @@ _pack_into = struct.Struct("=qqQqqHBBI").pack_into
 
 
 class TraceError(Exception):
-    """A trace that cannot be had, read or put together."""
+    """A trace that cannot be recorded, read or merged."""
 
 
 class EventKind(IntEnum):
-    """What a record is.
+    """The kind of a record.
 
-    SPAN: Time spent in one thread. TICK: the same, of a control loop; ``value`` is its lateness.
-    REQUEST: A whole request. PART: of one, whoever's time it was. INSTANT: a moment; ``value``
-    counts.
+    SPAN: Time spent in one thread. TICK: A SPAN of a control loop; ``value`` is its lateness in ns.
+    REQUEST: A whole request. PART: One stage of a request, on either side. INSTANT: A point in
+    time; ``value`` is a count.
     """
 
     SPAN = 0
@@ -51,24 +51,24 @@ class EventKind(IntEnum):
 
 
 class FlowPosition(IntEnum):
-    """Where on a request's way a span is: an arrow is drawn from the first to the last."""
+    """The position of a span in a request's flow, which a viewer draws as an arrow."""
 
     NONE = 0
     FIRST = 1
-    ON_THE_WAY = 2
+    MIDDLE = 2
     LAST = 3
 
 
 @dataclass(frozen=True, slots=True)
-class Recorded:
-    """What a trace held at its end.
+class TraceRecords:
+    """The content of a ``TraceBuffer`` at the end of a trace.
 
     Attributes:
-        process: What the process is called.
-        records: (n,) of ``RECORD``, in the order in which they ended.
-        names: By the records' ``name``.
-        threads: Native id to name.
-        dropped: Records that were overwritten, older than all of these.
+        process: The process' name in the viewer.
+        records: (n,) of dtype ``RECORD``, in the order in which they ended.
+        names: Names of the records; a record's ``name`` is an index into it.
+        threads: Native thread id to name.
+        dropped: Number of overwritten records, all older than ``records``.
     """
 
     process: str
@@ -78,20 +78,20 @@ class Recorded:
     dropped: int
 
 
-class Trace:
-    """Records of one process. Any thread may add.
+class TraceBuffer:
+    """A ring buffer for the records of one process. Every thread may add to it.
 
     Args:
-        process: What the process is called.
-        capacity: Records kept, the newest ones.
+        process: The process' name in the viewer.
+        capacity: Number of records kept.
     """
 
     def __init__(self, process: str, capacity: int = CAPACITY) -> None:
         self._process, self._capacity = process, capacity
         self._records = np.zeros(capacity, RECORD)
         self._bytes: Any = self._records.view(np.uint8)
-        self._bytes.fill(0)  # touched: a page fault is nobody's tick
-        self._count = itertools.count()  # its next is one step under the GIL: no lock
+        self._bytes.fill(0)  # page faults happen here, not during a tick
+        self._count = itertools.count()  # ``next`` is atomic under the GIL: no lock
         self._names: dict[str, int] = {}
         self._threads: dict[int, int] = {}
         self._thread_names: dict[int, str] = {}
@@ -107,36 +107,39 @@ class Trace:
         value: int = 0,
         flow: int = 0,
         kind: EventKind = EventKind.SPAN,
-        link: FlowPosition = FlowPosition.NONE,
+        position: FlowPosition = FlowPosition.NONE,
     ) -> None:
-        """Note that ``name`` lasted from ``begin_ns`` to ``end_ns`` (``time.monotonic_ns``).
+        """Record that ``name`` lasted from ``begin_ns`` to ``end_ns`` (``time.monotonic_ns``).
 
         Args:
-            number: Tick, request or the like; -1 for none.
-            value: See ``Kind``.
-            flow: Which request, in all processes; 0 for none.
-            link: Where on its way.
+            name: The span's name in the viewer.
+            begin_ns, end_ns: Equal for an instant.
+            number: Number of a tick, request or episode; -1 for none.
+            value: See ``EventKind``.
+            flow: The request's id in all processes; 0 for none.
+            kind: What the record is.
+            position: The span's position in the request's flow.
         """
         number_of_name = self._names.get(name)
         if number_of_name is None:
             number_of_name = self._intern(name)
         thread = self._threads.get(threading.get_ident())
         if thread is None:
-            thread = self._meet_thread()
+            thread = self._register_thread()
         place = next(self._count) % self._capacity * RECORD.itemsize
         _pack_into(
             self._bytes,
             place,
-            *(begin_ns, end_ns, flow, number, value, number_of_name, kind, link, thread),
+            *(begin_ns, end_ns, flow, number, value, number_of_name, kind, position, thread),
         )
 
-    def recorded(self) -> Recorded:
-        """Everything so far; to be called once, at the end."""
+    def records(self) -> TraceRecords:
+        """Return all records so far; call it once, at the end."""
         count = next(self._count)
         kept = self._records[:count]
         if count > self._capacity:
             kept = np.roll(self._records, -(count % self._capacity))
-        return Recorded(
+        return TraceRecords(
             self._process,
             kept,
             tuple(self._names),
@@ -148,7 +151,7 @@ class Trace:
         with self._lock:
             return self._names.setdefault(name, len(self._names))
 
-    def _meet_thread(self) -> int:
+    def _register_thread(self) -> int:
         thread = threading.current_thread()
         native = threading.get_native_id()
         with self._lock:

@@ -1,12 +1,12 @@
-"""Traces as files: the JSON that ui.perfetto.dev and chrome://tracing open.
+"""Writes traces as JSON for ui.perfetto.dev and chrome://tracing.
 
 The format is the "JSON Object Format" of Google's "Trace Event Format" document: ``traceEvents``,
-times in microseconds, and ``otherData`` for what is ours to say. Events written: X (time spent in a
-thread), b/e (parts of a request), s/t/f (the arrow that follows a request from process to process),
-i (a moment), C (a loop's lateness) and M (names).
+with times in microseconds, and ``otherData`` for metadata. The events are X (time spent in a
+thread), b/e (parts of a request), s/t/f (the arrow that follows a request through the processes),
+i (a point in time), C (a loop's lateness) and M (names).
 
-Times are CLOCK_MONOTONIC, which all processes between one boot and the next share: files of one
-host fit together. Two hosts' clocks have nothing in common, so their files are not put together.
+Times are CLOCK_MONOTONIC, which all processes of a host share until its next boot: their files can
+be merged. Files of different hosts cannot, for their clocks are unrelated.
 """
 
 from __future__ import annotations
@@ -18,42 +18,42 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from runtime.trace.buffer import EventKind, FlowPosition, Recorded
+from runtime.trace.buffer import EventKind, FlowPosition, TraceRecords
 
 CLOCK = "CLOCK_MONOTONIC"
 Event = dict[str, Any]
 
-_LINKS: Mapping[int, str] = {
+_FLOW_PHASES: Mapping[int, str] = {
     FlowPosition.FIRST: "s",
-    FlowPosition.ON_THE_WAY: "t",
+    FlowPosition.MIDDLE: "t",
     FlowPosition.LAST: "f",
 }
-_NUMBERED = {"episode": "seed", "rollout": "seed"}
-"""What a span's number is, where it is neither a request nor a tick."""
+_NUMBER_NAMES = {"episode": "seed", "rollout": "seed"}
+"""The meaning of a span's number, if it is neither a request's nor a tick's."""
 
 
-def write(path: Path, recorded: Recorded) -> None:
-    """Write what this process recorded.
+def write(path: Path, records: TraceRecords) -> None:
+    """Write the records of this process to ``path``.
 
     Raises:
-        OSError: As ``save``.
+        OSError: The file cannot be written.
     """
     metadata = {
-        "process": recorded.process,
+        "process": records.process,
         "pid": os.getpid(),
         "host": socket.gethostname(),
         "clock": CLOCK,
         "clock_id": clock_id(),
-        "recorded": len(recorded.records),
-        "dropped": recorded.dropped,
+        "recorded": len(records.records),
+        "dropped": records.dropped,
     }
-    if recorded.dropped:
-        metadata["note"] = f"the oldest {recorded.dropped} records were dropped: memory was full"
-    save(path, list(events(recorded, os.getpid())), metadata)
+    if records.dropped:
+        metadata["note"] = f"the oldest {records.dropped} records were dropped: memory was full"
+    save(path, list(events(records, os.getpid())), metadata)
 
 
 def clock_id() -> str:
-    """Tells whether two processes read the same CLOCK_MONOTONIC: one boot, one time namespace."""
+    """Return an id of CLOCK_MONOTONIC: equal for equal boots and time namespaces."""
     try:
         boot = Path("/proc/sys/kernel/random/boot_id").read_text(encoding="ascii").strip()
     except OSError:
@@ -64,18 +64,18 @@ def clock_id() -> str:
         return boot
 
 
-def events(recorded: Recorded, pid: int) -> Iterator[Event]:
-    """What is recorded, as events in the order of their time, names first."""
-    yield _name("process_name", pid, 0, recorded.process)
-    for thread, name in recorded.threads.items():
+def events(records: TraceRecords, pid: int) -> Iterator[Event]:
+    """Convert records to events: the names first, then the others in the order of time."""
+    yield _name("process_name", pid, 0, records.process)
+    for thread, name in records.threads.items():
         yield _name("thread_name", pid, thread, name)
     spans: list[tuple[int, int, Event]] = []
     others: list[tuple[int, Event]] = []
     ends: list[tuple[int, Event]] = []
-    for row in recorded.records.tolist():  # plain numbers: a field at a time is slow
-        _sort_in(row, recorded.names, pid, (spans, others, ends))
-    # Of spans that begin together the longer is around the others. A request's own end comes after
-    # its parts' that end with it; they are recorded in their order, and stay in it.
+    for row in records.records.tolist():  # converting field by field would be slow
+        _append_events(row, records.names, pid, (spans, others, ends))
+    # Of spans with the same begin the longest comes first, for it contains the others. The end of a
+    # request comes after its parts' ends at the same time; stable sorts keep that order.
     spans.sort(key=lambda item: item[:2])
     timed = [*((begin_ns, event) for begin_ns, _, event in spans), *others, *ends]
     timed.sort(key=lambda item: item[0])
@@ -83,14 +83,14 @@ def events(recorded: Recorded, pid: int) -> Iterator[Event]:
         yield event
 
 
-def _sort_in(
+def _append_events(
     row: tuple[int, ...],
     names: Sequence[str],
     pid: int,
-    into: tuple[list[tuple[int, int, Event]], list[tuple[int, Event]], list[tuple[int, Event]]],
+    lists: tuple[list[tuple[int, int, Event]], list[tuple[int, Event]], list[tuple[int, Event]]],
 ) -> None:
-    spans, others, ends = into
-    begin_ns, end_ns, flow, number, value, name_index, kind, link, thread = row
+    spans, others, ends = lists
+    begin_ns, end_ns, flow, number, value, name_index, kind, position, thread = row
     name, duration_ns = names[name_index], end_ns - begin_ns
     event: Event = {
         "name": name,
@@ -101,9 +101,9 @@ def _sort_in(
     }
     args: Event = {}
     if number >= 0:
-        args["request" if flow else _NUMBERED.get(name, "tick")] = number
+        args["request" if flow else _NUMBER_NAMES.get(name, "tick")] = number
     if kind in (EventKind.REQUEST, EventKind.PART):
-        # Requests overlap, within one thread, too: each has a track of its own.
+        # Requests overlap, even within a thread: each gets a track of its own.
         event["id2"] = {"local": f"{flow:#x}"}
         others.append((begin_ns, {**event, "ph": "b", "args": args}))
         end = {**event, "ph": "e", "ts": end_ns / 1e3}
@@ -117,9 +117,9 @@ def _sort_in(
             others.append((begin_ns, counter))
         span = {**event, "ph": "X", "dur": duration_ns / 1e3, "args": args}
         spans.append((begin_ns, -duration_ns, span))
-    if flow and (ph := _LINKS.get(link)):
-        # Where its span begins: of these moments each is the cause of the next, whichever ends
-        # first. A server may be at work before the call that woke it has returned.
+    if flow and (ph := _FLOW_PHASES.get(position)):
+        # The arrow joins the begins of spans, which are always in causal order. Their ends are not:
+        # a server may work on a request before the client's sending call has returned.
         arrow = {**event, "name": "request", "ph": ph, "id": f"{flow:#x}"}
         others.append((begin_ns, arrow if ph == "s" else {**arrow, "bp": "e"}))
 
@@ -129,10 +129,10 @@ def _name(what: str, pid: int, tid: int, name: str) -> Event:
 
 
 def save(path: Path, trace_events: list[Event], metadata: Mapping[str, Any]) -> None:
-    """Write ``path``, whole or not at all.
+    """Write a trace file in full or not at all, by renaming a temporary file.
 
     Raises:
-        OSError: It cannot be written.
+        OSError: The file cannot be written.
     """
     partial = path.with_name(f".{path.name}.{os.getpid()}.partial")
     try:

@@ -1,4 +1,4 @@
-"""``python -m runtime.trace``: several traces of one host, checked and put on one time line."""
+"""``metronome trace``: check the trace files of one host and merge them into one."""
 
 from __future__ import annotations
 
@@ -18,10 +18,10 @@ from runtime.trace.chrome_format import Event, save
 
 
 def read(path: Path) -> dict[str, Any]:
-    """A trace file, checked.
+    """Read and check a trace file.
 
     Raises:
-        TraceError: It is none; says where.
+        TraceError: The file cannot be read, or is not a trace; the message names the event.
     """
     try:
         trace = json.loads(path.read_text(encoding="utf-8"))
@@ -32,10 +32,10 @@ def read(path: Path) -> dict[str, Any]:
 
 
 def check(trace: Any) -> None:
-    """Whether Perfetto and Chrome will take it: the fields that each kind of event needs.
+    """Check that each event has the fields that Perfetto and Chrome require.
 
     Raises:
-        TraceError: They will not; names event, got and expected.
+        TraceError: A field is missing or wrong; the message names event, got and expected.
     """
     if not isinstance(trace, dict) or not isinstance(trace.get("traceEvents"), list):
         raise TraceError("got no traceEvents, expected an object with a list of them")
@@ -44,9 +44,9 @@ def check(trace: Any) -> None:
         if not isinstance(event, dict):
             raise TraceError(f"event {index}: got {event!r:.80}, expected an object")
         ph = event.get("ph")
-        needs = {**_ALL, **_NEEDS[ph]} if ph in _NEEDS else None
+        needs = {**_COMMON_FIELDS, **_FIELDS[ph]} if ph in _FIELDS else None
         if needs is None:
-            raise TraceError(f"event {index}: ph: got {ph!r}, expected one of {sorted(_NEEDS)}")
+            raise TraceError(f"event {index}: ph: got {ph!r}, expected one of {sorted(_FIELDS)}")
         for field, (holds, expected) in needs.items():
             if not holds(event.get(field)):
                 raise TraceError(
@@ -73,21 +73,21 @@ def _is_number(value: Any) -> bool:
     return type(value) is int and 0 <= value < 1 << 32
 
 
-Need = tuple[Callable[[Any], bool], str]
-_TIME: Need = (_is_time, "microseconds, 0 or more")
-_ALL: dict[str, Need] = {
+FieldCheck = tuple[Callable[[Any], bool], str]
+_TIME: FieldCheck = (_is_time, "microseconds, 0 or more")
+_COMMON_FIELDS: dict[str, FieldCheck] = {
     "name": (_is_text, "a text"),
     "pid": (_is_number, "a process"),
     "tid": (_is_number, "a thread"),
     "ts": _TIME,
 }
-_FLOW: dict[str, Need] = {"id": (_is_text, "a text"), "cat": (_is_text, "a text")}
-_END: dict[str, Need] = {**_FLOW, "bp": (lambda value: value == "e", "'e'")}
-_PART: dict[str, Need] = {
+_FLOW_FIELDS: dict[str, FieldCheck] = {"id": (_is_text, "a text"), "cat": (_is_text, "a text")}
+_FLOW_END: dict[str, FieldCheck] = {**_FLOW_FIELDS, "bp": (lambda value: value == "e", "'e'")}
+_PART: dict[str, FieldCheck] = {
     "cat": (_is_text, "a text"),
     "id2": (lambda v: isinstance(v, dict) and _is_text(v.get("local")), "{'local': a text}"),
 }
-_NEEDS: Mapping[Any, dict[str, Need]] = {
+_FIELDS: Mapping[Any, dict[str, FieldCheck]] = {
     "X": {"dur": _TIME},
     "i": {"s": (lambda value: value in ("t", "p", "g"), "'t', 'p' or 'g'")},
     "C": {
@@ -102,17 +102,21 @@ _NEEDS: Mapping[Any, dict[str, Need]] = {
     },
     "b": _PART,
     "e": _PART,
-    "s": _FLOW,
-    "t": _END,
-    "f": _END,
+    "s": _FLOW_FIELDS,
+    "t": _FLOW_END,
+    "f": _FLOW_END,
 }
 
 
 def merge(paths: Sequence[Path], out: Path) -> None:
-    """Put traces of one host on one time line.
+    """Merge traces of one host into one file, on one time line.
+
+    Args:
+        paths: The trace files.
+        out: The merged file.
 
     Raises:
-        TraceError: One is no trace of ours, or of another clock than the first.
+        TraceError: A file is not a trace of this package, or its clock is not the first one's.
         OSError: ``out`` cannot be written.
     """
     merged: list[Event] = []
@@ -122,14 +126,16 @@ def merge(paths: Sequence[Path], out: Path) -> None:
         trace = read(path)
         other = trace.get("otherData")
         if not isinstance(other, dict) or "clock_id" not in other:
-            raise TraceError(f"{path}: otherData.clock_id: got nothing, expected whose clock it is")
+            raise TraceError(
+                f"{path}: otherData.clock_id: got nothing, expected the id of its clock"
+            )
         if about and other["clock_id"] != about[0]["clock_id"]:
             raise TraceError(
                 f"{path}: got the clock of {other.get('host')} ({other['clock_id']}), expected "
                 f"that of {about[0].get('host')} ({about[0]['clock_id']}) as in {paths[0]}: two "
-                "hosts' clocks, or one's before and after a boot, have no common time"
+                "hosts' clocks, or one host's before and after a boot, are unrelated"
             )
-        renamed = _apart({event["pid"] for event in trace["traceEvents"]}, pids)
+        renamed = _unique_pids({event["pid"] for event in trace["traceEvents"]}, pids)
         merged += ({**event, "pid": renamed[event["pid"]]} for event in trace["traceEvents"])
         about.append(other)
     merged.sort(key=lambda event: (event["ph"] != "M", event["ts"]))
@@ -138,8 +144,11 @@ def merge(paths: Sequence[Path], out: Path) -> None:
     save(out, merged, {**whole, "dropped": dropped, "merged": about})
 
 
-def _apart(theirs: set[int], taken: set[int]) -> dict[int, int]:
-    """Numbers for processes: their own, but where another container's has that already."""
+def _unique_pids(theirs: set[int], taken: set[int]) -> dict[int, int]:
+    """Return a process id for each of ``theirs``: itself, or a new one if it is in ``taken``.
+
+    Processes in different containers may have the same id.
+    """
     renamed = {}
     for pid in sorted(theirs):
         renamed[pid] = pid if pid not in taken else max(taken | theirs) + 1
@@ -149,22 +158,25 @@ def _apart(theirs: set[int], taken: set[int]) -> dict[int, int]:
 
 @dataclass(frozen=True, slots=True)
 class MergeCommand:
-    """Which traces become one."""
+    """The arguments of ``metronome trace``."""
 
-    traces: Annotated[tuple[Path, ...], Flag("files of --trace", positional=True, metavar="TRACE")]
-    out: Annotated[Path, Flag("for ui.perfetto.dev", "-o")]
+    traces: Annotated[
+        tuple[Path, ...], Flag("files written by --trace", positional=True, metavar="TRACE")
+    ]
+    out: Annotated[Path, Flag("the merged file, for ui.perfetto.dev", "-o")]
 
 
 def parser() -> argparse.ArgumentParser:
+    """Return the parser, with one argument per flag of ``MergeCommand``."""
     cli = CommandLine(
-        prog="python -m runtime.trace", description="Put traces of one host on one time line."
+        prog="metronome trace", description="Merge the trace files of one host into one file."
     )
     add_flags(cli, MergeCommand)
     return cli
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """``python -m runtime.trace``. Returns the exit status."""
+    """Merge the files; return the exit status: 0, or 2 for bad input."""
     command = from_flags(MergeCommand, parser().parse_args(argv))
     try:
         merge(command.traces, command.out)

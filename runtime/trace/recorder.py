@@ -1,24 +1,24 @@
-"""What happened when: every tick and every stage of this process, recorded in memory.
+"""Records the ticks and stages of this process in memory: ``--trace FILE`` of the commands.
 
-``--trace FILE`` of the command lines; ``runtime.trace.chrome_format`` writes what Perfetto and
-Chrome show.
+``runtime.trace.chrome_format`` writes the file for Perfetto and Chrome.
 
     with trace.tracing(Path("run.json"), "eval_sim"):
         ...
 
-    python -m runtime.trace run.json run.server.json -o all.json
+    metronome trace run.json run.server.json -o all.json
 
 Guaranteed:
 
-* Without a trace a hook costs a check of ``on`` and allocates nothing; no file appears.
-* With one, a record is packed into memory that was reserved and touched beforehand. Nothing is
-  written while recording; when the memory is full, the oldest records go, and the file says so.
-* The file appears whole or not at all, when the block ends: also by an exception, by SIGINT, and
-  by SIGTERM. After SIGKILL there is none.
+* While tracing is off, a hook costs one check of ``on`` and allocates nothing; no file is written.
+* While it is on, a record is packed into memory that was allocated and touched beforehand. Nothing
+  is written to disk while recording. When the memory is full, the oldest records are overwritten,
+  and the file contains their number.
+* The file is written when the block ends, in full or not at all; also after an exception, SIGINT or
+  SIGTERM. After SIGKILL there is none.
 
-A hook that has taken the times already says ``if trace.on: trace.add(...)``; one that has not says
-``with trace.span("..."):``. There is one trace per process, as there is one log, so that no layer
-has to hand it to the next.
+Code that has measured the times already calls ``if trace.on: trace.add(...)``; other code uses
+``with trace.span("..."):``. There is one trace per process, as there is one log, so that it need
+not be passed through the layers.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from types import FrameType
 
-from runtime.trace.buffer import CAPACITY, EventKind, FlowPosition, Trace, TraceError
+from runtime.trace.buffer import CAPACITY, EventKind, FlowPosition, TraceBuffer, TraceError
 
 logger = logging.getLogger(__name__)
 
@@ -43,7 +43,7 @@ KEY_BITS = 64 - _NUMBER_BITS
 
 
 class _Span:
-    """``with`` form of ``add``."""
+    """A context manager that adds a record of its duration."""
 
     __slots__ = ("_begin_ns", "_name", "_number")
 
@@ -57,8 +57,8 @@ class _Span:
         add(self._name, self._begin_ns, time.monotonic_ns(), self._number)
 
 
-class _Nothing:
-    """What ``span`` gives without a trace: always the same object."""
+class _NoSpan:
+    """The context manager that ``span`` returns while tracing is off; it does nothing."""
 
     __slots__ = ()
 
@@ -70,9 +70,9 @@ class _Nothing:
 
 
 on = False
-"""Whether this process is traced. Changed by ``tracing`` alone."""
-_trace: Trace | None = None
-_NOTHING = _Nothing()
+"""Whether this process is traced. Only ``tracing`` changes it."""
+_trace: TraceBuffer | None = None
+_NO_SPAN = _NoSpan()
 
 
 def add(
@@ -84,31 +84,35 @@ def add(
     value: int = 0,
     flow: int = 0,
     kind: EventKind = EventKind.SPAN,
-    link: FlowPosition = FlowPosition.NONE,
+    position: FlowPosition = FlowPosition.NONE,
 ) -> None:
-    """``Trace.add`` of this process' trace, if there is one."""
+    """Call ``TraceBuffer.add`` of this process' trace; do nothing while tracing is off."""
     if _trace is not None:
-        _trace.add(name, begin_ns, end_ns, number, value=value, flow=flow, kind=kind, link=link)
+        _trace.add(
+            name, begin_ns, end_ns, number, value=value, flow=flow, kind=kind, position=position
+        )
 
 
-def span(name: str, number: int = -1) -> _Span | _Nothing:
-    """Record how long a ``with`` block takes."""
-    return _Span(name, number) if on else _NOTHING
+def span(name: str, number: int = -1) -> _Span | _NoSpan:
+    """Return a context manager that records the duration of its block."""
+    return _Span(name, number) if on else _NO_SPAN
 
 
-def instant(name: str) -> None:
-    """Note that something happened now."""
+def add_instant(name: str) -> None:
+    """Record that an event happened now."""
     if on:
         now_ns = time.monotonic_ns()
         add(name, now_ns, now_ns, value=1, kind=EventKind.INSTANT)
 
 
-def tick(number: int, begin_ns: int, late_ns: int, missed: int) -> None:
-    """A control loop's tick that ends now.
+def add_tick(number: int, begin_ns: int, late_ns: int, missed: int) -> None:
+    """Record a control loop's tick that ends now.
 
     Args:
-        late_ns: Time at which its step had returned − its deadline.
-        missed: Ticks that were skipped after it.
+        number: The tick.
+        begin_ns: When its step was called.
+        late_ns: The time at which its step returned, minus its deadline.
+        missed: Number of ticks skipped after it.
     """
     now_ns = time.monotonic_ns()
     add("tick", begin_ns, now_ns, number, value=late_ns, kind=EventKind.TICK)
@@ -117,17 +121,17 @@ def tick(number: int, begin_ns: int, late_ns: int, missed: int) -> None:
 
 
 def new_key() -> int:
-    """By which the two sides of a session know its requests; 0 without a trace."""
+    """Return a random key that makes a session's request ids unique; 0 while tracing is off."""
     return secrets.randbits(KEY_BITS) | 1 if on else 0
 
 
-def read_key(said: object) -> int:
-    """The key in a peer's handshake, which is not trusted; 0 for none."""
-    return said if type(said) is int and 0 <= said < 1 << KEY_BITS else 0
+def read_key(value: object) -> int:
+    """Return the key in a peer's handshake, which is not trusted; 0 if it is no key."""
+    return value if type(value) is int and 0 <= value < 1 << KEY_BITS else 0
 
 
-def flow(key: int, request_id: int) -> int:
-    """A request's number in all processes; 0 without a key."""
+def flow_id(key: int, request_id: int) -> int:
+    """Return a request's id in all processes; 0 without a key."""
     return key << _NUMBER_BITS | request_id & (1 << _NUMBER_BITS) - 1 if key else 0
 
 
@@ -135,76 +139,93 @@ def _number(flow: int) -> int:
     return flow & (1 << _NUMBER_BITS) - 1
 
 
-def published(begin_ns: int, flow: int) -> None:
-    """A request that a client has sent, now."""
-    add("publish", begin_ns, time.monotonic_ns(), _number(flow), flow=flow, link=FlowPosition.FIRST)
+def add_send(begin_ns: int, flow: int) -> None:
+    """Record a client's request whose sending began at ``begin_ns`` and ends now."""
+    add(
+        "publish",
+        begin_ns,
+        time.monotonic_ns(),
+        _number(flow),
+        flow=flow,
+        position=FlowPosition.FIRST,
+    )
 
 
-def answered(stages_ns: Mapping[str, int], begin_ns: int, received_ns: int, flow: int) -> None:
-    """A request that a client got its answer to, now.
+def add_reply(stages_ns: Mapping[str, int], begin_ns: int, received_ns: int, flow: int) -> None:
+    """Record a client's request whose reply is unpacked now.
 
-    Its stages are laid end to end, in their order: as long as they were, which is all that one
-    side's durations say. When they were is in the server's own trace.
+    Only the durations of the server's stages are known here: they are drawn one after another, in
+    their order. Their real times are in the server's own trace.
+
+    Args:
+        stages_ns: Duration of each stage.
+        begin_ns: When the request was sent.
+        received_ns: When the reply arrived.
+        flow: The request's ``flow_id``.
     """
     now_ns = time.monotonic_ns()
     number = _number(flow)
-    add("unpack", received_ns, now_ns, number, flow=flow, link=FlowPosition.LAST)
+    add("unpack", received_ns, now_ns, number, flow=flow, position=FlowPosition.LAST)
     end_ns = begin_ns + sum(stages_ns.values())
     add("request", begin_ns, end_ns, number, flow=flow, kind=EventKind.REQUEST)
-    _lay(stages_ns, begin_ns, end_ns, flow=flow, kind=EventKind.PART)
+    _add_stages(stages_ns, begin_ns, end_ns, flow=flow, kind=EventKind.PART)
 
 
-def inferred(stages_ns: Mapping[str, int], begin_ns: int, tick: int) -> None:
-    """What a policy in this process did, until now."""
+def add_inference(stages_ns: Mapping[str, int], begin_ns: int, tick: int) -> None:
+    """Record an inference of a policy in this process that ends now."""
     now_ns = time.monotonic_ns()
     add("infer_call", begin_ns, now_ns, tick)
-    _lay(stages_ns, begin_ns, now_ns, flow=0, kind=EventKind.SPAN)
+    _add_stages(stages_ns, begin_ns, now_ns, flow=0, kind=EventKind.SPAN)
 
 
-def served(
+def add_served(
     stages_ns: Mapping[str, int], arrived_ns: int, taken_ns: int, reply_ns: int, flow: int
 ) -> None:
-    """A request that a server has answered, now.
+    """Record a request whose reply a server has sent now.
 
     Args:
-        stages_ns: The policy's.
-        arrived_ns, taken_ns: When it was seen, and when its turn came.
-        reply_ns: When the policy had returned.
+        stages_ns: Duration of each of the policy's stages.
+        arrived_ns: When the request was received.
+        taken_ns: When its processing began.
+        reply_ns: When the policy returned.
+        flow: The request's ``flow_id``.
     """
     now_ns = time.monotonic_ns()
     number = _number(flow)
     add("server_wait", arrived_ns, taken_ns, number, flow=flow, kind=EventKind.PART)
-    add("serve", taken_ns, now_ns, number, flow=flow, link=FlowPosition.ON_THE_WAY)
-    _lay(stages_ns, taken_ns, reply_ns, flow=flow, kind=EventKind.SPAN)
+    add("serve", taken_ns, now_ns, number, flow=flow, position=FlowPosition.MIDDLE)
+    _add_stages(stages_ns, taken_ns, reply_ns, flow=flow, kind=EventKind.SPAN)
     add("answer", reply_ns, now_ns, number, flow=flow)
 
 
-def _lay(
+def _add_stages(
     stages_ns: Mapping[str, int], at_ns: int, end_ns: int, *, flow: int, kind: EventKind
 ) -> None:
     for name, duration_ns in stages_ns.items():
-        # Durations come from elsewhere: whatever they are, nothing leaves what it is a part of.
+        # Durations may come from a peer: a stage is cut to the span that contains it.
         until_ns = min(max(at_ns, at_ns + duration_ns), end_ns)
         add(name, at_ns, until_ns, _number(flow) if flow else -1, flow=flow, kind=kind)
         at_ns = until_ns
 
 
 def sibling(path: Path | None, process: str) -> Path | None:
-    """Where another process of the same run writes: ``run.json``, ``run.server.json``."""
+    """Return the trace file of another process of the run: ``run.server.json`` for ``run.json``."""
     return None if path is None else path.with_name(f"{path.stem}.{process}{path.suffix}")
 
 
 @contextlib.contextmanager
 def tracing(path: Path | None, process: str, *, capacity: int = CAPACITY) -> Iterator[None]:
-    """Trace this process until the block ends, then write ``path``; do nothing without one.
+    """Trace this process until the block ends, then write ``path``.
 
-    A process that would die of SIGTERM without a word ends by ``SystemExit`` meanwhile.
+    Within the block SIGTERM raises ``SystemExit``, unless the process has its own handler.
 
     Args:
-        process: What it is called in the picture.
+        path: The trace file; None for no trace.
+        process: The process' name in the viewer.
+        capacity: Number of records kept.
 
     Raises:
-        TraceError: Nothing can be written there.
+        TraceError: ``path`` cannot be written.
         ValueError: This process is traced already.
     """
     global on, _trace
@@ -214,22 +235,22 @@ def tracing(path: Path | None, process: str, *, capacity: int = CAPACITY) -> Ite
     if _trace is not None:
         raise ValueError("tracing: this process is traced already")
     _must_be_writable(path)
-    _trace, on = Trace(process, capacity), True
+    _trace, on = TraceBuffer(process, capacity), True
     try:
-        with _ending_by_exception():
+        with _exit_on_sigterm():
             yield
     finally:
         ended, _trace, on = _trace, None, False
         _write(path, ended)
 
 
-def _write(path: Path, ended: Trace) -> None:
+def _write(path: Path, ended: TraceBuffer) -> None:
     from runtime.trace import chrome_format
 
     try:
-        chrome_format.write(path, ended.recorded())
+        chrome_format.write(path, ended.records())
     except OSError as error:
-        # What was traced is worth more than its trace: its own outcome stands.
+        # A lost trace must not change the outcome of the traced work.
         logger.error("the trace was not written: %s", error)
 
 
@@ -244,20 +265,20 @@ def _must_be_writable(path: Path) -> None:
 
 
 @contextlib.contextmanager
-def _ending_by_exception() -> Iterator[None]:
+def _exit_on_sigterm() -> Iterator[None]:
     main = threading.current_thread() is threading.main_thread()
     if not main or signal.getsignal(signal.SIGTERM) is not signal.SIG_DFL:
         yield
         return
-    signal.signal(signal.SIGTERM, _exit)
+    signal.signal(signal.SIGTERM, _raise_system_exit)
     try:
         yield
     finally:
-        if signal.getsignal(signal.SIGTERM) is _exit:
+        if signal.getsignal(signal.SIGTERM) is _raise_system_exit:
             signal.signal(signal.SIGTERM, signal.SIG_DFL)
 
 
-def _exit(number: int, _: FrameType | None) -> None:
+def _raise_system_exit(number: int, _: FrameType | None) -> None:
     raise SystemExit(128 + number)
 
 

@@ -262,5 +262,5 @@ def trace_key(data: bytes) -> None:
     assert type(key) is int and 0 <= key < 1 << trace.KEY_BITS
     assert key in (0, said)
     reached["keys"] += key != 0
-    flow = trace.flow(key, feed.word() & 2**63 - 1)
+    flow = trace.flow_id(key, feed.word() & 2**63 - 1)
     assert 0 <= flow < 1 << 64

@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 
 from policies import standard_streams
-from policies.standard_streams import SteadyStream, run_command
+from policies.standard_streams import NonFailingStream, run_command
 
 ROOT = Path(__file__).resolve().parents[2]
 FAKE = ["eval_sim.py", "-m", "python:tests.runtime.toy_policy:make", "-e", "fake", "-n", "1",
@@ -96,7 +96,7 @@ def test_a_terminal_of_few_characters_shows_the_others_as_question_marks() -> No
 
 def test_what_cannot_be_shown_is_replaced() -> None:
     raw = io.BytesIO()
-    stream = SteadyStream(io.TextIOWrapper(raw, encoding="ascii"))
+    stream = NonFailingStream(io.TextIOWrapper(raw, encoding="ascii"))
     print("🚀 started", file=stream)
     stream.flush()
     assert raw.getvalue() == b"? started\n"

@@ -191,7 +191,7 @@ def test_lookup_is_path_then_working_folder_then_installed(
     local = tmp_path / "here" / "configs" / "env"
     for folder in (installed / "env", local):
         folder.mkdir(parents=True)
-    monkeypatch.setattr("policies.yaml_config.INSTALLED", installed)
+    monkeypatch.setattr("policies.yaml_config.INSTALLED_CONFIGS", installed)
     monkeypatch.chdir(tmp_path / "here")
     (installed / "env" / "a.yaml").write_text("task: installed")
     assert find_config("a", kind="env") == installed / "env" / "a.yaml"

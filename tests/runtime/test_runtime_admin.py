@@ -202,7 +202,7 @@ def test_load_by_command_line(capsys: pytest.CaptureFixture[str]) -> None:
         ):
             assert ctl.main([address, "load", bad]) == ctl.FAILED
             assert message in (output := capsys.readouterr().err)
-            assert "the old policy serves on" in output
+            assert "the server keeps the old policy" in output
             assert client.infer(observation(1)).actions[0, 0] == 1
             assert client.policy_id == 1
         assert ctl.main([address, "load", "good"]) == 0

@@ -428,7 +428,7 @@ def test_an_option_of_a_checkpoint_reaches_its_loader(
         assert loaded_with(option, monkeypatch, read(list(words))) == expected
         assert loaded_with(option, monkeypatch, read([])) != expected
     # and a server that is started for it is told the same
-    again = read_server(*read_server(*words).checkpoint.flags()).checkpoint
+    again = read_server(*read_server(*words).checkpoint.to_argv()).checkpoint
     assert again == read_server(*words).checkpoint
 
 

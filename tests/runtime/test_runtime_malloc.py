@@ -82,7 +82,7 @@ class Asked(Exception):
         (serve, lambda: serve.main([])),
         (eval_sim, lambda: eval_sim.main(["-o", "results"])),
         (sensing_process, lambda: sensing_process.main([])),
-        (worker_processes, lambda: worker_processes._work(iter, (), None, None)),
+        (worker_processes, lambda: worker_processes._work(None, (), None, None)),
     ],
     ids=["server", "eval_sim", "eval_real's sensing process", "eval_sim's worker"],
 )

@@ -36,7 +36,7 @@ from runtime.eval_real import cli as eval_real
 from runtime.eval_real import replay
 from runtime.eval_real.run_config import RunConfig
 from runtime.eval_sim import cli as eval_sim
-from runtime.options.connection import whole_path
+from runtime.options.connection import absolute_path
 from runtime.server import cli as serve
 from runtime.server.config import ServerConfig
 from runtime.tools import ctl, keys, top, train
@@ -110,7 +110,7 @@ def test_every_flag_with_a_number_has_a_range(
     cli: argparse.ArgumentParser, action: argparse.Action
 ) -> None:
     assert isinstance(cli, CommandLine)  # whose errors are one line
-    texts = (None, str, Path, whole_path)
+    texts = (None, str, Path, absolute_path)
     assert action.type in texts or isinstance(action.type, Number), action.dest
     if not isinstance(action.type, Number):
         # A number's default without a number's type would be a number as text.

@@ -15,9 +15,9 @@ import pytest
 
 from policies.execution import Execution
 from policies.types import PolicyContract
-from runtime.control.strategy_options import choose_execution, describe, record, strategy_of
+from runtime.control.strategy_options import choose_execution, describe, result_entry, strategy_of
 from runtime.eval_sim import cli as eval_sim
-from runtime.eval_sim.runner import _assumed
+from runtime.eval_sim.runner import _assumptions
 from runtime.server.server_process import ServerProcess
 from tests.runtime.command import status_of
 from tests.runtime.toy_policy import CONTRACT, ToyPolicy
@@ -75,13 +75,13 @@ def make() -> ToyPolicy:
         ),
     ],
 )
-def test_who_decides(
+def test_flags_override_what_the_checkpoint_recommends(
     said: Execution | None, flags: dict[str, Any], played: tuple[Any, ...], source: str
 ) -> None:
     contract = saying(said)
     chosen = choose_execution(contract, **flags)
     name, coefficient, steps = played
-    assert record(contract, chosen) == {
+    assert result_entry(contract, chosen) == {
         "name": name, "coefficient": coefficient, "n_action_steps": steps, "source": source,
     }  # fmt: skip
     strategy = strategy_of(contract, chosen)
@@ -191,5 +191,5 @@ class World:
 def test_what_the_world_has_to_assume_is_said_too(
     info: dict[str, Any], flags: list[str], said: list[str]
 ) -> None:
-    plan = eval_sim.read_config(["-m", MODEL, "-e", "aloha", *flags])
-    assert list(_assumed(plan, World(**info), CONTRACT)) == said  # type: ignore[arg-type]
+    config = eval_sim.read_config(["-m", MODEL, "-e", "aloha", *flags])
+    assert list(_assumptions(config, World(**info), CONTRACT)) == said  # type: ignore[arg-type]

@@ -23,7 +23,7 @@ from runtime.eval_sim import cli as eval_sim
 from runtime.server.server_process import ServerProcess
 from runtime.trace import chrome_format, merge
 from runtime.trace import recorder as trace
-from runtime.trace.buffer import EventKind, FlowPosition, Trace, TraceError
+from runtime.trace.buffer import EventKind, FlowPosition, TraceBuffer, TraceError
 
 TOY = "python:tests.runtime.toy_policy:make"
 TICKS, EPISODES = 25, 2
@@ -198,7 +198,7 @@ def test_without_a_trace_there_is_no_file_and_no_allocation(tmp_path: Path) -> N
 
     def step(_: int) -> None:
         with trace.span("step"):
-            trace.instant("nothing")
+            trace.add_instant("nothing")
 
     loop.run(step, 100)
     files = [trace.__file__]
@@ -243,8 +243,8 @@ def test_times_are_exact_to_the_nanosecond(tmp_path: Path) -> None:
 def test_threads_have_names_and_tracks_of_their_own(tmp_path: Path) -> None:
     file = tmp_path / "threads.json"
     with trace.tracing(file, "test"):
-        trace.instant("here")
-        other = threading.Thread(target=lambda: trace.instant("there"), name="second")
+        trace.add_instant("here")
+        other = threading.Thread(target=lambda: trace.add_instant("there"), name="second")
         other.start()
         other.join()
     events = load(file)
@@ -255,7 +255,7 @@ def test_threads_have_names_and_tracks_of_their_own(tmp_path: Path) -> None:
 
 
 def test_parts_that_begin_and_end_together_stay_inside_their_request() -> None:
-    memory = Trace("test", 100)
+    memory = TraceBuffer("test", 100)
     for name, begin_ns, end_ns, kind in [
         ("request", 10, 30, EventKind.REQUEST),
         ("pack", 10, 10, EventKind.PART),
@@ -263,9 +263,9 @@ def test_parts_that_begin_and_end_together_stay_inside_their_request() -> None:
         ("unpack", 20, 30, EventKind.PART),
     ]:
         memory.add(name, begin_ns, end_ns, flow=7, kind=kind)
-    memory.add("inner", 10, 20, flow=7, link=FlowPosition.FIRST)
+    memory.add("inner", 10, 20, flow=7, position=FlowPosition.FIRST)
     memory.add("outer", 10, 30)
-    events = [e for e in chrome_format.events(memory.recorded(), 1) if e["ph"] != "M"]
+    events = [e for e in chrome_format.events(memory.records(), 1) if e["ph"] != "M"]
     parts = [(e["name"], e["ph"]) for e in events if e["ph"] in "be"]
     assert parts == [
         *(("request", "b"), ("pack", "b"), ("pack", "e"), ("publish", "b"), ("publish", "e")),
@@ -282,20 +282,20 @@ def test_durations_from_elsewhere_stay_where_they_belong(tmp_path: Path) -> None
         key = trace.new_key()
         now_ns = time.monotonic_ns()
         stages = {"preprocess": -5, "infer": 2**62, "postprocess": 2**62}
-        trace.served(stages, now_ns, now_ns, now_ns, trace.flow(key, 3))
-        trace.inferred(stages, now_ns, 4)
+        trace.add_served(stages, now_ns, now_ns, now_ns, trace.flow_id(key, 3))
+        trace.add_inference(stages, now_ns, 4)
     assert {e["name"] for e in load(file)} >= {"infer", "serve", "server_wait"}
 
 
 @pytest.mark.parametrize("said", [None, True, -1, 1 << 40, "7", 1.5, [1]])
 def test_a_key_that_is_none_is_not_believed(said: object) -> None:
     assert trace.read_key(said) == 0
-    assert trace.flow(trace.read_key(said), 5) == 0
+    assert trace.flow_id(trace.read_key(said), 5) == 0
 
 
 def _write(path: Path, **other: Any) -> None:
     with trace.tracing(path, path.stem):
-        trace.instant("here")
+        trace.add_instant("here")
     written = json.loads(path.read_text())
     written["otherData"] |= other
     path.write_text(json.dumps(written))
@@ -363,10 +363,10 @@ def test_what_a_viewer_would_not_take_is_said(
 def test_an_interrupted_process_leaves_its_trace(tmp_path: Path, number: signal.Signals) -> None:
     file = tmp_path / "cut.json"
     code = (
-        "import sys, signal; from pathlib import Path; "
+        "import sys, signal; from pathlib import Path\n"
         "from runtime.trace import recorder as trace\n"
         "with trace.tracing(Path(sys.argv[1]), 'cut'):\n"
-        "    trace.instant('begun'); print(flush=True); signal.pause()\n"
+        "    trace.add_instant('begun'); print(flush=True); signal.pause()\n"
     )
     command = [sys.executable, "-c", code, str(file)]
     with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL) as process:

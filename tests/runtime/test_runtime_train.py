@@ -10,12 +10,12 @@ from runtime.tools import train
 
 def test_two_runs_do_not_write_one_folder(tmp_path):
     with (
-        train.sole_writer(tmp_path / "run"),
+        train.exclusive_output(tmp_path / "run"),
         pytest.raises(InvalidConfig, match=r"run: another run is writing there"),
-        train.sole_writer(tmp_path / "run"),
+        train.exclusive_output(tmp_path / "run"),
     ):
         pass
-    with train.sole_writer(tmp_path / "run"):
+    with train.exclusive_output(tmp_path / "run"):
         pass
 
 
@@ -26,7 +26,7 @@ def test_two_runs_do_not_write_one_folder(tmp_path):
         (["--config", "act_sim_transfer_cube", "--step", "3"], "did you mean 'steps'"),
         (
             ["--config", "act_sim_transfer_cube", "3"],
-            "got '3', expected a flag of `python",
+            "got '3', expected a flag of `metronome train --help`",
         ),
         (["--config", "act_sim_transfer_cube", "--demonstrations", "gone"], "gone: no *.hdf5"),
     ],
