@@ -1,4 +1,4 @@
-"""What ``configs/env`` and ``configs/task`` say: which world, and what is to be done in it."""
+"""The configurations in ``configs/env`` (a simulated world) and ``configs/task`` (a task)."""
 
 from __future__ import annotations
 
@@ -12,14 +12,14 @@ from policies.types import Pixels
 
 @dataclass(frozen=True)
 class GymKeys:
-    """Where a gymnasium environment's observations and infos hold what a policy needs.
+    """Keys of a gymnasium environment's observations and infos that hold a policy's inputs.
 
     Attributes:
-        state: Dotted keys whose values are flattened and concatenated to the state; empty where
-            the observation is one array.
-        images: Policy's camera name to a dotted key, or to ``render()`` for what that returns.
-        success: Key of ``info`` that tells success; None where only the reward does.
-        kwargs: For ``gymnasium.make``.
+        state: Dotted keys whose values are flattened and concatenated to the state; empty if the
+            observation is one array.
+        images: Camera name to a dotted key, or to ``render()`` for the image that it returns.
+        success: Key of ``info`` with the success; None if only the reward shows it.
+        kwargs: Keyword arguments of ``gymnasium.make``.
     """
 
     state: tuple[str, ...] = ()
@@ -30,21 +30,26 @@ class GymKeys:
 
 @dataclass(frozen=True)
 class EnvConfig:
-    """``configs/env/*.yaml``.
+    """The keys of ``configs/env/*.yaml``: a simulated world.
 
     Attributes:
-        kind: Which implementation.
-        task: Name of a task in ``configs/task`` (``_scripted`` may follow), or for ``gym`` the id.
+        kind: The implementation.
+        task: A name in ``configs/task`` (``_scripted`` may follow); for ``gym``, the environment's
+            id.
         cameras: The policy's camera names. None: the contract's.
-        camera_map: Policy's camera name to this world's.
-        image_hw: (height, width) of every camera. None: the contract's source size.
-        shadows, msaa: How to render. None: as the contract says.
+        camera_map: The policy's camera name to this world's.
+        image_hw: (height, width) of every camera, in pixels. None: the contract's source size.
+        shadows: Whether shadows are rendered. None: the contract's value.
+        msaa: Samples per pixel, 0 for no antialiasing. None: the contract's value.
         max_timesteps: Ticks per episode. None: the task's.
-        dt_s: Seconds per tick, for a world that doesn't fix it. None: the world's own.
-        success_reward: Reward that means success. None: the task's.
+        dt_s: Seconds per tick, for a world in which it can be chosen. None: the world's own.
+        success_reward: Reward from which on an episode is a success. None: the task's.
         video_camera: This world's camera for videos. None: the policy's first.
-        video_hw: (height, width) of videos. None: the policy's own picture.
-        gym: For ``kind: gym``.
+        video_hw: (height, width) of videos, in pixels. None: the size of the policy's images.
+        gym: The keys for ``kind: gym``.
+
+    Raises:
+        ValueError: A value is out of range, or a camera is listed twice.
     """
 
     kind: Literal["aloha", "fake", "gym"]
@@ -69,13 +74,13 @@ class EnvConfig:
 
 @dataclass(frozen=True)
 class TaskConfig:
-    """``configs/task/*.yaml``: what is to be done, whatever does it.
+    """The keys of ``configs/task/*.yaml``: a task, in simulation or on a robot.
 
     Attributes:
-        name: The simulation's name of the task.
+        name: The task's name in the simulation.
         language: The instruction in words.
         max_timesteps: Ticks per episode.
-        success_reward: Reward from which on the job is done.
+        success_reward: Reward from which on an episode is a success.
     """
 
     name: str

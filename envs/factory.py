@@ -1,7 +1,7 @@
-"""From a configuration, a policy's contract and the user's overrides to a ``World``.
+"""Creates a ``World`` from a configuration, a policy's contract and the user's overrides.
 
-The contract says which cameras, at which size, rendered how. A key of the configuration that is
-None leaves it to the contract; any other value was somebody's wish and wins.
+The contract defines the cameras, their sizes and how they are rendered. A key of the configuration
+overrides the contract unless it is None.
 """
 
 from __future__ import annotations
@@ -22,12 +22,12 @@ GYM_PREFIX = "gym:"
 
 
 def load_env_config(name: str, overrides: Mapping[str, str] | None = None) -> EnvConfig:
-    """The configuration that ``-e name`` means.
+    """Return the configuration that ``-e name`` means.
 
     Args:
         name: A name in ``configs/env``, a YAML path, or ``gym:<id>`` for any gymnasium
-            environment (then ``configs/env/gym.yaml`` is where the mapping starts from).
-        overrides: Dotted keys to YAML text, the command line's ``--env.KEY VALUE``.
+            environment, whose other keys are those of ``configs/env/gym.yaml``.
+        overrides: Dotted key to YAML text, from ``--env.KEY VALUE``.
 
     Raises:
         InvalidConfig: No such configuration, an unknown key, a wrong type.
@@ -44,11 +44,16 @@ def make_world(
     cameras: Sequence[CameraContract] | None = None,
     rendering: Rendering | None = None,
 ) -> World:
-    """The world that ``config`` describes, as ``cameras`` and ``rendering`` of a contract want it.
+    """Create the world that ``config`` describes.
+
+    Args:
+        config: The world's configuration.
+        cameras: The contract's cameras, for keys that ``config`` leaves open.
+        rendering: The contract's rendering, for keys that ``config`` leaves open.
 
     Raises:
-        EnvError: A camera that the world does not have, an unknown task, a size it cannot give.
-        InvalidConfig: The task's configuration is missing or wrong.
+        EnvError: The world lacks a camera or the task, or cannot render an image size.
+        InvalidConfig: The task's configuration is missing or invalid.
     """
     sizes = {camera.name: camera.source_hw for camera in cameras or ()}
     names = config.cameras
@@ -61,10 +66,10 @@ def make_world(
         return GymWorld(config, {name: config.image_hw or sizes.get(name) for name in names})
     names = DEFAULT_CAMERAS if names is None else names
     camera_hw = {name: config.image_hw or sizes.get(name, DEFAULT_HW) for name in names}
-    wanted = rendering or DEFAULT_RENDERING
+    contract_rendering = rendering or DEFAULT_RENDERING
     rendering = Rendering(
-        shadows=wanted.shadows if config.shadows is None else config.shadows,
-        msaa=wanted.msaa if config.msaa is None else config.msaa,
+        shadows=contract_rendering.shadows if config.shadows is None else config.shadows,
+        msaa=contract_rendering.msaa if config.msaa is None else config.msaa,
     )
     task = load_config(TaskConfig, config.task.removesuffix("_scripted"), kind="task")
     task = replace(

@@ -1,4 +1,4 @@
-"""Any gymnasium environment as a ``World``, by a mapping of its keys."""
+"""Makes any gymnasium environment a ``World``, by a mapping of its keys."""
 
 from __future__ import annotations
 
@@ -27,19 +27,19 @@ DEFAULT_MAX_TIMESTEPS = 1000
 
 
 class GymWorld:
-    """``config.task`` is the environment's id, ``config.gym`` the mapping.
+    """A gymnasium environment, with the id ``config.task`` and the keys ``config.gym``.
 
-    A ``Box`` action space takes the action as it is; ``Discrete(n)`` takes n numbers and plays the
-    largest's index. The environment renders when it likes; a key that says ``render()`` is
-    rendered when observed.
+    A ``Box`` action space gets the action unchanged. ``Discrete(n)`` gets the index of the largest
+    of n numbers. Images in observations are rendered by the environment itself; ``render()`` is
+    called when the world is observed.
 
     Args:
-        config: Of kind ``gym``.
-        camera_hw: The policy's camera names to the (height, width) it expects; None for any.
+        config: A configuration of kind ``gym``.
+        camera_hw: Camera name to the (height, width) that the policy expects; None for any size.
 
     Raises:
-        EnvError: No such environment, a key or camera that is not there, an action space that a
-            vector cannot stand for, a picture of another size.
+        EnvError: No such environment, a missing key or camera, an action space that is not a
+            vector, or an image of another size.
     """
 
     control = None
@@ -50,8 +50,8 @@ class GymWorld:
             DEFAULT_MAX_TIMESTEPS if config.max_timesteps is None else config.max_timesteps
         )
         self._keys = config.gym
-        self._pictures = {name: config.camera_map.get(name, name) for name in camera_hw}
-        missing = sorted(set(self._pictures.values()) - self._keys.images.keys())
+        self._source_cameras = {name: config.camera_map.get(name, name) for name in camera_hw}
+        missing = sorted(set(self._source_cameras.values()) - self._keys.images.keys())
         if missing:
             raise EnvError(
                 f"cameras: got {missing}, expected some of {list(self._keys.images)}; "
@@ -61,7 +61,7 @@ class GymWorld:
         self._success_reward = config.success_reward
         kwargs = dict(self._keys.kwargs)
         kwargs.setdefault("render_mode", "rgb_array")
-        # Before the environment's own code imports a renderer, and chooses a broken one for good.
+        # Before the environment imports a renderer: a broken one could not be replaced later.
         self._no_renderer = why_not()
         with self._wrapping_errors("make()"):
             import gymnasium
@@ -86,35 +86,44 @@ class GymWorld:
             self.dt_s = DEFAULT_DT_S
             self._assumed.append(
                 f"rate of the world {1 / DEFAULT_DT_S:g} Hz: it has no render_fps; "
-                "--env.dt_s says it"
+                "--env.dt_s sets it"
             )
         self.reset(0)
         self.state_dim = len(self._state())
         self.camera_hw: dict[str, tuple[int, int]] = {}
         for name, expected in camera_hw.items():
-            height, width = self._picture(name).shape[:2]
+            height, width = self._image(name).shape[:2]
             self.camera_hw[name] = (height, width)
             if expected is not None and (height, width) != tuple(expected):
-                key = self._keys.images[self._pictures[name]]
+                key = self._keys.images[self._source_cameras[name]]
                 raise EnvError(
                     f"images.{name}: got {(height, width)} from {key!r}, expected {tuple(expected)}"
                 )
 
     def reset(self, seed: int) -> None:
+        """Start an episode; ``seed`` is the environment's. Raises ``EnvError``."""
         with self._wrapping_errors("reset()"):
             self._observation, _ = self._env.reset(seed=seed)
         self._timestep, self._highest_reward = 0, -np.inf
 
     def observe(self, out: Pictures | None = None) -> MetaObs:
+        """Return the observation, with images (H, W, 3) uint8 and the state (S,) float32.
+
+        Args:
+            out: Camera name to an array into which its image is copied.
+
+        Raises:
+            EnvError: A key is missing, or an image has another shape or dtype.
+        """
         captured_ns = time.monotonic_ns()
         images = {}
         for name in self.camera_names:
-            picture = self._picture(name)
+            image = self._image(name)
             target = None if out is None else out.get(name)
             if target is None:
-                images[name] = np.ascontiguousarray(picture)
+                images[name] = np.ascontiguousarray(image)
             else:
-                np.copyto(target, picture)
+                np.copyto(target, image)
                 images[name] = target
         return MetaObs(
             images=images,
@@ -124,10 +133,16 @@ class GymWorld:
         )
 
     def step(self, action: NDArray[np.float32]) -> StepResult:
+        """Step the environment with ``action``, (A,) float32.
+
+        Raises:
+            EnvError: The action's shape is wrong, the environment fails, or ``info`` lacks the
+                success key.
+        """
         check_action(action, self.action_dim)
-        played = int(np.argmax(action)) if self._discrete else action.astype(self._action_dtype)
+        command = int(np.argmax(action)) if self._discrete else action.astype(self._action_dtype)
         with self._wrapping_errors("step()"):
-            self._observation, reward, terminated, truncated, info = self._env.step(played)
+            self._observation, reward, terminated, truncated, info = self._env.step(command)
         self._timestep += 1
         self._highest_reward = max(self._highest_reward, float(reward))
         if self._keys.success is not None:
@@ -147,16 +162,19 @@ class GymWorld:
         )
 
     def snapshot(self) -> object:
-        return self.frame()  # an environment of unknown kind cannot be put back to this moment
+        """Return the current video frame: the state of an unknown environment cannot be saved."""
+        return self.frame()
 
     def frame(self, snapshot: object = None) -> NDArray[np.uint8]:
+        """Return a video frame, (H, W, 3) uint8: ``snapshot``'s, or the current one."""
         if isinstance(snapshot, np.ndarray):
             return snapshot
         if self.camera_names:
-            return np.array(self._picture(self.camera_names[0]))
-        return np.array(self._rendered())
+            return np.array(self._image(self.camera_names[0]))
+        return np.array(self._render())
 
     def info(self) -> dict[str, Any]:
+        """Return the world's entry in a result file: versions, cameras, rate and assumptions."""
         import gymnasium
 
         return {
@@ -170,6 +188,7 @@ class GymWorld:
         }
 
     def close(self) -> None:
+        """Close the environment; an error is logged, not raised."""
         try:
             self._env.close()
         except Exception as error:
@@ -185,26 +204,26 @@ class GymWorld:
             )
         return np.concatenate([np.ravel(np.asarray(v, np.float32)) for v in values])
 
-    def _picture(self, name: str) -> NDArray[np.uint8]:
-        key = self._keys.images[self._pictures[name]]
-        picture = self._rendered() if key == RENDER else np.asarray(self._lookup(key))
-        if picture.ndim != 3 or picture.shape[2] != 3 or picture.dtype != np.uint8:
+    def _image(self, name: str) -> NDArray[np.uint8]:
+        key = self._keys.images[self._source_cameras[name]]
+        image = self._render() if key == RENDER else np.asarray(self._lookup(key))
+        if image.ndim != 3 or image.shape[2] != 3 or image.dtype != np.uint8:
             raise EnvError(
-                f"images.{name}: got {picture.dtype} {picture.shape} from {key!r}, "
+                f"images.{name}: got {image.dtype} {image.shape} from {key!r}, "
                 "expected uint8 (H, W, 3)"
             )
-        return picture
+        return image
 
-    def _rendered(self) -> NDArray[np.uint8]:
+    def _render(self) -> NDArray[np.uint8]:
         with self._wrapping_errors(RENDER):
-            picture = self._env.render()
-        if picture is None:
+            image = self._env.render()
+        if image is None:
             raise EnvError(f"gym:{self.task}: render() returned nothing; it needs a render_mode")
-        return np.asarray(picture)
+        return np.asarray(image)
 
     @contextlib.contextmanager
     def _wrapping_errors(self, call: str) -> Iterator[None]:
-        """Anyone's environment may raise anything; often its renderer is not there."""
+        """Convert any exception of the environment to ``EnvError``, with a hint on rendering."""
         try:
             yield
         except Exception as error:
@@ -227,8 +246,10 @@ class GymWorld:
 
 
 def _clear_frames(error: BaseException | None) -> None:
-    """Free what the frames of ``error`` hold: a viewer that was half made raises in ``__del__``,
-    and Python would print that, with a traceback, whenever it came to it."""
+    """Free the objects in the frames of ``error``, and log what their ``__del__`` raises.
+
+    A half-created viewer raises in ``__del__``; Python would print that later, with a traceback.
+    """
     before = sys.unraisablehook
     sys.unraisablehook = lambda raised: logger.debug("%s: %s", raised.object, raised.exc_value)
     try:

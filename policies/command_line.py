@@ -1,4 +1,4 @@
-"""Command lines that say in one line what is wrong: got, expected, and which flag."""
+"""An argument parser with one-line errors, and the type of its numeric arguments."""
 
 from __future__ import annotations
 
@@ -10,25 +10,27 @@ from policies.number_ranges import Range
 
 
 class CommandLine(argparse.ArgumentParser):
-    """An ``ArgumentParser`` whose errors are one line and exit status 2, without the usage."""
+    """An ``ArgumentParser`` whose errors are one line, without the usage text."""
 
     def error(self, message: str) -> NoReturn:
+        """Print ``message``, which names the flag, and exit with status 2."""
         self.exit(2, f"error: {message.removeprefix('argument ')}\n")
 
 
 @dataclass(frozen=True, slots=True)
 class Number:
-    """A flag's ``type=``: a number in a range.
+    """A ``type=`` for ``add_argument``: a number in a range.
 
     Attributes:
         kind: ``int`` or ``float``.
-        range: What it may be.
+        range: The valid numbers.
     """
 
     kind: type[int] | type[float]
     range: Range
 
     def __call__(self, text: str) -> float:
+        """Convert ``text``. Raises ``ArgumentTypeError``: not a number, or out of range."""
         try:
             value = self.kind(text)
         except ValueError as error:

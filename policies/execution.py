@@ -1,6 +1,6 @@
-"""What a checkpoint says of how it is to be executed, and what it leaves to be assumed.
+"""How a checkpoint recommends to execute its chunks, and the values that it does not define.
 
-numpy-free and torch-free: contracts carry both to every client.
+This module imports neither numpy nor torch, for every client reads both from the contract.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ STRATEGIES = (
     "align_fade",
     "latest",
 )
-"""How chunks become commands; ``runtime.control.blending`` implements them."""
+"""Ways to turn chunks into commands; ``runtime.control.blending`` implements them."""
 ILSTUDIO_NAMES = (
     "OlderFirstManager",
     "TemporalAggManager",
@@ -27,10 +27,10 @@ ILSTUDIO_NAMES = (
     "DelayFreeManager",
     "BasicActionManager",
 )
-"""ILStudio's names of theirs."""
+"""Names of ILStudio's strategies, which are accepted too."""
 
 COEFFICIENT = Range(-1e6, 1e6)
-"""Of any strategy."""
+"""The coefficients of all strategies together."""
 _FADE_TICKS = Range(0, 1_000_000, above=True)
 COEFFICIENTS: dict[str, Range | None] = {
     "sequential": None,
@@ -45,11 +45,19 @@ COEFFICIENTS: dict[str, Range | None] = {
     "DelayFreeManager": Range(0, 100, above=True),
     "BasicActionManager": None,
 }
-"""What each strategy's coefficient may be; None for those that have no use for one."""
+"""The valid coefficients of each strategy; None for a strategy without one."""
 
 
 def check_strategy(name: str, coefficient: float | None) -> None:
-    """Raises ``ValueError``: an unknown strategy, or a coefficient that it does not take."""
+    """Check a strategy's name and coefficient.
+
+    Args:
+        name: One of ``STRATEGIES`` or ``ILSTUDIO_NAMES``.
+        coefficient: None for the strategy's default.
+
+    Raises:
+        ValueError: An unknown strategy, or a coefficient that it does not accept.
+    """
     if name not in COEFFICIENTS:
         raise ValueError(
             f"action_manager: got {name!r}, expected one of {STRATEGIES + ILSTUDIO_NAMES}"
@@ -67,13 +75,13 @@ def check_strategy(name: str, coefficient: float | None) -> None:
 
 @dataclass(frozen=True, slots=True)
 class Execution:
-    """How a checkpoint says that its chunks are to be played. A flag of the user's wins.
+    """How chunks are executed: the strategy and its numbers. The user's flags come first.
 
     Attributes:
         action_manager: One of ``STRATEGIES`` or ``ILSTUDIO_NAMES``.
         manager_coef: The strategy's coefficient; None for its default.
-        n_action_steps: Ticks between re-plannings; None for the strategy's default.
-        source: Where that is said, e.g. ``"config.json: temporal_ensemble_coeff"``.
+        n_action_steps: Ticks from one chunk to the next; None for the strategy's default.
+        source: Where the values come from, e.g. ``"config.json: temporal_ensemble_coeff"``.
 
     Raises:
         ValueError: An unknown strategy, or a number out of range.
@@ -91,12 +99,12 @@ class Execution:
 
 @dataclass(frozen=True, slots=True)
 class Assumption:
-    """Something that a checkpoint does not say, and that was assumed.
+    """A value that the checkpoint does not define and that is assumed.
 
     Attributes:
-        what: e.g. ``"rate"``.
-        value: What was assumed, in words, e.g. ``"50 Hz"``.
-        flag: What says it instead, e.g. ``"--fps"``.
+        what: The value's name, e.g. ``"rate"``.
+        value: The assumed value as text, e.g. ``"50 Hz"``.
+        flag: The flag that sets it, e.g. ``"--fps"``.
     """
 
     what: str
@@ -108,11 +116,11 @@ class Assumption:
 
 
 RATE = "rate"
-"""``Assumption.what`` of the policy's rate, which a robot must not be driven with."""
+"""``Assumption.what`` of the policy's rate; a robot is not driven at an assumed rate."""
 
 
 def assumed_rate(dt_s: float) -> Assumption:
-    """That a policy's ticks are ``dt_s`` apart."""
+    """Return the assumption that a policy's ticks are ``dt_s`` seconds apart."""
     return Assumption(RATE, f"{_hertz(dt_s)} Hz", "--fps")
 
 

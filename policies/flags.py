@@ -1,14 +1,14 @@
-"""Command lines made from configurations: a flag is described once, by its field.
+"""Builds command lines from configurations: each flag is defined once, by a field's annotation.
 
-A configuration is a frozen dataclass. The annotation of a field says what its flag is::
+A configuration is a frozen dataclass. A field's annotation defines its flag::
 
-    port: Annotated[int, PORT_OR_ANY, Flag("0 takes a free one", "-p")] = 5000
+    port: Annotated[int, PORT_OR_ANY, Flag("TCP port; 0 chooses a free one", "-p")] = 5000
 
-``add_flags`` makes the parser's argument of it: name, type, range, choices, and the help with the
-default. ``from_flags`` makes the configuration of what the command line says. A field that is a
-configuration itself brings its own flags; a field without a ``Flag`` has none.
+``add_flags`` adds the argument to a parser: name, type, range, choices, and the help text with the
+default. ``from_flags`` builds the configuration from the parsed arguments. If a field is itself a
+configuration, its flags are included; a field without a ``Flag`` has none.
 
-What is wrong is said in one line: which flag, got, expected; the exit status is 2.
+An error is one line: flag, got, expected; the exit status is 2.
 """
 
 from __future__ import annotations
@@ -29,18 +29,18 @@ T = TypeVar("T")
 
 
 class Flag:
-    """What a field's annotation says beside its type: how it is given on a command line.
+    """The part of a field's annotation that defines its command-line flag.
 
     Args:
-        help: What it is, without its default, which is added.
-        also: Other names, e.g. ``"-p"``.
-        name: In place of the field's own name.
-        default: The default in words, where the field's value alone does not tell.
+        help: The help text without the default, which is appended.
+        also: Further names, e.g. ``"-p"``.
+        name: The flag's name, if it differs from the field's.
+        default: The default in words, if the field's value does not explain it.
         metavar: The value's name in the help.
-        const: The value of the flag without one.
-        positional: Given by its place, not by name.
-        read: From the command line's text to the value, where the type alone does not tell.
-        hidden: Absent from the help: for programs, not for people.
+        const: The value if the flag is given without one.
+        positional: Whether the argument is positional.
+        read: Converts the argument's text to the value, if the field's type does not suffice.
+        hidden: Whether the flag is left out of the help; for flags that only programs use.
     """
 
     def __init__(
@@ -62,11 +62,11 @@ class Flag:
 
 @dataclass(frozen=True, slots=True)
 class Group:
-    """Beside the type of a field that is a configuration: about its flags.
+    """The part of the annotation of a nested configuration that concerns its flags.
 
     Attributes:
-        title: Above them in the help.
-        without: Its fields that are no flags of this command.
+        title: The heading of its flags in the help.
+        without: Names of its fields that are not flags of this command.
     """
 
     title: str
@@ -75,15 +75,15 @@ class Group:
 
 @dataclass(frozen=True, slots=True)
 class FlagField:
-    """A field that is a flag.
+    """A field with its flag.
 
     Attributes:
-        owner: The configuration that has it.
-        field: Of ``owner``.
-        kind: Its type; without None, where it may be that.
-        limit: What it may be, beyond its type.
-        flag: How it is given.
-        title: Of the group that it belongs to.
+        owner: The configuration class that has the field.
+        field: The field.
+        kind: Its type, without ``None`` if it is optional.
+        limit: Its range or choices, if it has them.
+        flag: Its flag.
+        title: The heading of its group in the help.
     """
 
     owner: type[Any]
@@ -95,12 +95,12 @@ class FlagField:
 
     @property
     def name(self) -> str:
-        """On the command line, and in what the parser returns."""
+        """The flag's name without dashes, also its name in the parser's namespace."""
         return self.flag.name or self.field.name
 
     @property
     def names(self) -> tuple[str, ...]:
-        """As they are typed, its own last."""
+        """All names as typed on the command line, its own name last."""
         return (self.name,) if self.flag.positional else (*self.flag.also, f"--{self.name}")
 
     @property
@@ -118,7 +118,7 @@ class FlagField:
 
 
 def flags_of(cls: type[Any], group: Group = Group("")) -> Iterator[FlagField]:
-    """The flags of ``cls`` and of the configurations in it, in the order of its fields."""
+    """Yield the flags of ``cls`` and of its nested configurations, in the order of the fields."""
     for field, kind, marks in _fields(cls, group):
         flag, limit = _find_annotation(Flag, marks), _find_annotation((Range, Choice), marks)
         if flag is not None:
@@ -130,7 +130,7 @@ def flags_of(cls: type[Any], group: Group = Group("")) -> Iterator[FlagField]:
 def _fields(
     cls: type[Any], group: Group
 ) -> Iterator[tuple[dataclasses.Field[Any], Any, list[Any]]]:
-    """Each field, its type and what is marked beside it."""
+    """Yield each field with its type and its other annotations."""
     hints = typing.get_type_hints(cls, include_extras=True)
     for field in dataclasses.fields(cls):
         if field.name not in group.without:
@@ -146,7 +146,7 @@ def _find_annotation(kind: Any, marks: list[Any]) -> Any:
 
 
 def _unwrap(hint: Any) -> tuple[Any, list[Any]]:
-    """The type itself, without None, and the marks beside it."""
+    """Return the type, without ``None``, and the annotations beside it."""
     marks: list[Any] = []
     while True:
         origin, arguments = typing.get_origin(hint), typing.get_args(hint)
@@ -162,7 +162,11 @@ def _unwrap(hint: Any) -> tuple[Any, list[Any]]:
 
 
 def add_flags(cli: argparse.ArgumentParser, cls: type[Any]) -> None:
-    """Add every flag of ``cls``; of those that are not given, nothing is in the namespace."""
+    """Add every flag of ``cls`` to ``cli``; a flag that is not given is absent in the namespace.
+
+    Raises:
+        TypeError: A field's type cannot be a flag's, or a number has no range.
+    """
     groups: dict[str, Any] = {"": cli}
     for one in flags_of(cls):
         if one.title not in groups:
@@ -180,7 +184,7 @@ def add_flags(cli: argparse.ArgumentParser, cls: type[Any]) -> None:
 
 
 def _argument(one: FlagField) -> dict[str, Any]:
-    """What ``add_argument`` is told of a value's type."""
+    """Return the keyword arguments of ``add_argument`` that follow from the field's type."""
     kind, flag = one.kind, one.flag
     if kind is bool:
         return {"action": "store_true"}
@@ -210,15 +214,16 @@ def _reader(one: FlagField, kind: Any, limit: Range | Choice | None) -> Any:
 
 
 def from_flags(cls: type[T], given: argparse.Namespace, base: T | None = None, **known: Any) -> T:
-    """``cls`` as the flags say.
+    """Build a configuration from parsed flags.
 
     Args:
-        given: What a parser with the flags of ``cls`` returned.
-        base: What holds where nothing is given. None: the defaults.
-        known: Fields that are known already, by name; flags win inside of configurations.
+        cls: The configuration class.
+        given: The namespace of a parser with the flags of ``cls``.
+        base: Provides the values that are not given. None: the defaults.
+        known: Values of fields, by name; in a nested configuration, flags override them.
 
     Raises:
-        ValueError: Flags that do not go together.
+        ValueError: Two flags exclude each other, or a value is invalid.
     """
     return typing.cast("T", _from_flags(cls, vars(given), base, known, Group("")))
 
@@ -230,7 +235,7 @@ def _from_flags(
     own = {one.field.name: one for one in flags_of(cls, group) if one.owner is cls}
     for field, kind, marks in _fields(cls, group):
         if (one := own.get(field.name)) is not None:
-            # An empty text says nothing of a field that may be None.
+            # An empty text leaves a field at its default of None.
             if one.name in given and not (given[one.name] == "" and field.default is None):
                 values[field.name] = _value(one, given[one.name])
         elif _is_configuration(kind):
@@ -258,7 +263,7 @@ def _value(one: FlagField, given: Any) -> Any:
 
 
 def flag_value(cls: type[Any], field: str, given: argparse.Namespace) -> Any:
-    """What the command line says of one field, else its default."""
+    """Return the value of one field's flag, or the field's default if it is not given."""
     one = next(flag for flag in flags_of(cls) if flag.owner is cls and flag.field.name == field)
     return getattr(given, one.name, one.field.default)
 

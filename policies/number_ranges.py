@@ -1,9 +1,9 @@
-"""What a person may give: declared once, for flags and YAML keys alike.
+"""Ranges and choices of configuration values, defined once for flags and YAML keys.
 
-A configuration's field declares it in its annotation: ``port: Annotated[int, PORT]`` and
+A field's annotation has it: ``port: Annotated[int, PORT]`` or
 ``transport: Annotated[str, Choice(("shm", "zmq"))]``. ``policies.yaml_config`` checks it for YAML,
-``policies.command_line`` for flags, and ``check_ranges`` for what is made by code. None, where the
-field may be None, is in every range.
+``policies.command_line`` for flags, and ``check_ranges`` for configurations made by code. If a
+field may be None, None is valid in every range.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ class Range:
 
     Attributes:
         above: Whether ``low`` itself is excluded.
-        also: Numbers beside the range that mean something, such as -1 for "all" or ``inf``.
+        also: Further valid numbers with a meaning of their own, such as -1 for "all" or ``inf``.
     """
 
     low: float
@@ -43,14 +43,14 @@ class Range:
         return f"{start} {_show(self.high)}{others}"
 
     def require(self, name: str, value: float) -> None:
-        """Raises ``ValueError``, which names ``name``, for a value that is not in the range."""
+        """Raise ``ValueError``, naming ``name``, if ``value`` is not in the range."""
         if value not in self:
             raise ValueError(f"{name}: got {value}, expected {self}")
 
 
 @dataclass(frozen=True, slots=True)
 class Choice:
-    """One of a few words."""
+    """A set of valid words."""
 
     choices: tuple[str, ...]
 
@@ -61,7 +61,7 @@ class Choice:
         return f"one of {self.choices}"
 
     def require(self, name: str, value: object) -> None:
-        """Raises ``ValueError``, which names ``name``, for another word."""
+        """Raise ``ValueError``, naming ``name``, if ``value`` is not one of the words."""
         if value not in self:
             raise ValueError(f"{name}: got {value!r}, expected {self}")
 
@@ -84,7 +84,7 @@ PIXELS = Range(1, 8192)
 OFFSET = Range(0, 8191)
 MSAA = Range(0, 64)
 SEED = Range(0, 2**32 - 1)
-"""What numpy's legacy generator takes."""
+"""The seeds that numpy's legacy generator accepts."""
 THREADS = Range(1, 1024)
 PROCESSES = Range(1, 1024)
 FRACTION = Range(0, 1)
@@ -94,13 +94,10 @@ POSITIVE_OR_ANY = Range(0, 1e9, above=True, also=(math.inf,))
 
 
 def check_ranges(config: Any) -> None:
-    """Check every field of a dataclass instance against what its annotation declares.
-
-    For ``__post_init__`` of what is made from flags, too.
+    """Check every field of a dataclass instance against its annotation; for ``__post_init__``.
 
     Raises:
-        ValueError: A number out of its range or a word that is no choice; names the field, got and
-            expected.
+        ValueError: A number is out of range or a word is not a choice; names field, got, expected.
     """
     for name, hint in typing.get_type_hints(type(config), include_extras=True).items():
         _check(name, getattr(config, name), hint)

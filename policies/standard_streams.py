@@ -1,7 +1,7 @@
-"""A command's standard streams: whatever they are, the work goes on and its exit status counts.
+"""Standard streams for commands, such that a failed write does not end the command.
 
-A reader that left (``| head``), a full disk behind ``>``, a closed stream (``>&-``) or a terminal
-without a character of ours must not end a rollout, nor a server that robots are connected to.
+A reader that has exited (``| head``), a full disk behind ``>``, a closed stream (``>&-``) or a
+terminal that lacks a character must end neither a rollout nor a server with connected robots.
 """
 
 from __future__ import annotations
@@ -17,12 +17,12 @@ FAILED, INTERRUPTED = 1, 130
 
 
 class NonFailingStream:
-    """``stream``, but for writes that fail: from then on they go devnull.
+    """A text stream that discards its output after a write has failed.
 
-    Everything else is the stream's own.
+    All other attributes are those of the wrapped ``stream``.
 
     Attributes:
-        failure: Why what was written is lost; empty where its reader only left.
+        failure: The error that lost output; empty if there is none or the reader has exited.
     """
 
     def __init__(self, stream: TextIO) -> None:
@@ -58,17 +58,17 @@ class NonFailingStream:
             if isinstance(error, OSError) and not isinstance(error, BrokenPipeError):
                 self.failure = str(error)
             with contextlib.suppress(OSError, ValueError):
-                # What is still in its buffer is written at exit, and would fail again there.
+                # The buffered rest is written at exit, where it would fail again.
                 devnull = os.open(os.devnull, os.O_WRONLY)
                 os.dup2(devnull, self._stream.fileno())
                 os.close(devnull)
 
 
 def run_command(main: Callable[[], int | None]) -> int:
-    """Call ``main`` with streams that neither fail nor are missing; the exit status.
+    """Call ``main`` with standard streams that exist and do not fail; return the exit status.
 
-    What was done and could not be printed, on a full disk perhaps, is ``FAILED``. Ctrl-C, where
-    ``main`` does not answer it itself, is ``INTERRUPTED`` without a traceback.
+    It is ``FAILED`` if ``main`` succeeds and its output is lost, e.g. on a full disk. It is
+    ``INTERRUPTED``, without a traceback, after a Ctrl-C that ``main`` does not handle.
     """
     streams: Any = sys
     for number, (name, mode) in enumerate((("stdin", "r"), ("stdout", "w"), ("stderr", "w"))):
@@ -93,7 +93,10 @@ def run_command(main: Callable[[], int | None]) -> int:
 
 
 def _open_descriptor(descriptor: int) -> None:
-    """Have 0, 1 and 2 be somebody's: else the next socket is where a child process prints to."""
+    """Open the null device as ``descriptor`` if it is closed.
+
+    Otherwise the next socket would get the number 0, 1 or 2, and child processes would print to it.
+    """
     try:
         os.fstat(descriptor)
     except OSError:

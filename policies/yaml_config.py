@@ -1,11 +1,10 @@
-"""Frozen dataclasses from YAML, with overrides from a command line.
+"""Reads frozen dataclasses from YAML, with overrides from a command line.
 
 A configuration is a dataclass; its annotations are the schema. Supported: ``bool``, ``int``,
 ``float``, ``str``, ``Path``, ``Literal``, ``X | None`` and other unions, ``tuple``, ``dict`` and
-``Mapping`` with string keys, nested dataclasses, ``Any``. Nothing is guessed: an unknown key and a
-value of the wrong type are errors that name the file and the key path. A number's range and a
-word's choices are part of its annotation: ``Annotated[int, Range(1, 8)]``
-(``policies.number_ranges``).
+``Mapping`` with string keys, nested dataclasses, ``Any``. An unknown key and a value of the wrong
+type are errors that name the file and the key path. A number's range and a word's choices are part
+of the annotation: ``Annotated[int, Range(1, 8)]`` (``policies.number_ranges``).
 """
 
 from __future__ import annotations
@@ -29,7 +28,7 @@ from policies.number_ranges import Choice, Range
 T = TypeVar("T")
 
 INSTALLED_CONFIGS = Path(__file__).resolve().parent.parent / "configs"
-"""``configs/`` lies beside the packages, in a checkout as in site-packages."""
+"""``configs/`` beside the packages, both in a checkout and in site-packages."""
 
 
 class InvalidConfig(Exception):
@@ -38,13 +37,13 @@ class InvalidConfig(Exception):
 
 @dataclass(frozen=True, slots=True)
 class _Override:
-    """A value from the command line: YAML, unless the key wants a string."""
+    """A value from the command line: YAML text, or the string itself for a ``str`` field."""
 
     text: str
 
 
 class _Loader(yaml.SafeLoader):
-    """YAML in which a key that is given twice is an error, not a silent replacement."""
+    """A YAML loader that rejects duplicate keys, which YAML would silently replace."""
 
     def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
         keys = [self.construct_object(key, deep=True) for key, _ in node.value]
@@ -56,36 +55,36 @@ class _Loader(yaml.SafeLoader):
 
 
 _NOT_YAML = (OSError, ValueError, TypeError, RecursionError, yaml.YAMLError, InvalidConfig)
-"""What reading a file as YAML raises: a date with a 13th month is a ``ValueError``, an endless
-nesting a ``RecursionError``."""
+"""Errors of reading YAML: a bad date is a ``ValueError``, deep nesting a ``RecursionError``."""
 
 
 def _problem(error: Exception) -> str:
-    """What is wrong and where, in one line."""
+    """Return one line of text: the problem and its line and column."""
     if isinstance(error, RecursionError):
         return "got too many levels of nesting"
     mark = getattr(error, "problem_mark", None)
     problem = getattr(error, "problem", None)
     if mark is None or problem is None:
         return " ".join(str(error).split())
-    said = ": ".join(part for part in (getattr(error, "context", None), problem) if part)
-    return f"{' '.join(said.split())} (line {mark.line + 1}, column {mark.column + 1})"
+    text = ": ".join(part for part in (getattr(error, "context", None), problem) if part)
+    return f"{' '.join(text.split())} (line {mark.line + 1}, column {mark.column + 1})"
 
 
 def load_config(
     cls: type[T], name: str, *, kind: str, overrides: Mapping[str, str] | None = None
 ) -> T:
-    """The configuration ``name`` as a ``cls``.
+    """Read the configuration ``name`` as a ``cls``.
 
     Args:
         cls: A dataclass.
         name: A path to a YAML file, or the name of one (without ``.yaml``) in ``./configs/<kind>``
-            or among the installed ones, in this order.
+            or among the installed ones, tried in this order.
         kind: The folder under ``configs``, e.g. ``"env"``.
         overrides: Dotted key to YAML text, e.g. ``{"camera_map.primary": "angle"}``.
 
     Raises:
-        InvalidConfig: No such configuration, no YAML, an unknown or missing key, a wrong type.
+        InvalidConfig: No such configuration, invalid YAML, an unknown or missing key, a value of
+            the wrong type or out of range.
     """
     path = find_config(name, kind=kind)
     try:
@@ -98,7 +97,7 @@ def load_config(
 def parse_config(
     cls: type[T], raw: object, *, source: str, overrides: Mapping[str, str] | None = None
 ) -> T:
-    """As ``load_config``, from what the YAML said; ``source`` names it in errors."""
+    """Convert parsed YAML to a ``cls``, as ``load_config``; ``source`` names it in errors."""
     if not isinstance(raw, dict):
         raise InvalidConfig(f"{source}: got {_show(raw)}, expected a mapping of keys to values")
     merged = dict(raw)
@@ -108,16 +107,16 @@ def parse_config(
 
 
 def find_config(name: str, *, kind: str) -> Path:
-    """The YAML file that ``name`` means; see ``load_config``.
+    """Return the YAML file that ``name`` means; see ``load_config``.
 
     Raises:
-        InvalidConfig: There is none; lists where was looked and what there is.
+        InvalidConfig: No such file; the message lists the folders and the names in them.
     """
     try:
         as_path = Path(name).expanduser()
         if as_path.is_file():
             return as_path
-    except (OSError, RuntimeError) as error:  # too long a name, or nobody's home
+    except (OSError, RuntimeError) as error:  # the name is too long, or ``~user`` does not exist
         raise InvalidConfig(f"{kind} configuration {name!r:.80}: {error}") from error
     folders = (Path("configs") / kind, INSTALLED_CONFIGS / kind)
     if as_path.name == name:
@@ -133,7 +132,7 @@ def find_config(name: str, *, kind: str) -> Path:
 
 
 def as_plain(value: Any) -> Any:
-    """A configuration as JSON and YAML have it; ``parse_config`` reads it back as an equal one."""
+    """Convert a configuration to data for JSON and YAML; ``parse_config`` restores an equal one."""
     if dataclasses.is_dataclass(value) and not isinstance(value, type):
         return {f.name: as_plain(getattr(value, f.name)) for f in dataclasses.fields(value)}
     if isinstance(value, Mapping):
@@ -144,7 +143,7 @@ def as_plain(value: Any) -> Any:
 
 
 def _put(raw: dict[str, Any], dotted: str, text: str, source: str) -> None:
-    """Set ``dotted`` in ``raw``, copying the mappings on the way."""
+    """Set the key ``dotted`` in ``raw``; mappings on its path are copied."""
     *parents, last = dotted.split(".")
     for key in parents:
         inner = raw.get(key)
@@ -163,7 +162,7 @@ def _parse(override: _Override, source: str, path: str) -> Any:
 
 
 def _resolve(value: Any, source: str, path: str) -> Any:
-    """``value`` with what overrides put into it; ``_put`` makes only mappings on its way."""
+    """Return ``value`` with its overrides parsed; they are only inside mappings (``_put``)."""
     if isinstance(value, _Override):
         return _parse(value, source, path)
     if isinstance(value, dict):
@@ -172,7 +171,7 @@ def _resolve(value: Any, source: str, path: str) -> Any:
 
 
 def _convert(hint: Any, value: Any, source: str, path: str) -> Any:
-    """``value`` as ``hint`` wants it, or ``InvalidConfig`` at ``source: path``."""
+    """Convert ``value`` to the type ``hint``, or raise ``InvalidConfig`` at ``source: path``."""
     if isinstance(value, _Override):
         if hint is str:
             return value.text
@@ -247,11 +246,11 @@ def _convert_union(hints: tuple[Any, ...], value: Any, source: str, path: str) -
             return _convert(hint, value, source, path)
         except InvalidConfig as error:
             errors.append(error)
-    # Where the value is of a kind that may be, what is wrong inside says more than the choices.
+    # An error inside a list or mapping says more than the list of the possible types.
     inside = (f"{source}: {path}[", f"{source}: {path}.")
-    telling = [error for error in errors if str(error).startswith(inside)] or errors
-    if len(telling) == 1:
-        raise telling[0]
+    specific = [error for error in errors if str(error).startswith(inside)] or errors
+    if len(specific) == 1:
+        raise specific[0]
     raise _wrong(value, " or ".join(_name(hint) for hint in hints), source, path)
 
 
@@ -274,7 +273,7 @@ def _convert_scalar(hint: Any, value: Any, source: str, path: str) -> Any:
     if hint is int and isinstance(value, int) and not isinstance(value, bool):
         return value
     if hint is float and not isinstance(value, bool):
-        # YAML 1.1 reads 3e-4 as a string; nobody who writes it means one.
+        # YAML 1.1 reads 3e-4 as a string; here it is a number.
         try:
             number = float(value) if isinstance(value, int | float | str) else math.nan
         except (ValueError, OverflowError):

@@ -160,18 +160,18 @@ def make_run_config(
         ValueError: An unknown strategy, or a number that it does not accept.
     """
     config = evaluation.config
-    played = contract.at_rate(config.fps)
-    if played.assumes_rate:
+    contract_used = contract.at_rate(config.fps)
+    if contract_used.assumes_rate:
         raise Incompatible(
             "--fps: got none, and the policy's checkpoint does not say its rate "
-            f"({1 / played.dt_s:g} Hz would be assumed); expected the rate that its demonstrations "
-            "were recorded at"
+            f"({1 / contract_used.dt_s:g} Hz would be assumed); expected the rate that its "
+            "demonstrations were recorded at"
         )
     execution = choose_execution(
-        played, config.action_manager, config.manager_coef, config.n_action_steps
+        contract_used, config.action_manager, config.manager_coef, config.n_action_steps
     )
-    rate = 1 / played.dt_s
-    longest_s = played.chunk_size * played.dt_s + 1.0
+    rate = 1 / contract_used.dt_s
+    longest_s = contract_used.chunk_size * contract_used.dt_s + 1.0
     decided = {
         "overrides": {**config.overrides, **found},
         "action_manager": execution.action_manager,
@@ -275,10 +275,10 @@ def _fail(error: BaseException) -> int:
 
 def _result(evaluation: Evaluation, failure: str) -> tuple[dict[str, Any], list[Episode]]:
     rollouts = evaluation.rollouts
-    played = [rollout.episode for rollout in rollouts]
+    episodes = [rollout.episode for rollout in rollouts]
     judged = [rollout.episode for rollout in rollouts if rollout.judged]
-    everything = summarize(played)
-    result = summarize(judged) | {name: everything[name] for name in ("episodes", "timing")}
+    all_episodes = summarize(episodes)
+    result = summarize(judged) | {name: all_episodes[name] for name in ("episodes", "timing")}
     details = {rollout.episode.seed: rollout.details() for rollout in rollouts}
     result["episodes"] = [entry | details[entry["seed"]] for entry in result["episodes"]]
     config, run_config, setting = evaluation.config, evaluation.run_config, evaluation.setting
@@ -305,15 +305,15 @@ def _result(evaluation: Evaluation, failure: str) -> tuple[dict[str, Any], list[
         "config": as_plain(config),
         "versions": versions(),
     }
-    return json.loads(json.dumps(result, default=str)), played
+    return json.loads(json.dumps(result, default=str)), episodes
 
 
 def _conclude(evaluation: Evaluation, failure: str) -> int:
     """Print the summary and write the result; return ``LOST`` if it cannot be written, else 0."""
-    result, played = _result(evaluation, failure)
+    result, episodes = _result(evaluation, failure)
     print(format_report(result))
     try:
-        write_result(evaluation.path, result, played)
+        write_result(evaluation.path, result, episodes)
     except OSError as error:
         print(f"error: the result was not written: {error}", file=sys.stderr)
         return LOST

@@ -176,9 +176,9 @@ def _conclude(
     path = config.path
     print(format_report(_save(config, run_info, episodes, failure)))
     print(f"result       {path}")
-    picture = path.with_name(f"{path.stem}_timing.png")
-    write_timing_plot(picture, episodes, f"{config.env.task}, {len(episodes)} episodes")
-    print(f"timing       {picture}")
+    plot = path.with_name(f"{path.stem}_timing.png")
+    write_timing_plot(plot, episodes, f"{config.env.task}, {len(episodes)} episodes")
+    print(f"timing       {plot}")
     if config.videos:
         print(f"videos       {config.video_dir}/")
 

@@ -121,12 +121,12 @@ def test_what_a_flag_cannot_be_is_one_line(
         (("--loud", "--count", "0"), "--loud with --count 0: nothing to say"),
     ],
 )
-def test_flags_that_do_not_go_together_are_said(words: tuple[str, ...], message: str) -> None:
+def test_flags_that_exclude_each_other_are_an_error(words: tuple[str, ...], message: str) -> None:
     with pytest.raises(ValueError, match=message):
         read(*words)
 
 
-def test_a_required_flag_that_is_not_given_is_said(capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_missing_required_flag_is_an_error(capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit):
         parser().parse_args([])
     said = capsys.readouterr().err

@@ -117,7 +117,7 @@ def test_ctrl_c_is_a_status_and_no_traceback(
 @pytest.mark.parametrize(
     "command", [["eval_sim.py"], ["-m", "runtime.tools.keys"], ["-m", "envs.demonstrations"]]
 )
-def test_a_command_prints_to_nobody_in_silence(command: list[str]) -> None:
+def test_a_command_with_closed_output_prints_no_error(command: list[str]) -> None:
     assert shell(">&- 2>&-", *command, "--help").returncode == 0
 
 

@@ -112,7 +112,7 @@ def test_a_contract_that_the_world_cannot_serve(changes: dict[str, object], mess
         check_world(world(), ToyPolicy(), dataclasses.replace(CONTRACT, **changes))
 
 
-def test_a_policy_that_answers_for_another_tick_is_found_out() -> None:
+def test_a_chunk_for_another_tick_is_an_error() -> None:
     class Forgetful(ToyPolicy):
         def infer(self, obs: MetaObs) -> ActionChunk:
             return dataclasses.replace(super().infer(obs), obs_timestep=0)

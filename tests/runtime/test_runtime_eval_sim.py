@@ -37,7 +37,7 @@ def outcomes(result: dict[str, Any]) -> list[tuple[Any, ...]]:
     return [(e["seed"], e["success"], e["reward"], e["horizon"]) for e in result["episodes"]]
 
 
-def test_the_result_file_says_everything(tmp_path: Path) -> None:
+def test_the_result_file_is_complete(tmp_path: Path) -> None:
     result = evaluate(tmp_path, "-m", TOY, "-n", "3", "--seed", "10", "--videos", "2")
     assert [e["seed"] for e in result["episodes"]] == [10, 11, 12]
     assert result["total"] == result["requested"] == 3
@@ -184,7 +184,7 @@ def test_every_strategy_runs(tmp_path: Path, name: str) -> None:
         (["-m", TOY, "--env.image_hw", "[9, 9]"], "images.top"),
     ],
 )  # fmt: skip
-def test_bad_input_is_said_in_a_line(
+def test_bad_input_is_one_error_line(
     tmp_path: Path, capsys: pytest.CaptureFixture[str], flags: list[str], message: str
 ) -> None:
     evaluate(tmp_path, *flags, status=eval_sim.BAD_INPUT)
@@ -193,7 +193,7 @@ def test_bad_input_is_said_in_a_line(
     assert "Traceback" not in error
 
 
-def test_a_folder_that_cannot_be_written_is_found_out_first(
+def test_an_unwritable_folder_is_an_error_before_the_first_episode(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     (tmp_path / "file").write_text("")
@@ -201,7 +201,7 @@ def test_a_folder_that_cannot_be_written_is_found_out_first(
     assert "cannot be written" in capsys.readouterr().err
 
 
-def test_a_disk_that_fills_up_is_said_and_not_a_traceback(
+def test_a_full_disk_is_an_error_line_without_traceback(
     tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     saved = []

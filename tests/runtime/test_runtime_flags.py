@@ -120,7 +120,10 @@ def test_each_option_of_a_command_is_one_field_of_its_configuration(name: str) -
         fields = [] if configuration is None else list(flags_of(configuration))
         assert len(fields) == len(options)
         assert options == {
-            field.name: (field.help or None, () if field.flag.positional else field.names)
+            field.name: (
+                argparse.SUPPRESS if field.flag.hidden else field.help or None,
+                () if field.flag.positional else field.names,
+            )
             for field in fields
         }
 
@@ -137,7 +140,7 @@ def test_no_command_describes_a_flag_by_hand() -> None:
 # --- eval_real -------------------------------------------------------------------------------
 
 
-def mission(*words: str) -> RunConfig:
+def run_config(*words: str) -> RunConfig:
     evaluation = read_evaluation(["-c", "dummy", *words])
     contract = PolicyContract.from_json(CONTRACT.to_json())
     return make_run_config(evaluation, "127.0.0.1:1", contract, {})
@@ -194,8 +197,8 @@ def test_no_flag_of_eval_real_is_left_out() -> None:
 @pytest.mark.parametrize("flag", REAL)
 def test_a_flag_of_eval_real(flag: str) -> None:
     words, look, expected = REAL[flag]
-    assert look(mission(*words)) == expected
-    assert look(mission()) != expected
+    assert look(run_config(*words)) == expected
+    assert look(run_config()) != expected
 
 
 @pytest.mark.parametrize("flag", REAL_READ)
@@ -206,7 +209,7 @@ def test_what_eval_real_reads(flag: str) -> None:
 
 
 def test_defaults_follow_the_rate_that_is_played() -> None:
-    made = mission("--fps", "25")
+    made = run_config("--fps", "25")
     assert made.sensing_rate == made.publish_rate == 25.0
     assert made.max_chunk_age_s == pytest.approx(CONTRACT.chunk_size * 0.04 + 1.0)
     assert made.served_contract == CONTRACT  # what the server's is compared with
@@ -274,7 +277,7 @@ def test_a_robot_is_not_driven_at_an_assumed_rate(tmp_path: Path) -> None:
 # --- eval_sim --------------------------------------------------------------------------------
 
 
-def plan(*words: str) -> Any:
+def sim_config(*words: str) -> Any:
     return eval_sim.read_config(["-e", "fake", *words])
 
 
@@ -311,8 +314,8 @@ def test_no_flag_of_eval_sim_is_left_out() -> None:
 @pytest.mark.parametrize("flag", SIM)
 def test_a_flag_of_eval_sim(flag: str) -> None:
     words, look, expected = SIM[flag]
-    assert look(plan("-m", "127.0.0.1:1", *words)) == expected
-    assert look(plan("-m", "127.0.0.1:1")) != expected
+    assert look(sim_config("-m", "127.0.0.1:1", *words)) == expected
+    assert look(sim_config("-m", "127.0.0.1:1")) != expected
 
 
 RUNS: dict[str, tuple[tuple[str, ...], Effect, Any]] = {
@@ -422,7 +425,7 @@ def test_an_option_of_a_checkpoint_reaches_its_loader(
     words, expected = CHECKPOINT[option]
     for read in (
         lambda given: read_server(*given).checkpoint,
-        lambda given: plan("-m", TOY, *given).checkpoint,
+        lambda given: sim_config("-m", TOY, *given).checkpoint,
         lambda given: read_evaluation(["-c", "dummy", "-m", TOY, *given]).config.checkpoint,
     ):
         assert loaded_with(option, monkeypatch, read(list(words))) == expected
@@ -434,6 +437,6 @@ def test_an_option_of_a_checkpoint_reaches_its_loader(
 
 def test_an_environments_keys_do_what_they_say() -> None:
     words = ("--env.max_timesteps", "7", "--env.dt_s", "0.04", "--env.image_hw", "[10, 12]")
-    world = make_world(plan("-m", TOY, *words).env, cameras=CONTRACT.cameras)
+    world = make_world(sim_config("-m", TOY, *words).env, cameras=CONTRACT.cameras)
     assert (world.max_timesteps, world.dt_s) == (7, 0.04)
     assert world.observe().images["top"].shape == (10, 12, 3)

@@ -100,7 +100,7 @@ def test_flags_override_what_the_checkpoint_recommends(
         ({"manager_coef": 2e6}, "manager_coef: got 2000000.0, expected -1000000 to 1000000"),
     ],
 )
-def test_what_cannot_be_is_refused(flags: dict[str, Any], message: str) -> None:
+def test_invalid_strategies_and_numbers_are_refused(flags: dict[str, Any], message: str) -> None:
     with pytest.raises(ValueError, match=message):
         choose_execution(saying(ENSEMBLE), **flags)
 
@@ -119,7 +119,7 @@ ASSUMED = "assumed      rate 50 Hz: the checkpoint does not say it; --fps does"
 
 
 @pytest.mark.parametrize("flags", [(), ("--realtime",), ("--num_envs", "2", "-n", "2")])
-def test_a_simulation_plays_what_the_checkpoint_says(
+def test_a_simulation_uses_the_strategy_of_the_checkpoint(
     tmp_path: Path, capsys: pytest.CaptureFixture[str], flags: tuple[str, ...]
 ) -> None:
     result = evaluate(tmp_path, capsys, "-m", MODEL, *flags)
@@ -144,7 +144,7 @@ def test_a_flag_of_the_simulation_wins(tmp_path: Path, capsys: pytest.CaptureFix
     assert "assumed" not in result["said"]
 
 
-def test_a_server_says_it_and_passes_it_on(
+def test_a_server_prints_the_strategy_and_sends_it_to_clients(
     tmp_path: Path,
     capsys: pytest.CaptureFixture[str],
     caplog: pytest.LogCaptureFixture,
@@ -188,7 +188,7 @@ class World:
         ({"shadows": True, "msaa": 4}, ["--env.shadows", "true", "--env.msaa", "4"], []),
     ],
 )
-def test_what_the_world_has_to_assume_is_said_too(
+def test_assumptions_about_the_world_are_reported(
     info: dict[str, Any], flags: list[str], said: list[str]
 ) -> None:
     config = eval_sim.read_config(["-m", MODEL, "-e", "aloha", *flags])

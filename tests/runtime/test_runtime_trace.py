@@ -275,7 +275,7 @@ def test_parts_that_begin_and_end_together_stay_inside_their_request() -> None:
     assert [e["ts"] for e in events if e["ph"] == "s"] == [0.01]
 
 
-def test_durations_from_elsewhere_stay_where_they_belong(tmp_path: Path) -> None:
+def test_stages_are_cut_to_the_span_that_contains_them(tmp_path: Path) -> None:
     """A server's durations are not trusted: neither negative nor endless ones break the file."""
     file = tmp_path / "odd.json"
     with trace.tracing(file, "test"):
@@ -288,7 +288,7 @@ def test_durations_from_elsewhere_stay_where_they_belong(tmp_path: Path) -> None
 
 
 @pytest.mark.parametrize("said", [None, True, -1, 1 << 40, "7", 1.5, [1]])
-def test_a_key_that_is_none_is_not_believed(said: object) -> None:
+def test_an_invalid_key_is_ignored(said: object) -> None:
     assert trace.read_key(said) == 0
     assert trace.flow_id(trace.read_key(said), 5) == 0
 
@@ -348,7 +348,7 @@ def test_two_hosts_are_not_put_on_one_time_line(
         ("text", "got 'text', expected an object"),
     ],
 )
-def test_what_a_viewer_would_not_take_is_said(
+def test_events_that_a_viewer_would_reject_are_errors(
     tmp_path: Path, event: dict[str, Any], message: str
 ) -> None:
     file = tmp_path / "bad.json"
@@ -379,7 +379,7 @@ def test_an_interrupted_process_leaves_its_trace(tmp_path: Path, number: signal.
     assert [path.name for path in tmp_path.iterdir()] == ["cut.json"]
 
 
-def test_a_place_that_cannot_be_written_is_found_out_first(
+def test_an_unwritable_path_is_an_error_before_the_run(
     tmp_path: Path, folder: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     (tmp_path / "file").write_text("")

@@ -31,6 +31,6 @@ def test_two_runs_do_not_write_one_folder(tmp_path):
         (["--config", "act_sim_transfer_cube", "--demonstrations", "gone"], "gone: no *.hdf5"),
     ],
 )
-def test_bad_input_is_told_and_no_traceback(arguments, message, capsys):
+def test_bad_input_is_one_error_line_without_traceback(arguments, message, capsys):
     assert train.main(arguments) == 2
     assert message in capsys.readouterr().err
