@@ -170,7 +170,10 @@ def _is_whole(path: Path) -> bool:
 
 def parser() -> argparse.ArgumentParser:
     """The parser of the command line."""
-    cli = CommandLine(prog="python -m runtime.eval_real.replay", description=__doc__)
+    cli = CommandLine(
+        prog="metronome replay",
+        description="Recompute the commands of a recording and compare them.",
+    )
     add_flags(cli, ReplayCommand)
     return cli
 

@@ -505,7 +505,7 @@ def test_one_key_flag_without_the_other_is_an_error() -> None:
     ("host", "here"), [("127.0.0.1", True), ("localhost", True), ("192.0.2.1", False)]
 )
 def test_token_is_sent_to_this_host_only(host: str, here: bool) -> None:
-    assert ctl._is_here(host) is here
+    assert ctl._is_this_machine(host) is here
 
 
 def test_episode_keeps_its_policy_through_several_replacements() -> None:
