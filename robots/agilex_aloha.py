@@ -1,8 +1,8 @@
 """``agilex_aloha``: Agilex's two-armed ALOHA over ROS 1, with ILStudio's topics and configuration.
 
-Joint states come on ``/puppet/joint_left`` and ``_right``, commands leave on ``/master/joint_left``
+Joint states arrive on ``/puppet/joint_left`` and ``_right``, commands go to ``/master/joint_left``
 and ``_right``, 7 positions each: six joints (rad) and the gripper (0 to 7). Header stamps pair
-pictures with joints; the age of what was received comes from our own clock.
+images with joint states; ages are computed from this host's clock.
 """
 
 from __future__ import annotations
@@ -38,24 +38,24 @@ logger = logging.getLogger(__name__)
 
 START_TOLERANCE = 0.05
 """How far outside its limits (rad) a configured start pose may be; it is moved inside. ILStudio's
-own is, by 0.035: a pose that was measured, not chosen."""
-JOINTS_BUFFER, PICTURE_BUFFER = 2**14, 2**24
-"""rospy reads a socket in pieces of this size, and allocates as much each time. Smaller than a
-picture, it falls behind; in the control process, whose memory is locked, every page of it is real:
-16 MiB a hundred times a second was a core and a half."""
-LOOK_AGAIN_S = 0.005
+start pose was measured, and is outside by 0.035."""
+JOINTS_BUFFER, IMAGE_BUFFER = 2**14, 2**24
+"""rospy reads a socket in pieces of this size, and allocates as much each time. With less than an
+image it falls behind. In the control process, whose memory is locked, every page is allocated for
+real: 16 MiB a hundred times a second cost one and a half cores."""
+POLL_PERIOD_S = 0.005
 
 
 class AgilexAloha(Robot):
-    """See the module. Any number of processes may connect.
+    """Agilex's two-armed ALOHA; see the module. Any number of processes may connect.
 
     Args:
-        config: Its keys.
-        name: What it is called in results.
-        source: Where the keys come from, for errors.
+        config: The configuration.
+        name: The robot's name in results.
+        source: Where the configuration comes from, for errors.
 
     Raises:
-        ConfigError: Limits or a start pose that cannot be.
+        ConfigError: Invalid limits, or a start pose outside them.
     """
 
     def __init__(
@@ -74,13 +74,13 @@ class AgilexAloha(Robot):
         contract = RobotContract(
             joint_names=names,
             actions=arm_actions(names, GRIPPERS),
-            cameras={camera: given.hw for camera, given in config.cameras.items()},
+            cameras={name: camera.hw for name, camera in config.cameras.items()},
             repeats_pictures=config.twin is not None,
             control_hz=(1.0, 500.0),
             depth_cameras=tuple(config.cameras) if config.ros_operator.use_depth_image else (),
         )
         super().__init__(name, contract, limits)
-        self._start_pose = self._inside(config, source)
+        self._start_pose = self._start_pose_inside(config, source)
         self._joints: dict[str, SampleStream[JointSample]] = {}
         self._colours: dict[str, SampleStream[CameraSample]] = {}
         self._depths: dict[str, SampleStream[CameraSample]] = {}
@@ -93,24 +93,27 @@ class AgilexAloha(Robot):
 
     @property
     def start_pose(self) -> NDArray[np.float32]:
+        """(A,) float32, ``init_pos`` moved inside the limits."""
         return self._start_pose.copy()
 
     @property
     def start_velocity(self) -> NDArray[np.float64]:
-        given = self.config.ros_operator
-        return np.array(given.arm_steps_length * 2) * given.publish_rate
+        """(A,) per second: ``arm_steps_length`` times ``publish_rate``."""
+        operator = self.config.ros_operator
+        return np.array(operator.arm_steps_length * 2) * operator.publish_rate
 
     @property
     def sensor_timeout_s(self) -> float:
+        """As configured, seconds."""
         return self.config.sensor_timeout_s
 
-    def _inside(self, config: AgilexConfig, source: str) -> NDArray[np.float32]:
-        """The configured start pose, within the limits."""
+    def _start_pose_inside(self, config: AgilexConfig, source: str) -> NDArray[np.float32]:
+        """(A,) the configured start pose, moved inside the limits."""
         for side in SIDES:
-            given = getattr(config.init_pos, side)
-            if len(given) != JOINTS_PER_ARM:
+            arm_pose = getattr(config.init_pos, side)
+            if len(arm_pose) != JOINTS_PER_ARM:
                 raise ConfigError(
-                    f"{source}: init_pos.{side}: got {len(given)} numbers, expected "
+                    f"{source}: init_pos.{side}: got {len(arm_pose)} numbers, expected "
                     f"{JOINTS_PER_ARM}"
                 )
         pose = np.array([*config.init_pos.left, *config.init_pos.right])
@@ -128,7 +131,7 @@ class AgilexAloha(Robot):
                 "%s: the start pose of %s is %.4f, outside its limits (%s); %.4f is used",
                 source, joint, pose[index], bounds, inside[index],
             )  # fmt: skip
-        # Rounding to float32 must not carry it outside again.
+        # Rounding to float32 must not move it outside again.
         rounded: NDArray[np.float32] = inside.astype(np.float32)
         above, below = rounded > upper, rounded < lower
         rounded[above] = np.nextafter(rounded[above], np.float32(-np.inf))
@@ -148,8 +151,8 @@ class AgilexAloha(Robot):
             self._joints[side] = stream
             self._subscribe(rospy, stream, self._messages.JointState, self._decode_joints)
             if role is not Role.SENSING:
-                # Sent by a thread of its own, the newest only: one that does not read its messages,
-                # a recorder perhaps, must not be able to hold up the arm.
+                # A thread of its own sends the newest message only: a subscriber that does not read
+                # its messages, e.g. a recorder, must not delay the arm.
                 self._publishers[side] = ros_node.publisher(
                     rospy,
                     getattr(topics, f"puppet_arm_{side}_cmd_topic"),
@@ -161,7 +164,7 @@ class AgilexAloha(Robot):
         if self.config.twin is not None:
             self._twin = TwinChannel(rospy, self.config.twin)
         self._wait_for_sensors(deadline_s, timeout_s)
-        self._wait_for_listeners(deadline_s, timeout_s)
+        self._wait_for_subscribers(deadline_s, timeout_s)
         if self._twin is not None:
             self._twin.wait(deadline_s, timeout_s)
 
@@ -178,19 +181,19 @@ class AgilexAloha(Robot):
             raw = kind is self._messages.Image
             self._subscribe(rospy, stream, kind, decode if raw else decode_compressed)
 
-        for name, given in self.config.cameras.items():
-            topic = getattr(topics, f"img_{given.camera}_topic")
-            # Pictures are large, and nobody asks for old ones.
+        for name, camera in self.config.cameras.items():
+            topic = getattr(topics, f"img_{camera.camera}_topic")
+            # Images are large, and old ones are not needed.
             colour = SampleStream[CameraSample](
                 topic, timeout_s=self.config.sensor_timeout_s, keep=2
             )
             self._colours[name] = colour
             compressed = functools.partial(
-                decode_compressed_colour, hw=given.hw, encoding=given.encoding
+                decode_compressed_colour, hw=camera.hw, encoding=camera.encoding
             )
-            subscribe(colour, _colour_decoder(topic, given), compressed)
+            subscribe(colour, _colour_decoder(topic, camera), compressed)
             if topics.use_depth_image:
-                topic = getattr(topics, f"img_{given.camera}_depth_topic")
+                topic = getattr(topics, f"img_{camera.camera}_depth_topic")
                 depth = SampleStream[CameraSample](
                     topic, timeout_s=self.config.sensor_timeout_s, keep=8
                 )
@@ -203,7 +206,8 @@ class AgilexAloha(Robot):
         expected, got = kind._type, self._published_type(rospy, stream.name)
         if got not in (None, expected):
             raise ContractViolated(
-                f"{stream.name}: got messages of type {got}, expected {expected}"
+                f"{stream.name}: got messages of type {got}, expected {expected}; check the "
+                "topic's name in ros_operator"
             )
         joints = kind is self._messages.JointState
         sample: Any = JointSample if joints else CameraSample
@@ -223,13 +227,16 @@ class AgilexAloha(Robot):
                 kind,
                 receive,
                 queue_size=1,
-                buff_size=JOINTS_BUFFER if joints else PICTURE_BUFFER,
+                buff_size=JOINTS_BUFFER if joints else IMAGE_BUFFER,
                 tcp_nodelay=True,
             )
         )
 
     def _published_type(self, rospy: Any, topic: str) -> str | None:
-        """What is published there, if anything: rospy would wait for other messages for ever."""
+        """Type of the messages on ``topic``; None without a publisher.
+
+        It is checked because rospy waits forever for messages of another type than published.
+        """
         return self._published.get(rospy.resolve_name(topic))
 
     def _decode_joints(self, message: Any) -> NDArray[np.float32]:
@@ -249,28 +256,30 @@ class AgilexAloha(Robot):
         return [*self._joints.values(), *self._colours.values(), *self._depths.values()]
 
     def _wait_for_sensors(self, deadline_s: float, timeout_s: float) -> None:
-        """Until every topic runs; one that does not is named before anything moves."""
-        silent = [s.name for s in self._streams() if not s.wait(deadline_s)]
-        if silent:
+        """Wait until every topic sends messages; raise for all that do not, before any motion."""
+        missing = [s.name for s in self._streams() if not s.wait(deadline_s)]
+        if missing:
             raise SensorLost(
-                f"{self.name}: nothing, or one message only, on {silent} within {timeout_s:g} s; "
-                f"expected messages on {[stream.name for stream in self._streams()]}"
+                f"{self.name}: got nothing, or a single message, on {missing} within "
+                f"{timeout_s:g} s; expected messages on {[s.name for s in self._streams()]}: are "
+                "the nodes of the arms and cameras running?"
             )
 
-    def _wait_for_listeners(self, deadline_s: float, timeout_s: float) -> None:
-        while deaf := [p.name for p in self._publishers.values() if not p.get_num_connections()]:
+    def _wait_for_subscribers(self, deadline_s: float, timeout_s: float) -> None:
+        """Wait until the arms' nodes have subscribed to the topics of the commands."""
+        while missing := [p.name for p in self._publishers.values() if not p.get_num_connections()]:
             if time.monotonic() >= deadline_s:
                 raise ConnectFailed(
-                    f"{self.name}: nobody listens on {deaf} within {timeout_s:g} s: is the arms' "
-                    "own node running?"
+                    f"{self.name}: got no subscriber on {missing} within {timeout_s:g} s, expected "
+                    "one on each: are the arms' nodes running?"
                 )
-            time.sleep(LOOK_AGAIN_S)
+            time.sleep(POLL_PERIOD_S)
 
     def _get_joints(self) -> JointSample:
-        return _both([self._joints[side].newest() for side in SIDES])
+        return _join_arms([self._joints[side].newest() for side in SIDES])
 
     def _get_joints_at(self, stamp_ns: int) -> JointSample:
-        return _both([self._joints[side].nearest(stamp_ns) for side in SIDES])
+        return _join_arms([self._joints[side].nearest(stamp_ns) for side in SIDES])
 
     def _get_cameras(self) -> dict[str, CameraSample]:
         samples = {name: stream.newest() for name, stream in self._colours.items()}
@@ -286,11 +295,11 @@ class AgilexAloha(Robot):
         for index, (side, publisher) in enumerate(self._publishers.items()):
             if not publisher.get_num_connections():
                 raise RobotLost(
-                    f"{self.name}: nobody listens on {publisher.name} any more: the {side} arm's "
-                    "node has ended"
+                    f"{self.name}: the last subscriber on {publisher.name} has gone: has the "
+                    f"{side} arm's node ended?"
                 )
             message = self._messages.JointState()
-            # One stamp for both arms: they are two halves of one command.
+            # One stamp for both messages: together they are one command.
             message.header.stamp = self._time(seconds, nanoseconds)
             message.name = list(self.config.joint_names)
             first = index * JOINTS_PER_ARM
@@ -323,27 +332,30 @@ class AgilexAloha(Robot):
 def make(
     args: Mapping[str, Any], name: str, source: str, overrides: Mapping[str, str]
 ) -> AgilexAloha:
+    """Build the robot; called by ``robots.factory``, which describes the arguments."""
     config = parse_config(AgilexConfig, args, source=source, overrides=overrides)
     return AgilexAloha(config, name=name, source=source)
 
 
-def _colour_decoder(topic: str, given: AgilexCamera) -> Callable[[Any], Any]:
-    """``decode_colour`` that says once what it assumes."""
-    said = bool(given.encoding)
+def _colour_decoder(topic: str, camera: AgilexCamera) -> Callable[[Any], Any]:
+    """``decode_colour`` that logs once what it assumes about the encoding."""
+    logged = bool(camera.encoding)
 
     def decode(message: Any) -> Any:
-        nonlocal said
-        image = decode_colour(message, given.hw, given.encoding)
-        if not said and (assumed := assumption(message)):
-            said = True
-            logger.warning("%s: %s; the camera's key `encoding` changes it", topic, assumed)
+        nonlocal logged
+        image = decode_colour(message, camera.hw, camera.encoding)
+        if not logged and (assumed := assumption(message)):
+            logged = True
+            logger.warning(
+                "%s: %s; set the camera's key `encoding` if that is wrong", topic, assumed
+            )
         return image
 
     return decode
 
 
-def _both(arms: list[JointSample]) -> JointSample:
-    """Both arms as one state, as old as the older."""
+def _join_arms(arms: list[JointSample]) -> JointSample:
+    """Both arms as one state, (S,), with the times of the older one."""
     return JointSample(
         np.concatenate([arm.position for arm in arms]),
         min(arm.stamp_ns for arm in arms),

@@ -1,4 +1,4 @@
-"""What ``configs/robot/agilex_aloha*.yaml`` may say: ILStudio's keys, and ours."""
+"""Configuration of ``agilex_aloha``: ILStudio's keys, and those of this project."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ JOINT_NAMES = tuple(f"joint{index}" for index in range(JOINTS_PER_ARM))
 
 @dataclass(frozen=True)
 class InitPos:
-    """Where an episode begins, 7 numbers per arm."""
+    """The start pose of an episode, 7 numbers per arm."""
 
     left: tuple[Annotated[float, FINITE], ...]
     right: tuple[Annotated[float, FINITE], ...]
@@ -37,8 +37,8 @@ class RosOperator:
     """Topics and rates; ILStudio's keys.
 
     Attributes:
-        arm_steps_length: Per arm, 7 numbers: how far the move to the start pose may go in one of
-            its own steps, of which there are ``publish_rate`` a second. It limits nothing else.
+        arm_steps_length: 7 numbers, the same for both arms: largest step of the move to the start
+            pose, which has ``publish_rate`` steps per second. It limits nothing else.
     """
 
     arm_steps_length: tuple[Annotated[float, POSITIVE], ...]
@@ -65,20 +65,22 @@ class RosOperator:
                 f"arm_steps_length: got {self.arm_steps_length}, expected {JOINTS_PER_ARM} numbers"
             )
         if self.use_robot_base:
-            # A hold, the safe thing for an arm, would keep a base driving at its last velocity.
+            # Holding the last command is safe for an arm, but keeps a base driving.
             raise ValueError(
                 "use_robot_base: got true, expected false: the mobile base takes velocities, and "
-                "nothing here could stop it safely"
+                "this driver could not stop it safely"
             )
 
 
 @dataclass(frozen=True)
 class AgilexCamera:
-    """Which of the robot's cameras, and the (height, width) that it delivers.
+    """One of the robot's cameras.
 
     Attributes:
-        encoding: Of its pictures, whatever its messages say, one of ``ros_images.COLOURS``; as they
-            say where empty. Of compressed ones, one of ``ros_compressed.COLOURS``.
+        camera: The robot's name of the camera.
+        hw: (height, width) of its images.
+        encoding: Used instead of the encoding in its messages: one of ``ros_images.COLOURS``, for
+            compressed images one of ``ros_compressed_images.COLOURS``. Empty: the messages' own.
     """
 
     camera: Literal["front", "left", "right"]
@@ -93,13 +95,13 @@ class AgilexCamera:
 
 @dataclass(frozen=True)
 class TwinTopics:
-    """Where a simulated robot tells its outcome and takes resets; a real one has neither."""
+    """Topics on which a simulated robot reports its outcome and accepts resets."""
 
     outcome: str
     reset: str
 
 
-def _ilstudios_cameras() -> dict[str, AgilexCamera]:
+def _default_cameras() -> dict[str, AgilexCamera]:
     return {
         "primary": AgilexCamera("front"),
         "wrist_left": AgilexCamera("left"),
@@ -109,14 +111,15 @@ def _ilstudios_cameras() -> dict[str, AgilexCamera]:
 
 @dataclass(frozen=True)
 class AgilexConfig:
-    """ILStudio's ``init_pos``, ``limit_pos`` and ``ros_operator``, and after them our keys.
+    """ILStudio's ``init_pos``, ``limit_pos`` and ``ros_operator``, then this project's keys.
 
     Attributes:
-        limit_vel, limit_acc: Of the commands, 14 numbers each; per second, per second squared.
-        cameras: The policy's camera name to the robot's.
-        joint_names: Of one arm, as its messages name them.
-        sensor_timeout_s: After how long a silent or frozen topic is lost.
-        twin: For a simulated robot.
+        limit_vel, limit_acc: Limits of the commands, 14 numbers each; per second, per second
+            squared.
+        cameras: The policy's camera name to the robot's camera.
+        joint_names: 7 names, as in the messages of one arm.
+        sensor_timeout_s: A topic that sends nothing, or the same stamp, for so long is lost.
+        twin: Topics of a simulated robot; None for a real one.
     """
 
     init_pos: InitPos
@@ -124,7 +127,7 @@ class AgilexConfig:
     ros_operator: RosOperator
     limit_vel: tuple[Annotated[float, POSITIVE], ...]
     limit_acc: tuple[Annotated[float, POSITIVE], ...]
-    cameras: Mapping[str, AgilexCamera] = field(default_factory=_ilstudios_cameras)
+    cameras: Mapping[str, AgilexCamera] = field(default_factory=_default_cameras)
     joint_names: tuple[str, ...] = JOINT_NAMES
     sensor_timeout_s: Annotated[float, DURATION_S] = 0.5
     twin: TwinTopics | None = None

@@ -1,7 +1,7 @@
-"""Robots whose devices one process owns; every process that uses one attaches to its owner.
+"""Base class of robots whose devices one process owns, to which every user of the robot attaches.
 
-Joint states and pictures are read from shared memory, commands go through a socket. So any number
-of processes may use the robot at once, and their beginning and end do nothing to its devices.
+Joint states and images are read from shared memory; commands go through a socket. So any number of
+processes may use the robot at once, and starting or ending one of them does nothing to its devices.
 """
 
 from __future__ import annotations
@@ -21,49 +21,52 @@ from robots.sensor_memory import Sample, SampleReader, SensorMemory
 from transport.errors import ProtocolError
 
 CALL_TIMEOUT_S = 10.0
-LOOK_AGAIN_S = 0.002
+POLL_PERIOD_S = 0.002
 
 
 class AttachedRobot(Robot):
-    """A robot seen from one process. ``companion`` runs the owner that others connect to.
+    """One process's connection to the owner process. ``companion`` runs the owner process.
 
     Attributes:
-        owner: What the owner is called in errors.
+        owner_name: The owner process's name in errors.
     """
 
-    owner = "the owner"
-    _link: OwnerConnection | None = None
+    owner_name = "the owner process"
+    _connection: OwnerConnection | None = None
     _sensor_memory: SensorMemory | None = None
 
     @property
     @abstractmethod
     def address(self) -> str | None:
-        """Of a running owner."""
+        """Address of a running owner process; None: none is known."""
 
     @property
-    def host_pid(self) -> int:
-        """The owner's process id."""
+    def owner_pid(self) -> int:
+        """The owner process's id."""
         return int(self._connected()[0].hello["pid"])
 
     def _connect(self, role: Role, timeout_s: float) -> None:
         if self.address is None:
             raise ConnectFailed(
-                f"{self.name}: no {self.owner.removeprefix('the ')} to connect to; expected to be "
-                "within companion(), or its address as configuration"
+                f"{self.name}: no {self.owner_name.removeprefix('the ')} to connect to; expected "
+                "connect() to be within companion(), or its address in the configuration (address)"
             )
-        self._seen: dict[str, tuple[int, CameraSample]] = {}
-        self._link = OwnerConnection(self.address, role=role, timeout_s=timeout_s, peer=self.owner)
+        self._newest_images: dict[str, tuple[int, CameraSample]] = {}
+        self._connection = OwnerConnection(
+            self.address, role=role, timeout_s=timeout_s, peer=self.owner_name
+        )
         try:
             self._sensor_memory = SensorMemory(
-                self._link.memory_fd,
-                qpos=self._link.hello["qpos"],
+                self._connection.memory_fd,
+                qpos=self._connection.hello["qpos"],
                 joints=self.contract.state_dim,
                 cameras=self.contract.cameras,
                 writable=False,
             )
         except ProtocolError as error:
             raise ConnectFailed(
-                f"{self.name}: {self.owner} has other joints or cameras ({error})"
+                f"{self.name}: {self.owner_name} has other joints or cameras ({error}); start it "
+                "with the same configuration"
             ) from error
         sensors = [("joints", self._sensor_memory.joints)]
         if role is not Role.CONTROL:
@@ -72,21 +75,21 @@ class AttachedRobot(Robot):
         self._wait_for(sensors, lambda sample: sample.received_ns >= since_ns, timeout_s)
 
     def _get_joints(self) -> JointSample:
-        return _joint_sample(self._fresh("joints", self._connected()[1].joints))
+        return _joint_sample(self._fresh_sample("joints", self._connected()[1].joints))
 
     def _get_joints_at(self, stamp_ns: int) -> JointSample:
         joints = self._connected()[1].joints
-        newest = self._fresh("joints", joints)
+        newest = self._fresh_sample("joints", joints)
         return _joint_sample(joints.nearest(stamp_ns) or newest)
 
     def _get_cameras(self) -> dict[str, CameraSample]:
         for name, reader in self._connected()[1].cameras.items():
-            if name not in self._seen or self._seen[name][0] != reader.count:
-                sample = self._fresh(name, reader)
-                self._seen[name] = sample.sequence, _camera_sample(sample)
+            if name not in self._newest_images or self._newest_images[name][0] != reader.count:
+                sample = self._fresh_sample(name, reader)
+                self._newest_images[name] = sample.sequence, _camera_sample(sample)
             else:
-                self._check_age(name, self._seen[name][1].received_ns)
-        return {name: sample for name, (_, sample) in self._seen.items()}
+                self._check_age(name, self._newest_images[name][1].received_ns)
+        return {name: sample for name, (_, sample) in self._newest_images.items()}
 
     def _send_action(self, action: NDArray[np.float32]) -> None:
         self._connected()[0].send_action(action)
@@ -95,30 +98,33 @@ class AttachedRobot(Robot):
         if self._sensor_memory is not None:
             self._sensor_memory.close()
             self._sensor_memory = None
-        self._seen = {}
-        if self._link is not None:
-            self._link.close()
-            self._link = None
+        self._newest_images = {}
+        if self._connection is not None:
+            self._connection.close()
+            self._connection = None
 
     def _connected(self) -> tuple[OwnerConnection, SensorMemory]:
-        if self._link is None or self._sensor_memory is None:
+        if self._connection is None or self._sensor_memory is None:
             raise NotConnected(f"{self.name}: not connected")
-        return self._link, self._sensor_memory
+        return self._connection, self._sensor_memory
 
     def _call(self, call: str, **arguments: Any) -> Mapping[str, Any]:
         return self._connected()[0].call(call, timeout_s=CALL_TIMEOUT_S, **arguments)
 
-    def _why_silent(self, name: str) -> str:
-        """What the owner knows about a sensor that is silent, to be added to an error."""
+    def _failure_reason(self, name: str) -> str:
+        """Why the sensor ``name`` sends nothing, if the owner knows; text to append to an error."""
         del name
         return ""
 
-    def _fresh(self, name: str, reader: SampleReader) -> Sample:
-        """The newest sample, if it is new enough."""
+    def _fresh_sample(self, name: str, reader: SampleReader) -> Sample:
+        """The newest sample. Raises ``SensorLost`` if it is too old."""
         sample = reader.newest()
         if sample is None:
             self._connected()[0].check_alive()
-            raise SensorLost(f"{self.name}: {name}: nothing yet{self._why_silent(name)}")
+            raise SensorLost(
+                f"{self.name}: {name}: nothing received yet, expected a sample"
+                f"{self._failure_reason(name)}"
+            )
         self._check_age(name, sample.received_ns)
         return sample
 
@@ -127,8 +133,8 @@ class AttachedRobot(Robot):
         age_s = (time.monotonic_ns() - received_ns) / 1e9
         if age_s > self.sensor_timeout_s:
             raise SensorLost(
-                f"{self.name}: {name}: nothing new for {age_s:.2f} s, expected something within "
-                f"{self.sensor_timeout_s:g} s{self._why_silent(name)}"
+                f"{self.name}: {name}: nothing new for {age_s:.2f} s, expected a sample within "
+                f"{self.sensor_timeout_s:g} s{self._failure_reason(name)}"
             )
 
     def _wait_for(
@@ -137,7 +143,7 @@ class AttachedRobot(Robot):
         arrived: Callable[[Sample], bool],
         timeout_s: float,
     ) -> None:
-        """Until the newest sample of each of ``sensors`` has ``arrived``."""
+        """Wait until ``arrived`` is true of the newest sample of each of ``sensors``."""
         deadline_s = time.monotonic() + timeout_s
         missing = list(sensors)
         while missing:
@@ -147,13 +153,13 @@ class AttachedRobot(Robot):
                 if newest is not None and arrived(newest):
                     missing.remove(entry)
             if missing and time.monotonic() >= deadline_s:
-                silent = [name for name, _ in missing]
+                names = [name for name, _ in missing]
                 raise SensorLost(
-                    f"{self.name}: nothing from {silent} within {timeout_s:g} s"
-                    f"{self._why_silent(silent[0])}"
+                    f"{self.name}: got nothing from {names} within {timeout_s:g} s"
+                    f"{self._failure_reason(names[0])}"
                 )
             if missing:
-                time.sleep(LOOK_AGAIN_S)
+                time.sleep(POLL_PERIOD_S)
 
 
 def _joint_sample(sample: Sample) -> JointSample:

@@ -1,8 +1,8 @@
-"""What every robot is: ``Robot``, and what its sensors give.
+"""The ``Robot`` interface of a driver, its contract and its sensor samples.
 
-Stamps and clocks: ``stamp_ns`` is the sensor's own clock (a ROS header's, a simulator's) and serves
-to pair one robot's frames with its joint states, by differences only. ``received_ns`` is this
-host's monotonic clock; ages come from it alone. The two are never subtracted from each other.
+Stamps and clocks: ``stamp_ns`` is the sensor's own clock (a ROS header's, a simulator's). It only
+pairs images of one robot with its joint states, by differences. ``received_ns`` is this host's
+monotonic clock; ages are computed from it alone. The two are never subtracted from each other.
 """
 
 from __future__ import annotations
@@ -35,9 +35,9 @@ DEFAULT_SENSOR_TIMEOUT_S = 0.5
 
 
 class Role(StrEnum):
-    """What a process wants of the robot.
+    """What a process uses the robot for.
 
-    ``CONTROL`` sends commands and reads joints. ``SENSING`` reads cameras, and joints too where the
+    ``CONTROL`` sends commands and reads joints. ``SENSING`` reads cameras, and also joints if the
     robot is ``shareable``. ``BOTH`` is one process that does everything.
     """
 
@@ -47,22 +47,22 @@ class Role(StrEnum):
 
 
 ANGLES: Mapping[str, float] = {"rad": 1.0, "deg": math.pi / 180}
-"""Units that are angles, in rad."""
+"""Units of angles: their size in rad."""
 ANGLES_MISSPELT = ("degree", "degrees", "°", "radian", "radians", "rads", "degs")
 
 
 class ActionKind(StrEnum):
-    """What a number of a command means: what rest, limits and braking are follows from it."""
+    """What one number of a command means. Rest, limits and braking depend on it."""
 
-    POSITION = "position"  # where a joint shall be; at rest it stays there
-    GRIPPER = "gripper"  # as position; steps at the policy's tick, is not interpolated
-    VELOCITY = "velocity"  # how fast it shall move; at rest zero
-    DELTA = "delta"  # how far to move from here; at rest zero
-    EFFORT = "effort"  # a force or torque; there is no rest that holds anything
+    POSITION = "position"  # target position of a joint; at rest it is repeated
+    GRIPPER = "gripper"  # as position, but not interpolated: steps at the policy's tick
+    VELOCITY = "velocity"  # target speed; zero at rest
+    DELTA = "delta"  # distance to move from here; zero at rest
+    EFFORT = "effort"  # a force or torque; no effort is known to hold a joint at rest
 
     @property
     def holds_position(self) -> bool:
-        """Whether repeating the last command keeps the robot where it is."""
+        """Whether repeating the last command keeps the joint where it is."""
         return self in (ActionKind.POSITION, ActionKind.GRIPPER)
 
 
@@ -71,9 +71,9 @@ class ActionSpec:
     """One number of a command.
 
     Attributes:
-        name: A joint's, where its position is commanded.
-        kind: See ``ActionKind``.
-        unit: Of the number, e.g. ``rad``, ``deg``, ``mm``, ``ticks``, ``m/s``; ``range`` for a
+        name: Name of the number; of a position or gripper command, the joint's name.
+        kind: What the number means.
+        unit: Unit of the number, e.g. ``rad``, ``deg``, ``mm``, ``ticks``, ``m/s``; ``range`` for a
             number without a unit, such as LeRobot's -100 to 100 or a gripper's 0 to 1.
     """
 
@@ -86,9 +86,9 @@ class JointSample(NamedTuple):
     """One joint state.
 
     Attributes:
-        position: (S,) float32, each in its own unit, in the order of the contract's joints.
+        position: (S,) float32 in the order of the contract's joints, each in its own unit.
         stamp_ns: The sensor's own clock.
-        received_ns: Our monotonic clock.
+        received_ns: This host's monotonic clock.
     """
 
     position: NDArray[np.float32]
@@ -97,12 +97,12 @@ class JointSample(NamedTuple):
 
 
 class CameraSample(NamedTuple):
-    """One picture.
+    """One camera image.
 
     Attributes:
         image: (H, W, 3) uint8 RGB.
-        stamp_ns: The sensor's own clock, the one that stamps joint states too.
-        received_ns: Our monotonic clock.
+        stamp_ns: The sensor's own clock, which also stamps the joint states.
+        received_ns: This host's monotonic clock.
         depth: (H', W') uint16 millimetres or float32 metres; None without a depth camera.
     """
 
@@ -113,12 +113,12 @@ class CameraSample(NamedTuple):
 
 
 class Outcome(NamedTuple):
-    """How the job stands, where the robot can tell.
+    """State of the task, as reported by a robot that can judge it, e.g. a simulated one.
 
     Attributes:
-        success: Done at some moment since the reset.
-        reward: Highest since the reset.
-        steps: Of the robot's own control steps since the reset until success or, without it, now.
+        success: Whether the task was done at any time since the reset.
+        reward: Highest reward since the reset.
+        steps: The robot's own control steps from the reset to success; to now without success.
     """
 
     success: bool
@@ -128,24 +128,25 @@ class Outcome(NamedTuple):
 
 @dataclass(frozen=True, slots=True)
 class RobotContract:
-    """What a robot takes and gives.
+    """The commands that a robot accepts and the observations that it returns.
 
     Attributes:
-        joint_names: S names, the order of states.
-        actions: A dimensions, the order of commands. Those that hold a position (``position`` and
-            ``gripper``) are measured too: their names are among ``joint_names``.
-        cameras: By the policy's camera name, (height, width).
-        ctrl_space, ctrl_type: Of the commands it takes.
-        control_hz: Lowest and highest rate at which it takes commands.
-        depth_cameras: Of ``cameras``, those with depth.
-        stops_alone_after_s: How long after the last command the device itself brings all velocities
-            to zero, whatever became of the processes that command it. None: it does not; such a
+        joint_names: S names, in the order of a state.
+        actions: A dimensions, in the order of a command. The joints of ``position`` and ``gripper``
+            commands are measured too: their names are among ``joint_names``.
+        cameras: The policy's camera name to (height, width).
+        ctrl_space, ctrl_type: Of the commands.
+        control_hz: Lowest and highest command rate.
+        depth_cameras: The names in ``cameras`` that also have depth.
+        stops_alone_after_s: How long after the last command the device itself sets all velocities
+            to zero, even if every process that commands it has died. None: it does not, and such a
             robot may not be commanded by velocity.
-        repeats_pictures: Whether a working camera may give the same picture again and again, as a
-            simulator without noise does. Otherwise that is a frozen camera.
+        repeats_pictures: Whether a working camera may return identical images, as a simulator
+            without noise does. Otherwise a repeated image means a frozen camera.
 
     Raises:
-        ContractViolated: Names that are not different, or a position that is not measured.
+        ContractViolated: A name appears twice, a unit of an angle is misspelt, or a commanded
+            position is not measured.
     """
 
     joint_names: tuple[str, ...]
@@ -171,101 +172,108 @@ class RobotContract:
             if spec.kind.holds_position and spec.name not in self.joint_names:
                 raise ContractViolated(
                     f"action {spec.name!r} ({spec.kind}): got no such joint among "
-                    f"{list(self.joint_names)}, expected one: where it is has to be known"
+                    f"{list(self.joint_names)}, expected one: a joint that is commanded by "
+                    "position has to be measured"
                 )
 
     @property
     def state_dim(self) -> int:
+        """S, the number of measured joints."""
         return len(self.joint_names)
 
     @property
     def action_dim(self) -> int:
+        """A, the number of values in a command."""
         return len(self.actions)
 
     @property
     def action_names(self) -> tuple[str, ...]:
+        """A names, in the order of a command."""
         return tuple(spec.name for spec in self.actions)
 
     def rest_command(self, state: NDArray[np.float32]) -> NDArray[np.float32]:
-        """(A,) float32: the command that keeps the robot as it is in ``state``, (S,).
+        """(A,) float32: the command that keeps the robot where it is in ``state``, (S,).
 
-        Positions and grippers where they are measured; zero for everything that is a rate.
+        Measured values for positions and grippers; zero for velocities, deltas and efforts.
         """
         return rest_command(self.joint_names, self.actions, state)
 
 
 class Robot(ABC):
-    """One robot, seen from one process. Belongs to one thread.
+    """One process's connection to a robot. To be used by one thread.
 
-    Subclasses implement the underscored methods; what is public here checks and tracks state, so
-    that every driver refuses the same things in the same words. Not connected, a robot can be
-    pickled. Several processes each make their own and connect in their own role.
+    A driver implements the underscored methods. The public methods check arguments and the role, so
+    that every driver rejects the same calls with the same messages. A robot that is not connected
+    can be pickled. Several processes each create their own object and connect in their own role.
 
     Args:
-        name: What it is called in results.
-        contract: What it takes and gives.
-        limits: Of the contract's A actuators.
+        name: The robot's name in results.
+        contract: The commands that it accepts and the observations that it returns.
+        limits: Limits of the contract's A actuators.
     """
 
     _role: Role | None = None
-    _picture_watch: FrozenImageCheck | None = None
+    _frozen_image_check: FrozenImageCheck | None = None
 
     def __init__(self, name: str, contract: RobotContract, limits: JointLimits) -> None:
         self._name, self._contract, self._limits = name, contract, limits
 
     @property
     def name(self) -> str:
-        """What it is called in results."""
+        """The robot's name in results."""
         return self._name
 
     @property
     def contract(self) -> RobotContract:
+        """The commands that it accepts and the observations that it returns."""
         return self._contract
 
     @property
     def limits(self) -> JointLimits:
-        """Of the contract's A actuators."""
+        """Limits of the contract's A actuators."""
         return self._limits
 
     @property
     def start_pose(self) -> NDArray[np.float32] | None:
-        """(A,) float32 inside the limits, where an episode begins; None: wherever it is."""
+        """(A,) float32 inside the limits, where an episode begins; None: the current pose."""
         return None
 
     @property
     def start_velocity(self) -> NDArray[np.float64] | None:
-        """(A,) per second, the most that the move to the start pose may use. None: the limits."""
+        """(A,) per second: speed limit of the move to the start pose. None: that of ``limits``."""
         return None
 
     @property
     def shareable(self) -> bool:
-        """Whether two processes may talk to it at once. If not, CONTROL alone reads joints."""
+        """Whether two processes may be connected at once. If not, only CONTROL reads joints."""
         return True
 
     @property
     def sensor_timeout_s(self) -> float:
-        """After how long without a new picture a camera is lost."""
+        """A camera without a new image for so long is lost, seconds."""
         return DEFAULT_SENSOR_TIMEOUT_S
 
     def companion(self) -> AbstractContextManager[Mapping[str, str]]:
-        """What the parent process runs beside the robot, e.g. a simulator.
+        """Run the process that the robot needs beside it, e.g. a simulator.
 
-        Yields configuration overrides for ``make_robot`` in the processes that shall use it (their
-        way to find it); this object has taken them over already.
+        Entered by the parent process. Yields configuration overrides with which ``make_robot``
+        finds that process in other processes; this object already uses them.
         """
         return contextlib.nullcontext({})
 
     def connect(self, role: Role = Role.BOTH, timeout_s: float = DEFAULT_TIMEOUT_S) -> None:
-        """Reach the robot and wait until every sensor of ``role`` has spoken. Moves nothing.
+        """Connect and wait for a sample of every sensor of ``role``. Moves nothing.
 
         Raises:
-            ConnectFailed: It cannot be reached.
-            SensorLost: A sensor said nothing within ``timeout_s``; names all that did not.
-            ContractViolated: A sensor sends something else than the contract says.
-            RobotError: It is connected already.
+            ConnectFailed: The robot cannot be reached.
+            SensorLost: A sensor sent nothing within ``timeout_s``; names all such sensors.
+            ContractViolated: A sensor sends data that do not fit the contract.
+            RobotError: The robot is connected already.
         """
         if self._role is not None:
-            raise RobotError(f"{self.name}: connected already, as {self._role}")
+            raise RobotError(
+                f"{self.name}: connected already, as {self._role}; call disconnect() first"
+            )
         if not timeout_s > 0:
             raise ValueError(f"timeout_s: got {timeout_s}, expected a positive number of seconds")
         try:
@@ -274,58 +282,58 @@ class Robot(ABC):
             self._disconnect()
             raise
         self._role = Role(role)
-        self._picture_watch = FrozenImageCheck(
+        self._frozen_image_check = FrozenImageCheck(
             round(self.sensor_timeout_s * 1e9), repeats=self.contract.repeats_pictures
         )
 
     @property
     def role(self) -> Role | None:
-        """What it is connected as; None before ``connect`` and after ``disconnect``."""
+        """The role of the connection; None before ``connect`` and after ``disconnect``."""
         return self._role
 
     @property
     def reads_joints(self) -> bool:
-        """Whether a connection in the present role gives joint states."""
+        """Whether the present role may read joint states."""
         return self._role is not None and (self.shareable or self._role is not Role.SENSING)
 
     def get_joints(self) -> JointSample:
-        """The newest joint state, at once; its stamp tells whether it is new.
+        """The newest joint state, without waiting; its stamp shows whether it is new.
 
         Raises:
-            NotConnected: Or connected in a role without joints.
-            SensorLost: The joints have not spoken for the configured time, or their stamps stand
-                still or went back (``StampFault``).
-            RobotLost: The connection is gone.
+            NotConnected: Not connected, or in a role that does not read joints.
+            SensorLost: No joint state for the configured time, or its stamps are frozen or went
+                back (``StampFault``).
+            RobotLost: The connection has ended.
         """
         if not self.reads_joints:
-            raise self._refusal("get_joints", "control or both, or any where shareable")
+            raise self._wrong_role("get_joints", "control or both, or any where shareable")
         return self._get_joints()
 
     def get_cameras(self) -> dict[str, CameraSample]:
-        """The newest picture of every camera, at once; stamps tell which are new.
+        """The newest image of every camera, without waiting; stamps show which are new.
 
-        Pictures are the caller's: nothing is written into them afterwards.
+        The images belong to the caller: the driver does not write into them afterwards.
 
         Raises:
             NotConnected, SensorLost, RobotLost: As ``get_joints``. A camera that repeats one
-                picture for longer than ``sensor_timeout_s`` is lost too, whatever its stamps say.
+                image for longer than ``sensor_timeout_s`` is lost too, even if its stamps advance.
         """
-        if self._role not in (Role.SENSING, Role.BOTH) or self._picture_watch is None:
-            raise self._refusal("get_cameras", "sensing or both")
+        if self._role not in (Role.SENSING, Role.BOTH) or self._frozen_image_check is None:
+            raise self._wrong_role("get_cameras", "sensing or both")
         cameras = self._get_cameras()
         if missing := [name for name in self.contract.cameras if name not in cameras]:
             raise SensorLost(
                 f"{self.name}: got no picture of {missing}, expected all of "
                 f"{list(self.contract.cameras)}"
             )
-        self._picture_watch.check(self.name, cameras)
+        self._frozen_image_check.check(self.name, cameras)
         return cameras
 
     def get_observation(self) -> MetaObs:
-        """The newest pictures and the joint state that belongs to the oldest of them, by stamps.
+        """The newest images, and the joint state whose stamp is nearest to the oldest of them.
 
-        ``t_capture_ns`` is when the first of all this was received: a joint state takes less time
-        to arrive than the picture that it belongs to. ``timestep`` is the caller's to fill in.
+        ``t_capture_ns`` is when the first of these samples was received: a joint state takes less
+        time to arrive than the image that it is paired with. The caller fills in ``timestep``.
 
         Raises:
             NotConnected, SensorLost, RobotLost: As ``get_joints``.
@@ -342,30 +350,30 @@ class Robot(ABC):
         )
 
     def get_joints_at(self, stamp_ns: int) -> JointSample:
-        """Of the recent joint states, the one whose stamp is nearest to ``stamp_ns``.
+        """The recent joint state whose stamp is nearest to ``stamp_ns``.
 
         Raises:
             NotConnected, SensorLost, RobotLost: As ``get_joints``.
         """
         if not self.reads_joints:
-            raise self._refusal("get_joints_at", "control or both, or any where shareable")
+            raise self._wrong_role("get_joints_at", "control or both, or any where shareable")
         return self._get_joints_at(stamp_ns)
 
     def send_action(self, action: NDArray[np.float32]) -> None:
-        """Command the actuators. The array is the caller's again afterwards.
+        """Command the actuators. The caller may reuse the array afterwards.
 
-        Limits are the caller's business; only what can never be meant is refused.
+        The caller keeps the limits; only commands that are never valid are rejected here.
 
         Args:
             action: (A,) float32.
 
         Raises:
-            UnsafeCommand: Another shape, or a value that is not finite. Nothing was sent.
-            NotConnected: Or connected for sensing.
-            RobotLost: It did not leave.
+            UnsafeCommand: Wrong shape, or a value that is not finite. Nothing was sent.
+            NotConnected: Not connected, or connected for sensing.
+            RobotLost: The command could not be sent.
         """
         if self._role not in (Role.CONTROL, Role.BOTH):
-            raise self._refusal("send_action", "control or both")
+            raise self._wrong_role("send_action", "control or both")
         if action.shape != (self.contract.action_dim,):
             raise UnsafeCommand(
                 f"action: got shape {action.shape}, expected ({self.contract.action_dim},)"
@@ -379,30 +387,30 @@ class Robot(ABC):
         self._send_action(action)
 
     def outcome(self) -> Outcome | None:
-        """How the job stands; None where the robot cannot tell. Any role.
+        """State of the task; None if the robot cannot judge it. Allowed in any role.
 
         Raises:
             NotConnected, RobotLost: As ``get_joints``.
         """
         if self._role is None:
-            raise self._refusal("outcome", "any role")
+            raise self._wrong_role("outcome", "any role")
         return self._outcome()
 
     def reset(self, seed: int) -> bool:
-        """Put arms and objects where an episode with ``seed`` begins. Any role.
+        """Move arms and objects to the start of the episode with ``seed``. Allowed in any role.
 
         Returns:
-            Whether the robot can do that; False means that a person has to.
+            Whether the robot can do that; False: a person has to.
 
         Raises:
             NotConnected, RobotLost: As ``get_joints``.
         """
         if self._role is None:
-            raise self._refusal("reset", "any role")
+            raise self._wrong_role("reset", "any role")
         return self._reset(seed)
 
     def disconnect(self) -> None:
-        """Release the robot, which keeps the last command. Idempotent."""
+        """Release the robot, which goes on holding its last command. Idempotent."""
         self._role = None
         self._disconnect()
 
@@ -412,13 +420,13 @@ class Robot(ABC):
     def __exit__(self, *_: object) -> None:
         self.disconnect()
 
-    def _refusal(self, method: str, roles: str) -> NotConnected:
+    def _wrong_role(self, method: str, roles: str) -> NotConnected:
         state = "not connected" if self._role is None else f"connected as {self._role}"
         return NotConnected(f"{self.name}: {method}: {state}, expected to be connected as {roles}")
 
     @abstractmethod
     def _connect(self, role: Role, timeout_s: float) -> None:
-        """As ``connect``; after a failure, ``_disconnect`` is called."""
+        """As ``connect``. If it raises, ``_disconnect`` is called."""
 
     @abstractmethod
     def _get_joints(self) -> JointSample: ...
@@ -441,13 +449,13 @@ class Robot(ABC):
 
     @abstractmethod
     def _disconnect(self) -> None:
-        """Release everything; may be called at any time, and twice."""
+        """Release everything. May be called at any time and repeatedly."""
 
 
 def rest_command(
     joint_names: Sequence[str], actions: Sequence[ActionSpec], state: NDArray[np.float32]
 ) -> NDArray[np.float32]:
-    """As ``RobotContract.rest_command``, for who has no contract."""
+    """``RobotContract.rest_command`` for callers without a contract."""
     command = np.zeros(len(actions), np.float32)
     for index, spec in enumerate(actions):
         if spec.kind.holds_position:
@@ -456,7 +464,7 @@ def rest_command(
 
 
 def arm_actions(names: Sequence[str], grippers: Collection[int]) -> tuple[ActionSpec, ...]:
-    """Joints commanded by position in rad, those at ``grippers`` being grippers without a unit."""
+    """Position commands in rad for ``names``; at the indices ``grippers``, unitless grippers."""
     return tuple(
         ActionSpec(name, ActionKind.GRIPPER, "range") if index in grippers else ActionSpec(name)
         for index, name in enumerate(names)

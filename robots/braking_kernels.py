@@ -1,15 +1,15 @@
-"""The arithmetic of ``robots.motion_limiter``, per joint, compiled.
+"""The arithmetic of ``robots.motion_limiter``, per joint, compiled by numba.
 
-h is the control period, a the acceleration limit, u = a·h how much speed may change per command.
+h is the control period, a the acceleration limit, u = a·h the change of speed allowed per command.
 Braking from speed v covers D(v) = h·Σ_{i>=0} max(0, v − i·u), the first term being the command
 itself. Its inverse, the discrete sqrt(2·a·d), bounds the speed towards a limit at distance d:
 with n the least integer for which h·u·n·(n+1)/2 >= d, it is d/(n·h) + u·(n−1)/2. Because
 D(v − u) = D(v) − h·v, a joint at the bound stays at the bound by braking, so the three limits never
-contradict each other. The continuous sqrt(2·a·d) was rejected: it overruns the limit by up to half
-a period of travel.
+contradict each other. The continuous sqrt(2·a·d) was rejected: it overshoots the limit by up to
+half a period of travel.
 
 A joint that is commanded by velocity has no position here: its command is v itself, kept within its
-bounds and within u of the command before. At rest it is zero.
+bounds and within u of the previous command. At rest it is zero.
 """
 
 from __future__ import annotations
@@ -23,11 +23,11 @@ from transport.jit import compiled, inlined
 POSITION, VELOCITY, ACCELERATION = 0, 1, 2
 """Rows of the clamp counts."""
 ROUNDING = 1e-9
-"""Relative; far above that of float64, far below anything a robot could show."""
+"""Relative tolerance; far above the rounding of float64, far below what a robot could resolve."""
 
 
 def _stop_speed_impl(distance: float, quantum: float, period: float) -> float:
-    """Highest speed from which braking, this command included, covers at most ``distance``."""
+    """Highest speed from which braking, including this command, covers at most ``distance``."""
     if distance <= 0.0:
         return 0.0
     reach = quantum * period
@@ -41,7 +41,7 @@ _stop_speed = inlined(_stop_speed_impl)
 
 
 def _send_impl(position: float, lower: float, upper: float, inside: np.ndarray) -> float:
-    """``position`` as float32, inside the limits wherever the float64 is."""
+    """``position`` as float32, inside the limits if the float64 is."""
     sent = np.float32(position)
     if position <= upper and sent > inside[1]:
         sent = inside[1]
@@ -63,7 +63,8 @@ def _limit_impl(  # noqa: PLR0917 - numba takes arrays, not objects
     sent: np.ndarray,
     counts: np.ndarray,
 ) -> int:
-    """One command. 0 as asked for, 1 changed, −1−j where joint j was asked for NaN or infinity."""
+    """Compute one command. Returns 0: equal to ``target``; 1: changed; −1−j: joint j of ``target``
+    is NaN or infinity, and nothing was changed."""
     for joint in range(target.size):
         if not math.isfinite(target[joint]):
             return -1 - joint
@@ -88,7 +89,7 @@ def _limit_impl(  # noqa: PLR0917 - numba takes arrays, not objects
             counts[POSITION, joint] += 1
             changed = 1
 
-        # Keep the aim's own speed, and close what is missing at a speed that can be braked from.
+        # Keep the target's own speed, and close the gap at a speed from which it can brake.
         lag = aim - position
         closing = _stop_speed(abs(lag), quantum, period)
         wanted = (goal - position) / period
@@ -104,7 +105,7 @@ def _limit_impl(  # noqa: PLR0917 - numba takes arrays, not objects
             speed = velocity + math.copysign(quantum, speed - velocity)
         if catching_up or too_hard:
             counts[ACCELERATION, joint] += 1
-        # Last, because it outranks the others where rounding sets them at odds.
+        # Last, so that it takes precedence where rounding makes the limits contradict each other.
         ahead = upper - position if speed > 0.0 else position - lower
         can_stop = _stop_speed(ahead, quantum, period)
         if abs(speed) > can_stop:
@@ -115,7 +116,7 @@ def _limit_impl(  # noqa: PLR0917 - numba takes arrays, not objects
             position = goal
         else:
             changed = 1
-            # Rounding must not carry a joint over the limit that it was about to reach.
+            # Rounding must not move a joint past the limit that it was about to reach.
             inner = position >= lower and position <= upper
             position += speed * period
             if inner:
@@ -133,13 +134,13 @@ def _brake_impl(  # noqa: PLR0917 - numba takes arrays, not objects
     state: np.ndarray,
     sent: np.ndarray,
 ) -> int:
-    """One command of the shortest stop. 1 once every joint is at rest, else 0."""
+    """Compute one command of the shortest stop. Returns 1 once every joint is at rest, else 0."""
     rested = 1
     for joint in range(sent.size):
         lower, upper, _, quantum = bounds[joint]
         position, velocity, _ = state[joint]
         speed = abs(velocity) - quantum
-        if speed <= ROUNDING * quantum:  # a multiple of u, but for rounding, is one
+        if speed <= ROUNDING * quantum:  # what rounding left of a multiple of u
             speed = 0.0
         if by_velocity[joint]:
             speed = math.copysign(speed, velocity) if speed > 0.0 else 0.0
@@ -148,7 +149,8 @@ def _brake_impl(  # noqa: PLR0917 - numba takes arrays, not objects
             state[joint, 0], state[joint, 1], state[joint, 2] = speed, speed, 0.0
             sent[joint] = _send(speed, lower, upper, inside[joint])
             continue
-        # Only a state that MotionLimiter did not make needs this; there position outranks force.
+        # Only needed for a state that MotionLimiter did not produce; there the position limit takes
+        # precedence over the acceleration limit.
         ahead = upper - position if velocity > 0.0 else position - lower
         speed = math.copysign(min(speed, max(0.0, ahead) / period), velocity)
         position += speed * period

@@ -1,7 +1,7 @@
-"""What may reach a device of the commands for it, when the process that passes them on is held up.
+"""Limits the step to a command after the process that forwards commands has missed some.
 
-Whoever commands keeps the limits from one command to the next. A process between it and the device
-that is held up misses some, and the newest is then further away than one command may go.
+The sender keeps the limits from one command to the next. If the process between the sender and the
+device is delayed, it misses commands, and the newest one is further away than one step may go.
 """
 
 from __future__ import annotations
@@ -17,27 +17,27 @@ from robots.base import ActionKind, ActionSpec
 from robots.errors import RobotLost
 from robots.joint_limits import JointLimits
 
-HELD_UP_S = 0.25
-"""Commands missed for longer are not caught up with: the motion that they were of is over."""
+MAX_DELAY_S = 0.25
+"""After a longer delay, missed commands are not caught up with: their motion is over."""
 LONGEST_STEP_S = 0.05
 """One step is at most what the limits allow in this time, or in one period of the commands."""
 GAPS = 15
-"""Between commands, whose median is their period."""
+"""Number of gaps between commands whose median is taken for the commands' period."""
 TOLERANCE = 1.1
-"""Of times, for jitter."""
+"""Factor on times, for jitter."""
 
 
 class CommandDelivery:
-    """Follows commands at no more than the velocity limits, in short steps.
+    """Follows commands in short steps within the velocity limits.
 
-    A command that is one period after the one before passes unchanged. After missed ones the newest
-    is followed step by step: positions keep their velocity limit, velocities their acceleration
-    limit. The acceleration of positions is the sender's to keep, and is not kept here while
-    catching up.
+    A command one period after the previous one passes unchanged. After missed commands the newest
+    is approached step by step: positions keep their velocity limit, velocities their acceleration
+    limit. The acceleration limit of positions is not kept while catching up; the sender keeps it
+    otherwise.
 
     Args:
         limits, actions: Of the robot.
-        position: (A,) where it is, at rest.
+        position: (A,) the robot's position, at rest.
     """
 
     def __init__(
@@ -56,26 +56,30 @@ class CommandDelivery:
         return self._refused
 
     def reset(self, command: ArrayLike, now_ns: int) -> None:
-        """Note that ``command``, (A,), was sent to the device without ``follow``."""
+        """Record that ``command``, (A,), was sent to the device without ``follow``."""
         self._last = np.array(command, np.float64)
         self._delivered_ns = now_ns
 
-    def note(self, sent_ns: int) -> None:
-        """Note that a command came, followed or not, which was sent at ``sent_ns``."""
+    def record_arrival(self, sent_ns: int) -> None:
+        """Record that a command arrived, followed or not, which was sent at ``sent_ns``."""
         gap_s = (sent_ns - self._sent_ns) / 1e9
         self._sent_ns = sent_ns
         if 0 < gap_s < 1:
             self._gaps.append(gap_s)
 
     def follow(self, wanted: NDArray[np.float32], now_ns: int) -> NDArray[np.float32]:
-        """What to send for ``wanted``, both (A,) float32; to be asked again until it is that.
+        """The command to send now on the way to ``wanted``. To be repeated until it is ``wanted``.
 
         Args:
-            now_ns: Our monotonic clock.
+            wanted: (A,) float32, the newest command.
+            now_ns: This host's monotonic clock.
+
+        Returns:
+            (A,) float32.
 
         Raises:
-            RobotLost: Nothing was passed on for ``HELD_UP_S`` while the robot was to move. Until a
-                command is near to where it was left, none is followed.
+            RobotLost: No command was forwarded for ``MAX_DELAY_S`` while the robot was to move.
+                Commands stay refused until one is near the last command that was sent.
         """
         period_s = TOLERANCE * statistics.median(self._gaps) if self._gaps else 0.0
         longest_s = max(LONGEST_STEP_S, period_s)
@@ -83,10 +87,10 @@ class CommandDelivery:
         near = bool((np.abs(wanted - self._last) <= self._fastest * longest_s).all())
         if near:
             self._refused = ""
-        elif since_s > HELD_UP_S and not self._refused:
+        elif since_s > MAX_DELAY_S and not self._refused:
             self._refused = (
-                f"commands were held up for {since_s:.2f} s while it was to move, expected less "
-                f"than {HELD_UP_S:g} s"
+                f"commands were delayed for {since_s:.2f} s while the robot was to move, expected "
+                f"less than {MAX_DELAY_S:g} s: is the bus slow, or the machine overloaded?"
             )
         if self._refused:
             raise RobotLost(self._refused)

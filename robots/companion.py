@@ -1,4 +1,4 @@
-"""The processes beside a robot: its simulator, or the owner of its bus and cameras."""
+"""Start a process that a robot needs beside it: its simulator, or the owner of its devices."""
 
 from __future__ import annotations
 
@@ -20,11 +20,13 @@ def start_companion(
     pass_fds: Iterable[int] = (),
     outlives: bool = False,
 ) -> ChildProcess:
-    """``python -m module arguments… --parent PID``, ready. Arguments as ``ChildProcess`` has them.
+    """Start ``python -m module arguments… --parent PID`` and wait until it is ready.
+
+    The other arguments are those of ``ChildProcess``.
 
     Raises:
         ConnectFailed: It did not become ready; carries the reason. Another class of
-            ``robots.errors``, if the child names one.
+            ``robots.errors`` if the child names one.
     """
     child = ChildProcess(
         module,

@@ -1,8 +1,8 @@
-"""``dummy``: a robot of which only the shapes are real, in ILStudio's configuration format.
+"""``dummy``: a robot without hardware, in ILStudio's configuration format.
 
-For trying a policy's plumbing without hardware. Joints are where they were last commanded, pictures
-are noise that changes ``camera_hz`` times a second. What it does *not* guarantee: dynamics, limits
-that mean something, an outcome; and two processes that connect see two different robots.
+For testing the data path of a policy. Joints are where they were last commanded; images are noise
+that changes ``camera_hz`` times a second. It has no dynamics, no meaningful limits and no outcome,
+and two processes that connect get two independent robots.
 """
 
 from __future__ import annotations
@@ -37,7 +37,10 @@ _SHAPE = re.compile(r"\(\s*\d+\s*(,\s*\d+\s*)*,?\s*\)")
 
 @dataclass(frozen=True)
 class ArrayConfig:
-    """One array. ``shape`` is a list, or text as ILStudio writes it: ``(480, 640, 3)``."""
+    """Shape and dtype of one array.
+
+    ``shape`` is a list, or text as in ILStudio's files: ``(480, 640, 3)``.
+    """
 
     shape: tuple[Annotated[int, PIXELS], ...] | str
     dtype: str = "float32"
@@ -49,6 +52,7 @@ class ArrayConfig:
 
     @property
     def sizes(self) -> tuple[int, ...]:
+        """``shape`` as numbers; empty if its text is not a shape."""
         if isinstance(self.shape, tuple):
             return self.shape
         if not _SHAPE.fullmatch(self.shape.strip()):
@@ -58,12 +62,12 @@ class ArrayConfig:
 
 @dataclass(frozen=True)
 class ObsConfig:
-    """What it senses.
+    """Arrays of an observation.
 
     Attributes:
         qpos: Joint positions, (S,) float32.
-        image: By the policy's camera name, (H, W, 3) uint8.
-        qvel: ILStudio's configurations have it; no policy here takes velocities.
+        image: The policy's camera name to (H, W, 3) uint8.
+        qvel: Present in ILStudio's configurations; ignored, as no policy here uses velocities.
     """
 
     qpos: ArrayConfig
@@ -73,13 +77,13 @@ class ObsConfig:
 
 @dataclass(frozen=True)
 class DummyConfig:
-    """ILStudio's keys, and after them ours, which may be left out.
+    """Configuration of the dummy: ILStudio's keys, then optional keys of this project.
 
     Attributes:
         obs_config, action_config: Shapes.
         ctrl_type, ctrl_space: Of the commands.
-        camera_hz: New pictures per second.
-        position_limit, velocity_limit, acceleration_limit: Of every joint, either way.
+        camera_hz: New images per second.
+        position_limit, velocity_limit, acceleration_limit: Of every joint, in both directions.
     """
 
     obs_config: ObsConfig
@@ -96,15 +100,15 @@ class DummyConfig:
 
 
 class DummyRobot(Robot):
-    """See the module.
+    """A robot without hardware; see the module.
 
     Args:
-        config: Its keys.
-        name: What it is called in results.
-        source: Where the keys come from, for errors.
+        config: The configuration.
+        name: The robot's name in results.
+        source: Where the configuration comes from, for errors.
 
     Raises:
-        ConfigError: Shapes or dtypes of something else than a robot; limits that cannot be.
+        ConfigError: Shapes, dtypes or limits that no robot can have.
     """
 
     def __init__(self, config: DummyConfig, *, name: str = "dummy", source: str = "") -> None:
@@ -153,19 +157,21 @@ class DummyRobot(Robot):
         )
         super().__init__(name, contract, limits)
         self._position = np.zeros(state_dim, np.float32)
-        self._pictures: dict[str, CameraSample] = {}
+        self._images: dict[str, CameraSample] = {}
 
     @property
     def start_pose(self) -> NDArray[np.float32]:
+        """(A,) float32 zeros."""
         return np.zeros(self.contract.action_dim, np.float32)
 
     @property
     def sensor_timeout_s(self) -> float:
+        """The default, or three periods of the cameras if those are longer."""
         return max(DEFAULT_SENSOR_TIMEOUT_S, 3e-9 * self._period_ns)
 
     def _connect(self, role: Role, timeout_s: float) -> None:
         del role, timeout_s
-        self._pictures.clear()
+        self._images.clear()
 
     def _get_joints(self) -> JointSample:
         now_ns = time.monotonic_ns()
@@ -178,19 +184,19 @@ class DummyRobot(Robot):
         now_ns = time.monotonic_ns()
         stamp_ns = now_ns - now_ns % self._period_ns
         for camera, hw in self.contract.cameras.items():
-            shown = self._pictures.get(camera)
-            if shown is None or shown.stamp_ns != stamp_ns:
+            previous = self._images.get(camera)
+            if previous is None or previous.stamp_ns != stamp_ns:
                 generator = np.random.default_rng(stamp_ns)
                 noise = generator.integers(0, 256, (*hw, 3), np.uint8)
-                self._pictures[camera] = CameraSample(noise, stamp_ns, now_ns)
-        return dict(self._pictures)
+                self._images[camera] = CameraSample(noise, stamp_ns, now_ns)
+        return dict(self._images)
 
     def _send_action(self, action: NDArray[np.float32]) -> None:
-        moved = self._position[: len(action)]
+        commanded = self._position[: len(action)]
         if self.contract.ctrl_type == "abs":
-            moved[:] = action
+            commanded[:] = action
         else:
-            moved += action
+            commanded += action
 
     def _reset(self, seed: int) -> bool:
         del seed
@@ -198,11 +204,12 @@ class DummyRobot(Robot):
         return True
 
     def _disconnect(self) -> None:
-        self._pictures.clear()
+        self._images.clear()
 
 
 def make(
     args: Mapping[str, Any], name: str, source: str, overrides: Mapping[str, str]
 ) -> DummyRobot:
+    """Build the robot; called by ``robots.factory``, which describes the arguments."""
     config = parse_config(DummyConfig, args, source=source, overrides=overrides)
     return DummyRobot(config, name=name, source=source)

@@ -1,4 +1,4 @@
-"""What can go wrong with a robot, one tree."""
+"""Exceptions of robots, in one tree."""
 
 from __future__ import annotations
 
@@ -6,36 +6,36 @@ from policies import yaml_config
 
 
 class RobotError(Exception):
-    """Anything this package raises on purpose."""
+    """Base of every error that this package raises on purpose."""
 
 
 class ConfigError(RobotError, yaml_config.InvalidConfig):
-    """A robot's configuration that cannot be used; the message names the file and the key path."""
+    """A robot's configuration is invalid; the message names the file and the key path."""
 
 
 class NotConnected(RobotError):
-    """Used before ``connect`` or after ``disconnect``, or in a role it was not connected in."""
+    """A method was called without a connection, or in a role that does not allow it."""
 
 
 class ConnectFailed(RobotError):
-    """The robot cannot be reached: no master, no simulator, no bus, a package not installed."""
+    """The robot cannot be reached: no ROS master, simulator or bus, or a missing package."""
 
 
 class ContractViolated(RobotError):
-    """What the robot sends is not what its configuration says: joints, camera sizes, encodings."""
+    """The robot's data do not fit its configuration: joints, camera sizes, encodings."""
 
 
 class SensorLost(RobotError):
-    """A sensor that never spoke, or speaks no more; the message names it and its age."""
+    """A sensor sent no data, or none for too long; the message names it and the age of its data."""
 
 
 class StampFault(SensorLost):
-    """A sensor whose stamps stand still or went back: its data cannot be put in time."""
+    """A sensor's stamps are frozen or went back, so its data cannot be paired with others."""
 
 
 class RobotLost(RobotError):
-    """The connection to the robot is gone; commands no longer reach it."""
+    """The connection to the robot has ended; commands no longer reach it."""
 
 
 class UnsafeCommand(RobotError):
-    """A command that must not be sent, e.g. NaN or of another length."""
+    """A command that must not be sent: NaN, infinity or the wrong length."""

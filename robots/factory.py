@@ -1,6 +1,6 @@
-"""From a configuration to a ``Robot``; its driver is imported then, and no other.
+"""Build a ``Robot`` from its configuration. Imports only the driver in use.
 
-``configs/robot/*.yaml`` have ILStudio's layout: which driver, and the driver's own arguments.
+``configs/robot/*.yaml`` have ILStudio's layout: the driver's name and the driver's own arguments.
 ILStudio's class paths and its newer key names (``target``, ``config``) are accepted.
 """
 
@@ -20,7 +20,7 @@ DRIVERS = {
     "sim_twin": "robots.sim_twin",
     "agilex_aloha": "robots.agilex_aloha",
 }
-"""Driver to the module whose ``make(args, name, source, overrides)`` builds it."""
+"""Driver's name to the module whose ``make(args, name, source, overrides)`` builds it."""
 ILSTUDIO = {
     "deploy.robot.dummy_robot.DummyRobot": "dummy",
     "deploy.robot.dummy.DummyRobot": "dummy",
@@ -28,9 +28,10 @@ ILSTUDIO = {
 }
 LEROBOT_PREFIX = "lerobot:"
 PYTHON_PREFIX = "python:"
-"""``python:package.module``: anyone's own driver, a module with a ``make``."""
+"""``python:package.module``: a user's own driver, a module with a function ``make``."""
 
 Make = Callable[[Mapping[str, Any], str, str, Mapping[str, str]], Robot]
+"""``make(args, name, source, overrides)`` of a driver's module: the robot, not connected."""
 
 
 @dataclass(frozen=True)
@@ -38,9 +39,9 @@ class RobotFile:
     """The layout of ``configs/robot/*.yaml``.
 
     Attributes:
-        type, target: The driver: one of ``DRIVERS``, ``lerobot:<type>``, ``python:<module>``, or a
-            class of ILStudio's that one of ours stands for. Exactly one of the two keys.
-        name: What the robot is called in results; the driver's name if empty.
+        type, target: The driver: one of ``DRIVERS``, ``lerobot:<type>``, ``python:<module>``, or
+            one of the classes of ILStudio in ``ILSTUDIO``. Exactly one of the two keys.
+        name: The robot's name in results; the name of the file if empty.
         args, config: The driver's own keys. At most one of the two.
     """
 
@@ -59,7 +60,7 @@ class RobotFile:
 
 
 def make_robot(name: str, overrides: Mapping[str, str] | None = None) -> Robot:
-    """The robot that ``name`` means, not connected.
+    """Build the robot of the configuration ``name``. It is not connected.
 
     Args:
         name: A name in ``configs/robot``, or a path to a YAML file.
@@ -67,24 +68,24 @@ def make_robot(name: str, overrides: Mapping[str, str] | None = None) -> Robot:
 
     Raises:
         ConfigError: No such configuration or driver, an unknown key, limits that are inverted or of
-            the wrong count. (Of ``robots.errors``, which is one of ``policies.yaml_config`` too.)
+            the wrong count. (``robots.errors.ConfigError``, a ``policies.yaml_config.InvalidConfig``)
     """
     try:
         path = yaml_config.find_config(name, kind="robot")
         file = yaml_config.load_config(RobotFile, str(path), kind="robot")
-        wanted = file.type or file.target
-        driver = ILSTUDIO.get(wanted, wanted)
+        requested = file.type or file.target
+        driver = ILSTUDIO.get(requested, requested)
         kind, _, rest = driver.partition(":")
         args = dict(file.args or file.config)
         if kind + ":" == LEROBOT_PREFIX and rest:
-            make, args = _make_of("robots.lerobot_adapter"), {**args, "type": rest}
+            make, args = _import_make("robots.lerobot_adapter"), {**args, "type": rest}
         elif kind + ":" == PYTHON_PREFIX and rest:
-            make = _somebodys(rest, f"{path}: type")
+            make = _user_make(rest, f"{path}: type")
         elif driver in DRIVERS:
-            make = _make_of(DRIVERS[driver])
+            make = _import_make(DRIVERS[driver])
         else:
             raise ConfigError(
-                f"{path}: type: got {wanted!r}, expected one of {list(DRIVERS)}, "
+                f"{path}: type: got {requested!r}, expected one of {list(DRIVERS)}, "
                 f"'{LEROBOT_PREFIX}<type>', '{PYTHON_PREFIX}<module>', or ILStudio's "
                 f"{list(ILSTUDIO)}"
             )
@@ -95,29 +96,32 @@ def make_robot(name: str, overrides: Mapping[str, str] | None = None) -> Robot:
         raise ConfigError(str(error)) from error
 
 
-def _make_of(module: str) -> Make:
+def _import_make(module: str) -> Make:
     make: Make = importlib.import_module(module).make
     return make
 
 
-def _somebodys(module: str, source: str) -> Make:
-    """Of a module that is not ours, where anything may go wrong."""
+def _user_make(module: str, source: str) -> Make:
+    """``make`` of a user's module. Every failure becomes a ``ConfigError`` that names the file."""
     try:
-        make = _make_of(module)
+        make = _import_make(module)
     except AttributeError as error:
         raise ConfigError(
-            f"{source}: {module} has no make(args, name, source, overrides)"
+            f"{source}: {module} has no make(args, name, source, overrides), expected that "
+            "function in it; see docs/add-a-robot.md"
         ) from error
     except Exception as error:
         raise ConfigError(f"{source}: {module} cannot be imported: {error!r}") from error
 
-    def make_or_say(*given: Any) -> Robot:
+    def checked_make(*args: Any) -> Robot:
         try:
-            return make(*given)
+            return make(*args)
         except (ConfigError, yaml_config.InvalidConfig):
             raise
         except Exception as error:
-            said = " ".join(str(error).split())
-            raise ConfigError(f"{source}: {module}.make: {type(error).__name__}: {said}") from error
+            reason = " ".join(str(error).split())
+            raise ConfigError(
+                f"{source}: {module}.make: {type(error).__name__}: {reason}"
+            ) from error
 
-    return make_or_say
+    return checked_make

@@ -1,4 +1,4 @@
-"""Whether a robot's cameras go on showing what is before them."""
+"""Detects a camera that keeps returning one image."""
 
 from __future__ import annotations
 
@@ -13,74 +13,79 @@ from numpy.typing import NDArray
 from robots.errors import SensorLost
 
 SAMPLED = 16
-"""Every so many pixels are compared first: pictures that differ mostly differ there."""
+"""Every so many rows and columns are compared first: images that differ mostly differ there."""
 
 
-class Picture(Protocol):
-    """What is watched of a camera's sample."""
+class ReceivedImage(Protocol):
+    """The attributes of a camera sample that are checked."""
 
     @property
-    def image(self) -> NDArray[np.uint8]: ...
+    def image(self) -> NDArray[np.uint8]:
+        """(H, W, 3)."""
+        ...
+
     @property
-    def received_ns(self) -> int: ...
+    def received_ns(self) -> int:
+        """This host's monotonic clock."""
+        ...
 
 
 @dataclass(slots=True)
-class _Shown:
+class _LastImage:
     image: NDArray[np.uint8]
     received_ns: int
     changed_ns: int
 
 
 class FrozenImageCheck:
-    """Tells a camera that has frozen from one that works, by what it shows.
+    """Detects a frozen camera by its pixels.
 
-    The pixels of a real sensor never repeat exactly, its noise sees to that. A picture of one
-    single colour is the exception (a covered lens, or far too much light), and is taken for new.
+    The noise of a real sensor never repeats exactly, so a repeated image means a frozen camera. An
+    image of a single colour is the exception (a covered lens, or overexposure) and counts as new.
 
     Args:
-        timeout_ns: How long a camera may show one picture.
-        repeats: Whether working cameras repeat pictures, as a simulator does; then only a camera
+        timeout_ns: How long a camera may return one image.
+        repeats: Whether working cameras repeat images, as a simulator does; then only a camera
             from which nothing is received is lost.
     """
 
     def __init__(self, timeout_ns: int, *, repeats: bool) -> None:
         self._timeout_ns, self._repeats = timeout_ns, repeats
-        self._shown: dict[str, _Shown] = {}
+        self._last: dict[str, _LastImage] = {}
 
-    def check(self, robot: str, cameras: Mapping[str, Picture]) -> None:
-        """Take note of the newest sample of every camera.
+    def check(self, robot: str, cameras: Mapping[str, ReceivedImage]) -> None:
+        """Compare the newest sample of every camera with the one before.
 
         Raises:
-            SensorLost: One has shown the same picture for too long; says which and how long.
+            SensorLost: A camera has returned the same image for too long; says which and how long.
         """
         now_ns = time.monotonic_ns()
         for name, sample in cameras.items():
-            shown = self._shown.get(name)
-            if shown is None:
-                self._shown[name] = _Shown(sample.image, sample.received_ns, sample.received_ns)
+            last = self._last.get(name)
+            if last is None:
+                self._last[name] = _LastImage(sample.image, sample.received_ns, sample.received_ns)
                 continue
-            came = sample.received_ns != shown.received_ns
-            if came and (self._repeats or not _same(sample.image, shown.image)):
-                shown.changed_ns = sample.received_ns
-            shown_before = shown.image
-            shown.image, shown.received_ns = sample.image, sample.received_ns
-            quiet_ns = now_ns - shown.changed_ns
+            received = sample.received_ns != last.received_ns
+            if received and (self._repeats or not _frozen(sample.image, last.image)):
+                last.changed_ns = sample.received_ns
+            same_array = sample.image is last.image
+            last.image, last.received_ns = sample.image, sample.received_ns
+            quiet_ns = now_ns - last.changed_ns
             if quiet_ns > self._timeout_ns:
-                what = "the same picture" if came else "no new picture"
-                if came and sample.image is shown_before:
-                    what += " in the same array: the driver has to hand out new ones;"
+                problem = "the same picture" if received else "no new picture"
+                if received and same_array:
+                    problem += " in the same array: the driver has to return a new array each time;"
                 raise SensorLost(
-                    f"{robot}: camera {name}: {what} for {quiet_ns / 1e9:.2f} s, expected another "
-                    f"within {self._timeout_ns / 1e9:g} s"
+                    f"{robot}: camera {name}: {problem} for {quiet_ns / 1e9:.2f} s, expected "
+                    f"another within {self._timeout_ns / 1e9:g} s"
                 )
 
 
-def _same(image: NDArray[Any], before: NDArray[Any]) -> bool:
-    """Whether two pictures are equal in every pixel, and not of one colour."""
-    few = image[::SAMPLED, ::SAMPLED]
-    if not np.array_equal(few, before[::SAMPLED, ::SAMPLED]):
+def _frozen(image: NDArray[Any], previous: NDArray[Any]) -> bool:
+    """Whether two images are equal in every pixel, and not of a single colour."""
+    sampled = image[::SAMPLED, ::SAMPLED]
+    if not np.array_equal(sampled, previous[::SAMPLED, ::SAMPLED]):
         return False
-    if not np.array_equal(image, before):
+    if not np.array_equal(image, previous):
         return False
     return bool((image != image[0, 0]).any())

@@ -1,4 +1,4 @@
-"""What a robot's actuators may be asked for."""
+"""Limits of a robot's commands, per actuator."""
 
 from __future__ import annotations
 
@@ -17,9 +17,9 @@ class JointLimits:
     """Bounds per actuator, each (A,) float64 and read-only.
 
     Units are those of each command (``ActionSpec.unit``), per second and per second squared;
-    ``inf`` is no limit. Velocity and acceleration are those of the *commands*. Of an actuator that
-    is commanded by velocity, ``position_lower``, ``position_upper`` and ``velocity`` bound the
-    velocity itself, and ``acceleration`` its change per second.
+    ``inf`` is no limit. Velocity and acceleration are those of the *commands*. If an actuator is
+    commanded by velocity, ``position_lower``, ``position_upper`` and ``velocity`` bound that
+    velocity, and ``acceleration`` its change per second.
     """
 
     position_lower: NDArray[np.float64]
@@ -38,16 +38,16 @@ class JointLimits:
         acceleration: Sequence[float],
         source: str,
     ) -> JointLimits:
-        """The limits that a configuration gives, one number per joint.
+        """Check the numbers of a configuration, A of each.
 
         Args:
-            joint_names: Of the A actuators, for errors.
+            joint_names: A names, for errors.
             source: Where the numbers come from, for errors.
 
         Raises:
-            ConfigError: Another count than A, lower not below upper, a velocity or acceleration
-                that is not positive, NaN, or an acceleration limit without a velocity limit (the
-                time to come to rest would have no bound). Names the joint.
+            ConfigError: Not A numbers, lower not below upper, a velocity or acceleration that is
+                not positive, NaN, or an acceleration limit without a velocity limit (the time to
+                come to rest would have no bound). Names the joint.
         """
         given = {
             "position_lower": position_lower,
@@ -80,8 +80,8 @@ class JointLimits:
             if math.isinf(velocity_) and not math.isinf(acceleration_):
                 raise ConfigError(
                     f"{source}: joint {index} ({joint}): got an acceleration limit of "
-                    f"{acceleration_} and no velocity limit, expected both: without the latter "
-                    "coming to rest could take any time"
+                    f"{acceleration_} and no velocity limit, expected both: without a velocity "
+                    "limit, stopping could take any time"
                 )
         return limits
 
@@ -89,7 +89,7 @@ class JointLimits:
         return len(self.velocity)
 
     def violations(self, position: ArrayLike) -> tuple[int, ...]:
-        """Indices of the actuators that ``position``, (A,), has outside their position limits."""
+        """Indices of the actuators whose ``position``, (A,), is outside their position limits."""
         values = np.asarray(position, np.float64)
         inside = (values >= self.position_lower) & (values <= self.position_upper)
         return tuple(int(index) for index in np.flatnonzero(~inside))

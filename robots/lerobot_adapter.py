@@ -1,12 +1,12 @@
-"""``lerobot:<type>``: any robot of LeRobot's, where that package is installed.
+"""``lerobot:<type>``: any robot that LeRobot supports. Needs the package ``lerobot``.
 
-LeRobot's robot is a bus and cameras that one process can open. That process is the owner,
-``robots.lerobot_process``, which ``companion`` runs; everybody else attaches to it. So a process
+A LeRobot robot is a bus and cameras that only one process can open: the owner process,
+``robots.lerobot_process``, which ``companion`` runs. All other processes attach to it. So a process
 that dies or takes over never connects, configures or calibrates the device. ``connect`` outside
-``companion`` starts an owner of its own, which ends with the connection.
+``companion`` starts its own owner process, which ends with the connection.
 
-LeRobot itself is imported in children alone, where nothing that it asks, prints or waits for holds
-anybody up.
+LeRobot is imported only in child processes, so its prompts, output and waiting do not block the
+callers.
 """
 
 from __future__ import annotations
@@ -35,48 +35,52 @@ from robots.lerobot_config import (
 from transport.child_process import ChildProcess
 
 IMPORT_TIMEOUT_S = 180.0
-"""For LeRobot to be imported, which brings torch: seconds, minutes on a machine under load."""
-WHY_WITHIN_S = 0.02
-LET_GO_WITHIN_S = 10.0
-"""For the owner to see that nobody commands any more, and to bring what moves to rest."""
+"""For importing LeRobot, which imports torch: seconds, or minutes on a loaded machine."""
+FAILURE_REASON_TIMEOUT_S = 0.02
+CLOSE_TIMEOUT_S = 10.0
+"""For the owner to notice that no client commands the robot any more, and to stop its motion."""
 
 
 class LeRobotRobot(AttachedRobot):
-    """See the module. Positions are held when it ends; see docs/lerobot-robots.md.
+    """One process's connection to a LeRobot robot; see the module.
+
+    The robot holds its positions when the connection ends; see docs/lerobot-robots.md.
 
     Args:
-        config: Its keys.
-        name: What it is called in results.
-        source: Where the keys come from, for errors.
+        config: The configuration.
+        name: The robot's name in results.
+        source: Where the configuration comes from, for errors.
 
     Raises:
-        ConfigError: LeRobot is not installed or has no such robot, an argument that it does not
-            take, an action feature that is not understood, limits that do not fit them.
+        ConfigError: LeRobot is not installed, has no such robot or rejects its arguments; an action
+            feature is not understood; limits do not fit the action features.
     """
 
-    owner = "the process that owns LeRobot's robot"
+    owner_name = "the process that owns LeRobot's robot"
 
     def __init__(self, config: LeRobotConfig, *, name: str, source: str = "") -> None:
         if not config.description:
             config = dataclasses.replace(config, description=describe(config, source))
         self.config = config
         self._source = source
-        said = Description.from_json(config.description)
-        if not said.actions:
-            raise ConfigError(f"{source}: lerobot:{config.type}: got no action features")
-        self._actions = said.actions
-        specs = action_specs(config, said, source)
-        limits = config.limits.of(said.actions, source)
+        description = Description.from_json(config.description)
+        if not description.actions:
+            raise ConfigError(
+                f"{source}: lerobot:{config.type}: got no action features, expected at least one"
+            )
+        self._actions = description.actions
+        specs = action_specs(config, description, source)
+        limits = config.limits.of(description.actions, source)
         stops_alone_s = config.stops_alone_after_s
         contract = RobotContract(
-            joint_names=said.states,
+            joint_names=description.states,
             actions=specs,
             cameras={
-                ours: said.pictures[theirs]
-                for ours, theirs in chosen_cameras(config, said, source).items()
+                policy_name: description.pictures[lerobot_name]
+                for policy_name, lerobot_name in chosen_cameras(config, description, source).items()
             },
-            # The owner brakes what it takes for uncommanded.
-            control_hz=(2 / UNCOMMANDED_S if _has_speeds(specs) else 1.0, config.max_hz),
+            # The owner stops velocities that have no command for UNCOMMANDED_S.
+            control_hz=(2 / UNCOMMANDED_S if _has_velocities(specs) else 1.0, config.max_hz),
             stops_alone_after_s=(
                 STOPS_ALONE_S.get(config.type) if stops_alone_s is None else stops_alone_s
             ),
@@ -84,40 +88,45 @@ class LeRobotRobot(AttachedRobot):
         )
         super().__init__(name, contract, limits)
         self._start_pose = self._checked_start_pose()
-        self._own: ChildProcess | None = None
+        self._own_process: ChildProcess | None = None
 
     @property
     def address(self) -> str | None:
+        """Of a running owner process; None: none is known."""
         return self.config.address
 
     @property
     def start_pose(self) -> NDArray[np.float32] | None:
+        """(A,) float32, as configured; None: the current pose."""
         return None if self._start_pose is None else self._start_pose.copy()
 
     @property
     def sensor_timeout_s(self) -> float:
+        """As configured, seconds."""
         return self.config.sensor_timeout_s
 
     @contextlib.contextmanager
     def companion(self) -> Iterator[Mapping[str, str]]:
-        """The process that owns the device, for as long as this one lives.
+        """Run the owner process until the context is left or this process ends.
 
         Raises:
             ConnectFailed: The device cannot be reached; carries the reason.
-            SensorLost, ContractViolated: It is not what it says it is.
+            SensorLost, ContractViolated: The first observation is incomplete, or does not fit
+                LeRobot's description.
         """
-        found = {"description": self.config.description}
+        overrides = {"description": self.config.description}
         if self.config.address is not None:
-            yield found  # one is running already, somebody else's
+            yield overrides  # another program has started one
             return
-        before = self.config
+        without_address = self.config
         child = self._start_owner()
         try:
-            self.config = dataclasses.replace(before, address=child.ready["address"])
-            yield {**found, "address": child.ready["address"]}
+            address = child.ready["address"]
+            self.config = dataclasses.replace(without_address, address=address)
+            yield {**overrides, "address": address}
         finally:
-            self.config = before
-            child.close(LET_GO_WITHIN_S)
+            self.config = without_address
+            child.close(CLOSE_TIMEOUT_S)
 
     def _start_owner(self) -> ChildProcess:
         return start_companion(
@@ -151,38 +160,44 @@ class LeRobotRobot(AttachedRobot):
 
     def _connect(self, role: Role, timeout_s: float) -> None:
         if self.config.address is None:
-            self._own = self._start_owner()
-            self.config = dataclasses.replace(self.config, address=self._own.ready["address"])
+            self._own_process = self._start_owner()
+            self.config = dataclasses.replace(
+                self.config, address=self._own_process.ready["address"]
+            )
         super()._connect(role, timeout_s)
 
     def _send_action(self, action: NDArray[np.float32]) -> None:
-        link, sensor_memory = self._connected()
-        link.send_action(action)
+        connection, sensor_memory = self._connected()
+        connection.send_action(action)
         if sensor_memory.refused_since_ns.load():
-            raise RobotLost(f"{self.name}: commands do not reach it{self._why_silent('commands')}")
+            raise RobotLost(
+                f"{self.name}: commands do not reach it{self._failure_reason('commands')}"
+            )
 
-    def _why_silent(self, name: str) -> str:
+    def _failure_reason(self, name: str) -> str:
         with contextlib.suppress(RobotError):
-            # Control asks from within its loop, perhaps because the owner is held up.
-            answer = self._connected()[0].call("why", timeout_s=WHY_WITHIN_S, what=name)
-            if why := answer.get("why"):
-                return f" ({why})"
+            # A short timeout: the control loop calls this, and the owner may be delayed.
+            reply = self._connected()[0].call(
+                "failure_reason", timeout_s=FAILURE_REASON_TIMEOUT_S, source=name
+            )
+            if reason := reply.get("reason"):
+                return f" ({reason})"
         return ""
 
     def _disconnect(self) -> None:
         super()._disconnect()
-        if self._own is not None:
-            self._own.close(LET_GO_WITHIN_S)
-            self._own = None
+        if self._own_process is not None:
+            self._own_process.close(CLOSE_TIMEOUT_S)
+            self._own_process = None
             self.config = dataclasses.replace(self.config, address=None)
 
 
-def _has_speeds(specs: Sequence[ActionSpec]) -> bool:
+def _has_velocities(specs: Sequence[ActionSpec]) -> bool:
     return any(spec.kind is ActionKind.VELOCITY for spec in specs)
 
 
 def describe(config: LeRobotConfig, source: str) -> str:
-    """What LeRobot says of the robot, as JSON, asked in a process of its own.
+    """Get LeRobot's description of the robot from a child process, as JSON of ``Description``.
 
     Raises:
         ConfigError: As ``LeRobotRobot``.
@@ -201,18 +216,18 @@ def describe(config: LeRobotConfig, source: str) -> str:
         raise ConfigError(str(error)) from error
 
 
-def chosen_cameras(config: LeRobotConfig, said: Description, source: str) -> dict[str, str]:
-    """The policy's camera name to LeRobot's.
+def chosen_cameras(config: LeRobotConfig, description: Description, source: str) -> dict[str, str]:
+    """The policy's camera name to LeRobot's camera name.
 
     Raises:
         ConfigError: LeRobot's robot has no such camera.
     """
     if config.cameras is None:
-        return {name: name for name in said.pictures}
-    unknown = sorted(set(config.cameras.values()) - set(said.pictures))
+        return {name: name for name in description.pictures}
+    unknown = sorted(set(config.cameras.values()) - set(description.pictures))
     if unknown:
         raise ConfigError(
-            f"{source}: cameras: got {unknown}, expected some of {list(said.pictures)}"
+            f"{source}: cameras: got {unknown}, expected some of {list(description.pictures)}"
         )
     return dict(config.cameras)
 
@@ -220,6 +235,7 @@ def chosen_cameras(config: LeRobotConfig, said: Description, source: str) -> dic
 def make(
     args: Mapping[str, Any], name: str, source: str, overrides: Mapping[str, str]
 ) -> LeRobotRobot:
+    """Build the robot; called by ``robots.factory``, which describes the arguments."""
     config = parse_config(LeRobotConfig, args, source=source, overrides=overrides)
     return LeRobotRobot(config, name=name, source=source)
 

@@ -1,4 +1,4 @@
-"""The keys of ``lerobot:<type>``, and what LeRobot says of its robot."""
+"""Configuration of ``lerobot:<type>``, and LeRobot's description of a robot."""
 
 from __future__ import annotations
 
@@ -15,10 +15,10 @@ from robots.errors import ConfigError
 from robots.joint_limits import JointLimits
 
 STOPS_ALONE_S: Mapping[str, float] = {"lekiwi_client": 0.5}
-"""By LeRobot's type: when the device's own watchdog stops it. LeKiwi's host does (its
-``watchdog_timeout_ms``); the same robot on its bus does not."""
+"""LeRobot's type to the timeout of the device's own watchdog. LeKiwi's host has one
+(``watchdog_timeout_ms``); the same robot on its bus has none."""
 UNCOMMANDED_S = 0.25
-"""Without a command for so long, the owner brings what moves by itself to rest."""
+"""Without a command for so long, the owner brings all velocities to zero."""
 KINDS: Mapping[str, ActionKind] = {
     "pos": ActionKind.POSITION,
     "q": ActionKind.POSITION,
@@ -30,7 +30,7 @@ KINDS: Mapping[str, ActionKind] = {
     "effort": ActionKind.EFFORT,
     "current": ActionKind.EFFORT,
 }
-"""What a feature's last part means in LeRobot."""
+"""Last part of a LeRobot action feature to its kind."""
 DELTA_PREFIX = "delta_"
 BASE_SPEEDS: Mapping[str, str] = {
     "x.vel": "m/s",
@@ -40,13 +40,13 @@ BASE_SPEEDS: Mapping[str, str] = {
     "vy": "m/s",
     "vtheta": "deg/s",
 }
-"""Units of what LeRobot's mobile robots are driven by."""
+"""Units of the velocities of LeRobot's mobile robots."""
 NO_UNIT = "range"
 
 
 @dataclass(frozen=True)
 class LeRobotLimits:
-    """In the robot's own units, one number per action feature, in their order.
+    """Limits in the robot's own units, one number per action feature, in their order.
 
     For a velocity, ``position_lower`` and ``position_upper`` bound the commanded speed itself.
     """
@@ -57,17 +57,17 @@ class LeRobotLimits:
     acceleration: tuple[float, ...]
 
     def of(self, actions: Sequence[str], source: str) -> JointLimits:
-        """As arrays. Raises ``ConfigError`` where they do not fit ``actions``."""
+        """As arrays, for the features ``actions``. Raises ``ConfigError`` if they do not fit."""
         return JointLimits.from_config(actions, **dataclasses.asdict(self), source=source)
 
 
 @dataclass(frozen=True)
 class LeRobotAction:
-    """What one action feature means, where its name does not tell, or tells it wrongly.
+    """Meaning of one action feature, if its name does not show it or is misleading.
 
     Attributes:
         kind: ``position``, ``gripper``, ``velocity`` or ``delta``.
-        unit: As messages shall have it, e.g. ``deg`` or ``m/s``.
+        unit: Of its values, e.g. ``deg`` or ``m/s``.
     """
 
     kind: str
@@ -80,29 +80,30 @@ class LeRobotAction:
 
 @dataclass(frozen=True)
 class LeRobotConfig:
-    """Our keys; ``robot`` is LeRobot's.
+    """Keys of a LeRobot robot. Those below ``robot`` are LeRobot's.
 
     Attributes:
         type: LeRobot's name of the robot, from ``lerobot:<type>``.
-        robot: Arguments of LeRobot's configuration class for it, e.g. ``port`` and ``id``.
-        limits: Of its action features, in their order.
-        cameras: The policy's camera name to LeRobot's. Left out: LeRobot's names.
-        gripper: Part of the names of those positions that are grippers.
-        actions: What an action feature means, by its name, where that does not tell.
-        start_pose: One number per action feature. None: wherever it is.
-        max_hz: The highest rate at which its bus takes commands.
-        read_hz: How often its joints are read.
-        stops_alone_after_s: How long after the last command the device itself brings its speeds to
-            zero, if every process here died. None: as LeRobot has it, else not at all.
-        sensor_timeout_s: After how long a silent or frozen sensor is lost.
+        robot: Arguments of LeRobot's configuration class, e.g. ``port`` and ``id``.
+        limits: Of the action features, in their order.
+        cameras: The policy's camera name to LeRobot's. None: LeRobot's names.
+        gripper: A position whose name contains this text is a gripper.
+        actions: Action feature's name to its meaning, for names that do not show it.
+        start_pose: One number per action feature. None: the current pose.
+        max_hz: Highest rate of commands on its bus.
+        read_hz: Readings of the joints per second.
+        stops_alone_after_s: How long after the last command the device itself brings all velocities
+            to zero, even if every process here has died. None: LeRobot's known value for this type,
+            else never.
+        sensor_timeout_s: A sensor that sends nothing, or a frozen image, for so long is lost.
         connect_timeout_s: For LeRobot to connect.
-        repeats_pictures: Whether its cameras may show one picture again and again.
-        connect_unseen: Let LeRobot connect although it cannot be seen whether the arm holds itself:
-            somebody supports it.
-        disconnect_at_end: Whether LeRobot's ``disconnect`` is called at the end. None: where it is
-            known to leave the torque on, or was asked to switch it off.
-        address: Of a running owner; None until ``companion`` starts one.
-        description: What LeRobot said of the robot; see ``Description``. Filled in by us.
+        repeats_pictures: Whether its cameras may return identical images.
+        connect_unseen: Call LeRobot's ``connect`` although the motors cannot report whether their
+            torque is on. The arm has to be supported by hand then.
+        disconnect_at_end: Whether to call LeRobot's ``disconnect`` at the end. None: only if it is
+            known to leave the torque on, or is configured to switch it off.
+        address: Of a running owner process; None until ``companion`` starts one.
+        description: JSON of ``Description``; filled in by the driver.
     """
 
     type: str
@@ -125,7 +126,7 @@ class LeRobotConfig:
 
     def __post_init__(self) -> None:
         if not 1 < self.max_hz < math.inf:
-            raise ValueError(f"max_hz: got {self.max_hz}, expected more than 1")
+            raise ValueError(f"max_hz: got {self.max_hz}, expected a finite number above 1")
         for name in ("read_hz", "sensor_timeout_s", "connect_timeout_s", "stops_alone_after_s"):
             value = getattr(self, name)
             if value is not None and not 0 < value < math.inf:
@@ -133,7 +134,7 @@ class LeRobotConfig:
 
     @property
     def calibrate_command(self) -> str:
-        """LeRobot's own, to be run by a person beforehand: it asks."""
+        """LeRobot's calibration command for this robot, for a person: it is interactive."""
         flags = "".join(
             f" --robot.{key}={value}"
             for key, value in self.robot.items()
@@ -142,22 +143,24 @@ class LeRobotConfig:
         return f"lerobot-calibrate --robot.type={self.type}{flags}"
 
     def to_json(self) -> str:
+        """As text, for ``from_json`` in another process."""
         return json.dumps(dataclasses.asdict(self))
 
     @classmethod
     def from_json(cls, text: str) -> LeRobotConfig:
+        """From the text of ``to_json``."""
         return parse_config(cls, json.loads(text), source="lerobot")
 
 
 @dataclass(frozen=True)
 class Description:
-    """What LeRobot says of a robot, in LeRobot's own order.
+    """LeRobot's features of a robot, in LeRobot's order.
 
     Attributes:
-        states: Observed features that are numbers: the order of ``observation.state``.
-        pictures: Observed features that are pictures, (height, width).
+        states: Observed features that are numbers, in the order of ``observation.state``.
+        pictures: Observed features that are images, with (height, width).
         actions: Action features.
-        units: Of positions by feature, where LeRobot knows.
+        units: Position feature to its unit, if LeRobot knows it.
     """
 
     states: tuple[str, ...]
@@ -166,20 +169,22 @@ class Description:
     units: Mapping[str, str] = field(default_factory=dict)
 
     def to_json(self) -> str:
+        """As text, for ``LeRobotConfig.description``."""
         return json.dumps(dataclasses.asdict(self))
 
     @classmethod
     def from_json(cls, text: str) -> Description:
+        """From the text of ``to_json``."""
         return parse_config(cls, json.loads(text), source="lerobot")
 
 
 def action_specs(
     config: LeRobotConfig, description: Description, source: str
 ) -> tuple[ActionSpec, ...]:
-    """What every action feature means.
+    """The kind and unit of every action feature.
 
     Raises:
-        ConfigError: One is not understood, or a position that is not observed.
+        ConfigError: A feature is not understood or is an effort, or a position is not observed.
     """
     unknown = sorted(set(config.actions) - set(description.actions))
     if unknown:
@@ -191,27 +196,27 @@ def action_specs(
         if spec.kind.holds_position and spec.name not in description.states:
             raise ConfigError(
                 f"{source}: lerobot:{config.type}: action feature {spec.name!r} ({spec.kind}) is "
-                f"not observed, expected it among {list(description.states)}: where it is has to "
-                "be known"
+                f"not observed, expected it among {list(description.states)}: a joint that is "
+                "commanded by position has to be measured"
             )
         if spec.kind is ActionKind.EFFORT:
             raise ConfigError(
                 f"{source}: lerobot:{config.type}: action feature {spec.name!r} is an effort, "
-                "expected positions or velocities: no effort holds an arm where it is"
+                "expected positions or velocities: no effort is known to hold an arm in place"
             )
     return specs
 
 
 def _spec(config: LeRobotConfig, description: Description, name: str, source: str) -> ActionSpec:
-    if (given := config.actions.get(name)) is not None:
-        return ActionSpec(name, ActionKind(given.kind), given.unit)
+    if (configured := config.actions.get(name)) is not None:
+        return ActionSpec(name, ActionKind(configured.kind), configured.unit)
     last = name.rpartition(".")[2]
     kind = ActionKind.DELTA if name.startswith(DELTA_PREFIX) else KINDS.get(last)
     if kind is None:
         raise ConfigError(
-            f"{source}: lerobot:{config.type}: action feature {name!r}: its name does not tell "
+            f"{source}: lerobot:{config.type}: action feature {name!r}: its name does not show "
             f"what it means, expected one that ends in {[f'.{end}' for end in KINDS]} or begins "
-            f"with {DELTA_PREFIX!r}, or 'actions: {{{name}: {{kind: position, unit: deg}}}}'"
+            f"with {DELTA_PREFIX!r}; add e.g. 'actions: {{{name}: {{kind: position, unit: deg}}}}'"
         )
     if kind is ActionKind.POSITION and config.gripper and config.gripper in name:
         kind = ActionKind.GRIPPER

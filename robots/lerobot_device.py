@@ -1,12 +1,12 @@
-"""LeRobot's own object, in the one process that owns it: made, connected, read, commanded, let go.
+"""Wraps LeRobot's robot object in its owner process: create, connect, read, command, disconnect.
 
-A raised arm must not drop. LeRobot's ``connect`` runs ``configure``, which switches the torque off
-meanwhile, and its ``disconnect`` and its destructor leave the torque off by default. So:
+A raised arm must not drop. LeRobot's ``connect`` calls ``configure``, which switches the torque off
+for a while; by default its ``disconnect`` and its destructor leave the torque off. So:
 
-* where any motor holds itself already, neither is called: bus and cameras are opened, no more;
-* where none does, every goal is set to where its motor is before LeRobot's ``connect`` switches
-  the torque on;
-* the torque stays on at the end, unless the user's own ``disable_torque_on_disconnect`` says so.
+* if the torque of any motor is on, ``connect`` is not called: only bus and cameras are opened;
+* if all torques are off, each motor's goal is set to its present position before LeRobot's
+  ``connect`` switches the torque on;
+* the torque stays on at the end, unless the user sets ``disable_torque_on_disconnect``.
 """
 
 from __future__ import annotations
@@ -32,38 +32,41 @@ from robots.lerobot_config import NO_UNIT, Description, LeRobotConfig
 logger = logging.getLogger(__name__)
 
 UNITS = {"degrees": "deg"}
-"""Of LeRobot's ways to normalize a position; the others have no unit."""
+"""LeRobot's normalization mode of a position to its unit; other modes have no unit."""
 TRIES = 3
-"""Of a register, on a bus where packets get lost."""
-FIRST_WITHIN_S = 1.0
-"""For the first whole observation, once LeRobot is connected."""
+"""Attempts to access a register, as a bus loses packets."""
+FIRST_OBSERVATION_TIMEOUT_S = 1.0
+"""For the first complete observation, once LeRobot is connected."""
 FAILURES = (Exception, SystemExit, KeyboardInterrupt)
-"""What LeRobot's code and plug-ins end a call with; none of it may end the owner in motion."""
-LET_GO = "disable_torque_on_disconnect"
+"""Exceptions of LeRobot's code and plug-ins. None may end the owner while the robot moves."""
+TORQUE_OFF_KEY = "disable_torque_on_disconnect"
 
 
 class Observation(NamedTuple):
-    """One look.
+    """The new data of one reading.
 
     Attributes:
-        position: (S,) float32; None where nothing came since the last look.
-        pictures: (H, W, 3) uint8 by LeRobot's name, those that are new.
-        stamp_ns: When it was asked for, our monotonic clock: no part of it is older.
+        position: (S,) float32; None without new data since the last reading.
+        images: LeRobot's camera name to (H, W, 3) uint8, of cameras with a new image.
+        stamp_ns: When the reading began, by this host's monotonic clock; no data are older.
     """
 
     position: NDArray[np.float32] | None
-    pictures: Mapping[str, NDArray[np.uint8]]
+    images: Mapping[str, NDArray[np.uint8]]
     stamp_ns: int
 
 
 class LeRobotDevice:
-    """LeRobot's robot. Belongs to one thread.
+    """LeRobot's robot. Used by one thread.
 
     Args:
-        config: Our keys.
+        config: The configuration.
+
+    Attributes:
+        description: LeRobot's features of the robot.
 
     Raises:
-        ConfigError: LeRobot is not installed, has no such robot, or refuses the arguments.
+        ConfigError: LeRobot is not installed, has no such robot, or rejects the arguments.
     """
 
     def __init__(self, config: LeRobotConfig) -> None:
@@ -72,9 +75,9 @@ class LeRobotDevice:
         self._parts = list(_parts(self._robot))
         self.description = self._describe()
         self._cameras: dict[str, Any] = {}
-        self._answered: Any = None
-        self._before: Mapping[str, Any] = {}
-        self._shown: dict[str, Any] = {}
+        self._last_result: Any = None
+        self._last_values: Mapping[str, Any] = {}
+        self._last_images: dict[str, Any] = {}
 
     def _describe(self) -> Description:
         kind = f"lerobot:{self._config.type}"
@@ -85,8 +88,8 @@ class LeRobotDevice:
         units = {}
         for prefix, part in self._parts:
             for bus in _buses(part):
-                for motor, made in bus.motors.items():
-                    mode = getattr(getattr(made, "norm_mode", None), "value", "")
+                for motor, settings in bus.motors.items():
+                    mode = getattr(getattr(settings, "norm_mode", None), "value", "")
                     units[f"{prefix}{motor}.pos"] = UNITS.get(mode, NO_UNIT)
         if not units and getattr(self._robot.config, "use_degrees", False):
             units = {name: "deg" for name in actions if name.endswith(".pos")}
@@ -95,44 +98,45 @@ class LeRobotDevice:
     # Connecting
 
     def connect(self) -> None:
-        """Open everything; an arm that holds itself goes on holding itself.
+        """Open bus and cameras. An arm whose torque is on keeps it on.
 
         Raises:
-            ConnectFailed: It cannot be reached, is not calibrated, or may drop; says what to do.
+            ConnectFailed: It cannot be reached, is not calibrated, or could drop; says what to do.
         """
         for prefix, part in self._parts:
             buses = list(_buses(part))
-            holding = [self._open(bus) for bus in buses]
+            torque_on = [self._open(bus) for bus in buses]
             if buses and not self._is_calibrated(part):
                 raise ConnectFailed(
                     f"{prefix}{self._config.type} is not calibrated, or its motors do not agree "
                     f"with its calibration file; run {self._config.calibrate_command} first"
                 )
-            if any(holding):
-                self._adopt(part, buses)
+            if any(torque_on):
+                self._keep_torque(part, buses)
             else:
-                self._let_lerobot_connect(part, buses)
+                self._call_connect(part, buses)
         if not self._robot.is_connected:
             raise ConnectFailed(
-                f"{self._config.type} holds itself and cannot be opened without LeRobot's "
-                "connect(), during which it would drop; support it, switch it off and on again"
+                f"{self._config.type}: its torque is on, and it cannot be opened without LeRobot's "
+                "connect(), during which the arm would drop; support it by hand, switch its power "
+                "off and on, then connect again"
             )
-        self._split_cameras()
+        self._separate_cameras()
 
     def _open(self, bus: Any) -> bool:
-        """Open ``bus``; whether any of its motors holds itself."""
+        """Open ``bus``; returns whether the torque of any of its motors is on."""
         if not bus.is_connected:
             bus.connect()
         try:
             return any(self._torque(bus).values())
-        # Each bus of LeRobot's refuses in its own way what it has no register or argument for.
+        # Each bus class of LeRobot raises another error for a missing register or argument.
         except (KeyError, TypeError, ValueError, NotImplementedError) as error:
             if self._config.connect_unseen:
                 return False
             raise ConnectFailed(
-                f"{self._config.type}: its motors do not tell whether they hold themselves, and "
-                "LeRobot's connect() would drop an arm that they hold; support it and set "
-                "connect_unseen: true"
+                f"{self._config.type}: its motors do not report whether their torque is on, and "
+                "LeRobot's connect() would drop an arm whose torque is on; support it by hand and "
+                "set connect_unseen: true"
             ) from error
 
     @staticmethod
@@ -144,49 +148,52 @@ class LeRobotDevice:
 
     @staticmethod
     def _is_calibrated(part: Any) -> bool:
-        """As LeRobot has it, which gives up at the first packet that is lost."""
+        """LeRobot's ``is_calibrated``, repeated because it fails when a packet is lost."""
         for _ in range(TRIES):
             with contextlib.suppress(ConnectionError):
                 return bool(part.is_calibrated)
         return bool(part.is_calibrated)
 
-    def _adopt(self, part: Any, buses: list[Any]) -> None:
-        """Go on with motors that hold themselves; those that do not hold where they are, too."""
-        logger.warning("%s holds itself: it is left as it is", self._config.type)
+    def _keep_torque(self, part: Any, buses: list[Any]) -> None:
+        """Open without LeRobot's ``connect``; switch on torques that are off, where they are."""
+        logger.warning(
+            "%s: its torque is on already: it stays on, and LeRobot's connect() is not called",
+            self._config.type,
+        )
         for bus in buses:
-            limp = [motor for motor, on in self._torque(bus).items() if not on]
-            if limp:
-                self._aim_at_where_it_is(bus, limp)
-                bus.enable_torque(limp, num_retry=TRIES)
+            torque_off = [motor for motor, on in self._torque(bus).items() if not on]
+            if torque_off:
+                self._set_goals_to_present(bus, torque_off)
+                bus.enable_torque(torque_off, num_retry=TRIES)
         if hasattr(part, "stop_base"):
             part.stop_base()
         for camera in getattr(part, "cameras", {}).values():
             if not camera.is_connected:
                 camera.connect()
 
-    def _let_lerobot_connect(self, part: Any, buses: list[Any]) -> None:
+    def _call_connect(self, part: Any, buses: list[Any]) -> None:
         for bus in buses:
             if not self._config.connect_unseen:
-                self._aim_at_where_it_is(bus, list(bus.motors))
+                self._set_goals_to_present(bus, list(bus.motors))
             bus.disconnect(disable_torque=False)
         calibrate = "calibrate" in inspect.signature(part.connect).parameters
         part.connect(calibrate=False) if calibrate else part.connect()
 
     @staticmethod
-    def _aim_at_where_it_is(bus: Any, motors: list[str]) -> None:
-        """So that nothing jumps when the torque comes on."""
+    def _set_goals_to_present(bus: Any, motors: list[str]) -> None:
+        """Set each goal to the present position, so that nothing jumps when the torque comes on."""
         for motor in motors:
-            at = bus.read("Present_Position", motor, normalize=False, num_retry=TRIES)
-            bus.write("Goal_Position", motor, at, normalize=False, num_retry=TRIES)
+            present = bus.read("Present_Position", motor, normalize=False, num_retry=TRIES)
+            bus.write("Goal_Position", motor, present, normalize=False, num_retry=TRIES)
 
-    def _split_cameras(self) -> None:
-        """Take the cameras that read in threads of their own out of LeRobot's observations.
+    def _separate_cameras(self) -> None:
+        """Remove cameras that have their own reading thread from LeRobot's observations.
 
-        A slow camera would delay the joints. Where LeRobot's robot does not work without them, it
-        keeps them.
+        A slow camera would delay the joints. If LeRobot's robot does not work without its cameras,
+        it keeps them.
         """
-        taken: dict[str, Any] = {}
-        kept: dict[str, dict[str, Any]] = {}
+        separated: dict[str, Any] = {}
+        original: dict[str, dict[str, Any]] = {}
         for prefix, part in self._parts:
             cameras = getattr(part, "cameras", None)
             if not isinstance(cameras, dict) or not cameras:
@@ -195,93 +202,97 @@ class LeRobotDevice:
             if set(named) <= set(self.description.pictures) and all(
                 callable(getattr(camera, "async_read", None)) for camera in named.values()
             ):
-                taken |= named
-                kept[prefix] = cameras
+                separated |= named
+                original[prefix] = cameras
                 part.cameras = {}
-        if not taken:
+        if not separated:
             return
         try:
-            got = self._robot.get_observation()
+            observation = self._robot.get_observation()
         except Exception as error:
             logger.debug("cameras stay in the observation: %r", error)
-            got = dict.fromkeys(taken)
-        if any(name in got for name in taken):
+            observation = dict.fromkeys(separated)
+        if any(name in observation for name in separated):
             for prefix, part in self._parts:
-                part.cameras = kept.get(prefix, part.cameras)
+                part.cameras = original.get(prefix, part.cameras)
             return
-        self._cameras = taken
+        self._cameras = separated
 
     @property
     def cameras(self) -> Mapping[str, Any]:
-        """LeRobot's camera objects, by LeRobot's name, that ``look`` leaves out."""
+        """LeRobot's camera name to its camera object, of cameras that ``read`` leaves out."""
         return self._cameras
 
     # Reading
 
-    def first_look(self) -> Observation:
-        """One that is whole.
+    def read_first(self) -> Observation:
+        """Wait for a complete observation.
 
         Raises:
-            SensorLost: Nothing came in time.
-            ContractViolated: It is not what was declared.
+            SensorLost: None came within ``FIRST_OBSERVATION_TIMEOUT_S``.
+            ContractViolated: It does not fit ``description``.
         """
-        deadline_s = time.monotonic() + FIRST_WITHIN_S
+        deadline_s = time.monotonic() + FIRST_OBSERVATION_TIMEOUT_S
         while True:
             try:
-                seen = self.look()
-                missing = set(self.description.pictures) - set(self._cameras) - set(self._shown)
-                if seen.position is None or missing:
-                    raise SensorLost(f"nothing from {sorted(missing) or 'the joints'}")
-                return seen
+                observation = self.read()
+                missing = set(self.description.pictures) - set(self._cameras)
+                missing -= set(self._last_images)
+                if observation.position is None or missing:
+                    raise SensorLost(
+                        f"got nothing from {sorted(missing) or 'the joints'} within "
+                        f"{FIRST_OBSERVATION_TIMEOUT_S:g} s"
+                    )
+                return observation
             except RobotError:
                 if time.monotonic() > deadline_s:
                     raise
             time.sleep(0.01)
 
-    def look(self) -> Observation:
-        """What there is now.
+    def read(self) -> Observation:
+        """Read LeRobot's observation.
 
         Raises:
             SensorLost: LeRobot cannot read it.
-            ContractViolated: It is not what was declared.
+            ContractViolated: It does not fit ``description``.
         """
-        asked_ns = time.monotonic_ns()
+        began_ns = time.monotonic_ns()
         try:
-            got: Mapping[str, Any] = self._robot.get_observation()
-            values = dict(got)
+            result: Mapping[str, Any] = self._robot.get_observation()
+            values = dict(result)
         except FAILURES as error:
             raise SensorLost(f"{type(error).__name__}: {error}") from error
-        # A client of a robot elsewhere answers what it had when nothing came.
-        if got is self._answered and all(
-            value is self._before.get(key) for key, value in values.items()
+        # A client of a remote robot returns its last observation when nothing new arrived.
+        if result is self._last_result and all(
+            value is self._last_values.get(key) for key, value in values.items()
         ):
-            return Observation(None, {}, asked_ns)
+            return Observation(None, {}, began_ns)
         missing = [name for name in self.description.states if name not in values]
         if missing:
             raise ContractViolated(f"got {sorted(values)}, expected {missing} too")
         try:
-            numbers = [float(values[key]) for key in self.description.states]
+            state = [float(values[key]) for key in self.description.states]
         except (TypeError, ValueError) as error:
-            raise ContractViolated(f"got a state that is no number: {error}") from error
-        position = np.array(numbers, np.float32)
+            raise ContractViolated(f"got a state that is not a number: {error}") from error
+        position = np.array(state, np.float32)
         if not np.isfinite(position).all():
             raise ContractViolated(f"got {position.tolist()}, expected finite numbers")
-        self._answered, self._before = got, values
-        pictures = {}
+        self._last_result, self._last_values = result, values
+        images = {}
         for name in self.description.pictures:
-            picture = values.get(name)
-            if picture is not None and picture is not self._shown.get(name):
-                pictures[name] = self.checked(name, picture)
-                self._shown[name] = picture
-        return Observation(position, pictures, asked_ns)
+            image = values.get(name)
+            if image is not None and image is not self._last_images.get(name):
+                images[name] = self.checked(name, image)
+                self._last_images[name] = image
+        return Observation(position, images, began_ns)
 
-    def checked(self, name: str, picture: Any) -> NDArray[np.uint8]:
-        """``picture`` of camera ``name``.
+    def checked(self, name: str, image: Any) -> NDArray[np.uint8]:
+        """``image`` of LeRobot's camera ``name`` as (H, W, 3) uint8.
 
         Raises:
-            ContractViolated: It is not of the declared size, or no picture.
+            ContractViolated: It has another shape or dtype.
         """
-        array = np.asarray(picture)
+        array = np.asarray(image)
         expected = (*self.description.pictures[name], 3)
         if array.shape != expected or array.dtype != np.uint8:
             raise ContractViolated(
@@ -292,17 +303,19 @@ class LeRobotDevice:
     # Commanding
 
     def send(self, action: NDArray[np.float32]) -> None:
-        """Command it: (A,) in the order of the action features. Raises whatever LeRobot raises."""
+        """Send a command, (A,) in the order of the action features. Raises LeRobot's errors."""
         self._robot.send_action(dict(zip(self.description.actions, action.tolist(), strict=True)))
 
     def end(self) -> None:
-        """Disconnect, where that leaves the torque on or somebody wanted it off."""
-        wanted = self._config.disconnect_at_end
+        """Disconnect, if that leaves the torque on or the configuration asks for it."""
+        disconnect = self._config.disconnect_at_end
         configs = list(_configs(self._robot.config))
-        if wanted is None:
-            wanted = bool(configs) and all(hasattr(config, LET_GO) for config in configs)
-        if not wanted:
-            return  # the bus is closed by the end of this process, which tells the motors nothing
+        if disconnect is None:
+            disconnect = bool(configs) and all(
+                hasattr(config, TORQUE_OFF_KEY) for config in configs
+            )
+        if not disconnect:
+            return  # the end of this process closes the bus and sends nothing to the motors
         try:
             self._robot.disconnect()
         except FAILURES:
@@ -310,21 +323,26 @@ class LeRobotDevice:
 
 
 def make_lerobot(kind: str, arguments: Mapping[str, Any]) -> Any:
-    """LeRobot's own robot ``kind``, not connected; it leaves the torque on unless asked not to.
+    """Create LeRobot's robot ``kind``, not connected.
 
-    A configuration class registers itself when its module is imported, and the module's name is not
-    always the robot's (``so101_follower`` lies in ``so_follower``); so they are imported until the
-    name is known, those of plug-ins (``lerobot_robot_*``) last.
+    Its ``disconnect`` leaves the torque on unless ``arguments`` say otherwise. A configuration
+    class registers itself when its module is imported, and the module's name may differ from the
+    robot's (``so101_follower`` is in ``so_follower``). So modules are imported until the name is
+    registered, plug-ins (``lerobot_robot_*``) last.
+
+    Args:
+        kind: LeRobot's name of the robot.
+        arguments: Of LeRobot's configuration class.
 
     Raises:
-        ConfigError: It is not installed, has no such robot, or refuses the arguments.
+        ConfigError: LeRobot is not installed, has no such robot, or rejects the arguments.
     """
     try:
         package = importlib.import_module("lerobot.robots")
         base = importlib.import_module("lerobot.robots.config").RobotConfig
         build = importlib.import_module("lerobot.robots.utils").make_robot_from_config
         decode = importlib.import_module("draccus").decode
-    except Exception as error:  # a half-installed LeRobot fails in ways of its own
+    except Exception as error:  # an incomplete installation raises various errors
         raise ConfigError(
             f"the package lerobot cannot be imported ({type(error).__name__}: {error}): pip "
             "install lerobot, with the extra that the robot needs"
@@ -334,11 +352,11 @@ def make_lerobot(kind: str, arguments: Mapping[str, Any]) -> Any:
     if kind not in choices:
         raise ConfigError(
             f"no such robot, expected one of {sorted(choices)}"
-            + (f"; not importable here: {missing}" if missing else "")
+            + (f"; modules that cannot be imported: {missing}" if missing else "")
         )
     try:
         config = decode(choices[kind], dict(arguments))
-        _hold_at_the_end(config, arguments)
+        _keep_torque_at_end(config, arguments)
         return build(config)
     except EOFError:
         raise
@@ -346,26 +364,26 @@ def make_lerobot(kind: str, arguments: Mapping[str, Any]) -> Any:
         raise ConfigError(f"robot: {type(error).__name__}: {error}") from error
 
 
-def _hold_at_the_end(config: Any, arguments: Mapping[str, Any]) -> None:
-    """Switch LeRobot's default off, by which the arm drops, also in each arm of two."""
-    if hasattr(config, LET_GO) and LET_GO not in arguments:
-        setattr(config, LET_GO, False)
+def _keep_torque_at_end(config: Any, arguments: Mapping[str, Any]) -> None:
+    """Change LeRobot's default, with which the arm drops; also in each arm of two."""
+    if hasattr(config, TORQUE_OFF_KEY) and TORQUE_OFF_KEY not in arguments:
+        setattr(config, TORQUE_OFF_KEY, False)
     for name, value in vars(config).items() if hasattr(config, "__dict__") else ():
-        if dataclasses.is_dataclass(value) and hasattr(value, LET_GO):
+        if dataclasses.is_dataclass(value) and hasattr(value, TORQUE_OFF_KEY):
             inner = arguments.get(name)
-            _hold_at_the_end(value, inner if isinstance(inner, Mapping) else {})
+            _keep_torque_at_end(value, inner if isinstance(inner, Mapping) else {})
 
 
 def _configs(config: Any) -> Iterator[Any]:
-    """Of the parts of a robot that have motors: the configuration itself, or those of its arms."""
+    """The configurations of all parts with motors: ``config`` itself, or those of its arms."""
     inner = [value for name, value in vars(config).items() if name.endswith("_arm_config")]
     yield from inner or [config]
 
 
 def _import_until(known: Callable[[], bool], package: Any, kind: str) -> dict[str, str]:
-    """Import LeRobot's robots, and the kinds of cameras, until ``known``; what failed and why.
+    """Import LeRobot's cameras and robots until ``known``; returns failed modules with the reason.
 
-    Those whose names are like ``kind`` come first.
+    Modules with names similar to ``kind`` come first.
     """
     failed = {}
     cameras = ("lerobot.cameras.opencv", "lerobot.cameras.realsense")
@@ -406,15 +424,15 @@ def _buses(part: Any) -> Iterator[Any]:
 def _features(
     features: Mapping[str, Any], kind: str
 ) -> tuple[list[str], dict[str, tuple[int, int]]]:
-    """The keys that are numbers, and those that are pictures with their (height, width)."""
-    values, pictures = [], {}
+    """The keys of features that are numbers, and those that are images with (height, width)."""
+    values, images = [], {}
     for key, feature in features.items():
         if isinstance(feature, type) and issubclass(feature, numbers.Real):
             values.append(key)
         elif isinstance(feature, tuple) and len(feature) == 3 and feature[2] == 3:
-            pictures[key] = (int(feature[0]), int(feature[1]))
+            images[key] = (int(feature[0]), int(feature[1]))
         else:
             raise ConfigError(
                 f"{kind}: feature {key!r}: got {feature}, expected float or (height, width, 3)"
             )
-    return values, pictures
+    return values, images

@@ -1,9 +1,9 @@
-"""The process that owns LeRobot's robot: it alone opens the bus and the cameras, once.
+"""The owner process of a LeRobot robot: it alone opens the bus and the cameras, once.
 
-One thread takes commands, reads the joints at its own rate and shows them on the board; every
-camera is waited for in a thread of its own. It stays while anybody commands the robot, also when
-its parent has died, and keeps what holds position as it was last told. Speeds that nobody commands
-any more it brings to zero.
+One thread receives commands, reads the joints at its own rate and publishes them in shared memory;
+every camera has a thread that waits for its images. The process runs while any client commands the
+robot, even after its parent has died. Positions keep their last command. Velocities without a
+command are brought to zero.
 """
 
 from __future__ import annotations
@@ -37,170 +37,200 @@ from transport.shm.latest_value import LatestValueWriter
 
 logger = logging.getLogger(__name__)
 
-LEAVE_WITHIN_S = 8.0
-"""After the parent's end, for whoever still commands to bring the robot to rest and to go."""
-FRAME_WITHIN_MS = 200
-AFTER_FAILURE_S = 0.05
-SAY_AFTER_S = 5.0
+EXIT_TIMEOUT_S = 8.0
+"""After the parent's end: for clients to bring the robot to rest and to disconnect."""
+IMAGE_TIMEOUT_MS = 200
+RETRY_AFTER_S = 0.05
+IMPORT_NOTICE_AFTER_S = 5.0
 
 
 class CameraReader(threading.Thread):
-    """Waits for the pictures of one camera and shows them. Its end is the process' end."""
+    """Waits for the images of one camera and publishes them, until the process ends.
+
+    Args:
+        device: Checks the images.
+        name: LeRobot's name of the camera.
+        camera: LeRobot's camera object.
+        writer: Of the camera in ``SensorMemory``.
+
+    Attributes:
+        failure: Why there is no new image; empty if there is one.
+        started: Set after the first image.
+    """
 
     def __init__(
         self, device: LeRobotDevice, name: str, camera: Any, writer: LatestValueWriter
     ) -> None:
         super().__init__(name=f"camera {name}", daemon=True)
-        self._device, self._lerobots, self._camera = device, name, camera
+        self._device, self._lerobot_name, self._camera = device, name, camera
         self._writer = writer
-        self.why = ""
-        self.shown = threading.Event()
+        self.failure = ""
+        self.started = threading.Event()
 
     def run(self) -> None:
-        before: Any = None
+        """Read and publish without end; called by the thread."""
+        previous: Any = None
         while True:
             try:
-                picture = self._camera.async_read(timeout_ms=FRAME_WITHIN_MS)
+                image = self._camera.async_read(timeout_ms=IMAGE_TIMEOUT_MS)
                 now_ns = time.monotonic_ns()
-                checked = self._device.checked(self._lerobots, picture)
+                checked = self._device.checked(self._lerobot_name, image)
             except Exception as error:
-                self.why = f"{type(error).__name__}: {error}"
+                self.failure = f"{type(error).__name__}: {error}"
                 if not isinstance(error, TimeoutError):
-                    time.sleep(AFTER_FAILURE_S)
+                    time.sleep(RETRY_AFTER_S)
                 continue
-            if picture is not before:
-                before = picture
-                show(self._writer, checked, self._came_ns(now_ns))
-                self.why = ""
-                self.shown.set()
+            if image is not previous:
+                previous = image
+                publish_image(self._writer, checked, self._captured_ns(now_ns))
+                self.failure = ""
+                self.started.set()
 
-    def _came_ns(self, now_ns: int) -> int:
-        """When the picture came, where the camera notes it; it may have lain there for a while."""
-        noted = getattr(self._camera, "latest_timestamp", None)
-        if isinstance(noted, float) and 0 <= now_ns - noted * 1e9 < 1e9:
-            return round(noted * 1e9)
+    def _captured_ns(self, now_ns: int) -> int:
+        """When the camera received the image, if it records that; else ``now_ns``, which is later
+        if the image was waiting to be read."""
+        captured_s = getattr(self._camera, "latest_timestamp", None)
+        if isinstance(captured_s, float) and 0 <= now_ns - captured_s * 1e9 < 1e9:
+            return round(captured_s * 1e9)
         return now_ns
 
 
-def show(writer: LatestValueWriter, picture: NDArray[np.uint8], stamp_ns: int) -> None:
-    shown = writer.claim()
-    shown["image"][...], shown["stamp_ns"][...] = picture, stamp_ns
-    shown["received_ns"][...] = time.monotonic_ns()
+def publish_image(writer: LatestValueWriter, image: NDArray[np.uint8], stamp_ns: int) -> None:
+    """Publish ``image``, (H, W, 3) uint8, as the newest one of ``writer``'s camera."""
+    slot = writer.claim()
+    slot["image"][...], slot["stamp_ns"][...] = image, stamp_ns
+    slot["received_ns"][...] = time.monotonic_ns()
     writer.publish()
 
 
-class Owner:
-    """Serves connections, keeps the board up to date, and passes commands on.
+class LeRobotOwner:
+    """Serves connections, publishes sensor samples and forwards commands to the device.
 
     Args:
-        config: Our keys.
+        config: The configuration.
         device: Connected.
 
+    Attributes:
+        address: Where it listens.
+        parent_ended: Set by another thread: stop once no client commands the robot.
+        stop_requested: Set by a signal handler: stop now.
+
     Raises:
-        SensorLost, ContractViolated: The first observation is not whole.
+        SensorLost, ContractViolated: The first observation is incomplete or invalid.
     """
 
     def __init__(self, config: LeRobotConfig, device: LeRobotDevice) -> None:
-        said = device.description
+        description = device.description
         self._config, self._device = config, device
-        self._cameras = chosen_cameras(config, said, "")
+        self._cameras = chosen_cameras(config, description, "")
         shape: dict[str, Any] = {
             "qpos": 0,
-            "joints": len(said.states),
-            "cameras": {ours: said.pictures[theirs] for ours, theirs in self._cameras.items()},
+            "joints": len(description.states),
+            "cameras": {
+                name: description.pictures[lerobot_name]
+                for name, lerobot_name in self._cameras.items()
+            },
         }
         memory_fd = SensorMemory.create(**shape)
         self._sensor_memory = SensorMemory(memory_fd, writable=True, **shape)
         self._joints = self._sensor_memory.joint_writer()
-        self._pictures = {ours: self._sensor_memory.camera_writer(ours) for ours in self._cameras}
-        specs = action_specs(config, said, "")
-        kinds = [spec.kind for spec in specs]
-        self._speeds = np.array([kind is ActionKind.VELOCITY for kind in kinds])
-        self._steps = np.array([kind is ActionKind.DELTA for kind in kinds])
-        self._newest: NDArray[np.float32] | None = None
-        self._told_ns = self._left_ns = 0
-        self._why: dict[str, str] = {}
-        self.parent_gone = threading.Event()
-        self.told_to_end = threading.Event()
-        self._readers = {
-            ours: CameraReader(device, theirs, device.cameras[theirs], self._pictures[ours])
-            for ours, theirs in self._cameras.items()
-            if theirs in device.cameras
+        self._image_writers = {
+            name: self._sensor_memory.camera_writer(name) for name in self._cameras
         }
-        first = device.first_look()
-        seen = first.position if first.position is not None else np.zeros(len(said.states))
-        self._last = rest_command(said.states, specs, seen.astype(np.float32))
-        self._limits = config.limits.of(said.actions, "")
-        self._delivery = CommandDelivery(self._limits, specs, self._last)
-        self._show(first)
+        specs = action_specs(config, description, "")
+        kinds = [spec.kind for spec in specs]
+        self._velocity_mask = np.array([kind is ActionKind.VELOCITY for kind in kinds])
+        self._delta_mask = np.array([kind is ActionKind.DELTA for kind in kinds])
+        self._pending: NDArray[np.float32] | None = None
+        self._commanded_ns = self._sent_ns = 0
+        self._failures: dict[str, str] = {}
+        self.parent_ended = threading.Event()
+        self.stop_requested = threading.Event()
+        self._readers = {
+            name: CameraReader(
+                device, lerobot_name, device.cameras[lerobot_name], self._image_writers[name]
+            )
+            for name, lerobot_name in self._cameras.items()
+            if lerobot_name in device.cameras
+        }
+        first = device.read_first()
+        state = first.position if first.position is not None else np.zeros(len(description.states))
+        self._last_sent = rest_command(description.states, specs, state.astype(np.float32))
+        self._limits = config.limits.of(description.actions, "")
+        self._delivery = CommandDelivery(self._limits, specs, self._last_sent)
+        self._publish(first)
         for reader in self._readers.values():
             reader.start()
-        for ours, reader in self._readers.items():
-            if not reader.shown.wait(config.connect_timeout_s / 2):
-                raise SensorLost(f"{ours}: no picture ({reader.why})")
+        for name, reader in self._readers.items():
+            if not reader.started.wait(config.connect_timeout_s / 2):
+                raise SensorLost(
+                    f"{name}: got no picture within {config.connect_timeout_s / 2:g} s "
+                    f"({reader.failure}): is the camera connected?"
+                )
         self._server = OwnerServer(
             self._sensor_memory,
             memory_fd,
             action_dim=len(kinds),
             hello={"qpos": 0},
-            command=self._take,
-            call=self._answer,
+            command=self._receive_command,
+            call=self._handle_call,
         )
         self.address = self._server.address
 
     def run(self) -> None:
-        """Until told to end, or the parent is gone and nobody commands any more."""
+        """Serve until a stop is requested, or the parent has ended and no client commands."""
         period_ns = round(1e9 / self._config.read_hz)
         due_ns = time.monotonic_ns()
-        while not self._over():
+        while not self._must_stop():
             wait_s = max(0, due_ns - time.monotonic_ns()) / 1e9
             for ready in select.select(self._server.sockets, [], [], wait_s)[0]:
                 if isinstance(ready, socket.socket):
                     self._server.serve(ready)
-            if self._newest is not None:
-                self._follow(self._newest)  # commands that came meanwhile are of the past
-            if self._drives_on():
-                self._slow_down()
+            if self._pending is not None:
+                self._follow(self._pending)  # only the newest of the commands that have arrived
+            if self._moves_uncommanded():
+                self._brake()
             if (now_ns := time.monotonic_ns()) >= due_ns:
-                self._read()
+                self._read_device()
                 due_ns = max(due_ns + period_ns, now_ns)
 
-    def rest(self) -> None:
-        """Bring what moves by itself to rest."""
-        while self._last[self._speeds].any():
-            self._slow_down()
+    def stop_motion(self) -> None:
+        """Bring all velocities to zero within the limits."""
+        while self._last_sent[self._velocity_mask].any():
+            self._brake()
             time.sleep(1 / self._config.read_hz)
 
-    def _over(self) -> bool:
-        if self.told_to_end.is_set():
+    def _must_stop(self) -> bool:
+        if self.stop_requested.is_set():
             return True
         commanding = any(role != "sensing" for role in self._server.roles)
-        return self.parent_gone.is_set() and not commanding
+        return self.parent_ended.is_set() and not commanding
 
-    def _take(self, action: NDArray[np.float32], sent_ns: int, source: int) -> None:
+    def _receive_command(self, action: NDArray[np.float32], sent_ns: int, source: int) -> None:
         del source
-        self._delivery.note(sent_ns)
-        self._newest, self._told_ns = action.copy(), time.monotonic_ns()
+        self._delivery.record_arrival(sent_ns)
+        self._pending, self._commanded_ns = action.copy(), time.monotonic_ns()
 
     def _follow(self, wanted: NDArray[np.float32]) -> None:
-        """Send ``wanted``, or as far towards it as one command may go."""
+        """Send ``wanted``, or the step towards it that the limits allow."""
         try:
             action = self._delivery.follow(wanted, time.monotonic_ns())
         except RobotError as error:
             self._refuse(str(error))
-            self._newest = None
+            self._pending = None
         else:
             self._send(action)
             if np.array_equal(action, wanted):
-                self._newest = None
+                self._pending = None
 
-    def _refuse(self, why: str) -> None:
-        self._why["commands"] = why
+    def _refuse(self, reason: str) -> None:
+        """Report to all clients that commands do not reach the device."""
+        self._failures["commands"] = reason
         if not self._sensor_memory.refused_since_ns.load():
             self._sensor_memory.refused_since_ns.store(time.monotonic_ns())
 
     def _send(self, action: NDArray[np.float32]) -> None:
-        self._last, self._left_ns = action, time.monotonic_ns()
+        self._last_sent, self._sent_ns = action, time.monotonic_ns()
         try:
             self._device.send(action)
         except FAILURES as error:
@@ -209,79 +239,82 @@ class Owner:
             if not self._delivery.refused:
                 self._sensor_memory.refused_since_ns.store(0)
 
-    def _drives_on(self) -> bool:
-        """Whether something moves that nobody commands, or whose commands are not followed."""
-        uncommanded_ns = time.monotonic_ns() - self._told_ns
-        left_alone = uncommanded_ns > UNCOMMANDED_S * 1e9 or self._delivery.refused
-        return bool(self._last[self._speeds].any() and left_alone)
+    def _moves_uncommanded(self) -> bool:
+        """Whether a velocity is not zero, and has no command or its commands are refused."""
+        since_ns = time.monotonic_ns() - self._commanded_ns
+        uncommanded = since_ns > UNCOMMANDED_S * 1e9 or self._delivery.refused
+        return bool(self._last_sent[self._velocity_mask].any() and uncommanded)
 
-    def _slow_down(self) -> None:
-        """The last command with its speeds nearer to zero, by what the limits allow."""
-        action = self._last.copy()
+    def _brake(self) -> None:
+        """Send the last command with its velocities reduced as far as the limits allow."""
+        action = self._last_sent.copy()
         now_ns = time.monotonic_ns()
-        since_s = min((now_ns - self._left_ns) / 1e9, 1 / self._config.read_hz)
+        since_s = min((now_ns - self._sent_ns) / 1e9, 1 / self._config.read_hz)
         change = (self._limits.acceleration * since_s).astype(np.float32)
         speed = np.maximum(np.abs(action) - change, 0) * np.sign(action)
-        action[self._speeds] = speed[self._speeds]
-        action[self._steps] = 0
+        action[self._velocity_mask] = speed[self._velocity_mask]
+        action[self._delta_mask] = 0
         self._send(action)
         self._delivery.reset(action, now_ns)
-        self._newest = None
+        self._pending = None
 
-    def _read(self) -> None:
+    def _read_device(self) -> None:
         try:
-            self._show(self._device.look())
+            self._publish(self._device.read())
         except RobotError as error:
-            self._why["joints"] = str(error)
+            self._failures["joints"] = str(error)
 
-    def _show(self, seen: Observation) -> None:
-        if seen.position is not None:
+    def _publish(self, observation: Observation) -> None:
+        if observation.position is not None:
             state = self._joints.claim()
-            state["position"][...], state["stamp_ns"][...] = seen.position, seen.stamp_ns
+            state["position"][...] = observation.position
+            state["stamp_ns"][...] = observation.stamp_ns
             state["received_ns"][...] = time.monotonic_ns()
             self._joints.publish()
-            self._why.pop("joints", None)
-        for ours, theirs in self._cameras.items():
-            if theirs in seen.pictures:
-                show(self._pictures[ours], seen.pictures[theirs], seen.stamp_ns)
+            self._failures.pop("joints", None)
+        for name, lerobot_name in self._cameras.items():
+            if lerobot_name in observation.images:
+                image = observation.images[lerobot_name]
+                publish_image(self._image_writers[name], image, observation.stamp_ns)
 
-    def _answer(self, call: str, asked: Mapping[str, Any]) -> Mapping[str, Any]:
-        if call != "why":
+    def _handle_call(self, call: str, arguments: Mapping[str, Any]) -> Mapping[str, Any]:
+        if call != "failure_reason":
             return {"error": f"unknown call {call!r}"}
-        what = str(asked.get("what"))
-        reader = self._readers.get(what)
-        return {"why": self._why.get(what, "") if reader is None else reader.why}
+        source = str(arguments.get("source"))
+        reader = self._readers.get(source)
+        return {"reason": self._failures.get(source, "") if reader is None else reader.failure}
 
 
-def _watch_parent(owner: Owner, input_fd: int) -> None:
-    """See the parent's end, also where LeRobot holds the other thread up."""
+def _watch_parent(owner: LeRobotOwner, input_fd: int) -> None:
+    """Notice the parent's end, even while LeRobot blocks the main thread."""
     while os.read(input_fd, 4096):
         pass
-    owner.parent_gone.set()
-    time.sleep(LEAVE_WITHIN_S)
+    owner.parent_ended.set()
+    time.sleep(EXIT_TIMEOUT_S)
     os._exit(0)
 
 
-def _imported(config: LeRobotConfig, isolation: Isolation) -> LeRobotDevice:
-    """LeRobot's robot, not connected; a person who waits for it is told what for."""
-    waiting = threading.Timer(SAY_AFTER_S, os.write, (2, b"importing LeRobot ...\n"))
-    waiting.daemon = True
-    waiting.start()
+def _import_device(config: LeRobotConfig, isolation: Isolation) -> LeRobotDevice:
+    """LeRobot's robot, not connected. Prints a notice if the import takes long."""
+    notice = threading.Timer(IMPORT_NOTICE_AFTER_S, os.write, (2, b"importing LeRobot ...\n"))
+    notice.daemon = True
+    notice.start()
     try:
         with isolation.deadline(IMPORT_TIMEOUT_S, "importing LeRobot"):
             return LeRobotDevice(config)
     finally:
-        waiting.cancel()
+        notice.cancel()
 
 
-def _own(config: LeRobotConfig, isolation: Isolation) -> None:
-    device = _imported(config, isolation)
+def _run_owner(config: LeRobotConfig, isolation: Isolation) -> None:
+    """Connect the device, report ``ready`` and serve; at the end stop all motion."""
+    device = _import_device(config, isolation)
     what = f"LeRobot's connect() of {config.type}"
     todo = f"check its power and cables, and run {config.calibrate_command} first if it asks"
     with isolation.deadline(config.connect_timeout_s, what, todo):
         device.connect()
-        owner = Owner(config, device)
-    signal.signal(signal.SIGTERM, lambda *_: owner.told_to_end.set())
+        owner = LeRobotOwner(config, device)
+    signal.signal(signal.SIGTERM, lambda *_: owner.stop_requested.set())
     threading.Thread(
         target=_watch_parent, args=(owner, isolation.input_fd), name="parent", daemon=True
     ).start()
@@ -289,17 +322,17 @@ def _own(config: LeRobotConfig, isolation: Isolation) -> None:
     try:
         owner.run()
     finally:
-        owner.rest()
+        owner.stop_motion()
     device.end()
 
 
-def _work(config: LeRobotConfig, isolation: Isolation, *, only_describe: bool) -> None:
+def _describe_or_run(config: LeRobotConfig, isolation: Isolation, *, only_describe: bool) -> None:
     try:
         if only_describe:
-            description = _imported(config, isolation).description
+            description = _import_device(config, isolation).description
             send_event("ready", description=dataclasses.asdict(description))
         else:
-            _own(config, isolation)
+            _run_owner(config, isolation)
     except RobotError as error:
         send_event("failed", error=" ".join(str(error).split()), kind=type(error).__name__)
     except FAILURES as error:
@@ -312,6 +345,7 @@ def _work(config: LeRobotConfig, isolation: Isolation, *, only_describe: bool) -
 
 
 def main(arguments: list[str] | None = None) -> None:
+    """Run the process; started by ``robots.lerobot_adapter``."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--config", required=True)
     parser.add_argument("--describe", action="store_true")
@@ -321,11 +355,10 @@ def main(arguments: list[str] | None = None) -> None:
     isolation = isolate()
     config = LeRobotConfig.from_json(options.config)
     try:
-        _work(config, isolation, only_describe=options.describe)
+        _describe_or_run(config, isolation, only_describe=options.describe)
         sys.stdout.flush()
     finally:
-        # Whatever LeRobot's objects do when they are destroyed, among it dropping the arm, is not
-        # done.
+        # Skips the destructors of LeRobot's objects, which may switch the torque off.
         os._exit(0)
 
 

@@ -1,7 +1,8 @@
-"""How a process talks to the one that owns a robot: one AF_UNIX connection of whole messages.
+"""A process's connection to the process that owns a robot: an AF_UNIX ``SOCK_SEQPACKET`` socket.
 
-A message is one kind byte and a body. ``ACTION`` has no answer; ``CALL`` carries JSON and is
-answered by JSON. The first call is ``hello``, and its answer carries the board's descriptor.
+A message is one byte for its kind and a payload. ``ACTION`` has no reply; ``CALL`` carries JSON and
+is answered by JSON. The first call is ``hello``; its reply carries the file descriptor of the
+``SensorMemory``.
 """
 
 from __future__ import annotations
@@ -22,38 +23,42 @@ from robots.errors import ConnectFailed, RobotError, RobotLost
 
 ACTION, CALL = b"A", b"C"
 ACTION_HEAD = struct.Struct("<cq")
-"""Kind, and the sender's monotonic clock."""
+"""Kind of the message, and the sender's monotonic clock, ns."""
 MAX_MESSAGE = 65_536
+"""Bytes."""
 
 
 def encode_action(action: NDArray[np.float32]) -> bytes:
+    """The ``ACTION`` message of ``action``, (A,) float32, stamped with the present time."""
     return ACTION_HEAD.pack(ACTION, time.monotonic_ns()) + action.astype("<f4").tobytes()
 
 
 def decode_action(message: bytes) -> tuple[int, NDArray[np.float32]]:
+    """When an ``ACTION`` message was sent, and its action: a read-only view, (A,) float32."""
     _, sent_ns = ACTION_HEAD.unpack_from(message)
     return sent_ns, np.frombuffer(message, "<f4", offset=ACTION_HEAD.size)
 
 
-def abstract(address: str) -> str:
-    """``address`` in the namespace of sockets that are no files and cannot be left behind."""
+def abstract_address(address: str) -> str:
+    """``address`` in Linux's abstract_address socket namespace, which leaves no file behind."""
     return "\0" + address
 
 
 class OwnerConnection:
-    """The client's end.
+    """The client's end of the connection.
 
     Args:
-        address: Of the owner, as the robot's companion tells it.
+        address: Of the owner process, which its ``ready`` event reports.
+        role: The ``Role`` in which the client connects.
         timeout_s: For connecting.
-        peer: What the owner is called in errors.
+        peer: The owner's name in errors.
 
     Attributes:
-        hello: What the owner said of itself.
-        board_fd: The board's descriptor, owned by this object.
+        hello: The owner's reply to ``hello``.
+        memory_fd: File descriptor of the ``SensorMemory``, owned by this object.
 
     Raises:
-        ConnectFailed: Nobody listens there, or it is another user's.
+        ConnectFailed, RobotLost: Nothing listens at ``address``, or it belongs to another user.
     """
 
     def __init__(self, address: str, *, role: str, timeout_s: float, peer: str) -> None:
@@ -63,15 +68,16 @@ class OwnerConnection:
         self.memory_fd = -1
         try:
             self._socket.settimeout(timeout_s)
-            self._socket.connect(abstract(address))
+            self._socket.connect(abstract_address(address))
             self._send(CALL + json.dumps({"call": "hello", "role": role}).encode())
-            answer, fds, _, _ = socket.recv_fds(self._socket, MAX_MESSAGE, 1)
+            reply, fds, _, _ = socket.recv_fds(self._socket, MAX_MESSAGE, 1)
             self.memory_fd = fds[0] if fds else -1
-            self.hello = self._answer(answer)
+            self.hello = self._decode(reply)
         except OSError as error:
             self.close()
             raise ConnectFailed(
-                f"{peer} does not answer at {address!r} within {timeout_s:g} s: {error}"
+                f"{peer} does not answer at {address!r} within {timeout_s:g} s ({error}): is it "
+                "running, as this user, and is the address right?"
             ) from error
         except BaseException:
             self.close()
@@ -80,37 +86,49 @@ class OwnerConnection:
         self._poll.register(self._socket, select.POLLHUP | select.POLLERR)
 
     def check_alive(self) -> None:
-        """Raises ``RobotLost`` if the owner has hung up."""
+        """Raises ``RobotLost`` if the owner has closed the connection."""
         if self.memory_fd < 0 or self._poll.poll(0):
-            raise RobotLost(f"{self._peer} has ended")
+            raise self._ended()
 
     def send_action(self, action: NDArray[np.float32]) -> None:
+        """Send a command, (A,) float32, without waiting.
+
+        Raises:
+            RobotLost: The owner has ended, or its queue is full.
+        """
         try:
             self._send(encode_action(action))
         except BlockingIOError as error:
-            raise RobotLost(f"{self._peer} does not take commands: its queue is full") from error
+            raise RobotLost(
+                f"{self._peer} does not take commands: its queue is full; is it stopped, or the "
+                "machine overloaded?"
+            ) from error
         except OSError as error:
-            raise RobotLost(f"{self._peer} has ended: {error}") from error
+            raise self._ended(f" ({error})") from error
 
     def call(self, name: str, *, timeout_s: float, **arguments: Any) -> Mapping[str, Any]:
-        """Ask the owner for something and wait.
+        """Call ``name`` in the owner process and wait for the reply.
 
         Raises:
-            RobotLost: It has ended, or does not answer.
-            RobotError: It refuses; carries its reason.
+            RobotLost: The owner has ended, or does not reply within ``timeout_s``.
+            RobotError: The owner refuses; carries its reason.
         """
         message = CALL + json.dumps({"call": name, **arguments}).encode()
         try:
             self._socket.settimeout(timeout_s)
             try:
                 self._send(message)
-                return self._answer(self._socket.recv(MAX_MESSAGE))
+                return self._decode(self._socket.recv(MAX_MESSAGE))
             finally:
                 self._socket.setblocking(False)
         except OSError as error:
-            raise RobotLost(f"{self._peer} does not answer {name!r}: {error}") from error
+            raise RobotLost(
+                f"{self._peer} does not answer {name!r} within {timeout_s:g} s ({error}): is it "
+                "still running?"
+            ) from error
 
     def close(self) -> None:
+        """Close the socket and the memory's file descriptor. Idempotent."""
         self._socket.close()
         if self.memory_fd >= 0:
             os.close(self.memory_fd)
@@ -119,13 +137,19 @@ class OwnerConnection:
     def _send(self, message: bytes) -> None:
         self._socket.send(message)
 
-    def _answer(self, message: bytes) -> Mapping[str, Any]:
-        if not message:
-            raise RobotLost(f"{self._peer} has ended")
-        answer: Mapping[str, Any] = json.loads(message)
-        if "error" in answer:
-            raise RobotError(f"{self._peer} refuses: {answer['error']}")
-        return answer
+    def _ended(self, reason: str = "") -> RobotLost:
+        return RobotLost(
+            f"{self._peer} has ended{reason}, expected it to run until the robot is disconnected; "
+            "start it again"
+        )
+
+    def _decode(self, reply: bytes) -> Mapping[str, Any]:
+        if not reply:
+            raise self._ended()
+        content: Mapping[str, Any] = json.loads(reply)
+        if "error" in content:
+            raise RobotError(f"{self._peer} refuses: {content['error']}")
+        return content
 
     def __enter__(self) -> Self:
         return self

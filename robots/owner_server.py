@@ -1,4 +1,4 @@
-"""Where the processes that use a robot connect to the one that owns its devices."""
+"""The owner process's end of the connections of ``robots.owner_connection``."""
 
 from __future__ import annotations
 
@@ -14,23 +14,32 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from robots.owner_connection import ACTION, ACTION_HEAD, CALL, MAX_MESSAGE, abstract, decode_action
+from robots.owner_connection import (
+    ACTION,
+    ACTION_HEAD,
+    CALL,
+    MAX_MESSAGE,
+    abstract_address,
+    decode_action,
+)
 from robots.sensor_memory import SensorMemory
 
-Command = Callable[[NDArray[np.float32], int, int], None]
-"""Called with the action, the sender's monotonic clock, and which connection it came through."""
+CommandHandler = Callable[[NDArray[np.float32], int, int], None]
+"""Called with the action, when it was sent (the sender's monotonic clock, ns) and the number of its
+connection."""
 
 
 class OwnerServer:
-    """The listening end of ``robots.owner_connection``. Belongs to one thread, which selects.
+    """Accepts connections and handles their messages. Used by one thread, which calls ``select``.
 
     Args:
-        board: Handed out to everyone who connects; it says how many look at pictures.
-        board_fd: Its descriptor.
-        action_dim: A.
-        hello: What is told to everyone who connects.
-        command: Called for every command; (A,) float32, finite.
-        call: Called with a name and its arguments; gives the answer, ``{"error": …}`` to refuse.
+        sensor_memory: Its ``camera_clients`` is kept up to date.
+        memory_fd: Its file descriptor, sent to every client.
+        action_dim: A, the number of values in a command.
+        hello: Reply to ``hello``.
+        command: Called for every command, (A,) float32 and finite.
+        call: Called with a call's name and arguments; returns the reply, ``{"error": …}`` to
+            refuse.
 
     Attributes:
         address: Where it listens.
@@ -43,82 +52,82 @@ class OwnerServer:
         *,
         action_dim: int,
         hello: Mapping[str, Any],
-        command: Command,
+        command: CommandHandler,
         call: Callable[[str, Mapping[str, Any]], Mapping[str, Any]],
     ) -> None:
-        self._sensor_memory, self._board_fd = sensor_memory, memory_fd
+        self._sensor_memory, self._memory_fd = sensor_memory, memory_fd
         self._action_bytes = ACTION_HEAD.size + 4 * action_dim
         self._hello, self._command, self._call = {**hello, "pid": os.getpid()}, command, call
         self.address = f"metronome-robot-{secrets.token_hex(16)}"
-        self._door = socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET)
-        self._door.bind(abstract(self.address))
-        self._door.listen()
-        self._door.setblocking(False)
+        self._listener = socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+        self._listener.bind(abstract_address(self.address))
+        self._listener.listen()
+        self._listener.setblocking(False)
         self._peers: dict[socket.socket, int] = {}
         self._roles: dict[socket.socket, str] = {}
-        self._entered = 0
+        self._accepted = 0
 
     @property
     def sockets(self) -> list[socket.socket]:
-        """To select on."""
-        return [self._door, *self._peers]
+        """The sockets to pass to ``select``."""
+        return [self._listener, *self._peers]
 
     @property
     def roles(self) -> list[str]:
-        """Of those who are connected."""
+        """The role of every connected client."""
         return list(self._roles.values())
 
     def serve(self, ready: socket.socket) -> None:
-        """Do what is waiting at one of ``sockets``, which is readable."""
-        if ready is self._door:
-            self._admit()
+        """Handle what has arrived at ``ready``, a readable one of ``sockets``."""
+        if ready is self._listener:
+            self._accept()
         elif ready in self._peers:
-            self._hear(ready)
+            self._receive(ready)
 
-    def _admit(self) -> None:
+    def _accept(self) -> None:
         with contextlib.suppress(BlockingIOError, ConnectionError):
-            peer, _ = self._door.accept()
+            peer, _ = self._listener.accept()
             credentials = peer.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, 12)
             if struct.unpack("3i", credentials)[1] != os.getuid():
                 peer.close()
                 return
             peer.setblocking(False)
-            self._peers[peer] = self._entered
-            self._entered += 1
+            self._peers[peer] = self._accepted
+            self._accepted += 1
 
-    def _hear(self, peer: socket.socket) -> None:
-        """What ``peer`` sent so far; a peer that hung up or makes no sense is dropped."""
+    def _receive(self, peer: socket.socket) -> None:
+        """Handle all messages of ``peer``; drop a peer that closed or sent an invalid message."""
         try:
             while True:
                 message = peer.recv(MAX_MESSAGE)
                 if message[:1] == ACTION and len(message) == self._action_bytes:
                     sent_ns, action = decode_action(message)
                     if not np.isfinite(action).all():
-                        raise ConnectionError("not a number")
+                        raise ConnectionError("an action that is not finite")
                     self._command(action, sent_ns, self._peers[peer])
                 elif message[:1] == CALL:
-                    self._answer(peer, json.loads(message[1:]))
+                    self._reply(peer, json.loads(message[1:]))
                 else:
-                    raise ConnectionError("hung up, or no message of ours")
+                    raise ConnectionError("closed, or an unknown message")
         except BlockingIOError:
             return
         except (OSError, ValueError, KeyError, TypeError):
             self._peers.pop(peer)
             self._roles.pop(peer, None)
-            self._count_watchers()
+            self._count_camera_clients()
             peer.close()
 
-    def _answer(self, peer: socket.socket, asked: Mapping[str, Any]) -> None:
-        name, fds = asked["call"], []
+    def _reply(self, peer: socket.socket, request: Mapping[str, Any]) -> None:
+        name, fds = request["call"], []
         if name == "hello":
-            self._roles[peer] = asked["role"]
-            self._count_watchers()
-            answer: Mapping[str, Any] = self._hello
-            fds = [self._board_fd]
+            self._roles[peer] = request["role"]
+            self._count_camera_clients()
+            reply: Mapping[str, Any] = self._hello
+            fds = [self._memory_fd]
         else:
-            answer = self._call(name, asked)
-        socket.send_fds(peer, [json.dumps(answer).encode()], fds)
+            reply = self._call(name, request)
+        socket.send_fds(peer, [json.dumps(reply).encode()], fds)
 
-    def _count_watchers(self) -> None:
-        watching = [role for role in self._roles.values() if role in ("sensing", "both")]
-        self._sensor_memory.watchers.store(len(watching))
+    def _count_camera_clients(self) -> None:
+        camera_roles = [role for role in self._roles.values() if role in ("sensing", "both")]
+        self._sensor_memory.camera_clients.store(len(camera_roles))

@@ -1,8 +1,8 @@
-"""Pictures out of ``sensor_msgs/Image``, without cv_bridge.
+"""Decodes ``sensor_msgs/Image`` without cv_bridge.
 
-Channels are put in order by numpy. What takes a formula, 4:2:2 and Bayer, is OpenCV's, which
-cv_bridge uses too: a policy sees the very bytes of recordings that were made through it. OpenCV is
-large, and imported when such a picture comes.
+numpy reorders channels. OpenCV converts 4:2:2 and Bayer encodings, as in cv_bridge, so that a
+policy sees the same bytes as in recordings made through cv_bridge. OpenCV is large and is imported
+only when an image needs it.
 """
 
 from __future__ import annotations
@@ -27,14 +27,14 @@ CHANNELS: dict[str, tuple[int, slice]] = {
     "8UC3": (3, BGR),
     "8UC4": (4, BGR),
 }
-"""Encoding to its bytes per pixel, and where red, green and blue are among them."""
+"""Encoding to bytes per pixel, and the slice of those bytes that is red, green, blue."""
 _UNNAMED = ("8UC3", "8UC4")
 SUBSAMPLED = {
     **dict.fromkeys(("yuv422_yuy2", "yuyv", "YUYV"), "COLOR_YUV2RGB_YUY2"),
     **dict.fromkeys(("yuv422", "uyvy", "UYVY"), "COLOR_YUV2RGB_UYVY"),
 }
-"""4:2:2: two bytes per pixel, and one colour for every two pixels of a row; ITU-R BT.601, 16 to
-235."""
+"""4:2:2 encoding to OpenCV's conversion: two bytes per pixel, one colour per two pixels of a row;
+ITU-R BT.601, luma 16 to 235."""
 BAYER = {
     f"bayer_{pattern}8": f"COLOR_Bayer{pattern.upper()}2RGB"
     for pattern in ("rggb", "bggr", "gbrg", "grbg")
@@ -50,63 +50,72 @@ DEPTHS: dict[str, type[np.generic]] = {
     "mono16": np.uint16,
     "32FC1": np.float32,
 }
-"""Encoding to dtype: millimetres, millimetres, metres."""
-_GIVEN_BYTES = {
+"""Encoding of depth to dtype; the units are millimetres, millimetres, metres."""
+_MESSAGE_BYTES = {
     **PIXEL_BYTES,
     **{encoding: np.dtype(kind).itemsize for encoding, kind in DEPTHS.items()},
 }
-"""Bytes per pixel of what a message may say."""
+"""Bytes per pixel of each encoding that a message may name."""
 _BAYER_SIDE = 3
-"""Pixels; OpenCV makes anything smaller black."""
+"""Smallest height and width, pixels: OpenCV turns a smaller Bayer image black."""
 _PACKAGE, _RAW, _COMPRESSED = "sensor_msgs", "Image", "CompressedImage"
 _TRANSPORTS = ("compressed", "compressedDepth")
-"""Of image_transport, as the topics' last parts."""
+"""Names of image_transport's plug-ins, which are the last parts of their topics."""
 
 
 def decode_colour(message: Any, hw: tuple[int, int], encoding: str = "") -> NDArray[np.uint8]:
-    """(H, W, 3) uint8 RGB, C-contiguous; may be a read-only view of the message.
+    """Decode a colour image.
 
     Args:
         message: A ``sensor_msgs/Image``.
-        hw: What the configuration says.
-        encoding: One of ``COLOURS`` in place of what the message says, with as many bytes per
-            pixel; the message's where empty. Where the message's own is not known, rows of twice
-            the bytes or more are refused.
+        hw: Configured (height, width).
+        encoding: One of ``COLOURS``, used instead of the message's encoding; it must have as many
+            bytes per pixel. Empty: the message's encoding is used. If the message's encoding is
+            unknown, rows of twice the bytes or more are rejected.
+
+    Returns:
+        (H, W, 3) uint8 RGB, C-contiguous; may be a read-only view of the message.
 
     Raises:
-        ContractViolated: Another size or encoding, data that do not fit them, or no OpenCV here
-            for an encoding that needs it.
+        ContractViolated: Wrong size, unknown encoding, data that do not fit them, or OpenCV is
+            needed and not installed.
     """
     configured, encoding = bool(encoding), encoding or message.encoding
     if encoding not in COLOURS:
         raise ContractViolated(f"got encoding {encoding!r}, expected one of {list(COLOURS)}")
-    given, taken = _GIVEN_BYTES.get(message.encoding), PIXEL_BYTES[encoding]
-    if given not in (None, taken):
-        # The rest of each row would pass for padding.
+    message_bytes, used_bytes = _MESSAGE_BYTES.get(message.encoding), PIXEL_BYTES[encoding]
+    if message_bytes not in (None, used_bytes):
+        # The rest of each row would be taken for padding.
         raise ContractViolated(
-            f"got encoding {message.encoding!r}, {given} bytes per pixel, expected {taken}, for "
-            f"the configured {encoding!r}"
+            f"got encoding {message.encoding!r}, {message_bytes} bytes per pixel, expected "
+            f"{used_bytes}, for the configured {encoding!r}"
         )
     check_size((message.height, message.width), hw)
-    if configured and given is None and message.step >= 2 * message.width * taken:
-        # 16 bits per channel, as of rgb16, would pass for 8 and as much padding.
+    if configured and message_bytes is None and message.step >= 2 * message.width * used_bytes:
+        # 16 bits per channel, e.g. rgb16, would be taken for 8 bits and as much padding.
         raise ContractViolated(
             f"got encoding {message.encoding!r} in rows of {message.step} bytes, expected less "
-            f"than {2 * message.width * taken} for the configured {encoding!r}, {taken} bytes per "
-            "pixel"
+            f"than {2 * message.width * used_bytes} for the configured {encoding!r}, {used_bytes} "
+            "bytes per pixel"
         )
     if encoding not in CHANNELS:
         return _convert(message, hw, encoding)
     channels, order = CHANNELS[encoding]
-    picture = _rows(message, np.dtype(np.uint8), channels, encoding).reshape(*hw, channels)
-    return as_rgb(picture, order)
+    image = _rows(message, np.dtype(np.uint8), channels, encoding).reshape(*hw, channels)
+    return as_rgb(image, order)
 
 
 def decode_depth(message: Any) -> NDArray[np.uint16] | NDArray[np.float32]:
-    """(H, W) uint16 millimetres or float32 metres, of any size; may be a read-only view.
+    """Decode a depth image of any size.
+
+    Args:
+        message: A ``sensor_msgs/Image``.
+
+    Returns:
+        (H, W) uint16 millimetres or float32 metres; may be a read-only view of the message.
 
     Raises:
-        ContractViolated: Another encoding, or data that do not fit it.
+        ContractViolated: An encoding that is not in ``DEPTHS``, or data that do not fit it.
     """
     if message.encoding not in DEPTHS:
         raise ContractViolated(f"got encoding {message.encoding!r}, expected one of {list(DEPTHS)}")
@@ -117,13 +126,14 @@ def decode_depth(message: Any) -> NDArray[np.uint16] | NDArray[np.float32]:
 
 
 def message_type(topic: str, published: str | None) -> str:
-    """``Image`` or ``CompressedImage``: what is published there, or what the name promises.
+    """``Image`` or ``CompressedImage``: the type that is published, else the type by ``topic``.
 
     Args:
-        published: The type that the master knows, ``package/Name``; None before anyone publishes.
+        topic: Name of the topic.
+        published: The type known to the master, ``package/Name``; None without a publisher.
 
     Raises:
-        ContractViolated: It is neither.
+        ContractViolated: Another type is published.
     """
     if published is None:
         return _COMPRESSED if topic.rpartition("/")[2] in _TRANSPORTS else _RAW
@@ -137,48 +147,51 @@ def message_type(topic: str, published: str | None) -> str:
 
 
 def assumption(message: Any) -> str:
-    """What ``decode_colour`` takes for granted of ``message``, in words; empty if nothing."""
+    """The assumption that ``decode_colour`` makes about ``message``, as text; empty if none."""
     if message.encoding not in _UNNAMED:
         return ""
-    # rviz does the same, since that is OpenCV's order.
+    # As rviz does: OpenCV's order.
     return f"encoding {message.encoding!r} does not name the colours: taken for blue, green, red"
 
 
-def as_rgb(picture: NDArray[np.uint8], order: slice) -> NDArray[np.uint8]:
-    """(H, W, C) to (H, W, 3), C-contiguous: grey three times, any other in ``order``."""
-    if picture.shape[2] == 1:
-        return np.repeat(picture, 3, axis=2)
-    return np.ascontiguousarray(picture[..., order])
+def as_rgb(image: NDArray[np.uint8], order: slice) -> NDArray[np.uint8]:
+    """(H, W, C) to (H, W, 3), C-contiguous: one channel repeated, or the slice ``order`` of C."""
+    if image.shape[2] == 1:
+        return np.repeat(image, 3, axis=2)
+    return np.ascontiguousarray(image[..., order])
 
 
 def check_size(got: tuple[int, int], expected: tuple[int, int]) -> None:
-    """Raises ``ContractViolated`` unless both are the same (height, width)."""
+    """Raises ``ContractViolated`` if the (height, width) ``got`` is not ``expected``."""
     if got != expected:
         raise ContractViolated(f"got (height, width) {got}, expected {expected}, as configured")
 
 
 @functools.cache
-def opencv(what: str) -> Any:
-    """``cv2``.
+def import_opencv(what: str) -> Any:
+    """The module ``cv2``.
+
+    Args:
+        what: The data that need it, for the error.
 
     Raises:
-        ContractViolated: It is not installed, and ``what`` needs it; says how to.
+        ContractViolated: It is not installed; says how to install it.
     """
     try:
         cv2 = importlib.import_module("cv2")
-    # Debian's own is for its own numpy, and fails in many ways with another.
+    # Debian's package is built for Debian's numpy, and fails in many ways with another one.
     except (ImportError, AttributeError) as error:
         raise ContractViolated(
             f"got {what}, which needs OpenCV, not usable here ({error}): "
             "pip install opencv-python-headless"
         ) from error
-    # A picture takes 0.2 ms: threads of its own would only get in the control loop's way.
+    # An image takes 0.2 ms: OpenCV's threads would only disturb the control loop.
     cv2.setNumThreads(1)
     return cv2
 
 
 def _convert(message: Any, hw: tuple[int, int], encoding: str) -> NDArray[np.uint8]:
-    """By OpenCV."""
+    """Decode by OpenCV, (H, W, 3)."""
     height, width = hw
     if encoding in SUBSAMPLED and width % 2:
         raise ContractViolated(
@@ -191,13 +204,13 @@ def _convert(message: Any, hw: tuple[int, int], encoding: str) -> NDArray[np.uin
     channels = PIXEL_BYTES[encoding]
     rows = _rows(message, np.dtype(np.uint8), channels, encoding).reshape(height, width, channels)
     code = {**SUBSAMPLED, **BAYER}[encoding]
-    cv2 = opencv(f"encoding {encoding!r}")
-    picture: NDArray[np.uint8] = cv2.cvtColor(rows, getattr(cv2, code))
-    return picture
+    cv2 = import_opencv(f"encoding {encoding!r}")
+    image: NDArray[np.uint8] = cv2.cvtColor(rows, getattr(cv2, code))
+    return image
 
 
 def _rows(message: Any, kind: np.dtype[Any], channels: int, encoding: str) -> NDArray[Any]:
-    """(H, W · channels) of the message's data; a row may be padded."""
+    """The message's data as (H, W · channels), without the padding of its rows."""
     height, width, step = message.height, message.width, message.step
     needed = width * channels * kind.itemsize
     if height < 1 or width < 1 or step < needed or len(message.data) != step * height:

@@ -1,9 +1,9 @@
-"""ROS 1 for a driver: a node of this process, without what rospy does to a program around it.
+"""A ROS 1 node in this process, without rospy's side effects on the program.
 
-rospy is imported here and nowhere else, on first use. Debian's packages lie outside a virtual
-environment; their folder is *appended* to ``sys.path``, so that nothing of ours is replaced by
-theirs. ``rospy.init_node`` waits for ever where no master answers, so the master is asked first;
-it also replaces the root logger's handlers, which are put back.
+rospy is imported here and nowhere else, on first use. Debian's packages are outside a virtual
+environment; their folder is *appended* to ``sys.path``, so that they replace no package of the
+environment. ``rospy.init_node`` waits forever if no master answers, so the master is called first.
+It also replaces the root logger's handlers, which are restored.
 
 A process has one node, which lives until the process ends: rospy cannot start a second one.
 """
@@ -42,23 +42,23 @@ class _TimedTransport(xmlrpc.client.Transport):
 
 
 def check_master(timeout_s: float) -> str:
-    """The URI of the master, which has just answered.
+    """Call the ROS master and return its URI.
 
     Raises:
-        ConnectFailed: Nobody answers at ``ROS_MASTER_URI``, or not like a master.
+        ConnectFailed: No answer at ``ROS_MASTER_URI``, or not that of a ROS master.
     """
-    _ask_master(timeout_s, "getPid")
+    _call_master(timeout_s, "getPid")
     return _master_uri()
 
 
 def published_types(timeout_s: float) -> dict[str, str]:
-    """Topic, as the master calls it, to ``package/Name``, of all that somebody publishes.
+    """Topic to message type (``package/Name``) of all topics that have a publisher.
 
     Raises:
         ConnectFailed: As ``check_master``.
     """
     return {
-        str(topic): str(kind) for topic, kind in _ask_master(timeout_s, "getPublishedTopics", "")
+        str(topic): str(kind) for topic, kind in _call_master(timeout_s, "getPublishedTopics", "")
     }
 
 
@@ -66,12 +66,12 @@ def _master_uri() -> str:
     return os.environ.get("ROS_MASTER_URI", DEFAULT_MASTER)
 
 
-def _ask_master(timeout_s: float, method: str, *arguments: str) -> Any:
-    """What it answers. Raises as ``check_master``."""
+def _call_master(timeout_s: float, method: str, *arguments: str) -> Any:
+    """The value that ``method`` of the master returns. Raises as ``check_master``."""
     uri = _master_uri()
     try:
         if not urllib.parse.urlsplit(uri).hostname:
-            raise ValueError("it names no host")
+            raise ValueError("got no host in it")
         with xmlrpc.client.ServerProxy(uri, transport=_TimedTransport(timeout_s)) as master:
             answer: Any = getattr(master, method)("/metronome", *arguments)
             code, _, value = answer
@@ -84,22 +84,24 @@ def _ask_master(timeout_s: float, method: str, *arguments: str) -> Any:
     ) as error:
         raise ConnectFailed(
             f"no ROS master answers at {uri} within {timeout_s:g} s ({error}): is roscore running, "
-            "and ROS_MASTER_URI right?"
+            "and ROS_MASTER_URI correct?"
         ) from error
     if code != 1:
-        raise ConnectFailed(f"the ROS master at {uri} answers {answer}, expected a success")
+        raise ConnectFailed(
+            f"the ROS master at {uri} answers {answer} to {method}, expected code 1 (success)"
+        )
     return value
 
 
 def import_ros(name: str) -> Any:
-    """The module ``name`` of Debian's ROS.
+    """Import the module ``name`` of Debian's ROS packages.
 
     Raises:
-        ConnectFailed: It is not installed; says what to install.
+        ConnectFailed: It is not installed; names the packages to install.
     """
     if DIST_PACKAGES not in sys.path:
         sys.path.append(DIST_PACKAGES)
-    kind = logging.getLoggerClass()
+    logger_class = logging.getLoggerClass()
     try:
         return importlib.import_module(name)
     except ImportError as error:
@@ -107,14 +109,16 @@ def import_ros(name: str) -> Any:
             f"ROS 1 is not installed ({error}): apt-get install {PACKAGES}"
         ) from error
     finally:
-        logging.setLoggerClass(kind)
+        logging.setLoggerClass(logger_class)
 
 
 def start_node(name: str, timeout_s: float) -> Any:
-    """``rospy``, with this process's node running; ``name`` is that of the first call.
+    """Start this process's node, unless it runs already, and return the module ``rospy``.
+
+    The node keeps the name of the first call.
 
     Raises:
-        ConnectFailed: No master, or no ROS here.
+        ConnectFailed: No master answers, or ROS is not installed.
     """
     check_master(timeout_s)
     rospy = import_ros("rospy")
@@ -123,8 +127,8 @@ def start_node(name: str, timeout_s: float) -> Any:
             root = logging.getLogger()
             handlers, level = list(root.handlers), root.level
             try:
-                # No signal handlers, which are the program's; no simulated time, for which rospy
-                # would wait; no /rosout, into which it would copy every log of the program.
+                # No signal handlers: the program has its own. No simulated time: rospy would wait
+                # for it. No /rosout: rospy would copy every log of the program there.
                 rospy.init_node(
                     name,
                     argv=[name],
@@ -146,15 +150,17 @@ def start_node(name: str, timeout_s: float) -> Any:
                 logging.getLogger("rospy").setLevel(logging.WARNING)
             atexit.register(rospy.signal_shutdown, "the process ends")
     if rospy.is_shutdown():
-        raise ConnectFailed("this process's ROS node has been shut down and cannot start again")
+        raise ConnectFailed(
+            "this process's ROS node has been shut down and cannot start again: start a new process"
+        )
     return rospy
 
 
 def publisher(rospy: Any, topic: str, kind: Any, *, queue_size: int) -> Any:
     """This process's publisher of ``topic``, which stays registered until the process ends.
 
-    Unregistering one and registering another soon after makes rospy's subscribers miss it now and
-    then: they dial while there is none, are turned away and do not dial again.
+    Unregistering one and soon registering another sometimes loses rospy's subscribers: they connect
+    while there is none, are rejected and do not connect again.
     """
     with _lock:
         if topic not in _publishers:

@@ -1,4 +1,4 @@
-"""Sensor streams that come with stamps of a clock that is not ours."""
+"""The newest samples of a sensor whose stamps come from its own clock."""
 
 from __future__ import annotations
 
@@ -10,17 +10,24 @@ from typing import Generic, NamedTuple, Protocol, TypeVar
 from robots.errors import RobotError, SensorLost, StampFault
 
 KEPT = 256
-"""Newest samples of a stream; more than a second of any sensor here."""
+"""Samples that a stream keeps; more than a second of any sensor here."""
 
 
 class Stamped(Protocol):
-    """What a stream is made of."""
+    """A sample with two times."""
 
     @property
-    def stamp_ns(self) -> int: ...
-    @property
-    def received_ns(self) -> int: ...
+    def stamp_ns(self) -> int:
+        """The sensor's own clock."""
+        ...
 
+    @property
+    def received_ns(self) -> int:
+        """This host's monotonic clock."""
+        ...
+
+
+STAMPS_HINT = "expected stamps that increase: does its publisher set header.stamp?"
 
 SampleT = TypeVar("SampleT", bound=Stamped)
 
@@ -32,16 +39,17 @@ class _Fault(NamedTuple):
 
 
 class SampleStream(Generic[SampleT]):
-    """The newest samples of one sensor, put in by its thread and read by ours.
+    """The newest samples of one sensor, added by its thread and read by another.
 
-    A stamp that goes back is a fault at once, and so is a sample that cannot be used; it is raised
-    until ``timeout_s`` have passed without another, and nothing from before it is shown any more.
-    A stamp that stands still for ``timeout_s`` while samples keep coming is a frozen sensor, none
-    for ``timeout_s`` a lost one, until it moves again. Whether to go on then is the caller's.
+    A stamp that goes back, or an invalid sample, is a fault. Readers get it as an error until
+    ``timeout_s`` have passed without another one; samples from before it are dropped. A sensor
+    whose stamp does not change for ``timeout_s`` although samples arrive is frozen; one without
+    samples for ``timeout_s`` is lost. Both errors end when stamps advance again; the caller decides
+    whether to continue then.
 
     Args:
-        name: Of the sensor, for errors, e.g. a topic.
-        timeout_s: After how long without news the sensor is lost.
+        name: The sensor's name in errors, e.g. a topic.
+        timeout_s: A sensor without a new stamp for so long is lost.
         keep: Samples kept for ``nearest``.
     """
 
@@ -52,11 +60,11 @@ class SampleStream(Generic[SampleT]):
         self._fault: _Fault | None = None
         self._changed_ns = 0
         self._repeats = 0
-        self._news = threading.Condition()
+        self._arrival = threading.Condition()
 
     def add(self, sample: SampleT) -> None:
-        """Take a sample as it arrives. Called by the sensor's thread."""
-        with self._news:
+        """Add a sample that has arrived. Called by the sensor's thread."""
+        with self._arrival:
             last = self._samples[-1] if self._samples else None
             if last is None or sample.stamp_ns > last.stamp_ns:
                 self._samples.append(sample)
@@ -65,19 +73,20 @@ class SampleStream(Generic[SampleT]):
                 self._fail(
                     StampFault,
                     f"stamp went back by {(last.stamp_ns - sample.stamp_ns) / 1e9:.6f} s, "
-                    f"from {last.stamp_ns} to {sample.stamp_ns} ns",
+                    f"from {last.stamp_ns} to {sample.stamp_ns} ns, expected stamps that increase: "
+                    "was its clock set, or has its publisher restarted?",
                 )
                 self._samples.append(sample)
                 self._changed_ns, self._repeats = sample.received_ns, 0
             else:
                 self._repeats += 1
-            self._news.notify_all()
+            self._arrival.notify_all()
 
     def fail(self, kind: type[RobotError], message: str) -> None:
-        """Note that the sensor sends what cannot be used. Called by the sensor's thread."""
-        with self._news:
+        """Record a fault of the sensor, e.g. an invalid sample. Called by the sensor's thread."""
+        with self._arrival:
             self._fail(kind, message)
-            self._news.notify_all()
+            self._arrival.notify_all()
 
     def _fail(self, kind: type[RobotError], message: str) -> None:
         until_ns = time.monotonic_ns() + self._timeout_ns
@@ -88,57 +97,59 @@ class SampleStream(Generic[SampleT]):
         """The newest sample.
 
         Raises:
-            StampFault: Its stamps went back, or stand still.
-            SensorLost: It is silent.
-            RobotError: What ``fail`` was told.
+            StampFault: Its stamps went back, or do not change.
+            SensorLost: It sends nothing.
+            RobotError: The fault recorded by ``fail``.
         """
-        with self._news:
+        with self._arrival:
             self._check()
             return self._samples[-1]
 
     def nearest(self, stamp_ns: int) -> SampleT:
-        """Of the samples kept, the one whose stamp is nearest. Raises as ``newest``."""
-        with self._news:
+        """The kept sample whose stamp is nearest to ``stamp_ns``. Raises as ``newest``."""
+        with self._arrival:
             self._check()
             return min(self._samples, key=lambda sample: abs(sample.stamp_ns - stamp_ns))
 
     def wait(self, deadline_s: float) -> bool:
-        """Until the sensor runs: two samples with different stamps.
+        """Wait until two samples with different stamps have arrived.
 
         Returns:
             False if ``time.monotonic()`` passes ``deadline_s`` first.
 
         Raises:
-            StampFault: Its stamps went back, or did not move until the deadline.
-            RobotError: What ``fail`` was told.
+            StampFault: Its stamps went back, or did not change until the deadline.
+            RobotError: The fault recorded by ``fail``.
         """
-        with self._news:
+        with self._arrival:
             while len(self._samples) < 2 and self._fault is None:
-                if not self._news.wait(max(0.0, deadline_s - time.monotonic())):
+                if not self._arrival.wait(max(0.0, deadline_s - time.monotonic())):
                     break
             self._raise_fault()
             if len(self._samples) < 2 and self._repeats:
                 raise StampFault(
                     f"{self.name}: stamp stands still at {self._samples[-1].stamp_ns} ns, "
-                    f"{self._repeats + 1} messages carried it"
+                    f"{self._repeats + 1} messages carried it, {STAMPS_HINT}"
                 )
             return len(self._samples) >= 2
 
     def _check(self) -> None:
         self._raise_fault()
         if not self._samples:
-            raise SensorLost(f"{self.name}: nothing received yet")
+            raise SensorLost(
+                f"{self.name}: nothing received yet, expected a message: is its publisher running?"
+            )
         quiet_ns = time.monotonic_ns() - self._changed_ns
         if quiet_ns <= self._timeout_ns:
             return
         if self._repeats:
             raise StampFault(
                 f"{self.name}: stamp stands still at {self._samples[-1].stamp_ns} ns for "
-                f"{quiet_ns / 1e9:.2f} s, {self._repeats} messages carried it again"
+                f"{quiet_ns / 1e9:.2f} s, {self._repeats} messages carried it again, {STAMPS_HINT}"
             )
         raise SensorLost(
-            f"{self.name}: nothing received for {quiet_ns / 1e9:.2f} s, expected something within "
-            f"{self._timeout_ns / 1e9:g} s"
+            f"{self.name}: nothing received for {quiet_ns / 1e9:.2f} s, expected a message within "
+            f"{self._timeout_ns / 1e9:g} s: is its publisher running?"
         )
 
     def _raise_fault(self) -> None:

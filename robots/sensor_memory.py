@@ -1,7 +1,7 @@
-"""What a robot's owner shows to everyone on its host: joint states and pictures in one segment.
+"""Shared memory in which the owner process of a robot publishes joint states and images.
 
-Each sensor is a latest value of ``transport.shm.latest_value``, which keeps some values before the
-newest one as well: one writer, readers that never wait and never disturb it.
+Each sensor is a latest value of ``transport.shm.latest_value``, which also keeps some older values.
+It has one writer. Readers never wait and never delay the writer.
 """
 
 from __future__ import annotations
@@ -25,13 +25,13 @@ JOINT_SLOTS, FRAME_SLOTS = 256, LATEST_SLOTS
 
 @dataclass(frozen=True, slots=True)
 class Sample:
-    """A copy of what a sensor showed.
+    """A copy of one sample of a sensor.
 
     Attributes:
-        sequence: Which value it is, counted from 1.
-        stamp_ns: When it was measured.
-        received_ns: When its owner had it; our monotonic clock.
-        arrays: See ``Board``.
+        sequence: Number of the sample, from 1.
+        stamp_ns: When it was measured, by the sensor's clock.
+        received_ns: When the owner received it, by this host's monotonic clock.
+        arrays: Its values; see ``SensorMemory``.
     """
 
     sequence: int
@@ -48,37 +48,38 @@ class SampleReader:
 
     @property
     def count(self) -> int:
-        """Samples published so far: the newest one's sequence."""
+        """Number of samples published so far: ``sequence`` of the newest one."""
         return self._reader.newest
 
     def newest(self) -> Sample | None:
-        """The newest sample, None where there is none yet."""
+        """The newest sample; None before the first."""
         return _sample(self._reader.read())
 
     def nearest(self, stamp_ns: int) -> Sample | None:
-        """The sample, of those still there, whose stamp is nearest."""
+        """The kept sample whose stamp is nearest to ``stamp_ns``; None before the first."""
         return _sample(self._reader.nearest("stamp_ns", stamp_ns))
 
 
 class SensorMemory:
-    """The segment, mapped.
+    """The shared-memory segment, mapped into this process.
 
     Args:
-        fd: Of a segment that ``create`` made. Stays the caller's.
+        fd: File descriptor from ``create``. The caller keeps it and closes it.
         qpos: Q, the length of a simulation's position vector; 0 without one.
-        joints: S.
+        joints: S, the number of measured joints.
         cameras: Name to (height, width), in the segment's order.
         writable: Whether this process writes.
 
     Attributes:
-        watchers: How many connections look at pictures. With none, none are rendered.
-        refused_since_ns: Since when no command reaches the device, our monotonic clock; or 0.
-        joints: Samples with ``position`` (S,) float32, ``qpos`` (Q,) float64 if there is one, and
-            the outcome: ``episode``, ``step``, ``success`` and ``reward``.
-        cameras: Samples with ``image`` (H, W, 3) uint8.
+        camera_clients: Number of connections that read cameras. With 0, no images are rendered.
+        refused_since_ns: Since when no command reaches the device, by this host's monotonic clock;
+            0 while commands reach it.
+        joints: Samples with ``position`` (S,) float32, ``qpos`` (Q,) float64 if Q > 0, and the
+            outcome: ``episode``, ``step``, ``success`` and ``reward``.
+        cameras: Camera's name to samples with ``image`` (H, W, 3) uint8.
 
     Raises:
-        ProtocolError: The segment was made for other lengths.
+        ProtocolError: The segment was created for other lengths.
     """
 
     def __init__(
@@ -92,40 +93,40 @@ class SensorMemory:
     ) -> None:
         self._layout = _Layout(qpos, joints, cameras)
         self._memory = MappedSegment(fd, self._layout.nbytes, writable=writable)
-        self.watchers = AtomicInt64(self._memory, 0)
+        self.camera_clients = AtomicInt64(self._memory, 0)
         self.refused_since_ns = AtomicInt64(self._memory, CACHE_LINES)
         self.joints = self._reader(self._layout.joints)
-        self.cameras = {name: self._reader(at) for name, at in self._layout.cameras.items()}
+        self.cameras = {name: self._reader(region) for name, region in self._layout.cameras.items()}
 
     @staticmethod
     def create(*, qpos: int, joints: int, cameras: MappingType[str, tuple[int, int]]) -> int:
-        """The descriptor of a new segment, full of zeros. It has no name that could be left."""
+        """Create a segment of zeros and return its file descriptor. It has no name to leak."""
         return create_anonymous("metronome-robot", _Layout(qpos, joints, cameras).nbytes)
 
     def joint_writer(self) -> LatestValueWriter:
-        """For the one who writes the joints; each value with ``stamp_ns`` and ``received_ns``."""
+        """The writer of joint states; each also needs ``stamp_ns`` and ``received_ns``."""
         return self._writer(self._layout.joints)
 
     def camera_writer(self, name: str) -> LatestValueWriter:
-        """As ``joint_writer``, of one camera."""
+        """The writer of one camera's images; see ``joint_writer``."""
         return self._writer(self._layout.cameras[name])
 
     def close(self) -> None:
-        """Unmap, once the last reader and writer is gone. Idempotent."""
+        """Unmap the segment once its last reader and writer are deleted. Idempotent."""
         self._memory.close()
 
-    def _writer(self, place: _Place) -> LatestValueWriter:
-        return LatestValueWriter(self._memory, place.offset, place.schema, place.slots)
+    def _writer(self, region: _Region) -> LatestValueWriter:
+        return LatestValueWriter(self._memory, region.offset, region.schema, region.slots)
 
-    def _reader(self, place: _Place) -> SampleReader:
+    def _reader(self, region: _Region) -> SampleReader:
         return SampleReader(
-            LatestValueReader(self._memory, place.offset, place.schema, place.slots)
+            LatestValueReader(self._memory, region.offset, region.schema, region.slots)
         )
 
 
 @dataclass(frozen=True, slots=True)
-class _Place:
-    """Where one sensor's samples are."""
+class _Region:
+    """The part of the segment with one sensor's samples."""
 
     offset: int
     schema: Schema
@@ -133,7 +134,7 @@ class _Place:
 
 
 class _Layout:
-    """Where everything is, the same in every process that knows the lengths."""
+    """The regions of a segment. They follow from the lengths alone, in every process."""
 
     def __init__(self, qpos: int, joints: int, cameras: MappingType[str, tuple[int, int]]) -> None:
         self.nbytes = 2 * CACHE_LINES
@@ -143,11 +144,11 @@ class _Layout:
             for name, hw in cameras.items()
         }
 
-    def _add(self, slots: int, *arrays: ArraySpec) -> _Place:
+    def _add(self, slots: int, *arrays: ArraySpec) -> _Region:
         stamps = ArraySpec("stamp_ns", "int64", ()), ArraySpec("received_ns", "int64", ())
-        place = _Place(self.nbytes, Schema((*stamps, *arrays)), slots)
-        self.nbytes += latest_value_nbytes(place.schema, slots)
-        return place
+        region = _Region(self.nbytes, Schema((*stamps, *arrays)), slots)
+        self.nbytes += latest_value_nbytes(region.schema, slots)
+        return region
 
 
 def _joint_arrays(qpos: int, joints: int) -> list[ArraySpec]:
@@ -156,8 +157,8 @@ def _joint_arrays(qpos: int, joints: int) -> list[ArraySpec]:
     return [*arrays, ArraySpec("qpos", "float64", (qpos,))] if qpos else arrays
 
 
-def _sample(found: tuple[int, Arrays] | None) -> Sample | None:
-    if found is None:
+def _sample(value: tuple[int, Arrays] | None) -> Sample | None:
+    if value is None:
         return None
-    sequence, arrays = found
+    sequence, arrays = value
     return Sample(sequence, int(arrays["stamp_ns"]), int(arrays["received_ns"]), arrays)

@@ -1,8 +1,8 @@
 """``sim_twin``: two simulated ViperX arms that move in real time, in a process of their own.
 
-For everything that a real robot is good for except the wear: the same interface, cameras that run
-on their own clock, commands that arrive when they arrive, and an outcome that it tells by itself.
-What it does not have: a bus that fails, joint noise, a gripper that feels.
+It replaces a real robot in tests: the same interface, cameras with their own clock, commands that
+arrive at any time, and in addition an outcome that it computes itself. It does not simulate bus
+failures, joint noise or contact sensing of the gripper.
 """
 
 from __future__ import annotations
@@ -25,31 +25,31 @@ from robots.joint_limits import JointLimits
 from robots.twin_config import GRIPPERS, JOINTS, SUBSTEP_HZ, TwinConfig
 
 START_POSE = (0.0, -0.96, 1.16, 0.0, -0.3, 0.0, 0.1) * 2
-"""Where the simulation's episodes begin, as a command."""
+"""(14,) the start of the simulation's episodes, as a command."""
 
 
 class SimTwin(AttachedRobot):
-    """The twin, seen from one process. ``companion`` runs the simulator that others connect to.
+    """One process's connection to the simulator, which ``companion`` runs.
 
     Args:
-        config: Its keys.
-        name: What it is called in results.
-        source: Where the keys come from, for errors.
+        config: The configuration.
+        name: The robot's name in results.
+        source: Where the configuration comes from, for errors.
 
     Raises:
-        ConfigError: Limits that cannot be.
+        ConfigError: Invalid limits.
     """
 
-    owner = "the simulator"
+    owner_name = "the simulator"
 
     def __init__(self, config: TwinConfig, *, name: str = "sim_twin", source: str = "") -> None:
         self.config = config
-        given = config.limits
+        arm = config.limits
         limits = JointLimits.from_config(
             JOINTS,
             **{
-                field.name: both_arms(getattr(given, field.name), f"{source}: limits.{field.name}")
-                for field in dataclasses.fields(given)
+                field.name: both_arms(getattr(arm, field.name), f"{source}: limits.{field.name}")
+                for field in dataclasses.fields(arm)
             },
             source=source,
         )
@@ -64,58 +64,65 @@ class SimTwin(AttachedRobot):
 
     @property
     def address(self) -> str | None:
+        """Of a running simulator; None: none is known."""
         return self.config.address
 
     @property
     def start_pose(self) -> NDArray[np.float32]:
+        """(A,) float32, ``START_POSE``."""
         return np.array(START_POSE, np.float32)
 
     @property
     def start_velocity(self) -> NDArray[np.float64]:
+        """(A,) per second, as configured per arm."""
         return np.array(self.config.start_velocity * 2)
 
     @property
     def sensor_timeout_s(self) -> float:
+        """As configured, seconds."""
         return self.config.sensor_timeout_s
 
     @contextlib.contextmanager
     def companion(self) -> Iterator[Mapping[str, str]]:
-        """The simulator. It ends with the thread that entered here, even by ``kill -9``.
+        """Run the simulator. It ends with the thread that entered here, even if that is killed.
 
         Raises:
             ConnectFailed: It did not start; carries the reason.
         """
         if self.config.address is not None:
-            yield {}  # one is running already, somebody else's
+            yield {}  # another program has started one
             return
-        before = self.config
-        with start_companion("robots.twin_process", ["--config", before.to_json()]) as host:
-            self.config = dataclasses.replace(before, address=host.ready["address"])
+        without_address = self.config
+        with start_companion(
+            "robots.twin_process", ["--config", without_address.to_json()]
+        ) as simulator:
+            address = simulator.ready["address"]
+            self.config = dataclasses.replace(without_address, address=address)
             try:
-                yield {"address": host.ready["address"]}
+                yield {"address": address}
             finally:
-                self.config = before
+                self.config = without_address
 
     def save_record(self, path: Path) -> None:
-        """Write what the arms did and were told since the record began; see ``TwinMotionLog``."""
+        """Write the motion and the commands of both arms to an .npz; see ``TwinMotionLog``."""
         self._call("save_record", path=str(path.resolve()))
 
     def clear_record(self) -> None:
-        """Begin the record anew."""
+        """Delete the recorded motion and commands, and go on recording."""
         self._call("clear_record")
 
     def _outcome(self) -> Outcome:
-        link, sensor_memory = self._connected()
-        link.check_alive()
+        connection, sensor_memory = self._connected()
+        connection.check_alive()
         state: Any = sensor_memory.joints.newest()
         success, reward, step = (state.arrays[name] for name in ("success", "reward", "step"))
         return Outcome(bool(success), float(reward), int(step))
 
     def _reset(self, seed: int) -> bool:
-        """As in simulation with the same seed. Returns once pictures show it, if anybody looks."""
+        """Begin the simulation's episode ``seed``; wait for its images if any client reads them."""
         stamp_ns = self._call("reset", seed=seed)["stamp_ns"]
         _, sensor_memory = self._connected()
-        if sensor_memory.watchers.load():
+        if sensor_memory.camera_clients.load():
             self._wait_for(
                 list(sensor_memory.cameras.items()),
                 lambda sample: sample.stamp_ns >= stamp_ns,
@@ -125,7 +132,7 @@ class SimTwin(AttachedRobot):
 
 
 def both_arms(values: Sequence[float], source: str) -> tuple[float, ...]:
-    """What holds for one arm, for two. Raises ``ConfigError`` unless it is 7 numbers."""
+    """The values of one arm, twice. Raises ``ConfigError`` unless they are 7 numbers."""
     if len(values) != len(JOINTS) // 2:
         raise ConfigError(
             f"{source}: got {len(values)} numbers, expected {len(JOINTS) // 2}: six joints and the "
@@ -135,5 +142,6 @@ def both_arms(values: Sequence[float], source: str) -> tuple[float, ...]:
 
 
 def make(args: Mapping[str, Any], name: str, source: str, overrides: Mapping[str, str]) -> SimTwin:
+    """Build the robot; called by ``robots.factory``, which describes the arguments."""
     config = parse_config(TwinConfig, args, source=source, overrides=overrides)
     return SimTwin(config, name=name, source=source)

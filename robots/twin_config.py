@@ -1,4 +1,4 @@
-"""What a twin is told: the keys of ``configs/robot/sim_twin.yaml``."""
+"""Configuration of ``sim_twin``."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ from policies.number_ranges import (
 from policies.yaml_config import parse_config
 
 SUBSTEP_HZ = 500
-"""Of the simulation."""
+"""Physics steps of the simulation per second."""
 JOINTS = tuple(
     f"{side}_{joint}"
     for side in ("left", "right")
@@ -40,7 +40,7 @@ GRIPPERS = (6, 13)
 
 @dataclass(frozen=True)
 class TwinCamera:
-    """One picture: ``camera`` of the simulation, (height, width)."""
+    """A camera of the simulation, and the (height, width) of its images."""
 
     camera: str
     hw: tuple[Annotated[int, PIXELS], Annotated[int, PIXELS]]
@@ -61,18 +61,18 @@ class TwinLimits:
 
 @dataclass(frozen=True)
 class TwinConfig:
-    """A simulated robot's keys.
+    """Keys of ``configs/robot/sim_twin.yaml``.
 
     Attributes:
         task: ``sim_transfer_cube`` or ``sim_insertion``.
-        cameras: The policy's camera name to the simulation's.
-        limits: Of either arm.
-        camera_hz: Pictures of each camera per second.
-        control_hz: How often the arms look at the newest command, a divisor of 500.
-        shadows, msaa: How to render.
-        success_reward: Reward from which on the job is done.
-        start_velocity: Per arm, 7 numbers: the most that the move to the start pose may use.
-        sensor_timeout_s: After how long a silent sensor is lost.
+        cameras: The policy's camera name to the simulation's camera.
+        limits: Of each arm.
+        camera_hz: Images of each camera per second.
+        control_hz: How often the arms take over the newest command; a divisor of 500.
+        shadows, msaa: Whether to render shadows, and samples per pixel of multisampling.
+        success_reward: Lowest reward at which the task is done.
+        start_velocity: Per arm, 7 numbers: speed limits of the move to the start pose.
+        sensor_timeout_s: A sensor that sends nothing for so long is lost.
         address: Of a running simulator; None until ``companion`` starts one.
     """
 
@@ -101,6 +101,7 @@ class TwinConfig:
 
     @property
     def camera_hw(self) -> dict[str, tuple[int, int]]:
+        """The policy's camera name to (height, width)."""
         return {name: camera.hw for name, camera in self.cameras.items()}
 
     @property
@@ -110,8 +111,10 @@ class TwinConfig:
         return max(height for height, _ in sizes), max(width for _, width in sizes)
 
     def to_json(self) -> str:
+        """As text, for ``from_json`` in another process."""
         return json.dumps(dataclasses.asdict(self))
 
     @classmethod
     def from_json(cls, text: str) -> TwinConfig:
+        """From the text of ``to_json``."""
         return parse_config(cls, json.loads(text), source="twin")

@@ -1,9 +1,9 @@
-"""The process that is the twin: physics in real time, whoever is connected.
+"""The owner process of the twin: runs the physics in real time and serves connections.
 
-One thread waits for the next control step and for every connection at once, so a command is
-stamped when it arrives and nothing contends with the physics. The world does not wait: with no new
-command an arm keeps its last target, and a step that came late is made up for at once, so that
-simulated time is real time.
+One thread waits for the next control step and for all connections at once, so a command is stamped
+when it arrives and no other thread delays the physics. The simulation does not wait for commands:
+without a new one an arm keeps its last target. Late steps are made up for at once, so that
+simulated time follows real time.
 """
 
 from __future__ import annotations
@@ -32,11 +32,17 @@ from robots.twin_motion_log import TwinMotionLog
 from transport.child_process import ChildProcess, die_with_parent, send_event
 
 MAX_BEHIND_S = 0.5
-"""A world that was held up for longer (a stopped process) goes on from there instead."""
+"""After a longer delay (a stopped process) the missed steps are skipped instead of made up for."""
 
 
 class Twin:
-    """The simulated robot: control steps, reward, record, and the board that shows them."""
+    """The simulated robot: control steps, reward and motion log, published in ``SensorMemory``.
+
+    Args:
+        sim: The physics.
+        sensor_memory: Where each state is published.
+        config: The configuration.
+    """
 
     def __init__(self, sim: AlohaSim, sensor_memory: SensorMemory, config: TwinConfig) -> None:
         self._sim, self._config = sim, config
@@ -44,24 +50,25 @@ class Twin:
         self._substeps = SUBSTEP_HZ // config.control_hz
         self._per_tick = max(1, round(DT_S * config.control_hz))
         self.period_ns = round(1e9 / config.control_hz)
-        self.record = TwinMotionLog(ACTION_DIM)
+        self.motion_log = TwinMotionLog(ACTION_DIM)
         self.episode = -1
         self._count = 0
         self.reset(0)
 
     def reset(self, seed: int) -> int:
-        """A new episode; the stamp of its first state."""
+        """Begin the episode ``seed``; returns the stamp of its first state, ns."""
         self._sim.reset(seed)
         self._target = self._sim.agent_pos.astype(np.float32)
         self.episode += 1
         self._step = self._success_step = 0
         self._reward = 0.0
-        self._count += 1  # no two states have one stamp
-        self._show()
+        self._count += 1  # no two states have the same stamp
+        self._publish()
         return self._count * self.period_ns
 
     def command(self, action: NDArray[np.float32], *, sent_ns: int, source: int) -> None:
-        self.record.add_command(
+        """Make ``action``, (A,), the target of the next steps, and log it."""
+        self.motion_log.add_command(
             arrived_ns=time.monotonic_ns(),
             sent_ns=sent_ns,
             action=action,
@@ -71,7 +78,7 @@ class Twin:
         self._target = action
 
     def step(self, due_ns: int) -> None:
-        """One control step towards the target."""
+        """Simulate one control step towards the target; log and publish the state after it."""
         began_ns = time.monotonic_ns()
         try:
             reward = self._sim.step(self._target, substeps=self._substeps)
@@ -79,13 +86,13 @@ class Twin:
             sys.exit(f"twin: {error}")
         self._count += 1
         self._step += 1
-        # Judged at the rate at which the task's environment judges: more often would be easier.
+        # At the rate of the task's environment: a higher one would make success more likely.
         if self._step % self._per_tick == 0:
             self._reward = max(self._reward, float(reward))
             if not self._success_step and reward >= self._config.success_reward:
                 self._success_step = self._step
-        self._show()
-        self.record.add_step(
+        self._publish()
+        self.motion_log.add_step(
             due_ns=due_ns,
             began_ns=began_ns,
             position=self._sim.agent_pos,
@@ -96,10 +103,10 @@ class Twin:
         )
 
     def skip(self, steps: int) -> None:
-        """Time passed in which the world stood still."""
+        """Advance the stamp by ``steps`` control steps that are not simulated."""
         self._count += steps
 
-    def _show(self) -> None:
+    def _publish(self) -> None:
         state = self._joints.claim()
         state["stamp_ns"][...] = self._count * self.period_ns
         state["received_ns"][...] = time.monotonic_ns()
@@ -111,8 +118,15 @@ class Twin:
         self._joints.publish()
 
 
-class Host:
-    """Serves connections and keeps the twin's time."""
+class TwinOwner:
+    """Serves connections and runs the twin's steps when they are due.
+
+    Args:
+        twin: The simulated robot.
+        sensor_memory, memory_fd: The shared memory and its file descriptor.
+        qpos: Length of the simulation's position vector.
+        cameras: The process that renders; this one ends if it does.
+    """
 
     def __init__(
         self,
@@ -136,10 +150,11 @@ class Host:
 
     @property
     def address(self) -> str:
+        """Where it listens."""
         return self._server.address
 
     def run(self) -> None:
-        """Until stdin ends."""
+        """Serve and simulate until stdin ends."""
         twin, period_ns = self._twin, self._twin.period_ns
         due_ns = time.monotonic_ns() + period_ns
         while True:
@@ -149,7 +164,7 @@ class Host:
                 if ready is sys.stdin:
                     return
                 if ready == self._cameras.pidfd:
-                    sys.exit("twin: the process that draws its pictures has ended")
+                    sys.exit("twin: robots.twin_render_process, which renders images, has ended")
                 if isinstance(ready, socket.socket):
                     self._server.serve(ready)
             behind_ns = time.monotonic_ns() - due_ns
@@ -161,14 +176,14 @@ class Host:
                 twin.step(due_ns)
                 due_ns += period_ns
 
-    def _call(self, call: str, asked: Mapping[str, Any]) -> Mapping[str, Any]:
+    def _call(self, call: str, arguments: Mapping[str, Any]) -> Mapping[str, Any]:
         try:
             if call == "reset":
-                return {"stamp_ns": self._twin.reset(int(asked["seed"]))}
+                return {"stamp_ns": self._twin.reset(int(arguments["seed"]))}
             if call == "save_record":
-                self._twin.record.save(Path(asked["path"]))
+                self._twin.motion_log.save(Path(arguments["path"]))
             elif call == "clear_record":
-                self._twin.record.clear()
+                self._twin.motion_log.clear()
             else:
                 return {"error": f"unknown call {call!r}"}
         except (EnvError, OSError) as error:
@@ -177,11 +192,13 @@ class Host:
 
 
 def main(arguments: list[str] | None = None) -> None:
+    """Run the process; started by ``SimTwin.companion``."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--config", required=True)
     parser.add_argument("--parent", type=int, required=True)
     options = parser.parse_args(arguments)
-    # A terminal's Ctrl-C reaches the whole group; the arm must outlive it to be stopped properly.
+    # Ctrl-C in a terminal signals the whole process group. The arm must survive it, so that the
+    # control process can bring it to rest.
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     die_with_parent(options.parent)
     config = TwinConfig.from_json(options.config)
@@ -191,13 +208,13 @@ def main(arguments: list[str] | None = None) -> None:
         shape["qpos"] = sim.model.nq
         memory_fd = SensorMemory.create(**shape)
         sensor_memory = SensorMemory(memory_fd, writable=True, **shape)
-        flags = ["--config", options.config, "--sensor_memory", str(memory_fd)]
+        flags = ["--config", options.config, "--memory_fd", str(memory_fd)]
         with start_companion("robots.twin_render_process", flags, pass_fds=[memory_fd]) as cameras:
-            host = Host(
+            owner = TwinOwner(
                 Twin(sim, sensor_memory, config), sensor_memory, memory_fd, shape["qpos"], cameras
             )
-            send_event("ready", address=host.address)
-            host.run()
+            send_event("ready", address=owner.address)
+            owner.run()
     except (EnvError, ConnectFailed, OSError, ValueError) as error:
         send_event("failed", error=str(error))
 

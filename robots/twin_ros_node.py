@@ -1,10 +1,10 @@
-"""A ROS 1 node that is Agilex's robot to everyone who asks, and moves a simulated one.
+"""A ROS 1 node with the topics of Agilex's robot, which moves a simulated robot.
 
     python -m robots.twin_ros_node --robot_config agilex_aloha_twin --twin_config sim_twin
 
-Needs a ROS master. Publishes joints and pictures on the topics of the first configuration, in the
-twin's units, with the simulation's own clock as stamps; obeys its command topics. Beyond what the
-real robot has: an outcome, and resets (``robots.ros_twin_channel``).
+Needs a ROS master. Publishes joint states and images on the topics of the first configuration, in
+the twin's units, stamped by the simulation's own clock; follows its command topics. In addition to
+the real robot's topics it has an outcome and resets (``robots.ros_twin_channel``).
 """
 
 from __future__ import annotations
@@ -34,16 +34,19 @@ from robots.sim_twin import SimTwin
 logger = logging.getLogger(__name__)
 
 SIM_CAMERAS = {"front": "top", "left": "left_wrist", "right": "right_wrist"}
-"""Where the twin's cameras are that stand for the robot's."""
+"""The robot's camera to the twin's camera that replaces it."""
 RAW = argparse.RawDescriptionHelpFormatter
 PERIOD_S = 0.01
-"""Of joint states and reports; pictures as they come."""
+"""Of joint states and reports; images are published when they arrive."""
 
 
-class Commands:
-    """Two arms' messages put together: two halves with one stamp are one command.
+class CommandAssembler:
+    """Joins the messages for both arms: two with the same stamp are one command.
 
-    A half whose other never comes is obeyed when the next command begins.
+    If the message for the other arm never arrives, the first is sent when the next command begins.
+
+    Args:
+        twin: Connected for control.
     """
 
     def __init__(self, twin: SimTwin) -> None:
@@ -53,22 +56,26 @@ class Commands:
         self._stamps = dict.fromkeys(SIDES, -1)
 
     def receive(self, side: str, message: Any) -> None:
+        """Add the message for the arm ``side``; send the command if it is complete."""
         if len(message.position) != JOINTS_PER_ARM or not np.isfinite(message.position).all():
-            logger.warning("%s arm: a command of %s is ignored", side, list(message.position))
+            logger.warning(
+                "%s arm: got the command %s, expected %d finite numbers; it is ignored",
+                side, list(message.position), JOINTS_PER_ARM,
+            )  # fmt: skip
             return
         first = SIDES.index(side) * JOINTS_PER_ARM
         stamp_ns = message.header.stamp.to_nsec()
         with self._lock:
-            half_is_waiting = len(set(self._stamps.values())) > 1
-            if half_is_waiting and stamp_ns not in self._stamps.values():
+            incomplete = len(set(self._stamps.values())) > 1
+            if incomplete and stamp_ns not in self._stamps.values():
                 self._send()
             self._action[first : first + JOINTS_PER_ARM] = message.position
             self._stamps[side] = stamp_ns
             if len(set(self._stamps.values())) == 1:
                 self._send()
 
-    def forget(self) -> None:
-        """A new episode: what was commanded before is nothing to be completed."""
+    def clear(self) -> None:
+        """Drop an incomplete command, at the start of an episode."""
         with self._lock:
             self._action[:] = self._twin.get_joints().position[:ACTION_DIM]
             self._stamps = dict.fromkeys(SIDES, -1)
@@ -77,11 +84,18 @@ class Commands:
         try:
             self._twin.send_action(self._action)
         except RobotError as error:  # the main thread sees it too, and ends
-            logger.error("a command did not reach the simulator: %s", error)
+            logger.error("a command could not be sent to the simulator: %s", error)
 
 
 class TwinNode:
-    """The node, publishing whatever the twin shows. Belongs to the main thread."""
+    """Publishes the twin's samples on the robot's topics. Used by the main thread.
+
+    Args:
+        rospy: The module, with a running node.
+        robot: Its configuration has the topics.
+        topics: Of the outcome and resets.
+        sensing, control: The twin, connected in these roles.
+    """
 
     def __init__(
         self, rospy: Any, robot: AgilexAloha, topics: TwinTopics, sensing: SimTwin, control: SimTwin
@@ -90,10 +104,10 @@ class TwinNode:
         self._time = rospy.Time
         self._sensors: Any = ros_node.import_ros("sensor_msgs.msg")
         self._string = ros_node.import_ros("std_msgs.msg").String
-        self._commands = Commands(control)
-        self._asked: list[str] = []
+        self._commands = CommandAssembler(control)
+        self._reset_requests: list[str] = []
         self._report: dict[str, Any] = {"id": "", "stamp_ns": 0}
-        self._shown: dict[str, int] = {}
+        self._published_stamps: dict[str, int] = {}
         operator = robot.config.ros_operator
         options: dict[str, Any] = {"queue_size": 1, "tcp_nodelay": True}
         self._joints = {
@@ -102,11 +116,11 @@ class TwinNode:
             )
             for side in SIDES
         }
-        self._pictures = {
+        self._image_publishers = {
             name: rospy.Publisher(
-                getattr(operator, f"img_{given.camera}_topic"), self._sensors.Image, **options
+                getattr(operator, f"img_{camera.camera}_topic"), self._sensors.Image, **options
             )
-            for name, given in robot.config.cameras.items()
+            for name, camera in robot.config.cameras.items()
         }
         self._outcome = rospy.Publisher(topics.outcome, self._string, **options)
         for side in SIDES:
@@ -117,39 +131,41 @@ class TwinNode:
                 queue_size=8,
                 tcp_nodelay=True,
             )
-        rospy.Subscriber(topics.reset, self._string, lambda message: self._ask(message.data))
+        rospy.Subscriber(
+            topics.reset, self._string, lambda message: self._queue_reset(message.data)
+        )
 
-    def _ask(self, request: str) -> None:
-        self._asked.append(request)
+    def _queue_reset(self, request: str) -> None:
+        self._reset_requests.append(request)
 
     def spin(self) -> None:
-        """One round: what was asked for, and what is new."""
-        while self._asked:
-            self._reset(self._asked.pop(0))
+        """Handle resets and publish new samples and a report. Call once per ``PERIOD_S``."""
+        while self._reset_requests:
+            self._reset(self._reset_requests.pop(0))
         self._publish_joints()
         for name, sample in self._twin.get_cameras().items():
-            if self._shown.get(name) != sample.stamp_ns:
-                self._shown[name] = sample.stamp_ns
-                self._publish_picture(name, sample)
+            if self._published_stamps.get(name) != sample.stamp_ns:
+                self._published_stamps[name] = sample.stamp_ns
+                self._publish_image(name, sample)
         success, reward, steps = self._twin.outcome() or (False, 0.0, 0)
         report = {**self._report, "success": success, "reward": reward, "steps": steps}
         self._outcome.publish(self._string(json.dumps(report)))
 
-    def _reset(self, request: str) -> None:
-        asked = json.loads(request)
+    def _reset(self, message: str) -> None:
+        request = json.loads(message)
         try:
-            self._twin.reset(int(asked["seed"]))
+            self._twin.reset(int(request["seed"]))
         except RobotError as error:
-            self._report = {**self._report, "id": asked["id"], "error": str(error)}
+            self._report = {**self._report, "id": request["id"], "error": str(error)}
             return
-        self._commands.forget()
-        self._report = {"id": asked["id"], "stamp_ns": self._twin.get_joints().stamp_ns}
+        self._commands.clear()
+        self._report = {"id": request["id"], "stamp_ns": self._twin.get_joints().stamp_ns}
 
     def _publish_joints(self) -> None:
         sample = self._twin.get_joints()
-        if self._shown.get("joints") == sample.stamp_ns:
+        if self._published_stamps.get("joints") == sample.stamp_ns:
             return
-        self._shown["joints"] = sample.stamp_ns
+        self._published_stamps["joints"] = sample.stamp_ns
         for index, side in enumerate(SIDES):
             message = self._sensors.JointState()
             message.header.stamp = self._stamp(sample.stamp_ns)
@@ -158,13 +174,13 @@ class TwinNode:
             message.position = sample.position[first : first + JOINTS_PER_ARM].tolist()
             self._joints[side].publish(message)
 
-    def _publish_picture(self, name: str, sample: CameraSample) -> None:
+    def _publish_image(self, name: str, sample: CameraSample) -> None:
         message = self._sensors.Image()
         message.header.stamp = self._stamp(sample.stamp_ns)
         message.height, message.width = sample.image.shape[:2]
         message.encoding, message.step = "rgb8", 3 * message.width
         message.data = sample.image.tobytes()
-        self._pictures[name].publish(message)
+        self._image_publishers[name].publish(message)
 
     def _stamp(self, stamp_ns: int) -> Any:
         seconds, nanoseconds = divmod(stamp_ns, 10**9)
@@ -173,21 +189,28 @@ class TwinNode:
 
 @contextlib.contextmanager
 def twin_node(robot_config: str, twin_config: str) -> Iterator[TwinNode]:
-    """The simulator and the node beside it.
+    """Run the simulator and its ROS node.
+
+    Args:
+        robot_config: Of an ``agilex_aloha`` robot with the key ``twin``.
+        twin_config: Of a ``sim_twin`` robot.
 
     Raises:
-        RobotError: A configuration, the simulator or the master is not what it should be.
+        RobotError: A configuration is invalid, the simulator did not start, or no master answers.
     """
     robot = make_robot(robot_config)
     if not isinstance(robot, AgilexAloha) or robot.config.twin is None:
-        raise ConfigError(f"{robot_config}: expected an agilex_aloha robot with the key 'twin'")
+        raise ConfigError(
+            f"{robot_config}: got {type(robot).__name__}, expected an agilex_aloha robot with the "
+            "key 'twin', e.g. agilex_aloha_twin"
+        )
     cameras = {
-        name: {"camera": SIM_CAMERAS[given.camera], "hw": list(given.hw)}
-        for name, given in robot.config.cameras.items()
+        name: {"camera": SIM_CAMERAS[camera.camera], "hw": list(camera.hw)}
+        for name, camera in robot.config.cameras.items()
     }
     sensing = make_robot(twin_config, {"cameras": json.dumps(cameras)})
     if not isinstance(sensing, SimTwin):
-        raise ConfigError(f"{twin_config}: expected a sim_twin robot")
+        raise ConfigError(f"{twin_config}: got {type(sensing).__name__}, expected a sim_twin robot")
     with sensing.companion(), SimTwin(sensing.config) as control, sensing:
         rospy = ros_node.start_node("twin", timeout_s=5.0)
         sensing.connect(Role.SENSING)
@@ -196,6 +219,7 @@ def twin_node(robot_config: str, twin_config: str) -> Iterator[TwinNode]:
 
 
 def main(arguments: list[str] | None = None) -> None:
+    """Run the node until SIGINT or SIGTERM; see the module for the command line."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=RAW)
     parser.add_argument("-c", "--robot_config", default="agilex_aloha_twin")
     parser.add_argument("-t", "--twin_config", default="sim_twin")
@@ -204,18 +228,18 @@ def main(arguments: list[str] | None = None) -> None:
     logging.basicConfig(level=logging.INFO, format="%(levelname)s %(name)s: %(message)s")
     for number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(number, lambda *_: sys.exit(0))
-    watched = [sys.stdin] if options.stop_with_stdin else []
+    inputs = [sys.stdin] if options.stop_with_stdin else []
     try:
         with twin_node(options.robot_config, options.twin_config) as node:
             logger.info(
-                "the simulated robot is on ROS; its configuration: %s", options.robot_config
+                "the simulated robot publishes on ROS; configuration: %s", options.robot_config
             )
             due_s = time.monotonic()
-            while not select.select(watched, [], [], max(0.0, due_s - time.monotonic()))[0]:
+            while not select.select(inputs, [], [], max(0.0, due_s - time.monotonic()))[0]:
                 try:
                     node.spin()
                 except SensorLost as error:
-                    # A robot that is held up says nothing for a while; who listens notices.
+                    # The topics' subscribers notice a delayed simulator by themselves.
                     logger.warning("%s", error)
                 due_s = max(due_s + PERIOD_S, time.monotonic())
     except RobotError as error:

@@ -1,4 +1,4 @@
-"""The processes beside a robot: what their failures are to a caller."""
+"""Starting a process beside a robot, and the errors that its failures become."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ def start(tmp_path: Path, monkeypatch):
     return start
 
 
-def test_it_is_ready_and_knows_its_parent(start) -> None:
+def test_a_companion_is_ready_and_gets_its_parents_pid(start) -> None:
     code = 'send_event("ready", words=sys.argv[1:])\nsys.stdin.read()\n'
     with start(code) as child:
         assert child.ready["words"] == ["--config", "{}", "--parent", str(os.getpid())]
@@ -43,7 +43,7 @@ def test_it_is_ready_and_knows_its_parent(start) -> None:
         ("sys.stdin.read()", ConnectFailed, "arm was not ready within 0.3 s"),
     ],
 )
-def test_a_failure_is_an_error_of_the_robots(
+def test_a_failure_becomes_an_error_of_robots(
     start, code: str, kind: type[RobotError], message: str
 ) -> None:
     within_s = 0.3 if "stdin" in code else 30.0

@@ -212,7 +212,7 @@ def test_the_owner_killed_in_mid_motion_its_successor_lets_nothing_drop(
             robot.connect(Role.CONTROL)
             begun = begun or motors.count
             move(robot, 0.4 if attempt % 2 else -0.4)
-            os.kill(robot.host_pid, signal.SIGKILL)
+            os.kill(robot.owner_pid, signal.SIGKILL)
             until(lambda: is_lost(robot))
     assert len(motors.writes("torque", begun)) == 0
     goals = motors.writes("goal", begun)

@@ -409,7 +409,7 @@ def test_what_is_no_depth_is_said_in_one_line(data: bytes, said: str, message: s
 @pytest.mark.parametrize("module", ["cv2", "simplejpeg"])
 def test_a_library_that_is_missing_is_asked_for(module: str, monkeypatch) -> None:
     monkeypatch.setitem(sys.modules, module, None)
-    ros_images.opencv.cache_clear()
+    ros_images.import_opencv.cache_clear()
     yuyv = image(bytes(8), (2, 2), "yuyv")
     if module == "cv2":
         needs = "needs OpenCV.*pip install opencv-python-headless"

@@ -168,7 +168,7 @@ def test_nobody_looks_nothing_is_drawn(robot: SimTwin) -> None:
     robot.connect(Role.CONTROL)
     robot.reset(0)
     frames = robot._connected()[1].cameras["top"]
-    until(lambda: robot._connected()[1].watchers.load() == 0)
+    until(lambda: robot._connected()[1].camera_clients.load() == 0)
     steps, drawn = robot.outcome().steps, frames.count
     until(lambda: robot.outcome().steps > steps + 20)
     assert frames.count <= drawn + 1  # one may have been under way
@@ -187,7 +187,9 @@ def test_cameras_may_be_called_as_the_twins_own_fields() -> None:
 
 
 def test_without_a_simulator_it_says_so() -> None:
-    with pytest.raises(ConnectFailed, match=r"expected to be within companion\(\), or its address"):
+    with pytest.raises(
+        ConnectFailed, match=r"expected connect\(\) to be within companion\(\), or its"
+    ):
         make_robot("sim_twin").connect()
     with pytest.raises(ConnectFailed, match=r"simulator does not answer at 'nowhere' within 1 s"):
         make_robot("sim_twin", {"address": "nowhere"}).connect(timeout_s=1)
@@ -237,7 +239,7 @@ def test_a_stopped_simulator_is_a_lost_sensor_and_a_dead_one_a_lost_robot() -> N
     robot = make_robot("sim_twin", {**SMALL, "sensor_timeout_s": "0.2"})
     with robot.companion(), robot:
         robot.connect()
-        pid = robot.host_pid
+        pid = robot.owner_pid
 
         def lost() -> bool:
             try:
@@ -269,7 +271,7 @@ def test_without_its_pictures_the_simulator_ends() -> None:
     robot = make_robot("sim_twin", SMALL)
     with robot.companion(), robot:
         robot.connect()
-        pid = robot.host_pid
+        pid = robot.owner_pid
         os.kill(children(pid)[0], signal.SIGKILL)
         until(lambda: not alive(pid))
         with pytest.raises(RobotLost):
@@ -282,7 +284,7 @@ def test_it_dies_with_its_parent(stopped: bool) -> None:
         "import os, sys; from robots.factory import make_robot\n"
         f"r = make_robot('sim_twin', {SMALL!r})\n"
         "with r.companion():\n"
-        "    r.connect(); print(r.host_pid, flush=True); sys.stdin.read()"
+        "    r.connect(); print(r.owner_pid, flush=True); sys.stdin.read()"
     )
     with subprocess.Popen(
         [sys.executable, "-c", code], cwd=ROOT, stdin=subprocess.PIPE, stdout=subprocess.PIPE
