@@ -1,4 +1,4 @@
-"""What every ``Robot`` does. A test module subclasses ``RobotBehaviour`` and provides ``robot``."""
+"""Tests for every ``Robot``. A test module subclasses ``RobotBehaviour`` and provides ``robot``."""
 
 from __future__ import annotations
 
@@ -16,18 +16,18 @@ PATIENCE_S = 20.0
 
 
 def until(condition: Callable[[], bool]) -> None:
-    """Look again and again until ``condition`` holds; how long that takes proves nothing."""
+    """Poll until ``condition`` is true; how long that takes is not tested."""
     deadline_s = time.monotonic() + PATIENCE_S
     while not condition():
-        assert time.monotonic() < deadline_s, "it never happened"
+        assert time.monotonic() < deadline_s, f"not true within {PATIENCE_S:g} s"
         time.sleep(0.002)
 
 
 class RobotBehaviour:
-    """``robot``: a fixture giving a robot that can be connected, and is not yet."""
+    """Tests of the contract. The fixture ``robot`` returns a robot that is not connected."""
 
     MOVES = 0.05
-    """How far joint 0 is sent, and ``NEAR`` how near it must come."""
+    """Distance that joint 0 is commanded to move; ``NEAR`` is the tolerance."""
     NEAR = 0.02
 
     def test_limits_and_start_pose_fit_the_contract(self, robot: Robot) -> None:
@@ -46,7 +46,7 @@ class RobotBehaviour:
             assert robot.start_velocity.shape == (contract.action_dim,)
             assert (robot.start_velocity > 0).all()
 
-    def test_unconnected_it_does_nothing_and_says_so(self, robot: Robot) -> None:
+    def test_every_method_raises_without_a_connection(self, robot: Robot) -> None:
         action = np.zeros(robot.contract.action_dim, np.float32)
         uses: list[Callable[[], object]] = [
             robot.get_joints,
@@ -61,7 +61,7 @@ class RobotBehaviour:
             with pytest.raises(NotConnected, match=r"not connected, expected to be connected as"):
                 use()
 
-    def test_unconnected_it_can_be_pickled(self, robot: Robot) -> None:
+    def test_a_robot_that_is_not_connected_can_be_pickled(self, robot: Robot) -> None:
         copy = pickle.loads(pickle.dumps(robot))
         assert copy.contract == robot.contract
         with copy:
@@ -88,7 +88,7 @@ class RobotBehaviour:
             assert set(obs.depth) == set(robot.contract.depth_cameras)
             assert before_ns < obs.t_capture_ns <= time.monotonic_ns()
 
-    def test_sensors_go_on_and_stamps_go_forward(self, robot: Robot) -> None:
+    def test_samples_keep_arriving_and_stamps_increase(self, robot: Robot) -> None:
         with robot:
             robot.connect()
             first, shown = robot.get_joints(), robot.get_cameras()
@@ -96,10 +96,10 @@ class RobotBehaviour:
             until(lambda: robot.get_joints().stamp_ns > first.stamp_ns)
             for name, sample in shown.items():
                 until(lambda n=name, s=sample: robot.get_cameras()[n].stamp_ns > s.stamp_ns)
-                # What was handed out is not written into by what came after.
+                # A returned image is not overwritten later.
                 np.testing.assert_array_equal(sample.image, kept[name])
 
-    def test_joints_belong_to_the_stamp_asked_for(self, robot: Robot) -> None:
+    def test_joints_are_those_nearest_to_the_requested_stamp(self, robot: Robot) -> None:
         with robot:
             robot.connect()
             first = robot.get_joints()
@@ -108,7 +108,7 @@ class RobotBehaviour:
             newest, then = robot.get_joints(), robot.get_joints_at(first.stamp_ns)
             assert abs(then.stamp_ns - first.stamp_ns) < newest.stamp_ns - first.stamp_ns
 
-    def test_roles_are_kept_apart(self, robot: Robot) -> None:
+    def test_each_role_allows_only_its_methods(self, robot: Robot) -> None:
         hold = np.zeros(robot.contract.action_dim, np.float32)
         with robot:
             robot.connect(Role.CONTROL)
@@ -125,7 +125,7 @@ class RobotBehaviour:
                 with pytest.raises(NotConnected, match="get_joints: connected as sensing"):
                     robot.get_joints()
 
-    def test_it_connects_once_at_a_time_and_again_afterwards(self, robot: Robot) -> None:
+    def test_connecting_twice_is_refused_and_reconnecting_works(self, robot: Robot) -> None:
         robot.disconnect()
         robot.connect()
         with pytest.raises(RobotError, match=r"connected already, as both"):
@@ -137,7 +137,7 @@ class RobotBehaviour:
             robot.connect()
             robot.get_joints()
 
-    def test_commands_that_can_never_be_meant_are_refused(self, robot: Robot) -> None:
+    def test_invalid_commands_are_refused(self, robot: Robot) -> None:
         dim = robot.contract.action_dim
         with robot:
             robot.connect()
@@ -151,7 +151,7 @@ class RobotBehaviour:
                     robot.send_action(action)
 
     def move(self, robot: Robot) -> Callable[[], bool]:
-        """Command joint 0 to another place until it is there; whether it still is."""
+        """Command joint 0 to a target until it arrives; returns a check that it is still there."""
         target = robot.contract.rest_command(robot.get_joints().position)
         target[0] += self.MOVES
         measured = robot.contract.joint_names.index(robot.contract.action_names[0])
@@ -167,14 +167,14 @@ class RobotBehaviour:
         until(arrived)
         return is_there
 
-    def test_it_goes_where_it_is_told(self, robot: Robot) -> None:
+    def test_a_commanded_joint_reaches_its_target(self, robot: Robot) -> None:
         with robot:
             robot.connect()
             robot.reset(0)
             self.move(robot)
 
-    def test_let_go_it_stays_where_it_is(self, robot: Robot) -> None:
-        """As after a rollout that ended normally: nothing drops, nothing drives on."""
+    def test_position_is_held_after_disconnect(self, robot: Robot) -> None:
+        """As after a rollout that ended normally: nothing drops or keeps moving."""
         with robot:
             robot.connect()
             robot.reset(0)
@@ -183,13 +183,13 @@ class RobotBehaviour:
             robot.connect()
             first_ns = robot.get_joints().stamp_ns
 
-            def looked_for_a_while() -> bool:
+            def held_for_100_ms() -> bool:
                 assert is_there()
                 return robot.get_joints().stamp_ns > first_ns + 100_000_000
 
-            until(looked_for_a_while)
+            until(held_for_100_ms)
 
-    def test_the_outcome_is_of_this_episode_where_it_can_tell(self, robot: Robot) -> None:
+    def test_reset_clears_the_outcome_and_restores_the_start_pose(self, robot: Robot) -> None:
         with robot:
             robot.connect()
             can_reset = robot.reset(0)

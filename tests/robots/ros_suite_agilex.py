@@ -100,7 +100,7 @@ class TestPictures:
             robot.connect(Role.SENSING)
             assert (robot.get_cameras()["primary"].image == 255).all()
 
-    def test_colours_without_names_are_said_once(self, agilex, caplog) -> None:
+    def test_an_assumed_colour_order_is_logged_once(self, agilex, caplog) -> None:
         with agilex.spoilt(FRONT, "8UC3"), make_robot("agilex_aloha") as robot:
             robot.connect(Role.SENSING)
             assert (robot.get_cameras()["primary"].image[:, :320, 2] == 255).all()
@@ -206,7 +206,7 @@ class TestRefusals:
 
             until(healed)
 
-    def test_commands_that_nobody_hears(self) -> None:
+    def test_commands_without_a_subscriber(self) -> None:
         with impatient() as robot:
             robot.connect()
             pose = robot.get_joints().position

@@ -86,7 +86,7 @@ def test_only_the_driver_in_use_is_imported() -> None:
         ({"ctrl_typ": "abs"}, r"dummy.yaml: args: ctrl_typ: unknown key.*mean 'ctrl_type'"),
     ],
 )
-def test_what_cannot_be_is_refused_by_key(overrides: dict[str, str], message: str) -> None:
+def test_invalid_values_are_refused_by_key(overrides: dict[str, str], message: str) -> None:
     with pytest.raises(ConfigError, match=message) as refused:
         make_robot("dummy", overrides)
     assert isinstance(refused.value, yaml_config.InvalidConfig)  # one catch for all configurations
@@ -102,7 +102,7 @@ def test_what_cannot_be_is_refused_by_key(overrides: dict[str, str], message: st
         ("type: dummy\ncolour: red\n", r"colour: unknown key"),
     ],
 )
-def test_files_that_name_no_robot(tmp_path: Path, text: str, message: str) -> None:
+def test_files_without_a_valid_driver_are_refused(tmp_path: Path, text: str, message: str) -> None:
     path = tmp_path / "robot.yaml"
     path.write_text(text)
     with pytest.raises(ConfigError, match=message):
@@ -117,19 +117,19 @@ def test_an_unknown_name_lists_the_known() -> None:
 @pytest.mark.parametrize(
     ("content", "complaint"),
     [
-        (None, "type: nobodys_driver cannot be imported: ModuleNotFoundError"),
-        ("1 / 0", "type: nobodys_driver cannot be imported: ZeroDivisionError"),
-        ("made = 1", r"type: nobodys_driver has no make\(args, name, source, overrides\)"),
+        (None, "type: invalid_driver cannot be imported: ModuleNotFoundError"),
+        ("1 / 0", "type: invalid_driver cannot be imported: ZeroDivisionError"),
+        ("made = 1", r"type: invalid_driver has no make\(args, name, source, overrides\)"),
     ],
 )
-def test_a_driver_of_ones_own_that_is_none(
+def test_an_invalid_user_driver_is_refused(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, content: str | None, complaint: str
 ) -> None:
     if content is not None:
-        (tmp_path / "nobodys_driver.py").write_text(content)
+        (tmp_path / "invalid_driver.py").write_text(content)
     monkeypatch.syspath_prepend(str(tmp_path))
-    monkeypatch.delitem(sys.modules, "nobodys_driver", raising=False)
+    monkeypatch.delitem(sys.modules, "invalid_driver", raising=False)
     config = tmp_path / "arm.yaml"
-    config.write_text("type: python:nobodys_driver\n")
+    config.write_text("type: python:invalid_driver\n")
     with pytest.raises(ConfigError, match=complaint):
         make_robot(str(config))

@@ -1,4 +1,4 @@
-"""A camera that has frozen is told from one that looks at a scene in which nothing moves."""
+"""A frozen camera is distinguished from one in front of a still scene."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ STILL = np.random.default_rng(0).integers(0, 256, (48, 64, 3), dtype=np.uint8)
 
 
 class Camera:
-    """Gives samples on a clock that is turned by hand."""
+    """Passes samples to the check, on a simulated clock."""
 
     def __init__(self, monkeypatch: pytest.MonkeyPatch, *, repeats: bool = False) -> None:
         self.now_ns = 10**12
@@ -36,7 +36,7 @@ def camera(monkeypatch: pytest.MonkeyPatch) -> Camera:
     return Camera(monkeypatch)
 
 
-def test_one_picture_again_and_again_is_a_frozen_camera(camera: Camera) -> None:
+def test_a_repeated_image_is_a_frozen_camera(camera: Camera) -> None:
     for _ in range(16):
         camera.show(STILL.copy())
     with pytest.raises(SensorLost, match=r"arm: camera top: the same picture for 0.53 s, expected"):
@@ -51,14 +51,14 @@ def test_a_camera_that_sends_nothing_is_lost(camera: Camera) -> None:
             camera.show(STILL, sent=False)
 
 
-def test_noise_in_one_pixel_is_life(camera: Camera) -> None:
+def test_a_change_in_one_pixel_is_a_new_image(camera: Camera) -> None:
     for look in range(60):
         image = STILL.copy()
         image[17, 23, 1] ^= look % 2  # not among those that are compared first
         camera.show(image)
 
 
-def test_a_camera_comes_back_to_life(camera: Camera) -> None:
+def test_a_camera_recovers(camera: Camera) -> None:
     with pytest.raises(SensorLost):
         for _ in range(20):
             camera.show(STILL.copy())
@@ -66,7 +66,7 @@ def test_a_camera_comes_back_to_life(camera: Camera) -> None:
     camera.show(STILL)
 
 
-def test_darkness_is_no_fault_but_silence_in_it_is(camera: Camera) -> None:
+def test_dark_images_may_repeat_but_not_stop(camera: Camera) -> None:
     dark = np.zeros((48, 64, 3), np.uint8)
     for _ in range(60):
         camera.show(dark.copy())
@@ -75,7 +75,7 @@ def test_darkness_is_no_fault_but_silence_in_it_is(camera: Camera) -> None:
             camera.show(dark, sent=False)
 
 
-def test_a_simulator_may_repeat_itself_but_not_fall_silent(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_simulators_images_may_repeat_but_not_stop(monkeypatch: pytest.MonkeyPatch) -> None:
     camera = Camera(monkeypatch, repeats=True)
     for _ in range(60):
         camera.show(STILL.copy())

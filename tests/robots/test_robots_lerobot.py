@@ -61,7 +61,7 @@ class TestLeRobot(RobotBehaviour):
         robot.send_action(np.array([1.0, 2.0, 3.0], np.float32))
         until(lambda: robot.get_joints().position.tolist() == [30.0, 1.0, 2.0, 3.0])
 
-    def test_it_goes_where_it_is_told(self, robot: LeRobotRobot) -> None:
+    def test_a_commanded_joint_reaches_its_target(self, robot: LeRobotRobot) -> None:
         """As in the contract; its first state is no joint that is commanded."""
         with robot:
             robot.connect()
@@ -170,7 +170,7 @@ def test_without_lerobot_it_says_what_to_install(monkeypatch, tmp_path: Path) ->
 # What LeRobot's code does in the process that owns it
 
 
-def test_code_that_asks_is_an_error_with_what_to_do_beforehand(make: Make) -> None:
+def test_a_prompt_of_lerobot_is_an_error_that_says_what_to_run(make: Make) -> None:
     with pytest.raises(
         ConnectFailed,
         match=r"little_arm: it asked 'Press ENTER to use the calibration file:', and nobody can .*"
@@ -179,7 +179,7 @@ def test_code_that_asks_is_an_error_with_what_to_do_beforehand(make: Make) -> No
         make(**{"robot.fault": "asks"}).connect()
 
 
-def test_code_that_waits_without_end_is_given_up(make: Make) -> None:
+def test_a_connect_that_never_returns_times_out(make: Make) -> None:
     with pytest.raises(
         ConnectFailed,
         match=r"connect\(\) of arm_v2_follower took longer than 0.3 s; it printed last: 'Switch th",
@@ -187,7 +187,7 @@ def test_code_that_waits_without_end_is_given_up(make: Make) -> None:
         make(**{"robot.fault": "hangs", "connect_timeout_s": "0.3"}).connect()
 
 
-def test_code_that_prints_disturbs_nobody(make: Make) -> None:
+def test_output_of_lerobot_disturbs_no_connection(make: Make) -> None:
     with make(**{"robot.fault": "prints"}) as robot:
         robot.connect()
         first = robot.get_joints()
@@ -206,7 +206,7 @@ args:
 
 
 class Motors:
-    """The file that they are."""
+    """Simulated motors, whose registers are in a file."""
 
     def __init__(self, path: Path) -> None:
         self._path = path
@@ -246,7 +246,9 @@ def test_units_are_those_of_the_motors(arm: Make) -> None:
     assert [(s.kind, s.unit) for s in specs] == [("position", "deg"), ("gripper", "range")]
 
 
-def test_an_arm_that_is_limp_holds_where_it_is(arm: Make, motors: Motors) -> None:
+def test_an_arm_without_torque_gets_torque_at_its_present_position(
+    arm: Make, motors: Motors
+) -> None:
     with arm() as robot:
         robot.connect()
         first = motors.did.index(["Torque_Enable", "lift", 1])
@@ -255,7 +257,7 @@ def test_an_arm_that_is_limp_holds_where_it_is(arm: Make, motors: Motors) -> Non
     assert motors.register("Torque_Enable") == 1  # at the end, too
 
 
-def test_an_arm_that_holds_itself_is_not_configured(arm: Make, motors: Motors) -> None:
+def test_an_arm_with_torque_on_is_not_configured(arm: Make, motors: Motors) -> None:
     motors.set(torque=(1, 1), goal=30)
     with arm() as robot:
         robot.connect()
@@ -263,14 +265,16 @@ def test_an_arm_that_holds_itself_is_not_configured(arm: Make, motors: Motors) -
     assert motors.did == []
 
 
-def test_one_limp_motor_among_others_holds_where_it_is(arm: Make, motors: Motors) -> None:
+def test_one_motor_without_torque_gets_it_at_its_present_position(
+    arm: Make, motors: Motors
+) -> None:
     motors.set(torque=(1, 0), at=30, goal=70)
     with arm() as robot:
         robot.connect()
     assert motors.did == [["Goal_Position", "gripper", 30], ["Torque_Enable", "gripper", 1]]
 
 
-def test_the_torque_goes_off_where_somebody_wanted_it(arm: Make, motors: Motors) -> None:
+def test_the_torque_goes_off_at_the_end_if_configured(arm: Make, motors: Motors) -> None:
     with arm(**{"robot.disable_torque_on_disconnect": "true"}) as robot:
         robot.connect()
         assert motors.register("Torque_Enable") == 1
@@ -288,7 +292,7 @@ def test_an_uncalibrated_arm_is_not_touched(arm: Make, motors: Motors) -> None:
 
 
 @pytest.mark.parametrize("sign", [signal.SIGTERM, signal.SIGINT, signal.SIGKILL])
-def test_whatever_ends_the_owner_the_arm_holds_itself(
+def test_the_torque_stays_on_when_the_owner_is_killed(
     arm: Make, motors: Motors, sign: signal.Signals
 ) -> None:
     with arm() as robot:
@@ -303,7 +307,7 @@ def test_whatever_ends_the_owner_the_arm_holds_itself(
     assert [did for did in motors.did[before:] if did[0] == "Torque_Enable"] == []
 
 
-def test_who_attaches_and_leaves_does_nothing_to_the_device(arm: Make, motors: Motors) -> None:
+def test_connecting_and_disconnecting_does_nothing_to_the_device(arm: Make, motors: Motors) -> None:
     robot = arm()
     with robot.companion() as found:
         for role in ("control", "sensing", "control"):
@@ -330,7 +334,7 @@ def test_a_slow_camera_does_not_delay_the_joints(arm: Make) -> None:
             robot.connect(timeout_s=1)
 
 
-def test_the_owner_outlives_its_parent_until_nobody_commands(arm: Make, motors: Motors) -> None:
+def test_the_owner_outlives_its_parent_until_no_client_commands(arm: Make, motors: Motors) -> None:
     robot = arm()
     code = (
         "import sys, json\n"
@@ -384,7 +388,7 @@ def _commands(tmp_path: Path) -> np.ndarray:
     return np.array([json.loads(line) for line in (tmp_path / "log").read_text().splitlines()])
 
 
-def test_speeds_are_speeds_and_nothing_stops_it_unless_somebody_says_so(rover: Make) -> None:
+def test_velocities_have_no_watchdog_unless_configured(rover: Make) -> None:
     contract = rover().contract
     assert [(s.kind, s.unit) for s in contract.actions] == [
         ("position", "range"),
@@ -404,12 +408,14 @@ def test_speeds_are_speeds_and_nothing_stops_it_unless_somebody_says_so(rover: M
         ("mobile_base.vx", "velocity", "m/s"),
     ],
 )
-def test_what_a_name_means(rover: Make, name: str, kind: str, unit: str) -> None:
+def test_kind_and_unit_follow_from_a_features_name(
+    rover: Make, name: str, kind: str, unit: str
+) -> None:
     spec = rover(**{"robot.feature": name}).contract.actions[1]
     assert (spec.name, spec.kind, spec.unit) == (name, kind, unit)
 
 
-def test_what_is_not_understood_can_be_said(rover: Make) -> None:
+def test_an_unknown_feature_can_be_configured(rover: Make) -> None:
     with pytest.raises(ConfigError, match=r"action feature 'wrist': its name does not show what .*"
                        r"'actions: \{wrist: \{kind: position, unit: deg\}\}'"):  # fmt: skip
         rover(**{"robot.feature": "wrist"})
@@ -419,9 +425,7 @@ def test_what_is_not_understood_can_be_said(rover: Make) -> None:
         rover(**{"robot.feature": "arm.torque"})
 
 
-def test_speeds_that_nobody_commands_any_more_end_within_their_limits(
-    rover: Make, tmp_path: Path
-) -> None:
+def test_uncommanded_velocities_end_within_their_limits(rover: Make, tmp_path: Path) -> None:
     with rover() as robot:
         robot.connect()
         robot.send_action(np.array([7, 0.2], np.float32))
@@ -435,14 +439,14 @@ def test_speeds_that_nobody_commands_any_more_end_within_their_limits(
     assert (steps >= -2.0 / 100 - 1e-6).all()  # its acceleration, read_hz times a second
 
 
-def test_at_the_end_it_stands(rover: Make, tmp_path: Path) -> None:
+def test_velocities_are_zero_at_the_end(rover: Make, tmp_path: Path) -> None:
     with rover() as robot:
         robot.connect()
         robot.send_action(np.array([7, 0.2], np.float32))
     assert _commands(tmp_path)[-1, 2] == 0
 
 
-def test_what_was_heard_before_is_not_taken_for_new(rover: Make, tmp_path: Path) -> None:
+def test_an_unchanged_observation_is_not_taken_for_new(rover: Make, tmp_path: Path) -> None:
     with rover() as robot:
         robot.connect()
         (tmp_path / "log.silent").touch()

@@ -132,7 +132,7 @@ def test_a_flat_colour_through_each_bayer_pattern(pattern: str, colour) -> None:
         ("", (2, 2), "got encoding '', expected one of"),
     ],
 )
-def test_what_cannot_be_decoded_is_said_in_one_line(encoding: str, hw, message: str) -> None:
+def test_an_undecodable_image_is_reported_in_one_line(encoding: str, hw, message: str) -> None:
     with pytest.raises(ContractViolated, match=message) as error:
         decode_colour(image(bytes(hw[0] * hw[1] * 5), hw, encoding), hw)
     assert "\n" not in str(error.value)
@@ -363,7 +363,9 @@ BIG = png(np.zeros((2, 2, 3), np.uint16))
          r"got a picture without colours for 'bayer_rggb8; jpeg compressed ', expected one with"),
     ],
 )  # fmt: skip
-def test_what_is_no_picture_is_said_in_one_line(data, said: str, hw, message: str) -> None:
+def test_an_invalid_compressed_image_is_reported_in_one_line(
+    data, said: str, hw, message: str
+) -> None:
     with pytest.raises(ContractViolated, match=message) as error:
         decode_compressed_colour(compressed(data, said), hw)
     assert "\n" not in str(error.value)
@@ -400,14 +402,16 @@ def test_an_encoding_that_compressed_pictures_do_not_have() -> None:
         (png(DEEP), "32FC1; png compressed", r"got A 0 and B 0 .*expected A > 0"),
     ],
 )
-def test_what_is_no_depth_is_said_in_one_line(data: bytes, said: str, message: str) -> None:
+def test_an_invalid_compressed_depth_is_reported_in_one_line(
+    data: bytes, said: str, message: str
+) -> None:
     with pytest.raises(ContractViolated, match=message) as error:
         decode_compressed_depth(compressed(data, said))
     assert "\n" not in str(error.value)
 
 
 @pytest.mark.parametrize("module", ["cv2", "simplejpeg"])
-def test_a_library_that_is_missing_is_asked_for(module: str, monkeypatch) -> None:
+def test_a_missing_library_is_named(module: str, monkeypatch) -> None:
     monkeypatch.setitem(sys.modules, module, None)
     ros_images.import_opencv.cache_clear()
     yuyv = image(bytes(8), (2, 2), "yuyv")

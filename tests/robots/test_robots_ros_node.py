@@ -102,7 +102,7 @@ def test_ilstudios_own_file_needs_only_the_limits_that_it_does_not_have(tmp_path
     assert robot.contract == make_robot("agilex_aloha").contract
 
 
-def test_no_master_is_told_at_once(monkeypatch) -> None:
+def test_a_missing_master_is_reported_at_once(monkeypatch) -> None:
     uri = f"http://127.0.0.1:{ros_rig.free_port()}"
     monkeypatch.setenv("ROS_MASTER_URI", uri)
     with pytest.raises(ConnectFailed, match=rf"no ROS master answers at {uri} .*roscore running"):
@@ -116,7 +116,7 @@ def test_an_address_that_is_none(monkeypatch, uri: str) -> None:
         ros_node.check_master(1.0)
 
 
-def test_a_master_that_does_not_answer_is_given_up(monkeypatch) -> None:
+def test_a_master_that_does_not_answer_times_out(monkeypatch) -> None:
     with socket.create_server(("127.0.0.1", 0)) as silent:
         monkeypatch.setenv("ROS_MASTER_URI", f"http://127.0.0.1:{silent.getsockname()[1]}")
         began_s = time.monotonic()

@@ -80,7 +80,7 @@ def test_a_frozen_stamp_is_told_from_silence() -> None:
     assert stream.newest().stamp_ns == 8
 
 
-def test_what_cannot_be_used_is_told_in_its_own_words() -> None:
+def test_an_invalid_sample_raises_its_own_error() -> None:
     stream = SampleStream("/camera", timeout_s=NEVER_S)
     with pytest.raises(SensorLost, match="/camera: nothing received yet"):
         stream.newest()

@@ -94,7 +94,7 @@ def test_an_episode_begins_as_in_simulation_and_is_shown(robot: SimTwin) -> None
     sim.close()
 
 
-def test_two_processes_share_it(robot: SimTwin, tmp_path: Path) -> None:
+def test_two_connections_share_the_simulator(robot: SimTwin, tmp_path: Path) -> None:
     """Sensing and control connect by the address alone, as their own processes do."""
     control = make_robot("sim_twin", {**SMALL, "address": robot.config.address})
     with robot as sensing, control:
@@ -148,7 +148,7 @@ def test_the_scripted_expert_succeeds_in_real_time(robot: SimTwin) -> None:
         assert robot.outcome().steps == outcome.steps  # of the success, not of now
 
 
-def test_it_refuses_what_it_cannot_do(robot: SimTwin, tmp_path: Path) -> None:
+def test_invalid_calls_are_refused_with_a_reason(robot: SimTwin, tmp_path: Path) -> None:
     with robot:
         robot.connect()
         with pytest.raises(RobotError, match=r"the simulator refuses: seed: got -1, expected 0 to"):
@@ -164,7 +164,7 @@ def test_a_client_of_other_cameras_is_refused(robot: SimTwin) -> None:
         make_robot("sim_twin", bigger).connect()
 
 
-def test_nobody_looks_nothing_is_drawn(robot: SimTwin) -> None:
+def test_nothing_is_rendered_without_camera_clients(robot: SimTwin) -> None:
     robot.connect(Role.CONTROL)
     robot.reset(0)
     frames = robot._connected()[1].cameras["top"]
@@ -186,7 +186,7 @@ def test_cameras_may_be_called_as_the_twins_own_fields() -> None:
         assert robot.get_joints().position.shape == (14,)
 
 
-def test_without_a_simulator_it_says_so() -> None:
+def test_connecting_without_a_simulator_fails() -> None:
     with pytest.raises(
         ConnectFailed, match=r"expected connect\(\) to be within companion\(\), or its"
     ):
@@ -267,7 +267,7 @@ def test_a_stopped_simulator_is_a_lost_sensor_and_a_dead_one_a_lost_robot() -> N
             until(lambda use=use: says_lost(use))
 
 
-def test_without_its_pictures_the_simulator_ends() -> None:
+def test_the_simulator_ends_with_its_render_process() -> None:
     robot = make_robot("sim_twin", SMALL)
     with robot.companion(), robot:
         robot.connect()
@@ -279,7 +279,7 @@ def test_without_its_pictures_the_simulator_ends() -> None:
 
 
 @pytest.mark.parametrize("stopped", [False, True])
-def test_it_dies_with_its_parent(stopped: bool) -> None:
+def test_the_simulator_ends_with_its_parent(stopped: bool) -> None:
     code = (
         "import os, sys; from robots.factory import make_robot\n"
         f"r = make_robot('sim_twin', {SMALL!r})\n"

@@ -1,4 +1,4 @@
-"""For the processes that open LeRobot's devices: cameras without hardware, and patience.
+"""For the processes that open LeRobot's devices: cameras without hardware, longer timeouts.
 
 ``cv2.VideoCapture`` is replaced. The SDKs wait for an answer for 50 ms; here the servos are a
 process, and a busy machine may keep it waiting for longer, which ends LeRobot's own host.
@@ -10,7 +10,7 @@ import sys
 
 TIMES_LONGER = 40
 
-if any("lerobot_owner" in word or "lekiwi_host" in word for word in sys.orig_argv):
+if any("lerobot_process" in word or "lekiwi_host" in word for word in sys.orig_argv):
     import cv2
     import dynamixel_sdk
     import rig_camera
