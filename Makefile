@@ -23,7 +23,7 @@ help:
 demo: $(VENV)/.sim gl
 	$(BIN)/python -m runtime.tools.demo
 
-WORKERS ?= 2
+WORKERS ?= 3
 test: $(VENV)/.dev gl
 	$(BIN)/python -m pytest tests -q -n $(WORKERS) --dist worksteal -m "not long"
 

@@ -68,7 +68,7 @@ def make_robot(name: str, overrides: Mapping[str, str] | None = None) -> Robot:
 
     Raises:
         ConfigError: No such configuration or driver, an unknown key, limits that are inverted or of
-            the wrong count. (``robots.errors.ConfigError``, a ``policies.yaml_config.InvalidConfig``)
+            the wrong count. It is also a ``policies.yaml_config.InvalidConfig``.
     """
     try:
         path = yaml_config.find_config(name, kind="robot")

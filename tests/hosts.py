@@ -8,9 +8,11 @@ import shutil
 import subprocess
 from collections.abc import Iterator
 
-SPACE, OUTSIDE, INSIDE = "metronome-test", "10.213.7.1", "10.213.7.2"
+_PID = os.getpid()  # tests that run in several processes must not share a cable
+_NET = f"10.{200 + _PID % 50}.{_PID // 50 % 250}"
+SPACE, OUTSIDE, INSIDE = f"metronome-test-{_PID}", f"{_NET}.1", f"{_NET}.2"
 """The namespace, this host's address on the cable, and the other's."""
-OUTER, INNER = "metro0", "metro1"
+OUTER, INNER = f"metro{_PID}a", f"metro{_PID}b"
 """The two ends of the cable."""
 
 

@@ -89,6 +89,8 @@ def test_compare_takes_a_payload_or_says_which_ones(name, payload, capsys, monke
             pass
 
 
+@pytest.mark.alone
+@pytest.mark.long
 @two_cores
 @pytest.mark.parametrize("payload", ["64B", "2"])
 def test_ours_exchange_every_payload_that_they_say(payload: str) -> None:
@@ -134,6 +136,7 @@ def test_compare_refuses_in_one_line(arguments: list[str], message: str, capsys)
     assert re.search(message, capsys.readouterr().err.splitlines()[-1])
 
 
+@pytest.mark.alone
 @two_cores
 @pytest.mark.parametrize(
     ("name", "payload"),

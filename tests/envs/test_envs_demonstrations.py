@@ -72,6 +72,7 @@ def test_replaying_the_actions_gives_what_was_recorded(recorded: Path) -> None:
     assert reward == 4
 
 
+@pytest.mark.long
 def test_the_number_of_workers_changes_nothing(recorded: Path, tmp_path: Path) -> None:
     recording = Demonstration("sim_transfer_cube", tmp_path / "two_workers", image_hw=SMALL)
     list(record(recording, num=2, workers=2))

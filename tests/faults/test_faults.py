@@ -33,14 +33,14 @@ from tests.faults.rig import (
 SOAK = bool(os.environ.get("METRONOME_SOAK"))
 SEED = int(os.environ.get("METRONOME_SEED", "0"))
 FOR_EVER = ("--max_timesteps", "1000000", "-n", "1")
-KILLS_OF_THE_SERVER = int(os.environ.get("METRONOME_SERVER_KILLS", "50" if SOAK else "2"))
+KILLS_OF_THE_SERVER = int(os.environ.get("METRONOME_SERVER_KILLS", "50" if SOAK else "1"))
 KILLS_OF_OURS = int(os.environ.get("METRONOME_KILLS", "20" if SOAK else "1"))
 STALLS = int(os.environ.get("METRONOME_STALLS", "10" if SOAK else "1"))
 soak_only = pytest.mark.skipif(not SOAK, reason="METRONOME_SOAK is not set")
 STALL_S = 0.1 + 2 * PERIOD_S
 """How long the watchdog waits for the commands of a control process."""
 
-pytestmark = [pytest.mark.alone, pytest.mark.timeout(3600 if SOAK else 300)]
+pytestmark = pytest.mark.timeout(3600 if SOAK else 300)
 
 
 class FaultyRollout:
@@ -196,6 +196,7 @@ def test_the_arm_stops_when_the_server_stalls_or_a_key_is_pressed(
             rollout.resume()
 
 
+@pytest.mark.long
 @pytest.mark.parametrize(
     "factory",
     [

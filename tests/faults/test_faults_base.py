@@ -23,7 +23,7 @@ KILLS = int(os.environ.get("METRONOME_KILLS", "20" if SOAK else "1"))
 QUANTUM = base_robot.ACCELERATION * 0.02
 """Largest change of velocity from one command to the next, m/s."""
 
-pytestmark = [pytest.mark.alone, pytest.mark.timeout(3600 if SOAK else 300)]
+pytestmark = pytest.mark.timeout(3600 if SOAK else 300)
 
 
 class Device:
@@ -110,6 +110,7 @@ def test_the_base_stands_when_the_server_dies(device: Device, tmp_path: Path) ->
     check_braking(rows)
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("name", ["control", "sensing", *(["watchdog"] if SOAK else [])])
 def test_the_base_stands_when_a_process_dies(device: Device, tmp_path: Path, name: str) -> None:
     with evaluation(device, tmp_path / "out", "--max_timesteps", "100000") as program:

@@ -27,7 +27,7 @@ CLIENTS = 4
 MOST_BYTES_PER_H = 1e6
 RESULT = ROOT / "bench/results/soak.json"
 
-pytestmark = pytest.mark.timeout(SECONDS + 300)
+pytestmark = [pytest.mark.alone, pytest.mark.long, pytest.mark.timeout(SECONDS + 300)]
 
 
 def test_nothing_grows(tmp_path: Path) -> None:

@@ -156,9 +156,8 @@ def test_a_device_that_fails_while_running_is_an_inference_error(engine, api, mo
 def overflowing(weights):
     """The same, with a feature that fp16 has no number for."""
     tensors = dict(weights.tensors)
-    tensors["backbone.layer4.1.bn2.bias"] = torch.full_like(
-        tensors["backbone.layer4.1.bn2.bias"], 1e5
-    )
+    name = "backbone.layer4.1.bn2.bias"
+    tensors[name] = torch.full_like(tensors[name], 1e5)
     return dataclasses.replace(weights, tensors=tensors)
 
 
