@@ -18,7 +18,7 @@ from numba import njit
 
 from bench.contestant import Exchange
 from bench.payload import Payload, Sink, Source
-from transport.base import ReceivedMessage
+from transport.base_channel import ReceivedMessage
 from transport.channel import Kind
 from transport.shm import ring_kernels
 from transport.shm.atomics import load, pause, store

@@ -1,9 +1,9 @@
 """``lerobot:<type>``: any robot that LeRobot supports. Needs the package ``lerobot``.
 
 A LeRobot robot is a bus and cameras that only one process can open: the owner process,
-``robots.lerobot_process``, which ``companion`` runs. All other processes attach to it. So a process
-that dies or takes over never connects, configures or calibrates the device. ``connect`` outside
-``companion`` starts its own owner process, which ends with the connection.
+``robots.lerobot_owner_process``, which ``companion`` runs. All other processes attach to it. So a
+process that dies or takes over never connects, configures or calibrates the device. ``connect``
+outside ``companion`` starts its own owner process, which ends with the connection.
 
 LeRobot is imported only in child processes, so its prompts, output and waiting do not block the
 callers.
@@ -130,7 +130,7 @@ class LeRobotRobot(AttachedRobot):
 
     def _start_owner(self) -> ChildProcess:
         return start_companion(
-            "robots.lerobot_process",
+            "robots.lerobot_owner_process",
             ["--config", self.config.to_json()],
             ready_within_s=IMPORT_TIMEOUT_S + 2 * self.config.connect_timeout_s,
             name=self.name,
@@ -204,7 +204,7 @@ def describe(config: LeRobotConfig, source: str) -> str:
     """
     try:
         with start_companion(
-            "robots.lerobot_process",
+            "robots.lerobot_owner_process",
             ["--describe", "--config", config.to_json()],
             ready_within_s=IMPORT_TIMEOUT_S + 10.0,
             name=f"{source}: lerobot:{config.type}",

@@ -94,7 +94,7 @@ class SimTwin(AttachedRobot):
             return
         without_address = self.config
         with start_companion(
-            "robots.twin_process", ["--config", without_address.to_json()]
+            "robots.twin_owner_process", ["--config", without_address.to_json()]
         ) as simulator:
             address = simulator.ready["address"]
             self.config = dataclasses.replace(without_address, address=address)

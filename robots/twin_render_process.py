@@ -53,7 +53,7 @@ def render_until_stdin_ends(sim: AlohaSim, sensor_memory: SensorMemory, config: 
 
 
 def main(arguments: list[str] | None = None) -> None:
-    """Run the process; started by ``robots.twin_process``."""
+    """Run the process; started by ``robots.twin_owner_process``."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--config", required=True)
     parser.add_argument("--memory_fd", type=int, required=True)

@@ -13,7 +13,7 @@ from types import MappingProxyType
 from typing import Any
 
 from transport.address import format_address, resolve
-from transport.base import BaseChannel
+from transport.base_channel import BaseChannel
 from transport.errors import Refused, TransportError, TransportUnavailable
 from transport.handshake_messages import (
     NO_EPOCH,

@@ -12,7 +12,7 @@ from typing import Any
 
 from numpy.typing import NDArray
 
-from transport.base import SLOTS, BaseChannel, ReceivedMessage
+from transport.base_channel import SLOTS, BaseChannel, ReceivedMessage
 from transport.channel import Kind
 from transport.receive_window import ReceiveWindow
 from transport.schema import Schema

@@ -106,6 +106,7 @@ class CudaGraphEngine:
         return actions
 
     def close(self) -> None:
+        """Release the graphs with their memory. Idempotent."""
         self._graphs = {}
 
     def _step(self, size: int) -> None:

@@ -12,8 +12,8 @@ import torch
 from numpy.typing import NDArray
 
 from policies.act import hardware
-from policies.act.compiled_model_cache import BlobCache, Stored
 from policies.act.engine import MAX_BATCH, Engine, EngineUnavailable
+from policies.act.engine_cache import BlobCache, Stored
 from policies.act.engine_check import MAX_RELATIVE_ERROR, reference_actions, relative_error
 from policies.act.fused_model import FusedAct
 from policies.act.torch_engine import TorchEngine

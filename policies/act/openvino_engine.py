@@ -10,7 +10,7 @@ from numpy.typing import NDArray
 from policies.act.config import ActConfig
 from policies.act.engine import MAX_BATCH, EngineUnavailable, Frames, HostEngine
 from policies.act.fused_model import FusedAct
-from policies.act.quiet_openvino import ov
+from policies.act.openvino_import import ov
 from policies.act.writable_views import nominally_writable
 from policies.errors import InferenceError
 

@@ -25,7 +25,7 @@ from policies.act.fused_model import (
     FusedFeedForward,
     LaterDecoderLayer,
 )
-from policies.act.quiet_openvino import op, ov
+from policies.act.openvino_import import op, ov
 
 Node = Any
 """``openvino.Node`` or one of its outputs."""

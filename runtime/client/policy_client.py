@@ -26,14 +26,14 @@ from numpy.typing import NDArray
 
 from policies.errors import RequestExpired
 from policies.types import ActionChunk, MetaObs, PolicyContract, PolicyInfo
+from runtime.client.client_session import ClientSession
 from runtime.client.connection import ServerConnection
-from runtime.client.requests import ClientStatistics, PendingRequests
-from runtime.client.session import ClientSession
+from runtime.client.pending_requests import ClientStatistics, PendingRequests
 from runtime.errors import RequestTimeout, ServerBusy, ServerLost
 from runtime.options.connection import ConnectionOptions
 from runtime.protocol import messages
 from runtime.trace import recorder as trace
-from transport.base import SLOTS
+from transport.base_channel import SLOTS
 from transport.errors import PeerGone, TransportTimeout, WouldBlock
 from transport.schema import Schema
 

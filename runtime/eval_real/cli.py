@@ -28,15 +28,15 @@ from policies.yaml_config import as_plain, load_config
 from robots.base import Robot
 from robots.factory import make_robot
 from runtime.client.policy_client import PolicyClient
-from runtime.control import strategy_options
-from runtime.control.strategy_options import choose_execution
+from runtime.control import strategy_selection
+from runtime.control.strategy_selection import choose_execution
 from runtime.errors import ModelNameError
 from runtime.eval_real.compatibility import Incompatible, check_compatible
 from runtime.eval_real.operator_console import OperatorConsole
-from runtime.eval_real.processes import EXPECTED_FAILURES
 from runtime.eval_real.rollout_session import Interrupted, Rollout, RolloutSession, SessionOver
 from runtime.eval_real.run_config import EvalRealConfig, RobotLimits, RunConfig
 from runtime.eval_real.supervisor import Supervisor
+from runtime.eval_real.worker_process import EXPECTED_FAILURES
 from runtime.evaluation.episode_result import Episode
 from runtime.evaluation.results import (
     format_report,
@@ -48,7 +48,7 @@ from runtime.evaluation.results import (
 )
 from runtime.options.checkpoint import CheckpointOptions
 from runtime.options.connection import check_flags
-from runtime.options.model import LocalModel, ServerAddress
+from runtime.options.model_name import LocalModel, ServerAddress
 from runtime.options.overrides import read_overrides
 from runtime.server.server_process import ServerProcess
 from runtime.trace import recorder as trace
@@ -244,7 +244,7 @@ def _evaluate(evaluation: Evaluation) -> None:
         run_config = make_run_config(evaluation, address, contract, found)
         check_compatible(run_config, robot)
         evaluation.run_config = run_config
-        for line in strategy_options.summary_lines(run_config.contract, run_config.execution):
+        for line in strategy_selection.summary_lines(run_config.contract, run_config.execution):
             _tell(line)
         supervisor = stack.enter_context(Supervisor(run_config, robot, _tell))
         _tell(supervisor.realtime)
@@ -285,7 +285,7 @@ def _result(evaluation: Evaluation, failure: str) -> tuple[dict[str, Any], list[
     if run_config is not None:
         contract = run_config.contract
         result |= {
-            "action_manager": strategy_options.result_entry(contract, run_config.execution),
+            "action_manager": strategy_selection.result_entry(contract, run_config.execution),
             "assumed": [str(assumption) for assumption in contract.assumed],
             "transport": setting["transport"],
             "transport_reason": setting["transport_reason"],

@@ -30,7 +30,6 @@ from runtime.control.control_loop import ControlLoop
 from runtime.control.realtime import Realtime, no_garbage_collection
 from runtime.eval_real.event_log import ORPHAN_HOLD_S, EventLog
 from runtime.eval_real.phases import MOVING, ControlCommand, Phase, ServerStatus, Signal
-from runtime.eval_real.processes import ParentPipe, child_main
 from runtime.eval_real.rollout_counts import RolloutCounter, RolloutCounts
 from runtime.eval_real.run_config import RobotLimits, RunConfig
 from runtime.eval_real.shared_state import (
@@ -40,6 +39,7 @@ from runtime.eval_real.shared_state import (
     put_text,
     read_chunk,
 )
+from runtime.eval_real.worker_process import ParentPipe, child_main
 from runtime.stats import RequestLatency
 from runtime.trace import recorder as trace
 from transport.channel import Arrays

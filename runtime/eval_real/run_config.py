@@ -24,13 +24,13 @@ from runtime.control.blending import Strategy
 from runtime.control.command_stream import CommandStream
 from runtime.control.interpolation import control_ratio
 from runtime.control.realtime import UNPRIVILEGED, RealtimeOptions
-from runtime.control.strategy_options import ActionManager, ActionSteps, ManagerCoef, strategy_of
+from runtime.control.strategy_selection import ActionManager, ActionSteps, ManagerCoef, strategy_of
 from runtime.eval_real.motion_state_machine import MotionStateMachine
 from runtime.eval_real.shared_state import Dims
 from runtime.options.checkpoint import CheckpointOptions
-from runtime.options.common import Fps, LogLevel, TraceFile
 from runtime.options.connection import ConnectionOptions
-from runtime.options.model import LocalModel, ServerAddress, read_model_name
+from runtime.options.model_name import LocalModel, ServerAddress, read_model_name
+from runtime.options.shared_flags import Fps, LogLevel, TraceFile
 
 MOST_SEEDS = 2**24
 """A seed is sent to the control process in 24 bits."""

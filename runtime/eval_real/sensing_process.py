@@ -30,10 +30,10 @@ from robots.errors import RobotError
 from runtime.client.policy_client import PolicyClient
 from runtime.errors import RuntimeFault, ServerBusy, ServerLost
 from runtime.eval_real.phases import Phase, ServerStatus
-from runtime.eval_real.processes import ParentPipe, child_main
 from runtime.eval_real.run_config import RunConfig
 from runtime.eval_real.shared_state import SharedState, put_text, write_chunk
 from runtime.eval_real.video_recorder import VideoRecorder
+from runtime.eval_real.worker_process import ParentPipe, child_main
 from runtime.protocol.messages import check_observation_schema, observation_schema
 from runtime.trace import recorder as trace
 from transport.child_process import die_with_parent, send_event

@@ -11,10 +11,10 @@ from typing import Any
 
 from robots.base import Robot
 from runtime.eval_real.phases import MOVING, ControlCommand, Phase, ServerStatus
-from runtime.eval_real.processes import WorkerProcess, WorkerProcessFailed
 from runtime.eval_real.recording import RecordingWriter
 from runtime.eval_real.run_config import RunConfig
 from runtime.eval_real.shared_state import SharedState, create_segment, encode_command, get_text
+from runtime.eval_real.worker_process import WorkerProcess, WorkerProcessFailed
 from transport.child_process import REPORT_EVERY_S
 
 logger = logging.getLogger(__name__)

@@ -35,9 +35,9 @@ from runtime.control.clock import MonotonicClock
 from runtime.control.realtime import Realtime
 from runtime.eval_real.event_log import ORPHAN_HOLD_S, EventLog
 from runtime.eval_real.phases import MOVING, Phase, Signal
-from runtime.eval_real.processes import ParentPipe, child_main
 from runtime.eval_real.run_config import RunConfig
 from runtime.eval_real.shared_state import SharedState, put_text
+from runtime.eval_real.worker_process import ParentPipe, child_main
 from transport.channel import Arrays
 from transport.child_process import send_event
 

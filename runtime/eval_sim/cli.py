@@ -27,7 +27,7 @@ from policies.flags import add_flags, flag_value, from_flags
 from policies.standard_streams import run_command
 from policies.types import PolicyContract, PolicyInfo
 from policies.yaml_config import InvalidConfig, as_plain
-from runtime.control import strategy_options
+from runtime.control import strategy_selection
 from runtime.errors import RuntimeFault
 from runtime.eval_sim.run_config import EvalSimConfig
 from runtime.eval_sim.runner import RunInfo, run
@@ -43,7 +43,7 @@ from runtime.evaluation.results import (
 )
 from runtime.options.checkpoint import CheckpointOptions
 from runtime.options.connection import check_flags
-from runtime.options.model import ServerAddress
+from runtime.options.model_name import ServerAddress
 from runtime.options.overrides import read_overrides
 from runtime.trace import recorder as trace
 from runtime.trace.buffer import TraceError
@@ -153,7 +153,7 @@ def _evaluate(config: EvalSimConfig) -> int:
 def _summary_lines(run_info: RunInfo) -> list[str]:
     contract = PolicyContract.from_json(run_info.contract_json)
     execution = Execution(**run_info.execution)
-    return strategy_options.summary_lines(contract, execution, run_info.assumed)
+    return strategy_selection.summary_lines(contract, execution, run_info.assumed)
 
 
 def _must_be_writable(folder: Path) -> None:
@@ -194,7 +194,7 @@ def _save(
         contract = PolicyContract.from_json(run_info.contract_json)
         execution = Execution(**run_info.execution)
         result |= {
-            "action_manager": strategy_options.result_entry(contract, execution),
+            "action_manager": strategy_selection.result_entry(contract, execution),
             "assumed": list(run_info.assumed),
             "transport": run_info.transport,
             "transport_reason": run_info.transport_reason,

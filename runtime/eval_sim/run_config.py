@@ -11,12 +11,12 @@ from envs.config import EnvConfig
 from envs.factory import GYM_PREFIX
 from policies.flags import Flag, Group
 from policies.number_ranges import COUNT, COUNT_OR_NONE, PROCESSES, SEED, check_ranges
-from runtime.control.strategy_options import ActionManager, ActionSteps, ManagerCoef
+from runtime.control.strategy_selection import ActionManager, ActionSteps, ManagerCoef
 from runtime.evaluation.results import result_path
 from runtime.options.checkpoint import CheckpointOptions
-from runtime.options.common import Fps, LogLevel, TraceFile
 from runtime.options.connection import ConnectionOptions
-from runtime.options.model import LocalModel, ServerAddress, read_model_name
+from runtime.options.model_name import LocalModel, ServerAddress, read_model_name
+from runtime.options.shared_flags import Fps, LogLevel, TraceFile
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

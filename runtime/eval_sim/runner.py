@@ -24,7 +24,7 @@ from policies.types import PolicyContract, RolloutPolicy
 from policies.yaml_config import InvalidConfig
 from runtime.client.policy_client import PolicyClient
 from runtime.control.chunk_executor import ChunkExecutor
-from runtime.control.strategy_options import choose_execution, strategy_of
+from runtime.control.strategy_selection import choose_execution, strategy_of
 from runtime.errors import RequestTimeout, RuntimeFault, ServerBusy, ServerLost
 from runtime.eval_sim.episode import OnTick, run_lockstep, run_realtime
 from runtime.eval_sim.episode_video import EpisodeVideo
@@ -33,7 +33,7 @@ from runtime.eval_sim.run_config import EvalSimConfig
 from runtime.eval_sim.worker_processes import WorkerFailed, run_in_processes
 from runtime.eval_sim.world_compatibility import check_world
 from runtime.evaluation.episode_result import Episode
-from runtime.options.model import LocalModel
+from runtime.options.model_name import LocalModel
 from runtime.server.server_process import ServerProcess
 from runtime.trace import recorder as trace
 from transport.errors import TransportError

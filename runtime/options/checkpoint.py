@@ -10,7 +10,7 @@ from policies.act.engine import ENGINES, PRECISIONS
 from policies.flags import Flag
 from policies.number_ranges import THREADS, Choice, Range, check_ranges
 from policies.types import Pixels, Policy
-from runtime.options.common import Fps
+from runtime.options.shared_flags import Fps
 
 ALL = -1
 """``--chunk_size`` for the whole chunk, as in ILStudio."""

@@ -21,10 +21,10 @@ from policies.errors import PolicyError
 from policies.flags import add_flags, flag_value, from_flags
 from policies.standard_streams import run_command
 from policies.yaml_config import InvalidConfig, load_config
-from runtime.control import strategy_options
+from runtime.control import strategy_selection
 from runtime.errors import ModelNameError
 from runtime.options.defaults import DEFAULT_CHECKPOINT
-from runtime.options.model import LocalModel, read_model_name
+from runtime.options.model_name import LocalModel, read_model_name
 from runtime.server.admin_token import AdminToken
 from runtime.server.config import ServeCommand, ServerConfig
 from runtime.server.model import close_policy
@@ -207,8 +207,8 @@ def _announce(server: PolicyServer, config: ServerConfig, warm: Percentiles) -> 
         f"{contract.dataset_id or '-'} of {list(contract.dataset_ids)}"
     )
     print(f"   observation  {cameras or 'no cameras'}; state {contract.state_dim}")
-    for line in strategy_options.summary_lines(
-        contract, strategy_options.choose_execution(contract)
+    for line in strategy_selection.summary_lines(
+        contract, strategy_selection.choose_execution(contract)
     ):
         print(f"   {line}")
     threads = count(info.threads, "thread")

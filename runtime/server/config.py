@@ -15,8 +15,8 @@ from policies.number_ranges import (
     check_ranges,
 )
 from runtime.options.checkpoint import CheckpointOptions
-from runtime.options.common import LogLevel, TraceFile
 from runtime.options.defaults import DEFAULT_CHECKPOINT, DEFAULT_PORT, TRANSPORTS
+from runtime.options.shared_flags import LogLevel, TraceFile
 from runtime.server.admission import SessionLimits
 
 if TYPE_CHECKING:

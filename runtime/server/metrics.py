@@ -9,7 +9,7 @@ from prometheus_client import CollectorRegistry, start_http_server
 from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metric
 from prometheus_client.registry import Collector
 
-from runtime.server.session import OUTCOMES
+from runtime.server.session_state import OUTCOMES
 from transport.address import format_address
 from transport.errors import AddressInUse
 

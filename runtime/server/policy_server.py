@@ -29,13 +29,13 @@ from runtime.server.cost_model import InferenceCostModel
 from runtime.server.model import LoadedModel
 from runtime.server.request_handler import RequestHandler
 from runtime.server.scheduler import Scheduler
-from runtime.server.sessions import SessionManager
+from runtime.server.session_manager import SessionManager
 from runtime.server.state import AdminCommand, ServerState, ServerStatistics
 from transport.address import format_address
 from transport.errors import Refused
 from transport.handshake_messages import Peer
 from transport.server.listener import Listener
-from transport.server.sessions import ServerSession
+from transport.server.server_session import ServerSession
 from transport.shm.adaptive_spin import DEFAULT_SPIN_US
 from transport.zeromq.curve import ServerKeys
 

@@ -11,12 +11,12 @@ from policies.types import ActionChunk
 from runtime.protocol import messages
 from runtime.server.rate_limiter import TokenBucket
 from runtime.server.scheduler import QueuedRequest
-from runtime.server.session import SessionState
+from runtime.server.session_state import SessionState
 from runtime.server.state import ServerState
 from runtime.trace import recorder as trace
 from transport.channel import Kind, Message
 from transport.errors import TransportError, ViewsHeld
-from transport.server.sessions import ServerSession
+from transport.server.server_session import ServerSession
 
 logger = logging.getLogger(__name__)
 

@@ -9,7 +9,7 @@ from typing import Any
 from runtime.server.cost_model import InferenceCostModel
 from runtime.server.model import LoadedModel
 from runtime.server.scheduler import Scheduler
-from runtime.server.session import SessionState
+from runtime.server.session_state import SessionState
 from transport.handshake_messages import Peer
 
 AdminCommand = Callable[[Mapping[str, Any], Peer], dict[str, Any]]

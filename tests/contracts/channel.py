@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 from contracts.frames import OBSERVATION, chunk, observation
 
-from transport.base import SLOTS
+from transport.base_channel import SLOTS
 from transport.channel import MAX_BODY_BYTES, Channel, Kind, Message
 from transport.errors import (
     ChannelClosed,

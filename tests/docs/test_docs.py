@@ -336,7 +336,7 @@ def test_the_errors_that_documents_quote_are_what_is_raised(
     from policies.errors import PolicyError
     from policies.yaml_config import InvalidConfig
     from runtime.errors import ModelNameError
-    from runtime.options.model import read_model_name
+    from runtime.options.model_name import read_model_name
 
     monkeypatch.chdir(folder)
     monkeypatch.syspath_prepend(str(folder))

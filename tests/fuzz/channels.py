@@ -18,7 +18,7 @@ from runtime.protocol import messages
 from tests.fuzz import samples
 from tests.fuzz.feed import Feed, reached
 from tests.fuzz.targets import Target
-from transport.base import SLOTS
+from transport.base_channel import SLOTS
 from transport.channel import MAX_BODY_BYTES, Kind, Message
 from transport.errors import PeerGone, TransportError
 from transport.schema import USED, Schema

@@ -29,7 +29,7 @@ from runtime.server.cost_model import InferenceCostModel
 from runtime.server.model import LoadedModel
 from runtime.server.request_handler import RequestHandler
 from runtime.server.scheduler import Scheduler
-from runtime.server.sessions import SessionManager
+from runtime.server.session_manager import SessionManager
 from runtime.server.state import ServerState
 from tests.fuzz import samples
 from tests.fuzz.channels import check
@@ -50,7 +50,7 @@ from transport.server import listener as listening
 from transport.server.event_loop import EventLoop
 from transport.server.handshake import PENDING_TIMEOUT_S, Handshake
 from transport.server.listener import MAX_CONTROL_QUEUE, Listener
-from transport.server.sessions import PendingSession
+from transport.server.server_session import PendingSession
 from transport.server.shm_acceptor import MAX_UNPROVEN, ShmAcceptor
 from transport.shm.segment import ShmResources
 from transport.shm.segment_offer import ACCEPTED, PROOF_BYTES

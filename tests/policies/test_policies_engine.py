@@ -15,10 +15,10 @@ import torch
 from test_policies_fused_model import EXACT, inputs, plain_actions
 from tiny_act import TINY, needs_openvino, observation
 
-from policies.act import compiled_model_cache, engine_factory, hardware
-from policies.act.compiled_model_cache import BlobCache, Stored
+from policies.act import engine_cache, engine_factory, hardware
 from policies.act.config import ActConfig
 from policies.act.engine import MAX_BATCH, EngineOptions, EngineUnavailable, Frames
+from policies.act.engine_cache import BlobCache, Stored
 from policies.act.engine_check import probe
 from policies.act.engine_selection import make_engine
 from policies.act.policy import ActPolicy
@@ -228,7 +228,7 @@ def test_what_openvino_says_while_running_is_an_inference_error(openvino_engine)
 def test_telemetry_is_not_imported():
     """openvino reports its import over the network, and leaves a thread that does it."""
     code = (
-        "import sys, threading; from policies.act.quiet_openvino import ov; "
+        "import sys, threading; from policies.act.openvino_import import ov; "
         "print('openvino_telemetry' in sys.modules, threading.active_count())"
     )
     output = subprocess.run(
@@ -309,7 +309,7 @@ SPOILT = {
     "one bit": lambda content: content[:-1] + bytes([content[-1] ^ 1]),
     "a byte less": lambda content: content[:-1],
     "another error": lambda content: content.replace(b"0.25", b"0.05"),
-    "only the digest": lambda content: content[: len(compiled_model_cache.MAGIC) + 32],
+    "only the digest": lambda content: content[: len(engine_cache.MAGIC) + 32],
 }
 
 
@@ -376,10 +376,10 @@ def test_the_longest_unused_go_first(tmp_path):
 def test_where_the_cache_is(monkeypatch, tmp_path):
     monkeypatch.delenv("METRONOME_CACHE")
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
-    assert compiled_model_cache.default_folder() == tmp_path / "metronome"
+    assert engine_cache.default_folder() == tmp_path / "metronome"
     monkeypatch.delenv("XDG_CACHE_HOME")
     monkeypatch.setenv("HOME", "/home/somebody")
-    assert str(compiled_model_cache.default_folder()) == "/home/somebody/.cache/metronome"
+    assert str(engine_cache.default_folder()) == "/home/somebody/.cache/metronome"
 
 
 # --- the choice --------------------------------------------------------------------------------
@@ -496,7 +496,7 @@ def test_without_openvino_torch_serves_and_says_why(weights, monkeypatch, caplog
         monkeypatch.delitem(sys.modules, name)
     monkeypatch.delattr("policies.act.openvino_engine", raising=False)
     monkeypatch.setitem(sys.modules, "openvino", None)
-    monkeypatch.delitem(sys.modules, "policies.act.quiet_openvino", raising=False)
+    monkeypatch.delitem(sys.modules, "policies.act.openvino_import", raising=False)
     engine = make_engine(weights, EngineOptions(device="cpu", precision="fp32", threads=1))
     assert engine.name.startswith("torch")
     assert "engine skipped: openvino in fp32:" in caplog.text

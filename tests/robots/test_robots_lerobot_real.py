@@ -189,7 +189,7 @@ def test_killed_in_mid_motion_the_torque_is_never_off(
             program.press("r")
         since = motors.count
         until(lambda s=since: motors.is_swinging(s))
-        os.kill(program.child("robots.lerobot_process"), signal.SIGKILL)
+        os.kill(program.child("robots.lerobot_owner_process"), signal.SIGKILL)
         program.expect("neither the control process nor its watchdog reach", PATIENCE_S)
         assert program.wait() == 1
     _never_off(motors, begun)
@@ -335,7 +335,7 @@ def test_a_base_stands_when_all_of_our_processes_are_killed(kiwi, tmp_path: Path
         with evaluate(config, "drive", tmp_path, "--max_timesteps", "3000", *said) as program:
             until(lambda s=since: (speeds_of(motors, s)[:, 2] > 100).any())
             family = [
-                program.child(name) for name in ("robots.lerobot_process",
+                program.child(name) for name in ("robots.lerobot_owner_process",
                 "runtime.eval_real.control_process", "runtime.eval_real.watchdog_process",
                              "runtime.eval_real.sensing_process")
             ]  # fmt: skip

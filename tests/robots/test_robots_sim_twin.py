@@ -198,7 +198,7 @@ def test_connecting_without_a_simulator_fails() -> None:
 @pytest.mark.parametrize(
     ("overrides", "message"),
     [
-        ({"task": "sim_fold"}, r"robots.twin_process: task: got 'sim_fold', expected one of"),
+        ({"task": "sim_fold"}, r"robots.twin_owner_process: task: got 'sim_fold', expected one of"),
         ({"cameras": "{top: {camera: ceiling, hw: [8, 8]}}"}, r"camera: got 'ceiling', expected"),
     ],
 )

@@ -29,7 +29,7 @@ from runtime.eval_real.recording import Recording
 from runtime.eval_real.run_config import EvalRealConfig, RunConfig
 from runtime.eval_sim import cli as eval_sim
 from runtime.eval_sim.run_config import EvalSimConfig
-from runtime.options.model import LocalModel, ServerAddress
+from runtime.options.model_name import LocalModel, ServerAddress
 from runtime.server import cli as serve
 from runtime.server.cli import read_command
 from runtime.server.config import ServeCommand, ServerConfig

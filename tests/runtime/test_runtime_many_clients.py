@@ -25,11 +25,11 @@ from runtime.server.warmup import synthetic_observation
 from tests.runtime.batch_policy import BatchPolicy
 from tests.runtime.serving import connect, serving
 from tests.runtime.toy_policy import ToyPolicy, observation
-from transport.base import SLOTS, ReceivedMessage
+from transport.base_channel import SLOTS, ReceivedMessage
 from transport.channel import Kind, Message
 from transport.errors import Refused
 from transport.handshake_messages import Hello, Peer
-from transport.server.sessions import ServerSession
+from transport.server.server_session import ServerSession
 
 PATIENCE_S = 30.0
 MS = 1_000_000
@@ -378,7 +378,7 @@ def test_session_counts_for_admission_before_its_first_request() -> None:
 
 
 def test_session_that_never_sends_is_ended(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("runtime.server.sessions.IDLE_CHECK_EVERY_S", 0.05)
+    monkeypatch.setattr("runtime.server.session_manager.IDLE_CHECK_EVERY_S", 0.05)
     with (
         serving(BatchPolicy(), session_timeout_s=0.1) as server,
         connect(server) as client,

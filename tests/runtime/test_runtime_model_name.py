@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from runtime.errors import ModelNameError
-from runtime.options.model import LocalModel, ServerAddress, read_model_name
+from runtime.options.model_name import LocalModel, ServerAddress, read_model_name
 
 
 @pytest.mark.parametrize(

@@ -56,10 +56,10 @@ COMMANDS: dict[str, Callable[[], argparse.ArgumentParser]] = {
     "envs/demonstrations.py": demonstrations.parser,
 }
 NOT_FOR_PEOPLE = {
-    "runtime/eval_real/processes.py",
-    "robots/twin_process.py",
+    "runtime/eval_real/worker_process.py",
+    "robots/twin_owner_process.py",
     "robots/twin_render_process.py",
-    "robots/lerobot_process.py",
+    "robots/lerobot_owner_process.py",
 }
 """Started by our own processes, which write their flags."""
 NO_NUMBERS = {"robots/twin_ros_node.py"}

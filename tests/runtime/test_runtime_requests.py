@@ -9,7 +9,7 @@ from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, 
 
 from policies.errors import InferenceError
 from policies.types import STAGES, ActionChunk
-from runtime.client.requests import PendingRequests, with_stages
+from runtime.client.pending_requests import PendingRequests, with_stages
 from runtime.protocol.messages import SERVER_STAGES, encode_error
 from transport.channel import Kind
 

@@ -15,7 +15,7 @@ import pytest
 
 from policies.execution import Execution
 from policies.types import PolicyContract
-from runtime.control.strategy_options import choose_execution, describe, result_entry, strategy_of
+from runtime.control.strategy_selection import choose_execution, describe, result_entry, strategy_of
 from runtime.eval_sim import cli as eval_sim
 from runtime.eval_sim.runner import _assumptions
 from runtime.server.server_process import ServerProcess

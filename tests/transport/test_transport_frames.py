@@ -13,7 +13,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from transport_rig import make_listener, pumped
 
-from transport.base import SLOTS
+from transport.base_channel import SLOTS
 from transport.channel import MAX_BODY_BYTES, Kind
 from transport.dialer import Dialer
 from transport.errors import SchemaMismatch

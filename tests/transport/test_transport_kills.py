@@ -55,7 +55,7 @@ CLIENT_HANDSHAKE = [
     Point("shm.channel", "ShmChannel.__init__", 3),
 ]
 CLIENT_DATA = [
-    Point("base", "BaseChannel.loan", 0),
+    Point("base_channel", "BaseChannel.loan", 0),
     Point("shm.ring", "RingWriter.claim", 3),
     Point("shm.ring", "RingWriter.publish", 0),
     Point("shm.channel", "ShmChannel._publish", 3),
@@ -63,7 +63,7 @@ CLIENT_DATA = [
     Point("shm.channel", "ShmChannel._wait", 3),
     Point("shm.ring", "RingReader.finish_wait", 0),
     Point("shm.ring", "RingReader.take", 0),
-    Point("base", "BaseChannel.release_when_unused", 1),
+    Point("base_channel", "BaseChannel.release_when_unused", 1),
     Point("shm.ring", "RingReader.release", 0),
 ]
 CLIENT_CLOSE = [

@@ -17,7 +17,7 @@ from contracts.frames import CHUNK, OBSERVATION, observation
 from transport_forks import send_event
 
 import transport.shm.channel  # noqa: F401  a client imports both once it has an offer
-from transport.base import BaseChannel
+from transport.base_channel import BaseChannel
 from transport.dialer import Dialer
 from transport.errors import PeerGone, TransportError
 from transport.handshake_messages import Welcome

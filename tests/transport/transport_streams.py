@@ -14,7 +14,7 @@ import numpy as np
 from transport_forks import send_event
 from transport_sides import HOST, PATIENCE_S
 
-from transport.base import BaseChannel
+from transport.base_channel import BaseChannel
 from transport.channel import Message
 from transport.dialer import Dialer
 from transport.errors import PeerGone, WouldBlock

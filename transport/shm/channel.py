@@ -25,7 +25,7 @@ from typing import Any
 
 from numpy.typing import NDArray
 
-from transport.base import BaseChannel, ReceivedMessage
+from transport.base_channel import BaseChannel, ReceivedMessage
 from transport.channel import MAX_BODY_BYTES, ChannelStatistics, Kind
 from transport.errors import ProtocolError
 from transport.schema import Schema

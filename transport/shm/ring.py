@@ -31,7 +31,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from transport.base import KINDS, ReceivedMessage
+from transport.base_channel import KINDS, ReceivedMessage
 from transport.channel import MAX_BODY_BYTES, Kind
 from transport.errors import ProtocolError
 from transport.schema import Schema

@@ -14,7 +14,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from transport.base import SLOTS
+from transport.base_channel import SLOTS
 from transport.channel import MAX_BODY_BYTES
 from transport.errors import ProtocolError
 from transport.schema import Schema

@@ -25,7 +25,7 @@ from typing import Any, Protocol
 import numpy as np
 from numpy.typing import NDArray
 
-from transport.base import KINDS, SLOTS, BaseChannel, ReceivedMessage
+from transport.base_channel import KINDS, SLOTS, BaseChannel, ReceivedMessage
 from transport.channel import MAX_BODY_BYTES, Kind
 from transport.errors import PeerGone
 from transport.handshake_messages import EPOCH_BYTES, MAGIC, PROTOCOL_VERSION, Opcode

@@ -12,7 +12,7 @@ from numpy.typing import NDArray
 
 from policies.types import ActionChunk, MetaObs, PolicyContract
 from runtime.client.connection import OpenSession
-from runtime.client.requests import PendingRequests, with_stages
+from runtime.client.pending_requests import PendingRequests, with_stages
 from runtime.protocol import messages
 from runtime.trace import recorder as trace
 from transport.channel import Kind, Loan, Message

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from transport.base import BaseChannel
+from transport.base_channel import BaseChannel
 from transport.handshake_messages import Hello, Peer, Welcome
 
 if TYPE_CHECKING:

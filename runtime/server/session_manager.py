@@ -14,14 +14,14 @@ from runtime.protocol import image_codec, messages
 from runtime.server.admission import Demand, SessionLimits, admit
 from runtime.server.model import LoadedModel, close_policy
 from runtime.server.request_handler import RequestHandler
-from runtime.server.session import SessionState
+from runtime.server.session_state import SessionState
 from runtime.server.state import ServerState
 from runtime.trace import recorder as trace
-from transport.base import SLOTS
+from transport.base_channel import SLOTS
 from transport.channel import Kind, Message
 from transport.errors import PeerGone, Refused, ViewsHeld
 from transport.handshake_messages import Hello, Welcome
-from transport.server.sessions import ServerSession
+from transport.server.server_session import ServerSession
 
 logger = logging.getLogger(__name__)
 
