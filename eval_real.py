@@ -1,3 +1,5 @@
+"""Evaluate a policy on a robot: ``python eval_real.py --help``."""
+
 from policies.standard_streams import run_command
 from runtime.eval_real.cli import main
 

@@ -1,3 +1,5 @@
+"""Evaluate a policy in simulation: ``python eval_sim.py --help``."""
+
 from policies.standard_streams import run_command
 from runtime.eval_sim.cli import main
 

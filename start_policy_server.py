@@ -1,3 +1,5 @@
+"""Serve a policy: ``python start_policy_server.py --help``."""
+
 from policies.standard_streams import run_command
 from runtime.server.cli import main
 
