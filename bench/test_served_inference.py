@@ -22,9 +22,9 @@ from bench.inference.nets import SHIPPED
 from bench.inference.report import RESULTS, cpu_name, versions
 from bench.records import Records
 from runtime.client import PolicyClient
+from runtime.latency_stats import Percentiles
 from runtime.server.server_process import ServerProcess
 from runtime.server.warmup import synthetic_observation
-from runtime.stats import Percentiles
 
 REQUESTS = int(os.environ.get("SERVED_REQUESTS", "1000"))
 PACE_HZ, WARMUP = 25.0, 50

@@ -32,7 +32,7 @@ from robots.joint_limits import JointLimits
 from robots.ros_compressed_images import decode_compressed_colour, decode_compressed_depth
 from robots.ros_images import assumption, decode_colour, decode_depth, message_type
 from robots.ros_twin_channel import TwinChannel
-from robots.sample_stream import SampleStream
+from robots.sample_buffer import SampleBuffer
 
 logger = logging.getLogger(__name__)
 
@@ -81,9 +81,9 @@ class AgilexAloha(Robot):
         )
         super().__init__(name, contract, limits)
         self._start_pose = self._start_pose_inside(config, source)
-        self._joints: dict[str, SampleStream[JointSample]] = {}
-        self._colours: dict[str, SampleStream[CameraSample]] = {}
-        self._depths: dict[str, SampleStream[CameraSample]] = {}
+        self._joints: dict[str, SampleBuffer[JointSample]] = {}
+        self._colours: dict[str, SampleBuffer[CameraSample]] = {}
+        self._depths: dict[str, SampleBuffer[CameraSample]] = {}
         self._subscribers: list[Any] = []
         self._published: dict[str, str] = {}
         self._publishers: dict[str, Any] = {}
@@ -147,7 +147,7 @@ class AgilexAloha(Robot):
         topics = self.config.ros_operator
         for side in SIDES:
             topic = getattr(topics, f"puppet_arm_{side}_topic")
-            stream = SampleStream[JointSample](topic, timeout_s=self.config.sensor_timeout_s)
+            stream = SampleBuffer[JointSample](topic, timeout_s=self.config.sensor_timeout_s)
             self._joints[side] = stream
             self._subscribe(rospy, stream, self._messages.JointState, self._decode_joints)
             if role is not Role.SENSING:
@@ -172,7 +172,7 @@ class AgilexAloha(Robot):
         topics = self.config.ros_operator
 
         def subscribe(
-            stream: SampleStream[CameraSample],
+            stream: SampleBuffer[CameraSample],
             decode: Callable[[Any], Any],
             decode_compressed: Callable[[Any], Any],
         ) -> None:
@@ -184,7 +184,7 @@ class AgilexAloha(Robot):
         for name, camera in self.config.cameras.items():
             topic = getattr(topics, f"img_{camera.camera}_topic")
             # Images are large, and old ones are not needed.
-            colour = SampleStream[CameraSample](
+            colour = SampleBuffer[CameraSample](
                 topic, timeout_s=self.config.sensor_timeout_s, keep=2
             )
             self._colours[name] = colour
@@ -194,14 +194,14 @@ class AgilexAloha(Robot):
             subscribe(colour, _colour_decoder(topic, camera), compressed)
             if topics.use_depth_image:
                 topic = getattr(topics, f"img_{camera.camera}_depth_topic")
-                depth = SampleStream[CameraSample](
+                depth = SampleBuffer[CameraSample](
                     topic, timeout_s=self.config.sensor_timeout_s, keep=8
                 )
                 self._depths[name] = depth
                 subscribe(depth, decode_depth, decode_compressed_depth)
 
     def _subscribe(
-        self, rospy: Any, stream: SampleStream[Any], kind: Any, decode: Callable[[Any], Any]
+        self, rospy: Any, stream: SampleBuffer[Any], kind: Any, decode: Callable[[Any], Any]
     ) -> None:
         expected, got = kind._type, self._published_type(rospy, stream.name)
         if got not in (None, expected):
@@ -252,7 +252,7 @@ class AgilexAloha(Robot):
             raise ContractViolated(f"got {position.tolist()}, expected finite positions")
         return position
 
-    def _streams(self) -> list[SampleStream[Any]]:
+    def _streams(self) -> list[SampleBuffer[Any]]:
         return [*self._joints.values(), *self._colours.values(), *self._depths.values()]
 
     def _wait_for_sensors(self, deadline_s: float, timeout_s: float) -> None:

@@ -78,7 +78,7 @@ def make_robot(name: str, overrides: Mapping[str, str] | None = None) -> Robot:
         kind, _, rest = driver.partition(":")
         args = dict(file.args or file.config)
         if kind + ":" == LEROBOT_PREFIX and rest:
-            make, args = _import_make("robots.lerobot_adapter"), {**args, "type": rest}
+            make, args = _import_make("robots.lerobot_robot"), {**args, "type": rest}
         elif kind + ":" == PYTHON_PREFIX and rest:
             make = _user_make(rest, f"{path}: type")
         elif driver in DRIVERS:

@@ -27,9 +27,9 @@ from numpy.typing import NDArray
 from robots.base import ActionKind, rest_command
 from robots.command_delivery import CommandDelivery
 from robots.errors import ConfigError, ConnectFailed, RobotError, SensorLost
-from robots.lerobot_adapter import IMPORT_TIMEOUT_S, chosen_cameras
 from robots.lerobot_config import UNCOMMANDED_S, LeRobotConfig, action_specs
 from robots.lerobot_device import FAILURES, LeRobotDevice, Observation
+from robots.lerobot_robot import IMPORT_TIMEOUT_S, chosen_cameras
 from robots.owner_server import OwnerServer
 from robots.sensor_memory import SensorMemory
 from transport.child_process import Isolation, isolate, send_event
@@ -345,7 +345,7 @@ def _describe_or_run(config: LeRobotConfig, isolation: Isolation, *, only_descri
 
 
 def main(arguments: list[str] | None = None) -> None:
-    """Run the process; started by ``robots.lerobot_adapter``."""
+    """Run the process; started by ``robots.lerobot_robot``."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--config", required=True)
     parser.add_argument("--describe", action="store_true")

@@ -19,7 +19,7 @@ from robots.agilex_config import TwinTopics
 from robots.base import Outcome
 from robots.errors import RobotError, RobotLost, SensorLost
 from robots.ros_node import import_ros, publisher
-from robots.sample_stream import SampleStream
+from robots.sample_buffer import SampleBuffer
 
 RESET_TIMEOUT_S = 10.0
 POLL_PERIOD_S = 0.002
@@ -81,7 +81,7 @@ class TwinChannel:
                 raise RobotError(f"the simulated robot refuses: {self._report['error']}")
             return int(self._report["stamp_ns"])
 
-    def wait_for_stamp(self, stream: SampleStream[Any], stamp_ns: int) -> None:
+    def wait_for_stamp(self, stream: SampleBuffer[Any], stamp_ns: int) -> None:
         """Wait for a sample of ``stream`` stamped ``stamp_ns`` or later. Raises ``SensorLost``."""
         deadline_s = time.monotonic() + RESET_TIMEOUT_S
         while stream.newest().stamp_ns < stamp_ns:

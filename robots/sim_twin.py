@@ -19,7 +19,7 @@ from numpy.typing import NDArray
 from policies.yaml_config import parse_config
 from robots.attached_robot import CALL_TIMEOUT_S, AttachedRobot
 from robots.base import Outcome, RobotContract, arm_actions
-from robots.companion import start_companion
+from robots.companion_launcher import start_companion
 from robots.errors import ConfigError
 from robots.joint_limits import JointLimits
 from robots.twin_config import GRIPPERS, JOINTS, SUBSTEP_HZ, TwinConfig

@@ -23,7 +23,7 @@ from numpy.typing import NDArray
 
 from envs.aloha_physics import ACTION_DIM, DT_S, AlohaSim
 from envs.errors import EnvError, PhysicsDiverged
-from robots.companion import start_companion
+from robots.companion_launcher import start_companion
 from robots.errors import ConnectFailed
 from robots.owner_server import OwnerServer
 from robots.sensor_memory import SensorMemory

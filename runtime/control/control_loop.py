@@ -21,7 +21,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from runtime.control.clock import Clock
-from runtime.stats import Percentiles
+from runtime.latency_stats import Percentiles
 from runtime.trace import recorder as trace
 
 Step = Callable[[int], bool | None]

@@ -9,7 +9,7 @@ from collections.abc import Sequence
 from typing import Annotated, Any
 
 from policies.execution import COEFFICIENT, Execution
-from policies.flags import Flag
+from policies.flag_builder import Flag
 from policies.number_ranges import TICKS
 from policies.types import PolicyContract
 from runtime.control.blending import ILSTUDIO_NAMES, STRATEGIES, Strategy, make_strategy

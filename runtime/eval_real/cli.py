@@ -21,7 +21,7 @@ from typing import Any, TypeVar
 
 from envs.config import TaskConfig
 from policies.command_line import CommandLine
-from policies.flags import add_flags, from_flags
+from policies.flag_builder import add_flags, from_flags
 from policies.standard_streams import run_command
 from policies.types import PolicyContract, PolicyInfo
 from policies.yaml_config import as_plain, load_config

@@ -28,8 +28,8 @@ from robots.errors import RobotError, SensorLost
 from runtime.control.clock import MonotonicClock, spin_for
 from runtime.control.control_loop import ControlLoop
 from runtime.control.realtime import Realtime, no_garbage_collection
+from runtime.eval_real.control_enums import MOVING, ControlCommand, Phase, ServerStatus, Signal
 from runtime.eval_real.event_log import ORPHAN_HOLD_S, EventLog
-from runtime.eval_real.phases import MOVING, ControlCommand, Phase, ServerStatus, Signal
 from runtime.eval_real.rollout_counts import RolloutCounter, RolloutCounts
 from runtime.eval_real.run_config import RobotLimits, RunConfig
 from runtime.eval_real.shared_state import (
@@ -40,7 +40,7 @@ from runtime.eval_real.shared_state import (
     read_chunk,
 )
 from runtime.eval_real.worker_process import ParentPipe, child_main
-from runtime.stats import RequestLatency
+from runtime.latency_stats import RequestLatency
 from runtime.trace import recorder as trace
 from transport.channel import Arrays
 from transport.child_process import send_event

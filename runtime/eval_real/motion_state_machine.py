@@ -19,7 +19,7 @@ from numpy.typing import ArrayLike, NDArray
 from policies.types import ActionChunk
 from robots.base import ActionSpec
 from runtime.control.command_stream import CommandStream, Motion
-from runtime.eval_real.phases import Phase
+from runtime.eval_real.control_enums import Phase
 
 MAX_APPROACHES = 3
 """Moves to the start of the policy's motion before a rollout fails, because it begins elsewhere."""

@@ -34,7 +34,7 @@ from numpy.typing import NDArray
 
 from policies.types import STAGES, ActionChunk
 from policies.yaml_config import parse_config
-from runtime.eval_real.phases import Signal
+from runtime.eval_real.control_enums import Signal
 from runtime.eval_real.run_config import RobotLimits, RunConfig
 from runtime.evaluation.results import write_arrays, write_atomically
 from transport.shm.spsc_queue import QueueReader

@@ -19,14 +19,14 @@ import numpy as np
 from numpy.typing import NDArray
 
 from policies.command_line import CommandLine
-from policies.flags import Flag, add_flags, from_flags
+from policies.flag_builder import Flag, add_flags, from_flags
 from policies.standard_streams import run_command
 from policies.types import ActionChunk
 from policies.yaml_config import InvalidConfig
 from robots.motion_limiter import MotionLimiter
 from runtime.control.chunk_executor import ChunkExecutor
+from runtime.eval_real.control_enums import Signal
 from runtime.eval_real.motion_state_machine import MotionStateMachine
-from runtime.eval_real.phases import Signal
 from runtime.eval_real.recording import Recording
 
 DIFFERENT, BAD_INPUT = 1, 2

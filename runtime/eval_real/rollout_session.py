@@ -13,15 +13,15 @@ import numpy as np
 
 from runtime.control.chunk_executor import ExecutorStatistics
 from runtime.errors import RuntimeFault
+from runtime.eval_real.control_enums import MOVING, ControlCommand, Phase, Signal
 from runtime.eval_real.operator_console import QUIT, OperatorConsole
-from runtime.eval_real.phases import MOVING, ControlCommand, Phase, Signal
 from runtime.eval_real.recording import Recording
 from runtime.eval_real.replay import replay, weights
 from runtime.eval_real.rollout_counts import last_counts
 from runtime.eval_real.run_config import RobotLimits
 from runtime.eval_real.supervisor import Supervisor
 from runtime.evaluation.episode_result import Episode
-from runtime.stats import StageTimes
+from runtime.latency_stats import StageTimes
 from runtime.trace import recorder as trace
 
 BEGIN_WITHIN_S = 20.0

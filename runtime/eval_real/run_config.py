@@ -12,7 +12,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from policies.execution import Execution
-from policies.flags import Flag, Group
+from policies.flag_builder import Flag, Group
 from policies.number_ranges import COUNT, DURATION_S, POSITIVE, RATE_HZ, TICKS, Range, check_ranges
 from policies.types import PolicyContract
 from policies.yaml_config import as_plain, parse_config

@@ -29,7 +29,7 @@ from robots.base import CameraSample, JointSample, Robot, Role
 from robots.errors import RobotError
 from runtime.client.policy_client import PolicyClient
 from runtime.errors import RuntimeFault, ServerBusy, ServerLost
-from runtime.eval_real.phases import Phase, ServerStatus
+from runtime.eval_real.control_enums import Phase, ServerStatus
 from runtime.eval_real.run_config import RunConfig
 from runtime.eval_real.shared_state import SharedState, put_text, write_chunk
 from runtime.eval_real.video_recorder import VideoRecorder

@@ -25,7 +25,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from policies.types import STAGES, ActionChunk
-from runtime.eval_real.phases import ControlCommand
+from runtime.eval_real.control_enums import ControlCommand
 from runtime.eval_real.rollout_counts import COUNTED
 from transport.channel import Arrays
 from transport.schema import ArraySpec, Schema

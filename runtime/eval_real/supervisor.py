@@ -10,7 +10,7 @@ from dataclasses import replace
 from typing import Any
 
 from robots.base import Robot
-from runtime.eval_real.phases import MOVING, ControlCommand, Phase, ServerStatus
+from runtime.eval_real.control_enums import MOVING, ControlCommand, Phase, ServerStatus
 from runtime.eval_real.recording import RecordingWriter
 from runtime.eval_real.run_config import RunConfig
 from runtime.eval_real.shared_state import SharedState, create_segment, encode_command, get_text

@@ -33,8 +33,8 @@ from robots.errors import RobotLost
 from robots.motion_limiter import MotionLimiter
 from runtime.control.clock import MonotonicClock
 from runtime.control.realtime import Realtime
+from runtime.eval_real.control_enums import MOVING, Phase, Signal
 from runtime.eval_real.event_log import ORPHAN_HOLD_S, EventLog
-from runtime.eval_real.phases import MOVING, Phase, Signal
 from runtime.eval_real.run_config import RunConfig
 from runtime.eval_real.shared_state import SharedState, put_text
 from runtime.eval_real.worker_process import ParentPipe, child_main

@@ -23,7 +23,7 @@ from envs.errors import EnvError
 from envs.factory import load_env_config
 from policies.command_line import CommandLine
 from policies.execution import Execution
-from policies.flags import add_flags, flag_value, from_flags
+from policies.flag_builder import add_flags, flag_value, from_flags
 from policies.standard_streams import run_command
 from policies.types import PolicyContract, PolicyInfo
 from policies.yaml_config import InvalidConfig, as_plain

@@ -22,7 +22,7 @@ from runtime.control.control_loop import ControlLoop
 from runtime.control.realtime import no_garbage_collection
 from runtime.errors import RuntimeFault
 from runtime.evaluation.episode_result import Episode
-from runtime.stats import LatencyEstimate, StageTimes
+from runtime.latency_stats import LatencyEstimate, StageTimes
 from runtime.trace import recorder as trace
 
 OnTick = Callable[[World], None]

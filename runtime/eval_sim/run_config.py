@@ -9,7 +9,7 @@ from typing import Annotated
 
 from envs.config import EnvConfig
 from envs.factory import GYM_PREFIX
-from policies.flags import Flag, Group
+from policies.flag_builder import Flag, Group
 from policies.number_ranges import COUNT, COUNT_OR_NONE, PROCESSES, SEED, check_ranges
 from runtime.control.strategy_selection import ActionManager, ActionSteps, ManagerCoef
 from runtime.evaluation.results import result_path

@@ -9,7 +9,7 @@ import numpy as np
 
 from runtime.evaluation.episode_result import Episode
 from runtime.evaluation.video import import_matplotlib
-from runtime.stats import StageTimes
+from runtime.latency_stats import StageTimes
 
 
 def write_timing_plot(path: Path, episodes: Sequence[Episode], title: str) -> None:

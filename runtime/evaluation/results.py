@@ -18,7 +18,7 @@ from numpy.typing import NDArray
 
 from policies.types import PolicyContract, PolicyInfo
 from runtime.evaluation.episode_result import Episode
-from runtime.stats import REQUEST, Percentiles, StageTimes
+from runtime.latency_stats import REQUEST, Percentiles, StageTimes
 
 PACKAGES = ("metronome", "numpy", "torch", "mujoco", "gymnasium", "gym-aloha", "pyzmq", "numba")
 

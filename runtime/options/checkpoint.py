@@ -7,7 +7,7 @@ from typing import Annotated
 
 from policies.act.config import LARGEST
 from policies.act.engine import ENGINES, PRECISIONS
-from policies.flags import Flag
+from policies.flag_builder import Flag
 from policies.number_ranges import THREADS, Choice, Range, check_ranges
 from policies.types import Pixels, Policy
 from runtime.options.shared_flags import Fps

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 from policies import jpeg
-from policies.flags import Flag
+from policies.flag_builder import Flag
 from policies.jpeg import DEFAULT_QUALITY, JpegMissing
 from policies.number_ranges import Choice, Range, check_ranges
 from runtime.options.defaults import TRANSPORTS

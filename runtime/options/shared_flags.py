@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Annotated
 
-from policies.flags import Flag
+from policies.flag_builder import Flag
 from policies.number_ranges import RATE_HZ, Choice
 
 LOG_LEVELS = ("DEBUG", "INFO", "WARNING", "ERROR")

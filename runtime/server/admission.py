@@ -19,7 +19,7 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Annotated, Any
 
-from policies.flags import Flag
+from policies.flag_builder import Flag
 from policies.number_ranges import RATE_HZ_OR_ANY, Range, check_ranges
 from runtime.server.cost_model import InferenceCostModel
 from runtime.server.rate_limiter import TokenBucket

@@ -18,20 +18,20 @@ from pathlib import Path
 
 from policies.command_line import CommandLine
 from policies.errors import PolicyError
-from policies.flags import add_flags, flag_value, from_flags
+from policies.flag_builder import add_flags, flag_value, from_flags
 from policies.standard_streams import run_command
 from policies.yaml_config import InvalidConfig, load_config
 from runtime.control import strategy_selection
 from runtime.errors import ModelNameError
+from runtime.latency_stats import Percentiles
 from runtime.options.defaults import DEFAULT_CHECKPOINT
 from runtime.options.model_name import LocalModel, read_model_name
 from runtime.server.admin_token import AdminToken
 from runtime.server.config import ServeCommand, ServerConfig
-from runtime.server.model import close_policy
+from runtime.server.loaded_model import close_policy
 from runtime.server.model_reload import ModelReloader
 from runtime.server.policy_server import PolicyServer
 from runtime.server.warmup import measure_costs, warm_up
-from runtime.stats import Percentiles
 from runtime.trace import recorder as trace
 from runtime.trace.buffer import TraceError
 from transport.address import format_address

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Annotated
 
-from policies.flags import Flag, Group
+from policies.flag_builder import Flag, Group
 from policies.number_ranges import (
     COUNT,
     DURATION_S_OR_NONE,

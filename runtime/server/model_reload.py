@@ -19,7 +19,7 @@ from typing import Any
 from policies.types import Policy
 from runtime.server.admin_token import AdminToken
 from runtime.server.cost_model import InferenceCostModel
-from runtime.server.model import close_policy
+from runtime.server.loaded_model import close_policy
 from runtime.server.state import AdminCommand
 from runtime.server.warmup import measure_costs, warm_up
 from transport.errors import Refused

@@ -26,7 +26,7 @@ from policies.errors import PolicyError
 from policies.types import Policy
 from runtime.server.admission import SessionLimits
 from runtime.server.cost_model import InferenceCostModel
-from runtime.server.model import LoadedModel
+from runtime.server.loaded_model import LoadedModel
 from runtime.server.request_handler import RequestHandler
 from runtime.server.scheduler import Scheduler
 from runtime.server.session_manager import SessionManager
@@ -35,7 +35,7 @@ from transport.address import format_address
 from transport.errors import Refused
 from transport.handshake_messages import Peer
 from transport.server.listener import Listener
-from transport.server.server_session import ServerSession
+from transport.server.listener_records import ServerSession
 from transport.shm.adaptive_spin import DEFAULT_SPIN_US
 from transport.zeromq.curve import ServerKeys
 

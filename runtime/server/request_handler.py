@@ -16,7 +16,7 @@ from runtime.server.state import ServerState
 from runtime.trace import recorder as trace
 from transport.channel import Kind, Message
 from transport.errors import TransportError, ViewsHeld
-from transport.server.server_session import ServerSession
+from transport.server.listener_records import ServerSession
 
 logger = logging.getLogger(__name__)
 

@@ -12,7 +12,7 @@ from policies.errors import ContractMismatch
 from policies.types import Policy
 from runtime.protocol import image_codec, messages
 from runtime.server.admission import Demand, SessionLimits, admit
-from runtime.server.model import LoadedModel, close_policy
+from runtime.server.loaded_model import LoadedModel, close_policy
 from runtime.server.request_handler import RequestHandler
 from runtime.server.session_state import SessionState
 from runtime.server.state import ServerState
@@ -21,7 +21,7 @@ from transport.base_channel import SLOTS
 from transport.channel import Kind, Message
 from transport.errors import PeerGone, Refused, ViewsHeld
 from transport.handshake_messages import Hello, Welcome
-from transport.server.server_session import ServerSession
+from transport.server.listener_records import ServerSession
 
 logger = logging.getLogger(__name__)
 

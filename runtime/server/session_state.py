@@ -15,7 +15,7 @@ from runtime.server.admission import Demand
 from runtime.server.rate_limiter import TokenBucket
 from runtime.server.scheduler import NEVER, QueuedRequest
 from transport.channel import Message
-from transport.server.server_session import ServerSession
+from transport.server.listener_records import ServerSession
 
 WINDOW = 1000
 """Latencies remembered per session."""

@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from runtime.server.cost_model import InferenceCostModel
-from runtime.server.model import LoadedModel
+from runtime.server.loaded_model import LoadedModel
 from runtime.server.scheduler import Scheduler
 from runtime.server.session_state import SessionState
 from transport.handshake_messages import Peer

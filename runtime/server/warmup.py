@@ -8,10 +8,10 @@ import numpy as np
 
 from policies.errors import InferenceError, PolicyError
 from policies.types import MetaObs, Policy, PolicyContract
+from runtime.latency_stats import Percentiles
 from runtime.protocol import messages
 from runtime.server.cost_model import InferenceCostModel
-from runtime.server.model import LoadedModel
-from runtime.stats import Percentiles
+from runtime.server.loaded_model import LoadedModel
 
 MIN_REQUESTS, MAX_REQUESTS, MAX_WARMUP_S = 3, 30, 2.0
 BATCH_REPETITIONS = 4

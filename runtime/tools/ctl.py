@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Annotated, Any
 
 from policies.command_line import CommandLine
-from policies.flags import Flag, add_flags, from_flags
+from policies.flag_builder import Flag, add_flags, from_flags
 from policies.number_ranges import DURATION_S
 from policies.standard_streams import run_command
 from runtime.options.connection import ClientKey, ServerKey

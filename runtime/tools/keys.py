@@ -21,7 +21,7 @@ from typing import Annotated
 from zmq import auth
 
 from policies.command_line import CommandLine
-from policies.flags import Flag, add_flags, from_flags
+from policies.flag_builder import Flag, add_flags, from_flags
 from policies.standard_streams import run_command
 from transport.zeromq.curve import OPERATORS, KeyFileError, public_key
 

@@ -16,7 +16,7 @@ from rich.table import Table
 from rich.text import Text
 
 from policies.command_line import CommandLine
-from policies.flags import Flag, add_flags, from_flags
+from policies.flag_builder import Flag, add_flags, from_flags
 from policies.number_ranges import Range
 from policies.standard_streams import run_command
 from runtime.tools.ctl import BAD_INPUT, ServerAccess

@@ -21,7 +21,7 @@ from envs.errors import EnvError
 from envs.factory import load_env_config
 from policies.command_line import CommandLine
 from policies.errors import PolicyError
-from policies.flags import Flag, add_flags, from_flags
+from policies.flag_builder import Flag, add_flags, from_flags
 from policies.number_ranges import Choice
 from policies.standard_streams import run_command
 from policies.yaml_config import InvalidConfig, load_config

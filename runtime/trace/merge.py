@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Annotated, Any
 
 from policies.command_line import CommandLine
-from policies.flags import Flag, add_flags, from_flags
+from policies.flag_builder import Flag, add_flags, from_flags
 from runtime.trace.buffer import TraceError
 from runtime.trace.chrome_format import Event, save
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from policies.flags import flags_of
+from policies.flag_builder import flags_of
 from runtime.eval_real import replay
 from runtime.eval_real.run_config import EvalRealConfig
 from runtime.eval_sim.run_config import EvalSimConfig

@@ -26,7 +26,7 @@ from policies.types import ActionChunk, MetaObs, PolicyContract
 from runtime.server.admin_token import AdminToken
 from runtime.server.admission import SessionLimits
 from runtime.server.cost_model import InferenceCostModel
-from runtime.server.model import LoadedModel
+from runtime.server.loaded_model import LoadedModel
 from runtime.server.request_handler import RequestHandler
 from runtime.server.scheduler import Scheduler
 from runtime.server.session_manager import SessionManager
@@ -50,7 +50,7 @@ from transport.server import listener as listening
 from transport.server.event_loop import EventLoop
 from transport.server.handshake import PENDING_TIMEOUT_S, Handshake
 from transport.server.listener import MAX_CONTROL_QUEUE, Listener
-from transport.server.server_session import PendingSession
+from transport.server.listener_records import PendingSession
 from transport.server.shm_acceptor import MAX_UNPROVEN, ShmAcceptor
 from transport.shm.segment import ShmResources
 from transport.shm.segment_offer import ACCEPTED, PROOF_BYTES

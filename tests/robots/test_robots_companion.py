@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from robots.companion import start_companion
+from robots.companion_launcher import start_companion
 from robots.errors import ConnectFailed, RobotError, SensorLost
 from transport.errors import ChildFailed
 

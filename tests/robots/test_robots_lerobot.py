@@ -16,7 +16,7 @@ from contracts.robot import RobotBehaviour, until
 
 from robots.errors import ConfigError, ConnectFailed, ContractViolated, RobotLost, SensorLost
 from robots.factory import make_robot
-from robots.lerobot_adapter import LeRobotRobot
+from robots.lerobot_robot import LeRobotRobot
 
 FAKE = Path(__file__).with_name("fake_lerobot")
 FILE = """

@@ -18,8 +18,8 @@ from policies.types import ActionChunk, PolicyContract
 from robots.base import ActionKind, ActionSpec, arm_actions
 from robots.errors import ConfigError
 from robots.joint_limits import JointLimits
+from runtime.eval_real.control_enums import MOVING, Phase, Signal
 from runtime.eval_real.motion_state_machine import MAX_APPROACHES, MotionStateMachine
-from runtime.eval_real.phases import MOVING, Phase, Signal
 from runtime.eval_real.recording import Recording
 from runtime.eval_real.replay import main, replay, weights
 from runtime.eval_real.run_config import RobotLimits, RunConfig, default_near

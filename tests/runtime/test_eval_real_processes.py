@@ -23,9 +23,9 @@ from robots.base import (
 )
 from robots.errors import RobotError, RobotLost
 from robots.joint_limits import JointLimits
+from runtime.eval_real.control_enums import Phase, Signal
 from runtime.eval_real.control_process import Control
 from runtime.eval_real.event_log import EventLog
-from runtime.eval_real.phases import Phase, Signal
 from runtime.eval_real.run_config import RunConfig
 from runtime.eval_real.sensing_process import Sensing
 from runtime.eval_real.shared_state import Dims, SharedState, create_segment, get_text

@@ -16,7 +16,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from runtime.eval_real.phases import Signal
+from runtime.eval_real.control_enums import Signal
 from runtime.eval_real.recording import Recording
 from runtime.eval_real.replay import main, replay, weights
 

@@ -7,7 +7,7 @@ import os
 import numpy as np
 import pytest
 
-from runtime.eval_real.phases import ControlCommand
+from runtime.eval_real.control_enums import ControlCommand
 from runtime.eval_real.shared_state import (
     Dims,
     SharedState,

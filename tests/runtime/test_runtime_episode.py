@@ -16,7 +16,7 @@ from runtime.errors import RuntimeFault
 from runtime.eval_sim.episode import run_lockstep
 from runtime.eval_sim.in_process_policy import InProcessPolicy
 from runtime.eval_sim.world_compatibility import check_world
-from runtime.stats import LatencyEstimate
+from runtime.latency_stats import LatencyEstimate
 from tests.runtime.toy_policy import CHUNK, CONTRACT, ToyPolicy
 
 

@@ -19,7 +19,7 @@ import pytest
 
 from envs.factory import make_world
 from policies.checkpoint import load
-from policies.flags import flags_of
+from policies.flag_builder import flags_of
 from policies.types import PolicyContract
 from policies.yaml_config import parse_config
 from runtime.eval_real import cli as eval_real

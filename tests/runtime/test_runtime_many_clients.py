@@ -29,7 +29,7 @@ from transport.base_channel import SLOTS, ReceivedMessage
 from transport.channel import Kind, Message
 from transport.errors import Refused
 from transport.handshake_messages import Hello, Peer
-from transport.server.server_session import ServerSession
+from transport.server.listener_records import ServerSession
 
 PATIENCE_S = 30.0
 MS = 1_000_000

@@ -30,7 +30,7 @@ from policies.yaml_config import InvalidConfig, parse_config
 from robots.agilex_config import AgilexConfig
 from robots.dummy import DummyConfig
 from robots.factory import RobotFile
-from robots.lerobot_adapter import LeRobotConfig
+from robots.lerobot_robot import LeRobotConfig
 from robots.twin_config import TwinConfig
 from runtime.eval_real import cli as eval_real
 from runtime.eval_real import replay

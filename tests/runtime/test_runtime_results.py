@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from runtime.control.chunk_executor import ExecutorStatistics
 from runtime.evaluation.episode_result import Episode
 from runtime.evaluation.results import summarize, wilson_95, write_result
-from runtime.stats import Percentiles, StageTimes
+from runtime.latency_stats import Percentiles, StageTimes
 
 
 def episode(seed: int, success: bool) -> Episode:

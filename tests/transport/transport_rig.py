@@ -13,7 +13,7 @@ from contracts.frames import CHUNK, OBSERVATION
 from transport.dialer import Dialer
 from transport.handshake_messages import Welcome
 from transport.server.listener import Listener
-from transport.server.server_session import ServerSession
+from transport.server.listener_records import ServerSession
 
 
 def make_listener(**changes: Any) -> Listener:

@@ -37,7 +37,7 @@ from transport.handshake_messages import (
     object_field,
     text_field,
 )
-from transport.server.server_session import PendingSession
+from transport.server.listener_records import PendingSession
 from transport.server.shm_acceptor import ShmAcceptor
 from transport.shm.segment_offer import SegmentOffer
 from transport.zeromq.server_socket import ServerSocket

@@ -32,7 +32,7 @@ from transport.handshake_messages import (
 from transport.schema import MAX_MESSAGE_BYTES
 from transport.server.event_loop import EventLoop
 from transport.server.handshake import AdminHandler, Handshake
-from transport.server.server_session import ListenerStatistics, ServerSession
+from transport.server.listener_records import ListenerStatistics, ServerSession
 from transport.server.session_table import SessionTable
 from transport.server.shm_acceptor import ShmAcceptor
 from transport.shm.adaptive_spin import DEFAULT_SPIN_US, AdaptiveSpin

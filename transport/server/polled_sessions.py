@@ -13,7 +13,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from transport.server.server_session import ServerSession
+from transport.server.listener_records import ServerSession
 
 if TYPE_CHECKING:
     from transport.shm.channel import ShmChannel

@@ -13,8 +13,8 @@ import zmq
 from transport.errors import PeerGone, TransportError
 from transport.handshake_messages import NO_EPOCH, Opcode, encode
 from transport.server.event_loop import EventLoop
+from transport.server.listener_records import PendingSession, ServerSession
 from transport.server.polled_sessions import PolledSessions
-from transport.server.server_session import PendingSession, ServerSession
 from transport.zeromq.channel import ZmqChannel
 from transport.zeromq.client_socket import bye_reason
 from transport.zeromq.server_socket import ServerSocket

@@ -23,7 +23,7 @@ from numpy.typing import NDArray
 from policies.yaml_config import parse_config
 from robots.attached_robot import AttachedRobot
 from robots.base import ActionKind, ActionSpec, RobotContract, Role
-from robots.companion import start_companion
+from robots.companion_launcher import start_companion
 from robots.errors import ConfigError, RobotError, RobotLost
 from robots.lerobot_config import (
     STOPS_ALONE_S,

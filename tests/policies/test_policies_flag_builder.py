@@ -11,7 +11,7 @@ from typing import Annotated, Literal
 import pytest
 
 from policies.command_line import CommandLine
-from policies.flags import Flag, Group, add_flags, flag_value, flags_of, from_flags
+from policies.flag_builder import Flag, Group, add_flags, flag_value, flags_of, from_flags
 from policies.number_ranges import Choice, Range, check_ranges
 
 COUNT = Range(0, 9)

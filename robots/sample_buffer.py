@@ -38,7 +38,7 @@ class _Fault(NamedTuple):
     until_ns: int
 
 
-class SampleStream(Generic[SampleT]):
+class SampleBuffer(Generic[SampleT]):
     """The newest samples of one sensor, added by its thread and read by another.
 
     A stamp that goes back, or an invalid sample, is a fault. Readers get it as an error until

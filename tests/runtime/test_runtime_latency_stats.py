@@ -6,7 +6,7 @@ import numpy as np
 from hypothesis import given
 from hypothesis import strategies as st
 
-from runtime.stats import RequestLatency
+from runtime.latency_stats import RequestLatency
 
 MS = 1_000_000
 

@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 
 from robots.base import JointSample
 from robots.errors import ContractViolated, SensorLost, StampFault
-from robots.sample_stream import SampleStream
+from robots.sample_buffer import SampleBuffer
 
 NEVER_S = 3600.0
 
@@ -24,7 +24,7 @@ def sample(stamp_ns: int, age_s: float = 0.0) -> JointSample:
 
 @given(st.sets(st.integers(0, 10**18), min_size=1, max_size=30), st.integers(0, 10**18))
 def test_the_nearest_stamp_is_found(stamps: set[int], wanted: int) -> None:
-    stream = SampleStream("/joints", timeout_s=NEVER_S)
+    stream = SampleBuffer("/joints", timeout_s=NEVER_S)
     for stamp in sorted(stamps):
         stream.add(sample(stamp))
     assert stream.newest().stamp_ns == max(stamps)
@@ -33,14 +33,14 @@ def test_the_nearest_stamp_is_found(stamps: set[int], wanted: int) -> None:
 
 
 def test_only_the_newest_are_kept() -> None:
-    stream = SampleStream("/joints", timeout_s=NEVER_S, keep=3)
+    stream = SampleBuffer("/joints", timeout_s=NEVER_S, keep=3)
     for stamp in range(5):
         stream.add(sample(stamp))
     assert stream.nearest(0).stamp_ns == 2
 
 
 def test_a_stamp_that_goes_back_is_a_fault_that_names_the_numbers() -> None:
-    stream = SampleStream("/joints", timeout_s=NEVER_S)
+    stream = SampleBuffer("/joints", timeout_s=NEVER_S)
     stream.add(sample(5_000_000_000))
     stream.add(sample(3_000_000_000))
     for look in (stream.newest, lambda: stream.nearest(0)):
@@ -49,7 +49,7 @@ def test_a_stamp_that_goes_back_is_a_fault_that_names_the_numbers() -> None:
 
 
 def test_after_a_while_without_another_it_goes_on_from_the_new_stamps() -> None:
-    stream = SampleStream("/joints", timeout_s=0.02)
+    stream = SampleBuffer("/joints", timeout_s=0.02)
     stream.add(sample(5_000_000_000))
     stream.add(sample(3_000_000_000))
 
@@ -68,7 +68,7 @@ def test_after_a_while_without_another_it_goes_on_from_the_new_stamps() -> None:
 
 
 def test_a_frozen_stamp_is_told_from_silence() -> None:
-    stream = SampleStream("/camera", timeout_s=1.0)
+    stream = SampleBuffer("/camera", timeout_s=1.0)
     stream.add(sample(7, age_s=1.5))
     with pytest.raises(SensorLost, match=r"/camera: nothing received for 1.5. s, expected .* 1 s"):
         stream.newest()
@@ -81,7 +81,7 @@ def test_a_frozen_stamp_is_told_from_silence() -> None:
 
 
 def test_an_invalid_sample_raises_its_own_error() -> None:
-    stream = SampleStream("/camera", timeout_s=NEVER_S)
+    stream = SampleBuffer("/camera", timeout_s=NEVER_S)
     with pytest.raises(SensorLost, match="/camera: nothing received yet"):
         stream.newest()
     stream.fail(ContractViolated, "got mono8")
@@ -91,7 +91,7 @@ def test_an_invalid_sample_raises_its_own_error() -> None:
 
 
 def test_waiting_ends_when_the_sensor_runs_or_with_the_deadline() -> None:
-    stream = SampleStream("/joints", timeout_s=NEVER_S)
+    stream = SampleBuffer("/joints", timeout_s=NEVER_S)
     assert not stream.wait(time.monotonic())
     stream.add(sample(1))
     assert not stream.wait(time.monotonic())
