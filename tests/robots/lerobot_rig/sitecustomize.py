@@ -10,7 +10,7 @@ import sys
 
 TIMES_LONGER = 40
 
-if any("lerobot_process" in word or "lekiwi_host" in word for word in sys.orig_argv):
+if any("lerobot_owner_process" in word or "lekiwi_host" in word for word in sys.orig_argv):
     import cv2
     import dynamixel_sdk
     import rig_camera
