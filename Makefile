@@ -12,7 +12,7 @@ export OMP_NUM_THREADS ?= 1
 
 help:
 	@echo "make demo    start a server, evaluate 2 episodes against it"
-	@echo "make test    every test but the long ones, on two cores"
+	@echo "make test    every test but the long ones, in WORKERS=3 processes"
 	@echo "make test-long  the long ones"
 	@echo "make check   lint, types, import rules"
 	@echo "make bench   latency tables"
@@ -23,6 +23,7 @@ help:
 demo: $(VENV)/.sim gl
 	$(BIN)/python -m runtime.tools.demo
 
+# More than the two cores: tests wait for other processes for a third of their time.
 WORKERS ?= 3
 test: $(VENV)/.dev gl
 	$(BIN)/python -m pytest tests -q -n $(WORKERS) --dist worksteal -m "not long"

@@ -40,7 +40,7 @@ soak_only = pytest.mark.skipif(not SOAK, reason="METRONOME_SOAK is not set")
 STALL_S = 0.1 + 2 * PERIOD_S
 """How long the watchdog waits for the commands of a control process."""
 
-pytestmark = pytest.mark.timeout(3600 if SOAK else 300)
+pytestmark = [pytest.mark.alone, pytest.mark.timeout(3600 if SOAK else 300)]
 
 
 class FaultyRollout:
@@ -165,6 +165,7 @@ def test_the_arm_stops_when_a_worker_process_dies(arm: Twin, tmp_path: Path) -> 
         rollout.resume()
 
 
+@pytest.mark.long
 @soak_only
 def test_the_arm_stops_when_the_server_stalls_or_a_key_is_pressed(
     arm: Twin, tmp_path: Path
@@ -237,8 +238,8 @@ def test_server_stalls_of_100_ms_starve_no_tick(arm: Twin, tmp_path: Path, facto
 @pytest.mark.parametrize(
     "number",
     [
-        pytest.param(signal.SIGINT, marks=soak_only),
-        pytest.param(signal.SIGTERM, marks=soak_only),
+        pytest.param(signal.SIGINT, marks=[soak_only, pytest.mark.long]),
+        pytest.param(signal.SIGTERM, marks=[soak_only, pytest.mark.long]),
         signal.SIGKILL,
     ],
 )
@@ -264,6 +265,7 @@ def test_the_arm_stops_when_the_parent_ends_or_dies(arm: Twin, tmp_path: Path, n
             assert (tmp_path / "sim_twin" / "sim_transfer_cube.json").exists()
 
 
+@pytest.mark.long
 @soak_only
 def test_a_chunk_with_nan_latches_a_fault(arm: Twin, tmp_path: Path) -> None:
     with (
@@ -276,6 +278,7 @@ def test_a_chunk_with_nan_latches_a_fault(arm: Twin, tmp_path: Path) -> None:
         Motion.of(arm.record()).check(arm.limits)
 
 
+@pytest.mark.long
 @soak_only
 def test_actions_outside_the_limits_are_clamped(arm: Twin, tmp_path: Path) -> None:
     with Server("make_reaching") as server:

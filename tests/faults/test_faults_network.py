@@ -43,6 +43,7 @@ def elsewhere() -> Iterator[tuple[str, ...]]:
         yield prefix
 
 
+@pytest.mark.long
 @pytest.mark.skipif(not SOAK, reason="METRONOME_SOAK is not set")
 def test_delay_stall_and_cut(elsewhere: tuple[str, ...], tmp_path: Path) -> None:
     with contextlib.ExitStack() as stack:

@@ -56,7 +56,10 @@ RUNS = {
 
 @pytest.fixture(
     scope="module",
-    params=[pytest.param(run, marks=[full] if "--full" in RUNS[run] else []) for run in RUNS],
+    params=[
+        pytest.param(run, marks=[full, pytest.mark.long] if "--full" in RUNS[run] else [])
+        for run in RUNS
+    ],
 )
 def answered(request, tmp_path_factory):
     """A folder with their checkpoint and ``expected.npz``, and what it is of."""

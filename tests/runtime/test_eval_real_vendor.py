@@ -72,6 +72,7 @@ def test_a_driver_that_fails_is_reported_in_one_line(
     assert status == 2
 
 
+@pytest.mark.long
 def test_a_driver_that_never_connects_times_out(tmp_path: Path) -> None:
     status, said = evaluate(tmp_path, "hangs", "--connect_timeout_s", "0.5")
     last = said.splitlines()[-1]
@@ -83,6 +84,7 @@ def test_a_driver_that_never_connects_times_out(tmp_path: Path) -> None:
     assert status == 2
 
 
+@pytest.mark.long
 @pytest.mark.parametrize(
     ("habit", "last", "expected"),
     [

@@ -62,7 +62,9 @@ class Bus:
         if state[motor]["Torque_Enable"]:
             state[motor]["Present_Position"] = state[motor]["Goal_Position"]
         state["did"].append([register, motor, int(value)])
-        self._path.write_text(json.dumps(state))
+        complete = self._path.with_suffix(".new")
+        complete.write_text(json.dumps(state))
+        complete.replace(self._path)  # the test reads it at any time
 
     def torque(self, motors, value: int) -> None:
         for motor in motors:
