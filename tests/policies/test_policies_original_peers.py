@@ -110,6 +110,7 @@ def observed(folder):
         return data["images"], data["state"]
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("engine", ["torch", pytest.param("openvino", marks=needs_openvino)])
 def test_the_engines_command_the_same(answered, engine, monkeypatch, tmp_path):
     monkeypatch.setenv("METRONOME_CACHE", str(tmp_path))
@@ -124,6 +125,7 @@ def test_the_engines_command_the_same(answered, engine, monkeypatch, tmp_path):
     assert error_of(folder, run, chunk.actions) <= EXACT
 
 
+@pytest.mark.long
 def test_the_plain_network_commands_the_same(answered):
     folder, run = answered
     weights = load_weights(str(folder), **arguments(folder, run))

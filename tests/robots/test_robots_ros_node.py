@@ -25,6 +25,7 @@ from robots.ros_images import decode_colour, decode_depth
 ROOT = Path(__file__).resolve().parents[2]
 
 
+@pytest.mark.long
 @pytest.mark.skipif(bool(ros_rig.MISSING), reason=ros_rig.WHY_NOT)
 @pytest.mark.timeout(300)
 @pytest.mark.parametrize("robot", ["agilex", "twin"])

@@ -226,10 +226,10 @@ def test_jpeg_sends_fewer_bytes() -> None:
     ):
         client.infer(observation(0, smooth=True))
         channel = client._session.channel
-        send = channel._carrier.send
-        channel._carrier.send = lambda frame: (sent.append(len(frame)), send(frame))[1]
+        send = channel._connection.send
+        channel._connection.send = lambda frame: (sent.append(len(frame)), send(frame))[1]
         client.infer(observation(1, smooth=True))
-        channel._carrier.send = send
+        channel._connection.send = send
     assert 0 < max(sent) < SCHEMA.nbytes / 2
 
 

@@ -243,7 +243,7 @@ def test_the_command_line(tmp_path: Path, capsys: pytest.CaptureFixture[str]) ->
     assert len(capsys.readouterr().out.splitlines()[-1]) == 40
     assert (tmp_path / "list" / "operators" / "arm.key").exists()
     for bad, says in (
-        (["new", keys, "arm"], "it exists"),
+        (["new", keys, "arm"], "got a file that exists"),
         (["new", keys, "../arm"], "expected letters"),
         (["allow", str(secret), listed], "expected the public one"),
         (["allow", f"{keys}/none.key", listed], "expected a key file"),

@@ -148,7 +148,8 @@ class ClientSocket:
             TransportTimeout: No answer arrived within ``timeout_s``.
         """
         deadline = time.monotonic() + timeout_s
-        self.send_control(opcode, epoch, body)
+        with contextlib.suppress(WouldBlock):  # refused before it was sent: the monitor knows why
+            self.send_control(opcode, epoch, body)
         while True:
             left = deadline - time.monotonic()
             if left <= 0:
