@@ -33,7 +33,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from policies.types import STAGES, ActionChunk
-from policies.yaml_config import parse_config
+from policies.yaml_config import as_plain, parse_config
 from runtime.eval_real.control_enums import Signal
 from runtime.eval_real.run_config import RobotLimits, RunConfig
 from runtime.evaluation.results import write_arrays, write_atomically
@@ -98,7 +98,7 @@ class Recording:
         write_arrays(stem.with_suffix(".npz"), {"weights": weights, **rows, **chunks})
         text = {
             "format": FORMAT,
-            "mission": _renamed(json.loads(self.config.to_json()), _CONFIG_ON_DISK),
+            "mission": _renamed(as_plain(self.config), _CONFIG_ON_DISK),
             "body": self.robot_limits.to_dict(),
             **self.facts,
         }

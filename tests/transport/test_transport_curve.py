@@ -17,8 +17,9 @@ from transport_rig import make_listener, pumped
 
 from runtime.tools.keys import allow, main, new_keys
 from transport.dialer import Dialer
-from transport.errors import Refused, TransportTimeout
+from transport.errors import Refused, TransportTimeout, WouldBlock
 from transport.zeromq import zmtp_greeting
+from transport.zeromq.client_socket import ClientSocket
 from transport.zeromq.curve import ClientKeys, KeyFileError, ServerKeys, public_key
 
 REFUSED_WITHIN_S = 1.0
@@ -105,6 +106,22 @@ def test_other_keys_are_refused_at_once_and_logged_and_sessions_continue(
             with Dialer("127.0.0.1", listener.port, timeout_s=5, curve=ring.client("late")) as late:
                 assert late.describe() == {"serves": "tests"}
         assert any("refused a connection" in text for text in caplog.messages)
+
+
+def test_a_refusal_before_the_request_is_sent_is_told(
+    ring: Keyring, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def nowhere_to_send(*_: object) -> None:
+        raise WouldBlock("the connection has ended")
+
+    monkeypatch.setattr(ClientSocket, "send_control", nowhere_to_send)
+    with (
+        make_listener(curve=ring.server()) as listener,
+        Dialer("127.0.0.1", listener.port, timeout_s=5, curve=_unlisted(ring)) as dialer,
+        pumped(listener),
+        pytest.raises(Refused, match="not on its list"),
+    ):
+        dialer.describe()
 
 
 def test_keys_for_a_server_that_has_none_are_refused_at_once(ring: Keyring) -> None:
