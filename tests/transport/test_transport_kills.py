@@ -176,8 +176,11 @@ def test_a_client_is_killed(point: Point, fork_server: ForkServer, delays) -> No
 
 @pytest.mark.parametrize("point", SERVER_HANDSHAKE + SERVER_DATA, ids=str)
 def test_a_server_is_killed(point: Point, fork_server: ForkServer, delays) -> None:
+    armed_after = 1 if point in SERVER_DATA else 0
     for line in calls(point):
-        with fork_server.fork("transport_sides:serve", point=line) as victim:
+        with fork_server.fork(
+            "transport_sides:serve", point=line, armed_after=armed_after
+        ) as victim:
             port = victim.expect("listening")["port"]
             what = {"port": port, "timeout_s": TIMEOUT_S, "count": 10_000}
             with fork_server.fork("transport_sides:ask", **what) as client:

@@ -65,9 +65,16 @@ def arm(point: dict[str, Any] | None) -> None:
     sys.settrace(enter)
 
 
-def serve(port: int = 0, point: dict[str, Any] | None = None, uid: int = 0) -> None:
-    """Answer every observation with its checksum, until SIGTERM."""
+def serve(
+    port: int = 0, point: dict[str, Any] | None = None, uid: int = 0, armed_after: int = 0
+) -> None:
+    """Answer every observation with its checksum, until SIGTERM.
+
+    ``point`` counts from the answer ``armed_after``: a new session's ring is also read while its
+    client still waits for the end of the handshake.
+    """
     stopping: list[int] = []
+    answers = 0
 
     def stop(number: int, _frame: Any) -> None:
         stopping.append(number)
@@ -85,13 +92,17 @@ def serve(port: int = 0, point: dict[str, Any] | None = None, uid: int = 0) -> N
     )
     signal.signal(signal.SIGTERM, stop)
     send_event("listening", port=listener.port)
-    arm(point)
+    if not armed_after:
+        arm(point)
     while not stopping:
         for session in listener.wait(None):
             try:
                 while (message := session.channel.poll()) is not None:
                     with message:
                         session.channel.send(answer(message.arrays), message.request_id)
+                    answers += 1
+                    if answers == armed_after:
+                        arm(point)
             except PeerGone:
                 if session.ended is not None:  # else it will be handed out once more
                     send_event("ended", reason=session.ended, at_ns=time.monotonic_ns())
