@@ -35,3 +35,11 @@ class InferenceError(PolicyError):
 
 class RequestExpired(InferenceError):
     """The time that a request had was up, or would have been, before it could be computed."""
+
+
+class DeviceLost(InferenceError):
+    """The device failed for good: this process computes nothing on it any more.
+
+    A CUDA error such as an illegal memory access leaves the process's context unusable. The process
+    has to end, so that a supervisor starts a new one.
+    """
