@@ -2,17 +2,25 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager, suppress
 from typing import Any, Protocol
 
 import torch
 from torch import Tensor
+
+from policies.act.hardware import is_lost
 
 WARM_UP_RUNS = 3
 """Runs before a capture, in which libraries choose kernels and allocate workspaces. A capture
 cannot do either.
 """
 HIGH_PRIORITY = -1
+
+_failed_graphs: list[Any] = []
+"""Graphs whose capture failed. torch's allocators keep a function of such a graph that says which
+streams are captured, so it must stay alive.
+"""
 
 
 class CudaApi(Protocol):
@@ -36,29 +44,50 @@ class CudaApi(Protocol):
         """Warm up ``step`` and capture it as a graph; calling the result enqueues the graph.
 
         Raises:
-            RuntimeError: The device or an operation does not support graphs, or is out of memory.
+            torch.OutOfMemoryError: The device lacks memory for it; smaller steps may fit.
+            RuntimeError: The device or an operation does not support graphs.
         """
         ...
 
+    def in_stream(self) -> AbstractContextManager[object]:
+        """Return a context in which graphs and copies are enqueued."""
+        ...
+
     def copy(self, target: Tensor, source: Tensor) -> None:
-        """Enqueue a copy."""
+        """Enqueue a copy; ``source`` must not change before ``wait`` returned."""
         ...
 
     def wait(self) -> None:
         """Wait until all enqueued work is done."""
         ...
 
+    def is_lost(self) -> bool:
+        """Wait for all work, and return whether the device failed for good."""
+        ...
+
+    def close(self) -> None:
+        """Give unused memory back to the device."""
+        ...
+
 
 class TorchCuda:
-    """``CudaApi`` through torch, with a high-priority stream and its own memory pool."""
+    """``CudaApi`` through torch, with a high-priority stream and its own memory pool.
 
-    def __init__(self, device: torch.device) -> None:
-        self.device = device
+    Args:
+        device: A CUDA device.
+        autotune: Let cuDNN time its algorithms for each convolution before a capture, and choose
+            the fastest. Another process may then choose another one.
+    """
+
+    def __init__(self, device: torch.device, *, autotune: bool = True) -> None:
+        self.device, self._autotune = device, autotune
         cuda: Any = torch.cuda  # hardly typed
         with torch.cuda.device(device):
+            # Warming up takes seconds; another engine may serve meanwhile and goes first.
+            self._warm_up_stream = cuda.Stream(device)
             self._stream = cuda.Stream(device, priority=HIGH_PRIORITY)
             self._done = cuda.Event()
-            self._pool = torch.cuda.graph_pool_handle()
+            self._pool = cuda.graph_pool_handle()
 
     def buffer(self, shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
         """Return ``torch.zeros`` on the device."""
@@ -70,34 +99,88 @@ class TorchCuda:
 
     def capture(self, step: Callable[[], None]) -> Callable[[], None]:
         """Capture ``step`` as a ``CUDAGraph`` and replay it once."""
+        cuda: Any = torch.cuda
         with torch.cuda.device(self.device):
-            self._stream.wait_stream(torch.cuda.current_stream())
-            with torch.cuda.stream(self._stream):
-                for _ in range(WARM_UP_RUNS):
-                    step()
-            self._stream.synchronize()
-            graph = torch.cuda.CUDAGraph()
-            # thread_local: another thread's allocation must not invalidate the capture. The graphs
-            # can share the pool, because they run one after another and pass no data through it.
-            with torch.cuda.graph(
-                graph, pool=self._pool, stream=self._stream, capture_error_mode="thread_local"
-            ):
-                step()
-
-        def replay() -> None:
-            with torch.cuda.stream(self._stream):
+            try:
+                self._warm_up(step)
+                graph = cuda.CUDAGraph()
+                with torch.cuda.stream(self._stream):
+                    self._capture(graph, step)
+            except torch.OutOfMemoryError:
+                torch.cuda.empty_cache()
+                raise
+            with self.in_stream():
                 graph.replay()
-
-        replay()
-        self._stream.synchronize()
+            self._stream.synchronize()
+        replay: Callable[[], None] = graph.replay
         return replay
 
+    def in_stream(self) -> AbstractContextManager[object]:
+        """Make the high-priority stream the current one."""
+        return torch.cuda.stream(self._stream)
+
     def copy(self, target: Tensor, source: Tensor) -> None:
-        """Enqueue the copy on the stream."""
-        with torch.cuda.stream(self._stream):
-            target.copy_(source, non_blocking=True)
+        """Enqueue the copy on the current stream."""
+        target.copy_(source, non_blocking=True)
 
     def wait(self) -> None:
         """Record an event on the stream and wait for it."""
         self._done.record(self._stream)
         self._done.synchronize()
+
+    def is_lost(self) -> bool:
+        """As ``hardware.is_lost``."""
+        return is_lost(self.device)
+
+    def close(self) -> None:
+        """Empty torch's cache, in which the graphs' pool is."""
+        with suppress(RuntimeError):  # the device may be lost
+            torch.cuda.empty_cache()
+
+    def _warm_up(self, step: Callable[[], None]) -> None:
+        current = torch.cuda.current_stream(self.device)
+        self._warm_up_stream.wait_stream(current)
+        with torch.cuda.stream(self._warm_up_stream), _autotuning(enabled=self._autotune):
+            for _ in range(WARM_UP_RUNS):
+                step()
+        # Once on the stream of the capture: cuBLAS has a workspace for each stream.
+        self._stream.wait_stream(self._warm_up_stream)
+        with torch.cuda.stream(self._stream):
+            step()
+        self._stream.synchronize()
+
+    def _capture(self, graph: Any, step: Callable[[], None]) -> None:
+        """Capture ``step`` on the current stream. After a failure other captures still work.
+
+        ``torch.cuda.graph`` is not used: where its end fails, it leaves the thread on the stream
+        of the capture, and the allocator in the graph's pool.
+        """
+        try:
+            # thread_local: another thread's allocation must not invalidate the capture. The graphs
+            # can share the pool, because they run one after another and pass no data through it.
+            graph.capture_begin(pool=self._pool, capture_error_mode="thread_local")
+            step()
+            graph.capture_end()
+        except BaseException:
+            _failed_graphs.append(graph)
+            self._end_failed_capture(graph)
+            raise
+
+    def _end_failed_capture(self, graph: Any) -> None:
+        """End the capture of the stream and of the allocator; either may have ended already."""
+        with suppress(RuntimeError):
+            graph.capture_end()
+        with suppress(RuntimeError):
+            torch._C._cuda_endAllocateToPool(self.device.index or 0, self._pool)
+        self._pool = torch.cuda.graph_pool_handle()
+
+
+@contextmanager
+def _autotuning(*, enabled: bool) -> Iterator[None]:
+    """Let cuDNN time its algorithms meanwhile; it uses later what it has found."""
+    before = torch.backends.cudnn.benchmark
+    torch.backends.cudnn.benchmark = enabled
+    try:
+        yield
+    finally:
+        torch.backends.cudnn.benchmark = before

@@ -20,6 +20,17 @@ ENGINES = ("auto", "torch", "openvino", "cuda-graph")
 """Valid engine names."""
 PRECISIONS = ("auto", "fp32", "bf16", "fp16")
 """Valid precision names."""
+GRAPH_OPTIONS = (
+    "autotune",
+    "pinned_attention",
+    "direct_upload",
+    "fused_convolutions",
+    "compiled",
+    "space_to_depth",
+)
+"""Optional steps of the engine of CUDA graphs; ``docs/inference.md`` describes them."""
+DEFAULT_GRAPH_OPTIONS = GRAPH_OPTIONS[:3]
+"""Those that are on by default. No GPU has shown yet that the others help."""
 MAX_BATCH = 8
 """Largest number of observations in one ``Engine.run``."""
 
@@ -46,6 +57,8 @@ class EngineOptions:
         engine: One of ``ENGINES``.
         precision: One of ``PRECISIONS``.
         threads: CPU threads of one inference; ``hardware.default_threads()`` where None.
+        graph_options: The steps of ``GRAPH_OPTIONS`` that the engine of CUDA graphs takes;
+            ``DEFAULT_GRAPH_OPTIONS`` where None. Other engines ignore them.
 
     Raises:
         ContractMismatch: An unknown name or an invalid number.
@@ -55,6 +68,7 @@ class EngineOptions:
     engine: str = "auto"
     precision: str = "auto"
     threads: int | None = None
+    graph_options: tuple[str, ...] | None = None
 
     def __post_init__(self) -> None:
         for name, choices in (("engine", ENGINES), ("precision", PRECISIONS)):
@@ -62,6 +76,15 @@ class EngineOptions:
                 raise ContractMismatch(name, repr(getattr(self, name)), f"one of {choices}")
         if self.threads is not None and self.threads < 1:
             raise ContractMismatch("threads", str(self.threads), "at least 1")
+        for name in self.graph_options or ():
+            if name not in GRAPH_OPTIONS:
+                raise ContractMismatch("graph_options", repr(name), f"any of {GRAPH_OPTIONS}")
+
+    @property
+    def chosen_graph_options(self) -> frozenset[str]:
+        """The steps of the engine of CUDA graphs."""
+        chosen = DEFAULT_GRAPH_OPTIONS if self.graph_options is None else self.graph_options
+        return frozenset(chosen)
 
 
 class EngineUnavailable(PolicyError):

@@ -14,9 +14,13 @@ MAX_RELATIVE_ERROR = {"fp32": 1e-5, "bf16": 2e-2, "fp16": 2e-2}
 """Largest error, by precision, that is accepted without a warning."""
 
 
-def probe(config: ActConfig) -> Frames:
-    """Return one fixed observation: each image half smooth and half noise, and a random state."""
-    random = np.random.default_rng(0)
+PROBES = 2
+"""Number of different observations."""
+
+
+def probe(config: ActConfig, seed: int = 0) -> Frames:
+    """Return a fixed observation: each image half smooth and half noise, and a random state."""
+    random = np.random.default_rng(seed)
     height, width = config.image_hw
     images = []
     for _ in range(config.n_cameras):
@@ -28,22 +32,35 @@ def probe(config: ActConfig) -> Frames:
 
 
 def reference_actions(fused: FusedAct) -> NDArray[np.float32]:
-    """Return (T, A), the actions of ``fused``, in float32 on the CPU, for ``probe``."""
-    frames = probe(fused.config)
-    with torch.inference_mode():
-        images = torch.from_numpy(np.stack(frames.images)[None])
-        state = torch.from_numpy(frames.state[None])
-        actions: NDArray[np.float32] = fused(images, state)[0].numpy()
-    return actions
+    """Return (``PROBES``, T, A), the actions of ``fused`` for each ``probe``, which is float32 on
+    the CPU.
+    """
+    actions = []
+    for seed in range(PROBES):
+        frames = probe(fused.config, seed)
+        with torch.inference_mode():
+            images = torch.from_numpy(np.stack(frames.images)[None])
+            state = torch.from_numpy(frames.state[None])
+            actions.append(fused(images, state)[0].numpy())
+    return np.stack(actions)
 
 
 def relative_error(engine: Engine, config: ActConfig, reference: NDArray[np.float32]) -> float:
     """Return max |a - b| / max |b| of ``engine`` against ``reference``; infinity if not finite.
 
+    Every prepared batch size runs, with the second probe in each place of the batch in turn: sizes
+    may have other algorithms, and places may be mistaken for each other.
+
     Raises:
         InferenceError: The engine failed.
     """
-    actions = engine.run([probe(config)])[0]
-    if not np.isfinite(actions).all():
-        return float("inf")
-    return float(np.abs(actions - reference).max() / max(np.abs(reference).max(), 1e-12))
+    probes = [probe(config, seed) for seed in range(PROBES)]
+    largest = 0.0
+    for size in engine.sizes:
+        for place in range(-1, size):
+            members = [int(place == i) for i in range(size)]
+            actions = engine.run([probes[member] for member in members])
+            if not np.isfinite(actions).all():
+                return float("inf")
+            largest = max(largest, float(np.abs(actions - reference[members]).max()))
+    return largest / max(float(np.abs(reference).max()), 1e-12)

@@ -12,7 +12,7 @@ import torch
 from numpy.typing import NDArray
 
 from policies.act import hardware
-from policies.act.engine import MAX_BATCH, Engine, EngineUnavailable
+from policies.act.engine import DEFAULT_GRAPH_OPTIONS, MAX_BATCH, Engine, EngineUnavailable
 from policies.act.engine_cache import BlobCache, Stored
 from policies.act.engine_check import MAX_RELATIVE_ERROR, reference_actions, relative_error
 from policies.act.fused_model import FusedAct
@@ -23,8 +23,10 @@ from policies.errors import InferenceError
 
 logger = logging.getLogger(__name__)
 
-EngineFactory = Callable[[ActWeights, torch.device, str, int], tuple[Engine, float]]
-"""(weights, device, precision, threads) to an engine and its relative error on the probe."""
+EngineFactory = Callable[[ActWeights, torch.device, str, int, frozenset[str]], tuple[Engine, float]]
+"""(weights, device, precision, threads, graph options) to an engine and its relative error on the
+probes.
+"""
 
 FP16_PIXEL_UNIT = 2.0**-6
 """``pixel_unit`` for fp16. Images of 0 to 255 would need weights near 6e-5, the smallest normal
@@ -41,10 +43,19 @@ COMPILED_SOURCES = (
 
 
 def make_torch(
-    weights: ActWeights, device: torch.device, precision: str, threads: int
+    weights: ActWeights,
+    device: torch.device,
+    precision: str,
+    threads: int,
+    graph_options: frozenset[str] = frozenset(),
 ) -> tuple[Engine, float]:
-    """Build the engine that runs the fused network in eager torch."""
-    hardware.set_deterministic(device, hardware.DTYPES[precision])
+    """Build the engine that runs the fused network in eager torch.
+
+    Raises:
+        EngineUnavailable: The device fails, or lacks memory.
+    """
+    del graph_options
+    hardware.configure_cuda(device, hardware.DTYPES[precision])
     hardware.set_threads(threads)
     fused, reference = _fused_and_reference(weights, precision)
     engine = TorchEngine(fused, device, precision, threads)
@@ -52,7 +63,11 @@ def make_torch(
 
 
 def make_cuda_graph(
-    weights: ActWeights, device: torch.device, precision: str, threads: int
+    weights: ActWeights,
+    device: torch.device,
+    precision: str,
+    threads: int,
+    graph_options: frozenset[str] = frozenset(DEFAULT_GRAPH_OPTIONS),
 ) -> tuple[Engine, float]:
     """Build the engine of captured CUDA graphs.
 
@@ -61,32 +76,42 @@ def make_cuda_graph(
     """
     from policies.act.cuda_api import TorchCuda
     from policies.act.cuda_graph import CudaGraphEngine
+    from policies.act.registered_memory import process_registry
 
-    hardware.set_deterministic(device, hardware.DTYPES[precision])
+    pinned_attention = "pinned_attention" in graph_options
+    hardware.configure_cuda(device, hardware.DTYPES[precision], pinned_attention=pinned_attention)
     hardware.set_threads(threads)
-    fused, reference = _fused_and_reference(weights, precision)
+    fused, reference = _fused_and_reference(
+        weights, precision, space_to_depth="space_to_depth" in graph_options
+    )
     try:
-        api = TorchCuda(device)
+        api = TorchCuda(device, autotune="autotune" in graph_options)
     except RuntimeError as error:
         raise EngineUnavailable(f"{device}: {error}") from error
-    engine = CudaGraphEngine(fused, precision, api)
+    memory = process_registry(device) if "direct_upload" in graph_options else None
+    engine = CudaGraphEngine(fused, precision, api, options=graph_options, registered_memory=memory)
     try:
         return engine, relative_error(engine, weights.config, reference)
     except InferenceError:
-        if precision != "fp16":
-            raise
-        return engine, float("inf")
+        if precision == "fp16":
+            return engine, float("inf")
+        engine.close()
+        raise
 
 
 def make_openvino(
-    weights: ActWeights, device: torch.device, precision: str, threads: int
+    weights: ActWeights,
+    device: torch.device,
+    precision: str,
+    threads: int,
+    graph_options: frozenset[str] = frozenset(),
 ) -> tuple[Engine, float]:
     """Compile the network with OpenVINO, or load it from the cache with the error measured then.
 
     Raises:
         EngineUnavailable: OpenVINO is not installed, or cannot compile or run the network.
     """
-    del device
+    del device, graph_options
     try:
         from policies.act import openvino_engine
     except ImportError as missing:
@@ -139,9 +164,12 @@ def engine_key(weights: ActWeights, precision: str, threads: int, compiler: str)
 
 
 def _fused_and_reference(
-    weights: ActWeights, precision: str
+    weights: ActWeights, precision: str, *, space_to_depth: bool = False
 ) -> tuple[FusedAct, NDArray[np.float32]]:
-    """Return the network, still float32 and ready to convert, and its actions for the probe."""
+    """Return the network, still float32 and ready to convert, and its actions for the probes."""
     fused = fuse(weights)
     reference = reference_actions(fused)
-    return (fuse(weights, pixel_unit=FP16_PIXEL_UNIT) if precision == "fp16" else fused), reference
+    if precision == "fp16" or space_to_depth:
+        pixel_unit = FP16_PIXEL_UNIT if precision == "fp16" else 1.0
+        fused = fuse(weights, pixel_unit=pixel_unit, space_to_depth=space_to_depth)
+    return fused, reference

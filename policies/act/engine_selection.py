@@ -22,6 +22,8 @@ from policies.errors import ContractMismatch, InferenceError
 
 logger = logging.getLogger(__name__)
 
+ENGINES_OF = {"cuda": ("cuda-graph", "torch"), "cpu": ("openvino", "torch")}
+"""The engines of each kind of device, the fastest first."""
 OVERFLOW = float("inf")
 """Error of an engine whose result is not finite."""
 
@@ -33,14 +35,21 @@ def make_engine(weights: ActWeights, options: EngineOptions | None = None) -> En
         ContractMismatch: This machine does not have what the user named.
     """
     options = options or EngineOptions()
-    device = hardware.choose_device(options.device)
     threads = options.threads or hardware.default_threads()
-    precisions, note = _precisions(options.precision, device)
     reasons: list[str] = []
-    for name in _engines(options.engine, device):
+    for device, name in _candidates(options):
+        try:
+            precisions, note = _precisions(options.precision, device)
+        except ContractMismatch as mismatch:
+            if not reasons:
+                raise
+            reasons.append(f"{name} on {device}: {mismatch}")
+            continue
         for precision in precisions:
             try:
-                engine, error = ENGINE_FACTORIES[name](weights, device, precision, threads)
+                engine, error = ENGINE_FACTORIES[name](
+                    weights, device, precision, threads, options.chosen_graph_options
+                )
             except (EngineUnavailable, InferenceError) as failure:
                 reasons.append(f"{name} in {precision}: {failure}")
                 logger.warning("engine skipped: %s", reasons[-1])
@@ -70,16 +79,23 @@ def _describe(error: float) -> str:
     return f"error against float32 torch {error:.1e}"
 
 
-def _engines(name: str, device: torch.device) -> tuple[str, ...]:
-    """Return the engines to try, in this order."""
-    known = ("cuda-graph", "torch") if device.type == "cuda" else ("openvino", "torch")
-    if name == "auto":
-        return known
-    if name not in known:
+def _candidates(options: EngineOptions) -> list[tuple[torch.device, str]]:
+    """Return the devices and engines to try, in this order.
+
+    Device "auto" is a GPU where there is one, and then the CPU.
+    """
+    device = hardware.choose_device(options.device)
+    devices = [device]
+    if options.device == "auto" and device.type == "cuda":
+        devices.append(torch.device("cpu"))
+    known = [(device, name) for device in devices for name in ENGINES_OF[device.type]]
+    chosen = [(device, name) for device, name in known if options.engine in {"auto", name}]
+    if not chosen:
+        names = ("auto", *dict.fromkeys(name for _, name in known))
         raise ContractMismatch(
-            "engine", repr(name), f"one of {('auto', *known)} on device {str(device)!r}"
+            "engine", repr(options.engine), f"one of {names} on device {str(device)!r}"
         )
-    return (name,)
+    return chosen
 
 
 def _precisions(name: str, device: torch.device) -> tuple[tuple[str, ...], str]:

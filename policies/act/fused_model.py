@@ -14,6 +14,32 @@ from torch.nn import functional as F
 
 from policies.act.config import ActConfig
 
+BLOCK_CHANNELS = 16
+"""Channels of ``space_to_depth``: 12 and zeros, because tensor cores take multiples of 8."""
+
+
+def space_to_depth(x: Tensor, dtype: torch.dtype) -> Tensor:
+    """Arrange blocks of 2 x 2 pixels as channels, for a convolution with half the stride.
+
+    A 7 x 7 convolution with stride 2 and padding 3 of 3 channels is one of 4 x 4 with stride 1 and
+    no padding of these: an 8 x 8 kernel with a first row and column of zeros, in blocks of 2 x 2.
+
+    Args:
+        x: (..., H, W, 3) of any dtype.
+        dtype: Of the result.
+
+    Returns:
+        (..., ceil(H / 2) + 3, ceil(W / 2) + 3, ``BLOCK_CHANNELS``), with the padding: two blocks of
+        zeros before, one after. The channels are row and column in the block and colour.
+    """
+    height, width = x.shape[-3:-1]
+    if height % 2 or width % 2:
+        x = F.pad(x, (0, 0, 0, width % 2, 0, height % 2))
+    rows, columns = x.shape[-3] // 2, x.shape[-2] // 2
+    x = x.reshape(*x.shape[:-3], rows, 2, columns, 2, 3).transpose(-4, -3)
+    x = x.to(dtype, memory_format=torch.contiguous_format).flatten(-3)
+    return F.pad(x, (0, BLOCK_CHANNELS - x.shape[-1], 2, 1, 2, 1))
+
 
 class FusedBlock(nn.Module):
     """A residual block with batch-norm folded into the convolutions.
@@ -46,8 +72,9 @@ class FusedBackbone(nn.Module):
         self.stem, self.blocks = stem, nn.ModuleList(blocks)
 
     def forward(self, x: Tensor) -> Tensor:
-        """(B, 3, H, W), channels last, to (B, 512, h, w)."""
-        x = F.max_pool2d(self.stem(x).relu_(), 3, stride=2, padding=1)
+        """(B, C, H, W), channels last, to (B, 512, h, w); C is 3, or as ``space_to_depth``."""
+        # The maximum of the rectified values is the rectified maximum, of a quarter of the values.
+        x = F.max_pool2d(self.stem(x), 3, stride=2, padding=1).relu_()
         for block in self.blocks:
             x = block(x)
         return x
@@ -207,6 +234,7 @@ class FusedAct(nn.Module):
         action_head: D to A, in the network's units.
         action_scale, action_shift: (A,) map from those to physical units.
         action_limits: (A,) lowest and highest action of the normalizer; None for no limits.
+        space_to_depth: The first convolutions take ``space_to_depth`` of the images.
     """
 
     pixel_mean: Tensor
@@ -235,9 +263,11 @@ class FusedAct(nn.Module):
         action_scale: Tensor,
         action_shift: Tensor,
         action_limits: tuple[Tensor, Tensor] | None,
+        space_to_depth: bool = False,
     ) -> None:
         super().__init__()
         self.config = config
+        self.space_to_depth = space_to_depth
         self.image_proj, self.state_proj = image_proj, state_proj
         self.backbones, self.encoder = nn.ModuleList(backbones), nn.ModuleList(encoder)
         self.first, self.later = first, nn.ModuleList(later)
@@ -271,7 +301,11 @@ class FusedAct(nn.Module):
 
     def forward(self, images: Tensor, state: Tensor) -> Tensor:
         """(B, N, H, W, 3) uint8, (B, S) float32 normalized, to (B, T, A) float32 physical."""
-        memory = self.tokens(images, state)
+        return self.transform(self.features(images), state)
+
+    def transform(self, features: Tensor, state: Tensor) -> Tensor:
+        """As ``forward``, from ``features`` of the images: all but the convolutions."""
+        memory = self.tokens(features, state)
         for layer in self.encoder:
             memory = layer(memory)
         y = self.first(memory)
@@ -279,13 +313,13 @@ class FusedAct(nn.Module):
             y = layer(y, memory)
         return self.physical(self.action_head(self.norm(y.float())))
 
-    def tokens(self, images: Tensor, state: Tensor) -> Tensor:
+    def tokens(self, features: Tensor, state: Tensor) -> Tensor:
         """Return (B, 2 + N * h * w, D): style, state, and the images' features in memory order."""
-        features = self.features(images)
         image_tokens = self.image_proj(features.permute(0, 2, 3, 1).flatten(1, 2))
-        image_tokens = image_tokens.reshape(len(images), -1, self.config.width)
-        style = self.style_token.expand(len(images), 1, -1)
-        return torch.cat((style, self.state_proj(state.to(self.dtype))[:, None], image_tokens), 1)
+        image_tokens = image_tokens.reshape(len(state), -1, self.config.width)
+        style = self.style_token.expand(len(state), 1, -1)
+        state_token = self.state_proj(state.to(self.dtype)).unsqueeze(1)
+        return torch.cat((style, state_token, image_tokens), 1)
 
     def features(self, images: Tensor) -> Tensor:
         """Return (B * N, 512, h, w), channels last.
@@ -295,6 +329,8 @@ class FusedAct(nn.Module):
         x = images - self.pixel_mean
         if self.pixel_scale is not None:
             x *= self.pixel_scale
+        if self.space_to_depth:
+            x = space_to_depth(x, self.dtype)
         x = x.permute(0, 1, 4, 2, 3).to(self.dtype)
         if not self.config.backbone_per_camera:
             return self.backbones[0](x.flatten(0, 1))  # type: ignore[no-any-return]

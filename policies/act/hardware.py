@@ -44,7 +44,9 @@ def precisions(device: torch.device) -> tuple[str, ...]:
     offered.
     """
     if device.type == "cuda":
-        return ("fp32", "bf16", "fp16") if torch.cuda.is_bf16_supported() else ("fp32", "fp16")
+        # Not ``is_bf16_supported``: it counts emulation, and looks at the current device.
+        has_bf16 = torch.cuda.get_device_capability(device) >= (8, 0)
+        return ("fp32", "bf16", "fp16") if has_bf16 else ("fp32", "fp16")
     flags = cpu_flags()
     return ("fp32", *(name for name, needed in CPU_FLAGS.items() if needed & flags))
 
@@ -96,16 +98,39 @@ def set_threads(threads: int) -> None:
         torch.set_num_threads(threads)
 
 
-def set_deterministic(device: torch.device, dtype: torch.dtype) -> None:
+def configure_cuda(
+    device: torch.device, dtype: torch.dtype, *, pinned_attention: bool = True
+) -> None:
     """Make CUDA deterministic and float32 full precision, in all of this process's torch.
 
-    By default torch computes float32 convolutions in TF32, with 10 bits of mantissa, and may choose
-    another algorithm in every process.
+    By default torch computes float32 convolutions in TF32, with 10 bits of mantissa.
+
+    Args:
+        device: Nothing is done where it is not a CUDA device.
+        dtype: Number format of the network.
+        pinned_attention: Never use cuDNN's attention, which torch prefers on Hopper and which had
+            wrong results before cuDNN 9.15.1 where the number of tokens is no multiple of 128.
+            That leaves flash attention, then the memory-efficient one, which float32 needs.
     """
     if device.type != "cuda":
         return
+    torch.backends.cuda.enable_cudnn_sdp(not pinned_attention)
     torch.backends.cudnn.deterministic = True
     torch.backends.cudnn.benchmark = False
     if dtype == torch.float32:
         torch.backends.cudnn.allow_tf32 = False
         torch.backends.cuda.matmul.allow_tf32 = False
+
+
+def is_lost(device: torch.device) -> bool:
+    """Wait for all work of ``device``; return whether it failed for good, as CUDA contexts do.
+
+    After an error such as an illegal memory access, every call repeats it.
+    """
+    if device.type != "cuda":
+        return False
+    try:
+        torch.cuda.synchronize(device)
+    except RuntimeError:
+        return True
+    return False

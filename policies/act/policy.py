@@ -20,12 +20,14 @@ class ActPolicy:
     """An ACT checkpoint as a policy. Stateless; used by one thread at a time.
 
     Every chunk depends only on its own observation. The same observation gives the same bits in any
-    process of one machine with the same device, engine, precision and threads.
+    process of one machine with the same device, engine, precision and threads. On a GPU that holds
+    within one process: cuDNN times its algorithms, and another process may choose others.
 
     Args:
         weights: The checkpoint.
         checkpoint: Where ``weights`` came from, for ``info``.
-        device, engine, precision, threads: See ``policies.act.engine.EngineOptions``.
+        device, engine, precision, threads, graph_options: See
+            ``policies.act.engine.EngineOptions``.
         chunk_size: Cut every chunk to this many actions; the trained number where None.
 
     Raises:
@@ -42,6 +44,7 @@ class ActPolicy:
         precision: str = "auto",
         chunk_size: int | None = None,
         threads: int | None = None,
+        graph_options: Sequence[str] | None = None,
     ) -> None:
         trained = weights.config.chunk_size
         if chunk_size is not None and not 1 <= chunk_size <= trained:
@@ -49,7 +52,10 @@ class ActPolicy:
         self._contract = weights.contract(chunk_size)
         warm_up(self._contract.cameras)
         self._state_normalizer = weights.state_normalizer
-        self._engine = make_engine(weights, EngineOptions(device, engine, precision, threads))
+        chosen = None if graph_options is None else tuple(graph_options)
+        self._engine = make_engine(
+            weights, EngineOptions(device, engine, precision, threads, chosen)
+        )
         self._info = PolicyInfo(
             checkpoint=checkpoint,
             device=self._engine.device,

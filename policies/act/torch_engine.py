@@ -8,10 +8,10 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from policies.act.engine import MAX_BATCH, Frames, HostEngine
+from policies.act.engine import MAX_BATCH, EngineUnavailable, Frames, HostEngine
 from policies.act.fused_model import FusedAct
-from policies.act.hardware import DTYPES, set_threads
-from policies.errors import InferenceError
+from policies.act.hardware import DTYPES, is_lost, set_threads
+from policies.errors import DeviceLost, InferenceError
 
 
 class TorchEngine(HostEngine):
@@ -24,6 +24,9 @@ class TorchEngine(HostEngine):
         device: Where to run.
         precision: A key of ``DTYPES``.
         threads: CPU threads, of all of this process's torch.
+
+    Raises:
+        EngineUnavailable: The device fails, or lacks memory.
     """
 
     def __init__(self, fused: FusedAct, device: torch.device, precision: str, threads: int) -> None:
@@ -33,7 +36,10 @@ class TorchEngine(HostEngine):
         self.device, self.precision = str(device), precision
         self.threads = threads
         self._device = device
-        self._fused = fused.set_dtype(DTYPES[precision]).to(device)
+        try:
+            self._fused = fused.set_dtype(DTYPES[precision]).to(device)
+        except RuntimeError as error:
+            raise EngineUnavailable(f"{self.name} on {device}: {error}") from error
         config = fused.config
         self._images = torch.zeros((1, config.n_cameras, *config.image_hw, 3), dtype=torch.uint8)
         self._host_images = self._images.numpy()[0]
@@ -49,6 +55,7 @@ class TorchEngine(HostEngine):
                     images = self._images.to(self._device)
                     state = torch.tensor(frames.state)[None].to(self._device)
                     self._actions[i] = self._fused(images, state)[0].cpu().numpy()
-            except (RuntimeError, torch.OutOfMemoryError) as error:
-                raise InferenceError(f"{self.name} on {self.device}: {error}") from error
+            except RuntimeError as error:
+                failure = DeviceLost if is_lost(self._device) else InferenceError
+                raise failure(f"{self.name} on {self.device}: {error}") from error
         return self._actions[: len(batch)]

@@ -17,6 +17,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
+from functools import partial
 
 import numpy as np
 import torch
@@ -26,6 +27,7 @@ from torch.nn import functional as F
 from policies.act.backbone import fold_batch_norm
 from policies.act.config import BLOCKS, CHANNELS, ActConfig
 from policies.act.fused_model import (
+    BLOCK_CHANNELS,
     FirstDecoderLayer,
     FusedAct,
     FusedAttention,
@@ -42,7 +44,7 @@ Doubles = Mapping[str, Tensor]
 """Weights in float64, by ``ActModel``'s names."""
 
 
-def fuse(weights: ActWeights, *, pixel_unit: float = 1.0) -> FusedAct:
+def fuse(weights: ActWeights, *, pixel_unit: float = 1.0, space_to_depth: bool = False) -> FusedAct:
     """Return the network of ``weights``, float32 on the CPU, with channels-last convolutions.
 
     Args:
@@ -50,6 +52,8 @@ def fuse(weights: ActWeights, *, pixel_unit: float = 1.0) -> FusedAct:
         pixel_unit: Input of the first convolution for a pixel difference of 1. A number format of
             narrow range needs a power of two below 1, which makes the images' values small and the
             weights large.
+        space_to_depth: The first convolution is one of 2 x 2 blocks of pixels; see
+            ``policies.act.fused_model.space_to_depth``.
     """
     config = weights.config
     trunk = {k: v.double() for k, v in weights.tensors.items() if not k.startswith("style.")}
@@ -72,7 +76,10 @@ def fuse(weights: ActWeights, *, pixel_unit: float = 1.0) -> FusedAct:
         config,
         pixel_mean=_single((255 * mean)[:, None, None, :]),
         pixel_scale=None if bool((scale == 1).all()) else _single(scale[:, None, None, :]),
-        backbones=[_backbone(config, doubles, name) for name in config.backbone_names],
+        backbones=[
+            _backbone(config, doubles, name, space_to_depth=space_to_depth)
+            for name in config.backbone_names
+        ],
         image_proj=_linear(doubles["image_proj.weight"].flatten(1), doubles["image_proj.bias"]),
         style_token=_single(doubles["latent_proj.bias"]),
         state_proj=_named_linear(doubles, "state_proj"),
@@ -98,11 +105,14 @@ def fuse(weights: ActWeights, *, pixel_unit: float = 1.0) -> FusedAct:
             if any(bool(torch.isfinite(limit).any()) for limit in limits)
             else None
         ),
+        space_to_depth=space_to_depth,
     )
     return fused.eval().requires_grad_(False)
 
 
-def _backbone(config: ActConfig, doubles: Doubles, name: str) -> FusedBackbone:
+def _backbone(
+    config: ActConfig, doubles: Doubles, name: str, *, space_to_depth: bool
+) -> FusedBackbone:
     blocks = []
     for stage, count in enumerate(BLOCKS[config.backbone][: len(CHANNELS)], start=1):
         for block in range(count):
@@ -116,7 +126,19 @@ def _backbone(config: ActConfig, doubles: Doubles, name: str) -> FusedBackbone:
                     downsample,
                 )
             )
-    return FusedBackbone(_conv(doubles, f"{name}.conv1", stride=2), blocks)
+    stem = _block_stem if space_to_depth else partial(_conv, stride=2)
+    return FusedBackbone(stem(doubles, f"{name}.conv1"), blocks)
+
+
+def _block_stem(doubles: Doubles, name: str) -> nn.Conv2d:
+    """Return the 7 x 7 convolution with stride 2 as one of ``space_to_depth``."""
+    weight = F.pad(doubles[f"{name}.weight"], (1, 0, 1, 0))
+    outputs = len(weight)
+    # (outputs, colours, 4, row, 4, column) to (outputs, row, column, colours, 4, 4)
+    blocks = weight.reshape(outputs, -1, 4, 2, 4, 2).permute(0, 3, 5, 1, 2, 4)
+    blocks = blocks.reshape(outputs, -1, 4, 4)
+    weight = F.pad(blocks, (0, 0, 0, 0, 0, BLOCK_CHANNELS - blocks.shape[1]))
+    return _convolution(weight, doubles[f"{name}.bias"], stride=1, padding=0)
 
 
 def _self_attention(config: ActConfig, doubles: Doubles, name: str, pos: Tensor) -> FusedAttention:
@@ -214,10 +236,15 @@ def _feed_forward(config: ActConfig, doubles: Doubles, at: str, norm: str) -> Fu
 
 def _conv(doubles: Doubles, name: str, stride: int) -> nn.Conv2d:
     weight = doubles[f"{name}.weight"]
+    bias = doubles[f"{name}.bias"]
+    return _convolution(weight, bias, stride=stride, padding=weight.shape[-1] // 2)
+
+
+def _convolution(weight: Tensor, bias: Tensor, *, stride: int, padding: int) -> nn.Conv2d:
     outputs, inputs, kernel, _ = weight.shape
-    conv = nn.Conv2d(inputs, outputs, kernel, stride, padding=kernel // 2, device="meta")
+    conv = nn.Conv2d(inputs, outputs, kernel, stride, padding, device="meta")
     conv.weight = nn.Parameter(_single(weight).contiguous(memory_format=torch.channels_last))
-    conv.bias = nn.Parameter(_single(doubles[f"{name}.bias"]))
+    conv.bias = nn.Parameter(_single(bias))
     return conv
 
 

@@ -29,6 +29,7 @@ def load_policy(
     image_hw: tuple[int, int] | None = None,
     threads: int | None = None,
     fps: float | None = None,
+    graph_options: Sequence[str] | None = None,
 ) -> Policy:
     """Load the policy at ``path``.
 
@@ -49,6 +50,7 @@ def load_policy(
         threads: CPU threads of one inference; all cores but one where None.
         fps: Policy ticks per second, where the checkpoint does not say it or another rate is
             wanted.
+        graph_options: Steps of the engine of CUDA graphs, see ``policies.act.engine``.
 
     Raises:
         CheckpointError: The checkpoint cannot be loaded; names file, key, got and expected.
@@ -67,6 +69,7 @@ def load_policy(
             image_hw=(image_hw, None),
             threads=(threads, None),
             fps=(fps, None),
+            graph_options=(graph_options, None),
         )
         return load_factory(path)
     # torch is slow to import, and a user's own policy may not need it.
@@ -89,6 +92,7 @@ def load_policy(
         precision=precision,
         chunk_size=chunk_size,
         threads=threads,
+        graph_options=graph_options,
     )
 
 

@@ -6,7 +6,7 @@ from dataclasses import dataclass, fields
 from typing import Annotated
 
 from policies.act.config import LARGEST
-from policies.act.engine import ENGINES, PRECISIONS
+from policies.act.engine import DEFAULT_GRAPH_OPTIONS, ENGINES, GRAPH_OPTIONS, PRECISIONS
 from policies.flag_builder import Flag
 from policies.number_ranges import THREADS, Choice, Range, check_ranges
 from policies.types import Pixels, Policy
@@ -51,6 +51,13 @@ class CheckpointOptions:
         THREADS,
         Flag("CPU threads of one inference", default="all cores but one"),
     ] = None
+    graph_options: Annotated[
+        tuple[str, ...] | None,
+        Flag(
+            f"steps of the cuda-graph engine, of {', '.join(GRAPH_OPTIONS)}",
+            default=" ".join(DEFAULT_GRAPH_OPTIONS),
+        ),
+    ] = None
     camera_names: Annotated[
         tuple[str, ...] | None,
         Flag("cameras in the network's order; for checkpoints of the original ACT"),
@@ -85,6 +92,7 @@ class CheckpointOptions:
             n_heads=self.n_heads,
             image_hw=self.image_hw,
             fps=self.fps,
+            graph_options=self.graph_options,
         )
 
     def given_flags(self) -> list[str]:

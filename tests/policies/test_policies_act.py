@@ -193,13 +193,36 @@ def cuda_flags():
     ],
 )
 def test_float32_on_cuda_is_no_tf32_and_its_bits_repeat(cuda_flags, device, dtype, expected):
-    hardware.set_deterministic(torch.device(device), dtype)
+    hardware.configure_cuda(torch.device(device), dtype)
     assert cuda_flags() == expected
+
+
+@pytest.mark.parametrize("pinned", [True, False])
+def test_cudnns_attention_is_never_chosen_where_it_is_pinned(pinned):
+    before = torch.backends.cuda.cudnn_sdp_enabled()
+    try:
+        cuda = torch.device("cuda")
+        hardware.configure_cuda(cuda, torch.bfloat16, pinned_attention=pinned)
+        assert torch.backends.cuda.cudnn_sdp_enabled() is not pinned
+        hardware.configure_cuda(torch.device("cpu"), torch.bfloat16, pinned_attention=not pinned)
+        assert torch.backends.cuda.cudnn_sdp_enabled() is not pinned
+    finally:
+        torch.backends.cuda.enable_cudnn_sdp(before)
+
+
+def test_a_gpus_formats_are_those_of_its_own_units(monkeypatch):
+    """Emulated bfloat16 does not count, nor what another GPU of the machine has."""
+    capabilities = {0: (7, 5), 1: (8, 0), 2: (9, 0)}
+    monkeypatch.setattr(
+        torch.cuda, "get_device_capability", lambda device: capabilities[device.index]
+    )
+    found = [hardware.precisions(torch.device("cuda", index)) for index in capabilities]
+    assert found == [("fp32", "fp16"), *[("fp32", "bf16", "fp16")] * 2]
 
 
 def test_every_engine_is_made_exact(tiny, monkeypatch):
     asked = []
-    monkeypatch.setattr(hardware, "set_deterministic", lambda *arguments: asked.append(arguments))
+    monkeypatch.setattr(hardware, "configure_cuda", lambda *arguments, **_: asked.append(arguments))
     load_policy(str(tiny), device="cpu", engine="torch", precision="fp32", threads=1)
     assert asked == [(torch.device("cpu"), torch.float32)]
 

@@ -405,7 +405,7 @@ def machine(monkeypatch):
         made = []
 
         def maker(name):
-            def make(weights, device, precision, threads):
+            def make(weights, device, precision, threads, graph_options):
                 result = errors.get((name, precision), EngineUnavailable("not on this machine"))
                 if isinstance(result, Exception):
                     raise result

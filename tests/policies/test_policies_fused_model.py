@@ -119,19 +119,19 @@ def test_bfloat16_is_near_and_its_actions_are_float32():
     assert 0 < np.abs(actions - plain).max() / np.abs(plain).max() <= 2e-2
 
 
+REFERENCES = [
+    ("lerobot_act", {}),
+    ("lerobot_act_buffers", {}),
+    ("original_act", {"camera_names": ["top", "angle"], "n_heads": 8, "image_hw": (96, 128)}),
+    ("ilstudio_act", {"image_hw": (96, 128)}),
+    ("ilstudio_act", {"image_hw": (96, 128), "dataset_id": "other_robot"}),
+]
+"""Checkpoints of others, and what their layout does not say."""
+
+
 @pytest.mark.needs_reference
 @pytest.mark.usefixtures("full_width")
-@pytest.mark.parametrize(
-    ("folder", "arguments"),
-    [
-        ("lerobot_act", {}),
-        ("lerobot_act_buffers", {}),
-        ("original_act",
-         {"camera_names": ["top", "angle"], "n_heads": 8, "image_hw": (96, 128)}),
-        ("ilstudio_act", {"image_hw": (96, 128)}),
-        ("ilstudio_act", {"image_hw": (96, 128), "dataset_id": "other_robot"}),
-    ],
-)  # fmt: skip
+@pytest.mark.parametrize(("folder", "arguments"), REFERENCES)
 def test_it_is_the_plain_network_on_reference_checkpoints(reference, folder, arguments):
     weights = load_weights(str(reference / folder / "checkpoint"), **arguments)
     assert error_of(weights, batch=2) <= EXACT
