@@ -23,7 +23,7 @@ from pathlib import Path
 
 import numpy as np
 
-from policies.errors import ContractMismatch, PolicyError
+from policies.errors import ContractMismatch, DeviceLost, PolicyError
 from policies.types import MetaObs
 from robots.base import CameraSample, JointSample, Robot, Role
 from robots.errors import RobotError
@@ -222,7 +222,7 @@ class Sensing:
                 self._submit()
             if not self._lost:
                 self._pass_chunks_on()
-        except ServerLost as error:
+        except (ServerLost, DeviceLost) as error:  # a server that lost its device ends
             self._report_lost(str(error))
         except ServerBusy:
             pass  # sent again in the next cycle, with the newest observation

@@ -1,8 +1,8 @@
 """``metronome eval-sim``, also ``eval_sim.py``: evaluate a policy in simulation.
 
 Writes ``<output_dir>/<env>/<task>.json`` after every episode, with videos and raw samples beside
-it. Exit status: 0 done, 1 the server was lost or a process died (finished episodes are kept), 2 bad
-input, 130 interrupted.
+it. Exit status: 0 done, 1 the server or the policy's device was lost or a process died (finished
+episodes are kept), 2 bad input, 130 interrupted.
 """
 
 from __future__ import annotations

@@ -8,6 +8,7 @@ from collections.abc import Mapping
 import numpy as np
 from numpy.typing import NDArray
 
+from policies.errors import DeviceLost
 from policies.types import ActionChunk, MetaObs, Policy, PolicyContract, PolicyInfo
 from runtime.protocol import messages
 from runtime.trace import recorder as trace
@@ -24,7 +25,7 @@ class InProcessPolicy:
     pictures = "as they are"
 
     def __init__(self, policy: Policy) -> None:
-        self._policy = policy
+        self._policy, self._lost = policy, False
 
     @property
     def contract(self) -> PolicyContract:
@@ -46,9 +47,18 @@ class InProcessPolicy:
         return {}
 
     def infer(self, obs: MetaObs) -> ActionChunk:
-        """Compute a chunk for ``obs``. Raises ``PolicyError``."""
+        """Compute a chunk for ``obs``.
+
+        Raises:
+            DeviceLost: No later inference in this process can succeed.
+            PolicyError: The inference failed.
+        """
         began_ns = time.monotonic_ns()
-        chunk = self._policy.infer(obs)
+        try:
+            chunk = self._policy.infer(obs)
+        except DeviceLost as error:
+            self._lost = True
+            raise DeviceLost(f"this process has lost the policy's device: {error}") from error
         if trace.on:
             trace.add_inference(chunk.stages_ns, began_ns, obs.timestep)
         return chunk
@@ -62,5 +72,6 @@ class InProcessPolicy:
         return InProcessPolicy(self._policy.fork())
 
     def close(self) -> None:
-        """Close the wrapped policy."""
-        self._policy.close()
+        """Close the wrapped policy, unless its device is lost: that could fail or hang."""
+        if not self._lost:
+            self._policy.close()

@@ -18,7 +18,7 @@ from envs.errors import EnvError
 from envs.factory import make_world
 from envs.gl_context import why_not
 from envs.world import World
-from policies.errors import PolicyError
+from policies.errors import DeviceLost, PolicyError
 from policies.execution import Assumption, Execution
 from policies.types import PolicyContract, RolloutPolicy
 from policies.yaml_config import InvalidConfig
@@ -103,7 +103,7 @@ def run(config: EvalSimConfig) -> Iterator[Report]:
 def _run_seeds(config: EvalSimConfig, seeds: tuple[int, ...]) -> Iterator[Report]:
     try:
         yield from _evaluate(config, seeds)
-    except (ServerLost, ServerBusy, RequestTimeout) as error:
+    except (ServerLost, ServerBusy, RequestTimeout, DeviceLost) as error:
         raise WorkerFailed(str(error), bad_input=False) from error
     except EXPECTED_FAILURES as error:
         raise WorkerFailed(str(error), bad_input=True) from error

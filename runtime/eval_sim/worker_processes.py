@@ -24,7 +24,8 @@ class WorkerFailed(RuntimeFault):
     """The evaluation cannot continue.
 
     Attributes:
-        bad_input: Whether the user's input is invalid; otherwise a server or a process was lost.
+        bad_input: Whether the user's input is invalid; otherwise a server, a process or the
+            policy's device was lost.
     """
 
     def __init__(self, message: str, *, bad_input: bool) -> None:

@@ -18,6 +18,7 @@ from numpy.typing import NDArray
 
 from policies.errors import (
     ContractMismatch,
+    DeviceLost,
     InferenceError,
     ObservationError,
     PolicyError,
@@ -287,7 +288,8 @@ def policy_id(arrays: Mapping[str, NDArray[Any]]) -> int:
 
 
 _ERRORS: dict[str, type[PolicyError]] = {
-    kind.__name__: kind for kind in (ObservationError, InferenceError, RequestExpired, PolicyError)
+    kind.__name__: kind
+    for kind in (ObservationError, InferenceError, RequestExpired, DeviceLost, PolicyError)
 }
 
 

@@ -1,6 +1,7 @@
 """``metronome serve``, also ``python -m runtime.server``: run a policy server.
 
-Exit status: 0 stopped by a signal, 2 bad input, 130 interrupted before the server was ready.
+Exit status: 0 stopped by a signal, 2 bad input, 3 the device was lost (a new process may work), 130
+interrupted before the server was ready.
 """
 
 from __future__ import annotations
@@ -13,11 +14,13 @@ import os
 import signal
 import sys
 import threading
+import time
 from collections.abc import Iterator, Sequence
 from pathlib import Path
+from typing import NoReturn
 
 from policies.command_line import CommandLine
-from policies.errors import PolicyError
+from policies.errors import DeviceLost, PolicyError
 from policies.flag_builder import add_flags, flag_value, from_flags
 from policies.standard_streams import run_command
 from policies.yaml_config import InvalidConfig, load_config
@@ -29,7 +32,7 @@ from runtime.options.model_name import LocalModel, read_model_name
 from runtime.server.admin_token import AdminToken
 from runtime.server.config import ServeCommand, ServerConfig
 from runtime.server.loaded_model import close_policy
-from runtime.server.model_reload import ModelReloader
+from runtime.server.model_reload import CLOSE_S, ModelReloader
 from runtime.server.policy_server import PolicyServer
 from runtime.server.warmup import measure_costs, warm_up
 from runtime.trace import recorder as trace
@@ -42,7 +45,9 @@ from transport.zeromq.malloc import keep_freed_memory
 
 logger = logging.getLogger(__name__)
 
-BAD_INPUT, INTERRUPTED = 2, 130
+BAD_INPUT, DEVICE_LOST, INTERRUPTED = 2, 3, 130
+EXIT_WITHIN_S = 1.0
+"""From the loss of the device to the end of the process."""
 
 
 def parser() -> argparse.ArgumentParser:
@@ -70,7 +75,10 @@ def read_command(argv: Sequence[str] | None) -> ServeCommand:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run the server until SIGINT or SIGTERM. Returns the exit status."""
+    """Run the server until SIGINT or SIGTERM. Returns the exit status.
+
+    Ends the process with ``DEVICE_LOST`` if the policy loses its device.
+    """
     try:
         command = read_command(argv)
     except (InvalidConfig, ValueError) as error:
@@ -95,6 +103,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     except KeyboardInterrupt:
         print("interrupted before the server was ready", file=sys.stderr)
         return INTERRUPTED
+    except DeviceLost as error:
+        _exit_without_cleanup(error)
 
 
 def _serve(config: ServerConfig, *, insecure: bool, ready_fd: int | None = None) -> int:
@@ -105,8 +115,11 @@ def _serve(config: ServerConfig, *, insecure: bool, ready_fd: int | None = None)
             raise ModelNameError(f"-m {model}: got a server's address, expected a checkpoint")
         keys = config.keys()
         policy = config.checkpoint.load(model.name)
+    except DeviceLost:
+        raise
     except (PolicyError, ModelNameError, KeyFileError) as error:
         return _fail(error, _hint(config))
+    lost = False
     try:
         warm = warm_up(policy)
         costs = measure_costs(policy, warm, config.max_batch)
@@ -130,15 +143,47 @@ def _serve(config: ServerConfig, *, insecure: bool, ready_fd: int | None = None)
                     write_event(ready_fd, "ready", address=server.address)
                 if keys is None and not insecure and not is_loopback(server.host):
                     _warn(server)
-                server.serve()
+                _serve_until_stopped(server)
                 server.close()  # clients learn it now; ending the services may take longer
             policy = server.model.policy
+    except DeviceLost:
+        lost = True
+        raise
     except (PolicyError, TransportError) as error:
         return _fail(error)
     finally:
-        close_policy(policy)
+        if not lost:  # else it may wait for the device for ever
+            close_policy(policy)
     logger.info("stopped; %s", server.statistics())
     return 0
+
+
+def _serve_until_stopped(server: PolicyServer) -> None:
+    try:
+        server.serve()
+    except DeviceLost:
+        threading.Thread(target=_exit_late, name="exit", daemon=True).start()
+        raise
+
+
+def _exit_late() -> None:
+    """Exit although the rest of the shutdown hangs: a supervisor waits for the end."""
+    time.sleep(EXIT_WITHIN_S)
+    os._exit(DEVICE_LOST)
+
+
+def _exit_without_cleanup(error: DeviceLost) -> NoReturn:
+    """Print the reason and end the process.
+
+    The interpreter's own shutdown runs the destructors of the policy's objects. On a device that is
+    lost they may hang or crash, and the exit status would be another. The address is already free,
+    and the traceback of ``error`` still refers to the policy, so no destructor has run.
+    """
+    print(f"error: {error}", file=sys.stderr)
+    logging.shutdown()
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(DEVICE_LOST)
 
 
 @contextlib.contextmanager
@@ -172,10 +217,16 @@ def _operator_services(server: PolicyServer, config: ServerConfig) -> Iterator[N
             check=server.check_successor,
             swap=server.swap,
             call_in_serving_thread=server.call_in_serving_thread,
+            report_device_lost=server.report_device_lost,
             max_batch=config.max_batch,
         )
         server.add_admin_commands(loader.admin_commands)
-        stack.callback(loader.close)
+
+        def close_loader(_: object, error: BaseException | None, __: object) -> None:
+            # After a loss a load in progress may hang; its thread ends with the process.
+            loader.close(0.0 if isinstance(error, DeviceLost) else CLOSE_S)
+
+        stack.push(close_loader)
         yield
 
 

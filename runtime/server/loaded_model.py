@@ -7,7 +7,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, cast
 
-from policies.errors import PolicyError
+from policies.errors import DeviceLost, PolicyError
 from policies.types import ActionChunk, MetaObs, Policy
 from runtime.protocol import messages
 
@@ -41,10 +41,16 @@ class LoadedModel:
 
     @classmethod
     def of(cls, policy: Policy, generation: int = 1, max_batch: int | None = None) -> LoadedModel:
-        """Find out the capabilities of ``policy``; use batch sizes up to ``max_batch``."""
+        """Find out the capabilities of ``policy``; use batch sizes up to ``max_batch``.
+
+        Raises:
+            DeviceLost: From ``policy.fork``.
+        """
         exclusive, shared = False, False
         try:
             fork = policy.fork()
+        except DeviceLost:
+            raise
         except PolicyError as error:
             logger.warning("one session at a time: %s", error)
             exclusive = True

@@ -2,8 +2,9 @@
 
 A separate thread loads the policy, compares its contract and warms it up, with CUDA graph capture
 and compilation. The serving thread then replaces the model between two inferences. After any error
-before that the old model stays. The thread shares the machine with the running model, so replies
-take longer while it works; ``bench/test_many_clients.py`` measures by how much.
+before that the old model stays; only ``DeviceLost`` ends the server. The thread shares the machine
+with the running model, so replies take longer while it works; ``bench/test_many_clients.py``
+measures by how much.
 """
 
 from __future__ import annotations
@@ -16,6 +17,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
+from policies.errors import DeviceLost
 from policies.types import Policy
 from runtime.server.admin_token import AdminToken
 from runtime.server.cost_model import InferenceCostModel
@@ -62,6 +64,8 @@ class ModelReloader:
         swap: Replaces the served policy, given the new one and its inference durations; returns its
             id. Called in the serving thread.
         call_in_serving_thread: Runs a function in the serving thread; raises ``TimeoutError``.
+        report_device_lost: Called with a ``DeviceLost`` of the load: the served model uses the same
+            device, so the server ends.
         max_batch: As ``PolicyServer``.
     """
 
@@ -73,13 +77,16 @@ class ModelReloader:
         check: Callable[[Policy], None],
         swap: Callable[[Policy, InferenceCostModel], int],
         call_in_serving_thread: Callable[[Callable[[], int]], int],
+        report_device_lost: Callable[[DeviceLost], None],
         max_batch: int | None = None,
     ) -> None:
         self._load, self._token, self._max_batch = load, token, max_batch
         self._check, self._swap = check, swap
         self._call_in_serving_thread = call_in_serving_thread
+        self._report_device_lost = report_device_lost
         self.state = LoadState()
         self._thread: threading.Thread | None = None
+        self._lost: DeviceLost | None = None
 
     @property
     def admin_commands(self) -> dict[str, AdminCommand]:
@@ -104,9 +111,9 @@ class ModelReloader:
             self._thread.join(timeout_s)
         return self.state
 
-    def close(self) -> None:
-        """Wait for a load in progress, at most ``CLOSE_S``. Call it after ``serve`` returned."""
-        self.wait(CLOSE_S)
+    def close(self, timeout_s: float = CLOSE_S) -> None:
+        """Wait for a load in progress, at most ``timeout_s``. Call it after ``serve`` returned."""
+        self.wait(timeout_s)
 
     def _load_command(self, arguments: Mapping[str, Any], peer: Peer) -> dict[str, Any]:
         allowed = self._token is not None and self._token.matches(arguments.get("token"))
@@ -141,16 +148,25 @@ class ModelReloader:
             self._update(state="switching")
             replacement = policy
             policy_id = self._call_in_serving_thread(lambda: self._swap(replacement, costs))
+        except DeviceLost as error:
+            # The policy is not closed, and the traceback keeps it from being freed: on a lost
+            # device both may hang.
+            self._lost = error
+            self._report_device_lost(error)
+            self._fail(str(error), began_s)
         except Exception as error:  # a checkpoint can fail in any way; the old model stays
             if policy is not None:
                 close_policy(policy)
-            logger.warning("%s was not loaded: %s", self.state.checkpoint, error)
             reason = str(error) or repr(error)
             if isinstance(error, TimeoutError):
                 reason = f"{reason}, not switched; try again"
-            self._update(state="failed", error=reason, took_s=time.monotonic() - began_s)
+            self._fail(reason, began_s)
         else:
             self._update(state="serving", policy_id=policy_id, took_s=time.monotonic() - began_s)
+
+    def _fail(self, reason: str, began_s: float) -> None:
+        logger.warning("%s was not loaded: %s", self.state.checkpoint, reason)
+        self._update(state="failed", error=reason, took_s=time.monotonic() - began_s)
 
     def _update(self, **changes: Any) -> None:
         self.state = dataclasses.replace(self.state, **changes)

@@ -7,6 +7,7 @@ Guaranteed:
 * Within a session the newest observation is served. An older one that waited gets the reply
   SUPERSEDED, so every request has a reply. ``runtime.server.scheduler`` orders the sessions.
 * The server survives whatever a client sends and whatever the policy raises, and logs the reason.
+  ``DeviceLost`` alone ends it: no later request could succeed.
 * The model can be replaced between two inferences (``swap``); no request is lost.
 
 One thread waits for all sessions at once, chooses a request or a batch, infers, replies, and
@@ -22,11 +23,12 @@ from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import Future
 from typing import Any, TypeVar
 
-from policies.errors import PolicyError
+from policies.errors import DeviceLost, PolicyError
 from policies.types import Policy
 from runtime.server.admission import SessionLimits
 from runtime.server.cost_model import InferenceCostModel
 from runtime.server.loaded_model import LoadedModel
+from runtime.server.policy_closer import CLOSE_S, PolicyCloser
 from runtime.server.request_handler import RequestHandler
 from runtime.server.scheduler import Scheduler
 from runtime.server.session_manager import SessionManager
@@ -50,7 +52,7 @@ class PolicyServer:
     """Serves ``policy`` on ``host:port`` until ``stop``.
 
     Args:
-        policy: Already warm. The server closes it only after a replacement.
+        policy: Already warm. The server closes it only after a replacement, in another thread.
         host, port: The address to listen on; port 0 takes a free one, see ``port``.
         transports: The transports that clients may use.
         max_sessions: Sessions open at a time.
@@ -67,6 +69,7 @@ class PolicyServer:
 
     Raises:
         AddressInUse, TransportError: The address cannot be listened on.
+        DeviceLost: The policy lost its device while it was forked.
     """
 
     def __init__(
@@ -91,10 +94,12 @@ class PolicyServer:
         self._max_batch = max_batch
         self._state = ServerState(model, costs, scheduler)
         self._request_handler = RequestHandler(self._state, self._end)
+        self._closer = PolicyCloser()
         self._session_manager = SessionManager(
             self._state,
             self._request_handler,
             limits,
+            self._closer,
             hellos=lambda: self._listener.hellos,
             timeout_s=session_timeout_s,
         )
@@ -213,7 +218,7 @@ class PolicyServer:
 
         If neither policy has state between observations, open sessions use the new one at once.
         Otherwise a session keeps its old fork until its next reset. The old policy is closed when
-        no session uses it.
+        no session uses it, in a thread of the server's: closing waits for the device.
 
         Raises:
             ContractMismatch: Its contract differs; nothing has changed.
@@ -232,7 +237,13 @@ class PolicyServer:
         return new.generation
 
     def serve(self) -> None:
-        """Serve requests until ``stop``."""
+        """Serve requests until ``stop``.
+
+        Raises:
+            DeviceLost: The device is lost. All sessions have ended with that reason, and the
+                address is free. The process cannot use the device again, and must not close the
+                policy: that may wait for the device for ever.
+        """
         state, session_manager, request_handler = (
             self._state,
             self._session_manager,
@@ -240,7 +251,7 @@ class PolicyServer:
         )
         scheduler, wait = state.scheduler, self._listener.wait
         wait_timeout_s: float | None = None
-        while self._stopping is None:
+        while self._stopping is None and state.device_lost is None:
             for session in wait(wait_timeout_s):
                 session_manager.drain(session)
             while self._tasks:
@@ -253,6 +264,22 @@ class PolicyServer:
             elif decision.batch:
                 request_handler.handle_batch(decision.batch)
             wait_timeout_s = self._wait_timeout_s(decision.wait_until_ns)
+        if state.device_lost is not None:
+            self.close()
+            raise state.device_lost
+
+    def report_device_lost(self, error: DeviceLost) -> None:
+        """Make ``serve`` end its sessions and raise ``DeviceLost`` with the reason of ``error``.
+
+        For other threads that use the same device.
+        """
+        copy = DeviceLost(str(error))  # without a traceback, which would keep the thread's objects
+
+        def lose_device() -> None:
+            self._state.lose_device(copy)
+
+        self._tasks.append(lose_device)
+        self._listener.wake()
 
     def stop(self, reason: str = "the server was stopped") -> None:
         """Make ``serve`` return; ``close`` sends ``reason`` to every client.
@@ -263,9 +290,14 @@ class PolicyServer:
         self._listener.wake()
 
     def close(self) -> None:
-        """End every session, send its client the reason, and free the address. Idempotent."""
+        """End every session, send its client the reason, and free the address. Idempotent.
+
+        Waits at most ``CLOSE_S`` for replaced policies that are being closed.
+        """
+        lost = self._state.device_lost
         self._session_manager.close()
-        self._listener.close(self._stopping or "the server was closed")
+        self._listener.close(str(lost) if lost else self._stopping or "the server was closed")
+        self._closer.close(0.0 if lost else CLOSE_S)
 
     def __enter__(self) -> PolicyServer:
         return self

@@ -6,7 +6,7 @@ import logging
 import time
 from collections.abc import Callable
 
-from policies.errors import InferenceError, PolicyError, RequestExpired
+from policies.errors import DeviceLost, InferenceError, PolicyError, RequestExpired
 from policies.types import ActionChunk
 from runtime.protocol import messages
 from runtime.server.rate_limiter import TokenBucket
@@ -23,6 +23,9 @@ logger = logging.getLogger(__name__)
 
 class RequestHandler:
     """Infers and replies. A failure of the policy affects only the requests it was computing.
+
+    ``DeviceLost`` is the exception: the request gets it as its error, and
+    ``ServerState.device_lost`` then ends the server.
 
     Args:
         end: Called with a session that cannot continue.
@@ -46,6 +49,8 @@ class RequestHandler:
         began_ns = time.monotonic_ns()
         try:
             chunk = self._infer(session_state, message)
+        except DeviceLost as error:
+            self._fail(session_state, message, self._state.lose_device(error))
         except PolicyError as error:
             self._fail(session_state, message, error)
         except Exception as error:
@@ -68,6 +73,8 @@ class RequestHandler:
         began_ns = time.monotonic_ns()
         try:
             results = self._infer_batch(batch)
+        except DeviceLost as error:
+            results = [self._state.lose_device(error)] * len(batch)
         except Exception as error:
             logger.exception("the policy failed on a batch of %d", len(batch))
             results = [InferenceError(f"the policy failed: {error!r}")] * len(batch)
@@ -103,6 +110,8 @@ class RequestHandler:
             raise InferenceError("this policy has no infer_batch")
         computed = infer_batch(observations) if observations else []
         for index, obs, result in zip(indices, observations, computed, strict=True):
+            if isinstance(result, DeviceLost):
+                result = self._state.lose_device(result)  # noqa: PLW2901
             results[index] = result
             if not isinstance(result, PolicyError):
                 try:

@@ -8,11 +8,12 @@ import time
 from collections.abc import Callable
 from typing import Any
 
-from policies.errors import ContractMismatch
+from policies.errors import ContractMismatch, DeviceLost
 from policies.types import Policy
 from runtime.protocol import image_codec, messages
 from runtime.server.admission import Demand, SessionLimits, admit
 from runtime.server.loaded_model import LoadedModel, close_policy
+from runtime.server.policy_closer import PolicyCloser
 from runtime.server.request_handler import RequestHandler
 from runtime.server.session_state import SessionState
 from runtime.server.state import ServerState
@@ -36,6 +37,7 @@ class SessionManager:
         state: The server's state.
         request_handler: Replies to requests that are not computed.
         limits: The limits on each session.
+        closer: Closes replaced policies and their forks.
         hellos: Returns the handshakes of all sessions, including those accepted and not yet open.
         timeout_s: End a session that has sent nothing for this long; 0 for never.
     """
@@ -45,6 +47,7 @@ class SessionManager:
         state: ServerState,
         request_handler: RequestHandler,
         limits: SessionLimits,
+        closer: PolicyCloser,
         *,
         hellos: Callable[[], list[Hello]],
         timeout_s: float,
@@ -53,7 +56,9 @@ class SessionManager:
         self._limits, self._timeout_s = limits, timeout_s
         self._reply_schema = messages.reply_schema(state.model.policy.contract)
         self._next_idle_check_s = 0.0
+        self._closer = closer
         self._replaced_policies: dict[int, Policy] = {}
+        self._policies_on_lost_device: list[Policy] = []
 
     def accept(self, hello: Hello) -> Welcome:
         """Accept a session, or refuse it.
@@ -161,6 +166,9 @@ class SessionManager:
         )
         try:
             policy = model.policy if model.exclusive else model.policy.fork()
+        except DeviceLost as error:
+            self._state.lose_device(error)
+            return None
         except Exception as error:
             logger.exception("session %d: the policy could not be forked", session.id)
             session.channel.close(f"the policy could not be forked: {error!r}")
@@ -196,7 +204,7 @@ class SessionManager:
         model = self._state.model
         fork = model.policy.fork()
         if session_state.owns_policy:
-            close_policy(session_state.policy)
+            self._closer.add(session_state.policy)
         session_state.policy, session_state.owns_policy = fork, fork is not model.policy
         session_state.generation = model.generation
         self._close_unused_policies()
@@ -207,6 +215,9 @@ class SessionManager:
             if session_state.generation != self._state.model.generation:
                 self._fork_current_model(session_state)
             session_state.policy.reset()
+        except DeviceLost as error:
+            self._state.lose_device(error)
+            return False
         except Exception as error:
             session = session_state.session
             logger.exception("session %d: the policy failed to reset", session.id)
@@ -216,7 +227,10 @@ class SessionManager:
         return True
 
     def end(self, session: ServerSession) -> None:
-        """Remove a session and close its policy. Idempotent."""
+        """Remove a session and close its policy. Idempotent.
+
+        After the loss of the device nothing is closed or freed: that could hang.
+        """
         session_state = self._state.sessions.pop(session.id, None)
         if session_state is None:
             return
@@ -224,8 +238,13 @@ class SessionManager:
         if waiting is not None:
             with contextlib.suppress(ViewsHeld):  # the session ends in any case
                 waiting.content.release()
-        if session_state.owns_policy:
-            close_policy(session_state.policy)
+        if self._state.device_lost is not None:
+            self._policies_on_lost_device.append(session_state.policy)
+        elif session_state.owns_policy:
+            if session_state.generation == self._state.model.generation:
+                close_policy(session_state.policy)
+            else:
+                self._closer.add(session_state.policy)
         self._close_unused_policies()
         why = session.ended or "by the server"
         logger.info("session %d ended: %s; %s", session.id, why, session_state.counts)
@@ -252,21 +271,23 @@ class SessionManager:
 
         If neither model has state between observations, open sessions use the new one at once.
         Otherwise a session keeps its old fork until its next reset. The old policy is closed when
-        no session uses it.
+        no session uses it, in another thread.
         """
         state = self._state
-        old, state.model = state.model, new
-        self._replaced_policies[old.generation] = old.policy
+        # No variable refers to the old model, so that the thread that closes it also frees it.
+        at_once = state.model.shared and new.shared
+        self._replaced_policies[state.model.generation] = state.model.policy
+        state.model = new
         for session_state in state.sessions.values():
-            if old.shared and new.shared and not session_state.owns_policy:
+            if at_once and not session_state.owns_policy:
                 session_state.policy, session_state.generation = new.policy, new.generation
         self._close_unused_policies()
 
     def _close_unused_policies(self) -> None:
-        if self._replaced_policies:
+        if self._replaced_policies and self._state.device_lost is None:
             needed = {session_state.generation for session_state in self._state.sessions.values()}
             for generation in [g for g in self._replaced_policies if g not in needed]:
-                close_policy(self._replaced_policies.pop(generation))
+                self._closer.add(self._replaced_policies.pop(generation))
 
     def status(self) -> list[dict[str, Any]]:
         """The status of every session, JSON values."""

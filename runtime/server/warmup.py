@@ -6,7 +6,7 @@ import time
 
 import numpy as np
 
-from policies.errors import InferenceError, PolicyError
+from policies.errors import DeviceLost, InferenceError, PolicyError
 from policies.types import MetaObs, Policy, PolicyContract
 from runtime.latency_stats import Percentiles
 from runtime.protocol import messages
@@ -37,7 +37,8 @@ def warm_up(policy: Policy) -> Percentiles:
     except the first ``MIN_REQUESTS``.
 
     Raises:
-        InferenceError: The policy fails, or returns something else than its contract says.
+        InferenceError: The policy fails, or returns something else than its contract says;
+            ``DeviceLost`` if its device is lost.
     """
     obs = synthetic_observation(policy.contract)
     began_s = time.monotonic()
@@ -56,6 +57,8 @@ def warm_up(policy: Policy) -> Percentiles:
         messages.check_chunk(chunk, policy.contract)
     try:
         policy.reset()
+    except DeviceLost:
+        raise
     except Exception as error:
         raise InferenceError(f"the policy failed to reset: {error!r}") from error
     return Percentiles.of(durations_s[len(durations_s) // 2 :])

@@ -27,6 +27,7 @@ from runtime.server.admin_token import AdminToken
 from runtime.server.admission import SessionLimits
 from runtime.server.cost_model import InferenceCostModel
 from runtime.server.loaded_model import LoadedModel
+from runtime.server.policy_closer import PolicyCloser
 from runtime.server.request_handler import RequestHandler
 from runtime.server.scheduler import Scheduler
 from runtime.server.session_manager import SessionManager
@@ -106,6 +107,7 @@ class PolicyCallbacks:
             state,
             request_handler,
             SessionLimits(rate_hz=1000.0),
+            PolicyCloser(),
             hellos=self._hellos,
             timeout_s=0.0,
         )

@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 import dataclasses
+import json
 import os
+import threading
 import time
 from collections.abc import Iterator
 
 import numpy as np
 import pytest
 
+from policies.errors import DeviceLost
 from policies.types import CameraContract, PolicyContract
 from robots.base import (
     ActionKind,
@@ -23,7 +26,8 @@ from robots.base import (
 )
 from robots.errors import RobotError, RobotLost
 from robots.joint_limits import JointLimits
-from runtime.eval_real.control_enums import Phase, Signal
+from runtime.errors import ServerLost
+from runtime.eval_real.control_enums import Phase, ServerStatus, Signal
 from runtime.eval_real.control_process import Control
 from runtime.eval_real.event_log import EventLog
 from runtime.eval_real.run_config import RunConfig
@@ -98,6 +102,40 @@ def test_pictures_are_paired_with_the_states_of_their_stamps(shared_state: Share
         obs = sensing.first_observation()
         assert (obs.state == expected).all()
         assert obs.t_capture_ns == 7_000 + expected  # our clock, of the earlier of the two
+
+
+def test_a_server_that_lost_its_device_is_a_lost_server(
+    shared_state: SharedState, capfd: pytest.CaptureFixture[str]
+) -> None:
+    """The robot rests, and one thread tries to reconnect."""
+    reconnecting = threading.Event()
+
+    class Client:
+        attempts = 0
+
+        def poll(self) -> None:
+            raise DeviceLost("the policy server has lost its device")
+
+        def reconnect(self, timeout_s: float) -> None:
+            self.attempts += 1
+            reconnecting.wait(10)
+            raise ServerLost("no server")
+
+    client = Client()
+    sensing = Sensing(CONFIG, shared_state, ExclusiveRobot(), client, input_fd=-1)
+    for _ in range(3):
+        sensing._exchange()
+    sensing._publish()
+    report = shared_state.latest_reader("sensing")
+    report.refresh()
+    assert report.values["server"] == ServerStatus.LOST
+    assert get_text(report.values["fault"]) == ""
+    assert client.attempts == 1
+    reconnecting.set()
+    assert sensing._reconnecting is not None
+    sensing._reconnecting.join()
+    (event,) = capfd.readouterr().out.splitlines()
+    assert json.loads(event) == {"event": "lost", "reason": "the policy server has lost its device"}
 
 
 def test_without_joints_there_is_no_observation(shared_state: SharedState) -> None:

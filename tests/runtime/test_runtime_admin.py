@@ -82,7 +82,7 @@ def test_hundred_model_replacements_under_load_fail_no_request(transport: str) -
         assert set(ids) >= set(range(2, 101))
         assert all(value == 1000 + number - 1 for number, value in replies)
         assert server.statistics().swaps == 100
-        assert [policy.closed for policy in policies] == [1] * 100 + [0]
+    assert [policy.closed for policy in policies] == [1] * 100 + [0]
 
 
 def test_episode_keeps_its_policy_until_reset() -> None:
@@ -185,6 +185,7 @@ def make_reloader(
         check=server.check_successor,
         swap=server.swap,
         call_in_serving_thread=server.call_in_serving_thread,
+        report_device_lost=server.report_device_lost,
     )
     server.add_admin_commands(reloader.admin_commands)
     return reloader

@@ -34,6 +34,13 @@ def test_wake_is_not_lost_between_two_polls(
         waiting.join()
 
 
+def test_wake_after_close_does_nothing() -> None:
+    """A signal handler does not know whether the server has just ended."""
+    with make_listener() as listener:
+        pass
+    listener.wake()
+
+
 def test_session_is_returned_when_it_is_opened(monkeypatch: pytest.MonkeyPatch) -> None:
     seen: list[int] = []
     with (

@@ -34,8 +34,11 @@ class EventLoop:
             self._epoll.unregister(fd)
 
     def wake(self) -> None:
-        """Make the current or next ``run_once`` return. For signal handlers and other threads."""
-        with contextlib.suppress(BlockingIOError, OSError):
+        """Make the current or next ``run_once`` return. For signal handlers and other threads.
+
+        Does nothing after ``close``.
+        """
+        with contextlib.suppress(OSError, ValueError):  # ``ValueError``: it is closed
             os.eventfd_write(self._wake, 1)
 
     def run_once(self, timeout_s: float | None) -> bool:
@@ -56,8 +59,8 @@ class EventLoop:
         if not self._epoll.closed:
             self._epoll.close()
             self._handlers.clear()
-            os.close(self._wake)
-            self._wake = -1
+            wake, self._wake = self._wake, -1  # first, because ``wake`` may come from a thread
+            os.close(wake)
 
     def _on_wake(self) -> None:
         with contextlib.suppress(BlockingIOError):
