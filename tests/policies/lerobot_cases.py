@@ -1,16 +1,18 @@
 """Tiny ACT policies that LeRobot itself writes and computes, to be compared with.
 
-    PYTHON_WITH_LEROBOT tests/policies/lerobot_cases.py OUT.tar.xz
+    PYTHON_WITH_LEROBOT tests/policies/lerobot_cases.py tests/policies/lerobot.tar.xz
 
-makes the archive that ``test_policies_lerobot.py`` reads: each case's files as LeRobot saves them,
-without the weights, and what LeRobot makes of a fixed observation. The weights are random numbers
-of a known seed, so that the test can make them again. Of this project it needs nothing.
+makes or replaces this version's part of the archive that ``test_policies_lerobot.py`` reads: by
+``VERSION/CASE``, the files as LeRobot saves them, without the weights, and what LeRobot makes of a
+fixed observation. The weights are random numbers of a known seed, so that the test can make them
+again. Of this project it needs nothing.
 """
 
 from __future__ import annotations
 
 import io
 import json
+import lzma
 import sys
 import tarfile
 import tempfile
@@ -397,21 +399,47 @@ def possible(given: dict[str, Any]) -> bool:
     return plain and asked <= known and given["stats"] in (None, no_statistics, black_wrist)
 
 
+def pack(out: Path, files: dict[str, bytes]) -> None:
+    """By kind of file, then by case: the versions' files are nearly the same, and pack as one."""
+    numbers = {
+        "id": lzma.FILTER_LZMA2,
+        "preset": 9 | lzma.PRESET_EXTREME,
+        "lc": 0,
+        "lp": 2,
+        "pb": 0,
+    }
+    with (
+        lzma.open(out, "wb", filters=[numbers]) as packed,
+        tarfile.open(fileobj=packed, mode="w") as archive,
+    ):
+        for name in sorted(files, key=lambda name: name.split("/")[::-1]):
+            info = tarfile.TarInfo(name)
+            info.size = len(files[name])
+            archive.addfile(info, io.BytesIO(files[name]))
+
+
+def unpacked(archive: Path) -> dict[str, bytes]:
+    with tarfile.open(archive) as tar:
+        return {entry.name: tar.extractfile(entry).read() for entry in tar}  # type: ignore[union-attr]
+
+
 def main(out: str) -> None:
-    with tarfile.open(out, "w:xz", preset=9) as archive, tempfile.TemporaryDirectory() as scratch:
+    from importlib.metadata import version
+
+    path, ours = Path(out), version("lerobot")
+    before = unpacked(path) if path.exists() else {}
+    files = {name: each for name, each in before.items() if name.split("/")[0] != ours}
+    with tempfile.TemporaryDirectory() as scratch:
         for name, given in CASES.items():
             if not possible(given):
                 continue
             folder = Path(scratch) / name
             expected = write(name, given, folder)
-            buffer = io.BytesIO()
-            np.savez(buffer, **expected)
-            (folder / "expected.npz").write_bytes(buffer.getvalue())
-            for path in sorted(folder.iterdir()):
-                if path.suffix in (".json", ".safetensors", ".npz"):
-                    info = tarfile.TarInfo(f"{name}/{path.name}")
-                    info.size = path.stat().st_size
-                    archive.addfile(info, io.BytesIO(path.read_bytes()))
+            np.savez(folder / "expected.npz", **expected)
+            for each in folder.iterdir():
+                if each.suffix in (".json", ".safetensors", ".npz"):
+                    files[f"{ours}/{name}/{each.name}"] = each.read_bytes()
+    pack(path, files)
 
 
 if __name__ == "__main__":

@@ -1,6 +1,6 @@
 """LeRobot's own files and LeRobot's own numbers: ours are the same.
 
-The two archives were written by the real library, see ``lerobot_cases.py``.
+What the archive holds was written by the real library, see ``lerobot_cases.py``.
 """
 
 from __future__ import annotations
@@ -25,20 +25,16 @@ from policies.types import MetaObs
 pytestmark = pytest.mark.usefixtures("full_width")  # LeRobot's own is as wide
 
 VERSIONS = ("0.3.3", "0.4.4", "0.6.1")
+ARCHIVE = Path(__file__).with_name("lerobot.tar.xz")
 TOLERANCE = 1e-5
-
-
-def archive(version):
-    return Path(__file__).with_name(f"lerobot_{version}.tar.xz")
 
 
 @pytest.fixture(scope="module")
 def written(tmp_path_factory):
     """A function that gives a case's folder, weights and all; each set of weights is made once."""
     root, made = tmp_path_factory.mktemp("lerobot"), {}
-    for version in VERSIONS:
-        with tarfile.open(archive(version)) as tar:
-            tar.extractall(root / version, filter="data")
+    with tarfile.open(ARCHIVE) as tar:
+        tar.extractall(root, filter="data")
 
     def folder(version, name):
         path = root / version / name
@@ -57,9 +53,12 @@ def written(tmp_path_factory):
     return folder
 
 
-def names(version):
-    with tarfile.open(archive(version)) as tar:
-        return sorted({Path(entry).parts[0] for entry in tar.getnames()})
+def written_cases():
+    """Version and name of each, the versions in order."""
+    with tarfile.open(ARCHIVE) as tar:
+        found = sorted({Path(entry).parts[:2] for entry in tar.getnames()})
+    assert {version for version, _ in found} == set(VERSIONS)
+    return found
 
 
 def check(folder, given, *, whole):
@@ -84,9 +83,9 @@ def check(folder, given, *, whole):
             assert np.array_equal(expected["first"], expected["actions"][0])
 
 
-@pytest.mark.parametrize(("version", "name"), [(v, name) for v in VERSIONS for name in names(v)])
+@pytest.mark.parametrize(("version", "name"), written_cases())
 def test_what_lerobot_wrote_gives_what_lerobot_computes(written, version, name):
-    """The files of both versions; the network, which is the same in both, once."""
+    """The files of all versions; the network, which is the same in all, once."""
     folder = written(version, name)
     for what, got, wanted in check(folder, CASES[name], whole=version == VERSIONS[-1]):
         error = np.abs(got - wanted).max() / np.abs(wanted).max()
