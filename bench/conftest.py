@@ -1,4 +1,4 @@
-"""Prints the run's tables and budgets after pytest's own, and keeps the raw samples."""
+"""Prints the run's tables and budgets after pytest's own, and holds the samples."""
 
 from __future__ import annotations
 

@@ -10,9 +10,10 @@ from pathlib import Path
 import numpy as np
 
 from bench.contestant import HOMES
+from bench.picture_files import save_picture
 from bench.records import Records
 
-PATH = Path(__file__).resolve().parents[1] / "docs" / "images" / "transport.png"
+PATH = Path(__file__).resolve().parents[1] / "docs" / "images" / "transport.webp"
 GROUPS = ("64 B", "1 image", "4 images")
 _OURS, _PEERS, _FLOOR = "#c2185b", "#455a64", "#2e7d32"
 
@@ -73,7 +74,7 @@ def main() -> None:
     panels[0].legend(handles=handles, fontsize=8, loc="upper right")
     figure.suptitle(str(records.facts.get("processor", "")), fontsize=8, color="gray")
     PATH.parent.mkdir(parents=True, exist_ok=True)
-    figure.savefig(PATH, dpi=110)
+    save_picture(figure, PATH, (_OURS, _PEERS, _FLOOR, "gray"))
     print(PATH)
 
 

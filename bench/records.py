@@ -15,6 +15,9 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from bench.record_files import write_record
+from bench.sample_files import COARSE, TICKS_PER_US, in_ticks, read_samples, write_samples
+
 RESULTS = Path(__file__).parent / "results"
 STATISTICS: Mapping[str, float] = {"p50": 50.0, "p99": 99.0, "p99.9": 99.9, "max": 100.0}
 
@@ -40,9 +43,7 @@ class Records:
 
     def add(self, group: str, samples: Mapping[str, NDArray[Any]]) -> None:
         for name, values in samples.items():
-            # 1/64 of a microsecond is finer than the clock is steady, and packs far better.
-            rounded = np.round(np.asarray(values, np.float64) * 64) / 64
-            self.samples[f"{group}/{name}"] = rounded.astype(np.float32)
+            self.samples[f"{group}/{name}"] = (in_ticks(values) / TICKS_PER_US).astype(np.float32)
 
     def statistic(self, key: str, which: str = "p50") -> float:
         """``which`` of ``STATISTICS`` of ``group/name`` in µs, or the value of that name.
@@ -83,11 +84,11 @@ class Records:
     def groups(self) -> list[str]:
         return list(dict.fromkeys(key.rpartition("/")[0] for key in (*self.samples, *self.absent)))
 
-    def save(self, stem: str, group: str = "") -> None:
-        """Write ``results/STEM.npz`` (raw samples) and ``STEM.json`` (figures).
+    def save(self, stem: str, group: str = "", *, growth: float = COARSE) -> None:
+        """Write ``results/STEM.npz`` (samples, thinned) and ``STEM.json`` (figures of all of them).
 
         What these files hold of other groups than ``group`` stays, so that a long run adds to a
-        short one; all groups if none is named.
+        short one; all groups if none is named. ``growth``: see ``bench.sample_files``.
         """
         before = Records()
         before.load(stem)
@@ -96,7 +97,7 @@ class Records:
             **{key: each for key, each in self.samples.items() if not group or _in(key, group)},
         }
         RESULTS.mkdir(exist_ok=True)
-        np.savez_compressed(RESULTS / f"{stem}.npz", **chosen)  # type: ignore[arg-type]
+        write_samples(RESULTS / f"{stem}.npz", chosen, growth=growth)
         record = {
             "unit": "µs",
             "facts": {**before.facts, **self.facts},
@@ -111,15 +112,13 @@ class Records:
                 for key, each in chosen.items()
             },
         }
-        text = json.dumps(record, indent=1, ensure_ascii=False)
-        (RESULTS / f"{stem}.json").write_text(text + "\n", encoding="utf-8")
+        write_record(RESULTS / f"{stem}.json", record)
 
     def load(self, stem: str) -> None:
-        """Add what ``save`` wrote, if anything."""
-        raw, figures = RESULTS / f"{stem}.npz", RESULTS / f"{stem}.json"
-        if raw.exists() and figures.exists():
-            with np.load(raw) as file:
-                self.samples |= {key: file[key] for key in file.files}
+        """Add what ``save`` wrote, if anything: of its samples, those that it kept are exact."""
+        thinned, figures = RESULTS / f"{stem}.npz", RESULTS / f"{stem}.json"
+        if thinned.exists() and figures.exists():
+            self.samples |= read_samples(thinned)
             record = json.loads(figures.read_text(encoding="utf-8"))
             self.facts |= record["facts"]
             self.values |= record["values"]

@@ -25,6 +25,7 @@ from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
+from bench.record_files import write_record
 from bench.records import RESULTS, Records
 from policies.command_line import CommandLine, Number
 from policies.number_ranges import COUNT
@@ -172,7 +173,7 @@ def main() -> int:
             began_s = time.monotonic()
             path = WAYS[name](args.rollouts, Path(folder))
             found["ways"][name] = summary(path, time.monotonic() - began_s)
-        OUTPUT.write_text(json.dumps(found, indent=1) + "\n", encoding="utf-8")
+        write_record(OUTPUT, found)
         print(table(found["ways"]), flush=True)
     return 0
 

@@ -2,13 +2,13 @@
 
     python bench/strategies.py --num_rollout 100 --num_envs 2
 
-Prints a Markdown table and writes ``bench/results/strategies_<task>.json``.
+Prints a Markdown table and writes ``bench/results/strategies_<task>.json``: a summary a row,
+without the single episodes, which the same seeds give again.
 """
 
 from __future__ import annotations
 
 import dataclasses
-import json
 import platform
 import sys
 from pathlib import Path
@@ -16,6 +16,7 @@ from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
+from bench.record_files import write_record
 from envs.factory import load_env_config
 from policies.command_line import CommandLine, Number
 from policies.number_ranges import COUNT, PROCESSES
@@ -67,6 +68,7 @@ def main() -> None:
             f"| {age['p50']:.2f} s | {age['p99']:.2f} s | {timing['seam_jump']:.3f} |",
             flush=True,
         )
+        del result["episodes"]
         rows.append({"strategy": name, **options, **result})
     folder = Path(__file__).parent / "results"
     folder.mkdir(exist_ok=True)
@@ -76,7 +78,7 @@ def main() -> None:
         "cpu": platform.processor(),
         "rows": rows,
     }
-    path.write_text(json.dumps({**record, "versions": versions()}, indent=1))
+    write_record(path, {**record, "versions": versions()})
     print(f"\n{path}", file=sys.stderr)
 
 

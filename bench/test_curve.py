@@ -67,4 +67,4 @@ def test_curve(
     more_us = float(np.median(spans["zmq, CURVE"]) - np.median(spans["zmq"]))
     with capsys.disabled():
         print(f"\n{payload}: CURVE ÷ plain {ratio:.2f}, {more_us / 1e3:.2f} ms more")
-    records.save("curve")
+    records.save("curve", f"encryption, {payload}")

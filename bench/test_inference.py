@@ -4,7 +4,7 @@
 
 Contestants take turns in blocks, each in a process of its own that may use only as many cores as it
 has threads. Before anything is timed, its actions are compared with the plain module's. Writes the
-samples and the table's numbers to ``bench/results``.
+table's numbers, and what ``bench.sample_files`` keeps of the samples, to ``bench/results``.
 
 ``INFERENCE_SECONDS`` (40): how long each table may take, starts not counted. Slow contestants then
 have fewer calls than ``INFERENCE_CALLS`` (500); the table says how many. ``INFERENCE_COMPILE=1``

@@ -2,7 +2,8 @@
 
 Short by default. ``pytest bench/test_jitter.py --long`` runs what the published figures were made
 with: at least 10,000 ticks a way at 50 Hz, in blocks of 60 s; or, in pieces,
-``python -m bench.pacing.measure``. The samples are kept beside the other results, with the picture.
+``python -m bench.pacing.measure``. What ``bench.sample_files`` keeps of the samples lies beside the
+other results, with the picture.
 """
 
 from __future__ import annotations
@@ -15,6 +16,7 @@ from bench.pacing.load import LOADS, load
 from bench.pacing.measure import RATES, STEM, group_of, measure
 from bench.pacing.picture import PICTURE, draw
 from bench.records import Records
+from bench.sample_files import FINE
 
 SHORT_BLOCK_S, LONG_BLOCK_S, LONG_ROUNDS = 0.6, 60.0, 4
 
@@ -48,4 +50,4 @@ def test_lateness(hz: int, under: str, records: Records, pytestconfig: pytest.Co
     ours = f"{group_of(hz, under)}/ours, spin"
     assert abs(records.values[f"{ours}: drift, ticks"]) < 0.5
     if long:
-        records.save(STEM, group_of(hz, under))
+        records.save(STEM, group_of(hz, under), growth=FINE)

@@ -8,7 +8,6 @@ between as it is with a robot: caches get cold and cores clock down, which back-
 
 from __future__ import annotations
 
-import json
 import os
 import time
 from collections.abc import Callable, Iterator
@@ -20,7 +19,9 @@ from numpy.typing import NDArray
 
 from bench.inference.nets import SHIPPED
 from bench.inference.report import RESULTS, cpu_name, versions
+from bench.record_files import write_record
 from bench.records import Records
+from bench.sample_files import write_samples
 from runtime.client import PolicyClient
 from runtime.latency_stats import Percentiles
 from runtime.server.server_process import ServerProcess
@@ -122,7 +123,6 @@ def _save(name: str, record: dict[str, object], samples: dict[str, NDArray[np.fl
     RESULTS.mkdir(exist_ok=True)
     path = RESULTS / f"inference_{name}.json"
     whole = {**record, "cpu": cpu_name(), "cores": os.cpu_count(), "versions": versions()}
-    path.write_text(json.dumps(whole, indent=1) + "\n", encoding="utf-8")
+    write_record(path, whole)
     if samples:
-        microseconds = {k: np.asarray(v * 1e6, np.float32) for k, v in samples.items()}
-        np.savez_compressed(path.with_suffix(".npz"), allow_pickle=False, **microseconds)
+        write_samples(path.with_suffix(".npz"), {k: v * 1e6 for k, v in samples.items()})

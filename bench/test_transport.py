@@ -2,7 +2,7 @@
 
 Public interfaces, Python on both sides, every byte touched on both sides and verified to be the
 same; one process per core. ``docs/transport.md`` says what is measured and why so; the tables and
-the budgets are printed at the end, raw samples land in ``bench/results/``.
+the budgets are printed at the end, the figures land in ``bench/results/``.
 """
 
 from __future__ import annotations

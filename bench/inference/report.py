@@ -12,7 +12,6 @@ bound by the median.
 
 from __future__ import annotations
 
-import json
 import math
 import os
 import platform
@@ -28,6 +27,8 @@ from bench.inference.arena import CACHED, COLD, Comparison, Entry
 from bench.inference.contestants import LEROBOT, PLAIN
 from bench.inference.nets import SMALL
 from bench.inference.roofline import layered_bound_s, necessary_work
+from bench.record_files import write_record
+from bench.sample_files import write_samples
 
 RESULTS = Path(__file__).parents[1] / "results"
 BYTES = {"fp32": 4, "bf16": 2, "fp16": 2}
@@ -150,15 +151,13 @@ def record(comparison: Comparison) -> dict[str, Any]:
 
 
 def save(comparison: Comparison, folder: Path = RESULTS) -> Path:
-    """The record as JSON, and beside it the samples in µs, float32, in an ``.npz``."""
+    """The record as JSON, and beside it what ``bench.sample_files`` keeps of the samples."""
     folder.mkdir(exist_ok=True)
     stem = "inference_" + case_name(comparison).replace(", ", "_").replace(" ", "-")
     path = folder / f"{stem}.json"
-    path.write_text(json.dumps(record(comparison), indent=1) + "\n", encoding="utf-8")
-    samples = {
-        name: np.asarray(e.samples_s, np.float32) * 1e6 for name, e in comparison.entries.items()
-    }
-    np.savez_compressed(path.with_suffix(".npz"), allow_pickle=False, **samples)
+    write_record(path, record(comparison))
+    samples = {name: np.array(e.samples_s) * 1e6 for name, e in comparison.entries.items()}
+    write_samples(path.with_suffix(".npz"), samples)
     return path
 
 

@@ -1,8 +1,8 @@
 """Who keeps time, and how well: ``python -m bench.pacing.measure --hz 50 --load loaded``.
 
-The ways take turns, one block each, on the same core, under the same load. Raw samples and figures
-are kept in ``bench/results/jitter.*``; ``--add`` adds to what is there, so that a long measurement
-can be done in pieces.
+The ways take turns, one block each, on the same core, under the same load. Figures, the picture
+and what ``bench.sample_files`` keeps of the samples lie in ``bench/results/jitter.*``; ``--add``
+adds to the samples that are there, so that a long measurement can be done in pieces.
 """
 
 from __future__ import annotations
@@ -18,6 +18,7 @@ from bench.pacing.load import LOADS, load
 from bench.pacing.picture import draw
 from bench.pacing.ways import PRIVILEGED, UNPRIVILEGED, WAYS
 from bench.records import Records
+from bench.sample_files import FINE
 from policies.command_line import CommandLine, Number
 from policies.number_ranges import COUNT, DURATION_S, RATE_HZ
 
@@ -112,7 +113,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
                     rounds=args.rounds,
                     under_load=True,
                 )
-                records.save(STEM, group_of(hz, load_name))
+                records.save(STEM, group_of(hz, load_name), growth=FINE)
                 print(records.table(group_of(hz, load_name)), end="\n\n")
     for name, value in records.values.items():
         print(f"{name}: {value:.4g}")

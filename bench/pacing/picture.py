@@ -7,12 +7,14 @@ from pathlib import Path
 import matplotlib as mpl
 import numpy as np
 
+from bench.picture_files import save_picture
 from bench.records import RESULTS, Records
 
 mpl.use("Agg")
 from matplotlib import pyplot as plt
+from matplotlib.lines import Line2D
 
-PICTURE = RESULTS / "jitter.png"
+PICTURE = RESULTS / "jitter.webp"
 COLOURS = {
     "ours, FIFO, spin": ("#1b7837", "-"),
     "ours, FIFO": ("#1b7837", "--"),
@@ -37,7 +39,7 @@ def draw(records: Records, path: Path = PICTURE) -> Path | None:
     columns = min(2, len(groups))
     rows = -(-len(groups) // columns)
     figure, axes = plt.subplots(
-        rows, columns, figsize=(5.6 * columns, 3.8 * rows), sharex=True, sharey=True, squeeze=False
+        rows, columns, figsize=(5.0 * columns, 3.0 * rows), sharex=True, sharey=True, squeeze=False
     )
     for axis, group in zip(axes.flat, sorted(groups, key=_order), strict=False):
         for name, (colour, style) in COLOURS.items():
@@ -52,12 +54,12 @@ def draw(records: Records, path: Path = PICTURE) -> Path | None:
                 where="pre",
                 color=colour,
                 linestyle=style,
-                label=name,
                 linewidth=1.3,
             )
         axis.set(xscale="log", yscale="log", title=group)
         axis.grid(visible=True, which="major", alpha=0.3)
-        axis.legend(fontsize=7, loc="lower left")
+    styles = [Line2D([], [], color=c, linestyle=s, label=name) for name, (c, s) in COLOURS.items()]
+    axes[0, 0].legend(handles=styles, fontsize=7, loc="lower left")
     for axis in axes[-1]:
         axis.set_xlabel("lateness, µs")
     for axis in axes[:, 0]:
@@ -66,7 +68,7 @@ def draw(records: Records, path: Path = PICTURE) -> Path | None:
         axis.set_visible(False)
     figure.tight_layout()
     path.parent.mkdir(exist_ok=True)
-    figure.savefig(path, dpi=110)
+    save_picture(figure, path, (colour for colour, _ in COLOURS.values()))
     plt.close(figure)
     return path
 

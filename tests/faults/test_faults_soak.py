@@ -14,6 +14,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from bench.record_files import write_record
 from runtime.evaluation.results import versions
 from runtime.options.defaults import DEFAULT_CHECKPOINT
 from tests.faults.rig import ROOT, Program
@@ -78,5 +79,5 @@ def test_nothing_grows(tmp_path: Path) -> None:
     assert min(counts[-third:]) <= max(counts[:third])
     assert max(holdings.threads for _, holdings in warm) <= warm[0][1].threads + 1
     if SOAK:
-        RESULT.write_text(json.dumps(result, indent=1) + "\n")
+        write_record(RESULT, result)
         assert slope < MOST_BYTES_PER_H

@@ -18,6 +18,7 @@ from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
+from bench.record_files import write_record
 from tests.fuzz.targets import BROKEN, TARGETS
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -147,7 +148,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     settings = {"seed": args.seed, "timeout_s": args.timeout_s, "max_rss_mb": args.max_rss_mb}
     args.results.parent.mkdir(parents=True, exist_ok=True)
     rows = [{k: v for k, v in asdict(one).items() if k != "said"} for one in outcomes]
-    args.results.write_text(json.dumps({"settings": settings, "targets": rows}, indent=1) + "\n")
+    write_record(args.results, {"settings": settings, "targets": rows})
     return CRASHED if any(one.crashes for one in outcomes) else 0
 
 
