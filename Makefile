@@ -14,7 +14,7 @@ help:
 	@echo "make demo    start a server, evaluate 2 episodes against it"
 	@echo "make test    every test but the long ones, in WORKERS=3 processes"
 	@echo "make test-long  the long ones"
-	@echo "make check   lint, types, import rules"
+	@echo "make check   lint, types, import rules, bytes of the checkout"
 	@echo "make bench   latency tables"
 	@echo "make soak    a simulated robot, with everything killed in mid-motion again and again: 30 minutes"
 	@echo "make fuzz    a million inputs at every parser of what a peer sends: RUNS=1000000"
@@ -36,6 +36,7 @@ check: $(VENV)/.dev
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 	$(BIN)/lint-imports
+	$(BIN)/python -m tests.docs.checkout_size
 
 bench: $(VENV)/.peers $(VENV)/.peers-inference gl
 	$(BIN)/python -m pytest bench -q
