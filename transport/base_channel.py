@@ -11,6 +11,7 @@ from collections.abc import Mapping
 from types import MappingProxyType
 from typing import Any
 
+import numpy as np
 from numpy.typing import NDArray
 
 from transport.channel import (
@@ -156,6 +157,13 @@ class BaseChannel(Channel):
     @abc.abstractmethod
     def unread(self) -> bool:
         """Whether a message has arrived that was not polled."""
+
+    @property
+    def peer_memory(self) -> NDArray[np.uint8] | None:
+        """The mapping that the peer writes all its messages into, read-only, (nbytes,); None where
+        there is none, and after ``close``. It stays mapped while the array is referenced.
+        """
+        return None
 
     @abc.abstractmethod
     def _claim(self) -> dict[str, NDArray[Any]] | None:

@@ -23,6 +23,7 @@ import time
 from collections.abc import Callable
 from typing import Any
 
+import numpy as np
 from numpy.typing import NDArray
 
 from transport.base_channel import BaseChannel, ReceivedMessage
@@ -91,6 +92,11 @@ class ShmChannel(BaseChannel):
     def unread(self) -> bool:
         """See ``BaseChannel.unread``."""
         return self._closed is None and not self._broken and self._reader.unread
+
+    @property
+    def peer_memory(self) -> NDArray[np.uint8] | None:
+        """See ``BaseChannel.peer_memory``: the peer's segment."""
+        return self._resources.peer.bytes if self._open_resources else None
 
     def spin(self, rounds: int) -> bool:
         """As ``unread``, but poll for that many rounds of some tens of nanoseconds."""
