@@ -10,6 +10,7 @@ from numpy.typing import NDArray
 
 from policies.act.engine import MAX_BATCH, EngineOptions, Frames
 from policies.act.engine_selection import make_engine
+from policies.act.registered_memory import RegisteredMemory
 from policies.act.weights import ActWeights
 from policies.errors import ContractMismatch, InferenceError, ObservationError, PolicyError
 from policies.image_resize import check_image, is_source, prepare, warm_up
@@ -113,6 +114,14 @@ class ActPolicy:
     def batch_is_exact(self) -> bool:
         """Whether a chunk has the same bits in every batch."""
         return self._engine.exact
+
+    @property
+    def registered_memory(self) -> RegisteredMemory | None:
+        """Where to register memory that holds images, so that the engine reads them directly; None
+        where the engine reads any memory directly.
+        """
+        registry: RegisteredMemory | None = getattr(self._engine, "registered_memory", None)
+        return registry
 
     def reset(self) -> None:
         """Does nothing: there is no episode state."""

@@ -158,7 +158,7 @@ class RegisteredMemory:
                 logger.log(
                     logging.DEBUG if self._warned else logging.WARNING,
                     "images are copied once more on their way to the device: %s",
-                    error,
+                    str(error),  # a record that is kept must not keep the memory
                 )
                 self._warned = True
                 return False
@@ -187,7 +187,7 @@ class RegisteredMemory:
                 self._registrar.unregister(address)
             except RuntimeError as error:
                 # The device may still have the pages, so the address must not be used again.
-                logger.warning("%d bytes of memory stay mapped: %s", memory.nbytes, error)
+                logger.warning("%d bytes of memory stay mapped: %s", memory.nbytes, str(error))
                 return
             del self._entries[address]
 
