@@ -10,6 +10,7 @@ from typing import Any, cast
 from policies.errors import DeviceLost, PolicyError
 from policies.types import ActionChunk, MetaObs, Policy
 from runtime.protocol import messages
+from runtime.server.segment_registrar import MemoryRegistry
 
 logger = logging.getLogger(__name__)
 
@@ -29,6 +30,8 @@ class LoadedModel:
             cannot.
         sizes: Batch sizes that the policy is prepared for.
         exact: Whether a reply has the same bits whatever else is in its batch.
+        registered_memory: Where to register memory that holds images; None if the policy does not
+            need that.
     """
 
     policy: Policy
@@ -38,6 +41,7 @@ class LoadedModel:
     infer_batch: InferBatch | None
     sizes: tuple[int, ...]
     exact: bool
+    registered_memory: MemoryRegistry | None
 
     @classmethod
     def of(cls, policy: Policy, generation: int = 1, max_batch: int | None = None) -> LoadedModel:
@@ -73,6 +77,7 @@ class LoadedModel:
             cast("InferBatch | None", infer_batch),
             sizes,
             exact,
+            getattr(optional, "registered_memory", None),
         )
 
     def describe(self) -> dict[str, Any]:

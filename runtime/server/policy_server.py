@@ -31,6 +31,7 @@ from runtime.server.loaded_model import LoadedModel
 from runtime.server.policy_closer import CLOSE_S, PolicyCloser
 from runtime.server.request_handler import RequestHandler
 from runtime.server.scheduler import Scheduler
+from runtime.server.segment_registrar import SegmentRegistrar
 from runtime.server.session_manager import SessionManager
 from runtime.server.state import AdminCommand, ServerState, ServerStatistics
 from transport.address import format_address
@@ -95,9 +96,11 @@ class PolicyServer:
         self._state = ServerState(model, costs, scheduler)
         self._request_handler = RequestHandler(self._state, self._end)
         self._closer = PolicyCloser()
+        self._segment_registrar = SegmentRegistrar()
         self._session_manager = SessionManager(
             self._state,
             self._request_handler,
+            self._segment_registrar,
             limits,
             self._closer,
             hellos=lambda: self._listener.hellos,
@@ -292,12 +295,15 @@ class PolicyServer:
     def close(self) -> None:
         """End every session, send its client the reason, and free the address. Idempotent.
 
-        Waits at most ``CLOSE_S`` for replaced policies that are being closed.
+        Waits at most twice ``CLOSE_S`` for segments and replaced policies to be released.
         """
         lost = self._state.device_lost
         self._session_manager.close()
         self._listener.close(str(lost) if lost else self._stopping or "the server was closed")
-        self._closer.close(0.0 if lost else CLOSE_S)
+        # Last: these may take seconds, and clients know by now.
+        timeout_s = 0.0 if lost else CLOSE_S
+        self._segment_registrar.close(timeout_s)
+        self._closer.close(timeout_s)
 
     def __enter__(self) -> PolicyServer:
         return self

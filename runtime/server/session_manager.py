@@ -15,6 +15,7 @@ from runtime.server.admission import Demand, SessionLimits, admit
 from runtime.server.loaded_model import LoadedModel, close_policy
 from runtime.server.policy_closer import PolicyCloser
 from runtime.server.request_handler import RequestHandler
+from runtime.server.segment_registrar import SegmentRegistrar
 from runtime.server.session_state import SessionState
 from runtime.server.state import ServerState
 from runtime.trace import recorder as trace
@@ -36,6 +37,7 @@ class SessionManager:
     Args:
         state: The server's state.
         request_handler: Replies to requests that are not computed.
+        segment_registrar: Registers the sessions' memory where their policies want that.
         limits: The limits on each session.
         closer: Closes replaced policies and their forks.
         hellos: Returns the handshakes of all sessions, including those accepted and not yet open.
@@ -46,6 +48,7 @@ class SessionManager:
         self,
         state: ServerState,
         request_handler: RequestHandler,
+        segment_registrar: SegmentRegistrar,
         limits: SessionLimits,
         closer: PolicyCloser,
         *,
@@ -53,6 +56,7 @@ class SessionManager:
         timeout_s: float,
     ) -> None:
         self._state, self._request_handler, self._hellos = state, request_handler, hellos
+        self._segment_registrar = segment_registrar
         self._limits, self._timeout_s = limits, timeout_s
         self._reply_schema = messages.reply_schema(state.model.policy.contract)
         self._next_idle_check_s = 0.0
@@ -186,6 +190,7 @@ class SessionManager:
         )
         robot, budget_ns = session_state.demand.is_robot, session_state.budget_ns
         self._state.scheduler.add_session(session.id, robot=robot, budget_ns=budget_ns)
+        self._register_memory(session, model)
         return session_state if self._start_episode(session_state) else None
 
     def _reset(self, session_state: SessionState, message: Message) -> bool:
@@ -207,7 +212,14 @@ class SessionManager:
             self._closer.add(session_state.policy)
         session_state.policy, session_state.owns_policy = fork, fork is not model.policy
         session_state.generation = model.generation
+        self._register_memory(session_state.session, model)
         self._close_unused_policies()
+
+    def _register_memory(self, session: ServerSession, model: LoadedModel) -> None:
+        """Have images that the client writes read directly by ``model``, where it can."""
+        self._segment_registrar.register(
+            session.id, session.channel.peer_memory, model.registered_memory
+        )
 
     def _start_episode(self, session_state: SessionState) -> bool:
         """Reset the session's policy; if that fails, end this session only and return False."""
@@ -234,6 +246,7 @@ class SessionManager:
         session_state = self._state.sessions.pop(session.id, None)
         if session_state is None:
             return
+        self._segment_registrar.release(session.id)
         waiting = self._state.scheduler.remove_session(session.id)
         if waiting is not None:
             with contextlib.suppress(ViewsHeld):  # the session ends in any case
@@ -281,6 +294,7 @@ class SessionManager:
         for session_state in state.sessions.values():
             if at_once and not session_state.owns_policy:
                 session_state.policy, session_state.generation = new.policy, new.generation
+                self._register_memory(session_state.session, new)
         self._close_unused_policies()
 
     def _close_unused_policies(self) -> None:

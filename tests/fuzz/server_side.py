@@ -30,6 +30,7 @@ from runtime.server.loaded_model import LoadedModel
 from runtime.server.policy_closer import PolicyCloser
 from runtime.server.request_handler import RequestHandler
 from runtime.server.scheduler import Scheduler
+from runtime.server.segment_registrar import SegmentRegistrar
 from runtime.server.session_manager import SessionManager
 from runtime.server.state import ServerState
 from tests.fuzz import samples
@@ -106,6 +107,7 @@ class PolicyCallbacks:
         self.session_manager = SessionManager(
             state,
             request_handler,
+            SegmentRegistrar(),
             SessionLimits(rate_hz=1000.0),
             PolicyCloser(),
             hellos=self._hellos,

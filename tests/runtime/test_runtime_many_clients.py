@@ -420,7 +420,7 @@ def test_client_that_only_resets_does_not_occupy_the_server() -> None:
     served: list[str] = []
 
     class Endless:
-        transport, unread = "shm", True
+        transport, unread, peer_memory = "shm", True, None
 
         def __init__(self) -> None:
             self.polled = 0
