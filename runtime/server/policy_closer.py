@@ -11,9 +11,6 @@ from runtime.server.loaded_model import close_policy
 
 logger = logging.getLogger(__name__)
 
-CLOSE_S = 5.0
-"""How long a server that ends waits for policies that are being closed."""
-
 
 class PolicyCloser:
     """Closes policies in a thread of its own, in the order in which they are given.
@@ -34,7 +31,7 @@ class PolicyCloser:
             self._thread.start()
         self._policies.put(policy)
 
-    def close(self, timeout_s: float = CLOSE_S) -> None:
+    def close(self, timeout_s: float) -> None:
         """Wait until all policies are closed, at most ``timeout_s``. Idempotent."""
         if self._thread is None:
             return

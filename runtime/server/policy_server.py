@@ -28,7 +28,7 @@ from policies.types import Policy
 from runtime.server.admission import SessionLimits
 from runtime.server.cost_model import InferenceCostModel
 from runtime.server.loaded_model import LoadedModel
-from runtime.server.policy_closer import CLOSE_S, PolicyCloser
+from runtime.server.policy_closer import PolicyCloser
 from runtime.server.request_handler import RequestHandler
 from runtime.server.scheduler import Scheduler
 from runtime.server.segment_registrar import SegmentRegistrar
@@ -45,6 +45,8 @@ from transport.zeromq.curve import ServerKeys
 logger = logging.getLogger(__name__)
 Result = TypeVar("Result")
 
+CLOSE_S = 5.0
+"""How long ``close`` waits for segments, and for replaced policies, to be released."""
 SERVING_THREAD_TIMEOUT_S = 10.0
 """How long another thread waits for the serving thread, which may be in an inference."""
 

@@ -18,9 +18,6 @@ from numpy.typing import NDArray
 
 logger = logging.getLogger(__name__)
 
-CLOSE_S = 5.0
-"""How long a server that closes waits for the thread, whose driver may hang."""
-
 
 class MemoryRegistry(Protocol):
     """A policy's ``registered_memory``. It must outlive the policy, and is used in one thread."""
@@ -77,8 +74,11 @@ class SegmentRegistrar:
             registration.wanted = False
             self._post(registration)
 
-    def close(self, timeout_s: float = CLOSE_S) -> None:
-        """Release all segments; wait for that, at most ``timeout_s``. Idempotent."""
+    def close(self, timeout_s: float) -> None:
+        """Release all segments; wait for that, at most ``timeout_s``: a driver may hang.
+
+        Idempotent.
+        """
         for session_id in list(self._current):
             self.release(session_id)
         thread, self._thread = self._thread, None

@@ -122,11 +122,11 @@ def test_a_policy_that_fails_to_close_is_logged_and_the_next_one_is_closed(
 
 def test_a_server_that_ends_waits_for_a_bounded_time(caplog: pytest.LogCaptureFixture) -> None:
     policy, closer = SlowToClose(), PolicyCloser()
-    closer.close()
+    closer.close(5.0)
     closer.add(policy)
     with closing(policy):
         closer.close(0.05)
-        closer.close()
+        closer.close(5.0)
     assert "a replaced policy is still being closed after 0.05 s" in caplog.text
 
 

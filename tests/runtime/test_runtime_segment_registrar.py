@@ -13,7 +13,7 @@ import pytest
 from policies.act.registered_memory import RegisteredMemory
 from policies.types import ActionChunk, MetaObs
 from runtime.errors import ServerLost
-from runtime.server import PolicyServer, segment_registrar
+from runtime.server import PolicyServer, policy_server
 from runtime.server.segment_registrar import SegmentRegistrar
 from tests.pinned_pages import PinningRegistrar, mappings
 from tests.runtime.batch_policy import BatchPolicy
@@ -283,7 +283,7 @@ def test_driver_that_hangs_does_not_keep_the_server_from_closing(
     monkeypatch: pytest.MonkeyPatch,
     caplog: pytest.LogCaptureFixture,
 ) -> None:
-    monkeypatch.setattr(segment_registrar, "CLOSE_S", 0.05)
+    monkeypatch.setattr(policy_server, "CLOSE_S", 0.05)
     with registrar.gate:
         with serving(policy) as server:
             client = connect(server, "shm")
@@ -320,8 +320,8 @@ def test_calls_take_effect_in_their_order(registrar: PinningRegistrar) -> None:
             segments.release(number)
         if rng.integers(4) == 0:
             time.sleep(0.0005)
-    segments.close()
-    segments.close()
+    segments.close(PATIENCE_S)
+    segments.close(PATIENCE_S)
     assert "register 0" in calls
     for number in range(4):
         own = [call.split()[0] for call in calls if call.endswith(f" {number}")]
