@@ -10,6 +10,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 
+import torch
 from torch import Tensor
 
 from policies.act.backbone import BATCH_NORM_KEYS
@@ -95,13 +96,19 @@ LEROBOT_RENAMED_KEYS = {
 """Names of LeRobot's first versions to today's; the rows are in the same order."""
 
 
+ZERO_INPUT = "decoder.0.self_attn.in_proj_weight"
+"""The projection of the first decoder layer's input, which is zero. The values are the bias for any
+weights, and so is every average of them.
+"""
+
+
 def translate(
     tensors: Mapping[str, Tensor], keys: Mapping[str, str], ignored: Iterable[str],
     config: ActConfig, path: Path,
 ) -> dict[str, Tensor]:  # fmt: skip
     """Return ``tensors`` under ``ActModel``'s names.
 
-    The style encoder, which only training needs, may be missing as a whole.
+    The style encoder, which only training needs, may be missing as a whole. So may ``ZERO_INPUT``.
 
     Args:
         tensors: By foreign names.
@@ -128,6 +135,9 @@ def translate(
     translated = {}
     for foreign, internal in keys.items():
         if internal.startswith("style.") and not has_style:
+            continue
+        if foreign not in tensors and internal == ZERO_INPUT:
+            translated[internal] = torch.zeros(shapes[internal])
             continue
         if foreign not in tensors:
             raise CheckpointError(f"{path}: key {foreign!r} is missing")

@@ -820,6 +820,21 @@ def kinds(state, action):
     return edit_json("normalize.json", state={"t": state}, action={"t": action})
 
 
+def test_what_affects_no_action_may_be_missing(tiny):
+    """The projection of zeros; not that of the second decoder layer's input."""
+    policy = load_policy(str(tiny), device="cpu")
+    obs = observation(policy.contract)
+    before = policy.infer(obs).actions
+    gone = ("model.transformer.decoder.layers.0.self_attn.in_proj_weight", "model.pos_table")
+    edit_weights(lambda tensors: [tensors.pop(name) for name in gone])(tiny)
+    after = load_policy(str(tiny), device="cpu").infer(obs).actions
+    assert after.tobytes() == before.tobytes()
+    bias = gone[0].replace("weight", "bias")
+    edit_weights(lambda tensors: tensors.pop(bias))(tiny)
+    with pytest.raises(CheckpointError, match=f"key '{bias}' is missing"):
+        load_policy(str(tiny), device="cpu")
+
+
 @pytest.mark.parametrize("kind", ["minmax", "percentile"])
 def test_an_action_of_ilstudio_that_never_moved_is_a_constant(tiny, kind):
     kinds("zscore", kind)(tiny)
