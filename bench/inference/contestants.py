@@ -10,12 +10,13 @@ import importlib
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal, TypeAlias
+from typing import TYPE_CHECKING, Any, Literal, TypeAlias
 
 import numpy as np
 from numpy.typing import NDArray
 
-from policies.act.weights import ActWeights
+if TYPE_CHECKING:  # it imports torch, and a worker sets its cores before that
+    from policies.act.weights import ActWeights
 
 Run: TypeAlias = Callable[[NDArray[np.uint8], NDArray[np.float32]], NDArray[np.float32]]
 """(N, H, W, 3) uint8 pictures, (S,) normalized state -> (T, A) actions in physical units."""
@@ -40,7 +41,7 @@ class Setting:
     device: str = "cpu"
 
 
-Build: TypeAlias = Callable[[ActWeights, Setting], Run]
+Build: TypeAlias = "Callable[[ActWeights, Setting], Run]"
 BuildLimit: TypeAlias = Callable[[Setting], Run]
 """What a limit runs takes no notice of its observation, and needs no weights."""
 

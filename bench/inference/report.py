@@ -7,7 +7,8 @@ import included, with an empty cache and with what the first start left; ``MB``,
 network and its engine hold beyond the imports; ``error``, max|a - b| / max|b| against the plain
 module; ``cores``, processor time by time elapsed; ``waited``, time spent waiting for a processor
 that other processes had, which should be 0.00 where anything but medians is read; ``roofline``, the
-bound by the median.
+bound by the median, absent where what bounds it could not be measured. Where calls were also paced,
+further lines have those.
 """
 
 from __future__ import annotations
@@ -87,7 +88,9 @@ def ratios(comparison: Comparison) -> dict[str, float]:
 
 
 def bound_s(comparison: Comparison, precision: str) -> float:
-    """What the measured float32 peak and this precision's bytes allow."""
+    """What the measured float32 peak and this precision's bytes allow; NaN without a peak."""
+    if comparison.machine is None:
+        return math.nan
     return comparison.machine.bound_s(necessary_work(comparison.config, BYTES[precision]))
 
 
@@ -95,13 +98,16 @@ def table(comparison: Comparison) -> Iterator[str]:
     """Lines: the machine, a row for each contestant, and why some are not there."""
     machine, work = comparison.machine, necessary_work(comparison.config, 4)
     yield f"{case_name(comparison)}: ms"
-    yield (
-        f"  measured peak {machine.flops_per_s / 1e9:.1f} GFLOP/s, "
-        f"{machine.bytes_per_s / 1e9:.1f} GB/s; one inference needs "
-        f"{work.flops / 1e9:.2f} GFLOP, {work.n_bytes / 1e6:.1f} MB in fp32: "
-        f"at least {1e3 * bound_s(comparison, 'fp32'):.2f} ms, "
-        f"layer by layer {1e3 * layered_bound_s(comparison.config, 4, machine):.2f} ms"
-    )
+    need = f"one inference needs {work.flops / 1e9:.2f} GFLOP, {work.n_bytes / 1e6:.1f} MB in fp32"
+    if machine is None:
+        yield f"  no measured peak: a limit is absent; {need}"
+    else:
+        yield (
+            f"  measured peak {machine.flops_per_s / 1e9:.1f} GFLOP/s, "
+            f"{machine.bytes_per_s / 1e9:.1f} GB/s; {need}: "
+            f"at least {1e3 * bound_s(comparison, 'fp32'):.2f} ms, "
+            f"layer by layer {1e3 * layered_bound_s(comparison.config, 4, machine):.2f} ms"
+        )
     yield (
         f"  {'':28}{'n':>5}{'p50':>9}{'p99':>9}{'p99.9':>9}{'max':>9}{'jitter':>8}{'first':>8}"
         f"{'cold':>8}{'cached':>8}{'MB':>6}{'error':>9}{'cores':>7}{'waited':>8}"
@@ -111,6 +117,7 @@ def table(comparison: Comparison) -> Iterator[str]:
         yield f"  {name:28}{_row(comparison, entry)}"
     for name, reason in comparison.absent.items():
         yield f"  {name:28}not measurable here: {reason}"
+    yield from _paced_rows(comparison)
 
 
 def goals(comparison: Comparison) -> Iterator[str]:
@@ -125,22 +132,26 @@ def goals(comparison: Comparison) -> Iterator[str]:
         if math.isfinite(value):
             bound = bound_s(comparison, "fp32") / _median_s(comparison, goal.theirs)
             verdict = "met" if value <= goal.at_most else "not met"
-            limit = f", the fp32 roofline is {bound:.3f}" if comparison.device == "cpu" else ""
+            bounded = comparison.device == "cpu" and math.isfinite(bound)
+            limit = f", the fp32 roofline is {bound:.3f}" if bounded else ""
             yield f"{what}{value:.3f}, {verdict}{limit}"
         else:
             yield what + _unmeasurable(comparison, goal)
 
 
 def record(comparison: Comparison) -> dict[str, Any]:
-    """Everything but the samples, as JSON has it."""
+    """Everything but the samples, as JSON has it; None for what a limit would have to say."""
+    machine = comparison.machine
+    peaks: tuple[float | None, ...] = (None,) * 4
+    if machine is not None:
+        layered_s = layered_bound_s(comparison.config, 4, machine)
+        peaks = machine.flops_per_s, machine.bytes_per_s, bound_s(comparison, "fp32"), layered_s
+    names = "peak_flops_per_s", "peak_bytes_per_s", "bound_s", "layered_bound_s"
     return {
         "case": case_name(comparison),
         "device": comparison.device,
         "threads": comparison.threads,
-        "peak_flops_per_s": comparison.machine.flops_per_s,
-        "peak_bytes_per_s": comparison.machine.bytes_per_s,
-        "bound_s": bound_s(comparison, "fp32"),
-        "layered_bound_s": layered_bound_s(comparison.config, 4, comparison.machine),
+        **dict(zip(names, peaks, strict=True)),
         "ratios": ratios(comparison),
         "absent": comparison.absent,
         "rows": {name: _record(comparison, e) for name, e in comparison.entries.items()},
@@ -198,18 +209,22 @@ def _unmeasurable(comparison: Comparison, goal: Goal) -> str:
     if goal.theirs not in comparison.absent:
         return "not measurable here: ours did not run"
     said = f"not measurable here: {comparison.absent[goal.theirs]}"
-    narrow = necessary_work(comparison.config, BYTES["bf16"])
-    said += (
-        f"; bf16 reads at least {narrow.n_bytes / 1e6:.1f} MB, "
-        f"{1e3 * narrow.n_bytes / comparison.machine.bytes_per_s:.2f} ms at the measured bandwidth"
-    )
+    if comparison.machine is not None:
+        n_bytes = necessary_work(comparison.config, BYTES["bf16"]).n_bytes
+        least_ms = 1e3 * n_bytes / comparison.machine.bytes_per_s
+        said += (
+            f"; bf16 reads at least {n_bytes / 1e6:.1f} MB, "
+            f"{least_ms:.2f} ms at the measured bandwidth"
+        )
     wide = ratio(comparison, BEST_FP32, f"{OPENVINO} fp32")
     return said + (f"; both in fp32: {wide:.3f}" if math.isfinite(wide) else "")
 
 
 def _row(comparison: Comparison, entry: Entry) -> str:
+    decimals = 2 if comparison.device == "cpu" else 3
+
     def ms(seconds: float) -> str:
-        return f"{1e3 * seconds:9.2f}"
+        return f"{1e3 * seconds:9.{decimals}f}"
 
     def start(kind: str) -> str:
         return f"{entry.starts[kind].ready_s:7.1f}s" if kind in entry.starts else f"{'-':>8}"
@@ -224,8 +239,16 @@ def _row(comparison: Comparison, entry: Entry) -> str:
         f"{1e3 * entry.jitter_s:8.2f}{1e3 * last.first_s:8.1f}{start(COLD)}{start(CACHED)}"
         f"{(last.resident_bytes - last.base_bytes) / 1e6:6.0f}{entry.error:9.1e}"
         f"{np.mean(entry.cores):7.2f}{np.mean(entry.waited):8.2f}"
-        f"{_attained(comparison, entry):10.2f}"
+        f"{'-' if comparison.machine is None else f'{_attained(comparison, entry):.2f}':>10}"
     )
+
+
+def _paced_rows(comparison: Comparison) -> Iterator[str]:
+    for name, entry in comparison.entries.items():
+        if entry.paced_s:
+            p50, p99 = (1e3 * float(np.percentile(entry.paced_s, each)) for each in (50, 99))
+            rate = f"at {comparison.pace_hz:g} Hz"
+            yield f"  {name:28}{rate}: p50 {p50:.3f}, p99 {p99:.3f}, p99 / p50 {p99 / p50:.2f}"
 
 
 def _attained(comparison: Comparison, entry: Entry) -> float:
@@ -248,7 +271,8 @@ def _record(comparison: Comparison, entry: Entry) -> Mapping[str, Any]:
         "error": entry.error,
         "cores": float(np.mean(entry.cores)),
         "waited": float(np.mean(entry.waited)),
-        "roofline": _attained(comparison, entry),
+        "roofline": None if comparison.machine is None else _attained(comparison, entry),
+        **_paced_record(comparison, entry),
         "starts": {
             kind: {
                 "imported_s": each.imported_s,
@@ -261,3 +285,11 @@ def _record(comparison: Comparison, entry: Entry) -> Mapping[str, Any]:
             for kind, each in entry.starts.items()
         },
     }
+
+
+def _paced_record(comparison: Comparison, entry: Entry) -> Mapping[str, Any]:
+    if not entry.paced_s:
+        return {}
+    p50, p99 = (float(np.percentile(entry.paced_s, percent)) for percent in (50, 99))
+    figures = {"count": len(entry.paced_s), "p50_s": p50, "p99_s": p99, "p99 / p50": p99 / p50}
+    return {"paced": {"rate_hz": comparison.pace_hz, **figures}}

@@ -6,30 +6,32 @@ dies with its parent, whatever the parent dies of.
 
 from __future__ import annotations
 
-import ctypes
 import gc
 import os
-import signal
 import socket
 import subprocess
 import sys
 import time
+import traceback
 from contextlib import suppress
 from dataclasses import dataclass
 from multiprocessing.connection import Connection
 from pathlib import Path
+from tempfile import TemporaryFile
 from types import TracebackType
 from typing import Any, TypeAlias
 
 import numpy as np
 from numpy.typing import NDArray
 
-from bench.inference.contestants import CONTESTANTS, Absent, Run, Setting
+from bench.inference.contestants import Absent, Contestant, Run, Setting
+from bench.inference.steps import die_with_parent, shorten
 
 ROOT = Path(__file__).resolve().parents[2]
+COMMAND = (sys.executable, "-m", "bench.inference.worker")
 START_WITHIN_S = 300.0
 ANSWER_WITHIN_S = 120.0
-_PR_SET_PDEATHSIG = 1
+KILLED_WITHIN_S = 10.0
 
 Inputs: TypeAlias = list[tuple[NDArray[np.uint8], NDArray[np.float32]]]
 
@@ -43,11 +45,32 @@ class Task:
         born_ns: When its process was started, monotonic.
     """
 
-    contestant: str
+    contestant: Contestant
     checkpoint: Path
     setting: Setting
     cores: tuple[int, ...]
     born_ns: int
+
+
+@dataclass(frozen=True, slots=True)
+class Order:
+    """What a worker is told after that.
+
+    Attributes:
+        calls: So many are timed, after ``uncounted`` ones that warm the caches again.
+        pace_hz: Calls per second; 0 for one after the other.
+    """
+
+    calls: int
+    uncounted: int
+    pace_hz: float = 0.0
+
+
+@dataclass(frozen=True, slots=True)
+class Failed:
+    """What a worker says, in words, before it ends."""
+
+    words: str
 
 
 @dataclass(frozen=True, slots=True)
@@ -95,28 +118,41 @@ class Block:
 class Worker:
     """A contestant's process, ready.
 
+    Args:
+        start_within_s: From the start of the process to its answer.
+        answer_within_s: For a block of calls, beyond what pacing takes.
+
     Raises:
         Absent: It cannot run here.
-        RuntimeError: It died, or did not start in time.
+        RuntimeError: It failed, died, or did not start in time; says it in the worker's own words
+            where there are any.
     """
 
     def __init__(
-        self, contestant: str, checkpoint: Path, setting: Setting, cores: tuple[int, ...]
+        self,
+        contestant: Contestant,
+        checkpoint: Path,
+        setting: Setting,
+        cores: tuple[int, ...],
+        *,
+        start_within_s: float = START_WITHIN_S,
+        answer_within_s: float = ANSWER_WITHIN_S,
     ) -> None:
-        self.name = contestant
+        self.name, self._answer_within_s = contestant.name, answer_within_s
         ours, theirs = socket.socketpair()
         born_ns = time.monotonic_ns()
+        self._printed = TemporaryFile()  # noqa: SIM115 (as long as the process)
         with theirs:
             self._process = subprocess.Popen(
-                [sys.executable, "-m", "bench.inference.worker", str(theirs.fileno())],
+                [*COMMAND, str(theirs.fileno())],
                 cwd=ROOT,
                 pass_fds=[theirs.fileno()],
                 env={**os.environ, "OMP_NUM_THREADS": str(setting.threads)},
+                stderr=self._printed,
             )
         self._link = Connection(ours.detach())
         try:
-            self._link.send(Task(contestant, checkpoint, setting, cores, born_ns))
-            said = self._receive(START_WITHIN_S)
+            said = self._ask(Task(contestant, checkpoint, setting, cores, born_ns), start_within_s)
             if isinstance(said, str):
                 raise Absent(said)
             self.started: Started = said
@@ -124,18 +160,25 @@ class Worker:
             self.close()
             raise
 
-    def run(self, calls: int, uncounted: int) -> Block:
-        """``calls`` after ``uncounted`` ones that warm the caches again."""
-        self._link.send((calls, uncounted))
-        block: Block = self._receive(ANSWER_WITHIN_S)
+    def run(self, calls: int, uncounted: int, pace_hz: float = 0.0) -> Block:
+        """Have it make ``calls`` calls; see ``Order``.
+
+        Raises:
+            RuntimeError: It failed, died, or did not answer in time.
+        """
+        paced_s = calls / pace_hz if pace_hz else 0.0
+        within_s = self._answer_within_s + paced_s
+        block: Block = self._ask(Order(calls, uncounted, pace_hz), within_s)
         return block
 
     def close(self) -> None:
         """Kill it; it owns nothing that outlives it. Idempotent."""
         with suppress(ProcessLookupError):
             self._process.kill()
-        self._process.wait()
+        with suppress(subprocess.TimeoutExpired):  # a process can be stuck in a driver
+            self._process.wait(KILLED_WITHIN_S)
         self._link.close()
+        self._printed.close()
 
     def __enter__(self) -> Worker:
         return self
@@ -145,18 +188,35 @@ class Worker:
     ) -> None:
         self.close()
 
-    def _receive(self, within_s: float) -> Any:
+    def _ask(self, question: Task | Order, within_s: float) -> Any:
         try:
+            self._link.send(question)
             if not self._link.poll(within_s):
-                raise RuntimeError(f"{self.name}: nothing within {within_s:g} s")
-            return self._link.recv()
-        except (EOFError, ConnectionError) as error:
-            status = self._process.wait()
-            raise RuntimeError(f"{self.name}: its process died, status {status}") from error
+                raise RuntimeError(f"{self.name}: no answer within {within_s:g} s{self._words()}")
+            said = self._link.recv()
+        except (EOFError, OSError) as error:
+            self._link.close()
+            try:
+                status = f"status {self._process.wait(1.0)}"
+            except subprocess.TimeoutExpired:
+                status = "alive, but not listening"
+            raise RuntimeError(f"{self.name}: its process died, {status}{self._words()}") from error
+        if isinstance(said, Failed):
+            self._words()
+            raise RuntimeError(f"{self.name}: {said.words}")
+        return said
+
+    def _words(self) -> str:
+        """Pass on what it printed as errors, and return the last line of it."""
+        self._printed.seek(0)
+        text = self._printed.read().decode(errors="replace")
+        sys.stderr.write(text)
+        lines = [line.strip() for line in text.splitlines() if line.strip()]
+        return f": {shorten(lines[-1])}" if lines else ""
 
 
 def main(fd: int) -> None:
-    ctypes.CDLL(None, use_errno=True).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL, 0, 0, 0)
+    die_with_parent()
     link = Connection(fd)
     task: Task = link.recv()
     # Before torch is imported: whatever starts threads starts them on these cores.
@@ -165,7 +225,7 @@ def main(fd: int) -> None:
 
     imported_s = _since_s(task.born_ns)
     base_bytes = _resident_bytes()
-    contestant = CONTESTANTS[task.contestant]
+    contestant = task.contestant
     inputs: Inputs = [(np.zeros((0, 0, 0, 3), np.uint8), np.zeros(0, np.float32))]
     try:
         if contestant.side == "limit":
@@ -175,29 +235,35 @@ def main(fd: int) -> None:
             inputs = observations(weights.config)
             run = contestant.load()(weights, task.setting)
             del weights
+        built_s = _since_s(task.born_ns)
+        began_s = time.perf_counter()
+        run(*inputs[0])
+        first_s = time.perf_counter() - began_s
+        outputs = np.stack([np.array(run(*each)) for each in inputs])
+        gc.collect()
+        gc.freeze()
+        link.send(Started(imported_s, built_s, first_s, base_bytes, _resident_bytes(), outputs))
+        while True:
+            order: Order = link.recv()
+            link.send(_block(run, inputs, order))
     except Absent as reason:
         link.send(str(reason))
-        return
-    built_s = _since_s(task.born_ns)
-    began_s = time.perf_counter()
-    run(*inputs[0])
-    first_s = time.perf_counter() - began_s
-    outputs = np.stack([np.array(run(*each)) for each in inputs])
-    gc.collect()
-    gc.freeze()
-    link.send(Started(imported_s, built_s, first_s, base_bytes, _resident_bytes(), outputs))
-    with suppress(EOFError):
-        while True:
-            calls, uncounted = link.recv()
-            link.send(_block(run, inputs, calls, uncounted))
+    except EOFError:
+        pass
+    except Exception as error:
+        traceback.print_exc()
+        link.send(Failed(shorten(f"{type(error).__name__}: {error}")))
 
 
-def _block(run: Run, inputs: Inputs, calls: int, uncounted: int) -> Block:
-    for number in range(uncounted):
+def _block(run: Run, inputs: Inputs, order: Order) -> Block:
+    for number in range(order.uncounted):
         run(*inputs[number % len(inputs)])
-    samples_s = np.empty(calls)
+    samples_s = np.empty(order.calls)
+    period_s = 1 / order.pace_hz if order.pace_hz else 0.0
     waited_s, worked_s, began_s = _waited_s(), time.process_time(), time.perf_counter()
-    for number in range(calls):
+    for number in range(order.calls):
+        if period_s:
+            time.sleep(max(0.0, began_s + (number + 1) * period_s - time.perf_counter()))
         start_s = time.perf_counter()
         run(*inputs[number % len(inputs)])
         samples_s[number] = time.perf_counter() - start_s
