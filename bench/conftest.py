@@ -16,6 +16,7 @@ def pytest_addoption(parser: pytest.Parser) -> None:
         "--enforce-budgets", action="store_true", help="an exceeded budget fails the run"
     )
     group.addoption("--long", action="store_true", help="also what takes minutes by itself")
+    group.addoption("--device", default="cpu", help="of served inference: cpu, cuda or cuda:N")
 
 
 def pytest_configure(config: pytest.Config) -> None:
