@@ -1,153 +1,187 @@
-"""The same contest on a GPU: ``python -m bench.inference.gpu``, from ``bench/gpu.sh``.
+"""The measurements on a GPU, in parts of at most ten minutes.
 
-Ours as a captured graph in each precision, against the plain module in eager torch and compiled,
-from pictures in the host's memory to actions in it. Writes ``bench/results/GPU.json`` with the
-samples in it.
+``python -m bench.inference.gpu PART``; ``bench/gpu.sh`` finds the interpreter and runs this. Every
+step has processes of its own and a limit, and its result is in the file ``GPU.json`` when it ends,
+so that whatever cuts a part loses the step in progress and no other.
 """
 
 from __future__ import annotations
 
-import json
-import os
-import re
-import subprocess
 import sys
 import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
-import numpy as np
-import torch
-
-from bench.inference.arena import LIMITS, Comparison, compare
-from bench.inference.contestants import CONTESTANTS, LEROBOT, PLAIN
-from bench.inference.nets import NETS, checkpoint_of, load, observations
-from bench.inference.report import RESULTS, goals, record, table
-from policies.act.engine import EngineOptions, Frames
+from bench.inference.gpu_results import RESULTS, GpuResults
+from bench.inference.steps import SUSPECT, Record, Step, run_step
 from policies.command_line import CommandLine, Number
-from policies.errors import PolicyError
-from policies.number_ranges import COUNT, DURATION_S
+from policies.number_ranges import DURATION_S
 
-NO_GPU = 3
-TOLERANCES = {"fp32": 1e-5, "bf16": 2e-2, "fp16": 2e-2}
-BATCH_CALLS = 200
-H200_GOALS_MS = {("full, 1 camera", 50.0): 0.6, ("full, 1 camera", 99.0): 0.7}
-H200_GOALS_MS[("full, 4 cameras", 50.0)] = 1.0
+NO_GPU, FAILED = 3, 1
+CHECK, CONTEST, VARIANTS, SERVED = "check", "contest", "variants", "served"
+ONE_CAMERA, FOUR_CAMERAS, SMALL = "full, 1 camera", "full, 4 cameras", "shipped"
+NETS = (ONE_CAMERA, FOUR_CAMERAS)
+FACTS = Step("facts", "bench.inference.gpu_check", "facts", 120.0)
+RESTARTS = 3
+"""Of the process of the variants, each without the one that ended it."""
 
 
-def main() -> int:
-    cli = CommandLine(description=__doc__.splitlines()[0] if __doc__ else None)
-    cli.add_argument(
-        "--seconds",
-        type=Number(float, DURATION_S),
-        default=40.0,
-        help="per network, starts not counted",
-    )
-    cli.add_argument("--calls", type=Number(int, COUNT), default=500)
-    cli.add_argument("--tests", default="not run", help="what the CUDA tests said")
-    args = cli.parse_args()
-    if not torch.cuda.is_available():
-        print(f"no GPU: torch {torch.__version__} sees none", file=sys.stderr)
-        return NO_GPU
-    name = torch.cuda.get_device_name()
-    print(f"{name}, torch {torch.__version__}, CUDA {torch.version.cuda}")
-    names = [PLAIN, LEROBOT, *(n for n in CONTESTANTS if "compile" in n or "cuda-graph" in n)]
-    names = [n for n in names if n not in LIMITS]
-    threads = min(4, len(os.sched_getaffinity(0)))
-    found: dict[str, Any] = {}
-    wrong: list[str] = []
-    for net in NETS:
-        result = compare(
-            net,
-            names,
-            threads=threads,
-            calls=args.calls,
-            budget_s=args.seconds,
-            device="cuda",
+@dataclass(frozen=True, slots=True)
+class Part:
+    """What one command measures.
+
+    Attributes:
+        within_s: It ends by then.
+    """
+
+    name: str
+    within_s: float
+    purpose: str
+
+
+PARTS = (
+    Part(CHECK, 360.0, "does it work: versions, ceilings, CUDA tests, one replay, registration"),
+    Part(CONTEST, 540.0, "ours against eager, compiled and LeRobot's: back to back and paced"),
+    Part(VARIANTS, 480.0, "options of the engine of CUDA graphs, in turns in one process"),
+    Part(SERVED, 360.0, "a server at 50 Hz over shared memory, hot swaps, a lost device"),
+)
+
+
+@dataclass(frozen=True, slots=True)
+class Command:
+    """The command line.
+
+    Attributes:
+        ends_s: When the part is over, monotonic.
+        seconds: Of measuring, starts not counted.
+        device: ``cuda``.
+    """
+
+    part: Part
+    nets: tuple[str, ...]
+    precision: str
+    seconds: float
+    results: GpuResults
+    ends_s: float
+    device: str = "cuda"
+
+    def run(self, step: Step) -> Record:
+        """Run a step and keep its record."""
+        return run_step(
+            step,
+            lambda record: self.results.put(self.part.name, step.name, record),
+            ends_s=self.ends_s,
         )
-        for line in (*table(result), *goals(result), *_against_h200(result)):
-            print(line, flush=True)
-        found[net] = {**record(result), "samples_us": _samples_us(result)}
-        found[net]["batches"] = _batches(net)
-        wrong += _wrong(result)
-    path = RESULTS / f"{_slug(name)}.json"
-    RESULTS.mkdir(exist_ok=True)
-    facts = {"gpu": name, "driver": _driver(), "cuda": torch.version.cuda, "tests": args.tests}
-    path.write_text(json.dumps({**facts, "nets": found}, indent=1) + "\n", encoding="utf-8")
-    print(path)
-    for line in wrong:
-        print(f"other actions than the plain module's: {line}", file=sys.stderr)
-    return 1 if wrong else 0
 
 
-def _against_h200(result: Comparison) -> list[str]:
-    ours = [e for e in result.entries.values() if e.contestant.side == "ours"]
-    if not ours:
-        return ["  graph replay: not measurable here: no engine of ours ran"]
-    best = min(ours, key=lambda entry: entry.percentile_s(50))
-    return [
-        f"  {best.contestant.name} p{percent:g}: {1e3 * best.percentile_s(percent):.3f} ms "
-        f"(goal on an H200 {goal_ms:g})"
-        for (net, percent), goal_ms in H200_GOALS_MS.items()
-        if net == result.net
+def check(command: Command) -> bool:
+    """Part ``check``."""
+    module = "bench.inference.gpu_check"
+    steps = [
+        Step("ceilings", module, "ceilings", 60.0),
+        Step("CUDA tests", module, "tests", 120.0, ("cuda",)),
+        *(
+            Step(f"replay, {net}", module, "replay", 90.0, (net, command.precision))
+            for net in command.nets
+        ),
+        Step("host registration", module, "registration", 45.0),
+        Step("a capture that fails", module, "failed_capture", 45.0),
+        # The longest, and none of them needs a GPU.
+        Step("other tests", module, "tests", 160.0, ("others",)),
     ]
+    return all([command.run(step)["ok"] for step in steps])
 
 
-def _batches(net: str) -> dict[str, dict[str, float]]:
-    """Median seconds of a batch, by precision and size; the reason where there is none."""
-    from policies.act.engine_selection import make_engine
+def contest(command: Command) -> bool:
+    """Part ``contest``."""
+    from bench.inference import gpu_contest
 
-    with checkpoint_of(net) as folder:
-        weights = load(folder)
-    images, state = observations(weights.config)[0]
-    frames = Frames(list(images), state)
-    found: dict[str, dict[str, float]] = {}
-    for precision in ("bf16", "fp32", "fp16"):
-        options = EngineOptions(device="cuda", engine="cuda-graph", precision=precision)
-        try:
-            engine = make_engine(weights, options)
-        except PolicyError as error:
-            print(f"  batches in {precision}: not measurable here: {error}")
-            continue
-        found[precision] = {}
-        for size in engine.sizes:
-            samples_s = []
-            for _ in range(BATCH_CALLS):
-                began_s = time.perf_counter()
-                engine.run([frames] * size)
-                samples_s.append(time.perf_counter() - began_s)
-            found[precision][str(size)] = float(np.median(samples_s[BATCH_CALLS // 10 :]))
-        said = ", ".join(f"{n}: {1e3 * s:.3f}" for n, s in found[precision].items())
-        print(f"  batches in {precision}, ms: {said}", flush=True)
-        engine.close()
+    return gpu_contest.contest(
+        command.nets,
+        lambda net, record: command.results.put(command.part.name, net, record),
+        seconds=command.seconds,
+        ends_s=command.ends_s,
+    )
+
+
+def variants(command: Command) -> bool:
+    """Part ``variants``. A variant that ends the process is left out of the next one."""
+    fine = True
+    for net in command.nets[:1]:
+        left_out: dict[str, str] = {}
+        for _ in range(1 + RESTARTS):
+            arguments = (net, command.precision, str(command.seconds), *left_out)
+            step = Step(net, "bench.inference.variants", "variants", 480.0, arguments)
+            record = command.run(step)
+            suspect = record.get(SUSPECT)
+            if record["ok"] or not suspect:
+                break
+            left_out[suspect] = record["absent"]
+        record["absent variants"] = {**record.get("absent variants", {}), **left_out}
+        command.results.put(command.part.name, net, record)
+        fine = fine and record["ok"]
+    return fine
+
+
+def served(command: Command) -> bool:
+    """Part ``served``."""
+    module, device = "bench.inference.gpu_served", command.device
+    steps = [
+        Step("paced, shipped", module, "paced", 80.0, (SMALL, device)),
+        Step("paced, full, 1 camera", module, "paced", 100.0, (ONE_CAMERA, device)),
+        Step("hot swaps, full, 1 camera", module, "swaps", 120.0, (ONE_CAMERA, device)),
+        Step("a lost device", module, "lost_device", 60.0, (device,)),
+    ]
+    return all([command.run(step)["ok"] for step in steps])
+
+
+RUN: Mapping[str, Callable[[Command], bool]] = {
+    CHECK: check,
+    CONTEST: contest,
+    VARIANTS: variants,
+    SERVED: served,
+}
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run a part. Returns the exit status: 0, 1 a step failed, 2 bad usage, 3 no GPU."""
+    began_s = time.monotonic()
+    cli = CommandLine(description="Measure one part on a GPU.")
+    cli.add_argument("part", choices=[part.name for part in PARTS])
+    cli.add_argument("--net", action="append", choices=NETS, help="may be given twice; default all")
+    cli.add_argument("--precision", choices=("bf16", "fp16", "fp32"), default="bf16")
+    cli.add_argument("--out", type=Path, default=RESULTS, metavar="DIR")
+    cli.add_argument("--seconds", type=Number(float, DURATION_S), default=40.0)
+    cli.add_argument("--within", type=Number(float, DURATION_S), metavar="SECONDS")
+    args = cli.parse_args(argv)
+    part = next(part for part in PARTS if part.name == args.part)
+    ends_s = began_s + (args.within or part.within_s)
+    facts: Record = run_step(FACTS, lambda _record: None, ends_s=ends_s)
+    if not facts["ok"]:
+        print(f"no GPU: {facts['absent']}", file=sys.stderr)
+        return NO_GPU
+    results = GpuResults(args.out, facts["gpu"])
+    results.put(part.name, "facts", facts)
+    nets = tuple(args.net or NETS)
+    command = Command(part, nets, args.precision, args.seconds, results, ends_s)
+    fine = RUN[part.name](command)
+    print(f"{results.path}, after {time.monotonic() - began_s:.0f} s", flush=True)
+    for words in _absent(results.read()[part.name]):
+        print(f"  absent: {words}", flush=True)
+    return 0 if fine else FAILED
+
+
+def _absent(steps: Mapping[str, Any]) -> list[str]:
+    """Steps without a result, and rows that a contest is without."""
+    found = []
+    for name, each in steps.items():
+        reason = each.get("absent", {})
+        rows = reason if isinstance(reason, dict) else {"": reason}
+        found += [f"{name}: {row}{': ' if row else ''}{words}" for row, words in rows.items()]
+        found += [f"{name}: {row}: {why}" for row, why in each.get("absent variants", {}).items()]
     return found
-
-
-def _samples_us(result: Comparison) -> dict[str, list[float]]:
-    return {
-        name: [round(1e6 * s, 1) for s in entry.samples_s] for name, entry in result.entries.items()
-    }
-
-
-def _wrong(result: Comparison) -> list[str]:
-    """Ours only: what torch's default does to float32 convolutions on a GPU is the peers' own."""
-    return [
-        f"{result.net}: {name}: {entry.error:.1e}"
-        for name, entry in result.entries.items()
-        if entry.contestant.side == "ours"
-        and not entry.error <= TOLERANCES[entry.contestant.precision]
-    ]
-
-
-def _driver() -> str:
-    try:
-        query = ["nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader"]
-        return subprocess.run(query, capture_output=True, text=True, check=True).stdout.strip()
-    except (OSError, subprocess.CalledProcessError):
-        return "unknown"
-
-
-def _slug(name: str) -> str:
-    return re.sub(r"[^a-z0-9]+", "-", name.lower()).strip("-")
 
 
 if __name__ == "__main__":

@@ -52,7 +52,10 @@ PROGRAMS = {
     "runtime.trace": COMMANDS["trace"],
 }
 """Scripts and packages of which another module has the ``parser``."""
-PARSED = ("envs.demonstrations", "bench.compare", "bench.rollouts", "bench.strategies")
+PARSED = (
+    *("envs.demonstrations", "bench.compare", "bench.rollouts", "bench.strategies"),
+    "bench.inference.gpu",
+)
 """Further modules with flags of their own that documents mention."""
 PACKAGES = "policies|runtime|transport|envs|robots|tests|configs|docs|bench|ckpt"
 SOURCES = ("policies", "runtime", "transport", "envs", "robots", "bench", "tests", "configs")
