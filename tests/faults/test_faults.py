@@ -40,7 +40,7 @@ soak_only = pytest.mark.skipif(not SOAK, reason="METRONOME_SOAK is not set")
 STALL_S = 0.1 + 2 * PERIOD_S
 """How long the watchdog waits for the commands of a control process."""
 
-pytestmark = [pytest.mark.alone, pytest.mark.timeout(3600 if SOAK else 300)]
+pytestmark = [pytest.mark.alone, pytest.mark.long, pytest.mark.timeout(3600 if SOAK else 300)]
 
 
 class FaultyRollout:

@@ -23,7 +23,7 @@ KILLS = int(os.environ.get("METRONOME_KILLS", "20" if SOAK else "1"))
 QUANTUM = base_robot.ACCELERATION * 0.02
 """Largest change of velocity from one command to the next, m/s."""
 
-pytestmark = [pytest.mark.alone, pytest.mark.timeout(3600 if SOAK else 300)]
+pytestmark = [pytest.mark.alone, pytest.mark.long, pytest.mark.timeout(3600 if SOAK else 300)]
 
 
 class Device:

@@ -20,7 +20,7 @@ KILL_WITHIN_S = 1.5 if SOAK else 0.05
 """Of each other, at most."""
 SEED = 20261123
 
-pytestmark = pytest.mark.timeout(900 if SOAK else 120)
+pytestmark = [pytest.mark.long, pytest.mark.timeout(900 if SOAK else 120)]
 
 
 def status(server: Server) -> dict:

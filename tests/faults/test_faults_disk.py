@@ -10,7 +10,7 @@ import pytest
 
 from tests.faults.rig import Motion, Server, evaluation, twin
 
-pytestmark = [pytest.mark.alone, pytest.mark.timeout(180)]
+pytestmark = [pytest.mark.alone, pytest.mark.long, pytest.mark.timeout(180)]
 
 
 @pytest.fixture

@@ -32,7 +32,7 @@ SOAK = bool(os.environ.get("METRONOME_SOAK"))
 LATE_S = 1.0
 MOST_BYTES = 64 * 2**20
 
-pytestmark = pytest.mark.timeout(180)
+pytestmark = [pytest.mark.long, pytest.mark.timeout(180)]
 
 
 @pytest.fixture(scope="module")

@@ -29,7 +29,7 @@ from tests.hosts import INSIDE, NoOtherHost, other_host, slow_cable, unplugged
 
 SOAK = bool(os.environ.get("METRONOME_SOAK"))
 
-pytestmark = pytest.mark.timeout(300)
+pytestmark = [pytest.mark.long, pytest.mark.timeout(300)]
 
 
 @pytest.fixture

@@ -89,6 +89,7 @@ def counts_from_commands(recording: Recording) -> dict[str, int]:
     }
 
 
+@pytest.mark.long
 @pytest.mark.parametrize(
     ("program", "identical"), [(AS_IT_IS, True), (ANOTHER_REPLAY, False)], ids=["same", "another"]
 )
@@ -109,6 +110,7 @@ def test_result_counts_are_those_of_the_rollout_when_the_replay_differs(
         assert timing[name] == shown[name]
 
 
+@pytest.mark.long
 def test_a_recording_without_counts_replays(tmp_path: Path) -> None:
     _, recording = evaluate(AS_IT_IS, tmp_path)
     stem = tmp_path / "dummy" / "fake" / "rollout_000"

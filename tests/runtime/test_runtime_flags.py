@@ -56,6 +56,7 @@ CHECKPOINT: dict[str, tuple[tuple[str, ...], Any]] = {
     "dataset_id": (("--dataset_id", "d"), "d"),
     "chunk_size": (("-ck", "7"), 7),
     "threads": (("--threads", "2"), 2),
+    "graph_options": (("--graph_options", "compiled"), ("compiled",)),
     "camera_names": (("--camera_names", "a", "b"), ("a", "b")),
     "n_heads": (("--n_heads", "4"), 4),
     "image_hw": (("--image_hw", "60", "80"), (60, 80)),

@@ -17,6 +17,7 @@ from transport.handshake_messages import NO_EPOCH, Hello, Opcode
 from transport.shm.segment import FOLDER
 from transport.zeromq.client_socket import ClientSocket
 
+pytestmark = pytest.mark.long
 TRANSPORTS = ("shm", "zmq")
 
 

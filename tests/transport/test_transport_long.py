@@ -9,7 +9,7 @@ from transport_forks import LONG, ForkServer
 
 FRAMES = 1_000_000 if LONG else 20_000
 _log = logging.getLogger(__name__)
-pytestmark = pytest.mark.timeout(1800 if LONG else 120)
+pytestmark = [pytest.mark.long, pytest.mark.timeout(1800 if LONG else 120)]
 
 
 @pytest.mark.parametrize("upstream", [True, False], ids=["to-the-server", "to-the-client"])

@@ -13,6 +13,8 @@ import pytest
 from transport_forks import ForkServer, isolated
 from transport_peers import Peer, client, server
 
+pytestmark = pytest.mark.long
+
 
 @pytest.fixture(scope="module", autouse=True)
 def _root() -> None:
