@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager, suppress
 from typing import Any, Protocol
@@ -18,8 +19,8 @@ cannot do either.
 HIGH_PRIORITY = -1
 
 _failed_graphs: list[Any] = []
-"""Graphs whose capture failed. torch's allocators keep a function of such a graph that says which
-streams are captured, so it must stay alive.
+"""Graphs whose capture could not be ended. torch's allocators keep the allocation filter of such a
+graph, so it must stay alive.
 """
 
 
@@ -62,7 +63,7 @@ class CudaApi(Protocol):
         ...
 
     def is_lost(self) -> bool:
-        """Wait for all work, and return whether the device failed for good."""
+        """Wait for all enqueued work, and return whether the device failed for good."""
         ...
 
     def close(self) -> None:
@@ -103,11 +104,13 @@ class TorchCuda:
         with torch.cuda.device(self.device):
             try:
                 self._warm_up(step)
+                # A capture cannot take back what the warm-up left in torch's cache.
+                _empty_cache()
                 graph = cuda.CUDAGraph()
                 with torch.cuda.stream(self._stream):
                     self._capture(graph, step)
-            except torch.OutOfMemoryError:
-                torch.cuda.empty_cache()
+            except RuntimeError:
+                _empty_cache()
                 raise
             with self.in_stream():
                 graph.replay()
@@ -129,13 +132,12 @@ class TorchCuda:
         self._done.synchronize()
 
     def is_lost(self) -> bool:
-        """As ``hardware.is_lost``."""
-        return is_lost(self.device)
+        """As ``hardware.is_lost`` of the stream."""
+        return is_lost(self._stream)
 
     def close(self) -> None:
-        """Empty torch's cache, in which the graphs' pool is."""
-        with suppress(RuntimeError):  # the device may be lost
-            torch.cuda.empty_cache()
+        """Empty torch's cache of device memory, in which the graphs' pool is."""
+        _empty_cache()
 
     def _warm_up(self, step: Callable[[], None]) -> None:
         current = torch.cuda.current_stream(self.device)
@@ -162,17 +164,51 @@ class TorchCuda:
             step()
             graph.capture_end()
         except BaseException:
-            _failed_graphs.append(graph)
             self._end_failed_capture(graph)
             raise
 
     def _end_failed_capture(self, graph: Any) -> None:
-        """End the capture of the stream and of the allocator; either may have ended already."""
+        """End the capture for the stream, the allocators and the random generator."""
+        cuda: Any = torch.cuda
+        self._end_or_abandon(graph)
+        # The generator still believes that it is captured, in some versions of torch, until another
+        # capture ends.
+        empty = cuda.CUDAGraph()
         with suppress(RuntimeError):
+            empty.capture_begin(pool=self._pool, capture_error_mode="thread_local")
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # about an empty graph
+            self._end_or_abandon(empty)
+
+    def _end_or_abandon(self, graph: Any) -> None:
+        cuda: Any = torch.cuda
+        try:
             graph.capture_end()
-        with suppress(RuntimeError):
-            torch._C._cuda_endAllocateToPool(self.device.index or 0, self._pool)
-        self._pool = torch.cuda.graph_pool_handle()
+        except RuntimeError:  # it is invalid, or never began; the stream's capture has ended
+            _failed_graphs.append(graph)
+            _end_allocations(self.device.index or 0, self._pool)
+        else:
+            graph.reset()
+        self._pool = cuda.graph_pool_handle()
+
+
+def _end_allocations(index: int, pool: Any) -> None:
+    """Make the allocator of device ``index`` leave a failed graph's pool, and give it up."""
+    api: Any = torch._C
+    # The name changed with torch 2.8.
+    end = getattr(api, "_cuda_endAllocateToPool", None) or getattr(
+        api, "_cuda_endAllocateCurrentStreamToPool", None
+    )
+    for call in (end, getattr(api, "_cuda_releasePool", None)):
+        if call is not None:
+            with suppress(RuntimeError):
+                call(index, pool)
+
+
+def _empty_cache() -> None:
+    """Give unused memory back, unless another thread captures or the device is lost."""
+    with suppress(RuntimeError):
+        torch.cuda.empty_cache()
 
 
 @contextmanager

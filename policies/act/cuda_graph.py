@@ -34,18 +34,21 @@ SIZES = (1, 2, 4, MAX_BATCH)
 class CudaGraphEngine:
     """``Engine`` with captured graphs. The constructor allocates, warms up and captures everything.
 
-    A size for which the device lacks memory is left out. A larger batch is then computed in parts.
+    A size whose capture fails, as for lack of memory, is left out, but not the smallest. A larger
+    batch is then computed in parts.
 
     Args:
         fused: The engine takes it over: it moves and converts it.
         precision: A key of ``DTYPES``.
         api: The device.
-        options: Of ``GRAPH_OPTIONS``, those that concern the network: "fused_convolutions" (of
-            fp16 and bf16 only) and "compiled".
+        options: Of ``GRAPH_OPTIONS``, those that concern the network: "fused_convolutions" (in
+            bf16 only: cuDNN's activation may hide a NaN, which is how fp16's overflow is found) and
+            "compiled".
         registered_memory: Host memory that the device reads directly; None for none.
         sizes: Batch sizes to capture, ascending.
 
     Raises:
+        DeviceLost: The device failed for good.
         EngineUnavailable: The device does not support graphs or lacks memory; says which.
     """
 
@@ -71,7 +74,7 @@ class CudaGraphEngine:
         pictures = (MAX_BATCH, config.n_cameras, *config.image_hw, 3)
         states = (MAX_BATCH, config.state_dim)
         actions = (MAX_BATCH, config.chunk_size, config.action_dim)
-        if "fused_convolutions" in options and precision != "fp32":
+        if "fused_convolutions" in options and precision == "bf16":
             use_cudnn_blocks(fused)
         try:
             fused.set_dtype(DTYPES[precision]).to(api.device)
@@ -90,6 +93,8 @@ class CudaGraphEngine:
             ]
             self._graphs = self._capture_all(sizes)
         except RuntimeError as error:  # any error of torch, including out of memory
+            if api.is_lost():
+                raise DeviceLost(f"cuda graph on {self.device}: {error}") from error
             self.close()
             raise EngineUnavailable(f"cuda graph on {self.device}: {error}") from error
         self.sizes = tuple(sorted(self._graphs))
@@ -135,7 +140,7 @@ class CudaGraphEngine:
         return actions
 
     def close(self) -> None:
-        """Release the graphs, the weights and all memory. Idempotent."""
+        """Release the graphs, the weights and the memory to torch. Idempotent."""
         if self._fused is not None:
             # A compiled function and its module refer to each other.
             vars(self._fused).pop("transform", None)
@@ -152,8 +157,8 @@ class CudaGraphEngine:
         for size in reversed(sizes):
             try:
                 graphs[size] = self._api.capture(functools.partial(self._step, size))
-            except torch.OutOfMemoryError as error:
-                if size == sizes[0]:
+            except RuntimeError as error:  # cuDNN and cuBLAS tell a lack of memory in other words
+                if size == sizes[0] or self._api.is_lost():
                     raise
                 logger.warning(
                     "%s: no graph for batches of %d: %s", self.device, size, _first_line(error)

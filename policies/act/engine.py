@@ -68,7 +68,7 @@ class EngineOptions:
     engine: str = "auto"
     precision: str = "auto"
     threads: int | None = None
-    graph_options: tuple[str, ...] | None = None
+    graph_options: Sequence[str] | None = None
 
     def __post_init__(self) -> None:
         for name, choices in (("engine", ENGINES), ("precision", PRECISIONS)):

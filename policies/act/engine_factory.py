@@ -19,7 +19,7 @@ from policies.act.fused_model import FusedAct
 from policies.act.torch_engine import TorchEngine
 from policies.act.weight_fusion import fuse
 from policies.act.weights import ActWeights
-from policies.errors import InferenceError
+from policies.errors import DeviceLost, InferenceError
 
 logger = logging.getLogger(__name__)
 
@@ -52,6 +52,7 @@ def make_torch(
     """Build the engine that runs the fused network in eager torch.
 
     Raises:
+        DeviceLost: The device failed for good.
         EngineUnavailable: The device fails, or lacks memory.
     """
     del graph_options
@@ -72,6 +73,7 @@ def make_cuda_graph(
     """Build the engine of captured CUDA graphs.
 
     Raises:
+        DeviceLost: The device failed for good.
         EngineUnavailable: The device does not support graphs, or lacks memory.
     """
     from policies.act.cuda_api import TorchCuda
@@ -92,6 +94,8 @@ def make_cuda_graph(
     engine = CudaGraphEngine(fused, precision, api, options=graph_options, registered_memory=memory)
     try:
         return engine, relative_error(engine, weights.config, reference)
+    except DeviceLost:
+        raise  # closing the engine could hang
     except InferenceError:
         if precision == "fp16":
             return engine, float("inf")

@@ -18,7 +18,7 @@ from policies.act.engine import Engine, EngineOptions, EngineUnavailable
 from policies.act.engine_check import MAX_RELATIVE_ERROR
 from policies.act.engine_factory import ENGINE_FACTORIES
 from policies.act.weights import ActWeights
-from policies.errors import ContractMismatch, InferenceError
+from policies.errors import ContractMismatch, DeviceLost, InferenceError
 
 logger = logging.getLogger(__name__)
 
@@ -33,6 +33,7 @@ def make_engine(weights: ActWeights, options: EngineOptions | None = None) -> En
 
     Raises:
         ContractMismatch: This machine does not have what the user named.
+        DeviceLost: The device failed for good; the process has to end.
     """
     options = options or EngineOptions()
     threads = options.threads or hardware.default_threads()
@@ -50,6 +51,8 @@ def make_engine(weights: ActWeights, options: EngineOptions | None = None) -> En
                 engine, error = ENGINE_FACTORIES[name](
                     weights, device, precision, threads, options.chosen_graph_options
                 )
+            except DeviceLost:
+                raise  # not even a CPU engine: a model that is served may use the device
             except (EngineUnavailable, InferenceError) as failure:
                 reasons.append(f"{name} in {precision}: {failure}")
                 logger.warning("engine skipped: %s", reasons[-1])

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -122,15 +123,14 @@ def configure_cuda(
         torch.backends.cuda.matmul.allow_tf32 = False
 
 
-def is_lost(device: torch.device) -> bool:
-    """Wait for all work of ``device``; return whether it failed for good, as CUDA contexts do.
+def is_lost(stream: Any) -> bool:
+    """Wait for a CUDA stream; return whether its device failed for good.
 
-    After an error such as an illegal memory access, every call repeats it.
+    After an error such as an illegal memory access, every call repeats it. The device as a whole is
+    not waited for: that is an error while another thread captures a graph, and ends the capture.
     """
-    if device.type != "cuda":
-        return False
     try:
-        torch.cuda.synchronize(device)
-    except RuntimeError:
-        return True
+        stream.synchronize()
+    except RuntimeError as error:
+        return "captur" not in str(error)
     return False

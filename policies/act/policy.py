@@ -22,7 +22,7 @@ class ActPolicy:
 
     Every chunk depends only on its own observation. The same observation gives the same bits in any
     process of one machine with the same device, engine, precision and threads. On a GPU that holds
-    within one process: cuDNN times its algorithms, and another process may choose others.
+    for the life of one ``ActPolicy``: cuDNN times its algorithms, and may choose others next time.
 
     Args:
         weights: The checkpoint.
@@ -53,10 +53,8 @@ class ActPolicy:
         self._contract = weights.contract(chunk_size)
         warm_up(self._contract.cameras)
         self._state_normalizer = weights.state_normalizer
-        chosen = None if graph_options is None else tuple(graph_options)
-        self._engine = make_engine(
-            weights, EngineOptions(device, engine, precision, threads, chosen)
-        )
+        options = EngineOptions(device, engine, precision, threads, graph_options)
+        self._engine = make_engine(weights, options)
         self._info = PolicyInfo(
             checkpoint=checkpoint,
             device=self._engine.device,
@@ -151,7 +149,9 @@ class ActPolicy:
             try:
                 outputs = self._engine.run(batch)
             except InferenceError as error:
-                return [error if result is None else result for result in results]
+                # Without a traceback, whose frames refer to the images.
+                failure = type(error)(str(error))
+                return [failure if result is None else result for result in results]
             inferred = time.monotonic_ns()
             for index, actions in zip(indices, outputs, strict=True):
                 try:

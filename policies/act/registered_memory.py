@@ -85,7 +85,9 @@ class CudaHostRegistrar:
             refused = int(cudart.cudaHostRegister(address, nbytes, PORTABLE | READ_ONLY))
             if not refused:
                 return
-            with _writable(address, nbytes) if _is_read_only(address, nbytes) else _unchanged():
+            with contextlib.ExitStack() as stack:
+                if _is_read_only(address, nbytes):
+                    stack.enter_context(_writable(address, nbytes))
                 error = int(cudart.cudaHostRegister(address, nbytes, PORTABLE))
         if error:
             raise RuntimeError(
@@ -105,7 +107,7 @@ class CudaHostRegistrar:
 
     def _current_device(self) -> contextlib.AbstractContextManager[Any]:
         # The calls would otherwise make a context on the first GPU, with memory of its own.
-        return torch.cuda.device(self._device) if self._given is None else _unchanged()
+        return torch.cuda.device(self._device) if self._given is None else contextlib.nullcontext()
 
 
 @dataclass(slots=True, eq=False)
@@ -265,7 +267,3 @@ def _protect(address: int, nbytes: int, protection: int) -> None:
     if _libc.mprotect(address, nbytes, protection):
         number = ctypes.get_errno()
         raise RuntimeError(f"mprotect of {nbytes} bytes: {os.strerror(number)}")
-
-
-def _unchanged() -> contextlib.AbstractContextManager[None]:
-    return contextlib.nullcontext()

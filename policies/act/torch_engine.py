@@ -26,6 +26,7 @@ class TorchEngine(HostEngine):
         threads: CPU threads, of all of this process's torch.
 
     Raises:
+        DeviceLost: The device failed for good.
         EngineUnavailable: The device fails, or lacks memory.
     """
 
@@ -39,7 +40,8 @@ class TorchEngine(HostEngine):
         try:
             self._fused = fused.set_dtype(DTYPES[precision]).to(device)
         except RuntimeError as error:
-            raise EngineUnavailable(f"{self.name} on {device}: {error}") from error
+            failure = DeviceLost if self._is_lost() else EngineUnavailable
+            raise failure(f"{self.name} on {device}: {error}") from error
         config = fused.config
         self._images = torch.zeros((1, config.n_cameras, *config.image_hw, 3), dtype=torch.uint8)
         self._host_images = self._images.numpy()[0]
@@ -56,6 +58,11 @@ class TorchEngine(HostEngine):
                     state = torch.tensor(frames.state)[None].to(self._device)
                     self._actions[i] = self._fused(images, state)[0].cpu().numpy()
             except RuntimeError as error:
-                failure = DeviceLost if is_lost(self._device) else InferenceError
+                failure = DeviceLost if self._is_lost() else InferenceError
                 raise failure(f"{self.name} on {self.device}: {error}") from error
         return self._actions[: len(batch)]
+
+    def _is_lost(self) -> bool:
+        if self._device.type != "cuda":
+            return False
+        return is_lost(torch.cuda.current_stream(self._device))

@@ -14,7 +14,8 @@ from replay_tape import TapeCuda
 from test_policies_fused_model import inputs, plain_actions
 from tiny_act import TINY
 
-from policies.act import cuda_api, engine_factory, hardware, torch_engine
+from policies.act import cuda_api, engine_factory, hardware
+from policies.act.compiled_parts import is_compiled
 from policies.act.cuda_graph import SIZES, CudaGraphEngine
 from policies.act.engine import EngineOptions, EngineUnavailable, Frames
 from policies.act.engine_check import MAX_RELATIVE_ERROR
@@ -77,13 +78,19 @@ def test_a_batch_runs_as_the_next_larger_graph(engine, api, weights, count, size
     np.testing.assert_allclose(got, expected(weights, *seeds), rtol=1e-5, atol=1e-6)
 
 
-def test_a_size_that_does_not_fit_costs_that_size_only(weights, caplog):
-    """A batch of 8 is then two graphs of 4."""
-    full = torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2 GiB")
+@pytest.mark.parametrize(
+    "full",
+    [
+        torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2 GiB"),
+        RuntimeError("GET was unable to find an engine to execute this computation"),
+    ],
+)
+def test_a_size_that_does_not_fit_costs_that_size_only(weights, caplog, full):
+    """A batch of 8 is then two graphs of 4. cuDNN has other words for a lack of memory."""
     api = TapeCuda(capture_errors={8: full})
     engine = CudaGraphEngine(fuse(weights), "fp32", api)
     assert engine.sizes == (1, 2, 4)
-    assert "no graph for batches of 8: CUDA out of memory" in caplog.text
+    assert f"no graph for batches of 8: {full}" in caplog.text
     seeds = range(7)
     staged = []
     for seed in seeds:
@@ -266,6 +273,7 @@ def test_a_gpu_without_memory_leaves_the_cpu_to_auto(gpu, weights, caplog, monke
         return to(self, *arguments, **keywords)
 
     monkeypatch.setattr(FusedAct, "to", no_room)
+    monkeypatch.setattr(TorchEngine, "_is_lost", lambda self: False)
     options = EngineOptions(precision="fp32", threads=1)
     engine = make_engine(weights, options)
     assert engine.device == "cpu"
@@ -282,10 +290,28 @@ def test_eager_torch_tells_a_lost_device_from_a_failed_request(weights, monkeypa
 
     monkeypatch.setattr(engine, "_fused", fail)
     for lost, kind in ((False, InferenceError), (True, DeviceLost)):
-        monkeypatch.setattr(torch_engine, "is_lost", lambda device, lost=lost: lost)
+        monkeypatch.setattr(engine, "_is_lost", lambda lost=lost: lost)
         with pytest.raises(InferenceError, match="an illegal memory access") as caught:
             engine.run([frames()])
         assert type(caught.value) is kind
+
+
+@pytest.mark.parametrize("when", ["captured", "probed"])
+@pytest.mark.parametrize("precision", ["bf16", "fp16"])
+def test_a_device_that_is_lost_while_an_engine_is_made_is_told(gpu, weights, when, precision):
+    """And no other engine is tried: the process has to end. Closing one could hang."""
+    error = RuntimeError("an illegal memory access")
+    api = gpu(TapeCuda(capture_errors={8: error} if when == "captured" else {}))
+    api.lost = True
+
+    def fail():
+        raise error
+
+    if when == "probed":
+        api.wait = fail
+    with pytest.raises(DeviceLost, match="an illegal memory access"):
+        make_engine(weights, EngineOptions("auto", "auto", precision, 1))
+    assert not api.closed
 
 
 def test_an_engine_whose_probe_fails_is_closed(gpu, weights, monkeypatch):
@@ -399,6 +425,7 @@ def test_a_real_overflow_is_refused(weights):
 
 
 @needs_gpu
+@pytest.mark.filterwarnings("ignore")
 @pytest.mark.parametrize("name", ["fused_convolutions", "space_to_depth", "compiled"])
 def test_real_graphs_with_each_step_compute_the_plain_network(weights, name):
     """Memory is NaN before: an operation that reads its own output times zero gives NaN."""
@@ -408,10 +435,13 @@ def test_real_graphs_with_each_step_compute_the_plain_network(weights, name):
         device="cuda", engine="cuda-graph", precision="bf16", graph_options=(name,)
     )
     engine = make_engine(weights, options)
+    assert is_compiled(engine._fused) is (name == "compiled")
+    first = engine.run([frames()]).copy()
     for count in (1, 3, 8):
         got = engine.run([frames(seed) for seed in range(count)])
         want = expected(weights, *range(count))
         assert np.abs(got - want).max() / np.abs(want).max() <= MAX_RELATIVE_ERROR["bf16"]
+    assert engine.run([frames()]).tobytes() == first.tobytes()
     engine.close()
 
 
@@ -429,6 +459,7 @@ def test_after_a_real_failed_capture_others_work():
         api.capture(step)
     assert torch.cuda.current_stream() == torch.cuda.default_stream()
     torch.cuda.empty_cache()
+    assert torch.rand(1, device="cuda").item() < 1
     for again in (api, cuda_api.TorchCuda(CUDA)):
         replay = again.capture(lambda: x.add_(1) and None)
         with again.in_stream():

@@ -18,16 +18,19 @@ DEVICE = torch.device("cuda", 0)
 class Stream:
     def __init__(self, name, priority=0):
         self.name, self.priority = name, priority
+        self.error = None
 
     def wait_stream(self, other):
         pass
 
     def synchronize(self):
-        pass
+        if self.error is not None:
+            raise self.error
 
 
 class StubCuda:
-    """One thread's current stream, the pools that the allocator serves, and the captures.
+    """One thread's current stream, the pools that the allocator serves, the random generator, and
+    the captures.
 
     A capture that met a forbidden operation is invalid: its ``capture_end`` ends it on the stream,
     raises, and leaves the allocator in the graph's pool, as torch does.
@@ -38,7 +41,8 @@ class StubCuda:
         self.current = self.default
         self.pools, self.handed_out = [], 0
         self.capturing, self.invalid = None, False
-        self.dead_filters = []
+        self.dead_filters, self.pools_in_use = [], []
+        self.generator_is_captured = False
         self.log = []
         self.emptied = 0
         self.priorities = []
@@ -53,6 +57,9 @@ class StubCuda:
                 assert capture_error_mode == "thread_local"
                 assert stub.current is not stub.default
                 stub.pools.append(pool)
+                stub.pools_in_use.append(pool)
+                self.pool = pool
+                stub.generator_is_captured = True
                 # The allocators keep a function of the graph.
                 stub.dead_filters.append((pool, weakref.ref(self)))
                 stub.capturing, stub.invalid = self, False
@@ -64,7 +71,16 @@ class StubCuda:
                 if stub.invalid:
                     raise RuntimeError("capture was invalidated: the end's own error")
                 self.captured = True
+                stub.generator_is_captured = False
                 stub.end_pool(0, stub.pools[-1])
+
+            def reset(self):
+                self.captured = False
+                stub.release_pool(0, self.pool)
+
+            def __del__(self):
+                if self.captured:
+                    self.reset()
 
             def replay(self):
                 assert self.captured
@@ -77,6 +93,9 @@ class StubCuda:
             raise RuntimeError("endAllocatePool: not currently recording to mempool_id")
         self.pools.remove(pool)
         self.dead_filters = [entry for entry in self.dead_filters if entry[0] != pool]
+
+    def release_pool(self, device, pool):
+        self.pools_in_use.remove(pool)
 
     def empty_cache(self):
         """torch's internal assertion: no capture is under way, and no filter's graph is gone."""
@@ -101,8 +120,9 @@ class StubCuda:
             raise RuntimeError("operation not permitted when stream is capturing")
 
 
-@pytest.fixture
-def cuda(monkeypatch):
+@pytest.fixture(params=["_cuda_endAllocateToPool", "_cuda_endAllocateCurrentStreamToPool"])
+def cuda(monkeypatch, request):
+    """With either name that torch has given the end of a pool."""
     stub = StubCuda()
 
     def make_stream(device, priority=0):
@@ -122,10 +142,11 @@ def cuda(monkeypatch):
         "stream": stub.stream,
         "current_stream": lambda device: stub.current,
         "empty_cache": stub.empty_cache,
-        "synchronize": lambda device: None,
     }.items():
         monkeypatch.setattr(torch.cuda, name, value)
-    monkeypatch.setattr(torch._C, "_cuda_endAllocateToPool", stub.end_pool, raising=False)
+    monkeypatch.delattr(torch._C, "_cuda_endAllocateToPool", raising=False)
+    monkeypatch.setattr(torch._C, request.param, stub.end_pool, raising=False)
+    monkeypatch.setattr(torch._C, "_cuda_releasePool", stub.release_pool, raising=False)
     monkeypatch.setattr(cuda_api, "_failed_graphs", [])
     return stub
 
@@ -180,8 +201,12 @@ def test_after_a_failed_capture_the_process_is_as_before(cuda, failure):
     assert cuda.current is cuda.default
     assert cuda.capturing is None
     assert cuda.pools == []
+    assert cuda.pools_in_use == [], "memory that is never given back"
+    assert not cuda.generator_is_captured, "random numbers"
+    assert len(cuda_api._failed_graphs) == (failure == "a forbidden operation")
+    emptied = cuda.emptied
     api.close()
-    assert cuda.emptied == 1
+    assert cuda.emptied == emptied + 1
     for again in (api, TorchCuda(DEVICE)):
         again.capture(lambda: None)
     assert cuda.log == [("replay", "capture")] * 2
@@ -201,6 +226,7 @@ def test_a_capture_that_cannot_begin_leaves_the_allocator_alone(cuda, monkeypatc
         with pytest.raises(RuntimeError, match="cudaStreamBeginCapture failed"):
             api.capture(lambda: None)
     assert cuda.pools == []
+    assert cuda.pools_in_use == []
     api.capture(lambda: None)
 
 
@@ -216,10 +242,21 @@ def test_what_did_not_fit_is_given_back(cuda):
 
 
 @pytest.mark.parametrize("lost", [False, True])
-def test_a_lost_device_repeats_its_error(cuda, monkeypatch, lost):
-    def synchronize(device):
-        if lost:
-            raise RuntimeError("CUDA error: an illegal memory access was encountered")
+def test_a_lost_device_repeats_its_error(cuda, lost):
+    api = TorchCuda(DEVICE)
+    if lost:
+        api._stream.error = RuntimeError("CUDA error: an illegal memory access was encountered")
+    assert api.is_lost() is lost
 
-    monkeypatch.setattr(torch.cuda, "synchronize", synchronize)
-    assert TorchCuda(DEVICE).is_lost() is lost
+
+def test_an_error_about_a_capture_is_no_lost_device(cuda):
+    api = TorchCuda(DEVICE)
+    api._stream.error = RuntimeError("CUDA error: operation not permitted when stream is capturing")
+    assert not api.is_lost()
+
+
+def test_memory_is_free_before_a_capture(cuda):
+    """A capture cannot take it from torch's cache."""
+    emptied = []
+    TorchCuda(DEVICE).capture(lambda: emptied.append(cuda.emptied))
+    assert emptied == [0] * (WARM_UP_RUNS + 1) + [1]
