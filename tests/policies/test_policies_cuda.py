@@ -12,7 +12,7 @@ import pytest
 import torch
 from replay_tape import TapeCuda
 from test_policies_fused_model import inputs, plain_actions
-from tiny_act import TINY
+from tiny_act import TINY, needs_gpu
 
 from policies.act import cuda_api, engine_factory, hardware
 from policies.act.compiled_parts import is_compiled
@@ -389,8 +389,6 @@ def test_a_policy_batches_through_it(gpu, weights):
 
 
 # --- on a real one -----------------------------------------------------------------------------
-
-needs_gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
 
 
 @needs_gpu

@@ -16,7 +16,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from hypothesis.stateful import Bundle, RuleBasedStateMachine, invariant, rule
-from tiny_act import TINY
+from tiny_act import TINY, needs_gpu
 
 from policies.act import registered_memory
 from policies.act.policy import ActPolicy
@@ -32,7 +32,6 @@ from tests.pinned_pages import PinningRegistrar, mapped_at
 from transport.shm.segment import MappedSegment, Segment, create_anonymous
 
 NBYTES = 4096
-needs_gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
 
 
 def at(address: int, nbytes: int = NBYTES) -> np.ndarray:

@@ -8,10 +8,18 @@ from collections.abc import Iterator
 
 import numpy as np
 import pytest
+import torch
 
 from policies.act import backbone, model
 from policies.act.config import CHANNELS, ActConfig
 from policies.types import CameraContract, MetaObs, PolicyContract
+
+
+def needs_gpu(test):
+    """Without a GPU the test is skipped; it is not counted among those of ``make test``."""
+    skip = pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
+    return pytest.mark.long(skip(test))
+
 
 needs_openvino = pytest.mark.skipif(
     importlib.util.find_spec("openvino") is None, reason="openvino is not installed"
