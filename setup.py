@@ -19,6 +19,8 @@ TRAIN = ["h5py>=3.10"]
 JPEG = ["simplejpeg>=1.8"]
 # What ROS cameras send beside plain RGB: 4:2:2, Bayer and compressed pictures.
 ROS = [*JPEG, "opencv-python-headless>=4.8"]
+# Each protocol's own library: openpi and GR00T, openpi, LeRobot.
+GATEWAY = ["msgpack>=1.0", "websockets>=13", "grpcio>=1.66"]
 FUZZ = ["atheris>=2.3"]
 DEV = [
     "pytest>=8",
@@ -61,7 +63,8 @@ setup(
         "train": TRAIN,
         "jpeg": JPEG,
         "ros": ROS,
+        "gateway": GATEWAY,
         "fuzz": FUZZ,
-        "dev": DEV + TRAIN + ROS,
+        "dev": DEV + TRAIN + ROS + GATEWAY,
     },
 )

@@ -12,6 +12,7 @@ COMMANDS = {
     "serve": ("runtime.server.cli", "serve a policy"),
     "eval-sim": ("runtime.eval_sim.cli", "evaluate a policy in simulation"),
     "eval-real": ("runtime.eval_real.cli", "evaluate a policy on a robot"),
+    "gateway": ("runtime.gateway.cli", "let clients of another system use a server"),
     "top": ("runtime.tools.top", "show the sessions of a running server"),
     "ctl": (
         "runtime.tools.ctl",

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import argparse
 import contextlib
-import ipaddress
 import logging
 import os
 import signal
@@ -37,7 +36,7 @@ from runtime.server.policy_server import PolicyServer
 from runtime.server.warmup import measure_costs, warm_up
 from runtime.trace import recorder as trace
 from runtime.trace.buffer import TraceError
-from transport.address import format_address
+from transport.address import format_address, is_loopback
 from transport.child_process import take_stdin, write_event
 from transport.errors import TransportError
 from transport.zeromq.curve import KeyFileError
@@ -287,14 +286,6 @@ def _warn(server: PolicyServer) -> None:
 def count(number: int, noun: str) -> str:
     """Return e.g. ``1 thread`` or ``2 threads``."""
     return f"{number} {noun}{'' if number == 1 else 's'}"
-
-
-def is_loopback(host: str) -> bool:
-    """Return whether ``host`` is ``localhost`` or a loopback address."""
-    try:
-        return ipaddress.ip_address(host).is_loopback
-    except ValueError:
-        return host == "localhost"
 
 
 def _hint(config: ServerConfig) -> str:

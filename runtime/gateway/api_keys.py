@@ -1,0 +1,47 @@
+"""The keys that foreign clients authenticate with, in protocols that have a place for them."""
+
+from __future__ import annotations
+
+import hmac
+import os
+import stat
+from pathlib import Path
+
+MAX_BYTES = 65_536
+"""Largest key file."""
+MIN_CHARS = 16
+"""Shortest key."""
+
+
+class ApiKeys:
+    """The keys of a file, one a line; empty lines and lines that begin with ``#`` are ignored.
+
+    Args:
+        path: A file that only its owner, this user, can read.
+
+    Raises:
+        OSError: The file cannot be read.
+        ValueError: Other users can read it, it has no key, or a key is too short.
+    """
+
+    def __init__(self, path: Path) -> None:
+        with path.open("rb") as file:
+            status = os.fstat(file.fileno())
+            if status.st_uid != os.geteuid() or status.st_mode & (stat.S_IRWXG | stat.S_IRWXO):
+                raise ValueError(f"{path}: expected a file that only this user can read (0600)")
+            content = file.read(MAX_BYTES + 1)
+        if len(content) > MAX_BYTES:
+            raise ValueError(f"{path}: expected at most {MAX_BYTES} bytes")
+        lines = [line.strip() for line in content.splitlines()]
+        self._keys = [line for line in lines if line and not line.startswith(b"#")]
+        if not self._keys:
+            raise ValueError(f"{path}: got no key, expected one a line")
+        if min(map(len, self._keys)) < MIN_CHARS:
+            raise ValueError(f"{path}: got a key of less than {MIN_CHARS} characters")
+
+    def match(self, given: object) -> bool:
+        """Return whether ``given`` is one of the keys; every key is compared in constant time."""
+        if not isinstance(given, str):
+            return False
+        data = given.encode("utf-8", "replace")
+        return any([hmac.compare_digest(data, key) for key in self._keys])

@@ -1,0 +1,159 @@
+"""``metronome gateway``, also ``python -m runtime.gateway``: serve clients of other systems.
+
+Exit status: 0 stopped by a signal, 1 the gateway failed, 2 bad input.
+"""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import logging
+import os
+import signal
+import sys
+import threading
+from collections.abc import Sequence
+from importlib import import_module
+from pathlib import Path
+from typing import Any, Protocol
+
+from policies.command_line import CommandLine
+from policies.errors import PolicyError
+from policies.flag_builder import add_flags, from_flags
+from policies.yaml_config import InvalidConfig, load_config
+from runtime.errors import RuntimeFault
+from runtime.gateway.api_keys import ApiKeys
+from runtime.gateway.config import GatewayCommand, ObservationKeys
+from runtime.gateway.gateway_session import GatewaySession
+from transport.address import format_address, is_loopback
+from transport.child_process import take_stdin, write_event
+from transport.errors import TransportError
+from transport.zeromq.curve import KeyFileError
+
+logger = logging.getLogger(__name__)
+
+FAILED, BAD_INPUT = 1, 2
+GATEWAYS = {
+    "ilstudio": ("runtime.gateway.ilstudio", "IlstudioGateway", 5001),
+    "openpi": ("runtime.gateway.openpi", "OpenpiGateway", 8000),
+    "lerobot": ("runtime.gateway.lerobot", "LerobotGateway", 8080),
+    "groot": ("runtime.gateway.groot", "GrootGateway", 5555),
+}
+"""Protocol: (module, class, default port). Only the chosen module is imported."""
+
+
+class Gateway(Protocol):
+    """A listener for the clients of one foreign protocol.
+
+    The constructor takes ``(command, keys, api_keys, contract)`` and listens on the command's port.
+    It raises ``InvalidConfig`` if ``keys`` does not fit the contract or the protocol
+    cannot serve the policy, and ``OSError`` if the address is taken.
+
+    Attributes:
+        port: The TCP port that it listens on.
+    """
+
+    port: int
+
+    def serve(self) -> None:
+        """Serve clients until ``stop``."""
+        ...
+
+    def stop(self) -> None:
+        """Make ``serve`` return soon. For a signal handler or another thread. Idempotent."""
+        ...
+
+    def close(self) -> None:
+        """End all sessions and free the address. Call it after ``serve``. Idempotent."""
+        ...
+
+
+def parser() -> argparse.ArgumentParser:
+    """Return the parser, with one argument per flag of ``GatewayCommand``."""
+    cli = CommandLine(
+        prog="metronome gateway",
+        description="Let clients of another system use a policy server.",
+    )
+    add_flags(cli, GatewayCommand)
+    return cli
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run a gateway until SIGINT or SIGTERM. Returns the exit status."""
+    try:
+        command = read_command(argv)
+        keys = _observation_keys(command)
+        api_keys = ApiKeys(Path(command.api_keys)) if command.api_keys else None
+    except (InvalidConfig, OSError, ValueError) as error:
+        return _fail(error)
+    if command.ready_fd is not None:
+        os.set_inheritable(command.ready_fd, False)
+    if command.stop_with_stdin:
+        threading.Thread(target=_stop_at_end_of_file, args=(take_stdin(),), daemon=True).start()
+    logging.basicConfig(
+        level=command.log_level, format="%(asctime)s %(levelname)s %(name)s: %(message)s"
+    )
+    return _serve(command, keys, api_keys)
+
+
+def read_command(argv: Sequence[str] | None) -> GatewayCommand:
+    """Return the command line, with the protocol's own port where none is given.
+
+    Raises:
+        ValueError: A flag is invalid.
+    """
+    command = from_flags(GatewayCommand, parser().parse_args(argv))
+    if not command.insecure and not is_loopback(command.host):
+        raise ValueError(
+            f"--host: got {command.host}, expected a loopback address: {command.protocol} has no "
+            "encryption. Use a tunnel, or --insecure"
+        )
+    if command.port is None:
+        command = dataclasses.replace(command, port=GATEWAYS[command.protocol][2])
+    return command
+
+
+def _observation_keys(command: GatewayCommand) -> ObservationKeys:
+    if not command.config:
+        return ObservationKeys()
+    return load_config(ObservationKeys, command.config, kind="gateway")
+
+
+def _serve(command: GatewayCommand, keys: ObservationKeys, api_keys: ApiKeys | None) -> int:
+    module, name, _ = GATEWAYS[command.protocol]
+    try:
+        make: Any = getattr(import_module(module), name)
+    except ImportError as missing:
+        return _fail(ValueError(f"{missing} (pip install '.[gateway]')"))
+    try:
+        probe = GatewaySession(command, f"{command.protocol} gateway")
+        contract = probe.contract
+        probe.close()
+        gateway: Gateway = make(command, keys, api_keys, contract)
+    except (InvalidConfig, OSError, ValueError) as error:
+        return _fail(error)
+    except (PolicyError, RuntimeFault, TransportError, KeyFileError) as error:
+        return _fail(error, FAILED)
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, lambda *_: gateway.stop())
+    address = format_address(command.host, gateway.port)
+    logger.info("%s clients are served on %s by %s", command.protocol, address, command.server)
+    if command.ready_fd is not None:
+        write_event(command.ready_fd, "ready", address=address)
+    try:
+        gateway.serve()
+    finally:
+        gateway.close()
+    return 0
+
+
+def _stop_at_end_of_file(fd: int) -> None:
+    """Stop when ``fd`` closes: a gateway must not outlive the server that started it."""
+    while os.read(fd, 4096):
+        pass
+    os.kill(os.getpid(), signal.SIGTERM)
+
+
+def _fail(error: Exception, status: int = BAD_INPUT) -> int:
+    print(f"error: {error}", file=sys.stderr)
+    return status
