@@ -193,7 +193,9 @@ def _argument(one: FlagField) -> dict[str, Any]:
         item, marks = _unwrap(arguments[0])
         limit = _find_annotation(Range, marks)
         count = "+" if arguments[1:] == (Ellipsis,) else len(arguments)
-        return {"nargs": count, "type": flag.read or _reader(one, item, limit)}
+        # A flag that takes any number of values may also be repeated.
+        action = {"action": "extend"} if count == "+" else {}
+        return {"nargs": count, "type": flag.read or _reader(one, item, limit), **action}
     if origin in (dict, Mapping):
         return {"nargs": "+"}
     optional = {} if flag.const is None else {"nargs": "?", "const": flag.const}

@@ -205,6 +205,8 @@ class ChildProcess:
         events_flag: A flag of ``module`` that takes the descriptor of a pipe for events, if users
             read the child's output. The output of both streams is then logged, and its end is in
             errors. Otherwise the child's output is its events, and it shares standard error.
+        shares_output: With ``events_flag``: whether the child writes to this process's own output
+            and error instead.
 
     Attributes:
         name: As above.
@@ -222,6 +224,7 @@ class ChildProcess:
         pass_fds: Iterable[int] = (),
         outlives: bool = False,
         events_flag: str = "",
+        shares_output: bool = False,
     ) -> None:
         self.name = name or module
         self.ready: Mapping[str, Any] = {}
@@ -230,16 +233,19 @@ class ChildProcess:
         command = [sys.executable, "-m", module, *arguments]
         inherited = list(pass_fds)
         self._events_fd, sink = os.pipe()
+        output: int | None = sink
+        error: int | None = None
         if events_flag:
             command += [events_flag, str(sink)]
             inherited.append(sink)
             environment["PYTHONUNBUFFERED"] = "1"
+            output, error = (None, None) if shares_output else (subprocess.PIPE, subprocess.STDOUT)
         try:
             self._process = subprocess.Popen(
                 command,
                 stdin=subprocess.PIPE,
-                stdout=subprocess.PIPE if events_flag else sink,
-                stderr=subprocess.STDOUT if events_flag else None,
+                stdout=output,
+                stderr=error,
                 pass_fds=inherited,
                 start_new_session=outlives,
                 env=environment,

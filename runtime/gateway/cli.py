@@ -26,7 +26,7 @@ from runtime.gateway.api_keys import ApiKeys
 from runtime.gateway.config import GatewayCommand, ObservationKeys
 from runtime.gateway.gateway_session import GatewaySession
 from transport.address import format_address, is_loopback
-from transport.child_process import take_stdin, write_event
+from transport.child_process import die_with_parent, take_stdin, write_event
 from transport.errors import TransportError
 from transport.zeromq.curve import KeyFileError
 
@@ -82,13 +82,18 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Run a gateway until SIGINT or SIGTERM. Returns the exit status."""
     try:
         command = read_command(argv)
+        if command.ready_fd is not None:
+            os.set_inheritable(command.ready_fd, False)
+    except (OSError, ValueError) as error:
+        return _fail(error)
+    try:
         keys = _observation_keys(command)
         api_keys = ApiKeys(Path(command.api_keys)) if command.api_keys else None
     except (InvalidConfig, OSError, ValueError) as error:
-        return _fail(error)
-    if command.ready_fd is not None:
-        os.set_inheritable(command.ready_fd, False)
+        return _fail(error, ready_fd=command.ready_fd)
     if command.stop_with_stdin:
+        # The kernel ends a gateway that is stuck, too; it would keep the next one's port.
+        die_with_parent(os.getppid())
         threading.Thread(target=_stop_at_end_of_file, args=(take_stdin(),), daemon=True).start()
     logging.basicConfig(
         level=command.log_level, format="%(asctime)s %(levelname)s %(name)s: %(message)s"
@@ -124,16 +129,17 @@ def _serve(command: GatewayCommand, keys: ObservationKeys, api_keys: ApiKeys | N
     try:
         make: Any = getattr(import_module(module), name)
     except ImportError as missing:
-        return _fail(ValueError(f"{missing} (pip install '.[gateway]')"))
+        reason = ValueError(f"{missing} (pip install '.[gateway]')")
+        return _fail(reason, ready_fd=command.ready_fd)
     try:
         probe = GatewaySession(command, f"{command.protocol} gateway")
         contract = probe.contract
         probe.close()
         gateway: Gateway = make(command, keys, api_keys, contract)
     except (InvalidConfig, OSError, ValueError) as error:
-        return _fail(error)
+        return _fail(error, ready_fd=command.ready_fd)
     except (PolicyError, RuntimeFault, TransportError, KeyFileError) as error:
-        return _fail(error, FAILED)
+        return _fail(error, FAILED, command.ready_fd)
     for number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(number, lambda *_: gateway.stop())
     address = format_address(command.host, gateway.port)
@@ -154,6 +160,10 @@ def _stop_at_end_of_file(fd: int) -> None:
     os.kill(os.getpid(), signal.SIGTERM)
 
 
-def _fail(error: Exception, status: int = BAD_INPUT) -> int:
-    print(f"error: {error}", file=sys.stderr)
+def _fail(error: Exception, status: int = BAD_INPUT, ready_fd: int | None = None) -> int:
+    """Tell the program that started the gateway, if any, else print the reason."""
+    if ready_fd is not None:
+        write_event(ready_fd, "failed", error=" ".join(str(error).split()))
+    else:
+        print(f"error: {error}", file=sys.stderr)
     return status

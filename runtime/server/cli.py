@@ -30,6 +30,7 @@ from runtime.options.defaults import DEFAULT_CHECKPOINT
 from runtime.options.model_name import LocalModel, read_model_name
 from runtime.server.admin_token import AdminToken
 from runtime.server.config import ServeCommand, ServerConfig
+from runtime.server.gateway_processes import GatewayProcesses, RunningGateway, shared_flags
 from runtime.server.loaded_model import close_policy
 from runtime.server.model_reload import CLOSE_S, ModelReloader
 from runtime.server.policy_server import PolicyServer
@@ -96,7 +97,12 @@ def main(argv: Sequence[str] | None = None) -> int:
     )
     try:
         with trace.tracing(command.trace, "policy server"):
-            return _serve(command.server, insecure=command.insecure, ready_fd=command.ready_fd)
+            return _serve(
+                command.server,
+                insecure=command.insecure,
+                ready_fd=command.ready_fd,
+                log_level=command.log_level,
+            )
     except TraceError as error:
         return _fail(error)
     except KeyboardInterrupt:
@@ -106,7 +112,9 @@ def main(argv: Sequence[str] | None = None) -> int:
         _exit_without_cleanup(error)
 
 
-def _serve(config: ServerConfig, *, insecure: bool, ready_fd: int | None = None) -> int:
+def _serve(
+    config: ServerConfig, *, insecure: bool, ready_fd: int | None = None, log_level: str = "INFO"
+) -> int:
     signal.signal(signal.SIGTERM, signal.default_int_handler)  # until the server exists
     try:
         model = read_model_name(config.model_name_or_path)
@@ -136,14 +144,27 @@ def _serve(config: ServerConfig, *, insecure: bool, ready_fd: int | None = None)
             curve=keys,
         ) as server:
             _stop_on_signals(server)
-            with _operator_services(server, config):
-                _announce(server, config, warm)
+
+            def announce(gateways: Sequence[RunningGateway]) -> None:
+                _announce(server, config, warm, gateways)
                 if ready_fd is not None:
                     write_event(ready_fd, "ready", address=server.address)
                 if keys is None and not insecure and not is_loopback(server.host):
                     _warn(server)
+
+            with (
+                _operator_services(server, config),
+                GatewayProcesses(
+                    config.gateways,
+                    shared_flags(config, server.address, insecure=insecure, log_level=log_level),
+                    on_ready=announce,
+                    on_failure=server.stop,
+                ) as gateways,
+            ):
                 _serve_until_stopped(server)
                 server.close()  # clients learn it now; ending the services may take longer
+            if gateways.failure:
+                return _fail(TransportError(gateways.failure))
             policy = server.model.policy
     except DeviceLost:
         lost = True
@@ -246,7 +267,12 @@ def _stop_on_signals(server: PolicyServer) -> None:
         )
 
 
-def _announce(server: PolicyServer, config: ServerConfig, warm: Percentiles) -> None:
+def _announce(
+    server: PolicyServer,
+    config: ServerConfig,
+    warm: Percentiles,
+    gateways: Sequence[RunningGateway] = (),
+) -> None:
     policy, sizes = server.model.policy, server.model.sizes
     info, contract = policy.info, policy.contract
     cameras = ", ".join(f"{c.name} {c.source_hw[0]}x{c.source_hw[1]}" for c in contract.cameras)
@@ -265,6 +291,8 @@ def _announce(server: PolicyServer, config: ServerConfig, warm: Percentiles) -> 
     print(f"   device       {info.device}, {info.precision}, {info.engine}, {threads}")
     secret = f"; CURVE, keys in {config.curve_allow}" if config.curve_key else ""
     print(f"   transports   {', '.join(config.transports)}{secret}")
+    for gateway in gateways:
+        print(f"   gateway      {gateway.protocol} clients on {gateway.address}")
     if sizes != (1,):
         print(f"   batches      of {', '.join(map(str, sizes))}")
     if config.metrics_port:

@@ -18,6 +18,8 @@ from runtime.options.checkpoint import CheckpointOptions
 from runtime.options.defaults import DEFAULT_CHECKPOINT, DEFAULT_PORT, TRANSPORTS
 from runtime.options.shared_flags import LogLevel, TraceFile
 from runtime.server.admission import SessionLimits
+from runtime.server.gateway_options import FLAG_VALUE, GatewayOptions, read_gateway
+from transport.address import is_loopback
 
 if TYPE_CHECKING:
     from transport.zeromq.curve import ServerKeys
@@ -31,10 +33,12 @@ class ServerConfig:
     """The keys of ``configs/server/*.yaml``; flags override them.
 
     On any other address than loopback, every host that reaches the port can connect unless
-    ``curve_key`` and ``curve_allow`` are set.
+    ``curve_key`` and ``curve_allow`` are set. Gateways listen on ``gateway_host``; with
+    ``curve_key`` they connect to the server with ``gateway_key``.
 
     Raises:
-        ValueError: A value is out of range, or one of the two CURVE options is missing.
+        ValueError: A value is out of range, one of the two CURVE options is missing, or
+            ``gateway_key`` is missing or of no use.
     """
 
     model_name_or_path: Annotated[
@@ -70,6 +74,20 @@ class ServerConfig:
     metrics_port: Annotated[
         int, PORT_OR_ANY, Flag("port of the Prometheus metrics", "--metrics-port", default="none")
     ] = 0
+    gateways: Annotated[
+        tuple[GatewayOptions, ...],
+        Flag(
+            "also serve clients of another system; may be repeated",
+            name="gateway",
+            metavar=FLAG_VALUE,
+            read=read_gateway,
+        ),
+    ] = ()
+    gateway_host: Annotated[str, Flag("address that the gateways listen on")] = "127.0.0.1"
+    gateway_key: Annotated[
+        str,
+        Flag("the gateways' secret key file, for a server with --curve_key", metavar="FILE"),
+    ] = ""
     checkpoint: Annotated[CheckpointOptions, Group("checkpoint options")] = field(
         default_factory=CheckpointOptions
     )
@@ -78,6 +96,13 @@ class ServerConfig:
         check_ranges(self)
         if bool(self.curve_key) != bool(self.curve_allow):
             raise ValueError("curve_key, curve_allow: got one, expected both or neither")
+        if self.gateways and self.curve_key and not self.gateway_key:
+            raise ValueError(
+                "gateway_key: got none, expected the secret key file of a client in curve_allow, "
+                "because the gateways are clients of a server that requires keys"
+            )
+        if self.gateway_key and not (self.gateways and self.curve_key):
+            raise ValueError("gateway_key: got one, expected it with gateways and curve_key only")
 
     @property
     def transports(self) -> tuple[str, ...]:
@@ -105,10 +130,16 @@ class ServeCommand:
         server: The configuration file with the flags applied.
         ready_fd: A pipe inherited from the program that starts the server; it gets one JSON line
             with the address when the server is ready.
+
+    Raises:
+        ValueError: Gateways would listen beyond this host, without ``insecure``.
     """
 
     server: ServerConfig
-    insecure: Annotated[bool, Flag("no warning when sessions are not encrypted")] = False
+    insecure: Annotated[
+        bool,
+        Flag("no warning when sessions are not encrypted; gateways may listen beyond this host"),
+    ] = False
     config: Annotated[str, Flag("name under configs/server, or a YAML file")] = "default"
     stop_with_stdin: Annotated[bool, Flag("stop when standard input closes")] = False
     ready_fd: Annotated[
@@ -116,3 +147,11 @@ class ServeCommand:
     ] = None
     trace: TraceFile = None
     log_level: LogLevel = "INFO"
+
+    def __post_init__(self) -> None:
+        host = self.server.gateway_host
+        if self.server.gateways and not self.insecure and not is_loopback(host):
+            raise ValueError(
+                f"--gateway_host: got {host}, expected a loopback address: gateways have no "
+                "encryption. Use a tunnel, or --insecure"
+            )

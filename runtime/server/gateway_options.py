@@ -1,0 +1,74 @@
+"""Which gateways a server starts: the keys of ``gateways`` and the values of ``--gateway``."""
+
+from __future__ import annotations
+
+import argparse
+from dataclasses import dataclass
+from typing import Annotated, Literal
+
+from policies.number_ranges import PORT_OR_ANY, RATE_HZ, Choice, Range, check_ranges
+
+PROTOCOLS = ("ilstudio", "openpi", "lerobot", "groot")
+"""Those of ``runtime.gateway``, which imports nothing of the server and is not imported by it."""
+FLAG_VALUE = "NAME[:PORT[:CONFIG]]"
+DEADLINE_MS = Range(0, 60_000, above=True)
+
+
+@dataclass(frozen=True, slots=True)
+class GatewayOptions:
+    """A gateway that the server starts. All but ``protocol`` are as the gateway's own flags.
+
+    Attributes:
+        protocol: Whose clients are served.
+        port: TCP port; None for the protocol's own.
+        config: Name under ``configs/gateway``, or a YAML file.
+        api_keys: File of the keys that clients must have one of.
+        kind, rate_hz, deadline_ms: What each client's session declares to the server.
+
+    Raises:
+        ValueError: A value is out of range, or a robot's demand is incomplete.
+    """
+
+    protocol: Annotated[str, Choice(PROTOCOLS)]
+    port: Annotated[int | None, PORT_OR_ANY] = None
+    config: str = ""
+    api_keys: str = ""
+    kind: Literal["robot", "sim"] = "sim"
+    rate_hz: Annotated[float | None, RATE_HZ] = None
+    deadline_ms: Annotated[float | None, DEADLINE_MS] = None
+
+    def __post_init__(self) -> None:
+        check_ranges(self)
+        if self.kind == "robot" and (self.rate_hz is None or self.deadline_ms is None):
+            raise ValueError("kind robot: expected rate_hz and deadline_ms, too")
+
+    def arguments(self) -> list[str]:
+        """Return the command line of ``runtime.gateway`` that means these options."""
+        flags = {
+            "--port": self.port,
+            "--config": self.config,
+            "--api_keys": self.api_keys,
+            "--kind": self.kind,
+            "--rate_hz": self.rate_hz,
+            "--deadline_ms": self.deadline_ms,
+        }
+        given = {flag: value for flag, value in flags.items() if value not in (None, "")}
+        return [self.protocol, *(f"{flag}={value}" for flag, value in given.items())]
+
+
+def read_gateway(text: str) -> GatewayOptions:
+    """Read a value of ``--gateway``: ``openpi``, ``openpi:8000`` or ``openpi:8000:openpi_droid``.
+
+    An empty port is the protocol's own: ``openpi::openpi_droid``.
+
+    Raises:
+        argparse.ArgumentTypeError: It is none of these; says what was got and expected.
+    """
+    protocol, _, rest = text.partition(":")
+    port, _, config = rest.partition(":")
+    if port and not (port.isdecimal() and len(port) <= 9):
+        raise argparse.ArgumentTypeError(f"got {text!r}, expected {FLAG_VALUE}")
+    try:
+        return GatewayOptions(protocol, int(port) if port else None, config)
+    except ValueError as error:
+        raise argparse.ArgumentTypeError(f"got {text!r}: {error}") from error
