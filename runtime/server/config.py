@@ -77,7 +77,7 @@ class ServerConfig:
     gateways: Annotated[
         tuple[GatewayOptions, ...],
         Flag(
-            "also serve clients of another system; may be repeated",
+            f"also serve clients of another system, as {FLAG_VALUE}; may be repeated",
             name="gateway",
             metavar=FLAG_VALUE,
             read=read_gateway,

@@ -9,6 +9,7 @@ from policies.flag_builder import flags_of
 from runtime.eval_real import replay
 from runtime.eval_real.run_config import EvalRealConfig
 from runtime.eval_sim.run_config import EvalSimConfig
+from runtime.gateway.config import GatewayCommand
 from runtime.server.config import ServeCommand
 from runtime.tools import ctl, keys, top, train
 from runtime.trace import merge
@@ -24,6 +25,7 @@ COMMANDS: dict[str, type[Any]] = {
     "The policy server": ServeCommand,
     "Evaluation in simulation": EvalSimConfig,
     "Evaluation on a robot": EvalRealConfig,
+    "`gateway`: clients of another system": GatewayCommand,
     "Training": train.TrainCommand,
     "`top`: a server's sessions": top.TopCommand,
     "`ctl`: which server is asked": ctl.ServerAccess,

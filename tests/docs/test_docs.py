@@ -61,6 +61,13 @@ PACKAGES = "policies|runtime|transport|envs|robots|tests|configs|docs|bench|ckpt
 SOURCES = ("policies", "runtime", "transport", "envs", "robots", "bench", "tests", "configs")
 OVERRIDES = ("--env.", "--robot.")
 PYTEST_FLAGS = {"-q", "-k"}
+OTHERS_FLAGS = frozenset(
+    (
+        *("--server_address", "--policy_type", "--pretrained_name_or_path", "--policy_device"),
+        "--actions_per_chunk",
+    )
+)
+"""Of LeRobot's ``robot_client``."""
 OTHERS_CLASSES = frozenset({"Box", "Discrete", "CNNMLP"})
 """Of gymnasium; a policy that is refused."""
 OTHERS_WORDS = frozenset({"SCM_RIGHTS", "policy_last"})
@@ -373,6 +380,16 @@ def test_yaml_samples_are_yaml(page: Path) -> None:
         assert isinstance(yaml.safe_load(sample), dict)
 
 
+def test_the_gateways_samples_are_read_by_the_commands() -> None:
+    from policies.yaml_config import parse_config
+    from runtime.gateway.config import ObservationKeys
+    from runtime.server.config import ServerConfig
+
+    server, keys = map(yaml.safe_load, fences(ROOT / "docs/clients-of-other-systems.md", "yaml"))
+    assert len(parse_config(ServerConfig, server, source="page").gateways) == 3
+    assert len(parse_config(ObservationKeys, keys, source="page").cameras) == 2
+
+
 @pytest.mark.parametrize("page", DOCUMENTS, ids=lambda page: f"{page.parent.name}-{page.stem}")
 def test_every_command_and_its_flags_exist(page: Path, folder: Path) -> None:
     for words, whole in commands(page):
@@ -443,7 +460,7 @@ def test_the_readme_shows_the_test_command() -> None:
 def test_every_flag_exists(page: Path) -> None:
     programs = [*COMMANDS.values(), *PARSED]
     known = {flag for program in programs if (cli := parser_of(program)) for flag in flags_of(cli)}
-    known |= bench_flags() | set(overrides_of(COMMANDS["train"]))
+    known |= bench_flags() | set(overrides_of(COMMANDS["train"])) | OTHERS_FLAGS
     mentioned = set(re.findall(r"(?<![\w-])--[a-z][\w.-]*\w", page.read_text()))
     wrong = {flag for flag in mentioned - known if not flag.startswith(OVERRIDES)}
     assert not wrong

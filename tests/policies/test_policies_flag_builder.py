@@ -39,6 +39,7 @@ class Example:
         default_factory=dict
     )
     upper: Annotated[str, Flag("in capitals", read=str.upper)] = ""
+    many: Annotated[tuple[str, ...], Flag("any number of them", name="one")] = ()
     inner: Annotated[Inner, Group("inner options", without=("names",))] = Inner()
 
     def __post_init__(self) -> None:
@@ -74,6 +75,7 @@ def test_what_is_not_given_is_the_fields_default() -> None:
         (("--quality", "3"), {"quality": 3}),
         (("--pairs", "a=b", "c.d=e"), {"pairs": {"a": "b", "c.d": "e"}}),
         (("--upper", "shout"), {"upper": "SHOUT"}),
+        (("--one", "a", "--one", "b", "c"), {"many": ("a", "b", "c")}),
         (("--size", "1", "2", "--max_hz", "4"), {"inner": Inner(size=(1, 2), hz=4.0)}),
     ],
 )
@@ -145,6 +147,7 @@ def test_help_ends_with_the_default() -> None:
         "quality": "as JPEG",
         "pairs": "which is which",
         "upper": "in capitals",
+        "one": "any number of them",
         "size": "",
         "max_hz": "how often (0: any)",
     }

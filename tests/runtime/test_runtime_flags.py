@@ -29,10 +29,14 @@ from runtime.eval_real.recording import Recording
 from runtime.eval_real.run_config import EvalRealConfig, RunConfig
 from runtime.eval_sim import cli as eval_sim
 from runtime.eval_sim.run_config import EvalSimConfig
+from runtime.gateway import cli as gateway
+from runtime.gateway.config import GatewayCommand
 from runtime.options.model_name import LocalModel, ServerAddress
 from runtime.server import cli as serve
 from runtime.server.cli import read_command
 from runtime.server.config import ServeCommand, ServerConfig
+from runtime.server.gateway_options import GatewayOptions
+from runtime.server.gateway_processes import shared_flags
 from runtime.tools import ctl, keys, top, train
 from runtime.trace import merge
 from tests.runtime.command import status_of
@@ -89,6 +93,7 @@ COMMANDS = {
     "server": (serve, {"": ServeCommand}),
     "eval_sim": (eval_sim, {"": EvalSimConfig}),
     "eval_real": (eval_real, {"": EvalRealConfig}),
+    "gateway": (gateway, {"": GatewayCommand}),
     "train": (train, {"": train.TrainCommand}),
     "ctl": (ctl, {"": ctl.ServerAccess, "status": None, "load": ctl.LoadCommand}),
     "top": (top, {"": top.TopCommand}),
@@ -373,6 +378,17 @@ SERVER: dict[str, Row] = {
     "session_timeout_s": (("--session_timeout_s", "9"), lambda c: c.session_timeout_s, 9.0),
     "max_rate_hz": (("--max_rate_hz", "5"), lambda c: c.limits.rate_hz, 5.0),
     "metrics_port": (("--metrics_port", "9100"), lambda c: c.metrics_port, 9100),
+    "gateway": (
+        ("--gateway", "openpi:8000:map", "--gateway", "lerobot"),
+        lambda c: c.gateways,
+        (GatewayOptions("openpi", 8000, "map"), GatewayOptions("lerobot")),
+    ),
+    "gateway_host": (("--gateway_host", "::1"), lambda c: c.gateway_host, "::1"),
+    "gateway_key": (
+        ("--gateway_key", "g", "--curve_key", "k", "--curve_allow", "d", "--gateway", "groot"),
+        lambda c: shared_flags(c, "here:1", insecure=False, log_level="INFO")[-2:],
+        ["--server_key=k", "--client_key=g"],
+    ),
     "fps": (("--fps", "30"), lambda c: c.checkpoint.fps, 30.0),
     "curve_key": (
         ("--curve_key", "k", "--curve_allow", "d"),
@@ -434,6 +450,46 @@ def test_an_option_of_a_checkpoint_reaches_its_loader(
     # and a server that is started for it is told the same
     again = read_server(*read_server(*words).checkpoint.to_argv()).checkpoint
     assert again == read_server(*words).checkpoint
+
+
+# --- the gateways ----------------------------------------------------------------------------
+
+GATEWAY: dict[str, Row] = {
+    "protocol": (("groot",), lambda c: (c.protocol, c.port), ("groot", 5555)),
+    "server": (("--server", "x:7"), lambda c: c.server, "x:7"),
+    "host": (("--host", "::1"), lambda c: c.host, "::1"),
+    "insecure": (("--insecure", "--host", "x"), lambda c: c.host, "x"),
+    "port": (("-p", "0"), lambda c: c.port, 0),
+    "config": (("--config", "m"), lambda c: c.config, "m"),
+    "api_keys": (("--api_keys", "k"), lambda c: c.api_keys, "k"),
+    "max_clients": (("--max_clients", "2"), lambda c: c.max_clients, 2),
+    "kind": (
+        ("--kind", "robot", "--rate_hz", "50", "--deadline_ms", "20"),
+        lambda c: (c.sessions.kind, c.sessions.rate_hz, c.sessions.deadline_ms),
+        ("robot", 50.0, 20.0),
+    ),
+    "timeout_s": (("--timeout_s", "3"), lambda c: c.sessions.timeout_s, 3.0),
+    "transport": (("--transport", "zmq"), lambda c: c.connection.transport, "zmq"),
+    "log_level": (("--log_level", "ERROR"), lambda c: c.log_level, "ERROR"),
+}
+GATEWAY_ELSEWHERE = {"rate_hz", "deadline_ms", "server_key", "client_key"}
+GATEWAY_ELSEWHERE |= {"stop_with_stdin", "ready_fd"}  # of every test with ``GatewayProcesses``
+
+
+def read_gateway_command(*words: str) -> GatewayCommand:
+    protocol = () if words[:1] == ("groot",) else ("openpi",)
+    return gateway.read_command((*protocol, *words))
+
+
+def test_no_flag_of_the_gateways_is_left_out() -> None:
+    assert GATEWAY.keys() | GATEWAY_ELSEWHERE == dests(gateway.parser())
+
+
+@pytest.mark.parametrize("flag", GATEWAY)
+def test_a_flag_of_the_gateways(flag: str) -> None:
+    words, look, expected = GATEWAY[flag]
+    assert look(read_gateway_command(*words)) == expected
+    assert look(read_gateway_command()) != expected
 
 
 def test_an_environments_keys_do_what_they_say() -> None:

@@ -36,9 +36,12 @@ from runtime.eval_real import cli as eval_real
 from runtime.eval_real import replay
 from runtime.eval_real.run_config import RunConfig
 from runtime.eval_sim import cli as eval_sim
+from runtime.gateway import cli as gateway
+from runtime.gateway.config import ObservationKeys, StateSource
 from runtime.options.connection import absolute_path
 from runtime.server import cli as serve
 from runtime.server.config import ServerConfig
+from runtime.server.gateway_options import GatewayOptions, read_gateway
 from runtime.tools import ctl, keys, top, train
 from runtime.trace import merge
 
@@ -47,6 +50,7 @@ COMMANDS: dict[str, Callable[[], argparse.ArgumentParser]] = {
     "runtime/eval_real/cli.py": eval_real.parser,
     "runtime/eval_sim/cli.py": eval_sim.parser,
     "runtime/server/cli.py": serve.parser,
+    "runtime/gateway/cli.py": gateway.parser,
     "runtime/tools/train.py": train.parser,
     "runtime/tools/ctl.py": ctl.parser,
     "runtime/tools/top.py": top.parser,
@@ -110,7 +114,7 @@ def test_every_flag_with_a_number_has_a_range(
     cli: argparse.ArgumentParser, action: argparse.Action
 ) -> None:
     assert isinstance(cli, CommandLine)  # whose errors are one line
-    texts = (None, str, Path, absolute_path)
+    texts = (None, str, Path, absolute_path, read_gateway)
     assert action.type in texts or isinstance(action.type, Number), action.dest
     if not isinstance(action.type, Number):
         # A number's default without a number's type would be a number as text.
@@ -185,10 +189,11 @@ CONFIGS: dict[str, tuple[type, dict[str, Any]]] = {
     "dummy": (DummyConfig, shipped("robot/dummy.yaml")),
     "sim_twin": (TwinConfig, shipped("robot/sim_twin.yaml")),
     "agilex": (AgilexConfig, shipped("robot/agilex_aloha.yaml")),
+    "gateway": (ObservationKeys, {"cameras": {"top": {"key": "image"}}}),
     "metronome": (Extras, {"execution": {"action_manager": "temporal_ensemble"}}),
 }
 """What is read from YAML, and a whole example of it."""
-NAMES = {"sim_twin": "top", "agilex": "primary", "dummy": "top"}
+NAMES = {"sim_twin": "top", "agilex": "primary", "dummy": "top", "gateway": "top"}
 """A key that the example has in its mappings."""
 ELSEWHERE = {LeRobotConfig, RunConfig}
 
@@ -220,9 +225,9 @@ def numbers(hint: Any, path: str, wrap: Wrap = str) -> Iterator[tuple[str, Wrap,
         for one in arguments:
             yield from numbers(one, path, wrap)
     elif origin is tuple and arguments:
-        if arguments[0] is CameraContract:
-            for inner, _, leaf in numbers(CameraContract, ""):
-                yield path, _camera_with(inner.removeprefix(".")), leaf
+        if arguments[0] in ITEMS:
+            for inner, _, leaf in numbers(arguments[0], ""):
+                yield path, _item_with(arguments[0], inner.removeprefix(".")), leaf
             return
         count = 2 if arguments[1:] == (Ellipsis,) else len(arguments)
         for one in (one for one in arguments if one is not Ellipsis):
@@ -235,11 +240,23 @@ def numbers(hint: Any, path: str, wrap: Wrap = str) -> Iterator[tuple[str, Wrap,
             yield from numbers(hints[field.name], f"{path}.{field.name}", wrap)
 
 
-def _camera_with(key: str) -> Wrap:
+ITEMS: dict[type, tuple[dict[str, str], dict[str, int]]] = {
+    CameraContract: (
+        {"name": "x", "source_hw": "[9, 9]", "model_hw": "[9, 9]"},
+        {"source_hw": 2, "model_hw": 2, "crop": 4},
+    ),
+    GatewayOptions: ({"protocol": "openpi"}, {}),
+    StateSource: ({"key": "x"}, {}),
+}
+"""What stands in lists: the keys that it needs, and how many numbers those have that are lists."""
+
+
+def _item_with(item: type, key: str) -> Wrap:
+    needed, counts = ITEMS[item]
+
     def wrap(text: str) -> str:
-        camera = {"name": "x", "source_hw": "[9, 9]", "model_hw": "[9, 9]"}
-        camera[key] = "[" + ", ".join([text] * (4 if key == "crop" else 2)) + "]"
-        return "[{" + ", ".join(f"{name}: {value}" for name, value in camera.items()) + "}]"
+        value = "[" + ", ".join([text] * counts[key]) + "]" if key in counts else text
+        return "[{" + ", ".join(f"{k}: {v}" for k, v in {**needed, key: value}.items()) + "}]"
 
     return wrap
 

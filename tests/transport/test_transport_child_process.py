@@ -176,6 +176,17 @@ write_event(int(sys.argv[2]), "ready", address="here")
     assert 'arm: {"event": "failed", "error": "this is for people"}' in caplog.messages
 
 
+def test_a_child_can_share_its_parents_output(
+    start: Start, caplog: pytest.LogCaptureFixture, capfd: pytest.CaptureFixture[str]
+) -> None:
+    caplog.set_level(logging.INFO)
+    code = 'print("out"); print("err", file=sys.stderr); write_event(int(sys.argv[2]), "ready")\n'
+    child = start(HEAD + code + STAY, events_flag="--events", shares_output=True)
+    child.wait_ready(PATIENCE_S)
+    assert capfd.readouterr() == ("out\n", "err\n")
+    assert caplog.messages == []
+
+
 def test_send_event_without_reader_does_nothing(start: Start) -> None:
     source, sink = os.pipe()
     os.close(source)
