@@ -8,7 +8,7 @@ CAN_RENDER := $(BIN)/python -c 'from envs.gl_context import make_context; make_c
 # No thread pools fighting the tests for two cores.
 export OMP_NUM_THREADS ?= 1
 
-.PHONY: help demo test test-long check bench soak fuzz train format gl clean
+.PHONY: help demo test test-long check bench gateways soak fuzz train format gl clean
 
 help:
 	@echo "make demo    start a server, evaluate 2 episodes against it"
@@ -16,6 +16,7 @@ help:
 	@echo "make test-long  the long ones"
 	@echo "make check   lint, types, import rules, bytes of the checkout"
 	@echo "make bench   latency tables"
+	@echo "make gateways  the clients of other systems: long tests, benchmarks; the result is a text file"
 	@echo "make soak    a simulated robot, with everything killed in mid-motion again and again: 30 minutes"
 	@echo "make fuzz    a million inputs at every parser of what a peer sends: RUNS=1000000"
 	@echo "make train   demonstrations, then a policy of your own: under an hour on two cores"
@@ -40,6 +41,10 @@ check: $(VENV)/.dev
 
 bench: $(VENV)/.peers $(VENV)/.peers-inference gl
 	$(BIN)/python -m pytest bench -q
+
+# The other systems' own clients are found by environment variables, which their benchmarks name.
+gateways: $(VENV)/.dev
+	$(BIN)/python -m bench.gateways
 
 soak: $(VENV)/.dev gl
 	METRONOME_SOAK=1 $(BIN)/python -m pytest tests/faults -q -s

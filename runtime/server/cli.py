@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import dataclasses
 import logging
 import os
 import signal
@@ -148,7 +149,8 @@ def _serve(
             def announce(gateways: Sequence[RunningGateway]) -> None:
                 _announce(server, config, warm, gateways)
                 if ready_fd is not None:
-                    write_event(ready_fd, "ready", address=server.address)
+                    addresses = [dataclasses.astuple(gateway) for gateway in gateways]
+                    write_event(ready_fd, "ready", address=server.address, gateways=addresses)
                 if keys is None and not insecure and not is_loopback(server.host):
                     _warn(server)
 

@@ -129,7 +129,7 @@ class ServeCommand:
     Attributes:
         server: The configuration file with the flags applied.
         ready_fd: A pipe inherited from the program that starts the server; it gets one JSON line
-            with the address when the server is ready.
+            with the addresses when the server is ready.
 
     Raises:
         ValueError: Gateways would listen beyond this host, without ``insecure``.
@@ -143,7 +143,7 @@ class ServeCommand:
     config: Annotated[str, Flag("name under configs/server, or a YAML file")] = "default"
     stop_with_stdin: Annotated[bool, Flag("stop when standard input closes")] = False
     ready_fd: Annotated[
-        int | None, DESCRIPTOR, Flag("file descriptor that gets the address as JSON", hidden=True)
+        int | None, DESCRIPTOR, Flag("file descriptor that gets the addresses as JSON", hidden=True)
     ] = None
     trace: TraceFile = None
     log_level: LogLevel = "INFO"

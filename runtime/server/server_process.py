@@ -18,6 +18,8 @@ PROGRESS_EVERY_S = 15.0
 class ServerProcess(ChildProcess):
     """``python -m runtime.server`` on a free loopback port; ``address`` is ``HOST:PORT``.
 
+    ``ready["gateways"]`` has the protocol and the address of each gateway.
+
     Args:
         flags: Its command line; a host, a port or a log level in it replaces the default.
         ready_within_s: The limit for loading and warming up.
