@@ -68,9 +68,9 @@ def shared_flags(config: ServerConfig, server: str, *, insecure: bool, log_level
 
 def restart_delay_s(short_runs: int) -> float:
     """Return the delay before a restart, after so many short runs in a row, in seconds."""
-    return (
-        0.0 if short_runs == 0 else min(FIRST_DELAY_S * 2 ** min(short_runs - 1, 10), MAX_DELAY_S)
-    )
+    if short_runs == 0:
+        return 0.0
+    return min(FIRST_DELAY_S * 2.0 ** min(short_runs - 1, 30), MAX_DELAY_S)
 
 
 class _Stopping(Exception):
@@ -135,36 +135,47 @@ class GatewayProcesses:
         self.close(CLOSE_S if error is None else 0.0)
 
     def _run(self, number: int, options: GatewayOptions) -> None:
-        """Keep one gateway running."""
-        name, started, short_runs = f"the {options.protocol} gateway", False, 0
+        """Keep one gateway running until the server closes."""
+        name = f"the {options.protocol} gateway"
         with contextlib.suppress(_Stopping):
+            try:
+                child = self._start(name, options)
+            except (ChildFailed, OSError) as error:
+                self._report_failure(str(error))
+                return
+            address = child.ready["address"]
+            self._report_ready(number, RunningGateway(options.protocol, address))
+            # A restart must not choose another port.
+            options = dataclasses.replace(options, port=parse_address(address)[1])
+            short_runs = 0
             while True:
-                ready_for_s = 0.0
-                try:
-                    child = self._start(name, options)
-                    ready_s = time.monotonic()
-                    try:
-                        address = child.ready["address"]
-                        if not started:
-                            started = True
-                            # A restart must not choose another port.
-                            port = parse_address(address)[1]
-                            options = dataclasses.replace(options, port=port)
-                            self._report_ready(number, RunningGateway(options.protocol, address))
-                        self._wait(None, child.pidfd)
-                        ready_for_s = time.monotonic() - ready_s
-                        reason = f"{name} ended ({child.status})"
-                    finally:
-                        child.close(self._close_s)
-                except (ChildFailed, OSError) as error:
-                    if not started:
-                        self._report_failure(str(error))
-                        return
-                    reason = str(error)
-                short_runs = 0 if ready_for_s >= HEALTHY_S else short_runs + 1
-                delay_s = restart_delay_s(short_runs)
-                logger.error("%s; it is started again in %g s", reason, delay_s)
-                self._wait(delay_s)
+                ran_s = self._wait_for_end(child)
+                short_runs = 0 if ran_s >= HEALTHY_S else short_runs + 1
+                child, short_runs = self._restart(name, options, short_runs)
+
+    def _wait_for_end(self, child: ChildProcess) -> float:
+        """Wait until a gateway that is ready ends; return how long that took, in seconds."""
+        ready_s = time.monotonic()
+        try:
+            self._wait(None, child.pidfd)
+            logger.error("%s ended (%s)", child.name, child.status)
+            return time.monotonic() - ready_s
+        finally:
+            child.close(self._close_s)
+
+    def _restart(
+        self, name: str, options: GatewayOptions, short_runs: int
+    ) -> tuple[ChildProcess, int]:
+        """Start a gateway, after so many short runs, until it is ready; return it and the runs."""
+        while True:
+            delay_s = restart_delay_s(short_runs)
+            logger.info("%s is started again in %g s", name, delay_s)
+            self._wait(delay_s)
+            try:
+                return self._start(name, options), short_runs
+            except (ChildFailed, OSError) as error:
+                logger.error("%s", error)
+                short_runs += 1
 
     def _start(self, name: str, options: GatewayOptions) -> ChildProcess:
         """Start a gateway and wait until it is ready.

@@ -128,9 +128,10 @@ def test_gateways_start_return_after_a_kill_and_end_with_the_server(start: Start
     assert other not in (0, killed)
 
     os.kill(killed, signal.SIGKILL)
-    until(lambda: gateway_pid(first) not in (0, killed), BACK_WITHIN_S)
+    until(lambda: gateway_pid(first) not in (0, killed))
     assert gateway_pid(second) == other
-    assert "the openpi gateway ended (killed by SIGKILL); it is started again in" in server.log
+    assert "the openpi gateway ended (killed by SIGKILL)" in server.log
+    assert "the openpi gateway is started again in" in server.log
 
     server.pids = [gateway_pid(first), other]
     server.process.send_signal(signal.SIGTERM)
@@ -139,12 +140,26 @@ def test_gateways_start_return_after_a_kill_and_end_with_the_server(start: Start
     assert not gateway_pid(first)
 
 
+@pytest.mark.long
+def test_a_gateway_is_back_within_two_seconds_of_twenty_kills(start: Start) -> None:
+    server = start("--gateway", "openpi:0", "openpi:0")
+    (_, killed_at), (_, other_at) = server.gateways
+    other = gateway_pid(other_at)
+    for _ in range(20):
+        killed = gateway_pid(killed_at)
+        os.kill(killed, signal.SIGKILL)
+        until(lambda killed=killed: gateway_pid(killed_at) not in (0, killed), BACK_WITHIN_S)
+        time.sleep(gateway_processes.HEALTHY_S)  # otherwise these are a crash loop
+        assert gateway_pid(other_at) == other
+    server.pids = [gateway_pid(killed_at), other]
+
+
 def test_a_killed_server_takes_its_gateways_along(start: Start) -> None:
     """Also a stopped one, which does not notice that its standard input ends."""
     server = start("--gateway", "openpi:0", "openpi:0")
     os.kill(server.pids[0], signal.SIGSTOP)
     server.process.kill()
-    until(lambda: not any(map(is_alive, server.pids)), 5.0)
+    until(lambda: not any(map(is_alive, server.pids)))
 
 
 def test_a_gateway_that_cannot_start_ends_the_server_with_the_reason(start: Start) -> None:
@@ -231,22 +246,28 @@ def test_each_refusal_is_one_line(
 def test_a_crash_loop_backs_off_and_closing_does_not_wait_for_it(
     monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
+    caplog.set_level(logging.INFO)
     monkeypatch.setattr(gateway_processes, "MODULE", SHORT_LIVED)
+    delays = (0.0, 0.01, 0.02, 1000.0)
+    monkeypatch.setattr(gateway_processes, "restart_delay_s", delays.__getitem__)
     with gateways_of("127.0.0.1:9", OPENPI) as (reports, failures):
-        until(lambda: "again in 0.5 s" in caplog.text)
-        began_s = time.monotonic()
-    assert time.monotonic() - began_s < 0.5
+        until(lambda: "again in 1000 s" in caplog.text)
     assert reports.ready == [RunningGateway("openpi", "127.0.0.1:9")]
     assert not failures
-    delays = [float(d) for d in re.findall(r"\(exit status 1\).* again in (\S+) s", caplog.text)]
-    assert delays == [0.25, 0.5]
+    assert caplog.text.count("the openpi gateway ended (exit status 1)") == 3
+    said = re.findall(r"the openpi gateway is started again in (\S+) s", caplog.text)
+    assert [float(delay) for delay in said] == list(delays[1:])
+
+
+def test_restart_delays_double() -> None:
     assert [restart_delay_s(runs) for runs in range(4)] == [0.0, 0.25, 0.5, 1.0]
-    assert restart_delay_s(100) == MAX_DELAY_S
+    assert restart_delay_s(10_000) == MAX_DELAY_S
 
 
 def test_a_gateway_that_was_ready_for_long_is_started_again_at_once(
     address: str, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
+    caplog.set_level(logging.INFO)
     monkeypatch.setattr(gateway_processes, "HEALTHY_S", 0.0)
     with gateways_of(address, OPENPI) as (reports, _):
         until(lambda: reports.ready)
@@ -262,8 +283,7 @@ def test_closing_ends_a_gateway_that_is_still_starting(
     address: str, caplog: pytest.LogCaptureFixture
 ) -> None:
     with gateways_of(address, OPENPI):
-        began_s = time.monotonic()
-    assert time.monotonic() - began_s < 2.0
+        pass
     assert not [record for record in caplog.records if record.levelno >= logging.ERROR]
 
 
