@@ -20,7 +20,7 @@ JPEG = ["simplejpeg>=1.8"]
 # What ROS cameras send beside plain RGB: 4:2:2, Bayer and compressed pictures.
 ROS = [*JPEG, "opencv-python-headless>=4.8"]
 # Each protocol's own library: openpi and GR00T, openpi, LeRobot.
-GATEWAY = ["msgpack>=1.0", "websockets>=13", "grpcio>=1.66"]
+GATEWAY = ["msgpack>=1.0", "websockets>=17", "grpcio>=1.66"]
 FUZZ = ["atheris>=2.3"]
 DEV = [
     "pytest>=8",

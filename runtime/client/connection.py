@@ -52,6 +52,8 @@ class ServerConnection:
 
     Attributes:
         contract, info: The served policy's contract, and what runs it.
+        episode_state: Whether the policy keeps a state between observations; True if the server is
+            too old to say.
 
     Raises:
         TransportTimeout: No server answers at the address.
@@ -156,7 +158,9 @@ class ServerConnection:
 
     def _describe(self) -> tuple[PolicyContract, PolicyInfo]:
         try:
-            return messages.read_description(self._dialer.describe())
+            description = self._dialer.describe()
+            self.episode_state = description.get("episode_state") is not False
+            return messages.read_description(description)
         except BaseException:
             self._dialer.close()
             raise

@@ -126,6 +126,12 @@ class PolicyClient:
         return self._connection.info
 
     @property
+    def episode_state(self) -> bool:
+        """Whether the policy keeps a state between the observations of an episode, so that a new
+        episode needs ``reset``. True if the server is too old to say."""
+        return self._connection.episode_state
+
+    @property
     def transport(self) -> str:
         """``"shm"`` or ``"zmq"``; empty before the session is open."""
         return self._session.channel.transport if self._session else ""

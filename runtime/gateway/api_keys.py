@@ -28,16 +28,23 @@ class ApiKeys:
         with path.open("rb") as file:
             status = os.fstat(file.fileno())
             if status.st_uid != os.geteuid() or status.st_mode & (stat.S_IRWXG | stat.S_IRWXO):
-                raise ValueError(f"{path}: expected a file that only this user can read (0600)")
+                raise ValueError(
+                    f"{path}: got mode {stat.S_IMODE(status.st_mode):04o} and owner "
+                    f"{status.st_uid}, expected a file that only this user can read: mode 0600 and "
+                    f"owner {os.geteuid()}"
+                )
             content = file.read(MAX_BYTES + 1)
         if len(content) > MAX_BYTES:
-            raise ValueError(f"{path}: expected at most {MAX_BYTES} bytes")
+            raise ValueError(f"{path}: got a longer file, expected at most {MAX_BYTES} bytes")
         lines = [line.strip() for line in content.splitlines()]
         self._keys = [line for line in lines if line and not line.startswith(b"#")]
         if not self._keys:
             raise ValueError(f"{path}: got no key, expected one a line")
         if min(map(len, self._keys)) < MIN_CHARS:
-            raise ValueError(f"{path}: got a key of less than {MIN_CHARS} characters")
+            raise ValueError(
+                f"{path}: got a key of {min(map(len, self._keys))} characters, expected at least "
+                f"{MIN_CHARS}"
+            )
 
     def match(self, given: object) -> bool:
         """Return whether ``given`` is one of the keys; every key is compared in constant time."""

@@ -25,10 +25,11 @@ from runtime.errors import RuntimeFault
 from runtime.gateway.api_keys import ApiKeys
 from runtime.gateway.config import GatewayCommand, ObservationKeys
 from runtime.gateway.gateway_session import GatewaySession
-from transport.address import format_address, is_loopback
+from transport.address import format_address, is_loopback, parse_address
 from transport.child_process import die_with_parent, take_stdin, write_event
 from transport.errors import TransportError
 from transport.zeromq.curve import KeyFileError
+from transport.zeromq.malloc import keep_freed_memory
 
 logger = logging.getLogger(__name__)
 
@@ -40,6 +41,8 @@ GATEWAYS = {
     "groot": ("runtime.gateway.groot", "GrootGateway", 5555),
 }
 """Protocol: (module, class, default port). Only the chosen module is imported."""
+WITH_API_KEYS = ("openpi", "groot")
+"""The protocols that have a place for a key."""
 
 
 class Gateway(Protocol):
@@ -91,6 +94,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         api_keys = ApiKeys(Path(command.api_keys)) if command.api_keys else None
     except (InvalidConfig, OSError, ValueError) as error:
         return _fail(error, ready_fd=command.ready_fd)
+    keep_freed_memory()
     if command.stop_with_stdin:
         # The kernel ends a gateway that is stuck, too; it would keep the next one's port.
         die_with_parent(os.getppid())
@@ -108,10 +112,19 @@ def read_command(argv: Sequence[str] | None) -> GatewayCommand:
         ValueError: A flag is invalid.
     """
     command = from_flags(GatewayCommand, parser().parse_args(argv))
+    try:
+        parse_address(command.server)
+    except TransportError as error:
+        raise ValueError(f"--server: {error}") from error
     if not command.insecure and not is_loopback(command.host):
         raise ValueError(
             f"--host: got {command.host}, expected a loopback address: {command.protocol} has no "
             "encryption. Use a tunnel, or --insecure"
+        )
+    if command.api_keys and command.protocol not in WITH_API_KEYS:
+        raise ValueError(
+            f"--api_keys: got {command.api_keys}, expected none: {command.protocol} has no place "
+            f"for keys; {' and '.join(WITH_API_KEYS)} have"
         )
     if command.port is None:
         command = dataclasses.replace(command, port=GATEWAYS[command.protocol][2])

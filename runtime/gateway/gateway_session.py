@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import logging
 from collections.abc import Mapping
 from typing import Any
@@ -10,9 +11,12 @@ from policies.types import ActionChunk, MetaObs, PolicyContract
 from runtime.client import PolicyClient
 from runtime.errors import ServerLost
 from runtime.gateway.config import GatewayCommand
+from runtime.protocol import messages
 
 logger = logging.getLogger(__name__)
 
+HANDSHAKE_S = 5.0
+"""How long a handshake with the server may take."""
 RECONNECT_S = 2.0
 """How long a request waits for a server that was lost."""
 
@@ -38,15 +42,21 @@ class GatewaySession:
             kind=command.sessions.kind,
             rate_hz=command.sessions.rate_hz,
             deadline_ms=command.sessions.deadline_ms,
-            timeout_s=command.sessions.timeout_s,
+            timeout_s=min(HANDSHAKE_S, command.sessions.timeout_s),
             **connection,
         )
-        self._lost = False
+        self._timeout_s = command.sessions.timeout_s
+        self._opened, self._lost = False, False
 
     @property
     def contract(self) -> PolicyContract:
         """The served policy's."""
         return self._client.contract
+
+    @property
+    def episode_state(self) -> bool:
+        """Whether the policy keeps a state between observations; as ``PolicyClient``."""
+        return self._client.episode_state
 
     def infer(self, obs: MetaObs) -> ActionChunk:
         """Return the chunk for ``obs``. After a lost server the next call connects again.
@@ -59,8 +69,14 @@ class GatewaySession:
         if self._lost:
             self._client.reconnect(RECONNECT_S)
             self._lost = False
+        if not self._opened:
+            # A session's layout is fixed: with an instruction, since a later observation may have
+            # one.
+            with_text = dataclasses.replace(obs, raw_lang=obs.raw_lang or " ")
+            self._client.open(messages.observation_schema(with_text))
+            self._opened = True
         try:
-            return self._client.infer(obs)
+            return self._client.infer(obs, self._timeout_s)
         except ServerLost:
             self._lost = True
             raise

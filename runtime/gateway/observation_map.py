@@ -96,12 +96,12 @@ class ObservationMap:
         camera: CameraContract,
         sources: tuple[ImageSource, ...],
     ) -> NDArray[np.uint8]:
-        source, found = _first(observation, sources, f"images.{camera.name}")
-        image = np.asarray(found)
-        while image.ndim > 3 and image.shape[0] == 1:
-            image = image[0]
-        if image.ndim == 3 and _is_chw(image, source.layout):
-            image = image.transpose(1, 2, 0)
+        source, image = _first(observation, sources, f"images.{camera.name}")
+        if isinstance(image, np.ndarray):
+            while image.ndim > 3 and image.shape[0] == 1:
+                image = image[0]
+            if image.ndim == 3 and _is_chw(image, source.layout):
+                image = image.transpose(1, 2, 0)
         check_image(image, camera)
         return np.ascontiguousarray(image)
 
@@ -143,9 +143,13 @@ def find_value(observation: Mapping[str, Any], key: str) -> Any:
 def _part(observation: Mapping[str, Any], source: StateSource) -> NDArray[np.float32]:
     _, value = _first(observation, (source,), "state")
     try:
-        whole = np.asarray(value, np.float32).reshape(-1)
-    except (TypeError, ValueError) as error:
-        raise ContractMismatch(f"state ({source.key})", f"{value!r:.60}", "numbers") from error
+        array = np.asarray(value)
+    except ValueError:  # lists of different lengths
+        array = np.empty(0, object)
+    if array.dtype.kind not in "biuf":
+        raise ContractMismatch(f"state ({source.key})", f"{value!r:.60}", "numbers")
+    with np.errstate(over="ignore"):  # infinity, which the policy refuses
+        whole = array.astype(np.float32, copy=False).reshape(-1)
     stop = len(whole) if source.stop is None else source.stop
     if stop > len(whole) or source.start >= stop:
         raise ContractMismatch(

@@ -83,7 +83,7 @@ class LoadedModel:
     def describe(self) -> dict[str, Any]:
         """The description of the model for clients, JSON values."""
         described = messages.describe(self.policy.contract, self.policy.info)
-        return {**described, "policy_id": self.generation}
+        return {**described, "policy_id": self.generation, "episode_state": not self.shared}
 
 
 def close_policy(policy: Policy) -> None:

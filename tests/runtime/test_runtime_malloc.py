@@ -12,6 +12,7 @@ import pytest
 from runtime.eval_real import sensing_process
 from runtime.eval_sim import cli as eval_sim
 from runtime.eval_sim import worker_processes
+from runtime.gateway import cli as gateway
 from runtime.server import cli as serve
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -80,11 +81,12 @@ class Asked(Exception):
     ("module", "begin"),
     [
         (serve, lambda: serve.main([])),
+        (gateway, lambda: gateway.main(["openpi"])),
         (eval_sim, lambda: eval_sim.main(["-o", "results"])),
         (sensing_process, lambda: sensing_process.main([])),
         (worker_processes, lambda: worker_processes._work(None, (), None, None)),
     ],
-    ids=["server", "eval_sim", "eval_real's sensing process", "eval_sim's worker"],
+    ids=["server", "gateway", "eval_sim", "eval_real's sensing process", "eval_sim's worker"],
 )
 def test_the_commands_that_handle_pictures_ask_before_they_begin(
     module: object, begin: Callable[[], int], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
