@@ -43,6 +43,7 @@ def _raw() -> Mapping[str, list[bytes]]:
         ],
         "jpeg": [b"\2" + top, b"\3" + wrist],
         "description": [b"\7\0" + samples.CONTRACT.to_json().encode()],
+        "openpi_frame": [*samples.openpi_frames()],
         # HELLO, the proof, CONFIRM of shared memory.
         "handshake": [bytes(6) + bytes((160, 0, 0, 0)) + bytes((0, 0, 0, 0, 8, 0))],
         "broken": [bytes(8)],

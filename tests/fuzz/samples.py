@@ -10,6 +10,7 @@ import numpy as np
 from policies import jpeg
 from policies.execution import Execution
 from policies.types import CameraContract, MetaObs, PolicyContract, PolicyInfo, Rendering
+from runtime.gateway import msgpack_arrays
 from runtime.protocol import image_codec, messages
 from transport.handshake_messages import MAGIC, NO_EPOCH, PROTOCOL_VERSION, Hello, Opcode, encode
 from transport.schema import USED, ArraySpec, Schema
@@ -121,6 +122,17 @@ def offer() -> dict[str, Any]:
 def jpegs() -> tuple[bytes, ...]:
     """A picture per camera of ``CONTRACT``."""
     return tuple(jpeg.encode(OBS.images[camera.name], 80) for camera in CONTRACT.cameras)
+
+
+def openpi_frames() -> tuple[bytes, ...]:
+    """Observations of openpi's clients: its usual keys nested and flat, and scalars."""
+    images = {name: image[::4, ::4] for name, image in OBS.images.items()}
+    flat = {f"images/{name}": image for name, image in images.items()}
+    return (
+        msgpack_arrays.pack({"state": OBS.state, "images": images, "prompt": OBS.raw_lang}),
+        msgpack_arrays.pack({"state": [0.0, 1, -2], **flat, "more": [None, True, {"x": b"y"}]}),
+        b"\x81\xa5state\x83\xc4\x0d__npgeneric__\xc3\xc4\x04data\x01\xc4\x05dtype\xa3<f4",
+    )
 
 
 def control(opcode: Opcode, body: dict[str, Any] | None = None, epoch: bytes = NO_EPOCH) -> bytes:

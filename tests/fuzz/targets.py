@@ -33,6 +33,7 @@ _FUNCTIONS = {
     "trace_key": "parsers:trace_key",
     "pictures": "pictures:pictures",
     "jpeg": "pictures:jpeg_data",
+    "openpi_frame": "gateways:openpi_frame",
     "session": "channels:session",
     "dialer": "client_side:dialer",
 }

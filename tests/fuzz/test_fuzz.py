@@ -32,6 +32,7 @@ GATES = {
     "trace_key": ("keys",),
     "pictures": ("readers", "pixels", "jpegs"),
     "jpeg": ("given to the decoder", "decoded"),
+    "openpi_frame": ("maps", "arrays", "observations"),
     "session": ("DATA", "RESET"),
     "segments": ("DATA", "ERROR", "RESET"),
     "handshake": ("proven", "sessions over shm", "sessions over zmq"),
