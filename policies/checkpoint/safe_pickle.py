@@ -9,11 +9,16 @@ from __future__ import annotations
 import io
 import pickle
 import pickletools
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from policies.checkpoint.safe_pickle_types import ALLOWED_FUNCTIONS, AllowedFunction, SafeArray
+from policies.checkpoint.safe_pickle_types import (
+    ALLOWED_FUNCTIONS,
+    AllowedFunction,
+    SafeArray,
+    SafeRecord,
+    shown,
+)
 from policies.errors import CheckpointError
 
 MAX_BYTES = 64 * 2**20
@@ -37,7 +42,7 @@ class _Unpickler(pickle.Unpickler):
         return ALLOWED_FUNCTIONS[module, name]
 
     def persistent_load(self, pid: Any) -> Any:
-        raise pickle.UnpicklingError(f"it asks for the object {pid!r:.40} from outside")
+        raise pickle.UnpicklingError(f"it asks for the object {shown(pid)} from outside")
 
 
 def read_pickle(path: Path) -> Any:
@@ -53,7 +58,7 @@ def read_pickle(path: Path) -> Any:
             raise CheckpointError(f"{path}: {size} bytes, expected at most {MAX_BYTES}")
         content = path.read_bytes()
         _check_instructions(content)
-        return _plain(_Unpickler(io.BytesIO(content)).load(), iter(range(MAX_ITEMS)), 0)
+        return plain_value(_Unpickler(io.BytesIO(content)).load())
     except OSError as error:
         raise CheckpointError(f"{path}: {error}") from error
     except pickle.UnpicklingError as error:
@@ -80,21 +85,40 @@ def _check_instructions(content: bytes) -> None:
             raise pickle.UnpicklingError(f"it has the memo index {argument}")
 
 
-def _plain(value: Any, budget: Iterator[int], depth: int) -> Any:
-    """Return ``value`` with its arrays in place of their safe replacements."""
-    if next(budget, None) is None or depth > MAX_DEPTH:
-        raise pickle.UnpicklingError(f"it holds over {MAX_ITEMS} values, or {MAX_DEPTH} levels")
-    if isinstance(value, SafeArray):
-        return value.array()
-    if type(value) in (list, tuple):
-        return type(value)(_plain(item, budget, depth + 1) for item in value)
-    if type(value) is dict:
-        for key in value:
-            if type(key) not in (str, int):
-                raise pickle.UnpicklingError(f"it has a {type(key).__name__} for a key")
-        return {key: _plain(item, budget, depth + 1) for key, item in value.items()}
-    if type(value) is int and not -(2**63) <= value < 2**64:
-        raise pickle.UnpicklingError(f"it has a number of {value.bit_length()} bits")
-    if value is None or type(value) in (bool, int, float, str, bytes):
-        return value
-    raise pickle.UnpicklingError(f"it holds a {type(value).__name__}")
+def plain_value(value: Any, max_items: int = MAX_ITEMS) -> Any:
+    """Return ``value`` with its arrays in place of their safe replacements.
+
+    Args:
+        max_items: Most values in it, counted as often as they occur.
+
+    Raises:
+        pickle.UnpicklingError: It holds anything but dicts, lists, tuples, strings, bytes, numbers,
+            arrays and records, or too much.
+    """
+    budget = iter(range(max_items))
+
+    def plain(value: Any, depth: int) -> Any:
+        if next(budget, None) is None or depth > MAX_DEPTH:
+            raise pickle.UnpicklingError(f"it holds over {max_items} values, or {MAX_DEPTH} levels")
+        if isinstance(value, SafeArray):
+            return value.array()
+        if isinstance(value, SafeRecord):
+            record = SafeRecord(value.name)
+            record.fields = plain(value.fields, depth + 1)
+            return record
+        if type(value) in (list, tuple):
+            return type(value)(plain(item, depth + 1) for item in value)
+        if type(value) is dict:
+            for key in value:
+                if type(key) not in (str, int):
+                    raise pickle.UnpicklingError(f"it has a {type(key).__name__} for a key")
+            return {key: plain(item, depth + 1) for key, item in value.items()}
+        if type(value) is int and not -(2**63) <= value < 2**64:
+            raise pickle.UnpicklingError(f"it has a number of {value.bit_length()} bits")
+        if type(value) is memoryview:
+            return bytes(value)
+        if value is None or type(value) in (bool, int, float, str, bytes):
+            return value
+        raise pickle.UnpicklingError(f"it holds a {type(value).__name__}")
+
+    return plain(value, 0)

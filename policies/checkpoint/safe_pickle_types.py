@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import math
 import re
+import reprlib
 from collections.abc import Callable
 from pickle import UnpicklingError
 from typing import Any, Literal
@@ -20,6 +21,13 @@ MAX_DIMENSIONS = 32
 
 _NUMBER = re.compile(r"[<>=|]?(b1|[iu][1248]|f[248])")
 _ORDERS = ("<", ">", "=", "|")
+_SHORT = reprlib.Repr()
+_SHORT.maxlevel = 2
+
+
+def shown(value: object) -> str:
+    """Return ``value`` for an error: a pickle of few bytes can hold a value of endless ``repr``."""
+    return _SHORT.repr(value)[:60]
 
 
 class AllowedFunction:
@@ -56,19 +64,38 @@ class SafeDtype:
 
     def __init__(self, code: object) -> None:
         if not isinstance(code, str) or not _NUMBER.fullmatch(code):
-            raise UnpicklingError(f"it has the dtype {code!r:.40}")
+            raise UnpicklingError(f"it has the dtype {shown(code)}")
         self._code = code.lstrip("".join(_ORDERS))
         self._order = code[0] if code[0] in _ORDERS else "="
 
     def __setstate__(self, state: object) -> None:
         plain = isinstance(state, tuple) and len(state) >= 5 and state[2:5] == (None, None, None)
         if not isinstance(state, tuple) or not plain or state[1] not in _ORDERS:
-            raise UnpicklingError(f"it has a {self._code} with the state {state!r:.60}")
+            raise UnpicklingError(f"it has a {self._code} with the state {shown(state)}")
         self._order = state[1]
 
     def dtype(self) -> np.dtype[Any]:
         """Return the numpy dtype."""
         return np.dtype(self._order + self._code)
+
+
+class SafeRecord:
+    """An instance of a foreign class: its attributes, and nothing of the class.
+
+    Args:
+        name: The class's name.
+    """
+
+    __slots__ = ("fields", "name")
+
+    def __init__(self, name: str) -> None:
+        self.name = name
+        self.fields: dict[Any, Any] = {}
+
+    def __setstate__(self, state: object) -> None:
+        if type(state) is not dict:
+            raise UnpicklingError(f"it has a {self.name} with the state {shown(state)}")
+        self.fields = state
 
 
 class SafeArray:
@@ -119,7 +146,7 @@ def _frombuffer(
     content: object, number: object, shape: object, order: object, axes: object = None
 ) -> SafeArray:
     if order not in ("C", "F", "K"):
-        raise UnpicklingError(f"it has an array in the order {order!r:.40}")
+        raise UnpicklingError(f"it has an array in the order {shown(order)}")
     found = SafeArray()
     flat = _build(shape, number, content, "F" if order == "F" else "C")
     if order == "K":
@@ -136,20 +163,20 @@ def _build(
     """Return the array, read-only and without a copy, because very many arrays can share one
     content.
     """
-    if not isinstance(number, SafeDtype) or not isinstance(content, bytes | bytearray):
+    if not isinstance(number, SafeDtype) or not isinstance(content, bytes | bytearray | memoryview):
         raise UnpicklingError("it has an array of something other than numbers")
     if (
         not isinstance(shape, tuple)
         or len(shape) > MAX_DIMENSIONS
         or not all(type(n) is int and n >= 0 for n in shape)
     ):
-        raise UnpicklingError(f"it has an array of shape {shape!r:.60}")
+        raise UnpicklingError(f"it has an array of shape {shown(shape)}")
     dtype = number.dtype()
     if math.prod(shape) * dtype.itemsize != len(content):
         raise UnpicklingError(
             f"it has an array of shape {shape} and dtype {dtype} in {len(content)} bytes"
         )
-    if dtype.kind == "b" and content.strip(b"\0\1"):
+    if dtype.kind == "b" and bytes(content).strip(b"\0\1"):
         raise UnpicklingError("it has a bool that is neither 0 nor 1")
     array: NDArray[Any] = np.ndarray(shape, dtype, content, order=order)
     array.flags.writeable = False
