@@ -102,6 +102,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     logging.basicConfig(
         level=command.log_level, format="%(asctime)s %(levelname)s %(name)s: %(message)s"
     )
+    keep_freed_memory()
     return _serve(command, keys, api_keys)
 
 

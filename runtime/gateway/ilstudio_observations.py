@@ -23,6 +23,8 @@ MAX_PICTURES = 64
 NO_TIMESTEP = -1
 """What a ``MetaObs`` has before anybody sets its ``timestep``."""
 
+MAX_TIMESTEP = 2**31 - 1
+
 _RECORDS = {("benchmark.base", "MetaObs"): RecordClass("MetaObs")}
 _PIXEL_BYTES = 3 + 4
 """A picture's, and those of a depth that the policy does not use."""
@@ -124,9 +126,10 @@ def _timesteps(value: object, count: int) -> list[int]:
     numbers = np.asarray(value).reshape(-1) if isinstance(value, int | np.ndarray) else None
     if numbers is None or numbers.dtype.kind not in "iu" or len(numbers) not in (1, count):
         raise ContractMismatch("timestep", _described(value), f"integers ({count}, 1)")
-    if numbers.min() < NO_TIMESTEP or numbers.max() > np.iinfo(np.int32).max:
-        raise ContractMismatch("timestep", f"{numbers.tolist()}", "0 to 2**31 - 1")
-    return [int(number) for number in np.broadcast_to(numbers, count)]
+    given = [int(number) for number in numbers]
+    if min(given) < NO_TIMESTEP or max(given) > MAX_TIMESTEP:
+        raise ContractMismatch("timestep", f"{given}", f"0 to {MAX_TIMESTEP}")
+    return given if len(given) == count else given * count
 
 
 def _texts(value: object, count: int) -> list[str]:

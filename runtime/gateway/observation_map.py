@@ -14,6 +14,7 @@ from policies.image_resize import check_image
 from policies.types import CameraContract, MetaObs, PolicyContract
 from policies.yaml_config import InvalidConfig
 from runtime.gateway.config import ImageSource, ObservationKeys, StateSource
+from runtime.gateway.planes import interleave
 
 COLOURS = 3
 MAX_SHOWN_KEYS = 20
@@ -103,10 +104,8 @@ class ObservationMap:
             if image.ndim == 3 and _is_chw(image, source.layout):
                 image = image.transpose(1, 2, 0)
         check_image(image, camera)
-        if image.flags.c_contiguous:
-            return image
-        # Colour by colour: from CHW a fourth of the time of ascontiguousarray.
-        return np.stack([image[..., colour] for colour in range(COLOURS)], axis=-1)
+        planes = image.transpose(2, 0, 1)
+        return interleave(planes) if planes.flags.c_contiguous else np.ascontiguousarray(image)
 
     def _state_of(self, observation: Mapping[str, Any]) -> NDArray[np.float32]:
         if self._state:

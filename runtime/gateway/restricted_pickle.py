@@ -90,15 +90,11 @@ class _Machine:
 
     def run(self) -> Any:
         """Return what the pickle leaves on the stack."""
-        content, steps = self._content, _STEPS
         for _ in range(MAX_INSTRUCTIONS):
-            if self._at >= len(content):
-                raise UnpicklingError("it ends too early")
-            code = content[self._at]
-            self._at += 1
+            code = self._byte()
             if code == _STOP:
                 return self._result()
-            step = steps.get(code)
+            step = _STEPS.get(code)
             if step is None:
                 raise UnpicklingError(f"it has the instruction {bytes((code,))!r}")
             step(self)
@@ -125,7 +121,11 @@ class _Machine:
         self._take(count)
 
     def _byte(self) -> int:
-        return self._take(1)[0]
+        at = self._at
+        if at >= len(self._content):
+            raise UnpicklingError("it ends too early")
+        self._at = at + 1
+        return self._content[at]
 
     def _line(self) -> str:
         """The rest of a line, for a name in protocols 2 and 3."""
@@ -152,7 +152,7 @@ class _Machine:
 
     def _pop_many(self, count: int) -> list[Any]:
         values = self._stack[len(self._stack) - count :]
-        if len(values) != count or any(value is _MARK for value in values):
+        if len(values) != count or _MARK in values:
             raise UnpicklingError("it takes more values than it has")
         del self._stack[-count:]
         return values

@@ -1,0 +1,73 @@
+"""What ILStudio's client waits for an answer: through the gateway, and from ILStudio's own server.
+
+    METRONOME_ILSTUDIO=FOLDER METRONOME_ILSTUDIO_PYTHON=PYTHON python -m bench.gateways.ilstudio
+
+Its unmodified client, one 480×640 picture, policies that answer zeros, chunks of 100; the two in
+turns, in blocks of one run. The gateway and its server are processes of their own, as users have
+them; ILStudio's server is a thread of another process than the client's.
+"""
+
+from __future__ import annotations
+
+import argparse
+from contextlib import ExitStack
+from typing import Any
+
+import numpy as np
+
+from bench.null_policy import NullPolicy
+from runtime.server.server_process import ServerProcess
+from tests.gateway.ilstudio_peer import FOLDER, PYTHON, Peer, available
+from transport.child_process import ChildProcess
+
+MODEL = f"python:{NullPolicy.__module__}:one_camera"
+WARMUP = 5
+BOUND = 0.05
+"""Of the gateway's median ÷ ILStudio's."""
+
+
+def gateway_port(stack: ExitStack, server: str) -> int:
+    """The port of a gateway to ``server``, in its own process."""
+    flags = ["ilstudio", "--server", server, "--port", "0", "--stop_with_stdin"]
+    child = ChildProcess("runtime.gateway", flags, name="the gateway", events_flag="--ready_fd")
+    stack.callback(child.close)
+    return int(child.wait_ready(60.0)["address"].rpartition(":")[2])
+
+
+def measure(blocks: int, block: int) -> dict[str, Any]:
+    """Samples in µs by name: of the gateway and of ILStudio."""
+    state = np.ones((1, 14), np.float32)
+    image = np.random.default_rng(0).integers(0, 256, (1, 1, 3, 480, 640), dtype=np.uint8)
+    with ExitStack() as stack:
+        server = stack.enter_context(ServerProcess(["-m", MODEL]))
+        theirs = stack.enter_context(Peer())
+        client = stack.enter_context(Peer())
+        client.connect("gateway", gateway_port(stack, server.address))
+        client.connect("ILStudio", theirs.serve())
+        samples: dict[str, list[int]] = {"gateway": [], "ILStudio": []}
+        for name in samples:
+            client.time(name, WARMUP, state, image)
+        for _ in range(blocks):
+            for name, kept in samples.items():
+                kept.extend(client.time(name, block, state, image))
+    return {name: np.array(kept) / 1e3 for name, kept in samples.items()}
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--blocks", type=int, default=20)
+    parser.add_argument("--block", type=int, default=25)
+    flags = parser.parse_args()
+    if not available():
+        parser.error(f"{FOLDER} and {PYTHON} are not set")
+    samples = measure(flags.blocks, flags.block)
+    for name, spans in samples.items():
+        p50, p99 = np.percentile(spans, (50, 99))
+        print(f"{name:10} p50 {p50:9.0f} µs  p99 {p99:9.0f} µs  of {len(spans)}")
+    ratio = float(np.median(samples["gateway"]) / np.median(samples["ILStudio"]))
+    print(f"gateway ÷ ILStudio {ratio:.4f}, bound {BOUND}")
+    return int(ratio > BOUND)
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())

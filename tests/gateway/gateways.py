@@ -1,0 +1,32 @@
+"""An ILStudio gateway in a thread of the test's process."""
+
+from __future__ import annotations
+
+import contextlib
+import threading
+from collections.abc import Iterator
+from typing import Any
+
+from policies.types import PolicyContract
+from runtime.gateway.config import GatewayCommand, ObservationKeys
+from runtime.gateway.ilstudio import IlstudioGateway
+
+
+@contextlib.contextmanager
+def ilstudio_gateway(
+    server: str,
+    contract: PolicyContract,
+    keys: ObservationKeys | None = None,
+    **options: Any,
+) -> Iterator[IlstudioGateway]:
+    """A gateway to the server at ``server``, served until the end of the block."""
+    command = GatewayCommand("ilstudio", server=server, port=0, **options)
+    gateway = IlstudioGateway(command, keys or ObservationKeys(), None, contract)
+    thread = threading.Thread(target=gateway.serve)
+    thread.start()
+    try:
+        yield gateway
+    finally:
+        gateway.stop()
+        thread.join()
+        gateway.close()
