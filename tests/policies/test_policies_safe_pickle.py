@@ -222,6 +222,15 @@ def test_damaged_files_are_read_or_refused_and_nothing_else(tmp_path):
     assert 0 < int(done.stdout) < 1500
 
 
+@pytest.mark.timeout(20)
+def test_a_state_whose_text_would_fill_the_memory(tmp_path):
+    state = ()
+    for _ in range(60):
+        state = (state, state)
+    with pytest.raises(CheckpointError, match="a f8 with the state"):
+        read_pickle(write(tmp_path / "s.pkl", dtype("f8", state)))
+
+
 def test_a_command_is_refused_before_it_runs(tmp_path):
     witness = tmp_path / "owned"
     path = write(tmp_path / "s.pkl", {"mean": _Gadget(os.system, f"touch {witness}")})
