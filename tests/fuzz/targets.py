@@ -33,9 +33,10 @@ _FUNCTIONS = {
     "trace_key": "parsers:trace_key",
     "pictures": "pictures:pictures",
     "jpeg": "pictures:jpeg_data",
-    "openpi_frame": "gateways:openpi_frame",
+    "openpi_frame": "gateway_openpi:openpi_frame",
     "session": "channels:session",
     "dialer": "client_side:dialer",
+    "ilstudio": "gateway_ilstudio:ilstudio",
 }
 _CONTEXTS = {
     "segments": "channels:segments",

@@ -41,6 +41,7 @@ GATES = {
     "authenticator": ("admitted",),
     "dialer": ("described", "opened", "chunks"),
     "client_handshake": ("mapped",),
+    "ilstudio": ("refused", "accepted", "observations"),
 }
 
 

@@ -1,4 +1,4 @@
-"""Targets of the gateways: what a foreign client sends is read within its limits, or refused."""
+"""A target of the gateway for openpi: a frame is read within its limits, or refused."""
 
 from __future__ import annotations
 

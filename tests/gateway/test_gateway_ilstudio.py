@@ -1,0 +1,449 @@
+"""The ILStudio gateway: batches, episodes, errors, and clients that misbehave."""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import logging
+import socket
+import struct
+import threading
+import time
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import numpy as np
+import pytest
+
+from policies.types import ActionChunk, CameraContract, MetaObs
+from policies.yaml_config import InvalidConfig
+from runtime.gateway import ilstudio
+from runtime.gateway.config import (
+    GatewayCommand,
+    ImageSource,
+    ObservationKeys,
+    SessionOptions,
+    StateSource,
+)
+from runtime.gateway.ilstudio import IlstudioGateway
+from runtime.gateway.ilstudio_observations import MAX_PICTURES, MAX_ROWS, IlstudioObservations
+from runtime.gateway.observation_map import ObservationMap
+from runtime.gateway.planes import interleave
+from runtime.server import PolicyServer
+from tests.gateway.gateways import ilstudio_gateway
+from tests.gateway.ilstudio_messages import LENGTH, RawClient, dumps, meta_obs
+from tests.runtime.serving import connect, serving
+from tests.runtime.toy_policy import CHUNK, CONTRACT, STATE_DIM, ToyPolicy
+
+TWO_CAMERAS = dataclasses.replace(
+    CONTRACT, cameras=(*CONTRACT.cameras, CameraContract("wrist", (24, 32), (24, 32)))
+)
+
+
+class TwoCameras(ToyPolicy):
+    def __init__(self) -> None:
+        super().__init__()
+        self.contract = TWO_CAMERAS
+
+    def fork(self) -> TwoCameras:
+        return TwoCameras()
+
+
+@pytest.fixture
+def server() -> Iterator[PolicyServer]:
+    with serving(ToyPolicy()) as server:
+        yield server
+
+
+@pytest.fixture
+def gateway(server: PolicyServer) -> Iterator[IlstudioGateway]:
+    with ilstudio_gateway(server.address, CONTRACT) as gateway:
+        yield gateway
+
+
+@pytest.fixture
+def client(gateway: IlstudioGateway) -> Iterator[RawClient]:
+    with RawClient(gateway.port) as client:
+        yield client
+
+
+def wait_until(condition: Callable[[], bool], within_s: float = 5.0) -> None:
+    deadline_s = time.monotonic() + within_s
+    while not condition():
+        assert time.monotonic() < deadline_s, "it did not happen in time"
+        time.sleep(0.005)
+
+
+def names(server: PolicyServer) -> list[str]:
+    return [each["client"] for each in server.call_in_serving_thread(server.status)["sessions"]]
+
+
+def asked(actions: np.ndarray) -> list[int]:
+    """How often each row's session was asked in its episode."""
+    return [int(count) for count in actions[0, :, 0]]
+
+
+# What is answered
+
+
+def test_a_row_gets_what_our_client_gets(server: PolicyServer, client: RawClient) -> None:
+    draw = np.random.default_rng(0)
+    with connect(server) as ours:
+        for t in range(5):
+            image = draw.integers(0, 256, (24, 32, 3), dtype=np.uint8)
+            state = draw.normal(size=STATE_DIM).astype(np.float32)
+            wanted = ours.infer(MetaObs({"top": image}, state, timestep=t)).actions
+            planes = np.ascontiguousarray(image.transpose(2, 0, 1))[None, None]
+            got = client.actions(meta_obs(t=t, state=state[None], image=planes))
+            assert got.dtype == np.float32 and np.array_equal(got[:, 0], wanted)
+
+
+def test_each_action_says_what_it_is(client: RawClient) -> None:
+    answer = client.ask(meta_obs(rows=2))
+    assert len(answer) == CHUNK
+    for step in answer:
+        assert (step.shape, step.dtype) == ((2,), object)
+        for action in step:
+            assert action["action"].shape == (STATE_DIM,)
+            assert {k: v for k, v in action.items() if k != "action"} == {
+                "ctrl_space": "joint",
+                "ctrl_type": "abs",
+                "gripper_continuous": True,
+            }
+
+
+def test_a_batch_is_a_session_per_row(server: PolicyServer, client: RawClient) -> None:
+    one = client.actions(meta_obs(t=0))
+    three = client.actions(meta_obs(rows=3, t=10))
+    assert (asked(one), asked(three)) == ([1], [2, 1, 1])
+    assert three[0, :, 1].tolist() == pytest.approx([0.1, 1.1, 2.1])
+    host, port = client.socket.getsockname()
+    assert sorted(names(server)) == [f"ilstudio {host}:{port} [{row}]" for row in range(3)]
+
+
+def test_rows_are_computed_side_by_side() -> None:
+    both = threading.Barrier(3, timeout=5)
+    chunks = [ActionChunk(np.zeros((1, 1), np.float32)) for _ in range(3)]
+
+    def call(at: int) -> ActionChunk:
+        both.wait()
+        return chunks[at]
+
+    got = ilstudio._side_by_side([lambda at=at: call(at) for at in range(3)])  # type: ignore[misc]
+    assert all(a is b for a, b in zip(got, chunks, strict=True))
+
+
+@pytest.mark.parametrize(
+    ("timesteps", "counts"),
+    [
+        ((0, 10, 20), [1, 2, 3]),
+        ((0, 10, 0, 10), [1, 2, 1, 2]),
+        ((10, 10, 5, 6), [1, 1, 1, 2]),
+        ((None, None, 0, None), [1, 2, 1, 2]),
+    ],
+)
+def test_a_timestep_not_above_the_last_one_is_a_reset(
+    client: RawClient, timesteps: tuple[int | None, ...], counts: list[int]
+) -> None:
+    assert [asked(client.actions(meta_obs(t=t)))[0] for t in timesteps] == counts
+
+
+def test_a_row_that_starts_again_does_not_reset_the_others(client: RawClient) -> None:
+    client.actions(meta_obs(rows=2))
+    got = client.actions(meta_obs(rows=2, timestep=np.array([[0], [1]])))
+    assert asked(got) == [1, 2]
+
+
+@pytest.mark.parametrize("timestep", [5, np.array(5), np.array([5]), np.array([5, 5], np.uint8)])
+def test_forms_of_a_timestep(client: RawClient, timestep: Any) -> None:
+    client.actions(meta_obs(rows=2, t=4))
+    assert asked(client.actions(meta_obs(rows=2, timestep=timestep))) == [2, 2]
+
+
+def test_two_clients_are_two_episodes(gateway: IlstudioGateway, client: RawClient) -> None:
+    with RawClient(gateway.port) as other:
+        counts = [asked(each.actions(meta_obs(t=t))) for t in range(3) for each in (client, other)]
+    assert counts == [[1], [1], [2], [2], [3], [3]]
+
+
+# Which picture is which camera, and the state
+
+
+@pytest.mark.parametrize(
+    ("cameras", "shade"), [({}, 100), ({"top": "image/1", "wrist": "image/0"}, 200)]
+)
+def test_pictures_are_in_the_contracts_order_or_the_maps(
+    cameras: dict[str, str], shade: int
+) -> None:
+    keys = ObservationKeys({name: ImageSource(key) for name, key in cameras.items()})
+    image = np.array([100, 200], np.uint8)[None, :, None, None, None]
+    obs = meta_obs(image=image * np.ones((1, 2, 3, 24, 32), np.uint8))
+    with (
+        serving(TwoCameras()) as server,
+        ilstudio_gateway(server.address, TWO_CAMERAS, keys) as gateway,
+        RawClient(gateway.port) as client,
+    ):
+        assert client.actions(obs)[0, 0, 1] == np.float32(shade / 1000)
+
+
+def test_a_map_may_leave_pictures_unused(server: PolicyServer) -> None:
+    keys = ObservationKeys(
+        {"top": ImageSource("image/2")}, (StateSource("state_ee"), StateSource("state", 0, 7))
+    )
+    image = np.array([1, 2, 3], np.uint8)[None, :, None, None, None]
+    obs = meta_obs(
+        image=image * np.ones((1, 3, 3, 24, 32), np.uint8), state_ee=np.full((1, 7), 5.0)
+    )
+    with (
+        ilstudio_gateway(server.address, CONTRACT, keys) as gateway,
+        RawClient(gateway.port) as client,
+    ):
+        got = client.actions(obs)[0, 0]
+    assert got[1] == np.float32(5.003) and got[13] == np.float32(0.003)
+
+
+def test_what_cannot_be_served_is_refused_at_the_start(server: PolicyServer) -> None:
+    command = GatewayCommand("ilstudio", server=server.address, port=0)
+    unknown = ObservationKeys({"nose": ImageSource("image/0")})
+    with pytest.raises(InvalidConfig, match="got 'nose', expected cameras of the policy"):
+        IlstudioGateway(command, unknown, None, CONTRACT)
+    with pytest.raises(InvalidConfig, match="no place for keys"):
+        IlstudioGateway(command, ObservationKeys(), object(), CONTRACT)  # type: ignore[arg-type]
+    with socket.create_server(("127.0.0.1", 0)) as taken, pytest.raises(OSError, match="in use"):
+        busy = dataclasses.replace(command, port=taken.getsockname()[1])
+        IlstudioGateway(busy, ObservationKeys(), None, CONTRACT)
+
+
+# Errors
+
+
+@pytest.mark.parametrize(
+    ("fields", "message"),
+    [
+        ({"state": None}, "state: got nothing, expected an array (N, D)"),
+        ({"state": np.zeros(14)}, "state: got float64 (14,), expected an array (N, D)"),
+        ({"state": np.zeros((1, 13))}, "got 13 numbers, expected 14"),
+        ({"state": np.zeros((0, 14))}, f"state: got 0 rows, expected 1 to {MAX_ROWS}"),
+        ({"state": np.zeros((10**6, 0))}, f"state: got 1000000 rows, expected 1 to {MAX_ROWS}"),
+        ({"state": np.full((1, 14), np.nan)}, "state: got NaN or infinity, expected finite"),
+        ({"state": np.full((1, 14), 666.0)}, "a bug in the policy"),
+        ({"image": None}, "image: got 0 pictures, expected 1, of ['top'] in this order"),
+        ({"image": "x"}, "image: got str, expected an array (1, K, C, H, W)"),
+        ({"image": np.zeros((2, 1, 3, 24, 32), "u1")}, "image: got uint8 (2, 1, 3, 24, 32)"),
+        ({"image": np.zeros((1, 1, 3, 24, 33), "u1")}, "images.top: got shape (24, 33, 3)"),
+        ({"image": np.zeros((1, 1, 3, 24, 32), "f4")}, "images.top: got dtype float32, expected"),
+        ({"image": np.zeros((1, 2, 3, 24, 32), "u1")}, "image: got 2 pictures, expected 1"),
+        ({"image": np.zeros((1, 10**8, 3, 0, 0), "u1")}, "image: got 100000000 pictures"),
+        ({"timestep": "now"}, "timestep: got str, expected integers (1, 1)"),
+        ({"timestep": np.zeros((1, 1))}, "timestep: got float64 (1, 1), expected integers"),
+        ({"timestep": np.zeros((2, 1), int)}, "timestep: got int64 (2, 1), expected integers"),
+        ({"timestep": 2**31}, "timestep: got [2147483648], expected 0 to 2147483647"),
+        ({"raw_lang": ["a", "b"]}, "raw_lang: got list, expected a list of 1 strings"),
+        ({"raw_lang": [1]}, "raw_lang: got list, expected a list of 1 strings"),
+    ],
+)
+def test_an_error_is_an_empty_list_and_a_warning(
+    client: RawClient, caplog: pytest.LogCaptureFixture, fields: dict[str, Any], message: str
+) -> None:
+    with caplog.at_level(logging.WARNING, ilstudio.__name__):
+        assert client.ask(meta_obs(**fields)) == []
+    (record,) = [each for each in caplog.records if each.name == ilstudio.__name__]
+    assert message in record.getMessage()
+    port = client.socket.getsockname()[1]
+    assert record.getMessage().startswith(f"ilstudio 127.0.0.1:{port}: ")
+    assert asked(client.actions(meta_obs(t=1))) == [1]  # the connection goes on
+
+
+@pytest.mark.parametrize(
+    ("message", "logged"),
+    [
+        (b"", "a pickle that is refused: it ends too early, expected benchmark.base.MetaObs"),
+        (b"GET / HTTP/1.1\r\n\r\n", "the instruction b'G'|it holds|it goes on|it "),
+        (b"cposix\nsystem\nX\x04\x00\x00\x00true\x85R.", "it asks for posix.system"),
+        (dumps([1, 2]), "message: got list, expected benchmark.base.MetaObs"),
+    ],
+)
+def test_other_messages_are_refused(
+    client: RawClient, caplog: pytest.LogCaptureFixture, message: bytes, logged: str
+) -> None:
+    with caplog.at_level(logging.WARNING, ilstudio.__name__):
+        assert client.ask(message) == []
+    assert any(part in caplog.text for part in logged.split("|"))
+    assert asked(client.actions(meta_obs())) == [1]
+
+
+def test_a_message_that_is_too_long_is_dropped(
+    client: RawClient, caplog: pytest.LogCaptureFixture
+) -> None:
+    allowed = IlstudioObservations(CONTRACT, ObservationKeys()).max_bytes
+    assert client.ask(bytes(allowed + 1)) == []
+    assert f"got {allowed + 1} bytes, expected at most {allowed}" in caplog.text
+    assert asked(client.actions(meta_obs())) == [1]
+
+
+def test_the_largest_batch_fits(client: RawClient) -> None:
+    depth = np.zeros((MAX_ROWS, 1, 24, 32), np.float32)
+    assert asked(client.actions(meta_obs(rows=MAX_ROWS, depth=depth))) == [1] * MAX_ROWS
+
+
+def test_a_bug_of_the_gateway_is_an_error_too(
+    client: RawClient, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(ObservationMap, "read", lambda *_, **__: 1 / 0)
+    assert client.ask(meta_obs()) == []
+    assert "ZeroDivisionError" in caplog.text
+    monkeypatch.undo()
+    assert asked(client.actions(meta_obs())) == [1]
+
+
+# Clients that are slow, die, or are too many
+
+
+def test_a_slow_message_ends_its_connection_alone(
+    gateway: IlstudioGateway,
+    client: RawClient,
+    caplog: pytest.LogCaptureFixture,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(ilstudio, "SLOW_S", 0.3)
+    with RawClient(gateway.port) as slow, RawClient(gateway.port) as idle:
+        slow.socket.sendall(LENGTH.pack(100_000) + b"x")
+        began_s = time.monotonic()
+        assert asked(client.actions(meta_obs())) == [1]
+        with pytest.raises((EOFError, ConnectionError)):
+            while True:  # it goes on, a byte at a time
+                slow.socket.sendall(b"x")
+                slow.socket.settimeout(0.02)
+                with contextlib.suppress(TimeoutError):
+                    slow.receive()
+        assert 0.2 < time.monotonic() - began_s < 3
+        assert asked(idle.actions(meta_obs())) == [1]  # who asks for nothing is not slow
+    assert "a message took it over 0.3 s" in caplog.text
+
+
+def test_a_length_alone_takes_no_memory(gateway: IlstudioGateway, client: RawClient) -> None:
+    def resident_kb() -> int:
+        with open("/proc/self/statm") as file:  # noqa: PTH123
+            return int(file.read().split()[1]) * 4
+
+    client.actions(meta_obs())
+    before_kb = resident_kb()
+    with contextlib.ExitStack() as stack:
+        for _ in range(20):
+            greedy = stack.enter_context(RawClient(gateway.port))
+            greedy.socket.sendall(struct.pack(">I", 2**32 - 1))
+            other = stack.enter_context(RawClient(gateway.port))
+            other.socket.sendall(LENGTH.pack(1_000_000) + b"x")
+        wait_until(lambda: len([c for c in gateway._clients if c.is_alive()]) == 41)
+        assert client.actions(meta_obs(t=1)).shape
+        assert resident_kb() - before_kb < 15_000
+
+
+def test_a_client_that_dies_leaves_nothing(
+    server: PolicyServer, gateway: IlstudioGateway, client: RawClient
+) -> None:
+    client.actions(meta_obs())
+    for cut in (b"", b"\0", LENGTH.pack(100) + b"x", LENGTH.pack(100) + dumps(meta_obs())[:99]):
+        dying = RawClient(gateway.port)
+        dying.actions(meta_obs(rows=2))
+        dying.socket.sendall(cut)
+        reset = struct.pack("ii", 1, 0)  # ends with a reset, not in order
+        dying.socket.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, reset)
+        dying.socket.close()
+    wait_until(lambda: len(names(server)) == 1)
+    assert asked(client.actions(meta_obs(t=1))) == [2]
+
+
+def test_clients_beyond_the_limit_are_refused(
+    server: PolicyServer, caplog: pytest.LogCaptureFixture
+) -> None:
+    with ilstudio_gateway(server.address, CONTRACT, max_clients=1) as gateway:
+        with RawClient(gateway.port) as first:
+            first.actions(meta_obs())
+            second = RawClient(gateway.port)
+            with second, pytest.raises((EOFError, ConnectionError)):
+                second.ask(meta_obs())
+        assert "refused, 1 clients are connected" in caplog.text
+        wait_until(lambda: not any(each.is_alive() for each in gateway._clients))
+        with RawClient(gateway.port) as third:
+            assert asked(third.actions(meta_obs())) == [1]
+
+
+# The server's death, and the end
+
+
+def test_a_server_that_dies_and_returns(caplog: pytest.LogCaptureFixture) -> None:
+    with serving(ToyPolicy()) as first:
+        address, port = first.address, first.port
+        sessions = SessionOptions(timeout_s=1)
+        stack = contextlib.ExitStack()
+        gateway = stack.enter_context(ilstudio_gateway(address, CONTRACT, sessions=sessions))
+        client = stack.enter_context(RawClient(gateway.port))
+        client.actions(meta_obs(rows=2))
+    with stack:
+        assert client.ask(meta_obs(rows=2, t=1)) == []
+        assert "is gone" in caplog.text
+        with serving(ToyPolicy(), port=port):
+            assert asked(client.actions(meta_obs(rows=2, t=2))) == [1, 1]
+
+
+def test_a_server_with_another_policy_is_refused(caplog: pytest.LogCaptureFixture) -> None:
+    with (
+        serving(TwoCameras()) as server,
+        ilstudio_gateway(server.address, CONTRACT) as gateway,
+        RawClient(gateway.port) as client,
+    ):
+        assert client.ask(meta_obs()) == []
+        assert "cameras: got " in caplog.text
+        wait_until(lambda: not names(server))
+
+
+def test_stop_ends_the_connections_and_frees_the_address(server: PolicyServer) -> None:
+    with ilstudio_gateway(server.address, CONTRACT) as gateway:
+        client = RawClient(gateway.port)
+        client.actions(meta_obs())
+    with client, pytest.raises((EOFError, ConnectionError)):
+        client.receive()
+    gateway.stop()
+    gateway.close()
+    assert not any("ilstudio" in thread.name for thread in threading.enumerate())
+    with socket.create_server(("127.0.0.1", gateway.port)):
+        pass
+    wait_until(lambda: not names(server))
+
+
+def test_stop_does_not_wait_for_a_request(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(ilstudio, "CLOSE_S", 0.2)
+    gate = threading.Semaphore(0)
+    policy = ToyPolicy(gate)
+    with serving(policy) as server:
+        with ilstudio_gateway(server.address, CONTRACT) as gateway:
+            client = RawClient(gateway.port)
+            client.send(dumps(meta_obs()))
+            assert policy.entered.acquire(timeout=5)
+            began_s = time.monotonic()
+        assert time.monotonic() - began_s < 2
+        with client, pytest.raises((EOFError, ConnectionError)):
+            client.receive()
+        gate.release(100)
+        wait_until(lambda: not any("ilstudio" in each.name for each in threading.enumerate()))
+
+
+# Parts
+
+
+@pytest.mark.parametrize("shape", [(3, 24, 32), (3, 1, 1), (3, 5, 7)])
+def test_planes_become_pixels(shape: tuple[int, ...]) -> None:
+    planes = np.random.default_rng(0).integers(0, 256, shape, dtype=np.uint8)
+    planes.flags.writeable = False
+    assert np.array_equal(interleave(planes), planes.transpose(1, 2, 0))
+
+
+def test_the_most_pictures_of_a_row() -> None:
+    reader = IlstudioObservations(CONTRACT, ObservationKeys({"top": ImageSource("image/0")}))
+    image = np.zeros((1, MAX_PICTURES, 3, 24, 32), np.uint8)
+    (obs,) = reader.read(memoryview(dumps(meta_obs(image=image))))
+    assert obs.images["top"].shape == (24, 32, 3)
+    with pytest.raises(Exception, match=f"got {MAX_PICTURES + 1} pictures"):
+        more = np.zeros((1, MAX_PICTURES + 1, 3, 0, 0), np.uint8)
+        reader.read(memoryview(dumps(meta_obs(image=more))))
