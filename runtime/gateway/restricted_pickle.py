@@ -75,7 +75,7 @@ def read_pickle(content: memoryview | bytes, records: Names) -> Any:
     except UnpicklingError:
         raise
     except Exception as error:  # a damaged pickle may give any value to any instruction
-        raise UnpicklingError(f"it is damaged ({type(error).__name__}: {error!s:.100})") from error
+        raise UnpicklingError(f"it is damaged ({error!r:.100})") from error
 
 
 class _Machine:
@@ -193,7 +193,7 @@ class _Machine:
         self._stack.append(int.from_bytes(self._take(count), "little", signed=True))
 
     def _text(self, count: int) -> None:
-        self._stack.append(str(self._take(count), "utf-8", "surrogatepass"))
+        self._stack.append(str(self._take(count), "utf-8"))
 
     def _memoize(self, index: int) -> None:
         value = self._pop()
@@ -210,7 +210,8 @@ class _Machine:
         if type(module) is str and type(name) is str:
             found = self._names.get((module, name))
         if found is None:
-            raise UnpicklingError(f"it asks for {module!s:.60}.{name!s:.60}")
+            asked = f"{module!s:.60}.{name!s:.60}"
+            raise UnpicklingError(f"it asks for {asked if asked.isprintable() else ascii(asked)}")
         self._stack.append(found)
 
     def _global(self) -> None:

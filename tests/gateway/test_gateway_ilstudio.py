@@ -296,6 +296,17 @@ def test_a_bug_of_the_gateway_is_an_error_too(
     assert asked(client.actions(meta_obs())) == [1]
 
 
+def test_the_two_sends_of_a_message_do_not_wait_for_each_other(client: RawClient) -> None:
+    """Nagle's algorithm holds the second one back until the first is acknowledged: 40 ms."""
+    spans_s = []
+    for t in range(40):
+        began_s = time.perf_counter()
+        client.ask(meta_obs(t=t))
+        spans_s.append(time.perf_counter() - began_s)
+    # Of a new connection, Linux acknowledges the first segments at once anyway.
+    assert min(spans_s[20:]) < 0.02
+
+
 # Clients that are slow, die, or are too many
 
 
@@ -396,6 +407,15 @@ def test_a_server_with_another_policy_is_refused(caplog: pytest.LogCaptureFixtur
         assert client.ask(meta_obs()) == []
         assert "cameras: got " in caplog.text
         wait_until(lambda: not names(server))
+
+
+def test_a_server_with_other_statistics_is_as_good(server: PolicyServer) -> None:
+    before = dataclasses.replace(CONTRACT, normalizer_hash="other")
+    with (
+        ilstudio_gateway(server.address, before) as gateway,
+        RawClient(gateway.port) as client,
+    ):
+        assert asked(client.actions(meta_obs())) == [1]
 
 
 def test_stop_ends_the_connections_and_frees_the_address(server: PolicyServer) -> None:
