@@ -96,6 +96,7 @@ def plain_value(value: Any, max_items: int = MAX_ITEMS) -> Any:
             arrays and records, or too much.
     """
     budget = iter(range(max_items))
+    copies: dict[int, bytes] = {}  # one of each view, however often it occurs
 
     def plain(value: Any, depth: int) -> Any:
         if next(budget, None) is None or depth > MAX_DEPTH:
@@ -116,7 +117,9 @@ def plain_value(value: Any, max_items: int = MAX_ITEMS) -> Any:
         if type(value) is int and not -(2**63) <= value < 2**64:
             raise pickle.UnpicklingError(f"it has a number of {value.bit_length()} bits")
         if type(value) is memoryview:
-            return bytes(value)
+            if id(value) not in copies:
+                copies[id(value)] = bytes(value)
+            return copies[id(value)]
         if value is None or type(value) in (bool, int, float, str, bytes):
             return value
         raise pickle.UnpicklingError(f"it holds a {type(value).__name__}")

@@ -18,6 +18,10 @@ import numpy as np
 from numpy.typing import NDArray
 
 MAX_DIMENSIONS = 32
+MAX_BOOLS = 65_536
+"""Most elements of an array of bools. Each byte is looked at, for as often as the pickle repeats
+it.
+"""
 
 _NUMBER = re.compile(r"[<>=|]?(b1|[iu][1248]|f[248])")
 _ORDERS = ("<", ">", "=", "|")
@@ -176,8 +180,11 @@ def _build(
         raise UnpicklingError(
             f"it has an array of shape {shape} and dtype {dtype} in {len(content)} bytes"
         )
-    if dtype.kind == "b" and bytes(content).strip(b"\0\1"):
-        raise UnpicklingError("it has a bool that is neither 0 nor 1")
+    if dtype.kind == "b":
+        if len(content) > MAX_BOOLS:
+            raise UnpicklingError(f"it has {len(content)} bools, expected at most {MAX_BOOLS}")
+        if bytes(content).strip(b"\0\1"):
+            raise UnpicklingError("it has a bool that is neither 0 nor 1")
     array: NDArray[Any] = np.ndarray(shape, dtype, content, order=order)
     array.flags.writeable = False
     return array

@@ -153,6 +153,13 @@ def test_pictures_are_not_copied(protocol: int) -> None:
     assert not image.flags.writeable
 
 
+def test_a_content_that_is_repeated_is_one_content() -> None:
+    content = b"\x80\x04](B" + (10**6).to_bytes(4, "little") + bytes(10**6) + b"\x94"
+    got = read(content + b"h\x00" * 9_000 + b"e.")
+    assert len(got) == 9_001 and len(got[0]) == 10**6
+    assert all(one is got[0] for one in got)
+
+
 class Gadget:
     def __init__(self, function: Any, *arguments: Any, state: Any = None) -> None:
         self.call = (function, arguments, state) if state else (function, arguments)

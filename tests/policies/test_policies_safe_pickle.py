@@ -112,6 +112,7 @@ LIES = {
     "a product beyond 64 bits": (array(dtype("u1"), (2**32, 2**32), b""), "in 0 bytes"),
     "a negative size": (array(dtype("f8"), (-1, -1), POINTER), r"of shape \(-1, -1\)"),
     "a third truth": (array(dtype("b1"), (1,), b"\2"), "neither 0 nor 1"),
+    "many bools": (np.zeros(65_537, bool), "it has 65537 bools, expected at most 65536"),
     "no content": (
         _Call(np._core.multiarray._reconstruct, (np.ndarray, (10**11,), b"d")),
         "an array without content",
