@@ -17,8 +17,8 @@ _DEAD_AFTER = ((socket.TCP_KEEPIDLE, 30), (socket.TCP_KEEPINTVL, 10), (socket.TC
 class MessageTooLong(Exception):
     """A message of more bytes than allowed. It was read to its end, so the next one can be.
 
-    A client that sends with errors ignored and a new connection after each would not end: it must
-    be able to send the whole message, and to read an answer.
+    Rejected: to close the connection at once. A client that meets a broken connection may send the
+    same message again on a new one, without end; an answer ends that.
     """
 
 
