@@ -154,7 +154,9 @@ def _frombuffer(
     found = SafeArray()
     flat = _build(shape, number, content, "F" if order == "F" else "C")
     if order == "K":
-        if not isinstance(axes, tuple) or sorted(axes) != list(range(flat.ndim)):
+        # Numbers only: to compare nested tuples can take forever.
+        numbers = isinstance(axes, tuple) and all(type(axis) is int for axis in axes)
+        if not isinstance(axes, tuple) or not numbers or sorted(axes) != list(range(flat.ndim)):
             raise UnpicklingError("it has an array whose axes are no permutation")
         flat = flat.transpose(axes)
     found._array = flat

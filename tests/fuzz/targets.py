@@ -37,6 +37,8 @@ _FUNCTIONS = {
     "session": "channels:session",
     "dialer": "client_side:dialer",
     "ilstudio": "gateway_ilstudio:ilstudio",
+    "lerobot_pickle": "gateway_lerobot:lerobot_pickle",
+    "lerobot_parts": "gateway_lerobot:lerobot_parts",
 }
 _CONTEXTS = {
     "segments": "channels:segments",

@@ -42,6 +42,8 @@ GATES = {
     "dialer": ("described", "opened", "chunks"),
     "client_handshake": ("mapped",),
     "ilstudio": ("refused", "accepted", "observations"),
+    "lerobot_pickle": ("observations", "instructions"),
+    "lerobot_parts": ("joined",),
 }
 
 

@@ -1,0 +1,245 @@
+"""One LeRobot client: its session, what it is served, and its newest observation."""
+
+from __future__ import annotations
+
+import asyncio
+import dataclasses
+import logging
+from collections.abc import Callable
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass
+from typing import TypeVar
+
+from policies.errors import ContractMismatch
+from policies.types import PolicyContract
+from runtime.gateway.config import GatewayCommand, ObservationKeys, StateSource
+from runtime.gateway.gateway_session import GatewaySession
+from runtime.gateway.lerobot_messages import (
+    Instructions,
+    read_instructions,
+    read_observation,
+    write_actions,
+)
+from runtime.gateway.observation_map import COLOURS, ObservationMap
+
+logger = logging.getLogger(__name__)
+
+POSITION = ".pos"
+"""What LeRobot appends to a motor's name."""
+
+T = TypeVar("T")
+
+
+@dataclass(frozen=True, slots=True)
+class Accepted:
+    """What one client was promised: how its observations are read, and its longest reply."""
+
+    observations: ObservationMap
+    actions_per_chunk: int
+
+
+class LerobotPeer:
+    """A connection of a LeRobot client, as the event loop sees it.
+
+    The session is used by one thread, the peer's own, through ``run``.
+
+    Args:
+        name: gRPC's name of the connection.
+        command, keys: The gateway's.
+
+    Attributes:
+        accepted: None until the client's instructions are accepted.
+        receiving: Whether an observation is on its way.
+    """
+
+    def __init__(self, name: str, command: GatewayCommand, keys: ObservationKeys) -> None:
+        self.name = name
+        self.accepted: Accepted | None = None
+        self.receiving = False
+        self._command, self._keys = command, keys
+        self._worker = ThreadPoolExecutor(1, thread_name_prefix=f"lerobot {name}")
+        self._ended: Future[None] | None = None
+        self._session: GatewaySession | None = None
+        self._newest: bytes | None = None
+        self._arrived = asyncio.Event()
+
+    @property
+    def connected(self) -> bool:
+        """Whether the server knows the client."""
+        return self._session is not None
+
+    def offer(self, content: bytes) -> None:
+        """Keep an observation to be answered in place of an older one."""
+        self._newest = content
+        self._arrived.set()
+
+    async def newest(self, timeout_s: float) -> bytes | None:
+        """Take the newest observation; None if none arrives in time."""
+        try:
+            async with asyncio.timeout(timeout_s):
+                while self._newest is None:
+                    self._arrived.clear()
+                    await self._arrived.wait()
+        except TimeoutError:
+            return None
+        content, self._newest = self._newest, None
+        return content
+
+    async def reset(self) -> None:
+        """Start an episode; the client has to send its instructions again.
+
+        Raises:
+            TransportError, ContractMismatch, KeyFileError: As ``GatewaySession``.
+        """
+        self.accepted = self._newest = None
+        await self._run(self._reset)
+
+    async def instruct(self, content: bytes) -> None:
+        """Compare what the client has and expects with what is served.
+
+        Raises:
+            ContractMismatch: It does not fit.
+        """
+        self.accepted = await self._run(self._compare, content)
+
+    async def answer(self, content: bytes, accepted: Accepted) -> bytes:
+        """Return the pickled actions for a pickled observation.
+
+        Raises:
+            PolicyError, RuntimeFault, TransportError: As ``GatewaySession.infer``.
+        """
+        return await self._run(self._infer, content, accepted)
+
+    def end(self) -> None:
+        """End the session once its running request is over. Nothing else may follow."""
+        self._ended = self._worker.submit(self._close)
+        self._worker.shutdown(wait=False)
+
+    @property
+    def ended(self) -> bool:
+        """Whether the session is over, after ``end``."""
+        return self._ended is not None and self._ended.done()
+
+    def join(self) -> None:
+        """Wait until the session is over, after ``end``."""
+        self._worker.shutdown(wait=True)
+
+    # In the session's thread
+
+    async def _run(self, function: Callable[..., T], *arguments: object) -> T:
+        loop = asyncio.get_running_loop()
+        return await loop.run_in_executor(self._worker, function, *arguments)
+
+    def _reset(self) -> None:
+        if self._session is None:
+            self._session = GatewaySession(self._command, f"lerobot {self.name}")
+        else:
+            self._session.reset()
+
+    def _compare(self, content: bytes) -> Accepted:
+        instructions = read_instructions(content)
+        contract = self._open_session().contract
+        accepted = Accepted(
+            observation_map(instructions, contract, self._keys), instructions.actions_per_chunk
+        )
+        logger.info(
+            "%s expects %.200r as %s, at most %d of %d actions",
+            self.name,
+            instructions.checkpoint,
+            instructions.policy_type,
+            instructions.actions_per_chunk,
+            contract.chunk_size,
+        )
+        return accepted
+
+    def _infer(self, content: bytes, accepted: Accepted) -> bytes:
+        sent = read_observation(content)
+        task = sent.values.get("task", "")
+        if not isinstance(task, str):
+            raise ContractMismatch("task", type(task).__name__, "text")
+        obs = accepted.observations.read(sent.values, timestep=sent.timestep, raw_lang=task)
+        session = self._open_session()
+        chunk = session.infer(obs)
+        offset, dt_s = chunk.first_action_offset, session.contract.dt_s
+        return write_actions(
+            chunk.actions[: accepted.actions_per_chunk],
+            sent.timestep + offset,
+            sent.timestamp + offset * dt_s,
+            dt_s,
+        )
+
+    def _open_session(self) -> GatewaySession:
+        if self._session is None:
+            raise ContractMismatch("session", "none", "Ready first")
+        return self._session
+
+    def _close(self) -> None:
+        session, self._session = self._session, None
+        if session is not None:
+            session.close()
+
+
+def observation_map(
+    instructions: Instructions, contract: PolicyContract, keys: ObservationKeys
+) -> ObservationMap:
+    """Return how a robot's observations become the policy's.
+
+    Raises:
+        ContractMismatch: The policy is of another type, or the robot has other cameras or another
+            state.
+    """
+    if instructions.policy_type != contract.policy_type:
+        raise ContractMismatch(
+            "policy_type", repr(instructions.policy_type[:80]), repr(contract.policy_type)
+        )
+    key_of = {name: key for key, name in instructions.renamed.items()}
+    used = set()
+    for camera in contract.cameras:
+        given = keys.cameras.get(camera.name)
+        key = given.key if given else key_of.get(camera.name, camera.name)
+        used.add(key)
+        shape = instructions.cameras.get(key)
+        sizes = [(*hw, COLOURS) for hw in camera.accepted_hw]
+        if shape is None:
+            raise ContractMismatch(
+                f"lerobot_features.observation.images.{key}",
+                f"cameras {sorted(instructions.cameras)!s:.200}",
+                f"the policy's camera {camera.name!r}",
+            )
+        if shape not in sizes and (shape[1:] + shape[:1]) not in sizes:
+            raise ContractMismatch(
+                f"lerobot_features.observation.images.{key}",
+                f"shape {shape!s:.80}",
+                " or ".join(map(str, sizes)),
+            )
+    extra = sorted(set(instructions.cameras) - used)
+    if extra:
+        raise ContractMismatch(
+            f"lerobot_features.observation.images.{extra[0]:.80}",
+            "a camera",
+            f"only the policy's cameras, {sorted(used)}",
+        )
+    if not keys.state:
+        names = _state_order(instructions.state_names, contract)
+        keys = dataclasses.replace(keys, state=tuple(StateSource(name) for name in names))
+    return ObservationMap(
+        contract, keys, image_keys=lambda name: (key_of.get(name, name),), state_keys=()
+    )
+
+
+def _state_order(names: tuple[str, ...], contract: PolicyContract) -> tuple[str, ...]:
+    """The robot's names in the policy's order; in the robot's where the policy names none."""
+    field = "lerobot_features.observation.state"
+    if len(names) != contract.state_dim:
+        raise ContractMismatch(
+            field, f"{len(names)} numbers {list(names)!s:.200}", f"{contract.state_dim}"
+        )
+    if not contract.state_names:
+        return names
+    plain = {name.removesuffix(POSITION): name for name in names}
+    wanted = [name.removesuffix(POSITION) for name in contract.state_names]
+    if sorted(plain) != sorted(wanted):
+        raise ContractMismatch(
+            f"{field}.names", f"{list(names)!s:.300}", f"{list(contract.state_names)!s:.300}"
+        )
+    return tuple(plain[name] for name in wanted)

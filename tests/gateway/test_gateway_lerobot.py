@@ -1,0 +1,754 @@
+"""LeRobot's protocol: raw clients of the gateway, and a server in this process."""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import os
+import pickle
+import struct
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import grpc
+import numpy as np
+import pytest
+
+from policies.errors import ContractMismatch
+from policies.types import MetaObs
+from policies.yaml_config import InvalidConfig
+from runtime.gateway import lerobot, lerobot_peer
+from runtime.gateway.config import GatewayCommand, ImageSource, ObservationKeys, StateSource
+from runtime.gateway.data_pickle import MAX_INSTRUCTIONS
+from runtime.gateway.lerobot import LerobotGateway
+from runtime.gateway.lerobot_messages import read_instructions, read_observation, write_actions
+from runtime.gateway.protobuf_fields import read_fields, write_bytes
+from runtime.server import PolicyServer
+from tests.gateway.lerobot_client import LerobotClient
+from tests.gateway.lerobot_gateway import gateway_of
+from tests.gateway.lerobot_pickles import (
+    BEGIN,
+    END,
+    HELPERS,
+    MIDDLE,
+    MOTORS,
+    RemotePolicyConfig,
+    TimedObservation,
+    dumps,
+    features,
+    instructions,
+    message,
+    observation,
+    read_actions,
+    values,
+)
+from tests.runtime.serving import connect, serving
+from tests.runtime.toy_policy import CHUNK, CONTRACT, ToyPolicy
+
+Status = grpc.StatusCode
+
+
+@pytest.fixture(autouse=True)
+def _impatient(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(lerobot, "WAIT_S", 0.2)
+    monkeypatch.setattr(lerobot, "SWEEP_S", 0.05)
+
+
+@pytest.fixture
+def server() -> Iterator[PolicyServer]:
+    with serving(ToyPolicy()) as server:
+        yield server
+
+
+@pytest.fixture
+def gateway(server: PolicyServer) -> Iterator[LerobotGateway]:
+    with gateway_of(server) as gateway:
+        yield gateway
+
+
+@pytest.fixture
+def client(gateway: LerobotGateway) -> Iterator[LerobotClient]:
+    with LerobotClient(gateway.port) as client:
+        yield client
+
+
+def refused(code: Any, text: str, call: Callable[[], object]) -> None:
+    with pytest.raises(grpc.RpcError) as caught:
+        call()
+    error: Any = caught.value
+    assert error.code() is code and text in error.details(), (error.code(), error.details())
+
+
+def meta_obs(state: float, shade: int = 100) -> MetaObs:
+    return MetaObs(
+        {"top": np.full((24, 32, 3), shade, np.uint8)},
+        (state + np.arange(14) / 64).astype(np.float32),
+        t_capture_ns=1,
+    )
+
+
+# Calls
+
+
+def test_actions_are_those_of_our_own_client(server: PolicyServer, client: LerobotClient) -> None:
+    client.start()
+    with connect(server) as ours:
+        for i in range(5):
+            client.send(observation(float(i), timestep=i, shade=i, task="stack"))
+            got, expected = client.act(), ours.infer(meta_obs(float(i), i)).actions
+            np.testing.assert_array_equal(np.stack([a.action for a in got]), expected)
+            assert [a.timestep for a in got] == list(range(i, i + CHUNK))
+            assert [a.timestamp for a in got] == pytest.approx(
+                [1000.5 + k * 0.02 for k in range(CHUNK)]
+            )
+
+
+def test_actions_per_chunk_truncates(client: LerobotClient) -> None:
+    client.start(actions_per_chunk=3)
+    client.send(observation())
+    assert len(client.act()) == 3
+
+
+def test_ready_starts_an_episode_and_forgets_the_instructions(client: LerobotClient) -> None:
+    client.start()
+    for asked in (1, 2):
+        client.send(observation())
+        assert client.act()[0].action[0] == asked
+    client.send(observation())
+    client.ready()
+    refused(Status.FAILED_PRECONDITION, "expected Ready", lambda: client.send(observation()))
+    client.instruct(instructions())
+    assert not client.act(), "an observation of the last episode"
+    client.send(observation())
+    assert client.act()[0].action[0] == 1
+
+
+@pytest.mark.parametrize("protocol", [2, 3, 4, 5])
+def test_every_protocol_of_python_3(protocol: int) -> None:
+    picture = np.arange(24, dtype=np.uint8).reshape(2, 4, 3)
+    sent = {"top": picture, "turned": picture.transpose(1, 0, 2), "a": np.float32(0.5), "task": "é"}
+    if protocol == 2:  # which has no bytes
+        sent = {"a": 0.5}
+    read = read_observation(dumps(TimedObservation(1.5, 3, sent), protocol))
+    assert (read.timestamp, read.timestep, list(read.values)) == (1.5, 3, list(sent))
+    for key, value in sent.items():
+        np.testing.assert_array_equal(read.values[key], value)
+
+
+def test_a_reply_is_exact_at_its_limits() -> None:
+    numbers = np.array([[np.nan, np.inf], [-0.0, np.float32(0.1)]], np.float32)
+    read = read_actions(write_actions(numbers, 2**62, 1e9, 0.5))
+    assert np.stack([a.action for a in read]).tobytes() == numbers.tobytes()
+    assert [(a.timestep, a.timestamp) for a in read] == [(2**62, 1e9), (2**62 + 1, 1e9 + 0.5)]
+    assert read_actions(write_actions(numbers[:0], 0, 0, 1)) == []
+
+
+# Freshness
+
+
+def test_newest_observation_wins(client: LerobotClient) -> None:
+    client.start()
+    for i in range(4):
+        client.send(observation(timestep=i))
+    (first, *_) = client.act()
+    assert first.timestep == 3 and first.action[0] == 1, "older observations were inferred"
+    assert client.act() == []
+
+
+def test_get_actions_waits_for_an_observation(
+    client: LerobotClient, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    client.start()
+    started_s = time.monotonic()
+    assert client.act() == []
+    assert 0.19 < time.monotonic() - started_s < 2
+    monkeypatch.setattr(lerobot, "WAIT_S", 10.0)
+    pending = client.get_actions.future(b"", timeout=10)
+    client.send(observation(timestep=7))
+    assert pending.result()
+
+
+def test_waiting_clients_hold_no_thread(
+    gateway: LerobotGateway, client: LerobotClient, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def threads() -> list[str]:
+        return sorted(t.name for t in threading.enumerate() if t.name.startswith("lerobot"))
+
+    with contextlib.ExitStack() as stack:
+        others = [stack.enter_context(LerobotClient(gateway.port)) for _ in range(3)]
+        for one in (client, *others):
+            one.start()
+        before = threads()
+        monkeypatch.setattr(lerobot, "WAIT_S", 10.0)
+        pending = [one.get_actions.future(b"", timeout=20) for one in others for _ in range(3)]
+        client.send(observation())
+        assert len(client.act()) == CHUNK
+        assert threads() == before and len(before) == 4
+        assert not any(call.done() for call in pending)
+
+
+# Instructions
+
+
+@pytest.mark.parametrize(
+    ("changes", "text"),
+    [
+        ({"policy_type": "act"}, "policy_type: got 'act', expected 'toy'"),
+        (
+            {"lerobot_features": features(MOTORS[:6])},
+            "observation.state: got 6 numbers ['motor_0.pos', 'motor_1.pos'",
+        ),
+        (
+            {"lerobot_features": features(cameras=())},
+            "images.top: got cameras [], expected the policy's",
+        ),
+        (
+            {"lerobot_features": features(hw=(480, 640))},
+            "images.top: got shape (480, 640, 3), expected (24, 32, 3)",
+        ),
+        ({"lerobot_features": features(cameras=("top", "wrist"))}, "images.wrist: got a camera"),
+        ({"lerobot_features": {}}, "images.top: got cameras []"),
+        ({"lerobot_features": None}, "lerobot_features: got NoneType, expected a dict"),
+        ({"lerobot_features": features(["a"] * 14)}, "names: got other values, expected different"),
+        ({"actions_per_chunk": 0}, "actions_per_chunk: got 0, expected at least 1"),
+    ],
+)
+def test_instructions_that_do_not_fit(
+    client: LerobotClient, changes: dict[str, Any], text: str
+) -> None:
+    client.ready()
+    refused(Status.FAILED_PRECONDITION, text, lambda: client.instruct(instructions(**changes)))
+    client.instruct(instructions())
+
+
+def test_calls_out_of_order(client: LerobotClient) -> None:
+    refused(Status.FAILED_PRECONDITION, "got no Ready", lambda: client.instruct(instructions()))
+    started_s = time.monotonic()
+    refused(Status.FAILED_PRECONDITION, "expected Ready", client.act)
+    assert time.monotonic() - started_s > 0.19, "its client asks again at once"
+    refused(Status.FAILED_PRECONDITION, "expected Ready", lambda: client.send(observation()))
+
+
+def test_state_is_in_the_policys_order_where_it_names_it() -> None:
+    contract = dataclasses.replace(CONTRACT, state_names=tuple(name[:-4] for name in MOTORS))
+    sent = read_instructions(instructions(lerobot_features=features(reversed(MOTORS))))
+    read = lerobot_peer.observation_map(sent, contract, ObservationKeys()).read(values())
+    np.testing.assert_array_equal(read.state, np.arange(14, dtype=np.float32) / 64)
+    other = dataclasses.replace(contract, state_names=tuple(f"joint_{i}" for i in range(14)))
+    with pytest.raises(ContractMismatch, match=r"names: got .*motor_13.*expected \['joint_0'"):
+        lerobot_peer.observation_map(sent, other, ObservationKeys())
+
+
+def test_the_users_map_and_the_clients_own() -> None:
+    given = features(cameras=("front",))
+    keys = ObservationKeys(
+        {"top": ImageSource("front")}, tuple(StateSource(name) for name in reversed(MOTORS))
+    )
+    observed = {("front" if key == "top" else key): value for key, value in values().items()}
+    sent = read_instructions(instructions(lerobot_features=given))
+    read = lerobot_peer.observation_map(sent, CONTRACT, keys).read(observed)
+    np.testing.assert_array_equal(read.state[::-1], np.arange(14, dtype=np.float32) / 64)
+    renamed = {"observation.images.front": "observation.images.top"}
+    sent = read_instructions(instructions(lerobot_features=given, rename_map=renamed))
+    read = lerobot_peer.observation_map(sent, CONTRACT, ObservationKeys()).read(observed)
+    assert read.images["top"].shape == (24, 32, 3)
+
+
+def test_the_first_action_is_where_the_policy_says() -> None:
+    contract = dataclasses.replace(CONTRACT, first_action_offset=2)
+
+    class Later(ToyPolicy):
+        def __init__(self) -> None:
+            super().__init__()
+            self.contract = contract
+
+        def infer(self, obs: MetaObs) -> Any:
+            return dataclasses.replace(super().infer(obs), first_action_offset=2)
+
+        def fork(self) -> Later:
+            return Later()
+
+    with (
+        serving(Later()) as server,
+        gateway_of(server, contract=contract) as gateway,
+        LerobotClient(gateway.port) as client,
+    ):
+        client.start()
+        client.send(observation(timestep=5))
+        first = client.act()[0]
+        assert first.timestep == 7 and first.timestamp == pytest.approx(1000.54)
+
+
+# Observations that do not fit
+
+
+def changed(**changes: Any) -> bytes:
+    return dumps(TimedObservation(1.0, 0, {**values(), **changes}))
+
+
+@pytest.mark.parametrize(
+    ("content", "text"),
+    [
+        (dumps(TimedObservation(1.0, 0, {"task": ""})), "images.top: got keys ['task']"),
+        (
+            changed(top=np.zeros((48, 64, 3), np.uint8)),
+            "images.top: got shape (48, 64, 3), expected (24, 32, 3)",
+        ),
+        (changed(top=np.zeros((24, 32, 3))), "images.top: got dtype float64"),
+        (changed(task=3), "task: got float, expected text"),
+        (changed(**{MOTORS[3]: "x"}), "state (motor_3.pos): got 'x', expected numbers"),
+        (changed(**{MOTORS[3]: [0.5]}), "motor_3.pos: got list, expected a number, an array"),
+        (changed(**{MOTORS[3]: float("nan")}), "state: got NaN"),
+        (changed(**{MOTORS[3]: np.zeros(2, np.float32)}), "expected 14"),
+        (dumps(TimedObservation(1.0, -1, {})), "timestep: got -1"),
+        (dumps(TimedObservation(1.0, True, {})), "timestep: got bool"),
+        (dumps(TimedObservation("1", 0, {})), "timestamp: got str"),
+        (dumps(TimedObservation(1.0, 0, [])), "observation: got list"),
+        (dumps([1]), "observation: got list, expected TimedObservation"),
+        (instructions(), "observation: got RemotePolicyConfig, expected TimedObservation"),
+        (dumps({"a": changed}.keys.__name__), "observation: got str"),
+        (b"", "it ends after 0 bytes"),
+    ],
+)
+def test_observations_that_do_not_fit(client: LerobotClient, content: bytes, text: str) -> None:
+    client.start()
+    client.send(content)
+    refused(Status.INVALID_ARGUMENT, text, client.act)
+    client.send(observation())
+    assert len(client.act()) == CHUNK
+
+
+def test_an_error_of_the_policy_is_the_calls(client: LerobotClient) -> None:
+    client.start()
+    client.send(changed(**{MOTORS[0]: 666.0}))
+    refused(Status.INTERNAL, "a bug in the policy", client.act)
+
+
+# Streams
+
+
+def test_parts_are_joined(client: LerobotClient) -> None:
+    client.start()
+    whole = observation(timestep=4)
+    parts = [whole[:100], whole[100:200], whole[200:300], whole[300:]]
+    states = [BEGIN, MIDDLE, MIDDLE, END]
+    client.send_parts(message(part, state) for part, state in zip(parts, states, strict=True))
+    assert client.act()[0].timestep == 4
+
+
+@pytest.mark.parametrize(
+    ("parts", "text"),
+    [
+        ([], "got the end of the stream"),
+        ([message(b"a", BEGIN)], "got the end of the stream, expected a part with END"),
+        ([message(b"a", MIDDLE)], "transfer_state: got 2, expected one of (1, 3)"),
+        ([message(b"a", BEGIN)] * 2, "transfer_state: got 1, expected one of (2, 3)"),
+        ([message(b"a", 7)], "transfer_state: got 7"),
+        ([b"\x12\x01a"], "transfer_state: got 0"),
+        ([message(b"a")], "transfer_state: got bytes"),
+        ([b"\x08"], "a number does not end"),
+        ([b"\x0b"], "got wire type 3"),
+        ([b"\x08\x03\x10\x01"], "field 2: got a number"),
+        ([b"\x08\x03\x12\xff\xff\xff\xff\x0f"], "field 2 ends after the message"),
+        ([message(bytes(300_000), BEGIN)], "expected the policy's cameras"),
+        (
+            [message(bytes(200_000), BEGIN), message(bytes(200_000), MIDDLE)],
+            "got more than 264448 bytes",
+        ),
+    ],
+)
+def test_streams_that_are_refused(client: LerobotClient, parts: list[bytes], text: str) -> None:
+    client.start()
+    refused(Status.INVALID_ARGUMENT, text, lambda: client.send_parts(parts))
+    client.send(observation())
+    assert len(client.act()) == CHUNK
+
+
+def test_an_endless_stream_is_cut(client: LerobotClient) -> None:
+    client.start()
+
+    def endless() -> Iterator[bytes]:
+        yield message(b"", BEGIN)
+        while True:
+            yield message(bytes(10_000), MIDDLE)
+
+    refused(Status.INVALID_ARGUMENT, "got more than", lambda: client.send_parts(endless()))
+
+
+def test_a_stream_that_stalls_is_given_up(
+    client: LerobotClient, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(lerobot, "RECEIVE_S", 0.2)
+    client.start()
+    over = threading.Event()
+
+    def stalling() -> Iterator[bytes]:
+        yield message(b"a", BEGIN)
+        over.wait(10)
+
+    second = threading.Timer(0.1, lambda: refused(Status.RESOURCE_EXHAUSTED, "a second", send))
+
+    def send() -> None:
+        client.send(observation())
+
+    second.start()
+    refused(Status.ABORTED, "got no END within 0.2 s", lambda: client.send_parts(stalling()))
+    over.set()
+    second.join()
+    send()
+    assert len(client.act()) == CHUNK
+
+
+def test_a_message_too_large_is_refused_by_size(client: LerobotClient) -> None:
+    client.ready()
+    refused(Status.RESOURCE_EXHAUSTED, "larger than max", lambda: client.instruct(bytes(5 * 2**20)))
+    refused(
+        Status.INVALID_ARGUMENT, "instructions: got 30", lambda: client.instruct(bytes(300_000))
+    )
+
+
+# Hostile pickles
+
+
+def tuples(depth: int, name: bytes = b"") -> bytes:
+    """A tuple of 2**depth Nones, in which every level is one tuple twice."""
+    return b"N" + b"2\x86".replace(b"2", b"q\x00h\x00") * depth + name
+
+
+def called(module: str, name: str, arguments: bytes) -> bytes:
+    return f"c{module}\n{name}\n".encode() + arguments + b"R"
+
+
+NUMPY_DTYPE = called("numpy", "dtype", b"X\x02\0\0\0u1\x85")
+HOSTILE = {
+    "os.system": (pickle.dumps(os.system), "it asks for posix.system"),
+    "a call of it": (b"cos\nsystem\nX\x04\0\0\0true\x85R.", "it asks for os.system"),
+    "INST": (b"(X\x04\0\0\0trueios\nsystem\n.", "the instruction INST"),
+    "OBJ": (b"(cos\nsystem\nX\x04\0\0\0trueo.", "it asks for os.system"),
+    "NEWOBJ_EX": (b"ccollections\nOrderedDict\n)}\x92.", "the instruction NEWOBJ_EX"),
+    "a persistent id": (b"Pabc\n.", "the instruction PERSID"),
+    "an extension": (b"\x82\x01.", "the instruction EXT1"),
+    "getattr": (b"cbuiltins\ngetattr\n.", "it asks for builtins.getattr"),
+    "a dotted name": (
+        f"c{HELPERS}\nTimedObservation.__init__\n.".encode(),
+        "TimedObservation.__init__",
+    ),
+    "another name of LeRobot": (f"c{HELPERS}\nget_logger\n.".encode(), "helpers.get_logger"),
+    "a call of data": (b"X\x01\0\0\0a)R.", "it calls a str"),
+    "a change of a function": (b"cnumpy\ndtype\n}b.", "it changes a AllowedFunction"),
+    "a change of a list": (b"]}b.", "it changes a list"),
+    "an object dtype": (called("numpy", "dtype", b"X\x02\0\0\0O8\x85") + b".", "the dtype 'O8'"),
+    "a tuple for a key": (b"}" + tuples(60) + b"Ns.", "a tuple for a key"),
+    "a tuple for a dtype": (
+        called("numpy", "dtype", tuples(60) + b"\x85") + b".",
+        "it has the dtype",
+    ),
+    "a tuple for axes": (
+        called(
+            "numpy.core.numeric",
+            "_frombuffer",
+            b"(C\x01a"
+            + NUMPY_DTYPE
+            + b"K\x01\x85X\x01\0\0\0K"
+            + tuples(60)
+            + tuples(60)
+            + b"\x86t",
+        )
+        + b".",
+        "axes are no permutation",
+    ),
+    "a gigabyte of bytes": (b"B" + struct.pack("<I", 2**30) + b"a.", "it ends after"),
+    "an exabyte of text": (b"\x8d" + struct.pack("<Q", 2**60) + b"a.", "it ends after"),
+    "a frame of an exabyte": (b"\x80\x04\x95" + struct.pack("<Q", 2**60) + b"N.", "NoneType"),
+    "a gigabyte of array": (
+        called(
+            "numpy.core.numeric",
+            "_frombuffer",
+            b"(C\x01a" + NUMPY_DTYPE + b"J\0\0\0\x40\x85X\x01\0\0\0Ct",
+        )
+        + b".",
+        "in 1 bytes",
+    ),
+    "a large memo": (b"Nr\xff\xff\xff\xff" * 3 + b".", "NoneType"),
+    "an empty memo": (b"h\x07.", "the memo 7, which is empty"),
+    "deep lists": (b"]" * 5000 + b"a" * 4999 + b".", "got list"),
+    "many instructions": (b"N0" * 100_000 + b".", "the instruction POP"),
+    "many values": (b"N" * 100_000 + b".", f"more than {MAX_INSTRUCTIONS} instructions"),
+    "a long number": (b"\x8a\xff" + bytes(255) + b".", "a number of 255 bytes"),
+    "a longer number": (b"\x8b" + struct.pack("<I", 2**30) + b".", "the instruction LONG4"),
+    "a number in digits": (b"I" + b"9" * 1000 + b"\n.", "the instruction INT"),
+    "an empty stack": (b".", "a value that is not there"),
+    "no mark": (b"t.", "values that are not there"),
+    "below a mark": (b"N(\x85.", "a value that is not there"),
+    "text that is none": (b"X\x01\0\0\0\xff.", "not UTF-8"),
+    "one picture, many arrays": (
+        b"B"
+        + struct.pack("<I", 100_000)
+        + bytes(100_000)
+        + b"q\x01"
+        + called("numpy", "dtype", b"X\x02\0\0\0b1\x85")
+        + b"q\x02"
+        + called(
+            "numpy.core.numeric",
+            "_frombuffer",
+            b"(h\x01h\x02J\xa0\x86\x01\0\x85X\x01\0\0\0Ct",
+        )
+        * 10
+        + b".",
+        "many arrays of the same bytes",
+    ),
+    "an array without content": (
+        called("numpy.core.multiarray", "_reconstruct", b"cnumpy\nndarray\nK\0\x85C\x01b\x87")
+        + b".",
+        "got SafeArray",
+    ),
+}
+
+
+@pytest.mark.parametrize("name", HOSTILE)
+def test_hostile_pickles(name: str) -> None:
+    content, text = HOSTILE[name]
+    started_s = time.monotonic()
+    for read in (read_observation, read_instructions):
+        with pytest.raises(ContractMismatch) as caught:
+            read(content)
+        assert text in f"{caught.value}" and len(f"{caught.value}") < 400
+    assert time.monotonic() - started_s < 1
+
+
+class Harm:
+    def __reduce__(self) -> tuple[Any, ...]:
+        return os.mkdir, ("harmed",)
+
+
+def test_harm_within_valid_messages(
+    client: LerobotClient, monkeypatch: pytest.MonkeyPatch, tmp_path: Any
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    client.ready()
+    harmful = instructions(lerobot_features={"observation.state": Harm()})
+    refused(Status.FAILED_PRECONDITION, "asks for posix.mkdir", lambda: client.instruct(harmful))
+    client.instruct(instructions())
+    client.send(changed(extra=Harm()))
+    refused(Status.INVALID_ARGUMENT, "asks for posix.mkdir", client.act)
+    assert not list(tmp_path.iterdir())
+
+
+def test_values_that_contain_each_other() -> None:
+    loop: list[Any] = []
+    loop.append(loop)
+    bomb: list[Any] = []
+    for _ in range(200):
+        bomb = [bomb] * 20
+    for value in (loop, bomb):
+        with pytest.raises(ContractMismatch, match="extra: got list"):
+            read_observation(changed(extra=value))
+        for part in ("names", "shape"):
+            entry = {"names": [], "shape": (), part: value}
+            with pytest.raises(ContractMismatch, match=r"other values|at most 256"):
+                read_instructions(
+                    instructions(
+                        lerobot_features={"observation.state": entry, "observation.images.a": entry}
+                    )
+                )
+    with pytest.raises(ContractMismatch, match="300 entries, expected at most 256"):
+        read_observation(dumps(TimedObservation(1.0, 0, dict.fromkeys(map(str, range(300)), 0.0))))
+
+
+def test_features_as_lerobots_own_class() -> None:
+    module = "lerobot.configs.types"
+    shape = b"J\x18\0\0\0J\x20\0\0\0J\x03\0\0\0\x87"
+    kind = called(module, "FeatureType", b"X\x06\0\0\0VISUAL\x85")
+    made = f"c{module}\nPolicyFeature\n".encode() + b")\x81}(X\x04\0\0\0type" + kind
+    made += b"X\x05\0\0\0shape" + shape + b"ub"
+    config = dumps(RemotePolicyConfig("toy", "x", {"observation.images.top": 77}, 5))
+    read = read_instructions(config.replace(b"KM", made))
+    assert read.cameras == {"top": (24, 32, 3)}
+
+
+# Clients and servers that come and go
+
+
+def test_two_clients_have_a_session_each(server: PolicyServer, gateway: LerobotGateway) -> None:
+    with LerobotClient(gateway.port) as one, LerobotClient(gateway.port) as two:
+        one.start()
+        two.start(actions_per_chunk=2)
+        one.send(observation(1.0))
+        assert one.act()[1].action[1] == pytest.approx(1 + 1 / 64 + 1 + 0.1)
+        two.send(observation(2.0))
+        assert two.act()[0].action[0] == 1, "the clients share an episode"
+        one.send(observation())
+        two.send(observation())
+        assert (one.act()[0].action[0], len(two.act())) == (2, 2)
+
+
+def wait_until(condition: Callable[[], bool]) -> None:
+    limit_s = time.monotonic() + 5
+    while not condition():
+        assert time.monotonic() < limit_s
+        time.sleep(0.01)
+
+
+def test_a_dead_clients_session_ends(gateway: LerobotGateway) -> None:
+    with LerobotClient(gateway.port) as other:
+        other.start()
+        client = LerobotClient(gateway.port)
+        client.start()
+        client.send(observation())
+        client.act()
+        pending = client.get_actions.future(b"")
+        assert len(gateway._peers) == 2
+        time.sleep(0.05)
+        client.close()
+        assert pending.cancelled() or pending.exception()
+        wait_until(lambda: len(gateway._peers) == 1)
+        other.send(observation())
+        assert len(other.act()) == CHUNK
+
+
+def test_a_client_that_dies_during_inference() -> None:
+    gate = threading.Semaphore(0)
+    policy = ToyPolicy(gate)
+    with serving(policy) as server, gateway_of(server) as gateway:
+        try:
+            with LerobotClient(gateway.port) as client:
+                client.start()
+                client.send(observation())
+                pending = client.get_actions.future(b"")
+                assert policy.entered.acquire(timeout=5)
+            assert pending.code() is Status.CANCELLED
+            wait_until(lambda: not gateway._peers)
+        finally:
+            gate.release(1000)
+        with LerobotClient(gateway.port) as client:
+            client.start()
+            client.send(observation())
+            assert client.act()[0].action[0] == 1
+
+
+def test_a_silent_client_stays(client: LerobotClient, gateway: LerobotGateway) -> None:
+    client.start()
+    time.sleep(0.3)
+    client.send(observation())
+    assert len(gateway._peers) == 1 and len(client.act()) == CHUNK
+
+
+BUSY = """
+import sys, threading
+from tests.gateway.lerobot_client import LerobotClient
+from tests.gateway.lerobot_pickles import observation
+
+def act():
+    while True:
+        client.act()
+
+client = LerobotClient(int(sys.argv[1]))
+client.start()
+threading.Thread(target=act, daemon=True).start()
+for i in range(10**9):
+    client.send(observation(timestep=i))
+    if i == 10:
+        print(flush=True)
+"""
+
+
+def test_a_busy_client_is_killed(gateway: LerobotGateway) -> None:
+    """Its last reply may be written before its end is noticed: no call breaks off."""
+    root = Path(__file__).parents[2]
+    with subprocess.Popen(
+        [sys.executable, "-c", BUSY, str(gateway.port)], cwd=root, stdout=subprocess.PIPE
+    ) as busy:
+        assert busy.stdout is not None and busy.stdout.readline()
+        assert len(gateway._peers) == 1
+        busy.kill()
+    wait_until(lambda: not gateway._peers)
+    wait_until(lambda: not any("lerobot ipv4" in t.name for t in threading.enumerate()))
+
+
+def test_too_many_clients(server: PolicyServer) -> None:
+    with gateway_of(server, max_clients=1) as gateway, LerobotClient(gateway.port) as client:
+        client.start()
+        with LerobotClient(gateway.port) as another:
+            refused(Status.RESOURCE_EXHAUSTED, "got a client beside 1", another.ready)
+        client.ready()
+
+
+def test_the_server_dies_and_returns(monkeypatch: pytest.MonkeyPatch) -> None:
+    with contextlib.ExitStack() as stack:
+        first = contextlib.ExitStack()
+        server = first.enter_context(serving(ToyPolicy()))
+        gateway = stack.enter_context(gateway_of(server))
+        client = stack.enter_context(LerobotClient(gateway.port))
+        client.start()
+        client.send(observation())
+        assert client.act()
+        monkeypatch.setattr("runtime.gateway.gateway_session.RECONNECT_S", 0.3)
+        first.close()
+        for _ in range(2):
+            client.send(observation())
+            refused(Status.ABORTED, "", client.act)
+        stack.enter_context(serving(ToyPolicy(), port=server.port))
+        monkeypatch.setattr("runtime.gateway.gateway_session.RECONNECT_S", 5.0)
+        client.send(observation())
+        assert client.act()[0].action[0] == 1
+
+
+def test_no_server_at_ready(server: PolicyServer, gateway: LerobotGateway) -> None:
+    command = gateway._command
+    gone = dataclasses.replace(
+        command, server="127.0.0.1:9", sessions=dataclasses.replace(command.sessions, timeout_s=0.2)
+    )
+    gateway._command = gone
+    with LerobotClient(gateway.port) as client:
+        refused(Status.ABORTED, "127.0.0.1:9", client.ready)
+        assert not gateway._peers
+        gateway._command = command
+        client.start()
+
+
+# The gateway
+
+
+def test_stop_ends_waiting_calls_and_frees_the_address(
+    server: PolicyServer, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(lerobot, "WAIT_S", 30.0)
+    with gateway_of(server) as gateway, LerobotClient(gateway.port) as client:
+        client.start()
+        pending = client.get_actions.future(b"")
+        time.sleep(0.05)
+        gateway.stop()
+        error: Any = pending.exception(timeout=5)
+        assert error.code() in (Status.UNAVAILABLE, Status.CANCELLED)
+    gateway.stop()
+    gateway.close()
+    command = dataclasses.replace(gateway._command, port=gateway.port)
+    again = LerobotGateway(command, ObservationKeys(), None, CONTRACT)
+    assert again.port == gateway.port
+    again.close()
+
+
+def test_an_address_in_use(server: PolicyServer, gateway: LerobotGateway) -> None:
+    command = dataclasses.replace(gateway._command, port=gateway.port)
+    with pytest.raises(OSError, match=f"cannot listen on 127.0.0.1:{gateway.port}"):
+        LerobotGateway(command, ObservationKeys(), None, CONTRACT)
+
+
+def test_a_map_and_keys_are_checked_at_start() -> None:
+    command = GatewayCommand("lerobot", port=0)
+    with pytest.raises(InvalidConfig, match="got 'wrist', expected cameras"):
+        LerobotGateway(command, ObservationKeys({"wrist": ImageSource("x")}), None, CONTRACT)
+    keys: Any = object()
+    with pytest.raises(InvalidConfig, match="api_keys"):
+        LerobotGateway(command, ObservationKeys(), keys, CONTRACT)
+
+
+def test_protobuf_fields() -> None:
+    assert read_fields(write_bytes(2, b"x" * 300)) == {2: b"x" * 300}
+    assert read_fields(b"\x0d1234\x1112345678\x10\xac\x02") == {2: 300}
+    assert read_fields(message(b"ab", 3)) == {1: 3, 2: b"ab"} and write_bytes(1, b"") == b""
