@@ -12,7 +12,7 @@ from collections.abc import Mapping
 from pathlib import Path
 
 from runtime.protocol import messages
-from tests.fuzz import lerobot, samples
+from tests.fuzz import gateway_lerobot, samples
 from tests.fuzz.targets import TARGETS
 from transport.handshake_messages import Opcode
 
@@ -46,7 +46,7 @@ def _raw() -> Mapping[str, list[bytes]]:
         "openpi_frame": [*samples.openpi_frames()],
         # HELLO, the proof, CONFIRM of shared memory.
         "handshake": [bytes(6) + bytes((160, 0, 0, 0)) + bytes((0, 0, 0, 0, 8, 0))],
-        "lerobot_pickle": [b"\7" + content for content in lerobot.VALID],
+        "lerobot_pickle": [b"\7" + content for content in gateway_lerobot.VALID],
         "broken": [bytes(8)],
     }
 
