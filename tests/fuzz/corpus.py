@@ -12,7 +12,7 @@ from collections.abc import Mapping
 from pathlib import Path
 
 from runtime.protocol import messages
-from tests.fuzz import gateway_lerobot, samples
+from tests.fuzz import gateway_groot, gateway_lerobot, samples
 from tests.fuzz.targets import TARGETS
 from transport.handshake_messages import Opcode
 
@@ -47,6 +47,12 @@ def _raw() -> Mapping[str, list[bytes]]:
         # HELLO, the proof, CONFIRM of shared memory.
         "handshake": [bytes(6) + bytes((160, 0, 0, 0)) + bytes((0, 0, 0, 0, 8, 0))],
         "lerobot_pickle": [b"\7" + content for content in gateway_lerobot.VALID],
+        "groot_npy": [b"\7" + gateway_groot.write_npy(array) for array in gateway_groot.ARRAYS],
+        "groot_request": [
+            b"\7" + gateway_groot.packed(0),
+            b"\x0f" + gateway_groot.packed(1),
+            b"\x08",
+        ],
         "broken": [bytes(8)],
     }
 

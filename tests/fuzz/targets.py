@@ -39,6 +39,8 @@ _FUNCTIONS = {
     "ilstudio": "gateway_ilstudio:ilstudio",
     "lerobot_pickle": "gateway_lerobot:lerobot_pickle",
     "lerobot_parts": "gateway_lerobot:lerobot_parts",
+    "groot_npy": "gateway_groot:npy",
+    "groot_request": "gateway_groot:request",
 }
 _CONTEXTS = {
     "segments": "channels:segments",

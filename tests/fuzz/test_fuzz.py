@@ -44,6 +44,8 @@ GATES = {
     "ilstudio": ("refused", "accepted", "observations"),
     "lerobot_pickle": ("observations", "instructions"),
     "lerobot_parts": ("joined",),
+    "groot_npy": ("accepted",),
+    "groot_request": ("unpacked", "nested", "flat"),
 }
 
 

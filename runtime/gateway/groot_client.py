@@ -1,0 +1,177 @@
+"""One GR00T client: answers its requests with its session, in a thread of its own."""
+
+from __future__ import annotations
+
+import logging
+import queue
+import threading
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import msgpack
+
+from policies.errors import PolicyError
+from policies.types import PolicyContract
+from runtime.errors import RuntimeFault
+from runtime.gateway.api_keys import ApiKeys
+from runtime.gateway.bounded_msgpack import Data, InvalidMessage, text_keys, unpack
+from runtime.gateway.config import GatewayCommand
+from runtime.gateway.gateway_session import GatewaySession
+from runtime.gateway.groot_modalities import GrootModalities, is_flat
+from runtime.gateway.npy_arrays import decode_array, encode_array
+from transport.errors import TransportError
+
+logger = logging.getLogger(__name__)
+
+MAX_LOGGED = 10
+"""Refused requests of one client that are logged."""
+ENDPOINTS = ("get_action", "get_modality_config", "ping", "reset")
+
+
+class GrootRequests:
+    """Answers one client's requests. The first ``get_action`` opens its session.
+
+    Not thread-safe.
+
+    Args:
+        command: Server, keys, and what the session declares.
+        name: The client's name in the server's log and status.
+        api_keys: What a request's ``api_token`` must be one of; None if it needs none.
+        contract: What the gateway was started for. A server with another policy is refused.
+        modalities: Of ``contract``.
+
+    Attributes:
+        admitted: Whether the client's last readable request had the key that it needs.
+    """
+
+    def __init__(
+        self,
+        command: GatewayCommand,
+        name: str,
+        api_keys: ApiKeys | None,
+        contract: PolicyContract,
+        modalities: GrootModalities,
+    ) -> None:
+        self._command, self._name, self._api_keys = command, name, api_keys
+        self._contract, self._modalities = contract, modalities
+        self._session: GatewaySession | None = None
+        self._timestep = 0
+        self._logged = 0
+        self.admitted = api_keys is None
+
+    def answer(self, request: Data) -> bytes:
+        """Return the reply to ``request``: ``{"error": text}`` for whatever is wrong."""
+        try:
+            reply = self._answer(text_keys(unpack(request, decode_array), "request"))
+        except (InvalidMessage, PolicyError, RuntimeFault, TransportError) as error:
+            reply = self._failed(str(error))
+        except Exception as error:
+            logger.exception("%s: a request failed", self._name)
+            reply = self._failed(f"the gateway failed: {type(error).__name__}")
+        packed: bytes = msgpack.packb(reply, default=encode_array)
+        return packed
+
+    def close(self) -> None:
+        """End the session. Idempotent."""
+        session, self._session = self._session, None
+        if session is not None:
+            session.close()
+
+    def _failed(self, error: str) -> dict[str, str]:
+        self._logged += 1
+        if self._logged <= MAX_LOGGED:
+            logger.warning("%s: %.300s", self._name, error)
+        return {"error": error}
+
+    def _answer(self, request: Mapping[str, Any]) -> Any:
+        self.admitted = self._api_keys is None or self._api_keys.match(request.get("api_token"))
+        if not self.admitted:
+            raise InvalidMessage(
+                "api_token: got none or a wrong one, expected one of the gateway's"
+            )
+        endpoint = request.get("endpoint", "get_action")
+        if endpoint == "get_action":
+            return self._act(text_keys(request.get("data"), "data"))
+        if endpoint == "reset":
+            self._timestep = 0
+            if self._session is not None:
+                self._session.reset()
+            return {}
+        if endpoint == "ping":
+            return {"status": "ok", "message": "Server is running"}
+        if endpoint == "get_modality_config":
+            return self._modalities.config()
+        raise InvalidMessage(
+            f"endpoint: got {endpoint!r:.60}, expected one of {', '.join(ENDPOINTS)}"
+        )
+
+    def _act(self, data: Mapping[str, Any]) -> Any:
+        """Return ``[action, info]``; the action alone where ``data`` itself is the observation, as
+        clients of version N1.5 send it."""
+        bare = "observation" not in data
+        observation = data if bare else text_keys(data["observation"], "observation")
+        obs = self._modalities.read(observation, self._timestep)
+        if self._session is None:
+            self._session = self._open()
+        chunk = self._session.infer(obs)
+        self._timestep += 1
+        action = self._modalities.actions(chunk, flat=is_flat(observation))
+        return action if bare else [action, {}]
+
+    def _open(self) -> GatewaySession:
+        session = GatewaySession(self._command, self._name)
+        try:
+            session.contract.require(self._contract)
+        except PolicyError:
+            session.close()
+            raise
+        return session
+
+
+class GrootClient:
+    """The thread of one client, which computes one request at a time.
+
+    Args:
+        identity: The client's ZMQ routing id.
+        requests: Answers the requests; closed by the thread.
+        reply: Is given this client and each reply, in the thread; None when the thread ends.
+
+    Attributes:
+        busy: Whether a request was submitted and its reply not yet sent. Kept by the caller.
+    """
+
+    def __init__(
+        self,
+        identity: bytes,
+        requests: GrootRequests,
+        reply: Callable[[GrootClient, list[bytes] | None], None],
+    ) -> None:
+        self.identity, self.requests, self.busy = identity, requests, False
+        self._reply = reply
+        self._submitted: queue.SimpleQueue[tuple[list[bytes], Data] | None] = queue.SimpleQueue()
+        # A daemon: one that waits for the policy must not keep the process.
+        self._thread = threading.Thread(target=self._run, name="groot client", daemon=True)
+        self._thread.start()
+
+    def submit(self, envelope: list[bytes], request: Data) -> None:
+        """Compute the reply to ``request``; it is sent with the frames of ``envelope`` first."""
+        self._submitted.put((envelope, request))
+
+    def end(self) -> None:
+        """End the session and the thread after the request that is being computed."""
+        self._submitted.put(None)
+
+    def join(self, timeout_s: float) -> bool:
+        """Return whether the thread has ended within ``timeout_s``."""
+        self._thread.join(timeout_s)
+        return not self._thread.is_alive()
+
+    def _run(self) -> None:
+        try:
+            while (submitted := self._submitted.get()) is not None:
+                envelope, request = submitted
+                self._reply(self, [*envelope, self.requests.answer(request)])
+                del submitted, request  # they are as long as a picture
+        finally:
+            self.requests.close()
+            self._reply(self, None)

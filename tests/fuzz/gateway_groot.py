@@ -1,0 +1,123 @@
+"""Targets that read what a GR00T client sends: an array, and a whole request.
+
+What the bounds let through must be what NumPy and MessagePack read, and no larger than its bytes.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+import io
+import warnings
+from typing import Any
+
+import msgpack
+import numpy as np
+
+from policies.errors import ContractMismatch
+from runtime.gateway.bounded_msgpack import MAX_DEPTH, InvalidMessage, text_keys, unpack
+from runtime.gateway.config import ImageSource, ObservationKeys, StateSource
+from runtime.gateway.groot_modalities import GrootModalities, is_flat
+from runtime.gateway.npy_arrays import decode_array, encode_array, read_npy, write_npy
+from tests.fuzz import samples
+from tests.fuzz.feed import Feed, reached
+
+PICTURES = {
+    "top": np.zeros((1, 1, 12, 16, 3), np.uint8),
+    "wrist": np.zeros((1, 1, 16, 16, 3), np.uint8),
+}
+ARRAYS = (
+    np.zeros((1, 1, 3), np.float32),
+    np.zeros((2, 3), np.int64, order="F"),
+    np.zeros((), np.bool_),
+    np.zeros((0, 4), np.uint8),
+)
+OBSERVATIONS: tuple[dict[str, Any], ...] = (
+    {
+        "video": PICTURES,
+        "state": {"state": ARRAYS[0]},
+        "language": {"annotation.human.task_description": [["go"]]},
+    },
+    {
+        "video.top": PICTURES["top"][0],
+        "video.wrist": PICTURES["wrist"][0],
+        "state.arm": np.zeros((1, 2)),
+        "state.hand": np.zeros((1, 1), np.float32),
+        "annotation.human.action.task_description": ["go"],
+    },
+)
+KEYS = (
+    ObservationKeys(),
+    ObservationKeys(
+        {"top": ImageSource("video.top")}, (StateSource("arm", stop=2), StateSource("hand", stop=1))
+    ),
+)
+
+
+def npy(data: bytes) -> None:
+    """The bytes of a ``.npy``."""
+    feed = Feed(data)
+    kind = feed.byte()
+    text = feed.rest() if kind & 7 == 7 else feed.bytes_near(write_npy(ARRAYS[kind >> 3 & 3]))
+    try:
+        read = read_npy(text)
+    except InvalidMessage:
+        return
+    assert read.dtype.kind in "biuf" and read.nbytes <= len(text) and not read.flags.writeable
+    with warnings.catch_warnings(action="ignore"):
+        theirs = np.load(io.BytesIO(text), allow_pickle=False)
+    assert (theirs.dtype, theirs.shape) == (read.dtype, read.shape)
+    assert theirs.tobytes() == read.tobytes()
+    reached["accepted"] += 1
+
+
+def request(data: bytes) -> None:
+    """A request, and the observation in it."""
+    feed = Feed(data)
+    kind = feed.byte()
+    which = kind >> 3 & 1
+    text = feed.rest() if kind & 7 == 7 else feed.bytes_near(packed(which))
+    try:
+        value = unpack(text, decode_array)
+    except InvalidMessage:
+        return
+    reached["unpacked"] += 1
+    _check_size(value, len(text), MAX_DEPTH)
+    try:
+        observation = text_keys(text_keys(value, "request").get("data"), "data")
+        if "observation" in observation:
+            observation = text_keys(observation["observation"], "observation")
+        obs = modalities(which).read(observation, 0)
+    except (InvalidMessage, ContractMismatch):
+        return
+    for camera in samples.CONTRACT.cameras:
+        picture = obs.images[camera.name]
+        assert picture.dtype == np.uint8 and picture.shape[:2] in camera.accepted_hw
+    assert obs.state.shape == (samples.CONTRACT.state_dim,) and obs.state.dtype == np.float32
+    assert type(obs.raw_lang) is str
+    reached["flat" if is_flat(observation) else "nested"] += 1
+
+
+@functools.cache
+def modalities(which: int) -> GrootModalities:
+    return GrootModalities(samples.CONTRACT, KEYS[which])
+
+
+@functools.cache
+def packed(which: int) -> bytes:
+    """A valid request: of version N1.6, nested; of version N1.5, flat."""
+    data = OBSERVATIONS[which] if which else {"observation": OBSERVATIONS[which], "options": None}
+    made: bytes = msgpack.packb({"endpoint": "get_action", "data": data}, default=encode_array)
+    return made
+
+
+def _check_size(value: Any, most: int, depth: int) -> None:
+    assert depth >= 0
+    if isinstance(value, np.ndarray | bytes | str):
+        with contextlib.suppress(UnicodeEncodeError):
+            value = value.encode() if isinstance(value, str) else value
+        assert (value.nbytes if isinstance(value, np.ndarray) else len(value)) <= most
+    elif isinstance(value, dict | list):
+        assert len(value) <= most
+        for inner in value.values() if isinstance(value, dict) else value:
+            _check_size(inner, most, depth - 1)
