@@ -39,7 +39,7 @@ for _ in range(2):
     print("asked", flush=True)
     peer.receive()
 """
-pytestmark = pytest.mark.timeout(600 if LONG else 120)
+pytestmark = [pytest.mark.long, pytest.mark.timeout(600 if LONG else 120)]
 
 
 @contextlib.contextmanager
