@@ -9,8 +9,9 @@ from __future__ import annotations
 import io
 import pickle
 import pickletools
+from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 from policies.checkpoint.safe_pickle_types import (
     ALLOWED_FUNCTIONS,
@@ -27,15 +28,49 @@ MAX_ITEMS = 1_000_000
 """Most instructions in the file, and most values in its result. A small file can repeat one value
 very often.
 """
-MAX_TUPLES = 10_000
-"""Most tuples in the file. Python hashes nested tuples by unlimited recursion in C, so deep ones
-overflow the stack.
-"""
 MAX_DEPTH = 32
 """Deepest nesting of the result."""
 
 
-class _Unpickler(pickle.Unpickler):
+def _keyed(code: bytes, keys: slice) -> Callable[[Any], None]:
+    """The instruction ``code``, refused if it hashes anything but strings and short integers.
+
+    To hash a tuple that holds one tuple twice, and so on, takes exponential time; deep tuples
+    overflow C's stack; long integers can all have one hash.
+
+    Args:
+        keys: Where they are on the stack, which begins at the last mark.
+    """
+    run = pickle._Unpickler.dispatch[code[0]]
+
+    def checked(machine: Any) -> None:
+        for key in machine.stack[keys]:
+            if type(key) not in (str, int):
+                raise pickle.UnpicklingError(f"it has a {type(key).__name__} for a key")
+            if type(key) is int:
+                _check_int(key)
+        run(machine)
+
+    return checked
+
+
+def _no_set(_machine: Any) -> None:
+    raise pickle.UnpicklingError("it has a set")
+
+
+class _Unpickler(pickle._Unpickler):
+    """Python's own in its form without C, whose instructions can be replaced."""
+
+    dispatch: ClassVar[dict[int, Callable[[Any], None]]] = {
+        **pickle._Unpickler.dispatch,
+        pickle.SETITEM[0]: _keyed(pickle.SETITEM, slice(-2, -1)),
+        pickle.SETITEMS[0]: _keyed(pickle.SETITEMS, slice(None, None, 2)),
+        pickle.DICT[0]: _keyed(pickle.DICT, slice(None, None, 2)),
+        pickle.EMPTY_SET[0]: _no_set,
+        pickle.ADDITEMS[0]: _no_set,
+        pickle.FROZENSET[0]: _no_set,
+    }
+
     def find_class(self, module: str, name: str) -> AllowedFunction:
         if (module, name) not in ALLOWED_FUNCTIONS:
             raise pickle.UnpicklingError(f"it asks for {module}.{name}")
@@ -43,6 +78,11 @@ class _Unpickler(pickle.Unpickler):
 
     def persistent_load(self, pid: Any) -> Any:
         raise pickle.UnpicklingError(f"it asks for the object {shown(pid)} from outside")
+
+
+def _check_int(value: int) -> None:
+    if not -(2**63) <= value < 2**64:
+        raise pickle.UnpicklingError(f"it has a number of {value.bit_length()} bits")
 
 
 def read_pickle(path: Path) -> Any:
@@ -57,7 +97,8 @@ def read_pickle(path: Path) -> Any:
         if size > MAX_BYTES:
             raise CheckpointError(f"{path}: {size} bytes, expected at most {MAX_BYTES}")
         content = path.read_bytes()
-        _check_instructions(content)
+        if any(count >= MAX_ITEMS for count, _ in enumerate(pickletools.genops(content))):
+            raise pickle.UnpicklingError(f"it has more than {MAX_ITEMS} instructions")
         return plain_value(_Unpickler(io.BytesIO(content)).load())
     except OSError as error:
         raise CheckpointError(f"{path}: {error}") from error
@@ -69,20 +110,6 @@ def read_pickle(path: Path) -> Any:
         raise
     except Exception as error:  # a broken pickle may raise anything
         raise CheckpointError(f"{path}: not a readable pickle ({error!r:.200})") from error
-
-
-def _check_instructions(content: bytes) -> None:
-    """Refuse files that would crash the unpickler; read the instructions without executing them."""
-    tuples = 0
-    for count, (opcode, argument, _) in enumerate(pickletools.genops(content)):
-        tuples += opcode.name in ("TUPLE", "TUPLE1", "TUPLE2", "TUPLE3")
-        if count >= MAX_ITEMS or tuples > MAX_TUPLES:
-            raise pickle.UnpicklingError(
-                f"it has more than {MAX_ITEMS} instructions or {MAX_TUPLES} tuples"
-            )
-        # The memo is a list; its length is the largest index in the file.
-        if opcode.name in ("PUT", "BINPUT", "LONG_BINPUT") and int(argument or 0) > len(content):
-            raise pickle.UnpicklingError(f"it has the memo index {argument}")
 
 
 def plain_value(value: Any, max_items: int = MAX_ITEMS) -> Any:
@@ -110,17 +137,15 @@ def plain_value(value: Any, max_items: int = MAX_ITEMS) -> Any:
         if type(value) in (list, tuple):
             return type(value)(plain(item, depth + 1) for item in value)
         if type(value) is dict:
-            for key in value:
-                if type(key) not in (str, int):
-                    raise pickle.UnpicklingError(f"it has a {type(key).__name__} for a key")
             return {key: plain(item, depth + 1) for key, item in value.items()}
-        if type(value) is int and not -(2**63) <= value < 2**64:
-            raise pickle.UnpicklingError(f"it has a number of {value.bit_length()} bits")
+        if type(value) is int:
+            _check_int(value)
+            return value
         if type(value) is memoryview:
             if id(value) not in copies:
                 copies[id(value)] = bytes(value)
             return copies[id(value)]
-        if value is None or type(value) in (bool, int, float, str, bytes):
+        if value is None or type(value) in (bool, float, str, bytes):
             return value
         raise pickle.UnpicklingError(f"it holds a {type(value).__name__}")
 

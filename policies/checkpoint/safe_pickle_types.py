@@ -94,7 +94,7 @@ class SafeRecord:
 
     def __init__(self, name: str) -> None:
         self.name = name
-        self.fields: dict[Any, Any] = {}
+        self.fields: dict[str, Any] = {}
 
     def __setstate__(self, state: object) -> None:
         if type(state) is not dict:
@@ -174,7 +174,7 @@ def _build(
     if (
         not isinstance(shape, tuple)
         or len(shape) > MAX_DIMENSIONS
-        or not all(type(n) is int and n >= 0 for n in shape)
+        or not all(type(n) is int and 0 <= n < 2**63 for n in shape)
     ):
         raise UnpicklingError(f"it has an array of shape {shown(shape)}")
     dtype = number.dtype()

@@ -5,18 +5,17 @@ from __future__ import annotations
 import math
 import pickle
 import struct
-from collections.abc import AsyncIterator, Callable, Iterable, Mapping
+from collections.abc import AsyncIterator, Iterable, Mapping
 from dataclasses import dataclass
-from functools import partial
 from typing import Any, TypeVar
 
 import numpy as np
 from numpy.typing import NDArray
 
-from policies.checkpoint.safe_pickle_types import ALLOWED_FUNCTIONS, SafeArray
+from policies.checkpoint.safe_pickle_types import AllowedFunction, SafeRecord
 from policies.errors import ContractMismatch
-from runtime.gateway.data_pickle import Record, read_data
 from runtime.gateway.protobuf_fields import data_field, read_fields
+from runtime.gateway.restricted_pickle import Names, RecordClass, read_pickle
 
 HELPERS = "lerobot.async_inference.helpers"
 FEATURE_TYPES = "lerobot.configs.types"
@@ -27,15 +26,25 @@ MAX_TIMESTEP = 2**62
 BEGIN, MIDDLE, END = 1, 2, 3
 """States of an observation's parts; a single part is an END."""
 
-_NAMES: Mapping[tuple[str, str], Callable[..., Any]] = {
-    **ALLOWED_FUNCTIONS,
-    (HELPERS, "TimedObservation"): partial(Record, "TimedObservation"),
-    (HELPERS, "RemotePolicyConfig"): partial(Record, "RemotePolicyConfig"),
-    (FEATURE_TYPES, "PolicyFeature"): partial(Record, "PolicyFeature"),
-    (FEATURE_TYPES, "FeatureType"): partial(Record, "FeatureType"),
-    ("collections", "OrderedDict"): dict,
+
+def _new_dict() -> dict[str, Any]:
+    """Not ``dict``, which would hash the keys of its argument."""
+    return {}
+
+
+def _same(value: object) -> object:
+    """A member of an enumeration is its value."""
+    return value
+
+
+_NAMES: Names = {
+    (HELPERS, "TimedObservation"): RecordClass("TimedObservation"),
+    (HELPERS, "RemotePolicyConfig"): RecordClass("RemotePolicyConfig"),
+    (FEATURE_TYPES, "PolicyFeature"): RecordClass("PolicyFeature"),
+    (FEATURE_TYPES, "FeatureType"): AllowedFunction(_same),
+    ("collections", "OrderedDict"): AllowedFunction(_new_dict),
 }
-"""All that a message may look up."""
+"""All that a message may look up beside numpy's names."""
 
 T = TypeVar("T")
 
@@ -106,7 +115,7 @@ async def join_parts(parts: AsyncIterator[bytes], max_bytes: int) -> bytes:
 
 
 def read_observation(content: bytes) -> TimedObservation:
-    """Return the observation of a pickled ``TimedObservation``. Arrays are read-only.
+    """Return the observation of a pickled ``TimedObservation``. Arrays are views of ``content``.
 
     Raises:
         ContractMismatch: Anything else, or one with a value that no observation has.
@@ -212,13 +221,13 @@ _END_ACTION = pickle.APPENDS + pickle.TUPLE1 + pickle.REDUCE + pickle.SETITEMS +
 def _read(content: bytes, kind: str, field: str) -> Mapping[str, Any]:
     """The attributes of the pickled object, which must be a ``kind``."""
     try:
-        record = read_data(content, _NAMES)
+        record = read_pickle(content, _NAMES)
     except pickle.UnpicklingError as error:
         raise ContractMismatch(field, f"a pickle that is refused: {error}", kind) from error
-    if not isinstance(record, Record) or record.kind != kind:
-        shown = record.kind if isinstance(record, Record) else type(record).__name__
+    if not isinstance(record, SafeRecord) or record.name != kind:
+        shown = record.name if isinstance(record, SafeRecord) else type(record).__name__
         raise ContractMismatch(field, shown, kind)
-    return record.attributes
+    return record.fields
 
 
 def _field(fields: Mapping[str, Any], name: str, kind: type[T], expected: str) -> T:
@@ -242,11 +251,8 @@ def _bounded(entries: dict[str, Any], name: str) -> dict[str, Any]:
 
 
 def _value(key: str, value: object) -> float | str | NDArray[Any]:
-    if isinstance(value, SafeArray):
-        try:
-            return value.array()
-        except pickle.UnpicklingError as error:
-            raise ContractMismatch(f"{key:.80}", f"{error}", "an array") from error
+    if isinstance(value, np.ndarray):
+        return value
     if type(value) in (bool, int, float):
         return float(value)  # type: ignore[arg-type]
     if type(value) is str:
@@ -256,7 +262,7 @@ def _value(key: str, value: object) -> float | str | NDArray[Any]:
 
 def _part(key: str, feature: object, part: str) -> list[Any]:
     """``feature``'s shape or names; features are dicts, or instances of ``PolicyFeature``."""
-    entries = feature.attributes if isinstance(feature, Record) else feature
+    entries = feature.fields if isinstance(feature, SafeRecord) else feature
     value = entries.get(part) if isinstance(entries, dict) else None
     if not isinstance(value, list | tuple) or len(value) > MAX_FEATURES:
         raise ContractMismatch(

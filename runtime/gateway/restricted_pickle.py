@@ -5,8 +5,9 @@ records need. A name that may be looked up stands for a function or a record of 
 arrays only after dtype, shape and length were checked.
 
 Guaranteed: at most ``MAX_INSTRUCTIONS`` steps, so as many values and memo entries; ``MAX_VALUES``
-values and ``safe_pickle.MAX_DEPTH`` levels in the result. Large contents are not copied: arrays are
-read-only views of the message.
+values and ``safe_pickle.MAX_DEPTH`` levels in the result; functions see at most twice as many bytes
+as the message has. A dict's keys are strings: a tuple that holds one tuple twice, and so on, takes
+exponential time to be hashed. Arrays are read-only views of the message, without a copy.
 
 Not used: Python's own unpickler behind a check of the instructions, as for a checkpoint's
 statistics. It copies every picture, and the check costs as much as this machine.
@@ -56,22 +57,23 @@ class RecordClass:
         self.name = name
 
 
-Names = Mapping[tuple[str, str], "AllowedFunction | RecordClass"]
-"""What a pickle may look up, by module and name."""
+Names = Mapping[tuple[str, str], AllowedFunction | RecordClass]
+"""What a pickle may look up, by module and name. A function must return plain data, and must not
+hash or compare its arguments before it checked their types."""
 
 
-def read_pickle(content: memoryview | bytes, records: Names) -> Any:
+def read_pickle(content: memoryview | bytes, names: Names) -> Any:
     """Return the content: dicts, lists, tuples, strings, bytes, numbers, arrays and records.
 
     Args:
         content: The message. It must not change while arrays of the result are in use.
-        records: Foreign classes beside numpy's names.
+        names: What it may look up beside numpy's names.
 
     Raises:
         UnpicklingError: It is damaged, too much, or asks for anything else; says what.
     """
     try:
-        return plain_value(_Machine(content, {**ALLOWED_FUNCTIONS, **records}).run(), MAX_VALUES)
+        return plain_value(_Machine(content, names).run(), MAX_VALUES)
     except UnpicklingError:
         raise
     except Exception as error:  # a damaged pickle may give any value to any instruction
@@ -87,11 +89,17 @@ class _Machine:
         self._names = names
         self._stack: list[Any] = []
         self._memo: dict[int, Any] = {}
+        self._bytes_left = 2 * len(self._content)  # one content can be given to every function
 
     def run(self) -> Any:
         """Return what the pickle leaves on the stack."""
+        content, end = self._content, len(self._content)
         for _ in range(MAX_INSTRUCTIONS):
-            code = self._byte()
+            at = self._at
+            if at >= end:
+                raise UnpicklingError("it ends too early")
+            self._at = at + 1
+            code = content[at]
             if code == _STOP:
                 return self._result()
             step = _STEPS.get(code)
@@ -177,7 +185,7 @@ class _Machine:
     def _set_items(self, items: list[Any]) -> None:
         target = self._top(dict)
         for key, value in zip(items[::2], items[1::2], strict=True):
-            if type(key) not in (str, int):  # another one would run its own __hash__
+            if type(key) is not str:
                 raise UnpicklingError(f"it has a {type(key).__name__} for a key")
             target[key] = value
 
@@ -206,9 +214,9 @@ class _Machine:
         self._stack.append(self._memo[index])
 
     def _look_up(self, module: object, name: object) -> None:
-        found = None
+        found: AllowedFunction | RecordClass | None = None
         if type(module) is str and type(name) is str:
-            found = self._names.get((module, name))
+            found = ALLOWED_FUNCTIONS.get((module, name)) or self._names.get((module, name))
         if found is None:
             asked = f"{module!s:.60}.{name!s:.60}"
             raise UnpicklingError(f"it asks for {asked if asked.isprintable() else ascii(asked)}")
@@ -222,6 +230,7 @@ class _Machine:
         function, arguments = self._pop_many(2)
         if type(function) is not AllowedFunction or type(arguments) is not tuple:
             raise UnpicklingError(f"it calls a {type(function).__name__}")
+        self._spend(arguments)
         self._stack.append(function(*arguments))
 
     def _make(self) -> None:
@@ -234,8 +243,17 @@ class _Machine:
         target, state = self._pop_many(2)
         if type(target) not in (SafeDtype, SafeArray, SafeRecord):
             raise UnpicklingError(f"it changes a {type(target).__name__}: {shown(state)}")
+        if type(state) is tuple:
+            self._spend(state)
         target.__setstate__(state)
         self._stack.append(target)
+
+    def _spend(self, arguments: tuple[Any, ...]) -> None:
+        for value in arguments:
+            if type(value) is memoryview:
+                self._bytes_left -= len(value)
+        if self._bytes_left < 0:
+            raise UnpicklingError("it makes many arrays of the same bytes")
 
 
 _STOP = ord(".")

@@ -19,7 +19,7 @@ from tests.fuzz.feed import reached
 from tests.fuzz.targets import open_target
 
 PACKAGES = ["transport", "runtime", "policies"]
-COMPILED = ["transport.shm.atomics", "transport.shm.ring_kernels"]
+COMPILED = ["transport.shm.atomics", "transport.shm.ring_kernels", "runtime.gateway.planes"]
 TELL_EVERY = 1024
 
 

@@ -161,18 +161,72 @@ CYCLE.append(CYCLE)
         # BUILD with a dict and with slots, on what stands for numpy.dtype.
         (b"\x80\x04\x8c\x05numpy\x8c\x05dtype\x93}\x8c\x01xK\x01sb.", "it changes a function"),
         (b"\x80\x04\x8c\x05numpy\x8c\x05dtype\x93N}\x8c\x01xK\x01s\x86b.", "it changes a function"),
-        # As a key, it would be hashed by recursion.
-        (b"\x80\x02})" + b"\x85" * 20_000 + b"K\x01s.", "more than .* 10000 tuples"),
-        (b"\x80\x02Nr\x00\x00\x10\x00.", "it has the memo index 1048576"),
+        (b"\x80\x02)" + b"\x85" * 20_000 + b".", "or 32 levels"),
+        (b"N0" * 500_001 + b"N.", "more than 1000000 instructions"),
         (pickle.dumps(LAUGHS), "over 1000000 values"),
         (pickle.dumps(CYCLE), "or 32 levels"),
     ],
-    ids=["attributes", "slots", "tuples", "memo", "sharing", "cycle"],
+    ids=["attributes", "slots", "tuples", "instructions", "sharing", "cycle"],
 )
 def test_small_files_that_are_too_much(tmp_path, content, message):
     (tmp_path / "s.pkl").write_bytes(content)
     with pytest.raises(CheckpointError, match=message):
         read_pickle(tmp_path / "s.pkl")
+
+
+def _doubled(levels):
+    """A tuple of 2**levels values, in which every level is one tuple twice."""
+    return b"N" + b"".join(
+        b"q" + bytes((at,)) + b"h" + bytes((at,)) + b"\x86" for at in range(levels)
+    )
+
+
+HASHED = {
+    "one key": b"}" + _doubled(60) + b"Ns.",
+    "many keys": b"}(" + _doubled(60) + b"Nu.",
+    "a dict of protocol 0": b"(" + _doubled(60) + b"Nd.",
+    "a key among others": b"}(U\x01aN" + _doubled(60) + b"Nu.",
+    "a key of what is dropped": b"}" + _doubled(60) + b"Ns0N.",
+    "a key of a state": b"cnumpy\ndtype\nU\x02f8\x85R}" + _doubled(60) + b"Nsb.",
+    "a set": b"\x8f(" + _doubled(60) + b"\x90.",
+    "a frozen set": b"(" + _doubled(60) + b"\x91.",
+    "deep recursion": b"})" + b"\x85" * 900_000 + b"K\x01s.",
+    "equal hashes": b"}("
+    + b"".join(
+        b"\x8a\x0c" + ((2**61 - 1) * (2**30 + n)).to_bytes(12, "little") + b"N"
+        for n in range(200_000)
+    )
+    + b"u.",
+}
+
+
+@pytest.mark.parametrize("case", HASHED)
+def test_a_key_that_takes_forever_to_be_hashed(tmp_path, case):
+    path = tmp_path / "s.pkl"
+    path.write_bytes(b"\x80\x04" + HASHED[case])
+    code = "import sys; from pathlib import Path; from policies.checkpoint.safe_pickle import *\n"
+    code += "read_pickle(Path(sys.argv[1]))"
+    done = subprocess.run(  # hashing cannot be interrupted
+        [sys.executable, "-c", code, str(path)],
+        capture_output=True,
+        text=True,
+        check=False,
+        timeout=20,
+    )
+    expected = ("a tuple for a key", "it has a set", "a number of 91 bits", "a number of 92 bits")
+    assert any(text in done.stderr for text in expected), done.stderr[-2000:]
+
+
+@pytest.mark.parametrize("keys", ["ax", [0, 1], [-(2**63), 2**64 - 1]])
+@pytest.mark.parametrize("protocol", [0, 1, 2, 3, 4, 5])
+def test_keys_of_every_protocol(tmp_path, keys, protocol):
+    for value in (dict.fromkeys(keys, (1, "x")), dict.fromkeys(keys[:1], 0.5), {}):
+        assert read_pickle(write(tmp_path / "s.pkl", [value, value], protocol)) == [value, value]
+
+
+def test_a_memo_with_a_large_index_costs_nothing(tmp_path):
+    (tmp_path / "s.pkl").write_bytes(b"\x80\x02Nr\xff\xff\xff\xff.")
+    assert read_pickle(tmp_path / "s.pkl") is None
 
 
 FUZZ = r"""
