@@ -9,13 +9,14 @@ them; ILStudio's server is a thread of another process than the client's.
 
 from __future__ import annotations
 
-import argparse
 from contextlib import ExitStack
 from typing import Any
 
 import numpy as np
 
 from bench.null_policy import NullPolicy
+from policies.command_line import CommandLine, Number
+from policies.number_ranges import COUNT
 from runtime.server.server_process import ServerProcess
 from tests.gateway.ilstudio_peer import FOLDER, PYTHON, Peer, available
 from transport.child_process import ChildProcess
@@ -54,9 +55,9 @@ def measure(blocks: int, block: int) -> dict[str, Any]:
 
 
 def main() -> int:
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--blocks", type=int, default=20)
-    parser.add_argument("--block", type=int, default=25)
+    parser = CommandLine(description=__doc__)
+    parser.add_argument("--blocks", type=Number(int, COUNT), default=20)
+    parser.add_argument("--block", type=Number(int, COUNT), default=25)
     flags = parser.parse_args()
     if not available():
         parser.error(f"{FOLDER} and {PYTHON} are not set")

@@ -9,7 +9,6 @@
 
 from __future__ import annotations
 
-import argparse
 import json
 import os
 import socket
@@ -21,6 +20,8 @@ from pathlib import Path
 import numpy as np
 
 from bench.null_policy import NullPolicy
+from policies.command_line import CommandLine, Number
+from policies.number_ranges import COUNT
 from runtime.server.server_process import ServerProcess
 from transport.child_process import ChildProcess
 
@@ -66,9 +67,9 @@ def measure(python: str, blocks: int, block: int) -> dict[str, np.ndarray]:
 
 
 def main() -> int:
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--blocks", type=int, default=10)
-    parser.add_argument("--block", type=int, default=20)
+    parser = CommandLine(description=__doc__)
+    parser.add_argument("--blocks", type=Number(int, COUNT), default=10)
+    parser.add_argument("--block", type=Number(int, COUNT), default=20)
     flags = parser.parse_args()
     python = os.environ.get("METRONOME_LEROBOT_PYTHON")
     if not python:
