@@ -45,6 +45,10 @@ WITH_API_KEYS = ("openpi", "groot")
 """The protocols that have a place for a key."""
 
 
+PLAYED_AT_ONCE = ("ilstudio", "openpi")
+"""Protocols that cannot say for which tick an action is."""
+
+
 class Gateway(Protocol):
     """A listener for the clients of one foreign protocol.
 
@@ -102,7 +106,6 @@ def main(argv: Sequence[str] | None = None) -> int:
     logging.basicConfig(
         level=command.log_level, format="%(asctime)s %(levelname)s %(name)s: %(message)s"
     )
-    keep_freed_memory()
     return _serve(command, keys, api_keys)
 
 
@@ -149,6 +152,11 @@ def _serve(command: GatewayCommand, keys: ObservationKeys, api_keys: ApiKeys | N
         probe = GatewaySession(command, f"{command.protocol} gateway")
         contract = probe.contract
         probe.close()
+        if contract.first_action_offset and command.protocol in PLAYED_AT_ONCE:
+            raise InvalidConfig(
+                f"policy: got a first action {contract.first_action_offset} ticks after its "
+                f"observation, expected 0: clients of {command.protocol} execute it at once"
+            )
         gateway: Gateway = make(command, keys, api_keys, contract)
     except (InvalidConfig, OSError, ValueError) as error:
         return _fail(error, ready_fd=command.ready_fd)

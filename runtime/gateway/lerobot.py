@@ -94,6 +94,7 @@ class LerobotGateway:
             for camera in contract.cameras
         )
         self._peers: dict[str, LerobotPeer] = {}
+        self._delayed = 0
         self._ending: list[LerobotPeer] = []
         self._stopping = asyncio.Event()
         self._loop = asyncio.new_event_loop()
@@ -231,10 +232,12 @@ class LerobotGateway:
                 grpc.StatusCode.RESOURCE_EXHAUSTED,
                 "got a second observation, expected the end of the first one",
             )
-        peer.receiving = True
+        peer.receiving, episode = True, peer.episode
         try:
             async with asyncio.timeout(RECEIVE_S):
-                peer.offer(await join_parts(parts, self._max_bytes))
+                content = await join_parts(parts, self._max_bytes)
+            if peer.episode == episode:  # else it was begun before a reset
+                peer.offer(content)
         except TimeoutError as error:
             raise Refusal(
                 grpc.StatusCode.ABORTED, f"observation: got no END within {RECEIVE_S:g} s"
@@ -246,10 +249,22 @@ class LerobotGateway:
     async def _act(self, _: bytes, name: str) -> bytes:
         known = self._peers.get(name)
         if known is None or known.accepted is None:
-            await asyncio.sleep(WAIT_S)  # its client would ask again at once, without end
+            await self._delay()
         peer, accepted = self._accepted_peer(name)
         content = await peer.newest(WAIT_S)
         return b"" if content is None else write_bytes(1, await peer.answer(content, accepted))
+
+    async def _delay(self) -> None:
+        """Wait before a refusal: a client would ask again at once, without end.
+
+        Not for more calls than there may be clients: the number of running calls is limited.
+        """
+        if self._delayed < self._command.max_clients:
+            self._delayed += 1
+            try:
+                await asyncio.sleep(WAIT_S)
+            finally:
+                self._delayed -= 1
 
     def _accepted_peer(self, name: str) -> tuple[LerobotPeer, Accepted]:
         peer = self._peers.get(name)

@@ -24,6 +24,7 @@ from runtime.gateway.observation_map import COLOURS, ObservationMap
 
 logger = logging.getLogger(__name__)
 
+STATE = "lerobot_features.observation.state"
 POSITION = ".pos"
 """What LeRobot appends to a motor's name."""
 
@@ -55,7 +56,7 @@ class LerobotPeer:
     def __init__(self, name: str, command: GatewayCommand, keys: ObservationKeys) -> None:
         self.name = name
         self.accepted: Accepted | None = None
-        self.receiving = False
+        self.receiving, self.episode = False, 0
         self._command, self._keys = command, keys
         self._worker = ThreadPoolExecutor(1, thread_name_prefix=f"lerobot {name}")
         self._ended: Future[None] | None = None
@@ -92,6 +93,7 @@ class LerobotPeer:
             TransportError, ContractMismatch, KeyFileError: As ``GatewaySession``.
         """
         self.accepted = self._newest = None
+        self.episode += 1
         await self._run(self._reset)
 
     async def instruct(self, content: bytes) -> None:
@@ -219,27 +221,35 @@ def observation_map(
             "a camera",
             f"only the policy's cameras, {sorted(used)}",
         )
+    names = instructions.state_names
+    _check_motors(names, contract)
+    mapped = [source.key for source in keys.state if source.key in names]
+    if mapped != [name for name in names if name in mapped]:
+        raise ContractMismatch(
+            f"{STATE}.names", f"{list(names)!s:.200}", f"the order of the map, {mapped!s:.200}"
+        )
     if not keys.state:
-        names = _state_order(instructions.state_names, contract)
+        if len(names) != contract.state_dim:
+            raise ContractMismatch(STATE, f"{len(names)} numbers", f"{contract.state_dim}")
         keys = dataclasses.replace(keys, state=tuple(StateSource(name) for name in names))
     return ObservationMap(
         contract, keys, image_keys=lambda name: (key_of.get(name, name),), state_keys=()
     )
 
 
-def _state_order(names: tuple[str, ...], contract: PolicyContract) -> tuple[str, ...]:
-    """The robot's names in the policy's order; in the robot's where the policy names none."""
-    field = "lerobot_features.observation.state"
-    if len(names) != contract.state_dim:
+def _check_motors(names: tuple[str, ...], contract: PolicyContract) -> None:
+    """Refuse a robot whose motors are not the policy's, in the policy's order.
+
+    LeRobot's client gives an action's numbers to its motors in their order, and sends their names
+    as those of the state. In another order an action would move the wrong motors.
+    """
+    if len(names) != contract.action_dim:
         raise ContractMismatch(
-            field, f"{len(names)} numbers {list(names)!s:.200}", f"{contract.state_dim}"
+            STATE, f"{len(names)} motors {list(names)!s:.200}", f"{contract.action_dim}, as actions"
         )
-    if not contract.state_names:
-        return names
-    plain = {name.removesuffix(POSITION): name for name in names}
-    wanted = [name.removesuffix(POSITION) for name in contract.state_names]
-    if sorted(plain) != sorted(wanted):
+    wanted = contract.action_names or contract.state_names
+    plain = [name.removesuffix(POSITION) for name in names]
+    if wanted and plain != [name.removesuffix(POSITION) for name in wanted]:
         raise ContractMismatch(
-            f"{field}.names", f"{list(names)!s:.300}", f"{list(contract.state_names)!s:.300}"
+            f"{STATE}.names", f"{list(names)!s:.300}", f"{list(wanted)!s:.300}, in this order"
         )
-    return tuple(plain[name] for name in wanted)

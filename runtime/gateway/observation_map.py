@@ -150,6 +150,8 @@ def _part(observation: Mapping[str, Any], source: StateSource) -> NDArray[np.flo
         array = np.empty(0, object)
     if array.dtype.kind not in "biuf":
         raise ContractMismatch(f"state ({source.key})", f"{value!r:.60}", "numbers")
+    if sum(length > 1 for length in array.shape) > 1:
+        raise ContractMismatch(f"state ({source.key})", f"shape {array.shape}", "one row")
     with np.errstate(over="ignore"):  # infinity, which the policy refuses
         whole = array.astype(np.float32, copy=False).reshape(-1)
     stop = len(whole) if source.stop is None else source.stop

@@ -112,20 +112,38 @@ class OpenpiGateway:
             logger=quiet,
         )
         self._serve_socket, self._server.handler = self._server.handler, self._bounded
-        self._accepting = threading.Thread(target=self._server.serve_forever, name="openpi")
+        self._accepting = threading.Thread(target=self._accept, name="openpi")
+        self._stop_asked = False
         self._stopped, self._stopper = socket.socketpair()  # safe to use in a signal handler
         self._stopper.setblocking(False)
         self.port: int = self._server.socket.getsockname()[1]
 
     def serve(self) -> None:
-        """Serve clients until ``stop``."""
+        """Serve clients until ``stop``.
+
+        Raises:
+            RuntimeError: It can accept no more clients, e.g. for want of descriptors.
+        """
         self._accepting.start()
         self._stopped.recv(1)
+        if not self._stop_asked:
+            raise RuntimeError("the openpi gateway cannot accept clients any more")
 
     def stop(self) -> None:
         """Make ``serve`` return soon. For a signal handler or another thread. Idempotent."""
-        with contextlib.suppress(OSError):  # stopped before, or closed
+        self._stop_asked = True
+        self._end_serving()
+
+    def _end_serving(self) -> None:
+        with contextlib.suppress(OSError):  # ended before, or closed
             self._stopper.send(b"x")
+
+    def _accept(self) -> None:
+        """Accept clients. The library ends that without a word after a failed accept."""
+        try:
+            self._server.serve_forever()
+        finally:
+            self._end_serving()
 
     def close(self) -> None:
         """End all sessions and free the address. Call it after ``serve``. Idempotent.
@@ -217,7 +235,7 @@ class OpenpiGateway:
         """
         session = GatewaySession(self._command, name)
         try:
-            session.contract.require(self._contract)
+            session.contract.require(self._contract, but=("normalizer_hash",))
             if session.episode_state:
                 raise ContractMismatch(
                     "policy",

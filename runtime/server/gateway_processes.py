@@ -12,7 +12,6 @@ Each gateway has a thread, which nearly always sleeps. The serving thread does n
 
 from __future__ import annotations
 
-import contextlib
 import dataclasses
 import logging
 import os
@@ -137,21 +136,29 @@ class GatewayProcesses:
     def _run(self, number: int, options: GatewayOptions) -> None:
         """Keep one gateway running until the server closes."""
         name = f"the {options.protocol} gateway"
-        with contextlib.suppress(_Stopping):
-            try:
-                child = self._start(name, options)
-            except (ChildFailed, OSError) as error:
-                self._report_failure(str(error))
-                return
-            address = child.ready["address"]
-            self._report_ready(number, RunningGateway(options.protocol, address))
-            # A restart must not choose another port.
-            options = dataclasses.replace(options, port=parse_address(address)[1])
-            short_runs = 0
-            while True:
-                ran_s = self._wait_for_end(child)
-                short_runs = 0 if ran_s >= HEALTHY_S else short_runs + 1
-                child, short_runs = self._restart(name, options, short_runs)
+        try:
+            self._keep_running(name, number, options)
+        except _Stopping:
+            pass
+        except Exception as error:  # e.g. the banner cannot be printed: the gateway is gone
+            logger.exception("%s is not kept running", name)
+            self._report_failure(f"{name}: {error!r}")
+
+    def _keep_running(self, name: str, number: int, options: GatewayOptions) -> None:
+        try:
+            child = self._start(name, options)
+        except (ChildFailed, OSError) as error:
+            self._report_failure(str(error))
+            return
+        address = child.ready["address"]
+        self._report_ready(number, RunningGateway(options.protocol, address))
+        # A restart must not choose another port.
+        options = dataclasses.replace(options, port=parse_address(address)[1])
+        short_runs = 0
+        while True:
+            ran_s = self._wait_for_end(child)
+            short_runs = 0 if ran_s >= HEALTHY_S else short_runs + 1
+            child, short_runs = self._restart(name, options, short_runs)
 
     def _wait_for_end(self, child: ChildProcess) -> float:
         """Wait until a gateway that is ready ends; return how long that took, in seconds."""

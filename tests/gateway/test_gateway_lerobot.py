@@ -201,7 +201,7 @@ def test_waiting_clients_hold_no_thread(
         ({"policy_type": "act"}, "policy_type: got 'act', expected 'toy'"),
         (
             {"lerobot_features": features(MOTORS[:6])},
-            "observation.state: got 6 numbers ['motor_0.pos', 'motor_1.pos'",
+            "observation.state: got 6 motors ['motor_0.pos', 'motor_1.pos'",
         ),
         (
             {"lerobot_features": features(cameras=())},
@@ -234,25 +234,39 @@ def test_calls_out_of_order(client: LerobotClient) -> None:
     refused(Status.FAILED_PRECONDITION, "expected Ready", lambda: client.send(observation()))
 
 
-def test_state_is_in_the_policys_order_where_it_names_it() -> None:
-    contract = dataclasses.replace(CONTRACT, state_names=tuple(name[:-4] for name in MOTORS))
-    sent = read_instructions(instructions(lerobot_features=features(reversed(MOTORS))))
+def test_motors_in_another_order_than_the_policys_are_refused() -> None:
+    """LeRobot's client gives an action's numbers to its motors in their order."""
+    names = tuple(name[:-4] for name in MOTORS)
+    contract = dataclasses.replace(CONTRACT, state_names=names)
+    sent = read_instructions(instructions(lerobot_features=features(MOTORS)))
     read = lerobot_peer.observation_map(sent, contract, ObservationKeys()).read(values())
     np.testing.assert_array_equal(read.state, np.arange(14, dtype=np.float32) / 64)
-    other = dataclasses.replace(contract, state_names=tuple(f"joint_{i}" for i in range(14)))
-    with pytest.raises(ContractMismatch, match=r"names: got .*motor_13.*expected \['joint_0'"):
-        lerobot_peer.observation_map(sent, other, ObservationKeys())
+    other = read_instructions(instructions(lerobot_features=features(reversed(MOTORS))))
+    for named in ({"state_names": names}, {"action_names": names}):
+        contract = dataclasses.replace(CONTRACT, **named)
+        with pytest.raises(ContractMismatch, match=r"names: got .*motor_13.*, in this order"):
+            lerobot_peer.observation_map(other, contract, ObservationKeys())
+    keys = ObservationKeys(state=tuple(StateSource(name) for name in MOTORS))
+    with pytest.raises(ContractMismatch, match=r"names: got .*motor_13.*the order of the map"):
+        lerobot_peer.observation_map(other, CONTRACT, keys)
+
+
+def test_a_robot_with_more_motors_than_actions_is_refused_with_a_map_too() -> None:
+    sent = read_instructions(instructions(lerobot_features=features((*MOTORS, "lift.pos"))))
+    keys = ObservationKeys(state=tuple(StateSource(name) for name in MOTORS))
+    with pytest.raises(ContractMismatch, match=r"got 15 motors .*expected 14, as actions"):
+        lerobot_peer.observation_map(sent, CONTRACT, keys)
 
 
 def test_the_users_map_and_the_clients_own() -> None:
     given = features(cameras=("front",))
     keys = ObservationKeys(
-        {"top": ImageSource("front")}, tuple(StateSource(name) for name in reversed(MOTORS))
+        {"top": ImageSource("front")}, tuple(StateSource(name) for name in MOTORS)
     )
     observed = {("front" if key == "top" else key): value for key, value in values().items()}
     sent = read_instructions(instructions(lerobot_features=given))
     read = lerobot_peer.observation_map(sent, CONTRACT, keys).read(observed)
-    np.testing.assert_array_equal(read.state[::-1], np.arange(14, dtype=np.float32) / 64)
+    np.testing.assert_array_equal(read.state, np.arange(14, dtype=np.float32) / 64)
     renamed = {"observation.images.front": "observation.images.top"}
     sent = read_instructions(instructions(lerobot_features=given, rename_map=renamed))
     read = lerobot_peer.observation_map(sent, CONTRACT, ObservationKeys()).read(observed)

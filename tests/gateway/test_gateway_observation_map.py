@@ -98,6 +98,12 @@ def test_a_state_may_be_any_numbers(state: Any) -> None:
     check(read({**OBSERVATION, "state": state}))
 
 
+def test_a_history_of_states_is_refused() -> None:
+    """Its first row would be the oldest one."""
+    with pytest.raises(ContractMismatch, match=r"got shape \(2, 3\), expected one row"):
+        read({**OBSERVATION, "state": np.stack([STATE, STATE])})
+
+
 def test_a_state_is_put_together_in_the_maps_order() -> None:
     keys = ObservationKeys(
         state=(StateSource("arm/joints", 1, 3), StateSource("gripper", 0, 1)),

@@ -264,10 +264,29 @@ def test_keys_that_do_not_fit_are_refused(server: PolicyServer) -> None:
 
 
 def test_a_server_that_is_another_than_at_the_start_is_refused(server: PolicyServer) -> None:
-    other = dataclasses.replace(CONTRACT, normalizer_hash="other")
+    other = dataclasses.replace(CONTRACT, dt_s=0.1)
     command = command_for(f"{server.host}:{server.port}")
-    with pytest.raises(InvalidConfig, match="normalizer_hash: got "):
+    with pytest.raises(InvalidConfig, match="dt_s: got "):
         OpenpiGateway(command, ObservationKeys(), None, other)
+
+
+def test_a_reload_with_other_statistics_keeps_serving(server: PolicyServer) -> None:
+    """The server applies them; the server's own reload allows it, too."""
+    before = dataclasses.replace(CONTRACT, normalizer_hash="before")
+    command = command_for(f"{server.host}:{server.port}")
+    OpenpiGateway(command, ObservationKeys(), None, before).close()
+
+
+def test_a_gateway_that_can_accept_no_more_ends_with_an_error(server: PolicyServer) -> None:
+    """So that it is started again, and is not deaf for good."""
+    command = command_for(f"{server.host}:{server.port}")
+    deaf = OpenpiGateway(command, ObservationKeys(), None, CONTRACT)
+    deaf._server.socket.close()
+    try:
+        with pytest.raises(RuntimeError, match="cannot accept clients any more"):
+            deaf.serve()
+    finally:
+        deaf.close()
 
 
 def test_a_taken_port_is_an_error(gateway: OpenpiGateway, server: PolicyServer) -> None:
