@@ -161,8 +161,12 @@ def test_sweep_removes_only_names_without_an_owner() -> None:
         held.close()
 
 
+@pytest.mark.alone
 def test_a_sweep_between_creation_and_lock_is_survived(monkeypatch: pytest.MonkeyPatch) -> None:
-    """The creator finds its name gone, or the lock taken, and makes another."""
+    """The creator finds its name gone, or the lock taken, and makes another.
+
+    Alone: a server that another test starts sweeps, too.
+    """
     lock, times = fcntl.flock, 0
     swept: list[str] = []
 
