@@ -217,6 +217,12 @@ class BaseChannel(Channel):
         self._loan_open = True
         return SlotLoan(self, views)
 
+    def require_peer(self) -> None:
+        """See ``Channel.require_peer``."""
+        if self.gone_reason is None and self._closed is None:
+            self._check_peer()
+        self._require_peer()
+
     def cancel_loan(self) -> None:
         """End the loan without sending; the next ``loan`` gets the same slot."""
         self._loan_open = False

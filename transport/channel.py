@@ -133,6 +133,14 @@ class Channel(abc.ABC):
             ChannelClosed: This side has closed.
         """
 
+    @abc.abstractmethod
+    def require_peer(self) -> None:
+        """Check, without blocking, that the peer is there; for a caller that has a loan.
+
+        Raises:
+            PeerGone: The peer has closed or died.
+        """
+
     def send(self, arrays: Arrays, request_id: int, *, budget_ns: int = 0) -> None:
         """Copy ``arrays`` into a slot and publish it.
 

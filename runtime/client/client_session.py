@@ -123,6 +123,8 @@ class ClientSession:
         if self._loan is None:
             self._send_reset()
             self._loan = self.channel.loan()
+        else:
+            self.channel.require_peer()  # as a new loan does
         return self._loan
 
     def _send_reset(self) -> None:
