@@ -24,6 +24,9 @@ from transport.shm.segment import (
     sweep,
 )
 
+pytestmark = pytest.mark.alone
+"""Other tests make segments, and their servers sweep."""
+
 
 def path_of(segment: Segment) -> Path:
     return FOLDER / segment.name.lstrip("/")
@@ -161,12 +164,8 @@ def test_sweep_removes_only_names_without_an_owner() -> None:
         held.close()
 
 
-@pytest.mark.alone
 def test_a_sweep_between_creation_and_lock_is_survived(monkeypatch: pytest.MonkeyPatch) -> None:
-    """The creator finds its name gone, or the lock taken, and makes another.
-
-    Alone: a server that another test starts sweeps, too.
-    """
+    """The creator finds its name gone, or the lock taken, and makes another."""
     lock, times = fcntl.flock, 0
     swept: list[str] = []
 
