@@ -19,6 +19,8 @@ settings.load_profile("metronome")
 SHM = Path("/dev/shm")
 # Two files that every worker of pytest-xdist can lock; what is in them does not matter.
 QUEUE, MACHINE = Path(__file__), Path(__file__).parents[1] / "pyproject.toml"
+OTHERS_S = 2.0
+"""How long another worker's segment may be nobody's."""
 
 
 @pytest.hookimpl(wrapper=True, tryfirst=True)
@@ -84,6 +86,8 @@ def _nothing_left_behind() -> Iterator[None]:
     assert not left, f"threads left running: {left}"
     children = multiprocessing.active_children()
     assert not children, f"child processes left running: {children}"
-    if _segments() - segments:
-        time.sleep(0.1)  # a segment that another worker made just now is not locked yet
+    # What another worker made just now is not locked yet, and what its dead leave is soon swept.
+    deadline_s = time.monotonic() + OTHERS_S
+    while _segments() - segments and time.monotonic() < deadline_s:
+        time.sleep(0.05)
     assert not _segments() - segments, "segments left in /dev/shm"
