@@ -109,7 +109,7 @@ def test_actions_are_those_of_our_own_client(tmp_path: Path, sees: bool) -> None
     ("changes", "reason"),
     [
         ({"policy_type": "act"}, "policy_type: got 'act', expected 'toy'"),
-        ({"motors": 6}, "observation.state: got 6 numbers"),
+        ({"motors": 6}, "observation.state: got 6 motors"),
     ],
     ids=["policy", "motors"],
 )
