@@ -94,6 +94,20 @@ def take_stdin() -> int:
     return kept
 
 
+def stop_with_stdin() -> None:
+    """Send this process SIGTERM when its standard input closes: it must not outlive its parent.
+
+    Third-party code may read standard input; it cannot consume the parent's end of file.
+    """
+    threading.Thread(target=_stop_at_end_of_file, args=(take_stdin(),), daemon=True).start()
+
+
+def _stop_at_end_of_file(fd: int) -> None:
+    while os.read(fd, 4096):
+        pass
+    os.kill(os.getpid(), signal.SIGTERM)
+
+
 class Isolation:
     """Keeps the parent's two pipes out of reach of third-party code; see ``isolate``.
 

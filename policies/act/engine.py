@@ -8,13 +8,16 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Protocol
+from typing import TYPE_CHECKING, Protocol
 
 import numpy as np
 from numpy.typing import NDArray
 
 from policies.act.config import ActConfig
 from policies.errors import ContractMismatch, PolicyError
+
+if TYPE_CHECKING:
+    from policies.act.registered_memory import RegisteredMemory
 
 ENGINES = ("auto", "torch", "openvino", "cuda-graph")
 """Valid engine names."""
@@ -102,6 +105,8 @@ class Engine(Protocol):
         sizes: Prepared batch sizes, ascending. A batch is padded to the next larger one; (1,)
             means that observations are computed one after another.
         exact: Whether an observation's actions have the same bits in every batch.
+        registered_memory: Where to register memory that holds images, so that the engine reads them
+            directly; None where it reads any memory.
     """
 
     name: str
@@ -110,6 +115,7 @@ class Engine(Protocol):
     threads: int
     sizes: tuple[int, ...]
     exact: bool
+    registered_memory: RegisteredMemory | None
 
     def staging(self, slot: int) -> Frames:
         """Return the engine's own input arrays for observation ``slot`` < ``MAX_BATCH``.
@@ -139,6 +145,7 @@ class HostEngine:
 
     sizes: tuple[int, ...] = (1,)
     exact = True
+    registered_memory: RegisteredMemory | None = None
 
     def __init__(self, config: ActConfig) -> None:
         self._config = config

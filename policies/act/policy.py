@@ -118,8 +118,7 @@ class ActPolicy:
         """Where to register memory that holds images, so that the engine reads them directly; None
         where the engine reads any memory directly.
         """
-        registry: RegisteredMemory | None = getattr(self._engine, "registered_memory", None)
-        return registry
+        return self._engine.registered_memory
 
     def reset(self) -> None:
         """Does nothing: there is no episode state."""

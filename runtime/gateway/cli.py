@@ -11,7 +11,6 @@ import logging
 import os
 import signal
 import sys
-import threading
 from collections.abc import Sequence
 from importlib import import_module
 from pathlib import Path
@@ -26,7 +25,7 @@ from runtime.gateway.api_keys import ApiKeys
 from runtime.gateway.config import GatewayCommand, ObservationKeys
 from runtime.gateway.gateway_session import GatewaySession
 from transport.address import format_address, is_loopback, parse_address
-from transport.child_process import die_with_parent, take_stdin, write_event
+from transport.child_process import die_with_parent, stop_with_stdin, write_event
 from transport.errors import TransportError
 from transport.zeromq.curve import KeyFileError
 from transport.zeromq.malloc import keep_freed_memory
@@ -102,7 +101,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     if command.stop_with_stdin:
         # The kernel ends a gateway that is stuck, too; it would keep the next one's port.
         die_with_parent(os.getppid())
-        threading.Thread(target=_stop_at_end_of_file, args=(take_stdin(),), daemon=True).start()
+        stop_with_stdin()
     logging.basicConfig(
         level=command.log_level, format="%(asctime)s %(levelname)s %(name)s: %(message)s"
     )
@@ -173,13 +172,6 @@ def _serve(command: GatewayCommand, keys: ObservationKeys, api_keys: ApiKeys | N
     finally:
         gateway.close()
     return 0
-
-
-def _stop_at_end_of_file(fd: int) -> None:
-    """Stop when ``fd`` closes: a gateway must not outlive the server that started it."""
-    while os.read(fd, 4096):
-        pass
-    os.kill(os.getpid(), signal.SIGTERM)
 
 
 def _fail(error: Exception, status: int = BAD_INPUT, ready_fd: int | None = None) -> int:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import Annotated, Literal
+from typing import Annotated
 
 from policies.flag_builder import Flag, Group
 from policies.number_ranges import (
@@ -18,13 +18,11 @@ from policies.number_ranges import (
 )
 from runtime.options.connection import ConnectionOptions
 from runtime.options.defaults import DEFAULT_PORT
+from runtime.options.gateways import DEADLINE_MS, PROTOCOLS, Kind, check_demand
 from runtime.options.shared_flags import LogLevel
 
-PROTOCOLS = ("ilstudio", "openpi", "lerobot", "groot")
-"""Names of the gateways."""
 LAYOUTS = ("auto", "hwc", "chw")
 """Order of an image's axes; "auto": told by its shape."""
-DEADLINE_MS = Range(0, 60_000, above=True)
 STATE_INDEX = Range(0, 10_000)
 DESCRIPTOR = Range(3, 1_048_576)
 
@@ -86,9 +84,7 @@ class SessionOptions:
         ValueError: A value is out of range, or a robot's demand is incomplete.
     """
 
-    kind: Annotated[
-        Literal["robot", "sim"], Flag("kind of the sessions; robots are served first")
-    ] = "sim"
+    kind: Annotated[Kind, Flag("kind of the sessions; robots are served first")] = "sim"
     rate_hz: Annotated[
         float | None, RATE_HZ, Flag("requests per second of each session, for admission")
     ] = None
@@ -99,8 +95,7 @@ class SessionOptions:
 
     def __post_init__(self) -> None:
         check_ranges(self)
-        if self.kind == "robot" and (self.rate_hz is None or self.deadline_ms is None):
-            raise ValueError("kind robot: expected rate_hz and deadline_ms, too")
+        check_demand(self.kind, self.rate_hz, self.deadline_ms)
 
 
 @dataclass(frozen=True, slots=True)

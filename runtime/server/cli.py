@@ -39,7 +39,7 @@ from runtime.server.warmup import measure_costs, warm_up
 from runtime.trace import recorder as trace
 from runtime.trace.buffer import TraceError
 from transport.address import format_address, is_loopback
-from transport.child_process import take_stdin, write_event
+from transport.child_process import stop_with_stdin, write_event
 from transport.errors import TransportError
 from transport.zeromq.curve import KeyFileError
 from transport.zeromq.malloc import keep_freed_memory
@@ -90,8 +90,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         except OSError as error:
             return _fail(ValueError(f"--ready_fd: got {command.ready_fd}: {error.strerror}"))
     if command.stop_with_stdin:
-        # A policy's code may read standard input; it must not consume the parent's end of file.
-        threading.Thread(target=_stop_at_end_of_file, args=(take_stdin(),), daemon=True).start()
+        stop_with_stdin()
     keep_freed_memory()
     logging.basicConfig(
         level=command.log_level, format="%(asctime)s %(levelname)s %(name)s: %(message)s"
@@ -250,13 +249,6 @@ def _operator_services(server: PolicyServer, config: ServerConfig) -> Iterator[N
 
         stack.push(close_loader)
         yield
-
-
-def _stop_at_end_of_file(fd: int) -> None:
-    """Stop the server when ``fd`` closes: it must not outlive the process that started it."""
-    while os.read(fd, 4096):
-        pass
-    os.kill(os.getpid(), signal.SIGTERM)
 
 
 def _stop_on_signals(server: PolicyServer) -> None:

@@ -4,14 +4,12 @@ from __future__ import annotations
 
 import argparse
 from dataclasses import dataclass
-from typing import Annotated, Literal
+from typing import Annotated
 
-from policies.number_ranges import PORT_OR_ANY, RATE_HZ, Choice, Range, check_ranges
+from policies.number_ranges import PORT_OR_ANY, RATE_HZ, Choice, check_ranges
+from runtime.options.gateways import DEADLINE_MS, PROTOCOLS, Kind, check_demand
 
-PROTOCOLS = ("ilstudio", "openpi", "lerobot", "groot")
-"""Those of ``runtime.gateway``, which imports nothing of the server and is not imported by it."""
 FLAG_VALUE = "NAME[:PORT[:CONFIG]]"
-DEADLINE_MS = Range(0, 60_000, above=True)
 
 
 @dataclass(frozen=True, slots=True)
@@ -33,14 +31,13 @@ class GatewayOptions:
     port: Annotated[int | None, PORT_OR_ANY] = None
     config: str = ""
     api_keys: str = ""
-    kind: Literal["robot", "sim"] = "sim"
+    kind: Kind = "sim"
     rate_hz: Annotated[float | None, RATE_HZ] = None
     deadline_ms: Annotated[float | None, DEADLINE_MS] = None
 
     def __post_init__(self) -> None:
         check_ranges(self)
-        if self.kind == "robot" and (self.rate_hz is None or self.deadline_ms is None):
-            raise ValueError("kind robot: expected rate_hz and deadline_ms, too")
+        check_demand(self.kind, self.rate_hz, self.deadline_ms)
 
     def arguments(self) -> list[str]:
         """Return the command line of ``runtime.gateway`` that means these options."""

@@ -18,12 +18,13 @@ from pathlib import Path
 import pytest
 
 from policies.yaml_config import InvalidConfig, parse_config
-from runtime.gateway.config import PROTOCOLS as OF_GATEWAYS
+from runtime.gateway.cli import GATEWAYS
 from runtime.gateway.config import GatewayCommand
+from runtime.options.gateways import PROTOCOLS
 from runtime.server import gateway_processes
 from runtime.server.cli import read_command
 from runtime.server.config import ServerConfig
-from runtime.server.gateway_options import PROTOCOLS, GatewayOptions
+from runtime.server.gateway_options import GatewayOptions
 from runtime.server.gateway_processes import (
     MAX_DELAY_S,
     GatewayProcesses,
@@ -296,7 +297,7 @@ def test_without_gateways_a_server_is_ready_at_once() -> None:
 
 
 def test_the_server_and_the_gateways_name_the_same_protocols() -> None:
-    assert PROTOCOLS == OF_GATEWAYS
+    assert tuple(GATEWAYS) == PROTOCOLS
 
 
 @pytest.mark.parametrize(
