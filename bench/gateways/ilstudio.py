@@ -14,25 +14,18 @@ from typing import Any
 
 import numpy as np
 
+from bench.gateways.measured import gateway_address, report
 from bench.null_policy import NullPolicy
 from policies.command_line import CommandLine, Number
 from policies.number_ranges import COUNT
 from runtime.server.server_process import ServerProcess
 from tests.gateway.ilstudio_peer import FOLDER, PYTHON, Peer, available
-from transport.child_process import ChildProcess
+from transport.address import parse_address
 
 MODEL = f"python:{NullPolicy.__module__}:one_camera"
 WARMUP = 5
 BOUND = 0.05
 """Of the gateway's median ÷ ILStudio's."""
-
-
-def gateway_port(stack: ExitStack, server: str) -> int:
-    """The port of a gateway to ``server``, in its own process."""
-    flags = ["ilstudio", "--server", server, "--port", "0", "--stop_with_stdin"]
-    child = ChildProcess("runtime.gateway", flags, name="the gateway", events_flag="--ready_fd")
-    stack.callback(child.close)
-    return int(child.wait_ready(60.0)["address"].rpartition(":")[2])
 
 
 def measure(blocks: int, block: int) -> dict[str, Any]:
@@ -43,7 +36,8 @@ def measure(blocks: int, block: int) -> dict[str, Any]:
         server = stack.enter_context(ServerProcess(["-m", MODEL]))
         theirs = stack.enter_context(Peer())
         client = stack.enter_context(Peer())
-        client.connect("gateway", gateway_port(stack, server.address))
+        _, port = parse_address(gateway_address(stack, "ilstudio", server.address))
+        client.connect("gateway", port)
         client.connect("ILStudio", theirs.serve())
         samples: dict[str, list[int]] = {"gateway": [], "ILStudio": []}
         for name in samples:
@@ -62,12 +56,7 @@ def main() -> int:
     if not available():
         parser.error(f"{FOLDER} and {PYTHON} are not set")
     samples = measure(flags.blocks, flags.block)
-    for name, spans in samples.items():
-        p50, p99 = np.percentile(spans, (50, 99))
-        print(f"{name:10} p50 {p50:9.0f} µs  p99 {p99:9.0f} µs  of {len(spans)}")
-    ratio = float(np.median(samples["gateway"]) / np.median(samples["ILStudio"]))
-    print(f"gateway ÷ ILStudio {ratio:.4f}, bound {BOUND}")
-    return int(ratio > BOUND)
+    return int(not report(samples, BOUND))
 
 
 if __name__ == "__main__":

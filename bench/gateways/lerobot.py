@@ -19,24 +19,16 @@ from pathlib import Path
 
 import numpy as np
 
+from bench.gateways.measured import gateway_address, report
 from bench.null_policy import NullPolicy
 from policies.command_line import CommandLine, Number
 from policies.number_ranges import COUNT
 from runtime.server.server_process import ServerProcess
-from transport.child_process import ChildProcess
 
 MODEL = f"python:{NullPolicy.__module__}:one_camera"
 PEER = Path(__file__).with_name("lerobot_peer.py")
 BOUND = 1.2
 """Of the gateway's median ÷ LeRobot's."""
-
-
-def gateway_address(stack: ExitStack, server: str) -> str:
-    """The address of a gateway to ``server``, in its own process."""
-    flags = ["lerobot", "--server", server, "--port", "0", "--stop_with_stdin"]
-    child = ChildProcess("runtime.gateway", flags, name="the gateway", events_flag="--ready_fd")
-    stack.callback(child.close, 5.0)
-    return str(child.wait_ready(60.0)["address"])
 
 
 def lerobot_address(stack: ExitStack, python: str, folder: str) -> str:
@@ -57,7 +49,7 @@ def measure(python: str, blocks: int, block: int) -> dict[str, np.ndarray]:
         folder = stack.enter_context(tempfile.TemporaryDirectory())
         server = stack.enter_context(ServerProcess(["-m", MODEL]))
         addresses = {
-            "gateway": gateway_address(stack, server.address),
+            "gateway": gateway_address(stack, "lerobot", server.address),
             "LeRobot": lerobot_address(stack, python, folder),
         }
         command = [python, "-P", PEER, "ask", str(blocks), str(block), *addresses.values()]
@@ -77,12 +69,7 @@ def main() -> int:
     load = os.getloadavg()[0]
     samples = measure(python, flags.blocks, flags.block)
     print(f"{flags.blocks} x {flags.block} exchanges each; load average before {load:.1f}")
-    for name, spans in samples.items():
-        p50, p99 = np.percentile(spans, (50, 99))
-        print(f"{name:10} p50 {p50:9.0f} µs  p99 {p99:9.0f} µs")
-    ratio = float(np.median(samples["gateway"]) / np.median(samples["LeRobot"]))
-    print(f"gateway ÷ LeRobot {ratio:.3f}, bound {BOUND}")
-    return int(ratio > BOUND)
+    return int(not report(samples, BOUND))
 
 
 if __name__ == "__main__":

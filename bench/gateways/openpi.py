@@ -15,19 +15,22 @@ import os
 import socket
 import subprocess
 import time
-from contextlib import closing
+from contextlib import ExitStack
 from pathlib import Path
 
 import numpy as np
 
+from bench.gateways.measured import gateway_address, report
 from policies.types import ActionChunk, CameraContract, MetaObs, PolicyContract, PolicyInfo
 from runtime.server.server_process import ServerProcess
-from transport.child_process import ChildProcess
 
 BLOCKS, BLOCK = 20, 50
 SIZE, STATE, CHUNK = (480, 640), 14, 100
 PEER = Path(__file__).with_name("openpi_peer.py")
 START_WITHIN_S = 30.0
+MODEL = "python:bench.gateways.openpi:ZeroPolicy"
+BOUND = 1.2
+"""Of the gateway's median ÷ openpi's."""
 
 
 class ZeroPolicy:
@@ -78,16 +81,13 @@ def wait_for(port: int) -> None:
 def measure(python: str, source: str) -> dict[str, np.ndarray]:
     """Microseconds of each round trip, by way."""
     port = free_port()
-    with closing(ServerProcess(["-m", "python:bench.gateways.openpi:ZeroPolicy"])) as server:
-        gateway = ChildProcess(
-            "runtime.gateway",
-            ["openpi", "--server", server.address, "--port", "0", "--stop_with_stdin"],
-            name="the gateway",
-            events_flag="--ready_fd",
+    with ExitStack() as stack:
+        server = stack.enter_context(
+            ServerProcess(["-m", "python:bench.gateways.openpi:ZeroPolicy"])
         )
+        ours = gateway_address(stack, "openpi", server.address)
         theirs = subprocess.Popen([python, PEER, "serve", source, str(port)])
         try:
-            ours = gateway.wait_ready(START_WITHIN_S)["address"]
             wait_for(port)
             urls = {"our gateway": f"ws://{ours}", "openpi's server": f"ws://127.0.0.1:{port}"}
             command = [python, PEER, "ask", str(BLOCKS), str(BLOCK), *urls.values()]
@@ -97,19 +97,14 @@ def measure(python: str, source: str) -> dict[str, np.ndarray]:
         finally:
             theirs.kill()
             theirs.wait()
-            gateway.close(1.0)
 
 
-def main() -> None:
+def main() -> int:
     before = os.getloadavg()[0]
     taken_us = measure(os.environ["METRONOME_OPENPI_PYTHON"], os.environ["METRONOME_OPENPI_SOURCE"])
     print(f"{BLOCKS} x {BLOCK} round trips each; load average before {before:.1f}")
-    for way, values in taken_us.items():
-        p50, p99 = np.percentile(values, [50, 99])
-        print(f"{way:16} p50 {p50:8.0f} us   p99 {p99:8.0f} us")
-    ours, theirs = (float(np.median(values)) for values in taken_us.values())
-    print(f"ratio of the medians {ours / theirs:.2f}, added {ours - theirs:.0f} us")
+    return int(not report(taken_us, BOUND))
 
 
 if __name__ == "__main__":
-    main()
+    raise SystemExit(main())

@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import contextlib
-import threading
 from collections.abc import Iterator
 from typing import Any
 
 from policies.types import PolicyContract
 from runtime.gateway.config import GatewayCommand, ObservationKeys
 from runtime.gateway.ilstudio import IlstudioGateway
+from tests.gateway.served import served
 
 
 @contextlib.contextmanager
@@ -22,11 +22,5 @@ def ilstudio_gateway(
     """A gateway to the server at ``server``, served until the end of the block."""
     command = GatewayCommand("ilstudio", server=server, port=0, **options)
     gateway = IlstudioGateway(command, keys or ObservationKeys(), None, contract)
-    thread = threading.Thread(target=gateway.serve)
-    thread.start()
-    try:
+    with served(gateway):
         yield gateway
-    finally:
-        gateway.stop()
-        thread.join()
-        gateway.close()

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
-import threading
 import time
 from collections.abc import Callable, Iterator
 from typing import Any
@@ -18,6 +17,7 @@ from runtime.gateway.api_keys import ApiKeys
 from runtime.gateway.config import GatewayCommand, ObservationKeys, SessionOptions
 from runtime.gateway.groot import GrootGateway
 from runtime.gateway.npy_arrays import decode_array, encode_array
+from tests.gateway.served import served
 from tests.runtime.toy_policy import CONTRACT, STATE_DIM
 
 NO_KEYS = ObservationKeys()
@@ -39,14 +39,8 @@ def gateway(
     command = GatewayCommand("groot", server=server, port=0, **options)
     command = dataclasses.replace(command, sessions=SessionOptions(timeout_s=timeout_s))
     made = GrootGateway(command, keys, api_keys, contract)
-    thread = threading.Thread(target=made.serve)
-    thread.start()
-    try:
+    with served(made):
         yield made
-    finally:
-        made.stop()
-        thread.join()
-        made.close()
 
 
 class GrootPeer:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -11,6 +10,7 @@ from policies.types import PolicyContract
 from runtime.gateway.config import GatewayCommand, ObservationKeys
 from runtime.gateway.lerobot import LerobotGateway
 from runtime.server import PolicyServer
+from tests.gateway.served import served
 from tests.runtime.toy_policy import CONTRACT
 
 
@@ -23,11 +23,5 @@ def gateway_of(
 ) -> Iterator[LerobotGateway]:
     command = GatewayCommand("lerobot", f"{server.host}:{server.port}", port=0, **options)
     gateway = LerobotGateway(command, keys or ObservationKeys(), None, contract)
-    thread = threading.Thread(target=gateway.serve)
-    thread.start()
-    try:
+    with served(gateway):
         yield gateway
-    finally:
-        gateway.stop()
-        thread.join()
-        gateway.close()

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
-import threading
 import time
 from collections.abc import Iterator, Mapping
 from typing import Any
@@ -17,6 +16,7 @@ from runtime.gateway.config import GatewayCommand, ObservationKeys, SessionOptio
 from runtime.gateway.msgpack_arrays import pack, unpack
 from runtime.gateway.openpi import OpenpiGateway
 from runtime.server import PolicyServer
+from tests.gateway.served import served
 from tests.runtime.toy_policy import CONTRACT, ToyPolicy, observation
 
 
@@ -58,14 +58,8 @@ def gateway_to(
     """A gateway to ``server``, served in a thread until the end of the block."""
     command = command_for(f"{server.host}:{server.port}", **options)
     gateway = OpenpiGateway(command, keys or ObservationKeys(), api_keys, contract)
-    thread = threading.Thread(target=gateway.serve)
-    thread.start()
-    try:
+    with served(gateway):
         yield gateway
-    finally:
-        gateway.stop()
-        thread.join()
-        gateway.close()
 
 
 @contextlib.contextmanager
