@@ -97,10 +97,9 @@ def test_forks_of_a_replaced_policy_are_closed_before_it_in_the_same_thread() ->
         assert ("old", CLOSER) not in closed
         two.close()
         one.infer(observation())
-    assert closed[:3] == [("fork of old", CLOSER), ("fork of old", CLOSER), ("old", CLOSER)]
-    (last,) = closed[3:]
-    assert last[0] == "fork of new"
-    assert last[1] != CLOSER
+    # Two threads append; only the order within each of them is certain.
+    assert [name for name, thread in closed if thread == CLOSER] == ["fork of old"] * 2 + ["old"]
+    assert [name for name, thread in closed if thread != CLOSER] == ["fork of new"]
 
 
 def test_a_policy_that_fails_to_close_is_logged_and_the_next_one_is_closed(
