@@ -34,10 +34,10 @@ logger = logging.getLogger(__name__)
 
 FAILED, BAD_INPUT = 1, 2
 GATEWAYS = {
-    "ilstudio": ("runtime.gateway.ilstudio", "IlstudioGateway", 5001),
-    "openpi": ("runtime.gateway.openpi", "OpenpiGateway", 8000),
-    "lerobot": ("runtime.gateway.lerobot", "LerobotGateway", 8080),
-    "groot": ("runtime.gateway.groot", "GrootGateway", 5555),
+    "ilstudio": ("runtime.gateway.ilstudio.gateway", "IlstudioGateway", 5001),
+    "openpi": ("runtime.gateway.openpi.gateway", "OpenpiGateway", 8000),
+    "lerobot": ("runtime.gateway.lerobot.gateway", "LerobotGateway", 8080),
+    "groot": ("runtime.gateway.groot.gateway", "GrootGateway", 5555),
 }
 """Protocol: (module, class, default port). Only the chosen module is imported."""
 WITH_API_KEYS = ("openpi", "groot")

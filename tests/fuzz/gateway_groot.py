@@ -15,10 +15,10 @@ import msgpack
 import numpy as np
 
 from policies.errors import ContractMismatch
-from runtime.gateway.bounded_msgpack import MAX_DEPTH, InvalidMessage, text_keys, unpack
 from runtime.gateway.config import ImageSource, ObservationKeys, StateSource
-from runtime.gateway.groot_modalities import GrootModalities, is_flat
-from runtime.gateway.npy_arrays import decode_array, encode_array, read_npy, write_npy
+from runtime.gateway.groot.modalities import GrootModalities, is_flat
+from runtime.wire_formats.bounded_msgpack import MAX_DEPTH, InvalidMessage, text_keys, unpack
+from runtime.wire_formats.npy_arrays import decode_array, encode_array, read_npy, write_npy
 from tests.fuzz import samples
 from tests.fuzz.feed import Feed, reached
 

@@ -8,7 +8,7 @@ from collections.abc import AsyncIterator, Iterable
 import numpy as np
 
 from policies.errors import ContractMismatch
-from runtime.gateway.lerobot_messages import (
+from runtime.gateway.lerobot.messages import (
     END,
     MAX_FEATURES,
     MAX_TIMESTEP,
@@ -16,7 +16,7 @@ from runtime.gateway.lerobot_messages import (
     read_instructions,
     read_observation,
 )
-from runtime.gateway.protobuf_fields import read_fields, write_bytes
+from runtime.gateway.lerobot.protobuf_fields import read_fields, write_bytes
 from tests.fuzz.feed import Feed, reached
 from tests.gateway.lerobot_pickles import (
     RemotePolicyConfig,

@@ -10,8 +10,8 @@ import numpy as np
 from policies import jpeg
 from policies.execution import Execution
 from policies.types import CameraContract, MetaObs, PolicyContract, PolicyInfo, Rendering
-from runtime.gateway import msgpack_arrays
 from runtime.protocol import image_codec, messages
+from runtime.wire_formats import msgpack_arrays
 from transport.handshake_messages import MAGIC, NO_EPOCH, PROTOCOL_VERSION, Hello, Opcode, encode
 from transport.schema import USED, ArraySpec, Schema
 from transport.zeromq.channel import _HEADER, PAYLOAD_OFFSET

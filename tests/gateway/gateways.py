@@ -8,7 +8,7 @@ from typing import Any
 
 from policies.types import PolicyContract
 from runtime.gateway.config import GatewayCommand, ObservationKeys
-from runtime.gateway.ilstudio import IlstudioGateway
+from runtime.gateway.ilstudio.gateway import IlstudioGateway
 from tests.gateway.served import served
 
 

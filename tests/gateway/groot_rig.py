@@ -15,8 +15,8 @@ import zmq
 from policies.types import PolicyContract
 from runtime.gateway.api_keys import ApiKeys
 from runtime.gateway.config import GatewayCommand, ObservationKeys, SessionOptions
-from runtime.gateway.groot import GrootGateway
-from runtime.gateway.npy_arrays import decode_array, encode_array
+from runtime.gateway.groot.gateway import GrootGateway
+from runtime.wire_formats.npy_arrays import decode_array, encode_array
 from tests.gateway.served import served
 from tests.runtime.toy_policy import CONTRACT, STATE_DIM
 

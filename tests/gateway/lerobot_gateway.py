@@ -8,7 +8,7 @@ from typing import Any
 
 from policies.types import PolicyContract
 from runtime.gateway.config import GatewayCommand, ObservationKeys
-from runtime.gateway.lerobot import LerobotGateway
+from runtime.gateway.lerobot.gateway import LerobotGateway
 from runtime.server import PolicyServer
 from tests.gateway.served import served
 from tests.runtime.toy_policy import CONTRACT

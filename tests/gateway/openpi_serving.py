@@ -13,9 +13,9 @@ from websockets.sync.client import ClientConnection, connect
 from policies.types import ActionChunk, MetaObs, PolicyContract
 from runtime.gateway.api_keys import ApiKeys
 from runtime.gateway.config import GatewayCommand, ObservationKeys, SessionOptions
-from runtime.gateway.msgpack_arrays import pack, unpack
-from runtime.gateway.openpi import OpenpiGateway
+from runtime.gateway.openpi.gateway import OpenpiGateway
 from runtime.server import PolicyServer
+from runtime.wire_formats.msgpack_arrays import pack, unpack
 from tests.gateway.served import served
 from tests.runtime.toy_policy import CONTRACT, ToyPolicy, observation
 

@@ -14,7 +14,7 @@ import pytest
 from websockets.sync.client import connect
 
 from runtime.gateway import cli
-from runtime.gateway.msgpack_arrays import pack, unpack
+from runtime.wire_formats.msgpack_arrays import pack, unpack
 from tests.gateway.openpi_serving import StatelessPolicy, expected, sent
 from tests.runtime.serving import serving
 from tests.runtime.toy_policy import ToyPolicy
@@ -101,7 +101,7 @@ def test_a_map_that_does_not_fit_the_policy_is_bad_input(
 def test_a_missing_library_is_named(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    monkeypatch.setitem(sys.modules, "runtime.gateway.openpi", None)
+    monkeypatch.setitem(sys.modules, "runtime.gateway.openpi.gateway", None)
     assert run("openpi", "--server", "127.0.0.1:1") == cli.BAD_INPUT
     assert "pip install '.[gateway]'" in capsys.readouterr().err
 

@@ -22,12 +22,12 @@ from policies.errors import ContractMismatch
 from policies.types import ActionChunk, CameraContract, MetaObs
 from policies.yaml_config import InvalidConfig, load_config
 from runtime.gateway.api_keys import ApiKeys
-from runtime.gateway.bounded_msgpack import MAX_DEPTH, MAX_ITEMS, InvalidMessage, unpack
 from runtime.gateway.config import GatewayCommand, ImageSource, ObservationKeys, StateSource
-from runtime.gateway.groot import GrootGateway, max_message
-from runtime.gateway.groot_modalities import GrootModalities
-from runtime.gateway.npy_arrays import decode_array, encode_array, read_npy, write_npy
+from runtime.gateway.groot.gateway import GrootGateway, max_message
+from runtime.gateway.groot.modalities import GrootModalities
 from runtime.server import PolicyServer
+from runtime.wire_formats.bounded_msgpack import MAX_DEPTH, MAX_ITEMS, InvalidMessage, unpack
+from runtime.wire_formats.npy_arrays import decode_array, encode_array, read_npy, write_npy
 from tests.gateway.groot_rig import GrootPeer, gateway, observation, wait_for
 from tests.runtime.serving import connect, serving
 from tests.runtime.toy_policy import CHUNK, CONTRACT, STATE_DIM, ToyPolicy
@@ -511,7 +511,7 @@ def test_close_ends_sessions_and_frees_address_and_descriptors(server: PolicySer
 
 
 def test_close_does_not_wait_for_the_policy(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("runtime.gateway.groot.CLOSE_S", 0.1)
+    monkeypatch.setattr("runtime.gateway.groot.gateway.CLOSE_S", 0.1)
     gate = threading.Semaphore(1000)
     policy = ToyPolicy(gate)
     with serving(policy, port=0) as server, contextlib.ExitStack() as stack:

@@ -17,7 +17,6 @@ import pytest
 
 from policies.types import ActionChunk, CameraContract, MetaObs
 from policies.yaml_config import InvalidConfig
-from runtime.gateway import ilstudio
 from runtime.gateway.config import (
     GatewayCommand,
     ImageSource,
@@ -25,8 +24,9 @@ from runtime.gateway.config import (
     SessionOptions,
     StateSource,
 )
-from runtime.gateway.ilstudio import IlstudioGateway
-from runtime.gateway.ilstudio_observations import MAX_PICTURES, MAX_ROWS, IlstudioObservations
+from runtime.gateway.ilstudio import gateway as ilstudio_module
+from runtime.gateway.ilstudio.gateway import IlstudioGateway
+from runtime.gateway.ilstudio.observations import MAX_PICTURES, MAX_ROWS, IlstudioObservations
 from runtime.gateway.observation_map import ObservationMap
 from runtime.gateway.planes import interleave
 from runtime.server import PolicyServer
@@ -129,7 +129,7 @@ def test_rows_are_computed_side_by_side() -> None:
         both.wait()
         return chunks[at]
 
-    got = ilstudio._side_by_side([lambda at=at: call(at) for at in range(3)])  # type: ignore[misc]
+    got = ilstudio_module._side_by_side([lambda at=at: call(at) for at in range(3)])  # type: ignore[misc]
     assert all(a is b for a, b in zip(got, chunks, strict=True))
 
 
@@ -245,9 +245,9 @@ def test_what_cannot_be_served_is_refused_at_the_start(server: PolicyServer) -> 
 def test_an_error_is_an_empty_list_and_a_warning(
     client: RawClient, caplog: pytest.LogCaptureFixture, fields: dict[str, Any], message: str
 ) -> None:
-    with caplog.at_level(logging.WARNING, ilstudio.__name__):
+    with caplog.at_level(logging.WARNING, ilstudio_module.__name__):
         assert client.ask(meta_obs(**fields)) == []
-    (record,) = [each for each in caplog.records if each.name == ilstudio.__name__]
+    (record,) = [each for each in caplog.records if each.name == ilstudio_module.__name__]
     assert message in record.getMessage()
     port = client.socket.getsockname()[1]
     assert record.getMessage().startswith(f"ilstudio 127.0.0.1:{port}: ")
@@ -266,7 +266,7 @@ def test_an_error_is_an_empty_list_and_a_warning(
 def test_other_messages_are_refused(
     client: RawClient, caplog: pytest.LogCaptureFixture, message: bytes, logged: str
 ) -> None:
-    with caplog.at_level(logging.WARNING, ilstudio.__name__):
+    with caplog.at_level(logging.WARNING, ilstudio_module.__name__):
         assert client.ask(message) == []
     assert any(part in caplog.text for part in logged.split("|"))
     assert asked(client.actions(meta_obs())) == [1]
@@ -316,7 +316,7 @@ def test_a_slow_message_ends_its_connection_alone(
     caplog: pytest.LogCaptureFixture,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    monkeypatch.setattr(ilstudio, "SLOW_S", 0.3)
+    monkeypatch.setattr(ilstudio_module, "SLOW_S", 0.3)
     with RawClient(gateway.port) as slow, RawClient(gateway.port) as idle:
         slow.socket.sendall(LENGTH.pack(100_000) + b"x")
         began_s = time.monotonic()
@@ -433,7 +433,7 @@ def test_stop_ends_the_connections_and_frees_the_address(server: PolicyServer) -
 
 
 def test_stop_does_not_wait_for_a_request(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(ilstudio, "CLOSE_S", 0.2)
+    monkeypatch.setattr(ilstudio_module, "CLOSE_S", 0.2)
     gate = threading.Semaphore(0)
     policy = ToyPolicy(gate)
     with serving(policy) as server:

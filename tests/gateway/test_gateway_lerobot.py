@@ -22,11 +22,12 @@ import pytest
 from policies.errors import ContractMismatch
 from policies.types import MetaObs
 from policies.yaml_config import InvalidConfig
-from runtime.gateway import lerobot, lerobot_peer
 from runtime.gateway.config import GatewayCommand, ImageSource, ObservationKeys, StateSource
-from runtime.gateway.lerobot import LerobotGateway
-from runtime.gateway.lerobot_messages import read_instructions, read_observation, write_actions
-from runtime.gateway.protobuf_fields import read_fields, write_bytes
+from runtime.gateway.lerobot import gateway as lerobot_module
+from runtime.gateway.lerobot import peer
+from runtime.gateway.lerobot.gateway import LerobotGateway
+from runtime.gateway.lerobot.messages import read_instructions, read_observation, write_actions
+from runtime.gateway.lerobot.protobuf_fields import read_fields, write_bytes
 from runtime.gateway.restricted_pickle import MAX_INSTRUCTIONS
 from runtime.server import PolicyServer
 from tests.gateway.lerobot_client import LerobotClient
@@ -55,8 +56,8 @@ Status = grpc.StatusCode
 
 @pytest.fixture(autouse=True)
 def _impatient(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(lerobot, "WAIT_S", 0.2)
-    monkeypatch.setattr(lerobot, "SWEEP_S", 0.05)
+    monkeypatch.setattr(lerobot_module, "WAIT_S", 0.2)
+    monkeypatch.setattr(lerobot_module, "SWEEP_S", 0.05)
 
 
 @pytest.fixture
@@ -167,7 +168,7 @@ def test_get_actions_waits_for_an_observation(
     started_s = time.monotonic()
     assert client.act() == []
     assert 0.19 < time.monotonic() - started_s < 2
-    monkeypatch.setattr(lerobot, "WAIT_S", 10.0)
+    monkeypatch.setattr(lerobot_module, "WAIT_S", 10.0)
     pending = client.get_actions.future(b"", timeout=10)
     client.send(observation(timestep=7))
     assert pending.result()
@@ -184,7 +185,7 @@ def test_waiting_clients_hold_no_thread(
         for one in (client, *others):
             one.start()
         before = threads()
-        monkeypatch.setattr(lerobot, "WAIT_S", 10.0)
+        monkeypatch.setattr(lerobot_module, "WAIT_S", 10.0)
         pending = [one.get_actions.future(b"", timeout=20) for one in others for _ in range(3)]
         client.send(observation())
         assert len(client.act()) == CHUNK
@@ -239,23 +240,23 @@ def test_motors_in_another_order_than_the_policys_are_refused() -> None:
     names = tuple(name[:-4] for name in MOTORS)
     contract = dataclasses.replace(CONTRACT, state_names=names)
     sent = read_instructions(instructions(lerobot_features=features(MOTORS)))
-    read = lerobot_peer.observation_map(sent, contract, ObservationKeys()).read(values())
+    read = peer.observation_map(sent, contract, ObservationKeys()).read(values())
     np.testing.assert_array_equal(read.state, np.arange(14, dtype=np.float32) / 64)
     other = read_instructions(instructions(lerobot_features=features(reversed(MOTORS))))
     for named in ({"state_names": names}, {"action_names": names}):
         contract = dataclasses.replace(CONTRACT, **named)
         with pytest.raises(ContractMismatch, match=r"names: got .*motor_13.*, in this order"):
-            lerobot_peer.observation_map(other, contract, ObservationKeys())
+            peer.observation_map(other, contract, ObservationKeys())
     keys = ObservationKeys(state=tuple(StateSource(name) for name in MOTORS))
     with pytest.raises(ContractMismatch, match=r"names: got .*motor_13.*the order of the map"):
-        lerobot_peer.observation_map(other, CONTRACT, keys)
+        peer.observation_map(other, CONTRACT, keys)
 
 
 def test_a_robot_with_more_motors_than_actions_is_refused_with_a_map_too() -> None:
     sent = read_instructions(instructions(lerobot_features=features((*MOTORS, "lift.pos"))))
     keys = ObservationKeys(state=tuple(StateSource(name) for name in MOTORS))
     with pytest.raises(ContractMismatch, match=r"got 15 motors .*expected 14, as actions"):
-        lerobot_peer.observation_map(sent, CONTRACT, keys)
+        peer.observation_map(sent, CONTRACT, keys)
 
 
 def test_the_users_map_and_the_clients_own() -> None:
@@ -265,11 +266,11 @@ def test_the_users_map_and_the_clients_own() -> None:
     )
     observed = {("front" if key == "top" else key): value for key, value in values().items()}
     sent = read_instructions(instructions(lerobot_features=given))
-    read = lerobot_peer.observation_map(sent, CONTRACT, keys).read(observed)
+    read = peer.observation_map(sent, CONTRACT, keys).read(observed)
     np.testing.assert_array_equal(read.state, np.arange(14, dtype=np.float32) / 64)
     renamed = {"observation.images.front": "observation.images.top"}
     sent = read_instructions(instructions(lerobot_features=given, rename_map=renamed))
-    read = lerobot_peer.observation_map(sent, CONTRACT, ObservationKeys()).read(observed)
+    read = peer.observation_map(sent, CONTRACT, ObservationKeys()).read(observed)
     assert read.images["top"].shape == (24, 32, 3)
 
 
@@ -397,7 +398,7 @@ def test_an_endless_stream_is_cut(client: LerobotClient) -> None:
 def test_a_stream_that_stalls_is_given_up(
     client: LerobotClient, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(lerobot, "RECEIVE_S", 0.2)
+    monkeypatch.setattr(lerobot_module, "RECEIVE_S", 0.2)
     client.start()
     over = threading.Event()
 
@@ -746,7 +747,7 @@ def test_no_server_at_ready(server: PolicyServer, gateway: LerobotGateway) -> No
 def test_stop_ends_waiting_calls_and_frees_the_address(
     server: PolicyServer, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(lerobot, "WAIT_S", 30.0)
+    monkeypatch.setattr(lerobot_module, "WAIT_S", 30.0)
     with gateway_of(server) as gateway, LerobotClient(gateway.port) as client:
         client.start()
         pending = client.get_actions.future(b"")

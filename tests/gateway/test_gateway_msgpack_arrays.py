@@ -15,7 +15,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from hypothesis.extra import numpy as npst
 
-from runtime.gateway.msgpack_arrays import (
+from runtime.wire_formats.msgpack_arrays import (
     MAX_DEPTH,
     MAX_DIMENSIONS,
     MAX_VALUES,

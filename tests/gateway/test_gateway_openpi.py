@@ -22,8 +22,7 @@ from policies.yaml_config import InvalidConfig
 from runtime.client import PolicyClient
 from runtime.gateway.api_keys import ApiKeys
 from runtime.gateway.config import ImageSource, ObservationKeys, SessionOptions, StateSource
-from runtime.gateway.msgpack_arrays import pack
-from runtime.gateway.openpi import (
+from runtime.gateway.openpi.gateway import (
     CLIENT_THREAD,
     MORE_SOCKETS,
     OpenpiGateway,
@@ -31,6 +30,7 @@ from runtime.gateway.openpi import (
     max_frame_bytes,
 )
 from runtime.server import PolicyServer
+from runtime.wire_formats.msgpack_arrays import pack
 from tests.gateway.openpi_serving import (
     StatelessPolicy,
     ask,
@@ -422,7 +422,7 @@ def test_the_same_error_is_logged_once(
     with connect_to(gateway) as client:
         for value in (np.nan, np.nan, 666.0, np.nan):
             assert isinstance(ask(client, sent(value)), str)
-    logged = [one.message for one in caplog.records if one.name == "runtime.gateway.openpi"]
+    logged = [one.message for one in caplog.records if one.name == "runtime.gateway.openpi.gateway"]
     assert sum("got NaN" in text for text in logged) == 2
 
 

@@ -13,9 +13,9 @@ import pytest
 from websockets.exceptions import ConnectionClosed
 from websockets.sync.client import ClientConnection, connect
 
-from runtime.gateway.msgpack_arrays import pack, unpack
 from runtime.server import PolicyServer
 from runtime.server.server_process import ServerProcess
+from runtime.wire_formats.msgpack_arrays import pack, unpack
 from tests.gateway.openpi_serving import (
     SlowStatelessPolicy,
     ask,

@@ -18,7 +18,7 @@ from hypothesis.extra import numpy as npst
 from policies.checkpoint.safe_pickle_types import ALLOWED_FUNCTIONS
 from policies.types import ActionChunk
 from runtime.gateway import restricted_pickle
-from runtime.gateway.pickle_writer import NO_ACTIONS, ChunkWriter
+from runtime.gateway.ilstudio.chunk_pickle import NO_ACTIONS, ChunkWriter
 from runtime.gateway.restricted_pickle import RecordClass, read_pickle
 from tests.gateway.ilstudio_messages import dumps, meta_obs
 

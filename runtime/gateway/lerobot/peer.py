@@ -14,7 +14,7 @@ from policies.errors import ContractMismatch
 from policies.types import PolicyContract
 from runtime.gateway.config import GatewayCommand, ObservationKeys, StateSource
 from runtime.gateway.gateway_session import GatewaySession
-from runtime.gateway.lerobot_messages import (
+from runtime.gateway.lerobot.messages import (
     Instructions,
     read_instructions,
     read_observation,

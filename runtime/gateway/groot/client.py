@@ -14,11 +14,11 @@ from policies.errors import PolicyError
 from policies.types import PolicyContract
 from runtime.errors import RuntimeFault
 from runtime.gateway.api_keys import ApiKeys
-from runtime.gateway.bounded_msgpack import Data, InvalidMessage, text_keys, unpack
 from runtime.gateway.config import GatewayCommand
 from runtime.gateway.gateway_session import GatewaySession
-from runtime.gateway.groot_modalities import GrootModalities, is_flat
-from runtime.gateway.npy_arrays import decode_array, encode_array
+from runtime.gateway.groot.modalities import GrootModalities, is_flat
+from runtime.wire_formats.bounded_msgpack import Data, InvalidMessage, text_keys, unpack
+from runtime.wire_formats.npy_arrays import decode_array, encode_array
 from transport.errors import TransportError
 
 logger = logging.getLogger(__name__)

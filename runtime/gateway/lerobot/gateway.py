@@ -31,10 +31,10 @@ from policies.yaml_config import InvalidConfig
 from runtime.errors import RuntimeFault
 from runtime.gateway.api_keys import ApiKeys
 from runtime.gateway.config import GatewayCommand, ObservationKeys
-from runtime.gateway.lerobot_messages import join_parts
-from runtime.gateway.lerobot_peer import Accepted, LerobotPeer
+from runtime.gateway.lerobot.messages import join_parts
+from runtime.gateway.lerobot.peer import Accepted, LerobotPeer
+from runtime.gateway.lerobot.protobuf_fields import data_field, read_fields, write_bytes
 from runtime.gateway.observation_map import COLOURS, ObservationMap
-from runtime.gateway.protobuf_fields import data_field, read_fields, write_bytes
 from transport.address import format_address
 from transport.errors import Refused, TransportError
 from transport.zeromq.curve import KeyFileError

@@ -14,7 +14,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from runtime.gateway.bounded_msgpack import InvalidMessage
+from runtime.wire_formats.bounded_msgpack import InvalidMessage
 
 ARRAY, NPY = "__ndarray_class__", "as_npy"
 """Keys of a map that is an array."""

@@ -25,8 +25,8 @@ from zmq.utils.monitor import recv_monitor_message
 from policies.types import PolicyContract
 from runtime.gateway.api_keys import ApiKeys
 from runtime.gateway.config import GatewayCommand, ObservationKeys
-from runtime.gateway.groot_client import GrootClient, GrootRequests
-from runtime.gateway.groot_modalities import GrootModalities
+from runtime.gateway.groot.client import GrootClient, GrootRequests
+from runtime.gateway.groot.modalities import GrootModalities
 from transport.address import bare_host, format_address, resolve
 from transport.zeromq.client_socket import HEARTBEAT_TIMEOUT_MS, LINGER_MS, configure
 

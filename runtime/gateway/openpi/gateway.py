@@ -31,8 +31,8 @@ from runtime.errors import RuntimeFault
 from runtime.gateway.api_keys import ApiKeys
 from runtime.gateway.config import GatewayCommand, ObservationKeys
 from runtime.gateway.gateway_session import GatewaySession
-from runtime.gateway.msgpack_arrays import MalformedFrame, pack, unpack
 from runtime.gateway.observation_map import ObservationMap, find_value
+from runtime.wire_formats.msgpack_arrays import MalformedFrame, pack, unpack
 from transport.address import format_address
 from transport.errors import TransportError
 from transport.zeromq.curve import KeyFileError

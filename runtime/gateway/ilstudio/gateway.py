@@ -22,10 +22,10 @@ from policies.yaml_config import InvalidConfig
 from runtime.errors import RuntimeFault
 from runtime.gateway.api_keys import ApiKeys
 from runtime.gateway.config import GatewayCommand, ObservationKeys
-from runtime.gateway.framed_socket import FramedSocket, MessageTooLong
 from runtime.gateway.gateway_session import GatewaySession
-from runtime.gateway.ilstudio_observations import NO_TIMESTEP, IlstudioObservations
-from runtime.gateway.pickle_writer import NO_ACTIONS, ChunkWriter
+from runtime.gateway.ilstudio.chunk_pickle import NO_ACTIONS, ChunkWriter
+from runtime.gateway.ilstudio.framed_socket import FramedSocket, MessageTooLong
+from runtime.gateway.ilstudio.observations import NO_TIMESTEP, IlstudioObservations
 from transport.address import format_address, resolve
 from transport.errors import TransportError
 from transport.zeromq.curve import KeyFileError

@@ -16,9 +16,9 @@ from numpy.typing import NDArray
 
 from policies.errors import ContractMismatch
 from policies.types import ActionChunk, MetaObs, PolicyContract
-from runtime.gateway.bounded_msgpack import text_keys
 from runtime.gateway.config import ObservationKeys, StateSource
 from runtime.gateway.observation_map import ObservationMap
+from runtime.wire_formats.bounded_msgpack import text_keys
 
 VIDEO, STATE, LANGUAGE, ACTION = "video", "state", "language", "action"
 INSTRUCTION = "annotation.human.task_description"

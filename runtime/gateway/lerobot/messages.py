@@ -14,7 +14,7 @@ from numpy.typing import NDArray
 
 from policies.checkpoint.safe_pickle_types import AllowedFunction, SafeRecord
 from policies.errors import ContractMismatch
-from runtime.gateway.protobuf_fields import data_field, read_fields
+from runtime.gateway.lerobot.protobuf_fields import data_field, read_fields
 from runtime.gateway.restricted_pickle import Names, RecordClass, read_pickle
 
 HELPERS = "lerobot.async_inference.helpers"

@@ -1,0 +1,1 @@
+"""The gateway for ILStudio's clients: pickles over TCP."""

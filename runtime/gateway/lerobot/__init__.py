@@ -1,0 +1,1 @@
+"""The gateway for LeRobot's ``RobotClient``: gRPC and pickles."""

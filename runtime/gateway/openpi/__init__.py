@@ -1,0 +1,1 @@
+"""The gateway for clients of openpi: MessagePack over a websocket."""

@@ -1,0 +1,1 @@
+"""Serialization formats of other systems, read within bounds, for gateways and upstreams."""
