@@ -110,10 +110,10 @@ def test_an_error_is_an_empty_list() -> None:
 
 def test_rows_of_different_sizes_are_not_written() -> None:
     chunks = [ActionChunk(np.zeros((steps, 2), np.float32)) for steps in (3, 4)]
-    with pytest.raises(ValueError, match=r"got \(4, 2\), expected \(3, 2\)"):
+    with pytest.raises(ValueError, match=r"got shape \(4, 2\), expected \(3, 2\)"):
         ChunkWriter().write(chunks)
     chunks[1] = ActionChunk(np.zeros((3, 2), np.float32), ctrl_type="delta")
-    with pytest.raises(ValueError, match="different kinds"):
+    with pytest.raises(ValueError, match=r"got .*delta.*, expected .*abs"):
         ChunkWriter().write(chunks)
 
 

@@ -46,9 +46,11 @@ class ChunkWriter:
         kind: _Kind = (first.ctrl_space, first.ctrl_type, first.gripper_continuous)
         for chunk in chunks:
             if chunk.actions.shape != (steps, dim):
-                raise ValueError(f"chunks: got {chunk.actions.shape}, expected {(steps, dim)}")
-            if (chunk.ctrl_space, chunk.ctrl_type, chunk.gripper_continuous) != kind:
-                raise ValueError("chunks: got actions of different kinds, expected one")
+                got = f"shape {chunk.actions.shape}"
+                raise ValueError(f"chunks: got {got}, expected {(steps, dim)} in all of them")
+            other = (chunk.ctrl_space, chunk.ctrl_type, chunk.gripper_continuous)
+            if other != kind:
+                raise ValueError(f"chunks: got {other}, expected {kind} in all of them")
         key = (steps, len(chunks), dim, *kind)
         template = self._templates.get(key)
         if template is None:

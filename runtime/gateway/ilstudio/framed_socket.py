@@ -22,6 +22,10 @@ class MessageTooLong(Exception):
     """
 
 
+class NothingAsked(Exception):
+    """No message began in time."""
+
+
 class FramedSocket:
     """Receives and sends messages within limits of size and time. Not thread-safe but for ``cut``.
 
@@ -29,6 +33,9 @@ class FramedSocket:
         connected: A TCP connection, which then belongs to this object.
         max_bytes: Longest message that is taken.
         slow_s: Longest time for a message from its first byte to its last, in either direction.
+
+    Attributes:
+        arrived_ns: When the last message's last byte had arrived, ns on the monotonic clock.
     """
 
     def __init__(self, connected: socket.socket, max_bytes: int, slow_s: float) -> None:
@@ -39,18 +46,26 @@ class FramedSocket:
             connected.setsockopt(socket.IPPROTO_TCP, option, value)
         self._head = memoryview(bytearray(_LENGTH.size))
         self._buffer = memoryview(b"")
+        self.arrived_ns = 0
 
-    def receive(self) -> memoryview | None:
+    def receive(self, wait_s: float | None = None) -> memoryview | None:
         """Return the next message, valid until the next call; None at the end of the connection.
 
+        Args:
+            wait_s: How long a message may take to begin; None for ever.
+
         Raises:
+            NothingAsked: It did not begin in time.
             MessageTooLong: See there.
             TimeoutError: The peer was too slow.
             ConnectionError: The connection ended within a message.
             OSError: It broke.
         """
-        self._socket.settimeout(None)
-        got = self._socket.recv_into(self._head)
+        self._socket.settimeout(wait_s)
+        try:
+            got = self._socket.recv_into(self._head)
+        except TimeoutError as error:
+            raise NothingAsked from error
         if not got:
             return None
         deadline_s = time.monotonic() + self._slow_s
@@ -65,7 +80,12 @@ class FramedSocket:
             self._buffer = np.empty(length, np.uint8).data
         message = self._buffer[:length]
         self._fill(message, deadline_s)
+        self.arrived_ns = time.monotonic_ns()
         return message
+
+    def free_memory(self) -> None:
+        """Give up the memory of the last message; the next one gets its own."""
+        self._buffer = memoryview(b"")
 
     def send(self, message: bytes | memoryview) -> None:
         """Send a message.

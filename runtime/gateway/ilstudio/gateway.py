@@ -21,10 +21,11 @@ from policies.types import ActionChunk, MetaObs, PolicyContract
 from policies.yaml_config import InvalidConfig
 from runtime.errors import RuntimeFault
 from runtime.gateway.api_keys import ApiKeys
+from runtime.gateway.client_log import ClientErrors, ClientLog
 from runtime.gateway.config import GatewayCommand, ObservationKeys
 from runtime.gateway.gateway_session import GatewaySession
 from runtime.gateway.ilstudio.chunk_pickle import NO_ACTIONS, ChunkWriter
-from runtime.gateway.ilstudio.framed_socket import FramedSocket, MessageTooLong
+from runtime.gateway.ilstudio.framed_socket import FramedSocket, MessageTooLong, NothingAsked
 from runtime.gateway.ilstudio.observations import NO_TIMESTEP, IlstudioObservations
 from transport.address import format_address, resolve
 from transport.errors import TransportError
@@ -34,6 +35,13 @@ logger = logging.getLogger(__name__)
 
 SLOW_S = 10.0
 """Longest time for one message, in either direction."""
+FIRST_S = 60.0
+"""Longest silence of a client that got no actions yet.
+
+ILStudio's client, which may need longer for its simulation, connects again by itself.
+"""
+SERVER = "server"
+"""Kind of all errors for which the policy server cannot be asked."""
 CLOSE_S = 2.0
 """How long ``close`` waits for requests in progress."""
 ACCEPT_AGAIN_S = 0.1
@@ -75,6 +83,7 @@ class IlstudioGateway:
         self._wake, self._woken = socket.socketpair()
         self._wake.setblocking(False)
         self._clients: list[_Client] = []
+        self._log = ClientLog(logger)
 
     def serve(self) -> None:
         """Accept clients until ``stop``."""
@@ -111,24 +120,32 @@ class IlstudioGateway:
         except BlockingIOError:
             return  # it left again
         except OSError as error:
-            logger.warning("a client could not be accepted: %s", error)
+            self._log.write(logging.WARNING, f"a client could not be accepted: {error}")
             time.sleep(ACCEPT_AGAIN_S)
             return
         address = format_address(*peer[:2])
         self._clients = [client for client in self._clients if client.is_alive()]
         if len(self._clients) >= self._command.max_clients:
-            logger.warning("%s: refused, %d clients are connected", address, len(self._clients))
+            refusal = f"{address}: refused, {len(self._clients)} clients are connected"
+            self._log.write(logging.WARNING, refusal)
             connected.close()
             return
         try:
             messages = FramedSocket(connected, self._observations.max_bytes, SLOW_S)
         except OSError as error:
-            logger.info("%s: left at once: %s", address, error)
+            self._log.write(logging.INFO, f"{address}: left at once: {error}")
             connected.close()
             return
-        client = _Client(messages, address, self._command, self._observations, self._contract)
+        client = _Client(
+            messages, address, self._command, self._observations, self._contract, log=self._log
+        )
+        try:
+            client.start()
+        except RuntimeError as error:  # the system has no thread for it
+            self._log.write(logging.WARNING, f"{address}: refused: {error}")
+            messages.close()
+            return
         self._clients.append(client)
-        client.start()
 
 
 class _Client(threading.Thread):
@@ -141,48 +158,79 @@ class _Client(threading.Thread):
         command: GatewayCommand,
         observations: IlstudioObservations,
         contract: PolicyContract,
+        *,
+        log: ClientLog,
     ) -> None:
         super().__init__(name=f"ilstudio {address}", daemon=True)
         self._messages = messages
         self._command, self._observations, self._contract = command, observations, contract
         self._writer = ChunkWriter()
         self._rows: list[_Row] = []
+        self._log, self._errors = log, ClientErrors(log, self.name)
 
     def cut(self) -> None:
         """End the connection."""
         self._messages.cut()
 
     def run(self) -> None:
-        logger.info("%s: connected", self.name)
+        self._log.write(logging.INFO, f"{self.name}: connected")
         try:
-            while True:
-                try:
-                    message = self._messages.receive()
-                except MessageTooLong as error:
-                    logger.warning("%s: message: %s", self.name, error)
-                    self._messages.send(NO_ACTIONS)
-                    continue
-                if message is None:
-                    break
-                self._messages.send(self._answer(message))
-            logger.info("%s: disconnected", self.name)
+            self._serve()
+            self._disconnected(logging.INFO, "")
+        except NothingAsked:
+            self._disconnected(logging.WARNING, f", it asked for nothing within {FIRST_S:g} s")
         except TimeoutError:
-            logger.warning("%s: disconnected, a message took it over %g s", self.name, SLOW_S)
+            self._disconnected(logging.WARNING, f", a message took it over {SLOW_S:g} s")
         except OSError as error:
-            logger.info("%s: disconnected: %s", self.name, error)
+            self._disconnected(logging.INFO, f": {error}")
         finally:
             self._messages.close()
             for row in self._rows:
                 row.close()
 
+    def _disconnected(self, level: int, reason: str) -> None:
+        self._log.write(level, f"{self.name}: disconnected{reason}")
+
+    def _serve(self) -> None:
+        wait_s: float | None = FIRST_S
+        while True:
+            try:
+                message = self._messages.receive(wait_s)
+            except MessageTooLong as error:
+                self._fail(f"message: {error}")
+                self._messages.send(NO_ACTIONS)
+                continue
+            if message is None:
+                return
+            answer = self._answer(message)
+            if answer is not NO_ACTIONS:
+                wait_s = None
+            self._messages.send(answer)
+            if answer is NO_ACTIONS:
+                del message
+                self._messages.free_memory()
+
     def _answer(self, message: memoryview) -> bytes | memoryview:
+        arrived_ns = self._messages.arrived_ns
         try:
-            return self._writer.write(self._infer(self._observations.read(message)))
-        except (PolicyError, RuntimeFault, TransportError, KeyFileError) as error:
-            logger.warning("%s: %s", self.name, error)
+            observations = self._observations.read(message)
+            for obs in observations:
+                obs.t_capture_ns = arrived_ns
+            answer = self._writer.write(self._infer(observations))
+        except (RuntimeFault, TransportError) as error:
+            self._fail(f"{error}", SERVER)
+        except (PolicyError, KeyFileError) as error:
+            self._fail(f"{error}")
         except Exception:  # else the client would send it again on a new connection, without end
-            logger.exception("%s: the gateway failed", self.name)
+            text = f"{self.name}: the gateway failed"
+            self._log.write(logging.ERROR, text, with_traceback=True)
+        else:
+            self._errors.worked()
+            return answer
         return NO_ACTIONS
+
+    def _fail(self, reason: str, kind: str = "") -> None:
+        self._errors.failed(kind or reason, reason)
 
     def _infer(self, observations: Sequence[MetaObs]) -> list[ActionChunk]:
         while len(self._rows) < len(observations):

@@ -20,6 +20,7 @@ import contextlib
 import logging
 import os
 import socket
+import time
 from collections.abc import AsyncIterator, Awaitable, Callable
 from typing import Any
 
@@ -30,9 +31,10 @@ from policies.types import PolicyContract
 from policies.yaml_config import InvalidConfig
 from runtime.errors import RuntimeFault
 from runtime.gateway.api_keys import ApiKeys
+from runtime.gateway.client_log import ClientErrors, ClientLog
 from runtime.gateway.config import GatewayCommand, ObservationKeys
 from runtime.gateway.lerobot.messages import join_parts
-from runtime.gateway.lerobot.peer import Accepted, LerobotPeer
+from runtime.gateway.lerobot.peer import Accepted, LerobotPeer, Received
 from runtime.gateway.lerobot.protobuf_fields import data_field, read_fields, write_bytes
 from runtime.gateway.observation_map import COLOURS, ObservationMap
 from transport.address import format_address
@@ -45,7 +47,9 @@ SERVICE = "transport.AsyncInference"
 WAIT_S = 2.0
 """How long ``GetActions`` waits for an observation, as LeRobot's server does."""
 RECEIVE_S = 10.0
-"""How long an observation may take from its first byte to its last."""
+"""How long a message may take from its first byte to its last; a connection's handshake, too."""
+IDLE_S = 600.0
+"""How long a connection may make no call. LeRobot's client always has one waiting."""
 SWEEP_S = 0.5
 """How long the session of a client that is gone lasts at most, but for a running request."""
 MAX_PART_BYTES = 4 * 2**20
@@ -56,6 +60,10 @@ SLACK_BYTES = 2**18
 MAX_REASON_CHARS = 500
 """Longest reason, which travels in a header of limited size."""
 CALLS_PER_CLIENT = 4
+SPARE_CONNECTIONS = 16
+"""Connections without a session, beside one per client."""
+SERVER = "server"
+"""Kind of all errors for which the policy server cannot be asked."""
 
 
 class LerobotGateway:
@@ -95,6 +103,8 @@ class LerobotGateway:
         )
         self._peers: dict[str, LerobotPeer] = {}
         self._delayed = 0
+        self._log = ClientLog(logger)
+        self._errors: dict[str, ClientErrors] = {}
         self._ending: list[LerobotPeer] = []
         self._stopping = asyncio.Event()
         self._loop = asyncio.new_event_loop()
@@ -135,22 +145,29 @@ class LerobotGateway:
                 ("grpc.so_reuseport", 0),  # else a second gateway takes some of the clients
                 ("grpc.max_receive_message_length", MAX_PART_BYTES),
                 ("grpc.max_concurrent_streams", CALLS_PER_CLIENT),
+                ("grpc.max_allowed_incoming_connections", self._max_connections),
+                ("grpc.server_handshake_timeout_ms", round(RECEIVE_S * 1000)),
+                ("grpc.max_connection_idle_ms", round(IDLE_S * 1000)),
                 # A client whose host is gone closes nothing.
                 ("grpc.keepalive_time_ms", 10_000),
                 ("grpc.keepalive_timeout_ms", 5_000),
                 ("grpc.keepalive_permit_without_calls", 1),
                 ("grpc.http2.max_pings_without_data", 0),
             ),
-            maximum_concurrent_rpcs=CALLS_PER_CLIENT * self._command.max_clients,
+            # And the delayed ones.
+            maximum_concurrent_rpcs=(CALLS_PER_CLIENT + 1) * self._command.max_clients,
         )
-        unary = grpc.unary_unary_rpc_method_handler
-        streamed = grpc.stream_unary_rpc_method_handler
-        # Without (de)serializers a handler gets and returns bytes.
+        # A unary call is a stream of one message. As a stream, its call is known before its
+        # message came, so a slow message takes no longer than is allowed here. Without
+        # (de)serializers a handler gets and returns bytes.
         methods = {
-            "Ready": unary(_answering(self._ready)),
-            "SendPolicyInstructions": unary(_answering(self._instruct)),
-            "SendObservations": streamed(_answering(self._observe)),
-            "GetActions": unary(_answering(self._act)),
+            name: grpc.stream_unary_rpc_method_handler(self._answering(call))
+            for name, call in (
+                ("Ready", self._ready),
+                ("SendPolicyInstructions", self._instruct),
+                ("SendObservations", self._observe),
+                ("GetActions", self._act),
+            )
         }
         self._server.add_generic_rpc_handlers(
             (grpc.method_handlers_generic_handler(SERVICE, methods),)
@@ -161,6 +178,11 @@ class LerobotGateway:
         except RuntimeError as error:
             raise OSError(f"cannot listen on {address}: {error}") from error
         return port
+
+    @property
+    def _max_connections(self) -> int:
+        """Also some without a session: their calls get a reason, and they are soon closed."""
+        return 2 * self._command.max_clients + SPARE_CONNECTIONS
 
     async def _serve(self) -> None:
         await self._server.start()
@@ -175,13 +197,15 @@ class LerobotGateway:
         for peer in [peer for peer in self._ending if peer.ended]:
             peer.join()
             self._ending.remove(peer)
-        if not self._peers:
+        if not self._errors:  # every peer has an entry
             return
         connected = remote_ports(self.port)
-        for peer in list(self._peers.values()):
-            if int(peer.name.rpartition(":")[2]) not in connected:
-                logger.info("%s is gone", peer.name)
-                self._forget(peer)
+        for name in list(self._errors):
+            if int(name.rpartition(":")[2]) not in connected:
+                del self._errors[name]
+                if name in self._peers:
+                    self._log.write(logging.INFO, f"{name} is gone")
+                    self._forget(self._peers[name])
 
     def _forget(self, peer: LerobotPeer) -> None:
         del self._peers[peer.name]
@@ -190,7 +214,37 @@ class LerobotGateway:
 
     # The calls
 
-    async def _ready(self, _: bytes, name: str) -> bytes:
+    def _answering(
+        self, call: Callable[[Any, str], Awaitable[bytes]]
+    ) -> Callable[[Any, Any], Awaitable[bytes]]:
+        """Return ``call`` as a handler of gRPC's: its errors become a status with their text."""
+
+        async def answer(messages: Any, context: Any) -> bytes:
+            name: str = context.peer()
+            try:
+                return await call(messages, name)
+            except Exception as error:
+                code, reason = _status(error), _reason(error)
+                self._log_error(name, code, reason, error)
+            await context.abort(code, reason)
+            return b""  # abort raises
+
+        return answer
+
+    def _log_error(self, name: str, code: Any, reason: str, error: Exception) -> None:
+        if code is grpc.StatusCode.UNKNOWN:
+            self._log.write(logging.ERROR, f"{name}: {reason}", with_traceback=True)
+            return
+        kind = SERVER if isinstance(error, RuntimeFault | TransportError) else reason
+        self._errors_of(name).failed(kind, f"{code.name}: {reason}")
+
+    def _errors_of(self, name: str) -> ClientErrors:
+        """The errors of a connection, also of one without a session."""
+        if name not in self._errors:
+            self._errors[name] = ClientErrors(self._log, name)
+        return self._errors[name]
+
+    async def _ready(self, _: object, name: str) -> bytes:
         peer = self._peers.get(name)
         if peer is None:
             if len(self._peers) >= self._command.max_clients:
@@ -198,8 +252,9 @@ class LerobotGateway:
                     grpc.StatusCode.RESOURCE_EXHAUSTED,
                     f"got a client beside {len(self._peers)}, expected at most that many",
                 )
-            logger.info("%s is connected", name)
-            peer = self._peers[name] = LerobotPeer(name, self._command, self._keys)
+            self._log.write(logging.INFO, f"{name} is connected")
+            peer = self._peers[name] = LerobotPeer(name, self._command, self._keys, self._log)
+            self._errors_of(name)
         try:
             await peer.reset()
         except BaseException:
@@ -208,10 +263,12 @@ class LerobotGateway:
             raise
         return b""
 
-    async def _instruct(self, message: bytes, name: str) -> bytes:
+    async def _instruct(self, messages: AsyncIterator[bytes], name: str) -> bytes:
         peer = self._peers.get(name)
         if peer is None:
             raise Refusal(grpc.StatusCode.FAILED_PRECONDITION, "got no Ready, expected it first")
+        async with _receiving("instructions: got no message"):
+            message = await anext(messages, b"")
         if len(message) > MAX_INSTRUCTIONS_BYTES:
             raise Refusal(
                 grpc.StatusCode.INVALID_ARGUMENT,
@@ -234,25 +291,25 @@ class LerobotGateway:
             )
         peer.receiving, episode = True, peer.episode
         try:
-            async with asyncio.timeout(RECEIVE_S):
+            async with _receiving("observation: got no END"):
                 content = await join_parts(parts, self._max_bytes)
             if peer.episode == episode:  # else it was begun before a reset
-                peer.offer(content)
-        except TimeoutError as error:
-            raise Refusal(
-                grpc.StatusCode.ABORTED, f"observation: got no END within {RECEIVE_S:g} s"
-            ) from error
+                peer.offer(Received(content, time.monotonic_ns()))
         finally:
             peer.receiving = False
         return b""
 
-    async def _act(self, _: bytes, name: str) -> bytes:
+    async def _act(self, _: object, name: str) -> bytes:
         known = self._peers.get(name)
         if known is None or known.accepted is None:
             await self._delay()
         peer, accepted = self._accepted_peer(name)
-        content = await peer.newest(WAIT_S)
-        return b"" if content is None else write_bytes(1, await peer.answer(content, accepted))
+        received = await peer.newest(WAIT_S)
+        if received is None:
+            return b""
+        actions = await peer.answer(received, accepted)
+        self._errors_of(name).worked()
+        return write_bytes(1, actions)
 
     async def _delay(self) -> None:
         """Wait before a refusal: a client would ask again at once, without end.
@@ -308,31 +365,37 @@ def remote_ports(port: int) -> set[int]:
     return found
 
 
-def _answering(
-    call: Callable[[Any, str], Awaitable[bytes]],
-) -> Callable[[Any, Any], Awaitable[bytes]]:
-    """Return ``call`` as a handler of gRPC's: its errors become a status with their text.
+@contextlib.asynccontextmanager
+async def _receiving(missing: str) -> AsyncIterator[None]:
+    """Refuse the call if the block, which receives a message, takes longer than ``RECEIVE_S``."""
+    try:
+        async with asyncio.timeout(RECEIVE_S):
+            yield
+    except TimeoutError as error:
+        raise Refusal(
+            grpc.StatusCode.ABORTED, f"{missing} within {RECEIVE_S:g} s, expected it by then"
+        ) from error
+
+
+def _reason(error: Exception) -> str:
+    known = _status(error) is not grpc.StatusCode.UNKNOWN
+    return (f"{error}" if known else f"the gateway failed: {error!r}")[:MAX_REASON_CHARS]
+
+
+def _status(error: Exception) -> Any:
+    """gRPC's status for ``error``; UNKNOWN for one that nobody expects.
 
     Never UNAVAILABLE: gRPC would repeat the call on its own, and nobody would see the reason.
     """
-
-    async def answer(request: Any, context: Any) -> bytes:
-        name: str = context.peer()
-        try:
-            return await call(request, name)
-        except Refusal as error:
-            code, reason = error.code, f"{error}"
-        except (ContractMismatch, ObservationError, ValueError) as error:
-            code, reason = grpc.StatusCode.INVALID_ARGUMENT, f"{error}"
-        except PolicyError as error:
-            code, reason = grpc.StatusCode.INTERNAL, f"{error}"
-        except Refused as error:
-            code, reason = grpc.StatusCode.RESOURCE_EXHAUSTED, f"{error}"
-        except (RuntimeFault, TransportError, KeyFileError) as error:
-            code, reason = grpc.StatusCode.ABORTED, f"{error}"
-        reason = reason[:MAX_REASON_CHARS]
-        logger.warning("%s: %s: %s", name, code.name, reason)
-        await context.abort(code, reason)
-        return b""  # abort raises
-
-    return answer
+    match error:
+        case Refusal():
+            return error.code
+        case ContractMismatch() | ObservationError() | ValueError():
+            return grpc.StatusCode.INVALID_ARGUMENT
+        case PolicyError():
+            return grpc.StatusCode.INTERNAL
+        case Refused():
+            return grpc.StatusCode.RESOURCE_EXHAUSTED
+        case RuntimeFault() | TransportError() | KeyFileError():
+            return grpc.StatusCode.ABORTED
+    return grpc.StatusCode.UNKNOWN

@@ -23,6 +23,8 @@ STATE, IMAGES = "observation.state", "observation.images."
 MAX_FEATURES = 256
 """Most features of a robot, and most entries of one observation."""
 MAX_TIMESTEP = 2**62
+MAX_PARTS = 4096
+"""Most parts of an observation; LeRobot's have 2 MiB each."""
 BEGIN, MIDDLE, END = 1, 2, 3
 """States of an observation's parts; a single part is an END."""
 
@@ -92,12 +94,16 @@ async def join_parts(parts: AsyncIterator[bytes], max_bytes: int) -> bytes:
         parts: Messages with a state (1) and data (2).
 
     Raises:
-        ValueError: A part is malformed or in another place than its state says, there is no END, or
-            the data is larger than ``max_bytes``.
+        ValueError: A part is malformed or in another place than its state says, there is no END,
+            there are more than ``MAX_PARTS``, or the data is larger than ``max_bytes``.
     """
     joined = bytearray()
     expected = (BEGIN, END)
+    count = 0
     async for part in parts:
+        count += 1
+        if count > MAX_PARTS:
+            raise ValueError(f"observation: got {count} parts, expected at most {MAX_PARTS}")
         fields = read_fields(part)
         state, data = fields.get(1, 0), data_field(fields, 2)
         if state not in expected:

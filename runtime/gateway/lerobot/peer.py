@@ -12,6 +12,8 @@ from typing import TypeVar
 
 from policies.errors import ContractMismatch
 from policies.types import PolicyContract
+from runtime.errors import ServerLost
+from runtime.gateway.client_log import ClientLog
 from runtime.gateway.config import GatewayCommand, ObservationKeys, StateSource
 from runtime.gateway.gateway_session import GatewaySession
 from runtime.gateway.lerobot.messages import (
@@ -22,13 +24,24 @@ from runtime.gateway.lerobot.messages import (
 )
 from runtime.gateway.observation_map import COLOURS, ObservationMap
 
-logger = logging.getLogger(__name__)
-
 STATE = "lerobot_features.observation.state"
 POSITION = ".pos"
 """What LeRobot appends to a motor's name."""
 
 T = TypeVar("T")
+
+
+@dataclass(frozen=True, slots=True)
+class Received:
+    """An observation as it was sent.
+
+    Attributes:
+        content: The pickle.
+        t_ns: When its last byte had arrived, nanoseconds on the monotonic clock.
+    """
+
+    content: bytes
+    t_ns: int
 
 
 @dataclass(frozen=True, slots=True)
@@ -42,26 +55,28 @@ class Accepted:
 class LerobotPeer:
     """A connection of a LeRobot client, as the event loop sees it.
 
-    The session is used by one thread, the peer's own, through ``run``.
+    The session is used by one thread, the peer's own. A call after ``end`` raises ``ServerLost``.
 
     Args:
         name: gRPC's name of the connection.
-        command, keys: The gateway's.
+        command, keys, log: The gateway's.
 
     Attributes:
         accepted: None until the client's instructions are accepted.
         receiving: Whether an observation is on its way.
     """
 
-    def __init__(self, name: str, command: GatewayCommand, keys: ObservationKeys) -> None:
-        self.name = name
+    def __init__(
+        self, name: str, command: GatewayCommand, keys: ObservationKeys, log: ClientLog
+    ) -> None:
+        self.name, self._log = name, log
         self.accepted: Accepted | None = None
         self.receiving, self.episode = False, 0
         self._command, self._keys = command, keys
         self._worker = ThreadPoolExecutor(1, thread_name_prefix=f"lerobot {name}")
         self._ended: Future[None] | None = None
         self._session: GatewaySession | None = None
-        self._newest: bytes | None = None
+        self._newest: Received | None = None
         self._arrived = asyncio.Event()
 
     @property
@@ -69,12 +84,12 @@ class LerobotPeer:
         """Whether the server knows the client."""
         return self._session is not None
 
-    def offer(self, content: bytes) -> None:
+    def offer(self, received: Received) -> None:
         """Keep an observation to be answered in place of an older one."""
-        self._newest = content
+        self._newest = received
         self._arrived.set()
 
-    async def newest(self, timeout_s: float) -> bytes | None:
+    async def newest(self, timeout_s: float) -> Received | None:
         """Take the newest observation; None if none arrives in time."""
         try:
             async with asyncio.timeout(timeout_s):
@@ -83,8 +98,8 @@ class LerobotPeer:
                     await self._arrived.wait()
         except TimeoutError:
             return None
-        content, self._newest = self._newest, None
-        return content
+        received, self._newest = self._newest, None
+        return received
 
     async def reset(self) -> None:
         """Start an episode; the client has to send its instructions again.
@@ -104,13 +119,13 @@ class LerobotPeer:
         """
         self.accepted = await self._run(self._compare, content)
 
-    async def answer(self, content: bytes, accepted: Accepted) -> bytes:
+    async def answer(self, received: Received, accepted: Accepted) -> bytes:
         """Return the pickled actions for a pickled observation.
 
         Raises:
             PolicyError, RuntimeFault, TransportError: As ``GatewaySession.infer``.
         """
-        return await self._run(self._infer, content, accepted)
+        return await self._run(self._infer, received, accepted)
 
     def end(self) -> None:
         """End the session once its running request is over. Nothing else may follow."""
@@ -129,6 +144,10 @@ class LerobotPeer:
     # In the session's thread
 
     async def _run(self, function: Callable[..., T], *arguments: object) -> T:
+        if self._ended is not None:
+            raise ServerLost(
+                "session: got a call after its end, expected Ready on a new connection"
+            )
         loop = asyncio.get_running_loop()
         return await loop.run_in_executor(self._worker, function, *arguments)
 
@@ -144,22 +163,20 @@ class LerobotPeer:
         accepted = Accepted(
             observation_map(instructions, contract, self._keys), instructions.actions_per_chunk
         )
-        logger.info(
-            "%s expects %.200r as %s, at most %d of %d actions",
-            self.name,
-            instructions.checkpoint,
-            instructions.policy_type,
-            instructions.actions_per_chunk,
-            contract.chunk_size,
+        self._log.write(
+            logging.INFO,
+            f"{self.name} expects {instructions.checkpoint!r:.200} as {instructions.policy_type}, "
+            f"at most {instructions.actions_per_chunk} of {contract.chunk_size} actions",
         )
         return accepted
 
-    def _infer(self, content: bytes, accepted: Accepted) -> bytes:
-        sent = read_observation(content)
+    def _infer(self, received: Received, accepted: Accepted) -> bytes:
+        sent = read_observation(received.content)
         task = sent.values.get("task", "")
         if not isinstance(task, str):
             raise ContractMismatch("task", type(task).__name__, "text")
         obs = accepted.observations.read(sent.values, timestep=sent.timestep, raw_lang=task)
+        obs.t_capture_ns = received.t_ns
         session = self._open_session()
         chunk = session.infer(obs)
         offset, dt_s = chunk.first_action_offset, session.contract.dt_s

@@ -11,6 +11,8 @@ from collections.abc import Mapping
 VARINT, FIXED64, LENGTH, FIXED32 = 0, 1, 2, 5
 """Wire types; groups, 3 and 4, are refused."""
 MAX_VARINT_BYTES = 10
+MAX_FIELDS = 64
+"""Most fields of a message, counted as often as they occur."""
 
 
 def read_fields(message: bytes) -> Mapping[int, int | bytes]:
@@ -20,11 +22,13 @@ def read_fields(message: bytes) -> Mapping[int, int | bytes]:
     message here has, are skipped.
 
     Raises:
-        ValueError: ``message`` does not follow the format.
+        ValueError: ``message`` does not follow the format, or has more than ``MAX_FIELDS`` fields.
     """
     fields: dict[int, int | bytes] = {}
     at = 0
-    while at < len(message):
+    for _ in range(MAX_FIELDS):
+        if at == len(message):
+            return fields
         key, at = _varint(message, at)
         number, wire_type = key >> 3, key & 7
         if wire_type == VARINT:
@@ -37,10 +41,16 @@ def read_fields(message: bytes) -> Mapping[int, int | bytes]:
         else:
             raise ValueError(f"protobuf: got wire type {wire_type}, expected 0, 1, 2 or 5")
         if size > len(message) - at:
-            raise ValueError(f"protobuf: field {number} ends after the message")
+            raise ValueError(
+                f"protobuf: field {number}: got {len(message) - at} bytes, expected {size}"
+            )
         if wire_type == LENGTH:
             fields[number] = message[at : at + size]
         at += size
+    if at < len(message):
+        raise ValueError(
+            f"protobuf: got {len(message) - at} bytes after {MAX_FIELDS} fields, expected no more"
+        )
     return fields
 
 
@@ -52,7 +62,7 @@ def data_field(fields: Mapping[int, int | bytes], number: int) -> bytes:
     """
     data = fields.get(number, b"")
     if isinstance(data, int):
-        raise ValueError(f"field {number}: got a number, expected bytes")
+        raise ValueError(f"protobuf: field {number}: got a number, expected bytes")
     return data
 
 
@@ -66,11 +76,15 @@ def write_bytes(number: int, data: bytes) -> bytes:
 def _varint(message: bytes, at: int) -> tuple[int, int]:
     """The number at ``at``, and where it ends."""
     value = 0
-    for count, byte in enumerate(message[at : at + MAX_VARINT_BYTES]):
+    data = message[at : at + MAX_VARINT_BYTES]
+    for count, byte in enumerate(data):
         value |= (byte & 0x7F) << (7 * count)
         if byte < 0x80:
             return value, at + count + 1
-    raise ValueError("protobuf: a number does not end")
+    raise ValueError(
+        f"protobuf: got a number without an end in {len(data)} bytes, "
+        f"expected one within {MAX_VARINT_BYTES}"
+    )
 
 
 def _write_varint(value: int) -> bytes:
