@@ -17,6 +17,7 @@ import pytest
 
 from policies.types import ActionChunk, CameraContract, MetaObs
 from policies.yaml_config import InvalidConfig
+from runtime.gateway.client_log import BURST
 from runtime.gateway.config import (
     GatewayCommand,
     ImageSource,
@@ -378,6 +379,93 @@ def test_clients_beyond_the_limit_are_refused(
         wait_until(lambda: not any(each.is_alive() for each in gateway._clients))
         with RawClient(gateway.port) as third:
             assert asked(third.actions(meta_obs())) == [1]
+
+
+def test_a_silent_client_is_closed_until_it_gets_actions(
+    gateway: IlstudioGateway, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(ilstudio_module, "FIRST_S", 0.2)
+    with contextlib.ExitStack() as stack:
+        good, bad, silent = (stack.enter_context(RawClient(gateway.port)) for _ in range(3))
+        assert asked(good.actions(meta_obs())) == [1]
+        assert bad.ask(b"") == []
+        for each in (bad, silent):
+            with pytest.raises((EOFError, ConnectionError)):
+                each.receive()
+        assert asked(good.actions(meta_obs(t=1))) == [2]
+    assert caplog.text.count("it asked for nothing within 0.2 s") == 2
+
+
+def test_a_refused_message_leaves_no_memory(gateway: IlstudioGateway, client: RawClient) -> None:
+    client.actions(meta_obs())
+    (connection,) = gateway._clients
+    assert len(connection._messages._buffer) > 1000
+    assert client.ask(bytes(500_000)) == []
+    wait_until(lambda: len(connection._messages._buffer) == 0)
+    assert asked(client.actions(meta_obs(t=1))) == [2]
+
+
+def test_no_client_can_fill_the_log(server: PolicyServer, caplog: pytest.LogCaptureFixture) -> None:
+    caplog.set_level(logging.INFO, ilstudio_module.__name__)
+    with (
+        ilstudio_gateway(server.address, CONTRACT, max_clients=1) as gateway,
+        RawClient(gateway.port) as client,
+    ):
+        for number in range(4 * BURST):
+            assert client.ask(b"X\x04\0\0\0%04d." % number) == []
+            with RawClient(gateway.port) as other, pytest.raises((EOFError, ConnectionError)):
+                other.receive()
+        assert asked(client.actions(meta_obs())) == [1]
+    lines = [each for each in caplog.records if each.name == ilstudio_module.__name__]
+    warnings = [each for each in lines if each.levelno == logging.WARNING]
+    assert BURST <= len(warnings) < 1.5 * BURST and len(lines) < 2 * BURST
+
+
+def test_a_client_without_a_thread_is_refused(
+    gateway: IlstudioGateway,
+    client: RawClient,
+    caplog: pytest.LogCaptureFixture,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    client.actions(meta_obs())
+
+    def start(_: threading.Thread) -> None:
+        raise RuntimeError("can't start new thread")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(ilstudio_module._Client, "start", start)
+        with RawClient(gateway.port) as other, pytest.raises((EOFError, ConnectionError)):
+            other.receive()
+    assert "refused: can't start new thread" in caplog.text
+    with RawClient(gateway.port) as other:
+        assert asked(other.actions(meta_obs())) == [1]
+
+
+def test_an_observation_is_as_old_as_its_last_byte(monkeypatch: pytest.MonkeyPatch) -> None:
+    captured_ns: list[int] = []
+    read_at_once = IlstudioObservations.read
+
+    def read(reader: IlstudioObservations, message: memoryview) -> list[MetaObs]:
+        time.sleep(0.3)
+        return read_at_once(reader, message)
+
+    class Noting(ToyPolicy):
+        def infer(self, obs: MetaObs) -> ActionChunk:
+            captured_ns.append(obs.t_capture_ns)
+            return super().infer(obs)
+
+        def fork(self) -> Noting:
+            return self
+
+    monkeypatch.setattr(IlstudioObservations, "read", read)
+    with (
+        serving(Noting()) as server,
+        ilstudio_gateway(server.address, CONTRACT) as gateway,
+        RawClient(gateway.port) as client,
+    ):
+        began_ns = time.monotonic_ns()
+        client.actions(meta_obs())
+    assert began_ns < captured_ns[-1] < began_ns + 250_000_000
 
 
 # The server's death, and the end

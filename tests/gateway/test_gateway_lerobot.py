@@ -6,6 +6,7 @@ import contextlib
 import dataclasses
 import os
 import pickle
+import socket
 import struct
 import subprocess
 import sys
@@ -24,10 +25,11 @@ from policies.types import MetaObs
 from policies.yaml_config import InvalidConfig
 from runtime.gateway.config import GatewayCommand, ImageSource, ObservationKeys, StateSource
 from runtime.gateway.lerobot import gateway as lerobot_module
+from runtime.gateway.lerobot import messages as lerobot_messages
 from runtime.gateway.lerobot import peer
 from runtime.gateway.lerobot.gateway import LerobotGateway
 from runtime.gateway.lerobot.messages import read_instructions, read_observation, write_actions
-from runtime.gateway.lerobot.protobuf_fields import read_fields, write_bytes
+from runtime.gateway.lerobot.protobuf_fields import MAX_FIELDS, read_fields, write_bytes
 from runtime.gateway.restricted_pickle import MAX_INSTRUCTIONS
 from runtime.server import PolicyServer
 from tests.gateway.lerobot_client import LerobotClient
@@ -369,6 +371,7 @@ def test_parts_are_joined(client: LerobotClient) -> None:
         ([b"\x08"], "got a number without an end in 0 bytes, expected one within 10"),
         ([b"\x0b"], "got wire type 3"),
         ([b"\x08\x03\x10\x01"], "field 2: got a number"),
+        ([b"\x08\x03" * 2_000_000], f"got 3999872 bytes after {MAX_FIELDS} fields"),
         ([b"\x08\x03\x12\xff\xff\xff\xff\x0f"], "field 2: got 0 bytes, expected 4294967295"),
         ([message(bytes(300_000), BEGIN)], "expected the policy's cameras"),
         (
@@ -393,6 +396,19 @@ def test_an_endless_stream_is_cut(client: LerobotClient) -> None:
             yield message(bytes(10_000), MIDDLE)
 
     refused(Status.INVALID_ARGUMENT, "got more than", lambda: client.send_parts(endless()))
+
+
+def test_parts_without_data_are_not_endless(
+    client: LerobotClient, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(lerobot_messages, "MAX_PARTS", 20)
+    client.start()
+    parts = [message(b"", BEGIN), *[message(b"", MIDDLE)] * 18, message(observation(), END)]
+    client.send_parts(parts)
+    assert len(client.act()) == CHUNK
+    parts.insert(1, message(b"", MIDDLE))
+    text = "got 21 parts, expected at most 20"
+    refused(Status.INVALID_ARGUMENT, text, lambda: client.send_parts(parts))
 
 
 def test_a_stream_that_stalls_is_given_up(
@@ -425,6 +441,75 @@ def test_a_message_too_large_is_refused_by_size(client: LerobotClient) -> None:
     refused(
         Status.INVALID_ARGUMENT, "instructions: got 30", lambda: client.instruct(bytes(300_000))
     )
+
+
+def test_a_slow_message_of_any_call_is_given_up(
+    gateway: LerobotGateway, client: LerobotClient, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(lerobot_module, "RECEIVE_S", 0.2)
+    over = threading.Event()
+
+    def nothing() -> Iterator[bytes]:
+        over.wait(10)
+        yield from ()
+
+    with LerobotClient(gateway.port) as slow:
+        service = "/transport.AsyncInference/"
+        ready, instruct, act = (
+            slow.channel.stream_unary(service + name)
+            for name in ("Ready", "SendPolicyInstructions", "GetActions")
+        )
+        text = "FAILED_PRECONDITION"
+        assert text in f"{instruct.future(nothing(), timeout=5).exception()}"
+        assert text in f"{act.future(nothing(), timeout=5).exception()}"
+        assert ready(nothing(), timeout=5) == b""
+        pending = instruct.future(nothing(), timeout=5)
+        client.start()
+        client.send(observation())
+        assert len(client.act()) == CHUNK
+        refused(Status.ABORTED, "instructions: got no message within 0.2 s", pending.result)
+        over.set()
+
+
+def test_a_small_message_that_becomes_large_is_refused(gateway: LerobotGateway) -> None:
+    with LerobotClient(gateway.port) as client:
+        client.start()
+        observe = client.channel.stream_unary("/transport.AsyncInference/SendObservations")
+        bomb = iter([bytes(60 * 2**20)])
+        call = observe.future(bomb, timeout=10, compression=grpc.Compression.Gzip)
+        refused(Status.RESOURCE_EXHAUSTED, "larger than max", call.result)
+        client.send(observation())
+        assert len(client.act()) == CHUNK
+
+
+def test_connections_without_a_session_are_few_and_silent_ones_are_closed(
+    server: PolicyServer, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(lerobot_module, "SPARE_CONNECTIONS", 3)
+    monkeypatch.setattr(lerobot_module, "RECEIVE_S", 0.5)
+    with contextlib.ExitStack() as stack:
+        gateway = stack.enter_context(gateway_of(server, max_clients=1))
+        client = stack.enter_context(LerobotClient(gateway.port))
+        client.start()
+        address = ("127.0.0.1", gateway.port)
+        silent = [stack.enter_context(socket.create_connection(address)) for _ in range(50)]
+        wait_until(lambda: sum(map(is_open, silent)) <= 4)
+        client.send(observation())
+        assert len(client.act()) == CHUNK
+        wait_until(lambda: not any(map(is_open, silent)))
+        stack.enter_context(LerobotClient(gateway.port)).get_actions.future(b"", timeout=1)
+        client.send(observation())
+        assert len(client.act()) == CHUNK
+
+
+def is_open(connection: socket.socket) -> bool:
+    connection.setblocking(False)
+    try:
+        return bool(connection.recv(4096))
+    except BlockingIOError:
+        return True
+    except OSError:
+        return False
 
 
 # Hostile pickles
@@ -708,7 +793,9 @@ def test_too_many_clients(server: PolicyServer) -> None:
         client.ready()
 
 
-def test_the_server_dies_and_returns(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_server_dies_and_returns(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
     with contextlib.ExitStack() as stack:
         first = contextlib.ExitStack()
         server = first.enter_context(serving(ToyPolicy()))
@@ -726,6 +813,58 @@ def test_the_server_dies_and_returns(monkeypatch: pytest.MonkeyPatch) -> None:
         monkeypatch.setattr("runtime.gateway.gateway_session.RECONNECT_S", 5.0)
         client.send(observation())
         assert client.act()[0].action[0] == 1
+    lines = [each.getMessage() for each in caplog.records if each.name == lerobot_module.__name__]
+    lost, back = (line for line in lines if "ipv4" in line and "stopped" not in line)
+    assert "ABORTED: " in lost
+    assert "requests succeed again (after 1 more errors like the last one)" in back
+
+
+def test_a_call_after_its_sessions_end(gateway: LerobotGateway, client: LerobotClient) -> None:
+    client.start()
+    (peer,) = gateway._peers.values()
+    gateway._loop.call_soon_threadsafe(peer.end)
+    wait_until(lambda: peer.ended)
+    refused(Status.ABORTED, "session: got a call after its end", client.ready)
+
+
+def test_a_bug_of_the_gateway_is_the_calls_and_is_logged(
+    client: LerobotClient, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    client.start()
+    client.send(observation())
+    with monkeypatch.context() as patch:
+        patch.setattr(peer, "read_observation", lambda _: 1 / 0)
+        refused(Status.UNKNOWN, "the gateway failed: ZeroDivisionError", client.act)
+    assert "Traceback" in caplog.text
+    client.send(observation())
+    assert len(client.act()) == CHUNK
+
+
+def test_an_observation_is_as_old_as_its_last_byte(monkeypatch: pytest.MonkeyPatch) -> None:
+    captured_ns: list[int] = []
+    slow_read = peer.read_observation
+
+    def read(content: bytes) -> lerobot_messages.TimedObservation:
+        time.sleep(0.3)
+        return slow_read(content)
+
+    class Noting(ToyPolicy):
+        def infer(self, obs: MetaObs) -> Any:
+            captured_ns.append(obs.t_capture_ns)
+            return super().infer(obs)
+
+        def fork(self) -> Noting:
+            return self
+
+    monkeypatch.setattr(peer, "read_observation", read)
+    with serving(Noting()) as server, gateway_of(server) as gateway:
+        with LerobotClient(gateway.port) as client:
+            client.start()
+            began_ns = time.monotonic_ns()
+            client.send(observation())
+            arrived_ns = time.monotonic_ns()
+            client.act()
+    assert began_ns < captured_ns[-1] < arrived_ns
 
 
 def test_no_server_at_ready(server: PolicyServer, gateway: LerobotGateway) -> None:

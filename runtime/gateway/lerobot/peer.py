@@ -128,9 +128,10 @@ class LerobotPeer:
         return await self._run(self._infer, received, accepted)
 
     def end(self) -> None:
-        """End the session once its running request is over. Nothing else may follow."""
-        self._ended = self._worker.submit(self._close)
-        self._worker.shutdown(wait=False)
+        """End the session once its running request is over. Idempotent."""
+        if self._ended is None:
+            self._ended = self._worker.submit(self._close)
+            self._worker.shutdown(wait=False)
 
     @property
     def ended(self) -> bool:
