@@ -134,6 +134,29 @@ def test_rows_are_computed_side_by_side() -> None:
     assert all(a is b for a, b in zip(got, chunks, strict=True))
 
 
+def test_rows_without_a_thread_of_their_own_end_before_the_error(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    ended = []
+
+    def call() -> ActionChunk:
+        time.sleep(0.1)
+        ended.append(True)
+        return ActionChunk(np.zeros((1, 1), np.float32))
+
+    start, starts = threading.Thread.start, iter([True, False])
+
+    def start_once(thread: threading.Thread) -> None:
+        if not next(starts):
+            raise RuntimeError("can't start new thread")
+        start(thread)
+
+    monkeypatch.setattr(threading.Thread, "start", start_once)
+    with pytest.raises(RuntimeError, match="can't start"):
+        ilstudio_module._side_by_side([call] * 3)
+    assert ended == [True]
+
+
 @pytest.mark.parametrize(
     ("timesteps", "counts"),
     [

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import errno
 import os
 import pickle
 import socket
@@ -731,6 +732,22 @@ def test_a_dead_clients_session_ends(gateway: LerobotGateway) -> None:
         wait_until(lambda: len(gateway._peers) == 1)
         other.send(observation())
         assert len(other.act()) == CHUNK
+
+
+def test_a_sweep_without_a_descriptor_is_no_end(
+    gateway: LerobotGateway, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def listdir(_: str) -> list[str]:
+        raise OSError(errno.EMFILE, "Too many open files")
+
+    with LerobotClient(gateway.port) as client:
+        client.start()
+        with monkeypatch.context() as patch:
+            patch.setattr(lerobot_module.os, "listdir", listdir)
+            wait_until(lambda: "not looked for: [Errno 24]" in caplog.text)
+        client.send(observation())
+        assert len(client.act()) == CHUNK
+    wait_until(lambda: not gateway._peers)
 
 
 def test_a_client_that_dies_during_inference() -> None:

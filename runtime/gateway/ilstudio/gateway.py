@@ -291,11 +291,15 @@ def _side_by_side(calls: Sequence[Callable[[], ActionChunk]]) -> list[ActionChun
             errors[at] = error
 
     others = [threading.Thread(target=run, args=(at,), daemon=True) for at in range(1, len(calls))]
-    for thread in others:
-        thread.start()
-    run(0)
-    for thread in others:
-        thread.join()
+    started = []
+    try:
+        for thread in others:
+            thread.start()
+            started.append(thread)
+        run(0)
+    finally:  # also where the system has no thread: a session is used by one call at a time
+        for thread in started:
+            thread.join()
     if errors:
         raise errors[min(errors)]
     return [results[at] for at in range(len(calls))]

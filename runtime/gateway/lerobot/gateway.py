@@ -199,7 +199,11 @@ class LerobotGateway:
             self._ending.remove(peer)
         if not self._errors:  # every peer has an entry
             return
-        connected = remote_ports(self.port)
+        try:
+            connected = remote_ports(self.port)
+        except OSError as error:  # no descriptor is left; the next sweep tries again
+            self._log.write(logging.WARNING, f"lost clients are not looked for: {error}")
+            return
         for name in list(self._errors):
             if int(name.rpartition(":")[2]) not in connected:
                 del self._errors[name]
@@ -346,6 +350,9 @@ def remote_ports(port: int) -> set[int]:
     """Return the other sides' TCP ports of this process's connections to its ``port``.
 
     Two hosts can use the same port; then a client that is gone is only noticed with the other one.
+
+    Raises:
+        OSError: This process has no descriptor left to look with.
     """
     found = set()
     for name in os.listdir("/dev/fd"):  # noqa: PTH208
