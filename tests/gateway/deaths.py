@@ -340,7 +340,9 @@ def kill_gateway(protocol: Protocol, folder: Path, obs: MetaObs) -> None:
         for _ in range(TIMES):
             time.sleep(max(0.0, ready_s + HEALTHY_S + 0.1 - time.monotonic()))
             in_request(clients)
-            os.kill(gateway_of(server.pid), signal.SIGKILL)
+            gateway = gateway_of(server.pid)
+            segments = Held.by(gateway).segments
+            os.kill(gateway, signal.SIGKILL)
             died_s = time.monotonic()
             wait_until(lambda: not answers(port))
             wait_until(lambda: answers(port))
@@ -351,6 +353,8 @@ def kill_gateway(protocol: Protocol, folder: Path, obs: MetaObs) -> None:
                 client.kill()
             clients = start_all(kinds, port)
             wait_until(lambda: len(session_names(server.address)) == 1 + len(kinds))
+            assert segments
+            wait_until(lambda segments=segments: not still_there(segments))
         holds_no_more(server.pid, before)
         bystander.check()
     logger.info("the gateway was back after %.2f to %.2f s", min(backs_s), max(backs_s))

@@ -8,6 +8,7 @@ writes what happens to that file. Its process id is printed.
 # ruff: noqa: T201  a command line
 from __future__ import annotations
 
+import ctypes
 import os
 import signal
 import sys
@@ -18,6 +19,7 @@ from collections.abc import Callable
 from typing import Any
 
 DIM = 14
+PR_SET_PDEATHSIG = 1
 RETRY_S = 0.05
 NO_ACTIONS_S = 1.0
 """How long LeRobot's client waits for actions before it observes again."""
@@ -147,6 +149,7 @@ def main(kind: str) -> None:
         port, path = line.split()
         pid = os.fork()
         if not pid:
+            ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
             fd = os.open(path, os.O_WRONLY | os.O_CREAT, 0o600)
             os.dup2(fd, 1)
             os.dup2(fd, 2)

@@ -510,6 +510,22 @@ def test_silent_connections_are_closed(
         assert len(client.act()) == CHUNK
 
 
+def test_a_connection_without_calls_is_closed(
+    server: PolicyServer, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(lerobot_module, "IDLE_S", 0.3)
+    monkeypatch.setattr(lerobot_module, "WAIT_S", 30.0)
+    with gateway_of(server) as gateway, LerobotClient(gateway.port) as client:
+        client.start()
+        pending = client.get_actions.future(b"", timeout=20)
+        with LerobotClient(gateway.port) as idle:
+            idle.start()
+            assert len(gateway._peers) == 2
+            wait_until(lambda: len(gateway._peers) == 1)
+        client.send(observation())
+        assert pending.result()
+
+
 def is_open(connection: socket.socket) -> bool:
     connection.setblocking(False)
     try:

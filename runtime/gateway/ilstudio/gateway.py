@@ -44,6 +44,8 @@ SERVER = "server"
 """Kind of all errors for which the policy server cannot be asked."""
 CLOSE_S = 2.0
 """How long ``close`` waits for requests in progress."""
+BACKLOG = 1024
+"""Connections that may wait to be accepted. One beyond has to try again, after a second."""
 ACCEPT_AGAIN_S = 0.1
 """Pause after a failed accept, for which the system had no descriptor or memory."""
 
@@ -76,7 +78,9 @@ class IlstudioGateway:
         self._observations = IlstudioObservations(contract, keys)
         host, ipv6 = resolve(command.host, command.port or 0, listening=True)
         self._listener = socket.create_server(
-            (host, command.port or 0), family=socket.AF_INET6 if ipv6 else socket.AF_INET
+            (host, command.port or 0),
+            family=socket.AF_INET6 if ipv6 else socket.AF_INET,
+            backlog=BACKLOG,
         )
         self._listener.setblocking(False)
         self.port: int = self._listener.getsockname()[1]
