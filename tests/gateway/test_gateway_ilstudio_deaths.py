@@ -45,6 +45,7 @@ def test_killed_clients(tmp_path: Path) -> None:
     deaths.kill_clients(ILSTUDIO, tmp_path)
 
 
+@pytest.mark.alone
 def test_a_killed_gateway(tmp_path: Path) -> None:
     deaths.kill_gateway(ILSTUDIO, tmp_path, observation())
 

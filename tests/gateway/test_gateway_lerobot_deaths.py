@@ -63,6 +63,7 @@ def test_killed_clients(tmp_path: Path) -> None:
     deaths.kill_clients(LEROBOT, tmp_path)
 
 
+@pytest.mark.alone
 def test_a_killed_gateway(tmp_path: Path) -> None:
     deaths.kill_gateway(LEROBOT, tmp_path, dataclasses.replace(observation(), images={}))
 
