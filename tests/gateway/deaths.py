@@ -326,11 +326,15 @@ def kill_clients(protocol: Protocol, folder: Path) -> None:
 
 def kill_gateway(protocol: Protocol, folder: Path, obs: MetaObs) -> None:
     """The server starts it again at once, keeps nothing of it, and its own client goes on."""
-    backs_s = []
+    backs_s, starts_s = [], []
     with contextlib.ExitStack() as stack:
         server = stack.enter_context(protocol.server(0, "--gateway", f"{protocol.name}:0"))
         match = server.expect(rf"gateway +{protocol.name} clients on \S+:(\d+)")
         port = int(match[1])
+        for _ in range(3):
+            began_s = time.monotonic()
+            with protocol.gateway(server.address):
+                starts_s.append(time.monotonic() - began_s)
         kinds = stack.enter_context(protocol.clients(folder))
         ours = stack.enter_context(PolicyClient(server.address, timeout_s=20.0))
         bystander = stack.enter_context(Bystander(lambda: ours.infer(obs)))
@@ -356,9 +360,10 @@ def kill_gateway(protocol: Protocol, folder: Path, obs: MetaObs) -> None:
             wait_until(lambda segments=segments: not still_there(segments))
         holds_no_more(server.pid, before)
         bystander.check()
+    logger.info("a gateway's start took %.2f to %.2f s", min(starts_s), max(starts_s))
     logger.info("the gateway was back after %.2f to %.2f s", min(backs_s), max(backs_s))
-    # The fastest: a busy machine starts processes slowly, but no restart waits that long by itself.
-    assert min(backs_s) < BACK_WITHIN_S
+    # A busy machine starts a process slowly; nothing else may take time.
+    assert min(backs_s) < max(BACK_WITHIN_S, 2 * max(starts_s))
 
 
 def gateway_of(pid: int) -> int:
