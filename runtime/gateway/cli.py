@@ -11,67 +11,48 @@ import logging
 import os
 import signal
 import sys
+import time
 from collections.abc import Sequence
 from importlib import import_module
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 from policies.command_line import CommandLine
 from policies.errors import PolicyError
 from policies.flag_builder import add_flags, from_flags
-from policies.yaml_config import InvalidConfig, load_config
+from policies.types import PolicyContract
+from policies.yaml_config import InvalidConfig
 from runtime.errors import RuntimeFault
-from runtime.gateway.api_keys import ApiKeys
-from runtime.gateway.config import GatewayCommand, ObservationKeys
+from runtime.gateway.config import GatewayCommand
 from runtime.gateway.gateway_session import GatewaySession
+from runtime.gateway.renewing_gateway import Gateway, RenewingGateway
+from runtime.options.api_keys import ApiKeys
+from runtime.options.gateways import (
+    DEFAULT_PORTS,
+    ObservationKeys,
+    check_api_keys,
+    load_observation_keys,
+)
 from transport.address import format_address, is_loopback, parse_address
 from transport.child_process import die_with_parent, stop_with_stdin, write_event
-from transport.errors import TransportError
+from transport.errors import Refused, TransportError
 from transport.zeromq.curve import KeyFileError
 from transport.zeromq.malloc import keep_freed_memory
 
 logger = logging.getLogger(__name__)
 
 FAILED, BAD_INPUT = 1, 2
+ADMISSION_S, ADMISSION_EVERY_S = 1.0, 0.1
+"""How long and how often a gateway that starts asks for a session that the server refuses."""
 GATEWAYS = {
-    "ilstudio": ("runtime.gateway.ilstudio.gateway", "IlstudioGateway", 5001),
-    "openpi": ("runtime.gateway.openpi.gateway", "OpenpiGateway", 8000),
-    "lerobot": ("runtime.gateway.lerobot.gateway", "LerobotGateway", 8080),
-    "groot": ("runtime.gateway.groot.gateway", "GrootGateway", 5555),
+    "ilstudio": ("runtime.gateway.ilstudio.gateway", "IlstudioGateway"),
+    "openpi": ("runtime.gateway.openpi.gateway", "OpenpiGateway"),
+    "lerobot": ("runtime.gateway.lerobot.gateway", "LerobotGateway"),
+    "groot": ("runtime.gateway.groot.gateway", "GrootGateway"),
 }
-"""Protocol: (module, class, default port). Only the chosen module is imported."""
-WITH_API_KEYS = ("openpi", "groot")
-"""The protocols that have a place for a key."""
-
-
+"""Protocol: (module, class). Only the chosen module is imported."""
 PLAYED_AT_ONCE = ("ilstudio", "openpi")
 """Protocols that cannot say for which tick an action is."""
-
-
-class Gateway(Protocol):
-    """A listener for the clients of one foreign protocol.
-
-    The constructor takes ``(command, keys, api_keys, contract)`` and listens on the command's port.
-    It raises ``InvalidConfig`` if ``keys`` does not fit the contract or the protocol
-    cannot serve the policy, and ``OSError`` if the address is taken.
-
-    Attributes:
-        port: The TCP port that it listens on.
-    """
-
-    port: int
-
-    def serve(self) -> None:
-        """Serve clients until ``stop``."""
-        ...
-
-    def stop(self) -> None:
-        """Make ``serve`` return soon. For a signal handler or another thread. Idempotent."""
-        ...
-
-    def close(self) -> None:
-        """End all sessions and free the address. Call it after ``serve``. Idempotent."""
-        ...
 
 
 def parser() -> argparse.ArgumentParser:
@@ -86,6 +67,15 @@ def parser() -> argparse.ArgumentParser:
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run a gateway until SIGINT or SIGTERM. Returns the exit status."""
+    for number in (signal.SIGINT, signal.SIGTERM):  # until there is a gateway to stop
+        signal.signal(number, signal.default_int_handler)
+    try:
+        return _run(argv)
+    except KeyboardInterrupt:
+        return 0
+
+
+def _run(argv: Sequence[str] | None) -> int:
     try:
         command = read_command(argv)
         if command.ready_fd is not None:
@@ -93,7 +83,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     except (OSError, ValueError) as error:
         return _fail(error)
     try:
-        keys = _observation_keys(command)
+        keys = load_observation_keys(command.config)
         api_keys = ApiKeys(Path(command.api_keys)) if command.api_keys else None
     except (InvalidConfig, OSError, ValueError) as error:
         return _fail(error, ready_fd=command.ready_fd)
@@ -124,40 +114,32 @@ def read_command(argv: Sequence[str] | None) -> GatewayCommand:
             f"--host: got {command.host}, expected a loopback address: {command.protocol} has no "
             "encryption. Use a tunnel, or --insecure"
         )
-    if command.api_keys and command.protocol not in WITH_API_KEYS:
-        raise ValueError(
-            f"--api_keys: got {command.api_keys}, expected none: {command.protocol} has no place "
-            f"for keys; {' and '.join(WITH_API_KEYS)} have"
-        )
+    try:
+        check_api_keys(command.protocol, command.api_keys)
+    except ValueError as error:
+        raise ValueError(f"--{error}") from error
     if command.port is None:
-        command = dataclasses.replace(command, port=GATEWAYS[command.protocol][2])
+        command = dataclasses.replace(command, port=DEFAULT_PORTS[command.protocol])
     return command
 
 
-def _observation_keys(command: GatewayCommand) -> ObservationKeys:
-    if not command.config:
-        return ObservationKeys()
-    return load_config(ObservationKeys, command.config, kind="gateway")
-
-
 def _serve(command: GatewayCommand, keys: ObservationKeys, api_keys: ApiKeys | None) -> int:
-    module, name, _ = GATEWAYS[command.protocol]
+    module, name = GATEWAYS[command.protocol]
     try:
-        make: Any = getattr(import_module(module), name)
+        gateway_class: Any = getattr(import_module(module), name)
     except ImportError as missing:
         reason = ValueError(f"{missing} (pip install '.[gateway]')")
         return _fail(reason, ready_fd=command.ready_fd)
+
+    def make(command: GatewayCommand, contract: PolicyContract) -> Gateway:
+        _check_first_action(command.protocol, contract)
+        made: Gateway = gateway_class(command, keys, api_keys, contract)
+        return made
+
     try:
-        probe = GatewaySession(command, f"{command.protocol} gateway")
-        contract = probe.contract
-        probe.close()
-        if contract.first_action_offset and command.protocol in PLAYED_AT_ONCE:
-            raise InvalidConfig(
-                f"policy: got a first action {contract.first_action_offset} ticks after its "
-                f"observation, expected 0: clients of {command.protocol} execute it at once"
-            )
-        gateway: Gateway = make(command, keys, api_keys, contract)
-    except (InvalidConfig, OSError, ValueError) as error:
+        probe = try_session(command)
+        gateway = RenewingGateway(command, probe.contract, probe.episode_state, make)
+    except (InvalidConfig, Refused, OSError, ValueError) as error:
         return _fail(error, ready_fd=command.ready_fd)
     except (PolicyError, RuntimeFault, TransportError, KeyFileError) as error:
         return _fail(error, FAILED, command.ready_fd)
@@ -172,6 +154,44 @@ def _serve(command: GatewayCommand, keys: ObservationKeys, api_keys: ApiKeys | N
     finally:
         gateway.close()
     return 0
+
+
+def try_session(command: GatewayCommand) -> GatewaySession:
+    """Return a session that was opened as a client's would be, and is closed.
+
+    It shows whether the server admits one, and its cost is not the first client's: modules are
+    loaded and compiled, shared memory was used. A server that has no place just now is no reason
+    not to start. An admission is asked for again for ``ADMISSION_S``, since other gateways that
+    start may have such a session, too.
+
+    Raises:
+        Refused: The server does not admit such a session.
+        PolicyError, TransportError, KeyFileError: As ``GatewaySession``.
+    """
+    session = GatewaySession(command, f"{command.protocol} gateway")
+    deadline_s = time.monotonic() + ADMISSION_S
+    try:
+        while True:
+            try:
+                session.open()
+                return session
+            except Refused as error:
+                if error.field == "sessions":
+                    logger.warning("clients are refused until there is room: %s", error)
+                    return session
+                if time.monotonic() >= deadline_s:
+                    raise
+            time.sleep(ADMISSION_EVERY_S)
+    finally:
+        session.close()
+
+
+def _check_first_action(protocol: str, contract: PolicyContract) -> None:
+    if contract.first_action_offset and protocol in PLAYED_AT_ONCE:
+        raise InvalidConfig(
+            f"policy: got a first action {contract.first_action_offset} ticks after its "
+            f"observation, expected 0: clients of {protocol} execute it at once"
+        )
 
 
 def _fail(error: Exception, status: int = BAD_INPUT, ready_fd: int | None = None) -> int:

@@ -31,10 +31,11 @@ class ObservationMap:
             taken; for the cameras that ``keys`` does not have.
         state_keys: The protocol's own keys of the state, for the case that ``keys`` has none; the
             first present one is the whole state.
+        part_size: How many numbers each key of the state has, where the protocol fixes that.
 
     Raises:
-        InvalidConfig: ``keys`` names a camera that the policy does not have, or covers another
-            number of state dimensions.
+        InvalidConfig: ``keys`` names a camera that the policy does not have, covers another number
+            of state dimensions, or leaves the sizes of several parts open.
     """
 
     def __init__(
@@ -44,6 +45,7 @@ class ObservationMap:
         *,
         image_keys: Callable[[str], Sequence[str]],
         state_keys: Sequence[str],
+        part_size: int | None = None,
     ) -> None:
         unknown = sorted(set(keys.cameras) - set(contract.camera_names))
         if unknown:
@@ -51,19 +53,14 @@ class ObservationMap:
                 f"cameras: got {unknown[0]!r}, expected cameras of the policy: "
                 f"{list(contract.camera_names)}"
             )
-        sizes = [None if s.stop is None else s.stop - s.start for s in keys.state]
-        if keys.state and None not in sizes and sum(filter(None, sizes)) != contract.state_dim:
-            raise InvalidConfig(
-                f"state: got {sum(filter(None, sizes))} dimensions, expected the policy's "
-                f"{contract.state_dim}"
-            )
+        _check_sizes(keys.state, contract.state_dim, part_size)
         self._contract = contract
         self._images: list[tuple[CameraContract, tuple[ImageSource, ...]]] = []
         for camera in contract.cameras:
             given = keys.cameras.get(camera.name)
             own = tuple(ImageSource(key) for key in image_keys(camera.name))
             self._images.append((camera, own if given is None else (given,)))
-        self._state = keys.state
+        self._state, self._part_size = keys.state, part_size
         self._state_keys = tuple(state_keys)
 
     def read(
@@ -109,18 +106,43 @@ class ObservationMap:
 
     def _state_of(self, observation: Mapping[str, Any]) -> NDArray[np.float32]:
         if self._state:
-            parts = [_part(observation, source) for source in self._state]
+            parts = [_part(observation, source, self._part_size) for source in self._state]
         else:
             own = tuple(StateSource(key) for key in self._state_keys)
             source, _ = _first(observation, own, "state")
-            parts = [_part(observation, source)]
+            parts = [_part(observation, source, self._part_size)]
         state = np.concatenate(parts)
         if len(state) != self._contract.state_dim:
-            keys = ", ".join(source.key for source in self._state) or "its key"
+            sources = self._state or (source,)
+            sizes = (f"{one.key} {len(part)}" for one, part in zip(sources, parts, strict=True))
             raise ContractMismatch(
-                f"state ({keys})", f"{len(state)} numbers", f"{self._contract.state_dim}"
+                "state",
+                f"{len(state)} numbers ({', '.join(sizes)!s:.200})",
+                f"{self._contract.state_dim}",
             )
         return state
+
+
+def _check_sizes(state: Sequence[StateSource], state_dim: int, part_size: int | None) -> None:
+    """Raise ``InvalidConfig`` unless the parts can only be put together in one way.
+
+    With one part of open size its size is what the others leave. With several, an observation with
+    parts of other sizes and the same sum would be taken for a state.
+    """
+    stops = [(one, part_size if one.stop is None else one.stop) for one in state]
+    open_parts = [one.key for one, stop in stops if stop is None]
+    known = sum(stop - one.start for one, stop in stops if stop is not None)
+    if len(open_parts) > 1:
+        raise InvalidConfig(
+            f"state: got {len(open_parts)} parts without stop, {open_parts!s:.200}, expected at "
+            "most one: their sizes could not be told apart"
+        )
+    if state and (known >= state_dim if open_parts else known != state_dim):
+        room = f"fewer, beside {open_parts[0]!r} without stop" if open_parts else "all of them"
+        raise InvalidConfig(
+            f"state: got {known} dimensions of known size of the policy's {state_dim}, expected "
+            f"{room}"
+        )
 
 
 def _first(observation: Mapping[str, Any], sources: Sequence[Any], field: str) -> tuple[Any, Any]:
@@ -142,7 +164,10 @@ def find_value(observation: Mapping[str, Any], key: str) -> Any:
     return find_value(inner, rest) if slash and isinstance(inner, Mapping) else None
 
 
-def _part(observation: Mapping[str, Any], source: StateSource) -> NDArray[np.float32]:
+def _part(
+    observation: Mapping[str, Any], source: StateSource, size: int | None
+) -> NDArray[np.float32]:
+    """Return a part of the state; ``size`` is the size that an array must have without a stop."""
     _, value = _first(observation, (source,), "state")
     try:
         array = np.asarray(value)
@@ -154,12 +179,14 @@ def _part(observation: Mapping[str, Any], source: StateSource) -> NDArray[np.flo
         raise ContractMismatch(f"state ({source.key})", f"shape {array.shape}", "one row")
     with np.errstate(over="ignore"):  # infinity, which the policy refuses
         whole = array.astype(np.float32, copy=False).reshape(-1)
+    if source.stop is None and size is not None and len(whole) != size:
+        raise ContractMismatch(f"state ({source.key})", f"{len(whole)} numbers", f"{size}")
     stop = len(whole) if source.stop is None else source.stop
     if stop > len(whole) or source.start >= stop:
         raise ContractMismatch(
             f"state ({source.key})",
             f"{len(whole)} numbers",
-            f"at least {max(stop, source.start + 1)}",
+            f"at least {max(stop, source.start + 1)}, for its part from {source.start}",
         )
     return whole[source.start : stop]
 

@@ -13,9 +13,9 @@ import numpy as np
 import zmq
 
 from policies.types import PolicyContract
-from runtime.gateway.api_keys import ApiKeys
 from runtime.gateway.config import GatewayCommand, ObservationKeys, SessionOptions
 from runtime.gateway.groot.gateway import GrootGateway
+from runtime.options.api_keys import ApiKeys
 from runtime.wire_formats.npy_arrays import decode_array, encode_array
 from tests.gateway.served import served
 from tests.runtime.toy_policy import CONTRACT, STATE_DIM
@@ -33,11 +33,12 @@ def gateway(
     api_keys: ApiKeys | None = None,
     contract: PolicyContract = CONTRACT,
     timeout_s: float = 10.0,
+    sessions: SessionOptions | None = None,
     **options: Any,
 ) -> Iterator[GrootGateway]:
     """A gateway to ``server``, served in a thread until the end of the block."""
     command = GatewayCommand("groot", server=server, port=0, **options)
-    command = dataclasses.replace(command, sessions=SessionOptions(timeout_s=timeout_s))
+    command = dataclasses.replace(command, sessions=sessions or SessionOptions(timeout_s=timeout_s))
     made = GrootGateway(command, keys, api_keys, contract)
     with served(made):
         yield made

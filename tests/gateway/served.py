@@ -6,7 +6,7 @@ import contextlib
 import threading
 from collections.abc import Iterator
 
-from runtime.gateway.cli import Gateway
+from runtime.gateway.renewing_gateway import Gateway
 
 
 @contextlib.contextmanager

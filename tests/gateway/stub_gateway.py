@@ -12,9 +12,9 @@ import sys
 
 from policies.types import PolicyContract
 from runtime.gateway import cli
-from runtime.gateway.api_keys import ApiKeys
 from runtime.gateway.config import GatewayCommand, ObservationKeys
 from runtime.gateway.observation_map import ObservationMap
+from runtime.options.api_keys import ApiKeys
 
 
 class StubGateway:
@@ -45,6 +45,6 @@ class StubGateway:
 
 
 if __name__ == "__main__":
-    cli.GATEWAYS["openpi"] = ("tests.gateway.stub_gateway", "StubGateway", 8000)
-    cli.GATEWAYS["groot"] = ("a_package_that_nobody_installed", "StubGateway", 5555)
+    cli.GATEWAYS["openpi"] = ("tests.gateway.stub_gateway", "StubGateway")
+    cli.GATEWAYS["groot"] = ("a_package_that_nobody_installed", "StubGateway")
     sys.exit(cli.main())

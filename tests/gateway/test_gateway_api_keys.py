@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from runtime.gateway.api_keys import MAX_BYTES, ApiKeys
+from runtime.options.api_keys import MAX_BYTES, ApiKeys
 
 KEY, OTHER = "0123456789abcdef", "fedcba9876543210"
 

@@ -21,10 +21,16 @@ import zmq
 from policies.errors import ContractMismatch
 from policies.types import ActionChunk, CameraContract, MetaObs
 from policies.yaml_config import InvalidConfig, load_config
-from runtime.gateway.api_keys import ApiKeys
-from runtime.gateway.config import GatewayCommand, ImageSource, ObservationKeys, StateSource
+from runtime.gateway.config import (
+    GatewayCommand,
+    ImageSource,
+    ObservationKeys,
+    SessionOptions,
+    StateSource,
+)
 from runtime.gateway.groot.gateway import GrootGateway, max_message
 from runtime.gateway.groot.modalities import GrootModalities
+from runtime.options.api_keys import ApiKeys
 from runtime.server import PolicyServer
 from runtime.wire_formats.bounded_msgpack import MAX_DEPTH, MAX_ITEMS, InvalidMessage, unpack
 from runtime.wire_formats.npy_arrays import decode_array, encode_array, read_npy, write_npy
@@ -307,11 +313,24 @@ def test_an_error_of_the_policy_is_told(peer: GrootPeer) -> None:
     assert "error" not in peer.act(1)
 
 
+def test_a_session_that_is_not_admitted_shows_at_the_reset(server: PolicyServer) -> None:
+    robot = SessionOptions("robot", rate_hz=1000.0, deadline_ms=0.001)
+    address = f"{server.host}:{server.port}"
+    with connect(server) as client:
+        client.infer(own_observation())  # now the server knows how long one takes
+    with gateway(address, sessions=robot) as made, GrootPeer(made.port) as peer:
+        assert peer.call("reset")["error"].startswith("deadline_ms: got its own 0.001")
+
+
 def test_another_policy_behind_the_gateway_is_refused(server: PolicyServer) -> None:
     other = dataclasses.replace(CONTRACT, chunk_size=5, n_action_steps=5)
     address = f"{server.host}:{server.port}"
     with gateway(address, contract=other) as made, GrootPeer(made.port) as peer:
-        assert peer.act()["error"] == "chunk_size: got 10, expected 5"
+        for reply in (peer.call("reset"), peer.act()):
+            assert reply["error"] == (
+                "policy: got another one than before, with chunk_size 10, n_action_steps 10, "
+                "expected chunk_size 5, n_action_steps 5"
+            )
     assert wait_for(lambda: not names(server))
 
 

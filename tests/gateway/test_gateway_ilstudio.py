@@ -244,7 +244,7 @@ def test_what_cannot_be_served_is_refused_at_the_start(server: PolicyServer) -> 
     [
         ({"state": None}, "state: got nothing, expected an array (N, D)"),
         ({"state": np.zeros(14)}, "state: got float64 (14,), expected an array (N, D)"),
-        ({"state": np.zeros((1, 13))}, "got 13 numbers, expected 14"),
+        ({"state": np.zeros((1, 13))}, "got 13 numbers (state 13), expected 14"),
         ({"state": np.zeros((0, 14))}, f"state: got 0 rows, expected 1 to {MAX_ROWS}"),
         ({"state": np.zeros((10**6, 0))}, f"state: got 1000000 rows, expected 1 to {MAX_ROWS}"),
         ({"state": np.full((1, 14), np.nan)}, "state: got NaN or infinity, expected finite"),
@@ -354,7 +354,7 @@ def test_a_server_with_another_policy_is_refused(caplog: pytest.LogCaptureFixtur
         RawClient(gateway.port) as client,
     ):
         assert client.ask(meta_obs()) == []
-        assert "cameras: got " in caplog.text
+        assert "with cameras (top 24x32, wrist 24x32), expected cameras (top 24x32)" in caplog.text
         wait_until(lambda: not names(server))
 
 

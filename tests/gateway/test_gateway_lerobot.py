@@ -322,7 +322,7 @@ def changed(**changes: Any) -> bytes:
         (changed(**{MOTORS[3]: "x"}), "state (motor_3.pos): got 'x', expected numbers"),
         (changed(**{MOTORS[3]: [0.5]}), "motor_3.pos: got list, expected a number, an array"),
         (changed(**{MOTORS[3]: float("nan")}), "state: got NaN"),
-        (changed(**{MOTORS[3]: np.zeros(2, np.float32)}), "expected 14"),
+        (changed(**{MOTORS[3]: np.zeros(2, np.float32)}), "3.pos): got 2 numbers, expected 1"),
         (dumps(TimedObservation(1.0, -1, {})), "timestep: got -1"),
         (dumps(TimedObservation(1.0, True, {})), "timestep: got bool"),
         (dumps(TimedObservation("1", 0, {})), "timestamp: got str"),

@@ -109,7 +109,7 @@ def test_a_state_is_put_together_in_the_maps_order() -> None:
         state=(StateSource("arm/joints", 1, 3), StateSource("gripper", 0, 1)),
     )
     check(read({**OBSERVATION, "arm": {"joints": [0.0, 1.5, -2.0, 9.0]}, "gripper": 3.0}, keys))
-    whole = ObservationKeys(state=(StateSource("two"), StateSource("one")))
+    whole = ObservationKeys(state=(StateSource("two"), StateSource("one", 0, 1)))
     check(read({**OBSERVATION, "one": [3.0], "two": [1.5, -2.0]}, whole))
 
 
@@ -123,7 +123,7 @@ def test_a_state_is_put_together_in_the_maps_order() -> None:
         ({"top": TOP.tolist()}, "images.top: got list, expected a uint8 array (24, 32, 3) or"),
         ({"top": {"a": 1}}, "images.top: got dict, expected a uint8 array (24, 32, 3) or"),
         ({"state": None}, "state: got keys ['top', 'wrist', 'state'], expected 'state' or 'joint"),
-        ({"state": STATE[:2]}, "state (its key): got 2 numbers, expected 3"),
+        ({"state": STATE[:2]}, "state: got 2 numbers (state 2), expected 3"),
         ({"state": []}, "state (state): got 0 numbers, expected at least 1"),
         ({"state": "1.5"}, "state (state): got '1.5', expected numbers"),
         ({"state": ["1", "2", "3"]}, "state (state): got ['1', '2', '3'], expected numbers"),
@@ -149,15 +149,39 @@ def test_a_slice_beyond_the_array_is_named() -> None:
     keys = ObservationKeys(state=(StateSource("arm", 2, 5),))
     with pytest.raises(ContractMismatch, match=r"state \(arm\): got 4 numbers, expected at least"):
         read({**OBSERVATION, "arm": [0.0] * 4}, keys)
-    keys = ObservationKeys(state=(StateSource("arm", 4), StateSource("gripper")))
+    keys = ObservationKeys(state=(StateSource("arm", 4), StateSource("gripper", 0, 1)))
     with pytest.raises(
         ContractMismatch, match=r"state \(arm\): got 4 numbers, expected at least 5"
     ):
         read({**OBSERVATION, "arm": [0.0] * 4, "gripper": 0.0}, keys)
     with pytest.raises(
-        ContractMismatch, match=r"state \(arm, gripper\): got 2 numbers, expected 3"
+        ContractMismatch, match=r"state: got 2 numbers \(arm 1, gripper 1\), expected 3"
     ):
         read({**OBSERVATION, "arm": [0.0] * 5, "gripper": 0.0}, keys)
+
+
+def test_one_part_of_the_state_may_have_the_size_that_the_others_leave() -> None:
+    keys = ObservationKeys(state=(StateSource("arm", 1), StateSource("gripper", 0, 1)))
+    check(read({**OBSERVATION, "arm": [0.0, 1.5, -2.0], "gripper": [3.0, 9.0]}, keys))
+    with pytest.raises(ContractMismatch, match=r"got 4 numbers \(arm 3, gripper 1\), expected 3"):
+        read({**OBSERVATION, "arm": [0.0, 1.5, -2.0, 0.0], "gripper": 3.0}, keys)
+
+
+def test_a_protocol_may_fix_the_size_of_each_part() -> None:
+    keys = ObservationKeys(state=tuple(map(StateSource, "abc")))
+    made = ObservationMap(TWO, keys, image_keys=lambda name: (name,), state_keys=(), part_size=1)
+    numbers = {"a": 1.5, "b": -2.0, "c": [3.0]}
+    check(made.read({**OBSERVATION, **numbers}))
+    with pytest.raises(ContractMismatch, match=r"state \(b\): got 2 numbers, expected 1"):
+        made.read({**OBSERVATION, **numbers, "b": [1.0, 2.0]})
+    with pytest.raises(InvalidConfig, match="got 2 dimensions of known size of the policy's 3"):
+        ObservationMap(
+            TWO,
+            ObservationKeys(state=keys.state[:2]),
+            image_keys=lambda name: (name,),
+            state_keys=(),
+            part_size=1,
+        )
 
 
 def test_many_keys_are_not_all_shown() -> None:
@@ -170,7 +194,17 @@ def test_many_keys_are_not_all_shown() -> None:
     ("keys", "error"),
     [
         ({"cameras": {"side": {"key": "x"}}}, "cameras: got 'side', expected cameras of the poli"),
-        ({"state": [{"key": "x", "stop": 2}]}, "state: got 2 dimensions, expected the policy's 3"),
+        ({"state": [{"key": "x", "stop": 2}]}, "state: got 2 dimensions of known si"),
+        (
+            {"state": [{"key": "x"}, {"key": "y", "stop": 3}]},
+            "state: got 3 dimensions of known size"
+            " of the policy's 3, expected fewer, beside 'x' without stop",
+        ),
+        (
+            {"state": [{"key": "x"}, {"key": "y", "start": 3}]},
+            "state: got 2 parts without stop, ["
+            "'x', 'y'], expected at most one: their sizes could not be told apart",
+        ),
     ],
 )
 def test_keys_that_do_not_fit_the_policy_are_refused(keys: dict[str, Any], error: str) -> None:

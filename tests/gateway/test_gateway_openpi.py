@@ -15,12 +15,11 @@ from typing import Any
 
 import numpy as np
 import pytest
-from websockets.exceptions import ConnectionClosed, InvalidStatus
+from websockets.exceptions import ConnectionClosed, ConnectionClosedError, InvalidStatus
 
 from policies.types import CameraContract
 from policies.yaml_config import InvalidConfig
 from runtime.client import PolicyClient
-from runtime.gateway.api_keys import ApiKeys
 from runtime.gateway.config import ImageSource, ObservationKeys, SessionOptions, StateSource
 from runtime.gateway.openpi.gateway import (
     CLIENT_THREAD,
@@ -29,6 +28,7 @@ from runtime.gateway.openpi.gateway import (
     describe,
     max_frame_bytes,
 )
+from runtime.options.api_keys import ApiKeys
 from runtime.server import PolicyServer
 from runtime.wire_formats.msgpack_arrays import pack
 from tests.gateway.openpi_serving import (
@@ -192,7 +192,7 @@ def test_a_health_check_and_other_paths(gateway: OpenpiGateway) -> None:
         ),
         ({"images": {"top": "a picture"}}, "images.top: got str, expected a uint8 array"),
         ({"images": {"side": np.zeros(1)}}, "images.top: got keys ['state', 'images/side'], "),
-        ({"state": np.zeros(7)}, "state (its key): got 7 numbers, expected 14"),
+        ({"state": np.zeros(7)}, "state: got 7 numbers (state 7), expected 14"),
         ({"state": "fourteen"}, "state (state): got 'fourteen', expected numbers"),
         ({"state": b"\0" * 14}, "state (state): got b'"),
         ({"state": [[1.0], [1.0, 2.0]]}, "state (state): got [[1.0], [1.0, 2.0]], expected"),
@@ -266,7 +266,7 @@ def test_keys_that_do_not_fit_are_refused(server: PolicyServer) -> None:
 def test_a_server_that_is_another_than_at_the_start_is_refused(server: PolicyServer) -> None:
     other = dataclasses.replace(CONTRACT, dt_s=0.1)
     command = command_for(f"{server.host}:{server.port}")
-    with pytest.raises(InvalidConfig, match="dt_s: got "):
+    with pytest.raises(InvalidConfig, match=r"policy: got .* with dt_s 0\.02, expected dt_s"):
         OpenpiGateway(command, ObservationKeys(), None, other)
 
 
@@ -339,9 +339,14 @@ def test_sockets_that_say_nothing_are_bounded(server: PolicyServer) -> None:
 
 def test_a_robot_that_the_server_cannot_admit_gets_the_reason(server: PolicyServer) -> None:
     robot = SessionOptions("robot", rate_hz=1000.0, deadline_ms=0.001)
-    with gateway_to(server, sessions=robot) as gateway, connect_to(gateway) as client:
-        reply = ask(client, sent())
-    assert isinstance(reply, str) and reply.startswith("deadline_ms: got its own 0.001")
+    with gateway_to(server) as first, connect_to(first) as client:
+        ask(client, sent())  # now the server knows how long one takes
+    with (
+        gateway_to(server, sessions=robot) as gateway,
+        pytest.raises(ConnectionClosedError, match=r"deadline_ms: got its own 0\.001"),
+        connect_to(gateway),
+    ):
+        pass
 
 
 # Who survives

@@ -16,7 +16,7 @@ import numpy as np
 import pytest
 
 from policies.types import MetaObs
-from runtime.gateway.api_keys import ApiKeys
+from runtime.options.api_keys import ApiKeys
 from tests.gateway.openpi_serving import StatelessPolicy, gateway_to
 from tests.runtime.serving import connect, serving
 

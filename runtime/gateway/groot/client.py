@@ -13,13 +13,13 @@ import msgpack
 from policies.errors import PolicyError
 from policies.types import PolicyContract
 from runtime.errors import RuntimeFault
-from runtime.gateway.api_keys import ApiKeys
 from runtime.gateway.config import GatewayCommand
 from runtime.gateway.gateway_session import GatewaySession
 from runtime.gateway.groot.modalities import GrootModalities, is_flat
+from runtime.options.api_keys import ApiKeys
 from runtime.wire_formats.bounded_msgpack import Data, InvalidMessage, text_keys, unpack
 from runtime.wire_formats.npy_arrays import decode_array, encode_array
-from transport.errors import TransportError
+from transport.errors import Refused, TransportError
 
 logger = logging.getLogger(__name__)
 
@@ -29,7 +29,7 @@ ENDPOINTS = ("get_action", "get_modality_config", "ping", "reset")
 
 
 class GrootRequests:
-    """Answers one client's requests. The first ``get_action`` opens its session.
+    """Answers one client's requests. The first ``reset`` or ``get_action`` opens its session.
 
     Not thread-safe.
 
@@ -94,7 +94,9 @@ class GrootRequests:
             return self._act(text_keys(request.get("data"), "data"))
         if endpoint == "reset":
             self._timestep = 0
-            if self._session is not None:
+            if self._session is None:
+                self._open()
+            else:
                 self._session.reset()
             return {}
         if endpoint == "ping":
@@ -112,20 +114,28 @@ class GrootRequests:
         observation = data if bare else text_keys(data["observation"], "observation")
         obs = self._modalities.read(observation, self._timestep)
         if self._session is None:
-            self._session = self._open()
+            self._session = GatewaySession(self._command, self._name, self._contract)
         chunk = self._session.infer(obs)
         self._timestep += 1
         action = self._modalities.actions(chunk, flat=is_flat(observation))
         return action if bare else [action, {}]
 
-    def _open(self) -> GatewaySession:
-        session = GatewaySession(self._command, self._name)
+    def _open(self) -> None:
+        """Open the session before the first observation, so that a refusal shows at once.
+
+        A server that is not there is asked again for the first observation.
+
+        Raises:
+            PolicyError, Refused: The server has another policy, or does not admit the session.
+        """
         try:
-            session.contract.require(self._contract)
-        except PolicyError:
-            session.close()
+            if self._session is None:
+                self._session = GatewaySession(self._command, self._name, self._contract)
+            self._session.open()
+        except Refused:
             raise
-        return session
+        except TransportError as error:
+            logger.warning("%s: %.300s", self._name, error)
 
 
 class GrootClient:

@@ -20,13 +20,13 @@ from policies.errors import PolicyError
 from policies.types import ActionChunk, MetaObs, PolicyContract
 from policies.yaml_config import InvalidConfig
 from runtime.errors import RuntimeFault
-from runtime.gateway.api_keys import ApiKeys
 from runtime.gateway.client_log import ClientErrors, ClientLog
 from runtime.gateway.config import GatewayCommand, ObservationKeys
 from runtime.gateway.gateway_session import GatewaySession
 from runtime.gateway.ilstudio.chunk_pickle import NO_ACTIONS, ChunkWriter
 from runtime.gateway.ilstudio.framed_socket import FramedSocket, MessageTooLong, NothingAsked
 from runtime.gateway.ilstudio.observations import NO_TIMESTEP, IlstudioObservations
+from runtime.options.api_keys import ApiKeys
 from transport.address import format_address, resolve
 from transport.errors import TransportError
 from transport.zeromq.curve import KeyFileError
@@ -51,7 +51,7 @@ ACCEPT_AGAIN_S = 0.1
 
 
 class IlstudioGateway:
-    """Listens for ILStudio's clients; see ``runtime.gateway.cli.Gateway``.
+    """Listens for ILStudio's clients; see ``runtime.gateway.renewing_gateway.Gateway``.
 
     Args:
         command: Address, server, limits.
@@ -259,13 +259,7 @@ class _Row:
     def infer(self, obs: MetaObs) -> ActionChunk:
         """Return the chunk for ``obs``; raises as ``GatewaySession``."""
         if self._session is None:
-            session = GatewaySession(self._command, self._name)
-            try:
-                session.contract.require(self._contract, but=("normalizer_hash",))
-            except PolicyError:
-                session.close()
-                raise
-            self._session = session
+            self._session = GatewaySession(self._command, self._name, self._contract)
         if obs.timestep == NO_TIMESTEP:
             obs.timestep = self._last + 1
         elif obs.timestep <= self._last:

@@ -30,13 +30,13 @@ from policies.errors import ContractMismatch, ObservationError, PolicyError
 from policies.types import PolicyContract
 from policies.yaml_config import InvalidConfig
 from runtime.errors import RuntimeFault
-from runtime.gateway.api_keys import ApiKeys
 from runtime.gateway.client_log import ClientErrors, ClientLog
 from runtime.gateway.config import GatewayCommand, ObservationKeys
 from runtime.gateway.lerobot.messages import join_parts
 from runtime.gateway.lerobot.peer import Accepted, LerobotPeer, Received
 from runtime.gateway.lerobot.protobuf_fields import data_field, read_fields, write_bytes
 from runtime.gateway.observation_map import COLOURS, ObservationMap
+from runtime.options.api_keys import ApiKeys
 from transport.address import format_address
 from transport.errors import Refused, TransportError
 from transport.zeromq.curve import KeyFileError
@@ -95,7 +95,7 @@ class LerobotGateway:
             raise InvalidConfig(
                 "api_keys: got a file, expected none: LeRobot's clients have no key"
             )
-        ObservationMap(contract, keys, image_keys=lambda name: (name,), state_keys=())
+        ObservationMap(contract, keys, image_keys=lambda name: (name,), state_keys=(), part_size=1)
         self._command, self._keys = command, keys
         self._max_bytes = SLACK_BYTES + sum(
             max(height * width for height, width in camera.accepted_hw) * COLOURS

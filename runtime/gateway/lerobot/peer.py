@@ -116,6 +116,7 @@ class LerobotPeer:
 
         Raises:
             ContractMismatch: It does not fit.
+            TransportError: As ``GatewaySession.open``.
         """
         self.accepted = await self._run(self._compare, content)
 
@@ -160,10 +161,12 @@ class LerobotPeer:
 
     def _compare(self, content: bytes) -> Accepted:
         instructions = read_instructions(content)
-        contract = self._open_session().contract
+        session = self._open_session()
+        contract = session.contract
         accepted = Accepted(
             observation_map(instructions, contract, self._keys), instructions.actions_per_chunk
         )
+        session.open()
         self._log.write(
             logging.INFO,
             f"{self.name} expects {instructions.checkpoint!r:.200} as {instructions.policy_type}, "
@@ -251,7 +254,11 @@ def observation_map(
             raise ContractMismatch(STATE, f"{len(names)} numbers", f"{contract.state_dim}")
         keys = dataclasses.replace(keys, state=tuple(StateSource(name) for name in names))
     return ObservationMap(
-        contract, keys, image_keys=lambda name: (key_of.get(name, name),), state_keys=()
+        contract,
+        keys,
+        image_keys=lambda name: (key_of.get(name, name),),
+        state_keys=(),
+        part_size=1,
     )
 
 

@@ -28,13 +28,13 @@ from policies.errors import ContractMismatch, PolicyError
 from policies.types import PolicyContract
 from policies.yaml_config import InvalidConfig
 from runtime.errors import RuntimeFault
-from runtime.gateway.api_keys import ApiKeys
 from runtime.gateway.config import GatewayCommand, ObservationKeys
 from runtime.gateway.gateway_session import GatewaySession
 from runtime.gateway.observation_map import ObservationMap, find_value
+from runtime.options.api_keys import ApiKeys
 from runtime.wire_formats.msgpack_arrays import MalformedFrame, pack, unpack
 from transport.address import format_address
-from transport.errors import TransportError
+from transport.errors import Refused, TransportError
 from transport.zeromq.curve import KeyFileError
 
 logger = logging.getLogger(__name__)
@@ -51,6 +51,8 @@ HANDSHAKE_S, CLOSE_S = 5.0, 1.0
 MORE_SOCKETS = 16
 """Connections beyond ``max_clients``, for handshakes, refusals and health checks."""
 API_KEY = "Api-Key "
+REASON_BYTES = 123
+"""Longest reason of a closed connection."""
 CLIENT_THREAD = "openpi client"
 
 
@@ -211,6 +213,7 @@ class OpenpiGateway:
         logger.info("%s connected", peer)
         client = _Client(peer, self._observations, lambda: self._open_session(peer))
         try:
+            client.open()
             connection.send(self._metadata)
             for frame in connection:
                 connection.send(client.reply(frame))
@@ -219,6 +222,9 @@ class OpenpiGateway:
             with contextlib.suppress(ConnectionClosed):
                 connection.send(str(error))
             connection.close(CloseCode.INVALID_DATA, "malformed frame")
+        except (Refused, PolicyError) as error:
+            logger.warning("%s is refused: %s", peer, error)
+            connection.close(CloseCode.TRY_AGAIN_LATER, close_reason(str(error)))
         except ConnectionClosed as error:
             logger.info("%s: %s", peer, error)
         finally:
@@ -233,9 +239,8 @@ class OpenpiGateway:
             ContractMismatch: It serves another policy now, or one with episode state.
             TransportError: It does not answer.
         """
-        session = GatewaySession(self._command, name)
+        session = GatewaySession(self._command, name, self._contract)
         try:
-            session.contract.require(self._contract, but=("normalizer_hash",))
             if session.episode_state:
                 raise ContractMismatch(
                     "policy",
@@ -264,6 +269,21 @@ class _Client:
         self._session: GatewaySession | None = None
         self._timestep, self._logged = 0, ""
         self._total_s: float | None = None
+
+    def open(self) -> None:
+        """Open the session, so that a refusal shows at once. A server that is not there is asked
+        again for the first observation.
+
+        Raises:
+            Refused, PolicyError: The server does not admit the session, or has another policy.
+        """
+        try:
+            self._session = self._open_session()
+            self._session.open()
+        except (Refused, PolicyError):
+            raise
+        except TransportError as error:
+            logger.warning("%s: %s", self._peer, error)
 
     def reply(self, frame: str | bytes) -> str | bytes:
         """Return the frame that answers ``frame``; text is an error.
@@ -305,6 +325,14 @@ class _Client:
         """End the session. Idempotent."""
         if self._session is not None:
             self._session.close()
+
+
+def close_reason(text: str) -> str:
+    """Return ``text``, cut to what a closed connection may have as a reason."""
+    encoded = text.encode()
+    if len(encoded) <= REASON_BYTES:
+        return text
+    return f"{encoded[: REASON_BYTES - 3].decode(errors='ignore')}..."
 
 
 def max_frame_bytes(contract: PolicyContract) -> int:
