@@ -121,10 +121,11 @@ def _serve(
         if not isinstance(model, LocalModel):
             raise ModelNameError(f"-m {model}: got a server's address, expected a checkpoint")
         keys = config.keys()
+        config.check_gateways()
         policy = config.checkpoint.load(model.name)
     except DeviceLost:
         raise
-    except (PolicyError, ModelNameError, KeyFileError) as error:
+    except (InvalidConfig, PolicyError, ModelNameError, KeyFileError) as error:
         return _fail(error, _hint(config))
     lost = False
     try:

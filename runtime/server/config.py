@@ -18,7 +18,12 @@ from runtime.options.checkpoint import CheckpointOptions
 from runtime.options.defaults import DEFAULT_CHECKPOINT, DEFAULT_PORT, TRANSPORTS
 from runtime.options.shared_flags import LogLevel, TraceFile
 from runtime.server.admission import SessionLimits
-from runtime.server.gateway_options import FLAG_VALUE, GatewayOptions, read_gateway
+from runtime.server.gateway_options import (
+    FLAG_VALUE,
+    GatewayOptions,
+    check_gateways,
+    read_gateway,
+)
 from transport.address import is_loopback
 
 if TYPE_CHECKING:
@@ -120,6 +125,19 @@ class ServerConfig:
         from transport.zeromq.curve import ServerKeys
 
         return ServerKeys.load(self.curve_key, self.curve_allow)
+
+    def check_gateways(self) -> None:
+        """Find what would prevent gateways from starting and can be known without a policy.
+
+        Raises:
+            InvalidConfig: A map, a file of keys or an address cannot be used.
+            KeyFileError: ``gateway_key`` cannot be used.
+        """
+        if self.gateway_key:
+            from transport.zeromq.curve import ClientKeys
+
+            ClientKeys.load(self.curve_key, self.gateway_key)
+        check_gateways(self.gateways, self.gateway_host, self.port)
 
 
 @dataclass(frozen=True, slots=True)

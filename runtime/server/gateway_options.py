@@ -3,11 +3,28 @@
 from __future__ import annotations
 
 import argparse
+import contextlib
+import os
+import socket
+from collections.abc import Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Annotated
 
 from policies.number_ranges import PORT_OR_ANY, RATE_HZ, Choice, check_ranges
-from runtime.options.gateways import DEADLINE_MS, PROTOCOLS, Kind, check_demand
+from policies.yaml_config import InvalidConfig
+from runtime.options.api_keys import ApiKeys
+from runtime.options.gateways import (
+    DEADLINE_MS,
+    DEFAULT_PORTS,
+    PROTOCOLS,
+    Kind,
+    check_api_keys,
+    check_demand,
+    load_observation_keys,
+)
+from transport.address import bare_host, format_address, resolve
+from transport.errors import TransportError
 
 FLAG_VALUE = "NAME[:PORT[:CONFIG]]"
 
@@ -24,7 +41,8 @@ class GatewayOptions:
         kind, rate_hz, deadline_ms: What each client's session declares to the server.
 
     Raises:
-        ValueError: A value is out of range, or a robot's demand is incomplete.
+        ValueError: A value is out of range, a robot's demand is incomplete, or there are keys and
+            the protocol has no place for them.
     """
 
     protocol: Annotated[str, Choice(PROTOCOLS)]
@@ -37,6 +55,7 @@ class GatewayOptions:
 
     def __post_init__(self) -> None:
         check_ranges(self)
+        check_api_keys(self.protocol, self.api_keys)
         check_demand(self.kind, self.rate_hz, self.deadline_ms)
 
     def arguments(self) -> list[str]:
@@ -69,3 +88,40 @@ def read_gateway(text: str) -> GatewayOptions:
         return GatewayOptions(protocol, int(port) if port else None, config)
     except ValueError as error:
         raise argparse.ArgumentTypeError(f"got {text!r}: {error}") from error
+
+
+def check_gateways(gateways: Sequence[GatewayOptions], host: str, server_port: int) -> None:
+    """Find what would prevent gateways from starting and can be known before a policy is loaded.
+
+    A port that is free now may be taken later, so the gateways themselves report that, too.
+
+    Args:
+        host: The address that they would listen on.
+        server_port: The server's own; 0 for any.
+
+    Raises:
+        InvalidConfig: A map or a file of keys cannot be used, or an address cannot be listened on.
+    """
+    with contextlib.ExitStack() as listeners:  # at the same time: two may have the same port
+        for options in gateways:
+            try:
+                load_observation_keys(options.config)
+                if options.api_keys:
+                    ApiKeys(Path(options.api_keys))
+                port = DEFAULT_PORTS[options.protocol] if options.port is None else options.port
+                if port == server_port != 0:
+                    raise ValueError(f"port: got {port}, the server's own, expected another one")
+                listeners.enter_context(_listening(host, port))
+            except (InvalidConfig, OSError, ValueError, TransportError) as error:
+                raise InvalidConfig(f"the {options.protocol} gateway: {error}") from error
+
+
+def _listening(host: str, port: int) -> socket.socket:
+    numeric, ipv6 = resolve(bare_host(host), port, listening=True)
+    family = socket.AF_INET6 if ipv6 else socket.AF_INET
+    try:
+        return socket.create_server((numeric, port), family=family)
+    except OSError as error:
+        raise ValueError(
+            f"{format_address(host, port)}: {os.strerror(error.errno or 0)}"
+        ) from error

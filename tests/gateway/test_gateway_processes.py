@@ -22,7 +22,7 @@ from runtime.gateway.cli import GATEWAYS
 from runtime.gateway.config import GatewayCommand
 from runtime.options.gateways import PROTOCOLS
 from runtime.server import gateway_processes
-from runtime.server.cli import read_command
+from runtime.server.cli import main, read_command
 from runtime.server.config import ServerConfig
 from runtime.server.gateway_options import GatewayOptions
 from runtime.server.gateway_processes import (
@@ -164,12 +164,66 @@ def test_a_killed_server_takes_its_gateways_along(start: Start) -> None:
 
 
 def test_a_gateway_that_cannot_start_ends_the_server_with_the_reason(start: Start) -> None:
-    with socket.create_server(("127.0.0.1", 0)) as taken:
-        server = start("--gateway", f"openpi:{taken.getsockname()[1]}")
-        assert server.process.wait(PATIENCE_S) == 2
+    server = start("--gateway", "groot:0")
+    assert server.process.wait(PATIENCE_S) == 2
     assert server.gateways == []  # and no banner
     (reason,) = (line for line in server.log.splitlines() if line.startswith("error: "))
-    assert re.search("the openpi gateway: .*Address already in use", reason)
+    assert re.search("the groot gateway: No module named 'a_package.*pip install", reason)
+
+
+class Unloaded:
+    """``metronome serve`` until it would load a policy that cannot be loaded."""
+
+    @staticmethod
+    def error(capsys: pytest.CaptureFixture[str], *flags: str) -> str:
+        assert main(["-m", "python:no_such_module:make", "-p", "0", *flags]) == 2
+        (line,) = capsys.readouterr().err.splitlines()
+        assert line.startswith("error: ")
+        return line
+
+
+@pytest.mark.parametrize(
+    ("value", "reason"),
+    [
+        ("openpi:0:nowhere", "the openpi gateway: gateway configuration 'nowhere': neither a"),
+        ("openpi:0:{folder}/bad.yaml", "the openpi gateway: .*bad.yaml: camera: unknown key"),
+        ("openpi:0:{folder}/no.yaml", "the openpi gateway: .*no.yaml: while parsing a flow"),
+        ("openpi:{taken}", "the openpi gateway: 127.0.0.1:{taken}: Address already in use"),
+        ("groot:0", "no_such_module"),  # nothing was wrong with the gateway
+    ],
+)
+def test_what_is_wrong_with_a_gateway_shows_before_the_policy_is_loaded(
+    value: str, reason: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "bad.yaml").write_text("camera: {}")
+    (tmp_path / "no.yaml").write_text("cameras: {")
+    with socket.create_server(("127.0.0.1", 0)) as listener:
+        taken = listener.getsockname()[1]
+        said = Unloaded.error(capsys, "--gateway", value.format(folder=tmp_path, taken=taken))
+    assert re.search(reason.format(taken=taken), said)
+
+
+def test_a_port_for_two_and_bad_keys_show_before_the_policy_is_loaded(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with socket.create_server(("127.0.0.1", 0)) as listener:
+        free = listener.getsockname()[1]
+    two = ("--gateway", f"groot:{free}", f"openpi:{free}")
+    said = Unloaded.error(capsys, *two)
+    assert f"the openpi gateway: 127.0.0.1:{free}: Address already in use" in said
+    said = Unloaded.error(capsys, "--gateway", f"openpi:{free}", "--port", str(free))
+    assert f"the openpi gateway: port: got {free}, the server's own, expected another" in said
+    said = Unloaded.error(capsys, "--gateway", "openpi:0", "--gateway_host", "robot.invalid")
+    assert "gateway_host" in said
+    config = tmp_path / "server.yaml"
+    config.write_text(f"gateways: [{{protocol: groot, port: 0, api_keys: {tmp_path}/none}}]")
+    said = Unloaded.error(capsys, "--config", str(config))
+    assert re.search("the groot gateway: .*No such file", said)
+    _, secret = new_keys(tmp_path, "server")
+    (tmp_path / "allowed").mkdir()
+    keys = ("--curve_key", str(secret), "--curve_allow", str(tmp_path / "allowed"))
+    said = Unloaded.error(capsys, *keys, "--gateway", "openpi:0", "--gateway_key", "nowhere")
+    assert "nowhere" in said
 
 
 def test_a_server_beyond_this_host_and_with_keys_has_gateways(start: Start, tmp_path: Path) -> None:
@@ -355,7 +409,11 @@ def test_every_option_reaches_the_gateway() -> None:
         ({"gateways": [{"protocol": "openpi", "prt": 1}]}, r"gateways\[0\].prt: unknown key"),
         (
             {"gateways": [{"protocol": "openpi", "kind": "robot"}]},
-            r"gateways\[0\]: kind robot: expected rate_hz and deadline_ms",
+            r"gateways\[0\]: kind robot: got no rate_hz and no deadline_ms, expected",
+        ),
+        (
+            {"gateways": [{"protocol": "lerobot", "api_keys": "k"}]},
+            r"gateways\[0\]: api_keys: got k, expected none: lerobot has no place for keys",
         ),
         ({"gateway_key": "k"}, "gateway_key: got one, expected it with gateways and curve_key"),
         (
