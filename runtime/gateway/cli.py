@@ -26,6 +26,7 @@ from runtime.errors import RuntimeFault
 from runtime.gateway.config import GatewayCommand
 from runtime.gateway.gateway_session import GatewaySession
 from runtime.gateway.renewing_gateway import Gateway, RenewingGateway
+from runtime.gateway.start_signals import STOP_SIGNALS, STOPPED, ending_at_once
 from runtime.options.api_keys import ApiKeys
 from runtime.options.gateways import (
     DEFAULT_PORTS,
@@ -67,12 +68,8 @@ def parser() -> argparse.ArgumentParser:
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run a gateway until SIGINT or SIGTERM. Returns the exit status."""
-    for number in (signal.SIGINT, signal.SIGTERM):  # until there is a gateway to stop
-        signal.signal(number, signal.default_int_handler)
-    try:
+    with ending_at_once():  # until there is a gateway to stop
         return _run(argv)
-    except KeyboardInterrupt:
-        return 0
 
 
 def _run(argv: Sequence[str] | None) -> int:
@@ -143,7 +140,7 @@ def _serve(command: GatewayCommand, keys: ObservationKeys, api_keys: ApiKeys | N
         return _fail(error, ready_fd=command.ready_fd)
     except (PolicyError, RuntimeFault, TransportError, KeyFileError) as error:
         return _fail(error, FAILED, command.ready_fd)
-    for number in (signal.SIGINT, signal.SIGTERM):
+    for number in STOP_SIGNALS:
         signal.signal(number, lambda *_: gateway.stop())
     address = format_address(command.host, gateway.port)
     logger.info("%s clients are served on %s by %s", command.protocol, address, command.server)
@@ -153,7 +150,7 @@ def _serve(command: GatewayCommand, keys: ObservationKeys, api_keys: ApiKeys | N
         gateway.serve()
     finally:
         gateway.close()
-    return 0
+    return STOPPED
 
 
 def try_session(command: GatewayCommand) -> GatewaySession:

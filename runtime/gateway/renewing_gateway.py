@@ -19,7 +19,7 @@ from policies.types import PolicyContract
 from policies.yaml_config import InvalidConfig
 from runtime.errors import RuntimeFault
 from runtime.gateway.config import GatewayCommand
-from runtime.gateway.gateway_session import HANDSHAKE_S, require_same_policy
+from runtime.gateway.gateway_session import require_same_policy
 from runtime.protocol import messages
 from transport.address import parse_address
 from transport.dialer import Dialer
@@ -30,6 +30,8 @@ logger = logging.getLogger(__name__)
 
 WATCH_EVERY_S = 1.0
 """How often the server is asked which policy it has."""
+ANSWER_S = 0.5
+"""How long it may take to answer; ``close`` waits no longer than this."""
 
 
 class Gateway(Protocol):
@@ -126,7 +128,7 @@ class RenewingGateway:
     def _watch_server(self) -> None:
         with Dialer(
             *parse_address(self._command.server),
-            timeout_s=min(HANDSHAKE_S, self._command.sessions.timeout_s),
+            timeout_s=ANSWER_S,
             curve=self._command.connection.keys(),
         ) as dialer:
             while not self._ended.wait(WATCH_EVERY_S):

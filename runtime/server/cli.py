@@ -176,7 +176,8 @@ def _serve(
     finally:
         if not lost:  # else it may wait for the device for ever
             close_policy(policy)
-    logger.info("stopped; %s", server.statistics())
+    counts = dataclasses.asdict(server.statistics())
+    logger.info("stopped; %s", ", ".join(f"{name} {value}" for name, value in counts.items()))
     return 0
 
 

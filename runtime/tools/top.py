@@ -39,6 +39,8 @@ COLUMNS: dict[str, Literal["left", "right"]] = {
     "idle s": "right",
 }
 INTERVAL_S = Range(0.01, 3600)
+ADDRESS_CHARS, NAME_CHARS = len("127.0.0.1:65535"), 60
+"""Least width of a client's name, and its longest."""
 FILE_COLUMNS = 120
 """Width of the output if it is a pipe or a file."""
 
@@ -67,7 +69,10 @@ def render(status: dict[str, Any]) -> Group:
     )
     table = Table(box=SIMPLE, padding=(0, 1, 0, 0))
     for name, justify in COLUMNS.items():
-        table.add_column(name, justify=justify)
+        if name == "client":  # wrapped, not cut: the end of an address tells two clients apart
+            table.add_column(name, overflow="fold", min_width=ADDRESS_CHARS)
+        else:
+            table.add_column(name, justify=justify)
     for session in status["sessions"]:
         table.add_row(*map(Text, _row(session)))  # a client's name is not markup
     return Group(head, table)
@@ -79,7 +84,7 @@ def _row(session: dict[str, Any]) -> tuple[str, ...]:
     batches = ", ".join(f"{size}x{count}" for size, count in session["batches"].items())
     return (
         str(session["id"]),
-        session["client"][:40],
+        _shortened(session["client"]),
         session["kind"],
         f"{session['peer']} {session['transport']}",
         f"{session['rate_hz']:.1f}",
@@ -89,6 +94,13 @@ def _row(session: dict[str, Any]) -> tuple[str, ...]:
         batches,
         f"{session['idle_s']:.0f}",
     )
+
+
+def _shortened(name: str) -> str:
+    """Return a client's name, without its middle if it is long: it may end with an address."""
+    if len(name) <= NAME_CHARS:
+        return name
+    return f"{name[: NAME_CHARS // 4]}…{name[1 - NAME_CHARS * 3 // 4 :]}"
 
 
 def parser() -> argparse.ArgumentParser:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import signal
+import socket
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -14,11 +15,16 @@ import pytest
 from websockets.sync.client import connect
 
 from runtime.gateway import cli
+from runtime.gateway.config import GatewayCommand
+from runtime.gateway.gateway_session import GatewaySession
+from runtime.server import PolicyServer
 from runtime.wire_formats.msgpack_arrays import pack, unpack
 from tests.gateway.openpi_serving import StatelessPolicy, expected, sent
+from tests.runtime.serving import connect as connect_client
 from tests.runtime.serving import serving
-from tests.runtime.toy_policy import ToyPolicy
+from tests.runtime.toy_policy import ToyPolicy, observation
 from transport.child_process import ChildProcess
+from transport.errors import Refused
 
 KEY = "0123456789abcdef"
 
@@ -142,3 +148,69 @@ def test_a_signal_ends_the_process_with_status_0() -> None:
             assert any("openpi clients are served on 127.0.0.1:" in line for line in log)
             process.send_signal(signal.SIGTERM)
             assert process.wait(10.0) == 0
+
+
+def test_a_signal_while_it_starts_ends_the_process_with_status_0() -> None:
+    """Here it waits for a server that accepts connections and says nothing."""
+    with socket.create_server(("127.0.0.1", 0)) as silent:
+        flags = ["openpi", "--server", f"127.0.0.1:{silent.getsockname()[1]}", "--port", "0"]
+        for number in (signal.SIGINT, signal.SIGTERM):
+            process = subprocess.Popen(
+                [sys.executable, "-m", "runtime.gateway", *flags], stderr=subprocess.PIPE, text=True
+            )
+            silent.accept()[0].close()
+            process.send_signal(number)
+            assert process.communicate(timeout=10.0)[1] == ""
+            assert process.returncode == 0
+
+
+# One session, tried at the start
+
+ROBOT = ("--kind", "robot", "--rate_hz", "1000", "--deadline_ms", "0.001")
+
+
+@pytest.fixture
+def measured() -> Iterator[PolicyServer]:
+    """A server that knows how long an inference takes, with room for one session."""
+    with serving(StatelessPolicy(), max_sessions=1) as server:
+        with connect_client(server) as client:
+            client.infer(observation())
+        yield server
+
+
+def test_a_robot_that_can_never_be_admitted_is_bad_input(
+    measured: PolicyServer, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(cli, "ADMISSION_S", 0.2)
+    assert run("openpi", "--server", measured.address, "--port", "0", *ROBOT) == cli.BAD_INPUT
+    said = capsys.readouterr().err
+    assert "deadline_ms: got its own 0.001, where 1 robots of " in said
+    assert "expected at least " in said
+    assert measured.status()["sessions"] == []
+
+
+def test_a_refusal_is_tried_again_for_a_while(
+    measured: PolicyServer, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Two gateways that start at the same time must not refuse each other."""
+    open_session, tries = GatewaySession.open, []
+
+    def refused_twice(session: GatewaySession) -> None:
+        tries.append(session)
+        if len(tries) < 3:
+            raise Refused("rate_hz", "another robot", "none")
+        open_session(session)
+
+    monkeypatch.setattr(GatewaySession, "open", refused_twice)
+    cli.try_session(GatewayCommand("openpi", server=measured.address))
+    assert len(tries) == 3
+
+
+def test_a_server_that_is_full_just_now_does_not_keep_a_gateway_from_starting(
+    measured: PolicyServer, caplog: pytest.LogCaptureFixture
+) -> None:
+    with connect_client(measured) as client:
+        client.infer(observation())
+        session = cli.try_session(GatewayCommand("openpi", server=measured.address))
+    assert session.contract == measured.model.policy.contract
+    assert "clients are refused until there is room: sessions: got one more, expec" in caplog.text

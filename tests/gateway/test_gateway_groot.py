@@ -418,7 +418,7 @@ def test_there_are_at_most_max_clients(server: PolicyServer) -> None:
         GrootPeer(made.port) as three,
     ):
         assert one.call("ping")["status"] == two.call("ping")["status"] == "ok"
-        assert three.call("ping") == {"error": "clients: got 2 already, expected less"}
+        assert three.call("ping") == {"error": "clients: got 3, expected at most 2"}
         two.close()
         assert wait_for(lambda: "status" in three.call("ping"))
 
@@ -436,7 +436,7 @@ def test_a_second_request_before_the_reply_is_refused() -> None:
         for number in (b"1", b"2"):
             peer.socket.send_multipart([number, b"", packed])
         number, _, reply = peer.socket.recv_multipart()
-        assert number == b"2" and b"before the first" in reply
+        assert number == b"2" and b"expected one until its reply" in reply
         gate.release(100)
         number, _, reply = peer.socket.recv_multipart()
         assert number == b"1" and b"action" in reply

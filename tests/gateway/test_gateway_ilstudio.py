@@ -229,7 +229,7 @@ def test_what_cannot_be_served_is_refused_at_the_start(server: PolicyServer) -> 
     unknown = ObservationKeys({"nose": ImageSource("image/0")})
     with pytest.raises(InvalidConfig, match="got 'nose', expected cameras of the policy"):
         IlstudioGateway(command, unknown, None, CONTRACT)
-    with pytest.raises(InvalidConfig, match="no place for keys"):
+    with pytest.raises(InvalidConfig, match="expected none: ILStudio"):
         IlstudioGateway(command, ObservationKeys(), object(), CONTRACT)  # type: ignore[arg-type]
     with socket.create_server(("127.0.0.1", 0)) as taken, pytest.raises(OSError, match="in use"):
         busy = dataclasses.replace(command, port=taken.getsockname()[1])

@@ -829,7 +829,7 @@ def test_too_many_clients(server: PolicyServer) -> None:
     with gateway_of(server, max_clients=1) as gateway, LerobotClient(gateway.port) as client:
         client.start()
         with LerobotClient(gateway.port) as another:
-            refused(Status.RESOURCE_EXHAUSTED, "got a client beside 1", another.ready)
+            refused(Status.RESOURCE_EXHAUSTED, "clients: got 2, expected at most 1", another.ready)
         client.ready()
 
 

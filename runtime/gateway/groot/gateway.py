@@ -177,12 +177,14 @@ class GrootGateway:
         if client is None:
             if len(self._clients) + len(self._ending) >= self._command.max_clients:
                 most = self._command.max_clients
-                self._refuse(identity, envelope, f"clients: got {most} already, expected less")
+                self._refuse(
+                    identity, envelope, f"clients: got {most + 1}, expected at most {most}"
+                )
                 return
             client = self._add(identity)
         self._by_fd[fd] = client
         if client.busy:
-            self._refuse(identity, envelope, "request: got another one before the first's reply")
+            self._refuse(identity, envelope, "request: got two, expected one until its reply")
             return
         client.busy = True
         client.submit(envelope, frames[-1].buffer)

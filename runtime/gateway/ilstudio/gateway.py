@@ -73,7 +73,9 @@ class IlstudioGateway:
         contract: PolicyContract,
     ) -> None:
         if api_keys is not None:
-            raise InvalidConfig("api_keys: ILStudio's protocol has no place for keys")
+            raise InvalidConfig(
+                "api_keys: got a file, expected none: ILStudio's clients have no key"
+            )
         self._command, self._contract = command, contract
         self._observations = IlstudioObservations(contract, keys)
         host, ipv6 = resolve(command.host, command.port or 0, listening=True)

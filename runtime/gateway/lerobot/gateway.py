@@ -254,7 +254,7 @@ class LerobotGateway:
             if len(self._peers) >= self._command.max_clients:
                 raise Refusal(
                     grpc.StatusCode.RESOURCE_EXHAUSTED,
-                    f"got a client beside {len(self._peers)}, expected at most that many",
+                    f"clients: got {len(self._peers) + 1}, expected at most {len(self._peers)}",
                 )
             self._log.write(logging.INFO, f"{name} is connected")
             peer = self._peers[name] = LerobotPeer(name, self._command, self._keys, self._log)

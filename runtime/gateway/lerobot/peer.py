@@ -9,6 +9,7 @@ from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import TypeVar
+from urllib.parse import unquote
 
 from policies.errors import ContractMismatch
 from policies.types import PolicyContract
@@ -155,7 +156,7 @@ class LerobotPeer:
 
     def _reset(self) -> None:
         if self._session is None:
-            self._session = GatewaySession(self._command, f"lerobot {self.name}")
+            self._session = GatewaySession(self._command, f"lerobot {plain_address(self.name)}")
         else:
             self._session.reset()
 
@@ -200,6 +201,11 @@ class LerobotPeer:
         session, self._session = self._session, None
         if session is not None:
             session.close()
+
+
+def plain_address(name: str) -> str:
+    """Return the ``HOST:PORT`` of gRPC's name of a connection, ``ipv4:…`` or ``ipv6:%5B…``."""
+    return unquote(name.removeprefix("ipv4:").removeprefix("ipv6:"))
 
 
 def observation_map(
