@@ -30,8 +30,10 @@ from runtime.gateway.start_signals import STOP_SIGNALS, STOPPED, ending_at_once
 from runtime.options.api_keys import ApiKeys
 from runtime.options.gateways import (
     DEFAULT_PORTS,
+    PROTOCOLS,
     ObservationKeys,
     check_api_keys,
+    listen,
     load_observation_keys,
 )
 from transport.address import format_address, is_loopback, parse_address
@@ -82,7 +84,9 @@ def _run(argv: Sequence[str] | None) -> int:
     try:
         keys = load_observation_keys(command.config)
         api_keys = ApiKeys(Path(command.api_keys)) if command.api_keys else None
-    except (InvalidConfig, OSError, ValueError) as error:
+        command.connection.check()
+        listen(command.host, command.port or 0).close()  # the gateway's own error says less
+    except (InvalidConfig, OSError, ValueError, TransportError) as error:
         return _fail(error, ready_fd=command.ready_fd)
     keep_freed_memory()
     if command.stop_with_stdin:
@@ -101,7 +105,10 @@ def read_command(argv: Sequence[str] | None) -> GatewayCommand:
     Raises:
         ValueError: A flag is invalid.
     """
-    command = from_flags(GatewayCommand, parser().parse_args(argv))
+    words = sys.argv[1:] if argv is None else argv
+    if not words:
+        raise ValueError(f"protocol: got none, expected one of {', '.join(PROTOCOLS)}")
+    command = from_flags(GatewayCommand, parser().parse_args(words))
     try:
         parse_address(command.server)
     except TransportError as error:
@@ -136,9 +143,9 @@ def _serve(command: GatewayCommand, keys: ObservationKeys, api_keys: ApiKeys | N
     try:
         probe = try_session(command)
         gateway = RenewingGateway(command, probe.contract, probe.episode_state, make)
-    except (InvalidConfig, Refused, OSError, ValueError) as error:
+    except (InvalidConfig, Refused, KeyFileError, OSError, ValueError) as error:
         return _fail(error, ready_fd=command.ready_fd)
-    except (PolicyError, RuntimeFault, TransportError, KeyFileError) as error:
+    except (PolicyError, RuntimeFault, TransportError) as error:
         return _fail(error, FAILED, command.ready_fd)
     for number in STOP_SIGNALS:
         signal.signal(number, lambda *_: gateway.stop())

@@ -19,6 +19,7 @@ from runtime.options.connection import ConnectionOptions
 from runtime.options.defaults import DEFAULT_PORT
 from runtime.options.gateways import (
     DEADLINE_MS,
+    DEFAULT_PORTS,
     PROTOCOLS,
     ImageSource,
     Kind,
@@ -30,6 +31,7 @@ from runtime.options.shared_flags import LogLevel
 
 __all__ = ["GatewayCommand", "ImageSource", "ObservationKeys", "SessionOptions", "StateSource"]
 
+PORTS = ", ".join(f"{protocol} {port}" for protocol, port in DEFAULT_PORTS.items())
 DESCRIPTOR = Range(3, 1_048_576)
 
 
@@ -70,7 +72,7 @@ class GatewayCommand:
     port: Annotated[
         int | None,
         PORT_OR_ANY,
-        Flag("TCP port; 0 chooses a free one", "-p", default="the protocol's own"),
+        Flag("TCP port; 0 chooses a free one", "-p", default=PORTS),
     ] = None
     config: Annotated[
         str, Flag("name under configs/gateway, or a YAML file", default="the protocol's own names")

@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+import errno
+import os
+import socket
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Annotated, Literal
 
 from policies.number_ranges import Choice, Range
 from policies.yaml_config import load_config
+from transport.address import bare_host, format_address, resolve
 
 DEFAULT_PORTS: Mapping[str, int] = {
     "ilstudio": 5001,
@@ -103,3 +107,19 @@ def check_api_keys(protocol: str, api_keys: str) -> None:
             f"api_keys: got {api_keys}, expected none: {protocol} has no place for keys; "
             f"{' and '.join(WITH_API_KEYS)} have"
         )
+
+
+def listen(host: str, port: int) -> socket.socket:
+    """Return a socket that listens on the address, which shows that a gateway can.
+
+    Raises:
+        ValueError: It is taken, or not this machine's.
+        TransportError: The host's name is unknown.
+    """
+    numeric, ipv6 = resolve(bare_host(host), port, listening=True)
+    family = socket.AF_INET6 if ipv6 else socket.AF_INET
+    try:
+        return socket.create_server((numeric, port), family=family)
+    except OSError as error:
+        reason = os.strerror(error.errno or errno.EINVAL)
+        raise ValueError(f"{format_address(host, port)}: {reason}") from error

@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import argparse
 import contextlib
-import os
-import socket
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -21,9 +19,9 @@ from runtime.options.gateways import (
     Kind,
     check_api_keys,
     check_demand,
+    listen,
     load_observation_keys,
 )
-from transport.address import bare_host, format_address, resolve
 from transport.errors import TransportError
 
 FLAG_VALUE = "NAME[:PORT[:CONFIG]]"
@@ -111,17 +109,6 @@ def check_gateways(gateways: Sequence[GatewayOptions], host: str, server_port: i
                 port = DEFAULT_PORTS[options.protocol] if options.port is None else options.port
                 if port == server_port != 0:
                     raise ValueError(f"port: got {port}, the server's own, expected another one")
-                listeners.enter_context(_listening(host, port))
+                listeners.enter_context(listen(host, port))
             except (InvalidConfig, OSError, ValueError, TransportError) as error:
                 raise InvalidConfig(f"the {options.protocol} gateway: {error}") from error
-
-
-def _listening(host: str, port: int) -> socket.socket:
-    numeric, ipv6 = resolve(bare_host(host), port, listening=True)
-    family = socket.AF_INET6 if ipv6 else socket.AF_INET
-    try:
-        return socket.create_server((numeric, port), family=family)
-    except OSError as error:
-        raise ValueError(
-            f"{format_address(host, port)}: {os.strerror(error.errno or 0)}"
-        ) from error

@@ -40,7 +40,8 @@ def run(*arguments: str) -> int:
 @pytest.mark.parametrize(
     ("arguments", "error"),
     [
-        ((), "the following arguments are required: protocol"),
+        ((), "error: protocol: got none, expected one of ilstudio, openpi, lerobot, groot"),
+        (("--port", "0"), "the following arguments are required: protocol"),
         (("gopher",), "protocol: invalid choice: 'gopher' (choose from 'ilstudio'"),
         (("openpi", "--server", "nowhere"), "--server: address: got 'nowhere', expected host:po"),
         (("openpi", "--server", "a:99999"), "--server: address 'a:99999': got port 99999, expec"),
@@ -55,6 +56,9 @@ def run(*arguments: str) -> int:
         (("openpi", "--config", "{folder}/bad.yaml"), "bad.yaml: camera: unknown key, expected"),
         (("openpi", "--api_keys", "{folder}/missing"), "No such file or directory"),
         (("openpi", "--api_keys", "{folder}/open"), "got mode 0644 and owner"),
+        (("groot", "--host", "10.254.254.254", "--insecure"), "10.254.254.254:5555: Cannot assig"),
+        (("openpi", "--server_key", "x"), "server_key, client_key: got one, expected both or nei"),
+        (("openpi", "--server_key", "x", "--client_key", "y"), "/x: got "),
         (("ilstudio", "--api_keys", "x"), "--api_keys: got x, expected none: ilstudio has no pla"),
         (("lerobot", "--api_keys", "x"), "--api_keys: got x, expected none: lerobot has no place"),
     ],
@@ -77,6 +81,15 @@ def test_every_protocol_has_its_own_port() -> None:
     assert cli.read_command(["openpi", "--port", "0"]).port == 0
     assert cli.read_command(["openpi", "--host", "0.0.0.0", "--insecure"]).host == "0.0.0.0"  # noqa: S104
     assert cli.read_command(["openpi", "--host", "::1"]).host == "::1"
+
+
+def test_a_port_that_is_taken_is_bad_input(capsys: pytest.CaptureFixture[str]) -> None:
+    with socket.create_server(("127.0.0.1", 0)) as taken:
+        port = taken.getsockname()[1]
+        for protocol in cli.GATEWAYS:
+            assert run(protocol, "--port", str(port)) == cli.BAD_INPUT
+            said = capsys.readouterr().err
+            assert said == f"error: 127.0.0.1:{port}: Address already in use\n"
 
 
 def test_a_server_that_does_not_answer_is_a_failure(capsys: pytest.CaptureFixture[str]) -> None:

@@ -36,7 +36,7 @@ KEYS = ObservationKeys(cameras={"top": ImageSource("images/top")})
 PATIENCE_S = 20.0
 
 
-class Served(StatelessPolicy):
+class ContractPolicy(StatelessPolicy):
     def __init__(self, contract: PolicyContract = CONTRACT) -> None:
         super().__init__()
         self.contract = contract
@@ -81,13 +81,13 @@ def description(made: RenewingGateway) -> dict[str, Any]:
 
 def test_sessions_go_on_with_a_policy_that_fits(caplog: pytest.LogCaptureFixture) -> None:
     with contextlib.ExitStack() as stack:
-        with serving(Served()) as server:
+        with serving(ContractPolicy()) as server:
             port = server.port
             made = stack.enter_context(renewing(server.address))
             client = stack.enter_context(client_of(made))
             client.recv(5.0)
             assert not isinstance(ask(client, sent()), str)
-        with serving(Served(RETRAINED), port=port):
+        with serving(ContractPolicy(RETRAINED), port=port):
             replies = [ask(client, sent()) for _ in range(2)]
             assert isinstance(replies[0], str)  # the session's server was lost
             assert not isinstance(replies[1], str)
@@ -101,12 +101,12 @@ def test_clients_of_another_policy_connect_again_and_get_it(
     caplog: pytest.LogCaptureFixture,
 ) -> None:
     with contextlib.ExitStack() as stack:
-        with serving(Served()) as server:
+        with serving(ContractPolicy()) as server:
             port = server.port
             made = stack.enter_context(renewing(server.address))
             client = stack.enter_context(client_of(made))
             client.recv(5.0)
-        with serving(Served(SLOWER), port=port):
+        with serving(ContractPolicy(SLOWER), port=port):
             with pytest.raises(ConnectionClosed):
                 client.recv(PATIENCE_S)
             until(lambda: description(made).get("dt_s") == 0.25)
@@ -122,20 +122,20 @@ def test_a_policy_that_the_map_does_not_fit_is_refused_until_it_is_gone(
 ) -> None:
     fields = "with cameras (front 24x32), expected cameras (top 24x32"
     with contextlib.ExitStack() as stack:
-        with serving(Served()) as server:
+        with serving(ContractPolicy()) as server:
             port = server.port
             made = stack.enter_context(renewing(server.address))
             client = stack.enter_context(client_of(made))
             client.recv(5.0)
             assert not isinstance(ask(client, sent()), str)
-        with serving(Served(FRONT), port=port):
+        with serving(ContractPolicy(FRONT), port=port):
             until(lambda: "it cannot be served" in caplog.text)
             replies = {ask(client, sent()) for _ in range(3)}  # type: ignore[type-var]
             assert any(fields in reply for reply in replies)
             with client_of(made) as other, pytest.raises(ConnectionClosed, match="got another one"):
                 other.recv(5.0)
             time.sleep(0.1)
-        with serving(Served(), port=port):
+        with serving(ContractPolicy(), port=port):
             until(lambda: not isinstance(ask(client, sent()), str))
     (said,) = (one for one in caplog.records if "it cannot be served" in one.getMessage())
     assert said.levelno == logging.ERROR
@@ -147,7 +147,7 @@ def test_a_policy_that_keeps_a_state_is_refused_by_openpis_gateway(
     caplog: pytest.LogCaptureFixture,
 ) -> None:
     with contextlib.ExitStack() as stack:
-        with serving(Served()) as server:
+        with serving(ContractPolicy()) as server:
             port = server.port
             stack.enter_context(renewing(server.address))
         with serving(ToyPolicy(), port=port):
@@ -166,11 +166,11 @@ def test_a_stop_while_the_gateway_is_made_again_ends_it() -> None:
         return OpenpiGateway(command, KEYS, None, contract)
 
     with contextlib.ExitStack() as stack:
-        with serving(Served()) as server:
+        with serving(ContractPolicy()) as server:
             port = server.port
             command = command_for(server.address, timeout_s=1.0)
             made.append(RenewingGateway(command, CONTRACT, False, make))
-        with serving(Served(SLOWER), port=port):
+        with serving(ContractPolicy(SLOWER), port=port):
             stack.callback(made[0].close)
             made[0].serve()
     assert len(calls) == 3
@@ -184,7 +184,7 @@ def observed(server: PolicyServer) -> list[str]:
 
 
 def test_a_session_is_opened_before_its_first_observation() -> None:
-    with serving(Served()) as server:
+    with serving(ContractPolicy()) as server:
         session = GatewaySession(command_for(server.address), "early")
         assert observed(server) == []
         session.open()
@@ -199,7 +199,7 @@ def test_a_session_is_opened_again_for_pictures_of_the_models_size() -> None:
     camera = CameraContract("top", (24, 32), (12, 16), resize="area")
     contract = dataclasses.replace(CONTRACT, cameras=(camera,))
     obs = dataclasses.replace(observation(), images={"top": np.zeros((12, 16, 3), np.uint8)})
-    with serving(Served(contract)) as server:
+    with serving(ContractPolicy(contract)) as server:
         session = GatewaySession(command_for(server.address), "small")
         session.open()
         assert session.infer(obs).actions.shape
@@ -210,7 +210,7 @@ def test_a_session_is_opened_again_for_pictures_of_the_models_size() -> None:
 @pytest.mark.long
 def test_an_idle_session_that_the_server_ended_is_opened_again() -> None:
     """It was opened early, so the client has done nothing wrong."""
-    with serving(Served(), session_timeout_s=0.05) as server:
+    with serving(ContractPolicy(), session_timeout_s=0.05) as server:
         session = GatewaySession(command_for(server.address), "idle")
         session.open()
         until(lambda: not server.status()["sessions"])
@@ -223,7 +223,7 @@ def test_an_idle_session_that_the_server_ended_is_opened_again() -> None:
 
 def test_a_server_that_does_not_return_is_lost(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(gateway_session, "RECONNECT_S", 0.2)
-    with serving(Served()) as server:
+    with serving(ContractPolicy()) as server:
         session = GatewaySession(command_for(server.address, timeout_s=0.5), "left")
         session.open()
         session.infer(observation())
@@ -236,12 +236,12 @@ def test_a_server_that_does_not_return_is_lost(monkeypatch: pytest.MonkeyPatch) 
 
 def test_every_field_that_differs_is_named() -> None:
     other = dataclasses.replace(SLOWER, chunk_size=5, n_action_steps=5, normalizer_hash="x")
-    with serving(Served(other)) as server, pytest.raises(Exception) as caught:
+    with serving(ContractPolicy(other)) as server, pytest.raises(Exception) as caught:
         GatewaySession(command_for(server.address), "it", CONTRACT)
     assert str(caught.value) == (
         "policy: got another one than before, with chunk_size 5, n_action_steps 5, dt_s 0.25, "
         "expected chunk_size 10, n_action_steps 10, dt_s 0.02"
     )
-    with serving(Served(RETRAINED)) as server:
+    with serving(ContractPolicy(RETRAINED)) as server:
         GatewaySession(command_for(server.address), "it", CONTRACT).close()
         PolicyClient(server.address).close()
