@@ -167,12 +167,18 @@ def test_a_signal_while_it_starts_ends_the_process_with_status_0() -> None:
     """Here it waits for a server that accepts connections and says nothing."""
     with socket.create_server(("127.0.0.1", 0)) as silent:
         flags = ["openpi", "--server", f"127.0.0.1:{silent.getsockname()[1]}", "--port", "0"]
-        for number in (signal.SIGINT, signal.SIGTERM):
-            process = subprocess.Popen(
+        numbers = (signal.SIGINT, signal.SIGTERM)
+        processes = [
+            subprocess.Popen(
                 [sys.executable, "-m", "runtime.gateway", *flags], stderr=subprocess.PIPE, text=True
             )
+            for _ in numbers
+        ]
+        for _ in processes:
             silent.accept()[0].close()
+        for process, number in zip(processes, numbers, strict=True):
             process.send_signal(number)
+        for process in processes:
             assert process.communicate(timeout=10.0)[1] == ""
             assert process.returncode == 0
 
