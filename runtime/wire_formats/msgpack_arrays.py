@@ -47,11 +47,12 @@ _NUMBERS: Mapping[int, struct.Struct] = {
     0xD2: struct.Struct(">i"),
     0xD3: struct.Struct(">q"),
 }
-_SIZES = {1: struct.Struct(">B"), 2: struct.Struct(">H"), 4: struct.Struct(">I")}
-_BINARY = {0xC4: 1, 0xC5: 2, 0xC6: 4}
-_TEXT = {0xD9: 1, 0xDA: 2, 0xDB: 4}
-_LISTS = {0xDC: 2, 0xDD: 4}
-_MAPS = {0xDE: 2, 0xDF: 4}
+_BYTE, _SHORT, _LONG = struct.Struct(">B"), struct.Struct(">H"), struct.Struct(">I")
+_BINARY = {0xC4: _BYTE, 0xC5: _SHORT, 0xC6: _LONG}
+_TEXT = {0xD9: _BYTE, 0xDA: _SHORT, 0xDB: _LONG}
+_LISTS = {0xDC: _SHORT, 0xDD: _LONG}
+_MAPS = {0xDE: _SHORT, 0xDF: _LONG}
+_CONSTANTS = {0xC0: None, 0xC2: False, 0xC3: True}
 
 
 class MalformedFrame(Exception):
@@ -101,24 +102,33 @@ def unpack(frame: bytes | bytearray) -> dict[str, Any]:
 
 
 class _Reader:
-    """Reads values from the front of ``frame``."""
+    """Reads values from the front of ``frame``.
+
+    The commonest types are read in ``value`` itself: a frame has some thirty small values beside
+    its pictures, and calls are most of their cost.
+    """
 
     def __init__(self, frame: bytes | bytearray) -> None:
         self._frame = memoryview(frame).toreadonly()
+        self._end = len(frame)
         self._at = 0
         self._values = 0
 
     @property
     def left(self) -> int:
         """Bytes that are not read yet."""
-        return len(self._frame) - self._at
+        return self._end - self._at
 
     def value(self, depth: int) -> Any:
         """Return the next value; binary data as a view."""
         self._values += 1
         if self._values > MAX_VALUES:
             raise MalformedFrame("", f"more than {MAX_VALUES} values", "fewer")
-        code = self._take(1)[0]
+        at = self._at
+        if at >= self._end:
+            raise self._cut_off()
+        code = self._frame[at]
+        self._at = at + 1
         if code < 0x80:
             return code
         if code < 0x90:
@@ -127,36 +137,42 @@ class _Reader:
             return self._list(code & 0x0F, depth)
         if code < 0xC0:
             return self._text(code & 0x1F)
-        if code >= 0xE0:
-            return code - 0x100
+        if code in _CONSTANTS:
+            return _CONSTANTS[code]
+        if code in _BINARY:
+            return self._take(self._number(_BINARY[code]))
         if code in _NUMBERS:
             return self._number(_NUMBERS[code])
-        if code in _BINARY:
-            return self._take(self._size(_BINARY[code]))
         if code in _TEXT:
-            return self._text(self._size(_TEXT[code]))
+            return self._text(self._number(_TEXT[code]))
         if code in _LISTS:
-            return self._list(self._size(_LISTS[code]), depth)
+            return self._list(self._number(_LISTS[code]), depth)
         if code in _MAPS:
-            return self._map(self._size(_MAPS[code]), depth)
-        if code in (0xC0, 0xC2, 0xC3):
-            return {0xC0: None, 0xC2: False, 0xC3: True}[code]
+            return self._map(self._number(_MAPS[code]), depth)
+        if code >= 0xE0:
+            return code - 0x100
         raise MalformedFrame(
             "", f"type 0x{code:02x}", "numbers, text, binary data, lists, maps and arrays"
         )
 
+    def _cut_off(self) -> MalformedFrame:
+        return MalformedFrame("", f"an end after {self._end} bytes", "the whole value")
+
     def _take(self, count: int) -> memoryview:
-        if count > self.left:
-            raise MalformedFrame("", f"an end after {len(self._frame)} bytes", "the whole value")
         start = self._at
-        self._at += count
-        return self._frame[start : self._at]
+        stop = start + count
+        if stop > self._end:
+            raise self._cut_off()
+        self._at = stop
+        return self._frame[start:stop]
 
     def _number(self, layout: struct.Struct) -> Any:
-        return layout.unpack(self._take(layout.size))[0]
-
-    def _size(self, width: int) -> int:
-        return int(self._number(_SIZES[width]))
+        at = self._at
+        stop = at + layout.size
+        if stop > self._end:
+            raise self._cut_off()
+        self._at = stop
+        return layout.unpack_from(self._frame, at)[0]
 
     def _text(self, count: int) -> str:
         try:
