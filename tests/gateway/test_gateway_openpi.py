@@ -22,12 +22,12 @@ from policies.yaml_config import InvalidConfig
 from runtime.client import PolicyClient
 from runtime.gateway.config import ImageSource, ObservationKeys, SessionOptions, StateSource
 from runtime.gateway.openpi.gateway import (
-    CLIENT_THREAD,
     MORE_SOCKETS,
     OpenpiGateway,
     describe,
     max_frame_bytes,
 )
+from runtime.gateway.openpi.websocket_server import CLIENT_THREAD
 from runtime.options.api_keys import ApiKeys
 from runtime.server import PolicyServer
 from runtime.wire_formats.msgpack_arrays import pack
@@ -281,7 +281,7 @@ def test_a_gateway_that_can_accept_no_more_ends_with_an_error(server: PolicyServ
     """So that it is started again, and is not deaf for good."""
     command = command_for(f"{server.host}:{server.port}")
     deaf = OpenpiGateway(command, ObservationKeys(), None, CONTRACT)
-    deaf._server.socket.close()
+    deaf._server._listener.close()
     try:
         with pytest.raises(RuntimeError, match="cannot accept clients any more"):
             deaf.serve()

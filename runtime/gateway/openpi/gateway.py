@@ -11,8 +11,6 @@ from __future__ import annotations
 
 import contextlib
 import logging
-import socket
-import struct
 import threading
 import time
 from collections.abc import Callable, Mapping
@@ -22,7 +20,6 @@ from typing import Any
 from websockets.exceptions import ConnectionClosed
 from websockets.frames import CloseCode
 from websockets.http11 import Request, Response
-from websockets.sync.server import ServerConnection, serve
 
 from policies.errors import ContractMismatch, PolicyError
 from policies.types import PolicyContract
@@ -31,6 +28,8 @@ from runtime.errors import RuntimeFault
 from runtime.gateway.config import GatewayCommand, ObservationKeys
 from runtime.gateway.gateway_session import GatewaySession
 from runtime.gateway.observation_map import ObservationMap, find_value
+from runtime.gateway.openpi.websocket_connection import WebsocketConnection
+from runtime.gateway.openpi.websocket_server import WebsocketServer
 from runtime.options.api_keys import ApiKeys
 from runtime.wire_formats.msgpack_arrays import MalformedFrame, pack, unpack
 from transport.address import format_address
@@ -41,19 +40,11 @@ logger = logging.getLogger(__name__)
 
 OTHER_BYTES = 4 * 2**20
 """What a frame may have beside the policy's pictures, e.g. those of cameras it does not use."""
-PING_EVERY_S = 20.0
-"""A ping that is not answered ends no connection: a client that computes may not answer."""
-SILENT_S = 60.0
-"""How long a client's host may acknowledge nothing before the connection ends."""
-SEND_WITHIN_S = 1
-"""How long a part of a reply may wait for a client that does not read, while it fills a socket."""
-HANDSHAKE_S, CLOSE_S = 5.0, 1.0
 MORE_SOCKETS = 16
 """Connections beyond ``max_clients``, for handshakes, refusals and health checks."""
 API_KEY = "Api-Key "
 REASON_BYTES = 123
 """Longest reason of a closed connection."""
-CLIENT_THREAD = "openpi client"
 
 
 class OpenpiGateway:
@@ -95,30 +86,15 @@ class OpenpiGateway:
             raise InvalidConfig(str(error)) from error
         self._metadata = pack(describe(contract))
         self._clients = threading.BoundedSemaphore(command.max_clients)
-        self._sockets = threading.BoundedSemaphore(command.max_clients + MORE_SOCKETS)
-        quiet = logging.getLogger(f"{__name__}.websockets")
-        quiet.setLevel(logging.WARNING)
-        self._server = serve(
-            self._serve_client,
+        self._server = WebsocketServer(
             command.host,
             command.port or 0,
-            family=socket.AF_INET6 if ":" in command.host else socket.AF_INET,
-            compression=None,
-            process_request=self._check_request,
-            open_timeout=HANDSHAKE_S,
-            close_timeout=CLOSE_S,
-            ping_interval=PING_EVERY_S,
-            ping_timeout=None,
-            max_size=max_frame_bytes(contract),
-            max_queue=1,
-            logger=quiet,
+            max_connections=command.max_clients + MORE_SOCKETS,
+            max_bytes=max_frame_bytes(contract),
+            check=self._check_request,
+            handle=self._serve_client,
         )
-        self._serve_socket, self._server.handler = self._server.handler, self._bounded
-        self._accepting = threading.Thread(target=self._accept, name="openpi")
-        self._stop_asked = False
-        self._stopped, self._stopper = socket.socketpair()  # safe to use in a signal handler
-        self._stopper.setblocking(False)
-        self.port: int = self._server.socket.getsockname()[1]
+        self.port = self._server.port
 
     def serve(self) -> None:
         """Serve clients until ``stop``.
@@ -126,60 +102,22 @@ class OpenpiGateway:
         Raises:
             RuntimeError: It can accept no more clients, e.g. for want of descriptors.
         """
-        self._accepting.start()
-        self._stopped.recv(1)
-        if not self._stop_asked:
-            raise RuntimeError("the openpi gateway cannot accept clients any more")
+        self._server.serve()
 
     def stop(self) -> None:
         """Make ``serve`` return soon. For a signal handler or another thread. Idempotent."""
-        self._stop_asked = True
-        self._end_serving()
-
-    def _end_serving(self) -> None:
-        with contextlib.suppress(OSError):  # ended before, or closed
-            self._stopper.send(b"x")
-
-    def _accept(self) -> None:
-        """Accept clients. The library ends that without a word after a failed accept."""
-        try:
-            self._server.serve_forever()
-        finally:
-            self._end_serving()
+        self._server.stop()
 
     def close(self) -> None:
         """End all sessions and free the address. Call it after ``serve``. Idempotent.
 
         A request that is at the server is waited for.
         """
-        if self._stopped.fileno() < 0:
-            return
-        if self._accepting.ident is None:  # the library's server can be closed only then
-            self._accepting.start()
-        self._server.shutdown(reason="the gateway stops")
-        self._accepting.join()
-        self._stopped.close()
-        self._stopper.close()
+        self._server.close("the gateway stops")
 
     # Connections
 
-    def _bounded(self, client: socket.socket, address: Any) -> None:
-        """Serve a new socket in its thread, if there are not too many."""
-        threading.current_thread().name = CLIENT_THREAD
-        if not self._sockets.acquire(blocking=False):
-            client.close()
-            self._serve_socket(client, address)  # the library sees that it is closed, and ends
-            return
-        try:
-            client.setsockopt(socket.IPPROTO_TCP, socket.TCP_USER_TIMEOUT, round(SILENT_S * 1000))
-            client.setsockopt(
-                socket.SOL_SOCKET, socket.SO_SNDTIMEO, struct.pack("ll", SEND_WITHIN_S, 0)
-            )
-            self._serve_socket(client, address)
-        finally:
-            self._sockets.release()
-
-    def _check_request(self, connection: ServerConnection, request: Request) -> Response | None:
+    def _check_request(self, connection: WebsocketConnection, request: Request) -> Response | None:
         """Return the answer to an HTTP request that is not to become a websocket."""
         path = request.path.partition("?")[0]
         if path == "/healthz":
@@ -194,7 +132,7 @@ class OpenpiGateway:
             and given[0].startswith(API_KEY)
             and self._api_keys.match(given[0].removeprefix(API_KEY).strip())
         ):
-            logger.warning("refused a client at %s: no valid key", connection.remote_address)
+            logger.warning("refused a client at %s: no valid key", format_address(*connection.peer))
             return connection.respond(
                 HTTPStatus.UNAUTHORIZED,
                 f"Authorization: got {'another' if given else 'no'} key, expected "
@@ -202,8 +140,8 @@ class OpenpiGateway:
             )
         return None
 
-    def _serve_client(self, connection: ServerConnection) -> None:
-        peer = f"openpi {format_address(*connection.remote_address[:2])}"
+    def _serve_client(self, connection: WebsocketConnection, path: str) -> None:
+        peer = f"openpi {format_address(*connection.peer)}"
         if not self._clients.acquire(blocking=False):
             most = self._command.max_clients
             connection.close(
@@ -215,8 +153,8 @@ class OpenpiGateway:
         try:
             client.open()
             connection.send(self._metadata)
-            for frame in connection:
-                connection.send(client.reply(frame))
+            while True:
+                connection.send(client.reply(connection.receive()))
         except MalformedFrame as error:
             logger.warning("%s sent a malformed frame: %s", peer, error)
             with contextlib.suppress(ConnectionClosed):
