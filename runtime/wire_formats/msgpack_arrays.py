@@ -68,7 +68,7 @@ class MalformedFrame(Exception):
         self.field, self.got, self.expected = field, got, expected
 
 
-def pack(value: Mapping[str, Any]) -> bytes:
+def pack(value: Mapping[str, Any] | np.ndarray[Any, Any]) -> bytes:
     """Return ``value`` as MessagePack; it may have arrays of booleans, integers and floats."""
     packed: bytes = msgpack.packb(value, default=_plain)
     return packed

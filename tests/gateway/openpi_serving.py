@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import threading
 import time
 from collections.abc import Iterator, Mapping
 from typing import Any
@@ -13,6 +14,7 @@ from websockets.sync.client import ClientConnection, connect
 from policies.types import ActionChunk, MetaObs, PolicyContract
 from runtime.gateway.config import GatewayCommand, ObservationKeys, SessionOptions
 from runtime.gateway.openpi.gateway import OpenpiGateway
+from runtime.gateway.openpi.websocket_server import CLIENT_THREAD
 from runtime.options.api_keys import ApiKeys
 from runtime.server import PolicyServer
 from runtime.wire_formats.msgpack_arrays import pack, unpack
@@ -74,6 +76,14 @@ def connect_to(gateway: OpenpiGateway, api_key: str | None = None) -> Iterator[C
     ) as client:
         assert unpack(client.recv(5.0, decode=False))["server"] == "metronome"
         yield client
+
+
+def wait_for_client_threads() -> None:
+    """Return when the threads of clients that have left have ended."""
+    deadline_s = time.monotonic() + 5.0
+    while any(thread.name == CLIENT_THREAD for thread in threading.enumerate()):
+        assert time.monotonic() < deadline_s
+        time.sleep(0.005)
 
 
 def sent(value: float = 0.0, *, shade: int = 100, **others: Any) -> dict[str, Any]:

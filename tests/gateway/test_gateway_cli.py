@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import signal
 import socket
 import subprocess
@@ -22,7 +23,7 @@ from runtime.wire_formats.msgpack_arrays import pack, unpack
 from tests.gateway.openpi_serving import StatelessPolicy, expected, sent
 from tests.runtime.serving import connect as connect_client
 from tests.runtime.serving import serving
-from tests.runtime.toy_policy import ToyPolicy, observation
+from tests.runtime.toy_policy import CONTRACT, observation
 from transport.child_process import ChildProcess
 from transport.errors import Refused
 
@@ -101,9 +102,11 @@ def test_a_server_that_does_not_answer_is_a_failure(capsys: pytest.CaptureFixtur
 def test_a_policy_that_the_protocol_cannot_serve_is_bad_input(
     capsys: pytest.CaptureFixture[str],
 ) -> None:
-    with serving(ToyPolicy()) as server:
+    policy = StatelessPolicy()
+    policy.contract = dataclasses.replace(CONTRACT, first_action_offset=2)
+    with serving(policy) as server:
         assert run("openpi", "--server", f"127.0.0.1:{server.port}", "--port", "0") == 2
-    assert "policy: got one that keeps a state between observations" in capsys.readouterr().err
+    assert "policy: got a first action 2 ticks after its observation" in capsys.readouterr().err
 
 
 def test_a_map_that_does_not_fit_the_policy_is_bad_input(

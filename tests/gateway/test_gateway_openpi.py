@@ -21,13 +21,8 @@ from policies.types import CameraContract
 from policies.yaml_config import InvalidConfig
 from runtime.client import PolicyClient
 from runtime.gateway.config import ImageSource, ObservationKeys, SessionOptions, StateSource
-from runtime.gateway.openpi.gateway import (
-    MORE_SOCKETS,
-    OpenpiGateway,
-    describe,
-    max_frame_bytes,
-)
-from runtime.gateway.openpi.websocket_server import CLIENT_THREAD
+from runtime.gateway.openpi.clients import describe
+from runtime.gateway.openpi.gateway import MORE_SOCKETS, OpenpiGateway, max_frame_bytes
 from runtime.options.api_keys import ApiKeys
 from runtime.server import PolicyServer
 from runtime.wire_formats.msgpack_arrays import pack
@@ -39,6 +34,7 @@ from tests.gateway.openpi_serving import (
     expected,
     gateway_to,
     sent,
+    wait_for_client_threads,
 )
 from tests.runtime.serving import serving
 from tests.runtime.toy_policy import CONTRACT, ToyPolicy
@@ -61,10 +57,7 @@ def gateway(server: PolicyServer) -> Iterator[OpenpiGateway]:
 @pytest.fixture(autouse=True)
 def _clients_are_gone() -> Iterator[None]:
     yield
-    deadline_s = time.monotonic() + 5.0
-    while any(thread.name == CLIENT_THREAD for thread in threading.enumerate()):
-        assert time.monotonic() < deadline_s
-        time.sleep(0.005)
+    wait_for_client_threads()
 
 
 def actions(reply: dict[str, Any] | str) -> Any:
@@ -173,7 +166,10 @@ def test_two_clients_are_two_sessions_with_their_own_time(
 def test_a_health_check_and_other_paths(gateway: OpenpiGateway) -> None:
     assert get(gateway.port, "/healthz") == (200, b"OK\n")
     status, text = get(gateway.port, "/other")
-    assert (status, text) == (404, b"path: got /other, expected / or /healthz\n")
+    assert (status, text) == (
+        404,
+        b"path: got /other, expected one of /, /v1/realtime/robot/openpi, /healthz\n",
+    )
 
 
 # What is refused
@@ -246,13 +242,11 @@ def test_a_frame_larger_than_any_observation_ends_the_connection(gateway: Openpi
         client.recv(5.0)
 
 
-def test_a_policy_with_episode_state_is_refused() -> None:
-    with serving(ToyPolicy()) as server:
-        command = command_for(f"{server.host}:{server.port}")
-        with pytest.raises(InvalidConfig, match="policy: got one that keeps a state"):
-            OpenpiGateway(command, ObservationKeys(), None, CONTRACT)
-        with PolicyClient(command.server) as client:
-            assert client.episode_state
+def test_a_policy_with_episode_state_needs_the_path_that_has_a_reset() -> None:
+    with serving(ToyPolicy()) as server, gateway_to(server) as gateway:
+        refusal = pytest.raises(ConnectionClosed, match=r"1008.*needs a reset: use the path /v1/")
+        with refusal, connect_to(gateway):
+            pass
 
 
 def test_keys_that_do_not_fit_are_refused(server: PolicyServer) -> None:
@@ -427,7 +421,7 @@ def test_the_same_error_is_logged_once(
     with connect_to(gateway) as client:
         for value in (np.nan, np.nan, 666.0, np.nan):
             assert isinstance(ask(client, sent(value)), str)
-    logged = [one.message for one in caplog.records if one.name == "runtime.gateway.openpi.gateway"]
+    logged = [one.message for one in caplog.records if one.name == "runtime.gateway.openpi.clients"]
     assert sum("got NaN" in text for text in logged) == 2
 
 

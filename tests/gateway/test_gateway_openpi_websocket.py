@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import threading
+from collections.abc import Iterator
 
 import numpy as np
 import pytest
@@ -14,6 +16,7 @@ from websockets.sync.client import connect
 from websockets.uri import parse_uri
 
 from runtime.gateway.openpi import websocket_server
+from runtime.gateway.openpi.gateway import OpenpiGateway
 from runtime.gateway.openpi.payload_reader import LARGE_BYTES, PayloadProtocol
 from runtime.wire_formats.msgpack_arrays import pack, unpack
 from tests.gateway.openpi_serving import (
@@ -25,6 +28,12 @@ from tests.gateway.openpi_serving import (
     sent,
 )
 from tests.runtime.serving import serving
+
+
+@contextlib.contextmanager
+def stateless() -> Iterator[OpenpiGateway]:
+    with serving(StatelessPolicy()) as server, gateway_to(server) as gateway:
+        yield gateway
 
 
 @pytest.mark.parametrize("piece", [1000, LARGE_BYTES, 10**6])
@@ -63,12 +72,11 @@ def test_a_stream_that_ends_inside_a_large_payload_is_an_abnormal_end() -> None:
 def test_an_observation_may_come_in_fragments() -> None:
     message = pack(sent(0.5, more=bytes(3 * LARGE_BYTES)))
     parts = [message[:10], message[10:100_000], b"", message[100_000:]]
-    with serving(StatelessPolicy()) as server, gateway_to(server) as gateway:
-        with connect_to(gateway) as client:
-            for timestep in range(2):
-                client.send(iter(parts))
-                reply = unpack(client.recv(5.0, decode=False))
-                np.testing.assert_array_equal(reply["actions"], expected(0.5, timestep=timestep))
+    with stateless() as gateway, connect_to(gateway) as client:
+        for timestep in range(2):
+            client.send(iter(parts))
+            reply = unpack(client.recv(5.0, decode=False))
+            np.testing.assert_array_equal(reply["actions"], expected(0.5, timestep=timestep))
 
 
 def test_pings_are_answered_while_a_request_is_computed(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -91,17 +99,18 @@ def test_a_client_that_says_nothing_is_pinged(
     monkeypatch.setattr(websocket_server, "LOOK_EVERY_S", 0.02)
     monkeypatch.setattr(websocket_server, "PING_EVERY_S", 0.05)
     caplog.set_level(logging.DEBUG, "websockets.client")
-    with serving(StatelessPolicy()) as server, gateway_to(server) as gateway:
-        with connect_to(gateway) as client:
-            with pytest.raises(TimeoutError):
-                client.recv(0.5)
-            assert any("PING" in one.getMessage() for one in caplog.records)
-            assert isinstance(ask(client, sent()), dict)
+    with stateless() as gateway, connect_to(gateway) as client:
+        with pytest.raises(TimeoutError):
+            client.recv(0.5)
+        assert any("PING" in one.getMessage() for one in caplog.records)
+        assert isinstance(ask(client, sent()), dict)
 
 
 def test_compression_is_not_accepted() -> None:
-    with serving(StatelessPolicy()) as server, gateway_to(server) as gateway:
-        with connect(f"ws://127.0.0.1:{gateway.port}", compression="deflate") as client:
-            client.recv(5.0)
-            assert not client.protocol.extensions
-            assert isinstance(ask(client, sent()), dict)
+    with (
+        stateless() as gateway,
+        connect(f"ws://127.0.0.1:{gateway.port}", compression="deflate") as client,
+    ):
+        client.recv(5.0)
+        assert not client.protocol.extensions
+        assert isinstance(ask(client, sent()), dict)

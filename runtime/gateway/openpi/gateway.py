@@ -1,10 +1,11 @@
 """The gateway for clients of openpi: MessagePack over a websocket.
 
 The server speaks first, with what it serves. Then each binary frame is an observation, which one
-binary frame with the actions answers. A text frame is an error, which openpi's client raises; the
-connection can be used further, unless the observation was not readable at all.
+frame answers; ``clients`` has the details. Which kind of client it is is told by the path: ``/`` is
+openpi's own, ``VLLM_OMNI_PATH`` that of vLLM-Omni's robot endpoint.
 
-The protocol has no reset, so a policy that keeps a state between observations is refused.
+openpi's own protocol has no reset, so its clients are refused where the policy keeps a state
+between observations.
 """
 
 from __future__ import annotations
@@ -12,10 +13,8 @@ from __future__ import annotations
 import contextlib
 import logging
 import threading
-import time
-from collections.abc import Callable, Mapping
+from functools import partial
 from http import HTTPStatus
-from typing import Any
 
 from websockets.exceptions import ConnectionClosed
 from websockets.frames import CloseCode
@@ -24,17 +23,21 @@ from websockets.http11 import Request, Response
 from policies.errors import ContractMismatch, PolicyError
 from policies.types import PolicyContract
 from policies.yaml_config import InvalidConfig
-from runtime.errors import RuntimeFault
 from runtime.gateway.config import GatewayCommand, ObservationKeys
 from runtime.gateway.gateway_session import GatewaySession
-from runtime.gateway.observation_map import ObservationMap, find_value
+from runtime.gateway.observation_map import ObservationMap
+from runtime.gateway.openpi.clients import (
+    OpenpiClient,
+    VllmOmniClient,
+    describe,
+    describe_for_vllm_omni,
+)
 from runtime.gateway.openpi.websocket_connection import WebsocketConnection
 from runtime.gateway.openpi.websocket_server import WebsocketServer
 from runtime.options.api_keys import ApiKeys
-from runtime.wire_formats.msgpack_arrays import MalformedFrame, pack, unpack
+from runtime.wire_formats.msgpack_arrays import MalformedFrame, pack
 from transport.address import format_address
-from transport.errors import Refused, TransportError
-from transport.zeromq.curve import KeyFileError
+from transport.errors import Refused
 
 logger = logging.getLogger(__name__)
 
@@ -45,6 +48,12 @@ MORE_SOCKETS = 16
 API_KEY = "Api-Key "
 REASON_BYTES = 123
 """Longest reason of a closed connection."""
+VLLM_OMNI_PATH = "/v1/realtime/robot/openpi"
+CLIENTS = {"/": (OpenpiClient, describe), VLLM_OMNI_PATH: (VllmOmniClient, describe_for_vllm_omni)}
+"""Path: its kind of client, and what that gets first."""
+NO_RESET = (
+    f"a policy with a state between observations needs a reset: use the path {VLLM_OMNI_PATH}"
+)
 
 
 class OpenpiGateway:
@@ -60,7 +69,7 @@ class OpenpiGateway:
         port: The TCP port that it listens on.
 
     Raises:
-        InvalidConfig: ``keys`` does not fit the contract, or the policy has an episode state.
+        InvalidConfig: ``keys`` does not fit the contract, or another policy is served.
         OSError: The address cannot be listened on.
         TransportError: The policy server does not answer.
     """
@@ -81,10 +90,11 @@ class OpenpiGateway:
             state_keys=("state", "observation/state"),
         )
         try:
-            self._open_session("openpi gateway").close()
+            with contextlib.closing(self._open_session("openpi gateway")) as session:
+                self._episode_state = session.episode_state
         except ContractMismatch as error:
             raise InvalidConfig(str(error)) from error
-        self._metadata = pack(describe(contract))
+        self._greetings = {path: pack(says(contract)) for path, (_, says) in CLIENTS.items()}
         self._clients = threading.BoundedSemaphore(command.max_clients)
         self._server = WebsocketServer(
             command.host,
@@ -122,9 +132,10 @@ class OpenpiGateway:
         path = request.path.partition("?")[0]
         if path == "/healthz":
             return connection.respond(HTTPStatus.OK, "OK\n")
-        if path != "/":
+        if path not in CLIENTS:
+            known = ", ".join((*CLIENTS, "/healthz"))
             return connection.respond(
-                HTTPStatus.NOT_FOUND, f"path: got {path:.80}, expected / or /healthz\n"
+                HTTPStatus.NOT_FOUND, f"path: got {path:.80}, expected one of {known}\n"
             )
         given = request.headers.get_all("Authorization")
         if self._api_keys is not None and not (
@@ -149,12 +160,20 @@ class OpenpiGateway:
             )
             return
         logger.info("%s connected", peer)
-        client = _Client(peer, self._observations, lambda: self._open_session(peer))
+        path = path.partition("?")[0]
+        client = CLIENTS[path][0](
+            peer, self._observations, partial(self._open_session, peer, path=path)
+        )
         try:
+            if self._episode_state and path == "/":
+                connection.close(CloseCode.POLICY_VIOLATION, NO_RESET)
+                return
             client.open()
-            connection.send(self._metadata)
+            connection.send(self._greetings[path])
             while True:
-                connection.send(client.reply(connection.receive()))
+                reply = client.reply(connection.receive())
+                if reply is not None:
+                    connection.send(reply)
         except MalformedFrame as error:
             logger.warning("%s sent a malformed frame: %s", peer, error)
             with contextlib.suppress(ConnectionClosed):
@@ -170,99 +189,25 @@ class OpenpiGateway:
             logger.info("%s is gone", peer)
             self._clients.release()
 
-    def _open_session(self, name: str) -> GatewaySession:
-        """Return a session with the policy server.
+    def _open_session(self, name: str, path: str = VLLM_OMNI_PATH) -> GatewaySession:
+        """Return a session with the policy server for a client of ``path``.
 
         Raises:
-            ContractMismatch: It serves another policy now, or one with episode state.
+            ContractMismatch: It serves another policy now, or one that needs a reset.
             TransportError: It does not answer.
         """
         session = GatewaySession(self._command, name, self._contract)
         try:
-            if session.episode_state:
+            if session.episode_state and path == "/":
                 raise ContractMismatch(
                     "policy",
                     "one that keeps a state between observations",
-                    "one without: openpi's protocol has no reset",
+                    f"one without, or the path {VLLM_OMNI_PATH}, which has a reset",
                 )
         except ContractMismatch:
             session.close()
             raise
         return session
-
-
-class _Client:
-    """One client: its session, and how many observations it has sent.
-
-    Args:
-        peer: Its name.
-        observations: Converts its observations.
-        open_session: Opens a session with the policy server.
-    """
-
-    def __init__(
-        self, peer: str, observations: ObservationMap, open_session: Callable[[], GatewaySession]
-    ) -> None:
-        self._peer, self._observations, self._open_session = peer, observations, open_session
-        self._session: GatewaySession | None = None
-        self._timestep, self._logged = 0, ""
-        self._total_s: float | None = None
-
-    def open(self) -> None:
-        """Open the session, so that a refusal shows at once. A server that is not there is asked
-        again for the first observation.
-
-        Raises:
-            Refused, PolicyError: The server does not admit the session, or has another policy.
-        """
-        try:
-            self._session = self._open_session()
-            self._session.open()
-        except (Refused, PolicyError):
-            raise
-        except TransportError as error:
-            logger.warning("%s: %s", self._peer, error)
-
-    def reply(self, frame: str | bytes) -> str | bytes:
-        """Return the frame that answers ``frame``; text is an error.
-
-        Raises:
-            MalformedFrame: ``frame`` is no map of MessagePack.
-        """
-        began_s = time.monotonic()
-        if isinstance(frame, str):
-            raise MalformedFrame("", "text", "a binary frame")
-        observation = unpack(frame)
-        try:
-            reply = self._infer(observation)
-        except (PolicyError, RuntimeFault, TransportError, KeyFileError) as error:
-            text = str(error)
-            if text != self._logged:  # a client may send the same observation without end
-                logger.warning("%s: %s", self._peer, text)
-                self._logged = text
-            return text
-        self._total_s = time.monotonic() - began_s
-        return reply
-
-    def _infer(self, observation: Mapping[str, Any]) -> bytes:
-        prompt = find_value(observation, "prompt")
-        if not isinstance(prompt, str | None):
-            raise ContractMismatch("prompt", type(prompt).__name__, "text")
-        obs = self._observations.read(observation, timestep=self._timestep, raw_lang=prompt or "")
-        if self._session is None:
-            self._session = self._open_session()
-        began_s = time.monotonic()
-        chunk = self._session.infer(obs)
-        timing = {"infer_ms": (time.monotonic() - began_s) * 1000}
-        if self._total_s is not None:
-            timing["prev_total_ms"] = self._total_s * 1000
-        self._timestep += 1
-        return pack({"actions": chunk.actions, "server_timing": timing})
-
-    def close(self) -> None:
-        """End the session. Idempotent."""
-        if self._session is not None:
-            self._session.close()
 
 
 def close_reason(text: str) -> str:
@@ -277,23 +222,3 @@ def max_frame_bytes(contract: PolicyContract) -> int:
     """Return the size of the largest frame that a client of this policy may send."""
     pictures = sum(max(h * w * 3 for h, w in one.accepted_hw) for one in contract.cameras)
     return pictures + OTHER_BYTES
-
-
-def describe(contract: PolicyContract) -> dict[str, Any]:
-    """Return the first map that a client gets: what is served."""
-    return {
-        "server": "metronome",
-        "policy_type": contract.policy_type,
-        "cameras": {camera.name: list(camera.source_hw) for camera in contract.cameras},
-        "state_dim": contract.state_dim,
-        "action_dim": contract.action_dim,
-        "chunk_size": contract.chunk_size,
-        "n_action_steps": contract.n_action_steps,
-        "first_action_offset": contract.first_action_offset,
-        "dt_s": contract.dt_s,
-        "ctrl_space": contract.ctrl_space,
-        "ctrl_type": contract.ctrl_type,
-        "gripper_continuous": contract.gripper_continuous,
-        "state_names": list(contract.state_names),
-        "action_names": list(contract.action_names),
-    }
