@@ -69,6 +69,7 @@ class WebsocketServer:
         self._quiet.setLevel(logging.WARNING)
         family = socket.AF_INET6 if ":" in host else socket.AF_INET
         self._listener = socket.create_server((host, port), family=family)
+        self._listener.setblocking(False)
         self.port: int = self._listener.getsockname()[1]
         self._stopped, self._stopper = socket.socketpair()  # safe to use in a signal handler
         self._stopper.setblocking(False)
@@ -130,7 +131,10 @@ class WebsocketServer:
 
     def _accept(self) -> None:
         """Start a thread for the next client, if there are not too many."""
-        client, _ = self._listener.accept()
+        try:
+            client, _ = self._listener.accept()
+        except (BlockingIOError, ConnectionAbortedError):  # it has gone already
+            return
         if not self._free.acquire(blocking=False):
             client.close()
             return
@@ -145,9 +149,9 @@ class WebsocketServer:
             self._free.release()
             return
         thread = threading.Thread(target=self._serve, args=(connection,), name=CLIENT_THREAD)
-        with self._lock:
+        with self._lock:  # its end waits for its beginning
+            thread.start()
             self._connections[connection] = thread
-        thread.start()
 
     def _serve(self, connection: WebsocketConnection) -> None:
         code = CloseCode.INTERNAL_ERROR
