@@ -36,7 +36,7 @@ class Records:
         self.absent: dict[str, str] = {}
         self.values: dict[str, float] = {}
         self.facts: dict[str, Any] = {
-            "processor": _processor(),
+            "processor": processor(),
             "system": f"{platform.system()} {platform.release().partition('-')[0]}",
             "python": platform.python_version(),
         }
@@ -129,7 +129,8 @@ def _in(key: str, group: str) -> bool:
     return key.rpartition("/")[0] == group
 
 
-def _processor() -> str:
+def processor() -> str:
+    """The processor's name, as the kernel has it."""
     for line in Path("/proc/cpuinfo").read_text(encoding="ascii", errors="replace").splitlines():
         if line.startswith("model name"):
             return line.partition(":")[2].strip()

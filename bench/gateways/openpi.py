@@ -21,12 +21,14 @@ from pathlib import Path
 import numpy as np
 
 from bench.gateways.measured import gateway_address, report
+from policies.command_line import CommandLine, Number
+from policies.number_ranges import COUNT
 from policies.types import ActionChunk, CameraContract, MetaObs, PolicyContract, PolicyInfo
 from runtime.server.server_process import ServerProcess
 
-BLOCKS, BLOCK = 20, 50
 SIZE, STATE, CHUNK = (480, 640), 14, 100
 PEER = Path(__file__).with_name("openpi_peer.py")
+PEERS = ("METRONOME_OPENPI_PYTHON", "METRONOME_OPENPI_SOURCE")
 START_WITHIN_S = 30.0
 MODEL = "python:bench.gateways.openpi:ZeroPolicy"
 BOUND = 1.2
@@ -78,19 +80,17 @@ def wait_for(port: int) -> None:
             time.sleep(0.1)
 
 
-def measure(python: str, source: str) -> dict[str, np.ndarray]:
+def measure(python: str, source: str, blocks: int, block: int) -> dict[str, np.ndarray]:
     """Microseconds of each round trip, by way."""
     port = free_port()
     with ExitStack() as stack:
-        server = stack.enter_context(
-            ServerProcess(["-m", "python:bench.gateways.openpi:ZeroPolicy"])
-        )
+        server = stack.enter_context(ServerProcess(["-m", MODEL]))
         ours = gateway_address(stack, "openpi", server.address)
         theirs = subprocess.Popen([python, PEER, "serve", source, str(port)])
         try:
             wait_for(port)
             urls = {"our gateway": f"ws://{ours}", "openpi's server": f"ws://127.0.0.1:{port}"}
-            command = [python, PEER, "ask", str(BLOCKS), str(BLOCK), *urls.values()]
+            command = [python, PEER, "ask", str(blocks), str(block), *urls.values()]
             asked = subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True)
             taken_us = json.loads(asked.stdout)
             return {way: np.array(taken_us[url]) for way, url in urls.items()}
@@ -100,9 +100,16 @@ def measure(python: str, source: str) -> dict[str, np.ndarray]:
 
 
 def main() -> int:
+    parser = CommandLine(description=__doc__)
+    parser.add_argument("--blocks", type=Number(int, COUNT), default=20)
+    parser.add_argument("--block", type=Number(int, COUNT), default=50)
+    flags = parser.parse_args()
+    python, source = (os.environ.get(name) for name in PEERS)
+    if not (python and source):
+        parser.error(f"{' and '.join(PEERS)} are not set")
     before = os.getloadavg()[0]
-    taken_us = measure(os.environ["METRONOME_OPENPI_PYTHON"], os.environ["METRONOME_OPENPI_SOURCE"])
-    print(f"{BLOCKS} x {BLOCK} round trips each; load average before {before:.1f}")
+    taken_us = measure(python, source, flags.blocks, flags.block)
+    print(f"{flags.blocks} x {flags.block} round trips each; load average before {before:.1f}")
     return int(not report(taken_us, BOUND))
 
 
