@@ -12,8 +12,9 @@ from policies.act.engine import MAX_BATCH, EngineOptions, Frames
 from policies.act.engine_selection import make_engine
 from policies.act.registered_memory import RegisteredMemory
 from policies.act.weights import ActWeights
-from policies.errors import ContractMismatch, InferenceError, ObservationError, PolicyError
+from policies.errors import ContractMismatch, InferenceError, PolicyError
 from policies.image_resize import check_image, is_source, prepare, warm_up
+from policies.observation_check import check_observation
 from policies.types import ActionChunk, MetaObs, PolicyContract, PolicyInfo
 
 
@@ -167,7 +168,7 @@ class ActPolicy:
         An image of the model's size is passed on without a copy. Any other is cropped and resized
         into the engine's own memory.
         """
-        self._check(obs)
+        check_observation(obs, self._contract)
         staging = self._engine.staging(slot)
         images = []
         for camera, own in zip(self._contract.cameras, staging.images, strict=True):
@@ -202,24 +203,3 @@ class ActPolicy:
                 "postprocess": time.monotonic_ns() - start,
             },
         )
-
-    def _check(self, obs: MetaObs) -> None:
-        names = self._contract.camera_names
-        for name in names:
-            if name not in obs.images:
-                raise ContractMismatch(
-                    f"images.{name}", f"no such camera among {sorted(obs.images)}", f"{names}"
-                )
-        if len(obs.images) != len(names):
-            extra = sorted(obs.images.keys() - set(names))[0]
-            raise ContractMismatch(f"images.{extra}", "a picture", f"only {names}")
-        state, expected = obs.state, f"float32 ({self._contract.state_dim},)"
-        if not isinstance(state, np.ndarray):
-            raise ContractMismatch("state", type(state).__name__, expected)
-        if state.shape != (self._contract.state_dim,) or state.dtype != np.float32:
-            raise ContractMismatch("state", f"{state.dtype} {state.shape}", expected)
-        bad = np.flatnonzero(~np.isfinite(state))
-        if bad.size:
-            raise ObservationError(
-                f"state: got {state[bad]} in dimensions {bad.tolist()}, expected finite numbers"
-            )

@@ -31,11 +31,11 @@ from runtime.options.api_keys import ApiKeys
 from runtime.options.gateways import (
     DEFAULT_PORTS,
     PROTOCOLS,
-    ObservationKeys,
     check_api_keys,
     listen,
     load_observation_keys,
 )
+from runtime.options.observation_keys import ObservationKeys
 from transport.address import format_address, is_loopback, parse_address
 from transport.child_process import die_with_parent, stop_with_stdin, write_event
 from transport.errors import Refused, TransportError

@@ -17,19 +17,8 @@ from policies.number_ranges import (
 )
 from runtime.options.connection import ConnectionOptions
 from runtime.options.defaults import DEFAULT_PORT
-from runtime.options.gateways import (
-    DEADLINE_MS,
-    DEFAULT_PORTS,
-    PROTOCOLS,
-    ImageSource,
-    Kind,
-    ObservationKeys,
-    StateSource,
-    check_demand,
-)
+from runtime.options.gateways import DEADLINE_MS, DEFAULT_PORTS, PROTOCOLS, Kind, check_demand
 from runtime.options.shared_flags import LogLevel
-
-__all__ = ["GatewayCommand", "ImageSource", "ObservationKeys", "SessionOptions", "StateSource"]
 
 PORTS = ", ".join(f"{protocol} {port}" for protocol, port in DEFAULT_PORTS.items())
 DESCRIPTOR = Range(3, 1_048_576)

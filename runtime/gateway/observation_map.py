@@ -13,8 +13,8 @@ from policies.errors import ContractMismatch
 from policies.image_resize import check_image
 from policies.types import CameraContract, MetaObs, PolicyContract
 from policies.yaml_config import InvalidConfig
-from runtime.gateway.config import ImageSource, ObservationKeys, StateSource
 from runtime.gateway.planes import interleave
+from runtime.options.observation_keys import ImageSource, ObservationKeys, StateSource
 
 COLOURS = 3
 MAX_SHOWN_KEYS = 20

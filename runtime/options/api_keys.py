@@ -1,4 +1,4 @@
-"""The keys that foreign clients authenticate with, in protocols that have a place for them."""
+"""Files of the keys that clients authenticate with, in protocols that have a place for them."""
 
 from __future__ import annotations
 
@@ -25,6 +25,7 @@ class ApiKeys:
     """
 
     def __init__(self, path: Path) -> None:
+        self._path = path
         with path.open("rb") as file:
             status = os.fstat(file.fileno())
             if status.st_uid != os.geteuid() or status.st_mode & (stat.S_IRWXG | stat.S_IRWXO):
@@ -45,6 +46,14 @@ class ApiKeys:
                 f"{path}: got a key of {min(map(len, self._keys))} characters, expected at least "
                 f"{MIN_CHARS}"
             )
+
+    def only(self) -> str:
+        """Return the file's only key. Raises ``ValueError``: it has several, or one not ASCII."""
+        if len(self._keys) > 1:
+            raise ValueError(f"{self._path}: got {len(self._keys)} keys, expected one")
+        if not (self._keys[0].isascii() and self._keys[0].decode("latin-1").isprintable()):
+            raise ValueError(f"{self._path}: got a key with other characters, expected ASCII")
+        return self._keys[0].decode("ascii")
 
     def match(self, given: object) -> bool:
         """Return whether ``given`` is one of the keys; every key is compared in constant time."""

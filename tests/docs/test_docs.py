@@ -382,7 +382,7 @@ def test_yaml_samples_are_yaml(page: Path) -> None:
 
 def test_the_gateways_samples_are_read_by_the_commands() -> None:
     from policies.yaml_config import parse_config
-    from runtime.gateway.config import ObservationKeys
+    from runtime.options.observation_keys import ObservationKeys
     from runtime.server.config import ServerConfig
 
     server, keys = map(yaml.safe_load, fences(ROOT / "docs/clients-of-other-systems.md", "yaml"))

@@ -15,8 +15,8 @@ import msgpack
 import numpy as np
 
 from policies.errors import ContractMismatch
-from runtime.gateway.config import ImageSource, ObservationKeys, StateSource
 from runtime.gateway.groot.modalities import GrootModalities, is_flat
+from runtime.options.observation_keys import ImageSource, ObservationKeys, StateSource
 from runtime.wire_formats.bounded_msgpack import MAX_DEPTH, InvalidMessage, text_keys, unpack
 from runtime.wire_formats.npy_arrays import decode_array, encode_array, read_npy, write_npy
 from tests.fuzz import samples

@@ -10,9 +10,9 @@ import numpy as np
 
 from policies.checkpoint.safe_pickle_types import SafeRecord
 from policies.errors import ContractMismatch
-from runtime.gateway.config import ObservationKeys
 from runtime.gateway.ilstudio.observations import MAX_ROWS, IlstudioObservations
 from runtime.gateway.restricted_pickle import MAX_VALUES, RecordClass, read_pickle
+from runtime.options.observation_keys import ObservationKeys
 from tests.fuzz.feed import Feed, reached
 from tests.gateway.ilstudio_messages import dumps, meta_obs
 from tests.runtime.toy_policy import CONTRACT

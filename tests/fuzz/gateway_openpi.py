@@ -10,8 +10,8 @@ import numpy as np
 
 from policies.errors import ContractMismatch
 from policies.types import CameraContract
-from runtime.gateway.config import ObservationKeys
 from runtime.gateway.observation_map import ObservationMap
+from runtime.options.observation_keys import ObservationKeys
 from runtime.wire_formats.msgpack_arrays import MAX_DEPTH, MAX_VALUES, MalformedFrame, pack, unpack
 from tests.fuzz import samples
 from tests.fuzz.feed import reached

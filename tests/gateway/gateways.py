@@ -7,8 +7,9 @@ from collections.abc import Iterator
 from typing import Any
 
 from policies.types import PolicyContract
-from runtime.gateway.config import GatewayCommand, ObservationKeys
+from runtime.gateway.config import GatewayCommand
 from runtime.gateway.ilstudio.gateway import IlstudioGateway
+from runtime.options.observation_keys import ObservationKeys
 from tests.gateway.served import served
 
 

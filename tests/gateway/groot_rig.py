@@ -13,9 +13,10 @@ import numpy as np
 import zmq
 
 from policies.types import PolicyContract
-from runtime.gateway.config import GatewayCommand, ObservationKeys, SessionOptions
+from runtime.gateway.config import GatewayCommand, SessionOptions
 from runtime.gateway.groot.gateway import GrootGateway
 from runtime.options.api_keys import ApiKeys
+from runtime.options.observation_keys import ObservationKeys
 from runtime.wire_formats.npy_arrays import decode_array, encode_array
 from tests.gateway.served import served
 from tests.runtime.toy_policy import CONTRACT, STATE_DIM

@@ -7,8 +7,9 @@ from contextlib import contextmanager
 from typing import Any
 
 from policies.types import PolicyContract
-from runtime.gateway.config import GatewayCommand, ObservationKeys
+from runtime.gateway.config import GatewayCommand
 from runtime.gateway.lerobot.gateway import LerobotGateway
+from runtime.options.observation_keys import ObservationKeys
 from runtime.server import PolicyServer
 from tests.gateway.served import served
 from tests.runtime.toy_policy import CONTRACT

@@ -12,10 +12,11 @@ from typing import Any
 from websockets.sync.client import ClientConnection, connect
 
 from policies.types import ActionChunk, MetaObs, PolicyContract
-from runtime.gateway.config import GatewayCommand, ObservationKeys, SessionOptions
+from runtime.gateway.config import GatewayCommand, SessionOptions
 from runtime.gateway.openpi.gateway import OpenpiGateway
 from runtime.gateway.openpi.websocket_server import CLIENT_THREAD
 from runtime.options.api_keys import ApiKeys
+from runtime.options.observation_keys import ObservationKeys
 from runtime.server import PolicyServer
 from runtime.wire_formats.msgpack_arrays import pack, unpack
 from tests.gateway.served import served

@@ -12,9 +12,10 @@ import sys
 
 from policies.types import PolicyContract
 from runtime.gateway import cli
-from runtime.gateway.config import GatewayCommand, ObservationKeys
+from runtime.gateway.config import GatewayCommand
 from runtime.gateway.observation_map import ObservationMap
 from runtime.options.api_keys import ApiKeys
+from runtime.options.observation_keys import ObservationKeys
 
 
 class StubGateway:

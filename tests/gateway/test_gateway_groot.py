@@ -21,16 +21,11 @@ import zmq
 from policies.errors import ContractMismatch
 from policies.types import ActionChunk, CameraContract, MetaObs
 from policies.yaml_config import InvalidConfig, load_config
-from runtime.gateway.config import (
-    GatewayCommand,
-    ImageSource,
-    ObservationKeys,
-    SessionOptions,
-    StateSource,
-)
+from runtime.gateway.config import GatewayCommand, SessionOptions
 from runtime.gateway.groot.gateway import GrootGateway, max_message
 from runtime.gateway.groot.modalities import GrootModalities
 from runtime.options.api_keys import ApiKeys
+from runtime.options.observation_keys import ImageSource, ObservationKeys, StateSource
 from runtime.server import PolicyServer
 from runtime.wire_formats.bounded_msgpack import MAX_DEPTH, MAX_ITEMS, InvalidMessage, unpack
 from runtime.wire_formats.npy_arrays import decode_array, encode_array, read_npy, write_npy

@@ -16,18 +16,13 @@ import pytest
 
 from policies.types import ActionChunk, CameraContract, MetaObs
 from policies.yaml_config import InvalidConfig
-from runtime.gateway.config import (
-    GatewayCommand,
-    ImageSource,
-    ObservationKeys,
-    SessionOptions,
-    StateSource,
-)
+from runtime.gateway.config import GatewayCommand, SessionOptions
 from runtime.gateway.ilstudio import gateway as ilstudio_module
 from runtime.gateway.ilstudio.gateway import IlstudioGateway
 from runtime.gateway.ilstudio.observations import MAX_PICTURES, MAX_ROWS, IlstudioObservations
 from runtime.gateway.observation_map import ObservationMap
 from runtime.gateway.planes import interleave
+from runtime.options.observation_keys import ImageSource, ObservationKeys, StateSource
 from runtime.server import PolicyServer
 from tests.gateway.gateways import ilstudio_gateway
 from tests.gateway.ilstudio_messages import RawClient, dumps, meta_obs

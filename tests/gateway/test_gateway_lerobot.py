@@ -24,7 +24,7 @@ import pytest
 from policies.errors import ContractMismatch
 from policies.types import MetaObs
 from policies.yaml_config import InvalidConfig
-from runtime.gateway.config import GatewayCommand, ImageSource, ObservationKeys, StateSource
+from runtime.gateway.config import GatewayCommand
 from runtime.gateway.lerobot import gateway as lerobot_module
 from runtime.gateway.lerobot import messages as lerobot_messages
 from runtime.gateway.lerobot import peer
@@ -32,6 +32,7 @@ from runtime.gateway.lerobot.gateway import LerobotGateway
 from runtime.gateway.lerobot.messages import read_instructions, read_observation, write_actions
 from runtime.gateway.lerobot.protobuf_fields import MAX_FIELDS, read_fields, write_bytes
 from runtime.gateway.restricted_pickle import MAX_INSTRUCTIONS
+from runtime.options.observation_keys import ImageSource, ObservationKeys, StateSource
 from runtime.server import PolicyServer
 from tests.gateway.lerobot_client import LerobotClient
 from tests.gateway.lerobot_gateway import gateway_of

@@ -11,8 +11,8 @@ import pytest
 from policies.errors import ContractMismatch
 from policies.types import CameraContract, MetaObs
 from policies.yaml_config import INSTALLED_CONFIGS, InvalidConfig, load_config, parse_config
-from runtime.gateway.config import ImageSource, ObservationKeys, StateSource
 from runtime.gateway.observation_map import ObservationMap, find_value
+from runtime.options.observation_keys import ImageSource, ObservationKeys, StateSource
 from tests.runtime.toy_policy import CONTRACT
 
 TWO = dataclasses.replace(

@@ -20,10 +20,11 @@ from websockets.exceptions import ConnectionClosed, ConnectionClosedError, Inval
 from policies.types import CameraContract
 from policies.yaml_config import InvalidConfig
 from runtime.client import PolicyClient
-from runtime.gateway.config import ImageSource, ObservationKeys, SessionOptions, StateSource
+from runtime.gateway.config import SessionOptions
 from runtime.gateway.openpi.clients import describe
 from runtime.gateway.openpi.gateway import MORE_SOCKETS, OpenpiGateway, max_frame_bytes
 from runtime.options.api_keys import ApiKeys
+from runtime.options.observation_keys import ImageSource, ObservationKeys, StateSource
 from runtime.server import PolicyServer
 from runtime.wire_formats.msgpack_arrays import pack
 from tests.gateway.openpi_serving import (

@@ -18,10 +18,10 @@ from policies.types import CameraContract, PolicyContract
 from runtime.client import PolicyClient
 from runtime.errors import ServerLost
 from runtime.gateway import gateway_session, renewing_gateway
-from runtime.gateway.config import ImageSource, ObservationKeys
 from runtime.gateway.gateway_session import GatewaySession
 from runtime.gateway.openpi.gateway import OpenpiGateway
 from runtime.gateway.renewing_gateway import RenewingGateway
+from runtime.options.observation_keys import ImageSource, ObservationKeys
 from runtime.server import PolicyServer
 from runtime.wire_formats.msgpack_arrays import unpack
 from tests.gateway.openpi_serving import StatelessPolicy, ask, command_for, expected, sent

@@ -37,8 +37,8 @@ from runtime.eval_real import replay
 from runtime.eval_real.run_config import RunConfig
 from runtime.eval_sim import cli as eval_sim
 from runtime.gateway import cli as gateway
-from runtime.gateway.config import ObservationKeys, StateSource
 from runtime.options.connection import absolute_path
+from runtime.options.observation_keys import ObservationKeys, StateSource
 from runtime.server import cli as serve
 from runtime.server.config import ServerConfig
 from runtime.server.gateway_options import GatewayOptions, read_gateway

@@ -23,10 +23,11 @@ import zmq
 from zmq.utils.monitor import recv_monitor_message
 
 from policies.types import PolicyContract
-from runtime.gateway.config import GatewayCommand, ObservationKeys
+from runtime.gateway.config import GatewayCommand
 from runtime.gateway.groot.client import GrootClient, GrootRequests
 from runtime.gateway.groot.modalities import GrootModalities
 from runtime.options.api_keys import ApiKeys
+from runtime.options.observation_keys import ObservationKeys
 from transport.address import bare_host, format_address, resolve
 from transport.zeromq.client_socket import HEARTBEAT_TIMEOUT_MS, LINGER_MS, configure
 

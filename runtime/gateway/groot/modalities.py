@@ -16,8 +16,8 @@ from numpy.typing import NDArray
 
 from policies.errors import ContractMismatch
 from policies.types import ActionChunk, MetaObs, PolicyContract
-from runtime.gateway.config import ObservationKeys, StateSource
 from runtime.gateway.observation_map import ObservationMap
+from runtime.options.observation_keys import ObservationKeys, StateSource, bare_key
 from runtime.wire_formats.bounded_msgpack import text_keys
 
 VIDEO, STATE, LANGUAGE, ACTION = "video", "state", "language", "action"
@@ -124,7 +124,7 @@ def is_flat(observation: Mapping[str, Any]) -> bool:
 
 def _path(modality: str, key: str) -> str:
     """Return the key as a path of nested maps, for one that is flat, a path or a bare name."""
-    return f"{modality}/{key.removeprefix(f'{modality}.').removeprefix(f'{modality}/')}"
+    return f"{modality}/{bare_key(modality, key)}"
 
 
 def _name(path: str) -> str:

@@ -21,12 +21,13 @@ from policies.types import ActionChunk, MetaObs, PolicyContract
 from policies.yaml_config import InvalidConfig
 from runtime.errors import RuntimeFault
 from runtime.gateway.client_log import ClientErrors, ClientLog
-from runtime.gateway.config import GatewayCommand, ObservationKeys
+from runtime.gateway.config import GatewayCommand
 from runtime.gateway.gateway_session import GatewaySession
 from runtime.gateway.ilstudio.chunk_pickle import NO_ACTIONS, ChunkWriter
 from runtime.gateway.ilstudio.framed_socket import FramedSocket, MessageTooLong, NothingAsked
 from runtime.gateway.ilstudio.observations import NO_TIMESTEP, IlstudioObservations
 from runtime.options.api_keys import ApiKeys
+from runtime.options.observation_keys import ObservationKeys
 from transport.address import format_address, resolve
 from transport.errors import TransportError
 from transport.zeromq.curve import KeyFileError

@@ -12,9 +12,9 @@ from numpy.typing import NDArray
 from policies.checkpoint.safe_pickle_types import SafeRecord
 from policies.errors import ContractMismatch
 from policies.types import MetaObs, PolicyContract
-from runtime.gateway.config import ObservationKeys
 from runtime.gateway.observation_map import ObservationMap
 from runtime.gateway.restricted_pickle import RecordClass, read_pickle
+from runtime.options.observation_keys import ObservationKeys
 
 MAX_ROWS = 16
 """Largest batch."""

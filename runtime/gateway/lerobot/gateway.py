@@ -31,12 +31,13 @@ from policies.types import PolicyContract
 from policies.yaml_config import InvalidConfig
 from runtime.errors import RuntimeFault
 from runtime.gateway.client_log import ClientErrors, ClientLog
-from runtime.gateway.config import GatewayCommand, ObservationKeys
+from runtime.gateway.config import GatewayCommand
 from runtime.gateway.lerobot.messages import join_parts
 from runtime.gateway.lerobot.peer import Accepted, LerobotPeer, Received
 from runtime.gateway.lerobot.protobuf_fields import data_field, read_fields, write_bytes
 from runtime.gateway.observation_map import COLOURS, ObservationMap
 from runtime.options.api_keys import ApiKeys
+from runtime.options.observation_keys import ObservationKeys
 from transport.address import format_address
 from transport.errors import Refused, TransportError
 from transport.zeromq.curve import KeyFileError

@@ -15,7 +15,7 @@ from policies.errors import ContractMismatch
 from policies.types import PolicyContract
 from runtime.errors import ServerLost
 from runtime.gateway.client_log import ClientLog
-from runtime.gateway.config import GatewayCommand, ObservationKeys, StateSource
+from runtime.gateway.config import GatewayCommand
 from runtime.gateway.gateway_session import GatewaySession
 from runtime.gateway.lerobot.messages import (
     Instructions,
@@ -24,6 +24,7 @@ from runtime.gateway.lerobot.messages import (
     write_actions,
 )
 from runtime.gateway.observation_map import COLOURS, ObservationMap
+from runtime.options.observation_keys import ObservationKeys, StateSource
 
 STATE = "lerobot_features.observation.state"
 POSITION = ".pos"

@@ -23,7 +23,7 @@ from websockets.http11 import Request, Response
 from policies.errors import ContractMismatch, PolicyError
 from policies.types import PolicyContract
 from policies.yaml_config import InvalidConfig
-from runtime.gateway.config import GatewayCommand, ObservationKeys
+from runtime.gateway.config import GatewayCommand
 from runtime.gateway.gateway_session import GatewaySession
 from runtime.gateway.observation_map import ObservationMap
 from runtime.gateway.openpi.clients import (
@@ -35,6 +35,7 @@ from runtime.gateway.openpi.clients import (
 from runtime.gateway.openpi.websocket_connection import WebsocketConnection
 from runtime.gateway.openpi.websocket_server import WebsocketServer
 from runtime.options.api_keys import ApiKeys
+from runtime.options.observation_keys import ObservationKeys
 from runtime.wire_formats.msgpack_arrays import MalformedFrame, pack
 from transport.address import format_address
 from transport.errors import Refused
