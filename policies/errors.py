@@ -43,3 +43,10 @@ class DeviceLost(InferenceError):
     A CUDA error such as an illegal memory access leaves the process's context unusable. The process
     has to end, so that a supervisor starts a new one.
     """
+
+
+class UpstreamLost(InferenceError):
+    """The other system's server that computes the policy is gone, silent or unreadable.
+
+    A later request may succeed: it connects again.
+    """

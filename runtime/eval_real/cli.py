@@ -48,8 +48,10 @@ from runtime.evaluation.results import (
 )
 from runtime.options.checkpoint import CheckpointOptions
 from runtime.options.connection import check_flags
-from runtime.options.model_name import LocalModel, ServerAddress
+from runtime.options.model_name import ServerAddress
 from runtime.options.overrides import read_overrides
+from runtime.options.upstream import check_upstream
+from runtime.server.model_loader import model_flags
 from runtime.server.server_process import ServerProcess
 from runtime.trace import recorder as trace
 from runtime.trace.buffer import TraceError
@@ -83,7 +85,7 @@ class Evaluation:
         rollouts: The finished rollouts.
         setting: How the policy is reached, for the result; empty until the processes run.
         run_config: What the processes run with; None until the policy's contract is known.
-        server: The server started for a local checkpoint; None if ``-m`` is an address.
+        server: The server started for the model; None if ``-m`` is an address.
     """
 
     config: EvalRealConfig
@@ -101,13 +103,13 @@ class Evaluation:
         return result_path(config.save_dir, self.robot.name, Path(config.task).stem)
 
     def start_server(self) -> str:
-        """Start a server for a local checkpoint, if needed; return the server's address."""
+        """Start a server, unless ``-m`` is the address of one; return its address."""
         config, model = self.config, self.config.model
-        if not isinstance(model, LocalModel):
+        if isinstance(model, ServerAddress):
             return str(model)
         if self.server is not None:
             self.server.close()
-        flags = ["-m", model.name, *config.checkpoint.to_argv()]
+        flags = model_flags(model, config.checkpoint, config.upstream)
         if config.trace is not None:
             flags += ["--trace", str(trace.sibling(config.trace, "server"))]
         self.server = ServerProcess(flags)
@@ -132,6 +134,7 @@ def read_evaluation(argv: Sequence[str] | None) -> Evaluation:
     overrides = read_overrides(rest, "robot.", "metronome eval-real")
     config = from_flags(EvalRealConfig, args, overrides=overrides)
     check_flags(config.connection)
+    check_upstream(config.model, config.upstream, config.checkpoint)
     if isinstance(config.model, ServerAddress) and config.checkpoint != CheckpointOptions():
         raise ValueError(
             f"{', '.join(config.checkpoint.given_flags())}: got with -m {config.model}, expected "

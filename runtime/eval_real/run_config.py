@@ -29,8 +29,9 @@ from runtime.eval_real.motion_state_machine import MotionStateMachine
 from runtime.eval_real.shared_state import Dims
 from runtime.options.checkpoint import CheckpointOptions
 from runtime.options.connection import ConnectionOptions
-from runtime.options.model_name import LocalModel, ServerAddress, read_model_name
+from runtime.options.model_name import Model, read_model_name
 from runtime.options.shared_flags import Fps, LogLevel, TraceFile
+from runtime.options.upstream import UpstreamOptions
 
 MOST_SEEDS = 2**24
 """A seed is sent to the control process in 24 bits."""
@@ -53,7 +54,9 @@ class EvalRealConfig:
     model_name_or_path: Annotated[
         str,
         Flag(
-            "server HOST:PORT; a checkpoint folder or python:MODULE:FACTORY starts a server", "-m"
+            "server HOST:PORT; a checkpoint folder, python:MODULE:FACTORY, openpi://HOST:PORT or "
+            "groot://HOST:PORT starts a server",
+            "-m",
         ),
     ] = "127.0.0.1:5000"
     robot: Annotated[
@@ -133,6 +136,9 @@ class EvalRealConfig:
     checkpoint: Annotated[CheckpointOptions, Group("checkpoint options", without=("fps",))] = field(
         default_factory=CheckpointOptions
     )
+    upstream: Annotated[UpstreamOptions, Group("another system's server")] = field(
+        default_factory=UpstreamOptions
+    )
     log_level: LogLevel = "WARNING"
 
     def __post_init__(self) -> None:
@@ -140,8 +146,8 @@ class EvalRealConfig:
         Range(0, MOST_SEEDS - self.num_rollout).require("--seed", self.seed)
 
     @property
-    def model(self) -> LocalModel | ServerAddress:
-        """The checkpoint or server that ``model_name_or_path`` names. Raises ``ModelNameError``."""
+    def model(self) -> Model:
+        """What ``model_name_or_path`` names. Raises ``ModelNameError``."""
         return read_model_name(self.model_name_or_path)
 
     @property

@@ -45,6 +45,7 @@ from runtime.options.checkpoint import CheckpointOptions
 from runtime.options.connection import check_flags
 from runtime.options.model_name import ServerAddress
 from runtime.options.overrides import read_overrides
+from runtime.options.upstream import check_upstream
 from runtime.trace import recorder as trace
 from runtime.trace.buffer import TraceError
 from transport.zeromq.malloc import keep_freed_memory
@@ -87,6 +88,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     try:
         config = read_config(argv)
         model = config.model
+        check_upstream(model, config.upstream, config.checkpoint)
         _must_be_writable(config.path.parent)
     except (InvalidConfig, EnvError, RuntimeFault, ValueError) as error:
         print(f"error: {error}", file=sys.stderr)

@@ -18,14 +18,23 @@ class InProcessPolicy:
     """A ``RolloutPolicy`` that runs ``policy`` in this process, and owns it.
 
     Each inference is traced, as a request to a server is.
+
+    Args:
+        policy: The policy.
+        upstream: Whether another system's server computes it.
     """
 
     transport = "in process"
-    transport_reason = "-m is a checkpoint: no server is needed"
     pictures = "as they are"
 
-    def __init__(self, policy: Policy) -> None:
-        self._policy, self._lost = policy, False
+    def __init__(self, policy: Policy, *, upstream: bool = False) -> None:
+        self._policy, self._upstream, self._lost = policy, upstream, False
+
+    @property
+    def transport_reason(self) -> str:
+        """Why there is no server of ours."""
+        what = "another system's server" if self._upstream else "a checkpoint"
+        return f"-m is {what}: no server {'of ours ' if self._upstream else ''}is needed"
 
     @property
     def contract(self) -> PolicyContract:
@@ -69,7 +78,7 @@ class InProcessPolicy:
 
     def fork(self) -> InProcessPolicy:
         """Return a policy with its own episode state that shares the weights."""
-        return InProcessPolicy(self._policy.fork())
+        return InProcessPolicy(self._policy.fork(), upstream=self._upstream)
 
     def close(self) -> None:
         """Close the wrapped policy, unless its device is lost: that could fail or hang."""

@@ -15,8 +15,9 @@ from runtime.control.strategy_selection import ActionManager, ActionSteps, Manag
 from runtime.evaluation.results import result_path
 from runtime.options.checkpoint import CheckpointOptions
 from runtime.options.connection import ConnectionOptions
-from runtime.options.model_name import LocalModel, ServerAddress, read_model_name
+from runtime.options.model_name import Model, read_model_name
 from runtime.options.shared_flags import Fps, LogLevel, TraceFile
+from runtime.options.upstream import UpstreamOptions
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -34,7 +35,12 @@ class EvalSimConfig:
     """
 
     model_name_or_path: Annotated[
-        str, Flag("checkpoint folder, server HOST:PORT, or python:MODULE:FACTORY", "-m")
+        str,
+        Flag(
+            "checkpoint folder, server HOST:PORT, python:MODULE:FACTORY, openpi://HOST:PORT or "
+            "groot://HOST:PORT",
+            "-m",
+        ),
     ] = "127.0.0.1:5000"
     env_name: Annotated[
         str, Flag("name under configs/env, a YAML file, or gym:ID", "-e", name="env")
@@ -64,6 +70,9 @@ class EvalSimConfig:
     checkpoint: Annotated[CheckpointOptions, Group("checkpoint options", without=("fps",))] = field(
         default_factory=CheckpointOptions
     )
+    upstream: Annotated[UpstreamOptions, Group("another system's server")] = field(
+        default_factory=UpstreamOptions
+    )
     log_level: LogLevel = "WARNING"
 
     def __post_init__(self) -> None:
@@ -75,8 +84,8 @@ class EvalSimConfig:
             )
 
     @property
-    def model(self) -> LocalModel | ServerAddress:
-        """The checkpoint or server that ``model_name_or_path`` names. Raises ``ModelNameError``."""
+    def model(self) -> Model:
+        """What ``model_name_or_path`` names. Raises ``ModelNameError``."""
         return read_model_name(self.model_name_or_path)
 
     @property

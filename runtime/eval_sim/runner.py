@@ -18,7 +18,7 @@ from envs.errors import EnvError
 from envs.factory import make_world
 from envs.gl_context import why_not
 from envs.world import World
-from policies.errors import DeviceLost, PolicyError
+from policies.errors import DeviceLost, PolicyError, UpstreamLost
 from policies.execution import Assumption, Execution
 from policies.types import PolicyContract, RolloutPolicy
 from policies.yaml_config import InvalidConfig
@@ -33,7 +33,9 @@ from runtime.eval_sim.run_config import EvalSimConfig
 from runtime.eval_sim.worker_processes import WorkerFailed, run_in_processes
 from runtime.eval_sim.world_compatibility import check_world
 from runtime.evaluation.episode_result import Episode
-from runtime.options.model_name import LocalModel
+from runtime.options.model_name import ServerAddress, UpstreamModel
+from runtime.options.upstream import UpstreamOptions
+from runtime.server.model_loader import load_model, model_flags
 from runtime.server.server_process import ServerProcess
 from runtime.trace import recorder as trace
 from transport.errors import TransportError
@@ -81,13 +83,16 @@ def run(config: EvalSimConfig) -> Iterator[Report]:
     Raises:
         WorkerFailed: The policy, the world or a process failed; the evaluation has ended.
     """
+    model = config.model
     with contextlib.ExitStack() as stack:
-        if config.realtime and isinstance(config.model, LocalModel):
-            flags = ["-m", config.model.name, *config.checkpoint.to_argv()]
+        if config.realtime and not isinstance(model, ServerAddress):
+            flags = model_flags(model, config.checkpoint, config.upstream)
             if config.trace is not None:
                 flags += ["--trace", str(trace.sibling(config.trace, "server"))]
             server = stack.enter_context(ServerProcess(flags))
-            config = dataclasses.replace(config, model_name_or_path=server.address)
+            config = dataclasses.replace(
+                config, model_name_or_path=server.address, upstream=UpstreamOptions()
+            )
         evaluate = functools.partial(_run_seeds, config)
         if config.num_envs == 1:
             yield from evaluate(config.seeds)
@@ -103,7 +108,7 @@ def run(config: EvalSimConfig) -> Iterator[Report]:
 def _run_seeds(config: EvalSimConfig, seeds: tuple[int, ...]) -> Iterator[Report]:
     try:
         yield from _evaluate(config, seeds)
-    except (ServerLost, ServerBusy, RequestTimeout, DeviceLost) as error:
+    except (ServerLost, ServerBusy, RequestTimeout, DeviceLost, UpstreamLost) as error:
         raise WorkerFailed(str(error), bad_input=False) from error
     except EXPECTED_FAILURES as error:
         raise WorkerFailed(str(error), bad_input=True) from error
@@ -133,11 +138,15 @@ def _evaluate(config: EvalSimConfig, seeds: tuple[int, ...]) -> Iterator[Report]
 
 def _make_policy(config: EvalSimConfig) -> tuple[RolloutPolicy, RunEpisode]:
     """Return the policy, local or served, and the function that runs an episode with it."""
-    if isinstance(config.model, LocalModel):
-        policy = InProcessPolicy(config.checkpoint.load(config.model.name))
+    model = config.model
+    if not isinstance(model, ServerAddress):
+        policy = InProcessPolicy(
+            load_model(model, config.checkpoint, config.upstream),
+            upstream=isinstance(model, UpstreamModel),
+        )
         return policy, functools.partial(run_lockstep, policy)
     client = PolicyClient(
-        str(config.model), deterministic=not config.realtime, **config.connection.keywords()
+        str(model), deterministic=not config.realtime, **config.connection.keywords()
     )
     if config.realtime:
         return client, functools.partial(run_realtime, client)

@@ -1,4 +1,7 @@
-"""The values of ``-m``: a checkpoint's path, a server's address, or a Python factory."""
+"""The values of ``-m``: a checkpoint's path, a Python factory, or a server's address.
+
+The server may be another system's, which the address then names.
+"""
 
 from __future__ import annotations
 
@@ -17,6 +20,35 @@ class LocalModel:
 
     name: str
 
+    def __str__(self) -> str:
+        return self.name
+
+
+SYSTEMS = ("openpi", "groot")
+"""The systems whose servers can be a policy."""
+
+
+@dataclass(frozen=True, slots=True)
+class UpstreamModel:
+    """The server of another system, which computes our policy.
+
+    Attributes:
+        system: One of ``SYSTEMS``.
+        host, port: Its address.
+    """
+
+    system: str
+    host: str
+    port: int
+
+    @property
+    def name(self) -> str:
+        """As in ``-m``, e.g. ``openpi://127.0.0.1:8000``."""
+        return f"{self.system}://{format_address(self.host, self.port)}"
+
+    def __str__(self) -> str:
+        return self.name
+
 
 @dataclass(frozen=True, slots=True)
 class ServerAddress:
@@ -29,7 +61,10 @@ class ServerAddress:
         return format_address(self.host, self.port)
 
 
-def read_model_name(text: str) -> LocalModel | ServerAddress:
+Model = LocalModel | UpstreamModel | ServerAddress
+
+
+def read_model_name(text: str) -> Model:
     """Read ``text`` as an existing path, else as a factory, else as an address.
 
     Raises:
@@ -40,13 +75,24 @@ def read_model_name(text: str) -> LocalModel | ServerAddress:
         return LocalModel(str(path))
     if text.startswith("python:"):
         return LocalModel(text)
-    choices = "a path that exists, HOST:PORT, [V6]:PORT or python:PACKAGE.MODULE:FACTORY"
+    choices = (
+        "a path that exists, HOST:PORT, [V6]:PORT or python:PACKAGE.MODULE:FACTORY, or another "
+        f"system's server: {' or '.join(f'{system}://HOST:PORT' for system in SYSTEMS)}"
+    )
+    system, separator, rest = text.partition("://")
+    if separator and system in SYSTEMS:
+        return UpstreamModel(system, *_address(text, rest.removesuffix("/"), choices))
     if "/" in text.removeprefix("tcp://") or ":" not in text:
         raise ModelNameError(
             f"-m {text!r}: read as a path, which does not exist; expected {choices}"
         )
+    return ServerAddress(*_address(text, text, choices))
+
+
+def _address(text: str, address: str, choices: str) -> tuple[str, int]:
+    """Return host and port of ``address``, a part of ``text``. Raises ``ModelNameError``."""
     try:
-        host, port = parse_address(text)
+        host, port = parse_address(address)
     except TransportError as error:
         raise ModelNameError(f"-m {text!r}: {error}; expected {choices}") from error
     try:
@@ -56,7 +102,7 @@ def read_model_name(text: str) -> LocalModel | ServerAddress:
             f"-m {text!r}: read as host {host!r}, port {port}; the host does not resolve "
             f"({error}); expected {choices}"
         ) from error
-    return ServerAddress(host, port)
+    return host, port
 
 
 def _expanded(text: str) -> Path:

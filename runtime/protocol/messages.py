@@ -23,6 +23,7 @@ from policies.errors import (
     ObservationError,
     PolicyError,
     RequestExpired,
+    UpstreamLost,
 )
 from policies.types import ActionChunk, MetaObs, PolicyContract, PolicyInfo
 from transport.channel import MAX_BODY_BYTES
@@ -289,7 +290,14 @@ def policy_id(arrays: Mapping[str, NDArray[Any]]) -> int:
 
 _ERRORS: dict[str, type[PolicyError]] = {
     kind.__name__: kind
-    for kind in (ObservationError, InferenceError, RequestExpired, DeviceLost, PolicyError)
+    for kind in (
+        ObservationError,
+        InferenceError,
+        RequestExpired,
+        DeviceLost,
+        UpstreamLost,
+        PolicyError,
+    )
 }
 
 

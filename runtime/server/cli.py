@@ -28,11 +28,13 @@ from runtime.control import strategy_selection
 from runtime.errors import ModelNameError
 from runtime.latency_stats import Percentiles
 from runtime.options.defaults import DEFAULT_CHECKPOINT
-from runtime.options.model_name import LocalModel, read_model_name
+from runtime.options.model_name import ServerAddress, read_model_name
+from runtime.options.upstream import check_upstream
 from runtime.server.admin_token import AdminToken
 from runtime.server.config import ServeCommand, ServerConfig
 from runtime.server.gateway_processes import GatewayProcesses, RunningGateway, shared_flags
 from runtime.server.loaded_model import close_policy
+from runtime.server.model_loader import load_model
 from runtime.server.model_reload import CLOSE_S, ModelReloader
 from runtime.server.policy_server import PolicyServer
 from runtime.server.warmup import measure_costs, warm_up
@@ -118,14 +120,15 @@ def _serve(
     signal.signal(signal.SIGTERM, signal.default_int_handler)  # until the server exists
     try:
         model = read_model_name(config.model_name_or_path)
-        if not isinstance(model, LocalModel):
+        if isinstance(model, ServerAddress):
             raise ModelNameError(f"-m {model}: got a server's address, expected a checkpoint")
+        check_upstream(model, config.upstream, config.checkpoint)
         keys = config.keys()
         config.check_gateways()
-        policy = config.checkpoint.load(model.name)
+        policy = load_model(model, config.checkpoint, config.upstream)
     except DeviceLost:
         raise
-    except (InvalidConfig, PolicyError, ModelNameError, KeyFileError) as error:
+    except (PolicyError, ModelNameError, KeyFileError, ValueError) as error:
         return _fail(error, _hint(config))
     lost = False
     try:

@@ -17,6 +17,7 @@ from policies.number_ranges import (
 from runtime.options.checkpoint import CheckpointOptions
 from runtime.options.defaults import DEFAULT_CHECKPOINT, DEFAULT_PORT, TRANSPORTS
 from runtime.options.shared_flags import LogLevel, TraceFile
+from runtime.options.upstream import UpstreamOptions
 from runtime.server.admission import SessionLimits
 from runtime.server.gateway_options import (
     FLAG_VALUE,
@@ -47,7 +48,11 @@ class ServerConfig:
     """
 
     model_name_or_path: Annotated[
-        str, Flag("checkpoint folder, or python:MODULE:FACTORY", "-m")
+        str,
+        Flag(
+            "checkpoint folder, python:MODULE:FACTORY, openpi://HOST:PORT or groot://HOST:PORT",
+            "-m",
+        ),
     ] = DEFAULT_CHECKPOINT
     host: Annotated[str, Flag("address to listen on")] = "127.0.0.1"
     port: Annotated[int, PORT_OR_ANY, Flag("TCP port; 0 chooses a free one", "-p")] = DEFAULT_PORT
@@ -95,6 +100,9 @@ class ServerConfig:
     ] = ""
     checkpoint: Annotated[CheckpointOptions, Group("checkpoint options")] = field(
         default_factory=CheckpointOptions
+    )
+    upstream: Annotated[UpstreamOptions, Group("another system's server")] = field(
+        default_factory=UpstreamOptions
     )
 
     def __post_init__(self) -> None:

@@ -384,8 +384,11 @@ def test_the_gateways_samples_are_read_by_the_commands() -> None:
     from policies.yaml_config import parse_config
     from runtime.options.observation_keys import ObservationKeys
     from runtime.server.config import ServerConfig
+    from runtime.upstream.contract import UpstreamContract
 
-    server, keys = map(yaml.safe_load, fences(ROOT / "docs/clients-of-other-systems.md", "yaml"))
+    samples = fences(ROOT / "docs/clients-of-other-systems.md", "yaml")
+    server, keys, contract = map(yaml.safe_load, samples)
+    assert parse_config(UpstreamContract, contract, source="page").action_dim == 14
     assert len(parse_config(ServerConfig, server, source="page").gateways) == 3
     assert len(parse_config(ObservationKeys, keys, source="page").cameras) == 2
 

@@ -31,12 +31,14 @@ from runtime.eval_sim import cli as eval_sim
 from runtime.eval_sim.run_config import EvalSimConfig
 from runtime.gateway import cli as gateway
 from runtime.gateway.config import GatewayCommand
-from runtime.options.model_name import LocalModel, ServerAddress
+from runtime.options.checkpoint import CheckpointOptions
+from runtime.options.model_name import LocalModel, ServerAddress, read_model_name
 from runtime.server import cli as serve
 from runtime.server.cli import read_command
 from runtime.server.config import ServeCommand, ServerConfig
 from runtime.server.gateway_options import GatewayOptions
 from runtime.server.gateway_processes import shared_flags
+from runtime.server.model_loader import model_flags
 from runtime.tools import ctl, keys, top, train
 from runtime.trace import merge
 from tests.runtime.command import status_of
@@ -66,6 +68,14 @@ CHECKPOINT: dict[str, tuple[tuple[str, ...], Any]] = {
     "image_hw": (("--image_hw", "60", "80"), (60, 80)),
 }
 """Options of a checkpoint: dest to words and the argument of ``load_policy``."""
+
+
+UPSTREAM: dict[str, tuple[tuple[str, ...], str, Any]] = {
+    "upstream_contract": (("--upstream_contract", "c"), "contract", "c"),
+    "upstream_timeout_s": (("--upstream_timeout_s", "3"), "timeout_s", 3.0),
+    "api_key": (("--api_key", "k"), "api_key", "k"),
+}
+"""Options of another system's server: dest to words, field and value."""
 
 
 def loaded_with(option: str, monkeypatch: pytest.MonkeyPatch, options: Any) -> Any:
@@ -197,6 +207,7 @@ REAL_ELSEWHERE = {"jpeg", "server_key", "client_key"}
 
 def test_no_flag_of_eval_real_is_left_out() -> None:
     known = REAL.keys() | REAL_READ.keys() | REAL_RUN | REAL_ELSEWHERE | CHECKPOINT.keys()
+    known |= UPSTREAM.keys()
     assert known == dests(eval_real.parser())
 
 
@@ -313,7 +324,7 @@ SIM_ELSEWHERE = {"jpeg", "server_key", "client_key", "use_spawn", "log_level"}
 
 
 def test_no_flag_of_eval_sim_is_left_out() -> None:
-    known = SIM.keys() | SIM_ELSEWHERE | CHECKPOINT.keys()
+    known = SIM.keys() | SIM_ELSEWHERE | CHECKPOINT.keys() | UPSTREAM.keys()
     assert known == dests(eval_sim.parser())
 
 
@@ -406,7 +417,8 @@ def read_server(*words: str) -> ServerConfig:
 
 
 def test_no_flag_of_the_server_is_left_out() -> None:
-    assert SERVER.keys() | SERVER_ELSEWHERE | CHECKPOINT.keys() == dests(serve.parser())
+    known = SERVER.keys() | SERVER_ELSEWHERE | CHECKPOINT.keys() | UPSTREAM.keys()
+    assert known == dests(serve.parser())
 
 
 @pytest.mark.parametrize("flag", SERVER)
@@ -433,6 +445,26 @@ def test_the_server_is_made_with_them(monkeypatch: pytest.MonkeyPatch) -> None:
     for flag in PASSED_ON:
         assert made[flag] == SERVER[flag][2]
     assert (made["port"], made["transports"]) == (0, ("zmq",))
+
+
+@pytest.mark.parametrize("option", UPSTREAM)
+def test_an_option_of_an_upstream_reaches_its_loader_and_a_server_started_for_it(
+    option: str,
+) -> None:
+    words, name, expected = UPSTREAM[option]
+    given = ["-m", "openpi://127.0.0.1:1", "--upstream_contract", "x", *words]
+    plain = given[:4]
+    for read in (
+        lambda given: read_server(*given),
+        lambda given: sim_config(*given),
+        lambda given: read_evaluation(["-c", "dummy", *given]).config,
+    ):
+        assert (
+            getattr(read(given).upstream, name) == expected != getattr(read(plain).upstream, name)
+        )
+        model = read_model_name(given[1])
+        told = model_flags(model, CheckpointOptions(), read(given).upstream)
+        assert read_server(*told).upstream == read(given).upstream
 
 
 @pytest.mark.parametrize("option", CHECKPOINT)

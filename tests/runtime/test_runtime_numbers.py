@@ -44,6 +44,7 @@ from runtime.server.config import ServerConfig
 from runtime.server.gateway_options import GatewayOptions, read_gateway
 from runtime.tools import ctl, keys, top, train
 from runtime.trace import merge
+from runtime.upstream.contract import UpstreamContract
 
 ROOT = Path(__file__).resolve().parents[2]
 COMMANDS: dict[str, Callable[[], argparse.ArgumentParser]] = {
@@ -190,10 +191,17 @@ CONFIGS: dict[str, tuple[type, dict[str, Any]]] = {
     "sim_twin": (TwinConfig, shipped("robot/sim_twin.yaml")),
     "agilex": (AgilexConfig, shipped("robot/agilex_aloha.yaml")),
     "gateway": (ObservationKeys, {"cameras": {"top": {"key": "image"}}}),
+    "upstream": (UpstreamContract, shipped("upstream/openpi_aloha.yaml")),
     "metronome": (Extras, {"execution": {"action_manager": "temporal_ensemble"}}),
 }
 """What is read from YAML, and a whole example of it."""
-NAMES = {"sim_twin": "top", "agilex": "primary", "dummy": "top", "gateway": "top"}
+NAMES = {
+    "sim_twin": "top",
+    "agilex": "primary",
+    "dummy": "top",
+    "gateway": "top",
+    "upstream": "top",
+}
 """A key that the example has in its mappings."""
 ELSEWHERE = {LeRobotConfig, RunConfig}
 
