@@ -19,6 +19,7 @@ from websockets.sync.client import ClientConnection, connect
 
 from policies.errors import InferenceError, UpstreamLost
 from policies.types import MetaObs, PolicyContract
+from policies.yaml_config import InvalidConfig
 from runtime.options.model_name import UpstreamModel
 from runtime.options.observation_keys import StateSource
 from runtime.upstream.array_parts import ArrayParts
@@ -52,7 +53,8 @@ class OpenpiServer:
         timeout_s: How long an answer may take.
 
     Raises:
-        InvalidConfig: The parts of the state or of the action do not fit the contract.
+        InvalidConfig: The parts of the state or of the action do not fit the contract, or one key
+            is another one, or is inside of it.
     """
 
     def __init__(
@@ -68,6 +70,7 @@ class OpenpiServer:
         self._headers = {"Authorization": f"Api-Key {api_key}"} if api_key else None
         self._writer = ForeignObservationWriter(given, contract)
         self._prompt, self._nested = given.prompt or PROMPT, given.nested
+        _check_keys([*self._writer.image_keys, *self._writer.state_keys, self._prompt])
         sources = given.actions or (StateSource(ACTIONS),)
         self._actions = ArrayParts("actions", sources, contract.action_dim)
         self._connection: ClientConnection | None = None
@@ -202,6 +205,14 @@ class OpenpiServer:
                 f"{self.name}: nobody listens there ({error.strerror or error}), expected a server "
                 "of openpi"
             ) from error
+
+
+def _check_keys(keys: list[str]) -> None:
+    """Raise ``InvalidConfig`` if one key is another one, or is the map that has another one."""
+    for index, key in enumerate(keys):
+        for other in keys[:index] + keys[index + 1 :]:
+            if f"{other}/".startswith(f"{key}/"):
+                raise InvalidConfig(f"keys: got {key!r} and {other!r}, expected different ones")
 
 
 def nest(flat: Mapping[str, Any]) -> dict[str, Any]:

@@ -48,6 +48,8 @@ def test_the_shipped_examples_are_contracts(path: Path) -> None:
             "got 14 of the 15 numbers of 'a', expected all",
         ),
         ({"actions": [{"key": "actions", "stop": 13}]}, "actions: got parts of 13 numbers"),
+        ({"prompt": "state"}, "got 'state' and 'state', expected different ones"),
+        ({"prompt": "images"}, "got 'images' and 'images/cam_high', expected different ones"),
         ({"cameras": {"top": {"key": "a", "size": [0, 9]}}}, "size"),
         ({"cameras": {"top": {"key": "a", "size": [9, 9], "layout": "auto"}}}, "layout"),
         ({"cameras": {"top": {"key": "a", "size": [9, 9], "source_hw": [18, 18]}}}, "resize"),
