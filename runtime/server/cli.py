@@ -128,7 +128,7 @@ def _serve(
         policy = load_model(model, config.checkpoint, config.upstream)
     except DeviceLost:
         raise
-    except (PolicyError, ModelNameError, KeyFileError, ValueError) as error:
+    except (InvalidConfig, PolicyError, ModelNameError, KeyFileError, ValueError) as error:
         return _fail(error, _hint(config))
     lost = False
     try:
