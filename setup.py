@@ -7,13 +7,16 @@ from setuptools import find_namespace_packages, find_packages, setup
 PACKAGES = ("runtime", "transport", "policies", "envs", "robots")
 OPS = ["prometheus_client>=0.20", "rich>=13"]
 SERVER = ["torch>=2.11", "safetensors>=0.4", "openvino>=2025.0", *OPS]
+# What compares results; also runs beside a robot, without a simulator.
+COMPARE = ["scipy>=1.11", "matplotlib>=3.8"]
+HUB = ["huggingface_hub>=1.0"]
 SIM = [
     "mujoco>=3.1,<3.9",
     "gymnasium>=1.0",
     "gym-aloha>=0.1.1",
     "av>=12",
     "tqdm>=4.60",
-    "matplotlib>=3.8",
+    *COMPARE,
 ]
 TRAIN = ["h5py>=3.10"]
 JPEG = ["simplejpeg>=1.8"]
@@ -60,11 +63,13 @@ setup(
         "server": SERVER,
         "ops": OPS,
         "sim": SIM,
+        "compare": COMPARE,
+        "hub": HUB,
         "train": TRAIN,
         "jpeg": JPEG,
         "ros": ROS,
         "gateway": GATEWAY,
         "fuzz": FUZZ,
-        "dev": DEV + TRAIN + ROS + GATEWAY,
+        "dev": DEV + TRAIN + ROS + GATEWAY + COMPARE + HUB,
     },
 )

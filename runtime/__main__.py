@@ -24,6 +24,7 @@ COMMANDS = {
         "runtime.eval_real.replay",
         "recompute the commands of a robot's recordings and compare them",
     ),
+    "compare": ("runtime.tools.compare", "compare the results of evaluations"),
     "trace": ("runtime.trace.merge", "merge the trace files of several processes"),
 }
 """Subcommand: (module with ``main``, what it does). Only the chosen module is imported."""

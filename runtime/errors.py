@@ -11,6 +11,10 @@ class ModelNameError(RuntimeFault):
     """The value of ``-m`` is no path, address or factory; the message says how it was read."""
 
 
+class ComparisonError(RuntimeFault):
+    """Result files that cannot be read or compared; the message has field, got and expected."""
+
+
 class ServerLost(RuntimeFault):
     """The server ended the session or died; ``PolicyClient.reconnect`` opens a new session."""
 

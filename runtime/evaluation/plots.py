@@ -1,8 +1,8 @@
-"""The timing plot beside a result file."""
+"""Plots of results: the timing of one evaluation, the success rates of several."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -47,3 +47,42 @@ def write_timing_plot(path: Path, episodes: Sequence[Episode], title: str) -> No
     axes.legend(fontsize=8, ncols=2)
     figure.savefig(path, dpi=120)
     plt.close(figure)
+
+
+Estimate = tuple[float, float, float]
+"""A value with the limits of its 95 % interval."""
+
+
+def write_comparison_plot(
+    path: Path, rates: Mapping[str, Estimate], differences: Mapping[str, Estimate]
+) -> None:
+    """Write a picture: success rates on the left, their differences on the right, in per cent.
+
+    Args:
+        path: The file; its suffix chooses the format, PNG without one.
+        rates: By the evaluation's label.
+        differences: By what is subtracted, e.g. ``B - A``.
+
+    Raises:
+        ValueError: matplotlib does not know the format.
+        OSError: The file cannot be written.
+    """
+    import_matplotlib()
+    from matplotlib import pyplot as plt
+
+    figure, (left, right) = plt.subplots(1, 2, figsize=(9, 4), layout="constrained")
+    for axes, estimates in ((left, rates), (right, differences)):
+        values, low, high = 100 * np.array(list(estimates.values())).T
+        axes.errorbar(
+            np.arange(len(values)), values, (values - low, high - values), fmt="o", capsize=5
+        )
+        axes.set_xticks(np.arange(len(values)), list(estimates))
+        axes.margins(x=0.3)
+        axes.grid(alpha=0.3, axis="y")
+    left.set(ylabel="success, %", title="success rate, 95 % interval")
+    right.set(ylabel="points", title="difference, 95 % interval")
+    right.axhline(0, color="black", linewidth=0.8)
+    try:
+        figure.savefig(path, dpi=120)
+    finally:
+        plt.close(figure)
