@@ -119,8 +119,8 @@ def _compare_pairs(
         *positions,
         test="sequential test" if sequential else "McNemar's exact test",
         reason=(
-            f"{len(shared)} seeds are in both files"
-            + (f"; the other {left_out} episodes are left out" if left_out else "")
+            f"seeds in both files: {len(shared)}"
+            + (f"; episodes left out: {left_out}" if left_out else "")
         ),
         pairing=_pairing(one, two),
         difference=(pairs.only_second - pairs.only_first) / pairs.total,

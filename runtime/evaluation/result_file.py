@@ -10,9 +10,12 @@ from pathlib import Path
 from typing import Any
 
 from runtime.errors import ComparisonError
+from runtime.latency_stats import Percentiles
 
 REAL, LOCKSTEP = "real", "lockstep"
 """Values of ``mode``; the third is ``realtime``."""
+INFER = "infer"
+"""The stage of a request that is the policy's inference."""
 OPTIONAL = ("shadows", "msaa")
 """Options of a world that a policy's contract decides if the user does not."""
 
@@ -30,6 +33,7 @@ class ResultFile:
             out.
         recordings: The name of each rollout's recording, by seed; empty in simulation.
         timing: The result's ``timing``: seconds and counts.
+        durations: Percentiles of ``request``, ``inference`` and ``lateness``, in seconds.
         task: Task, environment and limits by field name; a comparison needs equal ones.
         setting: What may differ, and is therefore compared: policy, strategy, versions.
     """
@@ -41,6 +45,7 @@ class ResultFile:
     outcomes: dict[int, bool]
     recordings: dict[int, str]
     timing: Mapping[str, Any]
+    durations: dict[str, Percentiles]
     task: dict[str, Any]
     setting: dict[str, Any]
 
@@ -69,6 +74,7 @@ def read_result(path: Path) -> ResultFile:
     raw = _read_object(path)
     mode = _need(raw, "mode", str, path)
     entries = _judged_entries(raw, path)
+    timing = _need(raw, "timing", dict, path)
     return ResultFile(
         path=path,
         mode=mode,
@@ -76,7 +82,12 @@ def read_result(path: Path) -> ResultFile:
         failure=_need(raw, "failure", str, path),
         outcomes={entry["seed"]: entry["success"] for entry in entries},
         recordings={e["seed"]: Path(e["recording"]).name for e in entries if "recording" in e},
-        timing=_need(raw, "timing", dict, path),
+        timing=timing,
+        durations={
+            "request": _percentiles(timing, "request", path),
+            "inference": _percentiles(_need(timing, "stages", dict, path, "timing."), INFER, path),
+            "lateness": _percentiles(timing, "lateness", path),
+        },
         task=_real_task(raw, path) if mode == REAL else _simulated_task(raw, path),
         setting=_setting(raw, path),
     )
@@ -108,6 +119,20 @@ def _need(table: Mapping[str, Any], name: str, kind: type, path: Path, at: str =
     if not isinstance(value, kind) or (kind is int and isinstance(value, bool)):
         raise ComparisonError(f"{path}: {at}{name}: got {value!r:.80}, expected a {kind.__name__}")
     return value
+
+
+def _percentiles(table: Mapping[str, Any], name: str, path: Path) -> Percentiles:
+    """Return those of ``table[name]``; of no samples if the key is absent."""
+    values = table.get(name, Percentiles.of(()).as_dict())
+    known = Percentiles.__slots__
+    numbers = isinstance(values, dict) and all(
+        isinstance(value, int | float) for value in values.values()
+    )
+    if not numbers or set(values) != set(known):
+        raise ComparisonError(
+            f"{path}: timing: {name}: got {values!r:.80}, expected numbers {', '.join(known)}"
+        )
+    return Percentiles(**values)
 
 
 def _judged_entries(raw: Mapping[str, Any], path: Path) -> list[dict[str, Any]]:

@@ -22,6 +22,7 @@ from runtime.errors import ComparisonError
 from runtime.evaluation.comparison import Comparison, compare_results
 from runtime.evaluation.result_file import ResultFile, read_result
 from runtime.evaluation.results import wilson_95, write_atomically
+from runtime.latency_stats import Percentiles
 
 BAD_INPUT = 2
 MOST_FILES = len(string.ascii_uppercase)
@@ -156,19 +157,15 @@ def _column(result: ResultFile) -> dict[str, str]:
         "success": f"{result.successes}/{total} = {100 * result.successes / total:.1f} %",
         "95 % interval": f"{100 * low:.1f} to {100 * high:.1f}",
         "mode": result.mode,
-        "request, ms": _percentiles(timing.get("request")),
-        "inference, ms": _percentiles((timing.get("stages") or {}).get("infer")),
-        "lateness, ms": _percentiles(timing.get("lateness")),
+        **{f"{name}, ms": _in_ms(values) for name, values in result.durations.items()},
         "missed ticks": f"{timing.get('missed_ticks', '-')} of {timing.get('ticks', '-')}",
         "starved ticks": str(timing.get("starved_ticks", "-")),
         "ended early": result.failure or "no",
     }
 
 
-def _percentiles(values: dict[str, Any] | None) -> str:
-    if not values or not values.get("count"):
-        return "-"
-    return f"p50 {1e3 * values['p50']:.2f}  p99 {1e3 * values['p99']:.2f}"
+def _in_ms(values: Percentiles) -> str:
+    return f"p50 {1e3 * values.p50:.2f}  p99 {1e3 * values.p99:.2f}" if values.count else "-"
 
 
 def _differences(results: Sequence[ResultFile]) -> list[str]:
@@ -200,8 +197,8 @@ def _finding(results: Sequence[ResultFile], comparison: Comparison, among: int) 
         counts = comparison.pairs
         lines += [
             f"  pairs {comparison.pairing}",
-            f"  {counts.discordant} of {counts.total} pairs are discordant: only {first} succeeded "
-            f"{counts.only_first} times, only {second} {counts.only_second} times",
+            f"  discordant pairs {counts.discordant} of {counts.total}: only {first} succeeded in "
+            f"{counts.only_first}, only {second} in {counts.only_second}",
         ]
     lines += _sequential_lines(comparison)
     lines += _seed_lines(results, comparison)
@@ -212,10 +209,11 @@ def _sequential_lines(comparison: Comparison) -> list[str]:
     test = comparison.sequential
     if test is None:
         return []
-    decided = "not decided" if test.decided_after is None else f"decided after {test.decided_after}"
+    after = test.decided_after
+    decided = "not decided yet" if after is None else f"decided with pair {after}"
     return [
-        f"  e-value {test.e_value:.3g}, {decided} pairs; the p-value holds however often it was "
-        "looked at, the interval only for a number of episodes that was fixed before"
+        f"  e-value {test.e_value:.3g}, {decided}; the p-value holds however often it was looked",
+        "  at, the interval only for a number of episodes that was fixed before",
     ]
 
 
