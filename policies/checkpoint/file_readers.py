@@ -13,6 +13,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
+from policies.checkpoint.hub_snapshot import refuse_hub_pickle
 from policies.checkpoint.weight_folders import ADAPTERS, INDEX, WEIGHTS
 from policies.errors import CheckpointError
 
@@ -118,8 +119,10 @@ def read_torch(path: Path) -> dict[str, Tensor]:
     """Return a state dict that ``torch.save`` wrote, read with ``weights_only``.
 
     Raises:
-        CheckpointError: No such file, not a plain state dict, or NaN or infinity.
+        CheckpointError: No such file, one of the hub's cache, not a plain state dict, or NaN or
+            infinity.
     """
+    refuse_hub_pickle(path)
     try:
         tensors = torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:  # torch passes on any error of its parsers

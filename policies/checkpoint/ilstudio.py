@@ -14,6 +14,7 @@ from policies.act.config import LARGEST_LAYERS, ActConfig
 from policies.act.weights import ActWeights
 from policies.checkpoint.extras import Extras
 from policies.checkpoint.file_readers import need, read_json, read_weights, refuse_unknown
+from policies.checkpoint.hub_snapshot import refuse_hub_pickle
 from policies.checkpoint.policy_assembly import assemble
 from policies.checkpoint.safe_pickle import read_pickle
 from policies.checkpoint.weight_folders import WEIGHTS
@@ -213,6 +214,7 @@ def _stats_path(folder: Path, dataset_id: str, space: str, control: str) -> Path
     for path in (own, shared):
         if path.is_file():
             return path
+    refuse_hub_pickle(own)
     raise CheckpointError(f"{own}: missing, the normalizer of data set {dataset_id!r}")
 
 

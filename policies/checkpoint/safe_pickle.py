@@ -13,6 +13,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any, ClassVar
 
+from policies.checkpoint.hub_snapshot import refuse_hub_pickle
 from policies.checkpoint.safe_pickle_types import (
     ALLOWED_FUNCTIONS,
     AllowedFunction,
@@ -90,8 +91,10 @@ def read_pickle(path: Path) -> Any:
     arrays.
 
     Raises:
-        CheckpointError: No such file, too large, not a pickle, or one that needs anything else.
+        CheckpointError: No such file, one of the hub's cache, too large, not a pickle, or one that
+            needs anything else.
     """
+    refuse_hub_pickle(path)
     try:
         size = path.stat().st_size
         if size > MAX_BYTES:

@@ -54,8 +54,8 @@ class EvalRealConfig:
     model_name_or_path: Annotated[
         str,
         Flag(
-            "server HOST:PORT; a checkpoint folder, python:MODULE:FACTORY, openpi://HOST:PORT or "
-            "groot://HOST:PORT starts a server",
+            "server HOST:PORT; a checkpoint folder, hf:ORG/NAME@REVISION, python:MODULE:FACTORY, "
+            "openpi://HOST:PORT or groot://HOST:PORT starts a server",
             "-m",
         ),
     ] = "127.0.0.1:5000"
@@ -148,7 +148,7 @@ class EvalRealConfig:
     @property
     def model(self) -> Model:
         """What ``model_name_or_path`` names. Raises ``ModelNameError``."""
-        return read_model_name(self.model_name_or_path)
+        return read_model_name(self.model_name_or_path, fixed_revision=True)
 
     @property
     def seeds(self) -> range:

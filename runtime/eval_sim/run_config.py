@@ -37,8 +37,8 @@ class EvalSimConfig:
     model_name_or_path: Annotated[
         str,
         Flag(
-            "checkpoint folder, server HOST:PORT, python:MODULE:FACTORY, openpi://HOST:PORT or "
-            "groot://HOST:PORT",
+            "checkpoint folder, server HOST:PORT, hf:ORG/NAME[@REVISION], python:MODULE:FACTORY, "
+            "openpi://HOST:PORT or groot://HOST:PORT",
             "-m",
         ),
     ] = "127.0.0.1:5000"

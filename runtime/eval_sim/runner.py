@@ -33,7 +33,7 @@ from runtime.eval_sim.run_config import EvalSimConfig
 from runtime.eval_sim.worker_processes import WorkerFailed, run_in_processes
 from runtime.eval_sim.world_compatibility import check_world
 from runtime.evaluation.episode_result import Episode
-from runtime.options.model_name import ServerAddress, UpstreamModel
+from runtime.options.model_name import LocalModel, ServerAddress, UpstreamModel
 from runtime.options.upstream import UpstreamOptions
 from runtime.server.model_loader import load_model, model_flags
 from runtime.server.server_process import ServerProcess
@@ -85,6 +85,8 @@ def run(config: EvalSimConfig) -> Iterator[Report]:
     """
     model = config.model
     with contextlib.ExitStack() as stack:
+        if isinstance(model, LocalModel):  # a branch of the hub must be one commit in all processes
+            config = dataclasses.replace(config, model_name_or_path=model.name)
         if config.realtime and not isinstance(model, ServerAddress):
             flags = model_flags(model, config.checkpoint, config.upstream)
             if config.trace is not None:

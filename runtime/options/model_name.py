@@ -1,4 +1,4 @@
-"""The values of ``-m``: a checkpoint's path, a Python factory, or a server's address.
+"""The values of ``-m``: a checkpoint's path, a hub's name, a Python factory, or a server's address.
 
 The server may be another system's, which the address then names.
 """
@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from runtime.errors import ModelNameError
+from runtime.options import hub
 from transport.address import format_address, parse_address
 from transport.errors import TransportError
 
@@ -64,8 +65,14 @@ class ServerAddress:
 Model = LocalModel | UpstreamModel | ServerAddress
 
 
-def read_model_name(text: str) -> Model:
-    """Read ``text`` as an existing path, else as a factory, else as an address.
+def read_model_name(text: str, *, fixed_revision: bool = False) -> Model:
+    """Read ``text`` as an existing path, else by its prefix, else as an address.
+
+    A name of the Hugging Face hub is downloaded if need be, and is then a path.
+
+    Args:
+        text: The value of ``-m``.
+        fixed_revision: Refuse names of the hub without a commit hash or a tag.
 
     Raises:
         ModelNameError: It is none of them; the message says how it was read and what is valid.
@@ -75,9 +82,12 @@ def read_model_name(text: str) -> Model:
         return LocalModel(str(path))
     if text.startswith("python:"):
         return LocalModel(text)
+    if text.startswith(hub.PREFIX):
+        return LocalModel(str(hub.snapshot_folder(text, fixed_revision=fixed_revision)))
     choices = (
         "a path that exists, HOST:PORT, [V6]:PORT or python:PACKAGE.MODULE:FACTORY, or another "
-        f"system's server: {' or '.join(f'{system}://HOST:PORT' for system in SYSTEMS)}"
+        f"system's server: {' or '.join(f'{system}://HOST:PORT' for system in SYSTEMS)}, or "
+        f"{hub.FORM} for the Hugging Face hub"
     )
     system, separator, rest = text.partition("://")
     if separator and system in SYSTEMS:

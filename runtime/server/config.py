@@ -50,7 +50,8 @@ class ServerConfig:
     model_name_or_path: Annotated[
         str,
         Flag(
-            "checkpoint folder, python:MODULE:FACTORY, openpi://HOST:PORT or groot://HOST:PORT",
+            "checkpoint folder, hf:ORG/NAME[@REVISION], python:MODULE:FACTORY, "
+            "openpi://HOST:PORT or groot://HOST:PORT",
             "-m",
         ),
     ] = DEFAULT_CHECKPOINT
