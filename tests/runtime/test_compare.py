@@ -13,8 +13,10 @@ import pytest
 from runtime.eval_sim import cli as eval_sim
 from runtime.evaluation.results import summarize
 from runtime.tools import compare
+from tests.docs.test_docs import ROOT
 from tests.runtime.test_runtime_results import episode
 
+PAGE = ROOT / "docs" / "compare.md"
 Edit = Callable[[dict[str, Any]], None]
 TIMED = {"count": 2, "p50": 0.002, "p99": 0.009, "p999": 0.01, "max": 0.01}
 
@@ -90,6 +92,16 @@ def test_equal_seeds_are_pairs(run: Callable[..., Shown], tmp_path: Path) -> Non
     assert comparison["differs"] is True
     assert [each["total_success"] for each in numbers["results"]] == [10, 19]
     assert (tmp_path / "rates.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_the_page_shows_what_is_printed(run: Callable[..., Shown]) -> None:
+    (sample,) = [part for part in PAGE.read_text().split("```") if part.startswith("\nB - A")]
+    only_first = (12, 31, 77, 140, 152)
+    one = {seed: seed < 180 and not 40 <= seed < 54 for seed in range(200)}
+    two = {seed: seed < 180 and seed not in only_first for seed in range(200)}
+    shown = run(result(one), result(two)).out
+    shown += "\n    results/a/aloha/video/sim_transfer_cube/seed12_success.mp4"
+    assert not [line for line in sample.splitlines() if line not in shown]
 
 
 def test_unfinished_evaluations_are_compared_over_common_seeds(run: Callable[..., Shown]) -> None:

@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+import re
+from pathlib import Path
+
 import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 from scipy.stats import binomtest
 
+from bench import compare_power
 from bench.compare_power import draw_pairs, sequential_alarms, unpaired_alarms
 from runtime.evaluation.success_statistics import (
     LEVEL,
@@ -99,6 +103,18 @@ def test_equal_policies_rarely_seem_to_differ(discordance: float) -> None:
     assert np.mean(mcnemar_exact(counts[:, 1], counts[:, 2]) <= LEVEL) <= HIGHEST
     assert unpaired_alarms(rng, RUNS, 50, 0.8, 0.8) <= HIGHEST
     assert sequential_alarms(rng, RUNS, 500, 0.0, discordance)[0] <= HIGHEST
+
+
+@pytest.mark.long
+def test_the_pages_tables_are_what_the_simulation_prints(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("sys.argv", ["compare_power.py"])
+    compare_power.main()
+    rows = [line for line in capsys.readouterr().out.splitlines() if re.match(r"\| \w+.* %", line)]
+    assert len(rows) == 24
+    page = (Path(__file__).parents[2] / "docs" / "compare.md").read_text().splitlines()
+    assert [row for row in rows if row not in page] == []
 
 
 def test_unequal_policies_are_told_apart() -> None:
