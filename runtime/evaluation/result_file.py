@@ -6,6 +6,7 @@ import json
 from collections import Counter
 from collections.abc import Mapping
 from dataclasses import dataclass
+from glob import escape
 from pathlib import Path
 from typing import Any
 
@@ -57,7 +58,7 @@ class ResultFile:
     def videos(self, seed: int) -> list[Path]:
         """Return the videos of an episode that lie where the evaluation writes them."""
         if seed in self.recordings:
-            found = self.path.with_suffix("").glob(f"{self.recordings[seed]}_*.mp4")
+            found = self.path.with_suffix("").glob(f"{escape(self.recordings[seed])}_*.mp4")
             return sorted(found)
         outcome = "success" if self.outcomes[seed] else "failure"
         video = self.path.parent / "video" / self.path.stem / f"seed{seed}_{outcome}.mp4"
@@ -81,7 +82,11 @@ def read_result(path: Path) -> ResultFile:
         repeatable=mode == LOCKSTEP and raw.get("deterministic") is True,
         failure=_need(raw, "failure", str, path),
         outcomes={entry["seed"]: entry["success"] for entry in entries},
-        recordings={e["seed"]: Path(e["recording"]).name for e in entries if "recording" in e},
+        recordings={
+            entry["seed"]: Path(_need(entry, "recording", str, path, "episodes: ")).name
+            for entry in entries
+            if mode == REAL
+        },
         timing=timing,
         durations={
             "request": _percentiles(timing, "request", path),
@@ -175,13 +180,14 @@ def _simulated_task(raw: Mapping[str, Any], path: Path) -> dict[str, Any]:
 def _real_task(raw: Mapping[str, Any], path: Path) -> dict[str, Any]:
     robot = _need(raw, "robot", dict, path)
     config = _need(raw, "config", dict, path)
+    task = _need(raw, "task", dict, path)
     contract = _need(_need(raw, "policy", dict, path), "contract", dict, path, "policy.")
     return {
         "robot.name": _need(robot, "name", str, path, "robot."),
         "robot.config": robot.get("config"),
         "config.overrides": config.get("overrides"),
-        **{f"task.{name}": value for name, value in _need(raw, "task", dict, path).items()},
-        "config.max_timesteps": config.get("max_timesteps"),
+        **{f"task.{name}": value for name, value in task.items() if name != "max_timesteps"},
+        "max_timesteps": config.get("max_timesteps") or task.get("max_timesteps"),
         "policy.contract.dt_s": contract.get("dt_s"),
     }
 

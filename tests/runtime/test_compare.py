@@ -25,7 +25,11 @@ def result(outcomes: Mapping[int, bool], mode: str = "lockstep") -> dict[str, An
     """What an evaluation in simulation writes, as far as a comparison reads it."""
     env = {"kind": "aloha", "task": "cube", "success_reward": None, "gym": {}}
     summary = summarize([episode(seed, won) for seed, won in outcomes.items()])
-    return json.loads(json.dumps(summary)) | {
+    content = json.loads(json.dumps(summary))
+    if mode == "real":
+        for entry in content["episodes"]:
+            entry["recording"] = f"anywhere/rollout_{entry['seed']:03}"
+    return content | {
         "mode": mode,
         "deterministic": mode == "lockstep",
         "failure": "",
@@ -140,6 +144,32 @@ def test_runs_in_real_time_are_matched(run: Callable[..., Shown], mode: str, sai
     assert f"pairs matched, not identical: {said}" in shown.out
 
 
+def test_robots_and_their_limits_must_agree(run: Callable[..., Shown]) -> None:
+    outcomes = {0: True, 1: False}
+    other = result(outcomes, "real")
+    other["config"]["max_timesteps"] = 400  # as the task says
+    assert run(result(outcomes, "real"), other).status == 0
+    other["config"]["max_timesteps"] = 300
+    shown = run(result(outcomes, "real"), other)
+    assert "max_timesteps: got 300, expected 400, as in" in shown.err
+    other = result(outcomes, "real")
+    other["robot"]["name"] = "other_arm"
+    shown = run(result(outcomes, "real"), other)
+    assert "robot.name: got 'other_arm', expected 'arm', as in" in shown.err
+
+
+def test_the_videos_of_a_robots_rollouts_are_named(
+    run: Callable[..., Shown], tmp_path: Path
+) -> None:
+    (tmp_path / "b").mkdir()
+    (tmp_path / "b" / "rollout_001_top.mp4").touch()
+    (tmp_path / "b" / "rollout_000_top.mp4").touch()
+    shown = run(result({0: True, 1: False}, "real"), result({0: True, 1: True}, "real"))
+    assert "only B succeeded with seeds 1\n" in shown.out
+    assert "rollout_001_top.mp4" in shown.out
+    assert "rollout_000" not in shown.out
+
+
 def test_unjudged_rollouts_do_not_count(run: Callable[..., Shown]) -> None:
     one = result({0: True, 1: False, 2: False}, "real")
     one["episodes"][2]["judged"] = False
@@ -183,7 +213,10 @@ def put(*path: str | int, value: Any) -> Edit:
         (put("world", "max_timesteps", value=100), "world.max_timesteps: got 100, expected 400"),
         (put("env", "task", value="peg"), "env.task: got 'peg', expected 'cube'"),
         (put("env", "success_reward", value=3.0), "env.success_reward: got 3.0, expected None"),
-        (put("mode", value="real"), "mode: got real, expected lockstep or realtime, as in"),
+        (
+            lambda content: content.update(result({0: True}, "real")),
+            "mode: got real, expected lockstep or realtime, as in",
+        ),
         (put("episodes", 1, "seed", value=0), "got seed 0 more than once, expected each seed once"),
         (put("episodes", value=[]), "episodes: got none that was judged, expected at least one"),
         (put("episodes", 0, "success", value=1), "episodes[0].success: got 1, expected a bool"),

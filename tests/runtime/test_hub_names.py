@@ -108,6 +108,18 @@ def test_a_repository_of_pickles_is_refused(cache: Path) -> None:
         read_model_name(f"hf:{NAME}")
 
 
+@pytest.mark.long
+def test_all_processes_load_the_commit_that_the_first_found(
+    cache: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    """They do not know this cache: only the folder's path can lead them there."""
+    snapshot = fill_cache(cache, NAME, FILES)
+    flags = ["-m", f"hf:{NAME}", "-e", "fake", "-n", "2", "--num_envs", "2", "-o", str(tmp_path)]
+    assert eval_sim.main(flags) == 2
+    said = capfd.readouterr().err
+    assert f"error: {snapshot}/config.json: " in said
+
+
 def read_in_a_process(text: str, **environment: str) -> str:
     script = f"from runtime.options.model_name import read_model_name as r; print(r({text!r}).name)"
     ended = subprocess.run(
