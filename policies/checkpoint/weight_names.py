@@ -100,6 +100,8 @@ ZERO_INPUT = "decoder.0.self_attn.in_proj_weight"
 """The projection of the first decoder layer's input, which is zero. The values are the bias for any
 weights, and so is every average of them.
 """
+CONSTANT_INPUT = "decoder.0.self_attn.out_proj.weight"
+"""The projection of that average. It is the same for every observation, so the bias can hold it."""
 
 
 def translate(
@@ -108,7 +110,8 @@ def translate(
 ) -> dict[str, Tensor]:  # fmt: skip
     """Return ``tensors`` under ``ActModel``'s names.
 
-    The style encoder, which only training needs, may be missing as a whole. So may ``ZERO_INPUT``.
+    The style encoder, which only training needs, may be missing as a whole. So may ``ZERO_INPUT``,
+    and with it ``CONSTANT_INPUT``.
 
     Args:
         tensors: By foreign names.
@@ -131,12 +134,14 @@ def translate(
     if unknown:
         raise CheckpointError(f"{path}: {len(unknown)} unknown keys, the first {unknown[0]!r}")
     shapes = parameter_shapes(config)
-    has_style = any(keys[key].startswith("style.") for key in tensors.keys() & keys.keys())
+    stored = {keys[key] for key in tensors.keys() & keys.keys()}
+    has_style = any(name.startswith("style.") for name in stored)
+    may_be_missing = {ZERO_INPUT} if ZERO_INPUT in stored else {ZERO_INPUT, CONSTANT_INPUT}
     translated = {}
     for foreign, internal in keys.items():
         if internal.startswith("style.") and not has_style:
             continue
-        if foreign not in tensors and internal == ZERO_INPUT:
+        if foreign not in tensors and internal in may_be_missing:
             translated[internal] = torch.zeros(shapes[internal])
             continue
         if foreign not in tensors:

@@ -835,6 +835,24 @@ def test_what_affects_no_action_may_be_missing(tiny):
         load_policy(str(tiny), device="cpu")
 
 
+def test_the_projection_of_a_constant_may_be_in_its_bias(tiny):
+    before = load_policy(str(tiny), device="cpu")
+    obs = observation(before.contract)
+    layer = "model.transformer.decoder.layers.0.self_attn."
+    output = layer + "out_proj."
+
+    def fold(tensors):
+        values = tensors[layer + "in_proj_bias"].chunk(3)[2]
+        tensors[output + "bias"] += tensors.pop(output + "weight").float() @ values
+
+    edit_weights(fold)(tiny)
+    with pytest.raises(CheckpointError, match=f"key '{output}weight' is missing"):
+        load_policy(str(tiny), device="cpu")  # with a projection of the input it is no constant
+    edit_weights(lambda tensors: tensors.pop(layer + "in_proj_weight"))(tiny)
+    after = load_policy(str(tiny), device="cpu").infer(obs).actions
+    np.testing.assert_allclose(after, before.infer(obs).actions, rtol=1e-5, atol=1e-6)
+
+
 @pytest.mark.parametrize("kind", ["minmax", "percentile"])
 def test_an_action_of_ilstudio_that_never_moved_is_a_constant(tiny, kind):
     kinds("zscore", kind)(tiny)
