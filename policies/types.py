@@ -34,6 +34,8 @@ DEFAULT_DT_S = 0.02
 UNSPECIFIED_DT_S = float("nan")
 """Default of a contract's ``dt_s``. It is compared by identity, so any other NaN is refused."""
 
+MAX_OBS_STEPS = 16
+"""Most consecutive ticks that one observation may have."""
 MAX_CAMERA_CHARS = 100
 """Longest name of a camera, which may have any printable characters. It is part of the names of a
 message's fields.
@@ -56,6 +58,10 @@ STAGES = (
 @dataclass(slots=True)
 class MetaObs:
     """One observation.
+
+    For a policy whose contract has ``n_obs_steps`` n > 1 it is of the last n consecutive ticks:
+    every array has a leading axis n, the oldest tick first, and the numbers are those of the newest
+    tick.
 
     Attributes:
         images: Camera name to (H, W, 3) uint8 RGB.
@@ -205,6 +211,7 @@ class PolicyContract:
         state_dim, action_dim: Lengths S and A.
         chunk_size: Actions per chunk, T.
         n_action_steps: Actions to execute before the next chunk, unless the user chooses otherwise.
+        n_obs_steps: Consecutive ticks that one observation has, see ``MetaObs``.
         dt_s: Seconds per policy tick. Where it is left out, it becomes ``DEFAULT_DT_S`` and
             ``assumed`` records that.
         first_action_offset: Ticks from the observation to the chunk's first action (0 for ACT).
@@ -240,6 +247,7 @@ class PolicyContract:
     state_names: tuple[str, ...] = ()
     action_names: tuple[str, ...] = ()
     execution: Execution | None = None
+    n_obs_steps: int = 1
     assumed: tuple[Assumption, ...] = field(default=(), compare=False)
 
     def __post_init__(self) -> None:
@@ -262,6 +270,8 @@ class PolicyContract:
             raise ContractMismatch(
                 "n_action_steps", str(self.n_action_steps), f"1 to chunk_size = {self.chunk_size}"
             )
+        if not 1 <= self.n_obs_steps <= MAX_OBS_STEPS:
+            raise ContractMismatch("n_obs_steps", str(self.n_obs_steps), f"1 to {MAX_OBS_STEPS}")
         execution = self.execution
         if execution is not None and (execution.n_action_steps or 1) > self.chunk_size:
             raise ContractMismatch(
@@ -282,6 +292,11 @@ class PolicyContract:
     def camera_names(self) -> tuple[str, ...]:
         """The cameras' names, in the order of the model's inputs."""
         return tuple(camera.name for camera in self.cameras)
+
+    @property
+    def obs_axes(self) -> tuple[int, ...]:
+        """Leading axes of every array of an observation: none, or (n_obs_steps,)."""
+        return () if self.n_obs_steps == 1 else (self.n_obs_steps,)
 
     @property
     def assumes_rate(self) -> bool:
@@ -311,11 +326,13 @@ class PolicyContract:
     def to_json(self) -> str:
         """Return the contract as JSON.
 
-        Fields that were added later are left out where they are empty, so that older clients can
-        read it.
+        Fields that were added later are left out where they are empty or 1, so that older clients
+        can read it. An older client refuses a contract with another value, as it has to.
         """
         plain = dataclasses.asdict(self)
-        return json.dumps({k: v for k, v in plain.items() if v or k not in _ADDED_LATER})
+        return json.dumps(
+            {k: v for k, v in plain.items() if k not in _ADDED_LATER or v not in _UNSET}
+        )
 
     @classmethod
     def from_json(cls, text: str | bytes) -> PolicyContract:
@@ -360,10 +377,13 @@ class PolicyContract:
             raise ContractMismatch("contract", f"{error!r:.200}", "what to_json wrote") from error
 
 
-_ADDED_LATER = ("state_names", "action_names", "execution", "assumed")
+_ADDED_LATER = ("state_names", "action_names", "execution", "n_obs_steps", "assumed")
 """Fields that the first version of clients does not know."""
+_UNSET = (None, (), 1)
+"""Values of these fields that say what a contract without the field says."""
 _FIELD_TYPES: Mapping[str, tuple[type, ...]] = {
-    **dict.fromkeys(("state_dim", "action_dim", "chunk_size", "n_action_steps"), (int,)),
+    **dict.fromkeys(("state_dim", "action_dim", "chunk_size"), (int,)),
+    **dict.fromkeys(("n_action_steps", "n_obs_steps"), (int,)),
     **dict.fromkeys(("policy_type", "normalizer_hash", "dataset_id"), (str,)),
     **dict.fromkeys(("ctrl_space", "ctrl_type"), (str,)),
     "first_action_offset": (int,),
@@ -484,6 +504,19 @@ class Policy(Protocol):
         ...
 
 
+@runtime_checkable
+class SamplingPolicy(Policy, Protocol):
+    """A policy that draws random numbers, from a generator of its own in every fork."""
+
+    def seed(self, seed: int) -> None:
+        """Restart the generator. Equal seeds and observations then give equal chunks.
+
+        Args:
+            seed: 0 to 2⁶³-1.
+        """
+        ...
+
+
 class RolloutPolicy(Policy, Protocol):
     """A policy as a rollout plays it, wherever it runs. Nobody's own policy needs to be one."""
 
@@ -504,7 +537,12 @@ class RolloutPolicy(Policy, Protocol):
 
     @property
     def deterministic(self) -> bool:
-        """Whether the same observation gives the same bits wherever the policy runs."""
+        """Whether the same observations since a reset with the same seed give the same bits
+        wherever the policy runs."""
+        ...
+
+    def reset(self, seed: int | None = None) -> None:
+        """Discard the state of the current episode; ``seed`` is for a ``SamplingPolicy``."""
         ...
 
     def loan_images(self) -> Mapping[str, NDArray[np.uint8]]:

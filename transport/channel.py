@@ -39,7 +39,7 @@ class Kind(IntEnum):
     DATA = 1
     ERROR = 2  # the request failed; body: UTF-8 JSON
     SUPERSEDED = 3  # the request was replaced by a newer one; body: id of the newer one
-    RESET = 4  # the episode has ended; body empty
+    RESET = 4  # the episode has ended; body: the next one's seed, or empty
 
 
 @dataclass(frozen=True, slots=True)

@@ -48,7 +48,7 @@ class ClientSession:
         self.deterministic, self.reason = opened.deterministic, opened.reason
         self._contract, self._requests, self._trace_key = contract, requests, trace_key
         self._loan: Loan | None = None  # of the waiting request, or of ``loan_images``
-        self._reset_due = False
+        self._reset_body: bytes | None = None  # of a reset that is still to be sent
 
     def loan_images(self) -> Mapping[str, NDArray[np.uint8]]:
         """Arrays by camera, uint8 (height, width, 3), that the next ``submit`` need not copy.
@@ -103,10 +103,10 @@ class ClientSession:
         message = self.channel.recv(timeout_s)
         return message.request_id, self._receive_reply(message)
 
-    def reset(self) -> None:
+    def reset(self, seed: int | None) -> None:
         """Tell the server to start a new episode: now, or before the next observation."""
         self._drop_loan()
-        self._reset_due = True
+        self._reset_body = messages.encode_reset(seed)
         with contextlib.suppress(WouldBlock):
             self._send_reset()
 
@@ -128,9 +128,9 @@ class ClientSession:
         return self._loan
 
     def _send_reset(self) -> None:
-        if self._reset_due:
-            self.channel.send_body(Kind.RESET, self._requests.next_id())
-            self._reset_due = False
+        if self._reset_body is not None:
+            self.channel.send_body(Kind.RESET, self._requests.next_id(), self._reset_body)
+            self._reset_body = None
 
     def _publish_waiting(self) -> None:
         """Send the waiting observation if ``max_in_flight`` allows."""

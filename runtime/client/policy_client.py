@@ -109,6 +109,7 @@ class PolicyClient:
         self._name = name or f"pid {os.getpid()}"
         self._schema: Schema | None = None
         self._session: ClientSession | None = None
+        self._first_seed: int | None = None
         self._requests = PendingRequests(max_in_flight)
         self._lost = ""
         self._connection = ServerConnection(address, timeout_s, self._options.keys())
@@ -190,6 +191,9 @@ class PolicyClient:
             schema, self._options, client=self._name, attributes=attributes
         )
         session = ClientSession(opened, self.contract, self._requests, trace_key)
+        if self._first_seed is not None:
+            session.reset(self._first_seed)
+            self._first_seed = None
         self._session, self._schema = session, schema
         self._requests.counts["sessions"] += 1
         return session
@@ -213,7 +217,8 @@ class PolicyClient:
     # Requests
 
     def loan_images(self) -> Mapping[str, NDArray[np.uint8]]:
-        """Arrays by camera to render the next observation into, uint8 (height, width, 3).
+        """Arrays by camera to render the next observation into, uint8 (height, width, 3), with a
+        leading axis for a policy that takes several ticks (``PolicyContract.obs_axes``).
 
         They are the message's own arrays where images are sent unchanged: an observation with these
         array objects is then sent by the next ``submit`` or ``infer`` without a copy of its images.
@@ -306,13 +311,21 @@ class PolicyClient:
         """Cancel every request; replies that still arrive are dropped."""
         self._requests.cancel()
 
-    def reset(self) -> None:
-        """Start a new episode: cancel every request, and reset the policy's state at the server."""
+    def reset(self, seed: int | None = None) -> None:
+        """Start a new episode: cancel every request, and reset the policy's state at the server.
+
+        Args:
+            seed: 0 to 2⁶³-1, for a policy that draws random numbers; see ``SamplingPolicy``.
+                Without one its generator goes on. A seed that is given before the session opens is
+                for its first episode.
+        """
         self.cancel()
         self._require_server()
-        if self._session is not None:
+        if self._session is None:
+            self._first_seed = seed
+        else:
             try:
-                self._session.reset()
+                self._session.reset(seed)
             except PeerGone as error:
                 raise self._map_error(error) from error
 

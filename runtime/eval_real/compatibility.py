@@ -51,6 +51,12 @@ def check_compatible(config: RunConfig, robot: Robot) -> None:
             f"first_action_offset: got {policy.first_action_offset}, expected 0: a rollout starts "
             "with the first observation's own tick"
         )
+    if policy.n_obs_steps > 1:
+        raise Incompatible(
+            f"n_obs_steps: got {policy.n_obs_steps}, expected 1: a robot's pictures come when its "
+            "cameras send them, so there are no observations of consecutive ticks; eval_sim has "
+            "them"
+        )
     _check_rates(config, robot)
     _check_stopping_alone(config, robot)
     config.make_state_machine(RobotLimits.of(robot))

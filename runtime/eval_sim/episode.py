@@ -1,5 +1,9 @@
 """One episode in a simulated world, in lockstep or in real time.
 
+A policy that takes several ticks (``n_obs_steps``) gets them from an ``ObservationHistory``. Ticks
+are then observed without a request, too: in lockstep those that a request will need, in real time
+every one, because there the next request's tick is not known.
+
 Both use ``ControlLoop`` and ``ChunkExecutor``. In lockstep the clock is a ``ManualClock`` and the
 world waits for the policy, so the result depends on the seed alone. In real time the world does not
 wait: in a missed tick it is stepped with the last command.
@@ -9,7 +13,7 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 
 import numpy as np
 from numpy.typing import NDArray
@@ -19,6 +23,7 @@ from policies.types import ActionChunk, AsyncPolicy, MetaObs, RolloutPolicy
 from runtime.control.chunk_executor import ChunkExecutor
 from runtime.control.clock import ManualClock, MonotonicClock, spin_for
 from runtime.control.control_loop import ControlLoop
+from runtime.control.observation_history import ObservationHistory
 from runtime.control.realtime import no_garbage_collection
 from runtime.errors import RuntimeFault
 from runtime.evaluation.episode_result import Episode
@@ -43,6 +48,7 @@ def run_lockstep(
         RuntimeFault: The policy returned a chunk for another tick than the observation's.
     """
     run = _Run(policy, world, executor, seed, on_tick)
+    n_obs_steps = policy.contract.n_obs_steps
 
     def step(tick: int) -> bool:
         if executor.wants_chunk(tick):
@@ -52,6 +58,8 @@ def run_lockstep(
                     f"obs_timestep: got a chunk for tick {chunk.obs_timestep}, expected {tick}: "
                     "the policy must copy obs.timestep"
                 )
+        elif any(executor.wants_chunk(tick + ahead) for ahead in range(1, n_obs_steps)):
+            run.remember(tick)
         command = run.command(tick)
         run.ages_s.append((tick - executor.last_source) * world.dt_s)
         return run.step(command)
@@ -111,6 +119,8 @@ def run_realtime(
     def send_observation(tick: int) -> None:
         if executor.wants_chunk(tick + 1, latency.ticks()):
             policy.submit(observe(tick + 1))
+        else:
+            run.remember(tick + 1)
 
     def end() -> bool:
         nonlocal ended
@@ -147,19 +157,35 @@ class _Run:
         self._reward, self._success, self._ticks = -math.inf, False, 0
         self._stages = StageTimes()
         self._began_s = time.monotonic()
+        self._history = ObservationHistory(policy.contract.n_obs_steps)
         self.ages_s: list[float] = []
         world.reset(seed)
-        policy.reset()
+        policy.reset(seed)
         executor.reset()
 
     def observe(self, tick: int) -> MetaObs:
-        """Return the observation for a request; a client's images are rendered into the message."""
-        images = self._policy.loan_images()
+        """Return the observation for a request.
+
+        A client's images are rendered into the message, unless it has several ticks.
+        """
+        if self._history.n_obs_steps == 1:
+            obs = self._capture(tick, self._policy.loan_images())
+        else:
+            self.remember(tick)
+            obs = self._history.stacked()
+        self._executor.requested(tick)
+        return obs
+
+    def remember(self, tick: int) -> None:
+        """Observe ``tick`` for a later request; does nothing for a policy that takes one tick."""
+        if self._history.n_obs_steps > 1:
+            self._history.add(self._capture(tick, {}))
+
+    def _capture(self, tick: int, images: Mapping[str, NDArray[np.uint8]]) -> MetaObs:
         t_capture_ns = time.monotonic_ns()
         with trace.span("observe", tick):
             obs = self._world.observe(images)
         obs.timestep, obs.t_capture_ns = tick, t_capture_ns
-        self._executor.requested(tick)
         return obs
 
     def accept(self, chunk: ActionChunk) -> bool:

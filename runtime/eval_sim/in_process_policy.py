@@ -9,7 +9,14 @@ import numpy as np
 from numpy.typing import NDArray
 
 from policies.errors import DeviceLost
-from policies.types import ActionChunk, MetaObs, Policy, PolicyContract, PolicyInfo
+from policies.types import (
+    ActionChunk,
+    MetaObs,
+    Policy,
+    PolicyContract,
+    PolicyInfo,
+    SamplingPolicy,
+)
 from runtime.protocol import messages
 from runtime.trace import recorder as trace
 
@@ -48,7 +55,8 @@ class InProcessPolicy:
 
     @property
     def deterministic(self) -> bool:
-        """Whether equal observations give equal chunks, bit for bit."""
+        """Whether equal observations since a reset with the same seed give equal chunks, bit for
+        bit."""
         return messages.is_deterministic(self._policy.info)
 
     def loan_images(self) -> Mapping[str, NDArray[np.uint8]]:
@@ -72,9 +80,11 @@ class InProcessPolicy:
             trace.add_inference(chunk.stages_ns, began_ns, obs.timestep)
         return chunk
 
-    def reset(self) -> None:
-        """Start a new episode."""
+    def reset(self, seed: int | None = None) -> None:
+        """Start a new episode, with ``seed`` for a policy that draws random numbers."""
         self._policy.reset()
+        if seed is not None and isinstance(self._policy, SamplingPolicy):
+            self._policy.seed(seed)
 
     def fork(self) -> InProcessPolicy:
         """Return a policy with its own episode state that shares the weights."""

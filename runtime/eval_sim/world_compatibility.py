@@ -6,6 +6,7 @@ import math
 
 from envs.world import World
 from policies.types import Policy, PolicyContract
+from runtime.control.observation_history import stack_ticks
 from runtime.errors import RuntimeFault
 from runtime.protocol import messages
 
@@ -25,7 +26,7 @@ def check_world(world: World, policy: Policy, contract: PolicyContract) -> None:
         PolicyError, ServerLost, RequestTimeout: The inference failed.
     """
     world.reset(0)
-    obs = world.observe()
+    obs = stack_ticks([world.observe()] * contract.n_obs_steps)
     messages.check_observation_schema(messages.observation_schema(obs), contract)
     if world.action_dim != contract.action_dim:
         raise RuntimeFault(

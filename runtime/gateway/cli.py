@@ -136,7 +136,7 @@ def _serve(command: GatewayCommand, keys: ObservationKeys, api_keys: ApiKeys | N
         return _fail(reason, ready_fd=command.ready_fd)
 
     def make(command: GatewayCommand, contract: PolicyContract) -> Gateway:
-        _check_first_action(command.protocol, contract)
+        _check_playable(command.protocol, contract)
         made: Gateway = gateway_class(command, keys, api_keys, contract)
         return made
 
@@ -190,11 +190,16 @@ def try_session(command: GatewayCommand) -> GatewaySession:
         session.close()
 
 
-def _check_first_action(protocol: str, contract: PolicyContract) -> None:
+def _check_playable(protocol: str, contract: PolicyContract) -> None:
     if contract.first_action_offset and protocol in PLAYED_AT_ONCE:
         raise InvalidConfig(
             f"policy: got a first action {contract.first_action_offset} ticks after its "
             f"observation, expected 0: clients of {protocol} execute it at once"
+        )
+    if contract.n_obs_steps > 1:
+        raise InvalidConfig(
+            f"policy: got n_obs_steps {contract.n_obs_steps}, expected 1: clients of "
+            f"{protocol} send one tick at a time, and not every tick"
         )
 
 

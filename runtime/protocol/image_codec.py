@@ -25,7 +25,8 @@ from transport.schema import USED, ArraySpec, Schema
 JPEG, LENGTHS = "jpeg", "jpeg/lengths"
 """Names of two arrays: all JPEG images concatenated (uint8), and the length of each (int64).
 
-In a handshake's attributes, ``JPEG`` maps each camera to [height, width], in the same order.
+In a handshake's attributes, ``JPEG`` maps each camera to [height, width], in the same order. An
+observation of several ticks has the images of one camera one after another, the oldest first.
 """
 
 Arrays = Mapping[str, NDArray[Any]]
@@ -55,6 +56,7 @@ class ObservationWriter:
     ) -> None:
         # The server checks the same; here the error needs no round trip.
         messages.check_observation_schema(schema, contract)
+        self._axes = contract.obs_axes
         self._cameras = {c.name: c for c in contract.cameras}
         self._caller_hw = {c.name: _hw(schema, c) for c in contract.cameras}
         self._sent_hw = {
@@ -70,15 +72,15 @@ class ObservationWriter:
             jpeg.codec()
             self.attributes[JPEG] = {name: list(hw) for name, hw in self._sent_hw.items()}
             words.append(f"JPEG of quality {quality}")
-            self.schema = _with_jpeg(schema, self._sent_hw)
+            self.schema = _with_jpeg(schema, self._sent_hw, contract.n_obs_steps)
         else:
             self.schema = _with_sizes(schema, self._sent_hw)
         self.description = ", ".join(words) or "as they are"
         self._unchanged = not (self._resized or self.lossy)
         rendered = {} if self._unchanged else self._caller_hw
-        self._render_arrays = {n: np.empty((*hw, 3), np.uint8) for n, hw in rendered.items()}
+        self._render_arrays = self._empty(rendered)
         resized = self._sent_hw if self._resized and self.lossy else {}
-        self._scratch = {n: np.empty((*hw, 3), np.uint8) for n, hw in resized.items()}
+        self._scratch = self._empty(resized)
 
     @property
     def lossy(self) -> bool:
@@ -91,7 +93,8 @@ class ObservationWriter:
         return self._unchanged
 
     def render_targets(self, arrays: dict[str, NDArray[Any]]) -> dict[str, NDArray[np.uint8]]:
-        """Arrays by camera to render the next observation into, uint8 (height, width, 3).
+        """Arrays by camera to render the next observation into, uint8 (height, width, 3), with a
+        leading axis n_obs_steps where that is above 1.
 
         They are views of ``arrays`` where images are sent unchanged.
         """
@@ -113,12 +116,17 @@ class ObservationWriter:
         for name, camera in self._cameras.items():
             if self._sent_hw[name] != self._caller_hw[name]:
                 out = self._scratch[name] if self.lossy else arrays[messages.IMAGE + name]
-                images[name] = prepare(obs.images[name], camera, out)
+                for frame, target in zip(_frames(obs.images[name]), _frames(out), strict=True):
+                    prepare(frame, camera, target)
+                images[name] = out
         if self.lossy:
             self._write_jpeg(images, arrays)
             images = {}
         rest = {n: a for n, a in arrays.items() if n not in (JPEG, JPEG + USED, LENGTHS)}
         messages.write_observation(dataclasses.replace(obs, images=images), rest)
+
+    def _empty(self, sizes: Mapping[str, tuple[int, int]]) -> dict[str, NDArray[np.uint8]]:
+        return {name: np.empty((*self._axes, *hw, 3), np.uint8) for name, hw in sizes.items()}
 
     def _shrinks(self, camera: CameraContract) -> bool:
         """Whether resizing makes the image smaller.
@@ -133,15 +141,16 @@ class ObservationWriter:
         if obs.images.keys() != self._caller_hw.keys():
             raise ContractMismatch("cameras", f"{sorted(obs.images)}", f"{sorted(self._caller_hw)}")
         for name, hw in self._caller_hw.items():
-            image, shape = obs.images[name], (*hw, 3)
+            image, shape = obs.images[name], (*self._axes, *hw, 3)
             got = getattr(image, "shape", None), getattr(image, "dtype", None)
             if got != (shape, np.dtype(np.uint8)):
                 raise ContractMismatch(f"images.{name}", f"{got[1]} {got[0]}", f"uint8 {shape}")
 
     def _write_jpeg(self, images: Mapping[str, NDArray[np.uint8]], arrays: Arrays) -> None:
         end, quality = 0, self._quality or jpeg.DEFAULT_QUALITY
-        for number, name in enumerate(self._sent_hw):
-            data = np.frombuffer(jpeg.encode(images[name], quality), np.uint8)
+        frames = (frame for name in self._sent_hw for frame in _frames(images[name]))
+        for number, frame in enumerate(frames):
+            data = np.frombuffer(jpeg.encode(frame, quality), np.uint8)
             arrays[JPEG][end : end + data.size] = data
             arrays[LENGTHS][number] = data.size
             end += data.size
@@ -164,10 +173,11 @@ def observation_reader(
         return messages.read_observation
     sizes = _declared_sizes(attributes[JPEG], contract)
     specs = {n: s for n, s in schema.specs.items() if n not in (JPEG, JPEG + USED, LENGTHS)}
-    images = [ArraySpec(messages.IMAGE + n, "uint8", (*hw, 3)) for n, hw in sizes.items()]
+    shapes = {name: (*contract.obs_axes, *hw, 3) for name, hw in sizes.items()}
+    images = [ArraySpec(messages.IMAGE + name, "uint8", shape) for name, shape in shapes.items()]
     plain = Schema((*images, *specs.values()))
     messages.check_observation_schema(plain, contract)
-    if schema != (expected := _with_jpeg(plain, sizes)):
+    if schema != (expected := _with_jpeg(plain, sizes, contract.n_obs_steps)):
         raise ContractMismatch("jpeg", f"{schema}", f"{expected}")
     try:
         jpeg.codec()
@@ -175,14 +185,15 @@ def observation_reader(
         raise ContractMismatch(
             "jpeg", "images as JPEG", f"pixels: at the server, {error}"
         ) from error
-    return _JpegReader(sizes)
+    return _JpegReader(shapes)
 
 
 class _JpegReader:
     """Decodes JPEG images into its own arrays, which the next message overwrites."""
 
-    def __init__(self, sizes: Mapping[str, tuple[int, int]]) -> None:
-        self._images = {name: np.empty((*hw, 3), np.uint8) for name, hw in sizes.items()}
+    def __init__(self, shapes: Mapping[str, tuple[int, ...]]) -> None:
+        self._images = {name: np.empty(shape, np.uint8) for name, shape in shapes.items()}
+        self._frames = [(n, frame) for n, image in self._images.items() for frame in _frames(image)]
         self._views = {name: image.view() for name, image in self._images.items()}
         for view in self._views.values():
             view.flags.writeable = False
@@ -198,9 +209,9 @@ class _JpegReader:
         if min(lengths) < 1 or sum(lengths) != used or used > arrays[JPEG].size:
             raise ObservationError(f"JPEG: got lengths {lengths} of {used} bytes in all")
         start = 0
-        for length, (name, image) in zip(lengths, self._images.items(), strict=True):
+        for length, (name, frame) in zip(lengths, self._frames, strict=True):
             try:
-                jpeg.decode(arrays[JPEG][start : start + length], image)
+                jpeg.decode(arrays[JPEG][start : start + length], frame)
             except ObservationError as error:
                 raise ObservationError(f"images.{name}: {error}") from error
             start += length
@@ -228,30 +239,39 @@ def _declared_sizes(raw: object, contract: PolicyContract) -> dict[str, tuple[in
 
 
 def _hw(schema: Schema, camera: CameraContract) -> tuple[int, int]:
-    height, width, _ = schema.specs[messages.IMAGE + camera.name].shape
+    *_, height, width, _ = schema.specs[messages.IMAGE + camera.name].shape
     return height, width
+
+
+def _frames(image: NDArray[np.uint8]) -> NDArray[np.uint8]:
+    """The image of every tick: (n, height, width, 3), n being 1 for an array of one image."""
+    return image.reshape(-1, *image.shape[-3:])
 
 
 def _with_sizes(schema: Schema, sizes: Mapping[str, tuple[int, int]]) -> Schema:
     """``schema`` with images of these sizes, (height, width)."""
-    images = {messages.IMAGE + name: (*hw, 3) for name, hw in sizes.items()}
+    images = {messages.IMAGE + name: hw for name, hw in sizes.items()}
     return Schema(
         tuple(
-            ArraySpec(spec.name, spec.dtype, images.get(spec.name, spec.shape))
+            ArraySpec(spec.name, spec.dtype, (*spec.shape[:-3], *images[spec.name], 3))
+            if spec.name in images
+            else spec
             for spec in schema.specs.values()
         )
     )
 
 
-def _with_jpeg(schema: Schema, sizes: Mapping[str, tuple[int, int]]) -> Schema:
-    """``schema`` with its images replaced by the JPEG arrays, of their maximum size, at the end."""
+def _with_jpeg(schema: Schema, sizes: Mapping[str, tuple[int, int]], ticks: int) -> Schema:
+    """``schema`` with its images, ``ticks`` of each camera, replaced by the JPEG arrays, of their
+    maximum size, at the end.
+    """
     pixels = {messages.IMAGE + name for name in sizes}
     rest = (spec for name, spec in schema.specs.items() if name not in pixels)
     return Schema(
         (
             *rest,
-            ArraySpec(LENGTHS, "int64", (len(sizes),)),
+            ArraySpec(LENGTHS, "int64", (ticks * len(sizes),)),
             ArraySpec(JPEG + USED, "int64", ()),
-            ArraySpec(JPEG, "uint8", (sum(map(jpeg.max_bytes, sizes.values())),)),
+            ArraySpec(JPEG, "uint8", (ticks * sum(map(jpeg.max_bytes, sizes.values())),)),
         )
     )

@@ -34,6 +34,7 @@ MAX_LANG_BYTES = 1024
 """The size of ``raw_lang`` in a message, UTF-8."""
 MAX_STATE_BYTES = 4096
 """The maximum size of each optional state."""
+SEED_BYTES = 8
 SERVER_STAGES = ("server_wait", "preprocess", "infer", "postprocess")
 
 _SCALARS = ("timestep", "t_capture_ns")
@@ -163,30 +164,36 @@ def check_observation_schema(schema: Schema, contract: PolicyContract) -> None:
     Raises:
         ContractMismatch: They are not; names the field, what the schema has and what is needed.
     """
-    specs = dict(schema.specs)
+    specs, axes = dict(schema.specs), contract.obs_axes
+    ticks = f", of {contract.n_obs_steps} consecutive ticks" if axes else ""
     cameras = [name[len(IMAGE) :] for name in specs if name.startswith(IMAGE)]
     if set(cameras) != set(contract.camera_names):
         raise ContractMismatch("cameras", f"{sorted(cameras)}", f"{sorted(contract.camera_names)}")
     for camera in contract.cameras:
         spec = specs.pop(IMAGE + camera.name)
-        sizes = " or ".join(f"({h}, {w}, 3)" for h, w in camera.accepted_hw)
-        if spec.dtype != "uint8" or spec.shape not in [(*hw, 3) for hw in camera.accepted_hw]:
-            raise ContractMismatch(f"images.{camera.name}", str(spec), f"uint8 {sizes}, RGB")
-    _require_spec(specs.pop("state", None), ArraySpec("state", "float32", (contract.state_dim,)))
+        shapes = [(*axes, *hw, 3) for hw in camera.accepted_hw]
+        if spec.dtype != "uint8" or spec.shape not in shapes:
+            sizes = " or ".join(map(str, shapes))
+            raise ContractMismatch(f"images.{camera.name}", str(spec), f"uint8 {sizes}, RGB{ticks}")
+    state = ArraySpec("state", "float32", (*axes, contract.state_dim))
+    _require_spec(specs.pop("state", None), state)
     for name in ("timestep", "t_capture_ns"):
         _require_spec(specs.pop(name, None), ArraySpec(name, "int64", ()))
     if "raw_lang" in specs:
         _require_spec(specs.pop("raw_lang"), ArraySpec("raw_lang", "uint8", (MAX_LANG_BYTES,)))
     for name in _OPTIONAL_STATES:
-        spec = specs.pop(name, ArraySpec(name, "float32", (1,)))
-        if spec.dtype != "float32" or len(spec.shape) != 1 or spec.nbytes > MAX_STATE_BYTES:
+        spec = specs.pop(name, ArraySpec(name, "float32", (*axes, 1)))
+        fits = len(spec.shape) == len(axes) + 1 and spec.shape[:-1] == axes
+        if spec.dtype != "float32" or not fits or spec.nbytes > MAX_STATE_BYTES:
+            shape = ", ".join(map(str, (*axes, "n"))) + ("" if axes else ",")
             raise ContractMismatch(
-                name, str(spec), f"float32 (n,), at most {MAX_STATE_BYTES} bytes"
+                name, str(spec), f"float32 ({shape}), at most {MAX_STATE_BYTES} bytes"
             )
     for camera in contract.cameras:
-        spec = specs.pop(DEPTH + camera.name, ArraySpec("none", "uint16", camera.source_hw))
-        if spec.dtype not in ("uint16", "float32") or spec.shape not in camera.accepted_hw:
-            sizes = " or ".join(map(str, camera.accepted_hw))
+        shapes = [(*axes, *hw) for hw in camera.accepted_hw]
+        spec = specs.pop(DEPTH + camera.name, ArraySpec("none", "uint16", shapes[0]))
+        if spec.dtype not in ("uint16", "float32") or spec.shape not in shapes:
+            sizes = " or ".join(map(str, shapes))
             raise ContractMismatch(f"depth.{camera.name}", str(spec), f"uint16 or float32 {sizes}")
     if specs:
         name, spec = next(iter(specs.items()))
@@ -198,6 +205,25 @@ def check_observation_schema(schema: Schema, contract: PolicyContract) -> None:
 def _require_spec(got: ArraySpec | None, expected: ArraySpec) -> None:
     if got != expected:
         raise ContractMismatch(expected.name, str(got) if got else "nothing", str(expected))
+
+
+def encode_reset(seed: int | None) -> bytes:
+    """The body of a RESET: a seed of 0 to 2⁶³-1 in 8 bytes, little-endian; empty for None.
+
+    Raises:
+        ValueError: ``seed`` is out of range.
+    """
+    if seed is None:
+        return b""
+    if not 0 <= seed < 2**63:
+        raise ValueError(f"seed: got {seed}, expected 0 to 2**63 - 1")
+    return seed.to_bytes(SEED_BYTES, "little")
+
+
+def decode_reset(body: bytes) -> int | None:
+    """The seed that ``encode_reset`` wrote; None for any other bytes."""
+    seed = int.from_bytes(body, "little")
+    return seed if len(body) == SEED_BYTES and seed < 2**63 else None
 
 
 def reply_schema(contract: PolicyContract) -> Schema:

@@ -9,7 +9,7 @@ from collections.abc import Callable
 from typing import Any
 
 from policies.errors import ContractMismatch, DeviceLost
-from policies.types import Policy
+from policies.types import Policy, SamplingPolicy
 from runtime.protocol import image_codec, messages
 from runtime.server.admission import Demand, SessionLimits, admit
 from runtime.server.loaded_model import LoadedModel, close_policy
@@ -202,7 +202,7 @@ class SessionManager:
             )
         self._state.counts["resets"] += 1
         session_state.last_message_ns = time.monotonic_ns()
-        return self._start_episode(session_state)
+        return self._start_episode(session_state, messages.decode_reset(message.body))
 
     def _fork_current_model(self, session_state: SessionState) -> None:
         """Replace the session's policy by a fork of the current model."""
@@ -221,12 +221,17 @@ class SessionManager:
             session.id, session.channel.peer_memory, model.registered_memory
         )
 
-    def _start_episode(self, session_state: SessionState) -> bool:
-        """Reset the session's policy; if that fails, end this session only and return False."""
+    def _start_episode(self, session_state: SessionState, seed: int | None = None) -> bool:
+        """Reset the session's policy, and seed it where it draws random numbers.
+
+        If that fails, end this session only and return False.
+        """
         try:
             if session_state.generation != self._state.model.generation:
                 self._fork_current_model(session_state)
             session_state.policy.reset()
+            if seed is not None and isinstance(session_state.policy, SamplingPolicy):
+                session_state.policy.seed(seed)
         except DeviceLost as error:
             self._state.lose_device(error)
             return False

@@ -20,13 +20,13 @@ BATCH_REPETITIONS = 4
 
 def synthetic_observation(contract: PolicyContract, seed: int = 0) -> MetaObs:
     """An observation of a contract's shapes: noise as images, zeros as state."""
-    rng = np.random.default_rng(seed)
+    rng, axes = np.random.default_rng(seed), contract.obs_axes
     return MetaObs(
         images={
-            camera.name: rng.integers(0, 256, (*camera.source_hw, 3), np.uint8)
+            camera.name: rng.integers(0, 256, (*axes, *camera.source_hw, 3), np.uint8)
             for camera in contract.cameras
         },
-        state=np.zeros(contract.state_dim, np.float32),
+        state=np.zeros((*axes, contract.state_dim), np.float32),
     )
 
 

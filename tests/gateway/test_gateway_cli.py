@@ -15,6 +15,7 @@ import numpy as np
 import pytest
 from websockets.sync.client import connect
 
+from policies.types import ActionChunk, MetaObs
 from runtime.gateway import cli
 from runtime.gateway.config import GatewayCommand
 from runtime.gateway.gateway_session import GatewaySession
@@ -74,6 +75,30 @@ def test_bad_input_is_one_line_and_status_2(
     said = capsys.readouterr().err
     assert error in said and "Traceback" not in said
     assert said.splitlines()[-1].count("error: ") == 1
+
+
+class PairPolicy(ToyPolicy):
+    def __init__(self) -> None:
+        super().__init__()
+        self.contract = dataclasses.replace(self.contract, n_obs_steps=2)
+
+    def infer(self, obs: MetaObs) -> ActionChunk:
+        last = {name: image[-1] for name, image in obs.images.items()}
+        return super().infer(dataclasses.replace(obs, images=last, state=obs.state[-1]))
+
+    def fork(self) -> PairPolicy:
+        return PairPolicy()
+
+
+@pytest.mark.parametrize("protocol", cli.GATEWAYS)
+def test_a_policy_of_several_ticks_is_refused(
+    protocol: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with serving(PairPolicy()) as server:
+        address = f"{server.host}:{server.port}"
+        assert run(protocol, "--server", address, "--port", "0") == cli.BAD_INPUT
+    said = capsys.readouterr().err
+    assert "policy: got n_obs_steps 2, expected 1: clients of " + protocol in said
 
 
 def test_every_protocol_has_its_own_port() -> None:

@@ -268,8 +268,12 @@ def test_both_survive_json() -> None:
 def test_older_programs_and_newer_ones_understand_each_other() -> None:
     plain = contract(dt_s=0.02)
     wire = json.loads(plain.to_json())
-    assert not {"execution", "assumed"} & wire.keys()  # which the first clients do not know
+    # Which the first clients do not know.
+    assert not {"execution", "assumed", "n_obs_steps"} & wire.keys()
     assert PolicyContract.from_json(json.dumps(wire)) == plain
+    two = contract(n_obs_steps=2)
+    assert json.loads(two.to_json())["n_obs_steps"] == 2
+    assert PolicyContract.from_json(two.to_json()) == two != plain
 
 
 @pytest.mark.parametrize(
@@ -288,6 +292,10 @@ def test_older_programs_and_newer_ones_understand_each_other() -> None:
         {"assumed": [{"what": 1, "value": "", "flag": ""}]},
         {"assumed": [{}]},
         {"assumed": 3},
+        {"n_obs_steps": 0},
+        {"n_obs_steps": 17},
+        {"n_obs_steps": True},
+        {"n_obs_steps": "2"},
     ],
 )  # fmt: skip
 def test_nonsense_is_refused(change: dict[str, Any]) -> None:

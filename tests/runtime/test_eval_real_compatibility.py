@@ -104,6 +104,11 @@ def test_other_joint_names_are_refused_without_same_joints() -> None:
     fit(state_names=other, config={"same_joints": True})
 
 
+def test_a_policy_of_several_ticks_is_refused() -> None:
+    with pytest.raises(Incompatible, match="n_obs_steps: got 2, expected 1: a robot's pictures"):
+        fit(n_obs_steps=2)
+
+
 @pytest.mark.parametrize("names", [("elbow", "shoulder", "x.vel"), ("base", "shoulder", "x.vel")])
 def test_same_joints_does_not_allow_another_order(names: tuple[str, ...]) -> None:
     with pytest.raises(Incompatible, match="one joint would be taken for another"):

@@ -16,6 +16,7 @@ from policies.errors import ContractMismatch, ObservationError
 from policies.image_resize import prepare
 from policies.types import ActionChunk, CameraContract, MetaObs, PolicyContract, PolicyInfo
 from runtime.client import PolicyClient
+from runtime.control.observation_history import stack_ticks
 from runtime.options.connection import ConnectionOptions
 from runtime.protocol import image_codec, messages
 from runtime.server import PolicyServer
@@ -377,3 +378,31 @@ def test_command_line_passes_image_options_on() -> None:
     assert plan.connection == ConnectionOptions("auto", True, jpeg.DEFAULT_QUALITY)
     plan = read_config(["-m", "127.0.0.1:5000"])
     assert plan.connection == ConnectionOptions()
+
+
+@pytest.mark.parametrize("options", [{"resize": False}, {"resize": True}])
+@pytest.mark.parametrize("quality", [None, 90])
+def test_images_of_several_ticks_are_those_of_each_tick(options, quality: int | None) -> None:
+    if quality is not None:
+        pytest.importorskip("simplejpeg")
+
+    def sent(obs: MetaObs, contract: PolicyContract) -> MetaObs:
+        schema = messages.observation_schema(obs)
+        writer = image_codec.ObservationWriter(schema, contract, **options, quality=quality)
+        arrays = {s.name: np.zeros(s.shape, s.dtype) for s in writer.schema.specs.values()}
+        targets = writer.render_targets(arrays)
+        assert {n: a.shape for n, a in targets.items()} == {
+            n: a.shape for n, a in obs.images.items()
+        }
+        writer.write(obs, arrays)
+        read = image_codec.observation_reader(writer.schema, writer.attributes, contract)
+        return read(arrays)
+
+    ticks = [observation(seed, smooth=seed == 1) for seed in (1, 2)]
+    both = sent(stack_ticks(ticks), dataclasses.replace(CONTRACT, n_obs_steps=2))
+    for index, one in enumerate(ticks):
+        alone = sent(one, CONTRACT)
+        assert both.state[index].tolist() == alone.state.tolist()
+        for name, image in alone.images.items():
+            assert both.images[name].shape == (2, *image.shape)
+            assert both.images[name][index].tobytes() == image.tobytes()
