@@ -1,4 +1,4 @@
-"""Checks an observation against a policy's contract, before it is computed."""
+"""Checks an observation against a policy's contract."""
 
 from __future__ import annotations
 
@@ -9,11 +9,11 @@ from policies.types import MetaObs, PolicyContract
 
 
 def check_observation(obs: MetaObs, contract: PolicyContract) -> None:
-    """Check the cameras' names and the state; ``policies.image_resize`` checks the images.
+    """Check the cameras' names and the state of ``obs``; not the images.
 
     Raises:
-        ContractMismatch: A camera is missing or too many, or the state is not float32 (S,).
-        ObservationError: The state has a NaN or infinity.
+        ContractMismatch: A camera is missing or unknown, or the state has another shape or dtype.
+        ObservationError: NaN or infinity in the state.
     """
     names = contract.camera_names
     for name in names:
@@ -24,13 +24,14 @@ def check_observation(obs: MetaObs, contract: PolicyContract) -> None:
     if len(obs.images) != len(names):
         extra = sorted(obs.images.keys() - set(names))[0]
         raise ContractMismatch(f"images.{extra}", "a picture", f"only {names}")
-    state, expected = obs.state, f"float32 ({contract.state_dim},)"
+    shape = (*contract.obs_axes, contract.state_dim)
+    state, expected = obs.state, f"float32 {shape}"
     if not isinstance(state, np.ndarray):
         raise ContractMismatch("state", type(state).__name__, expected)
-    if state.shape != (contract.state_dim,) or state.dtype != np.float32:
+    if state.shape != shape or state.dtype != np.float32:
         raise ContractMismatch("state", f"{state.dtype} {state.shape}", expected)
-    bad = np.flatnonzero(~np.isfinite(state))
-    if bad.size:
+    if not np.isfinite(state).all():
+        bad = np.flatnonzero(~np.isfinite(state.reshape(-1, shape[-1])).all(axis=0))
         raise ObservationError(
-            f"state: got {state[bad]} in dimensions {bad.tolist()}, expected finite numbers"
+            f"state: got {state[..., bad]} in dimensions {bad.tolist()}, expected finite numbers"
         )

@@ -62,14 +62,14 @@ def load_lerobot(
     tensors = read_weights(folder, unchecked=BUFFERS)
     raw.setdefault("n_vae_encoder_layers", _count(tensors, "model.vae_encoder.layers."))
     processors = _processors(folder, raw, tensors, path)
-    names = _camera_names(features.images, processors.rename, folder / PREPROCESSOR)
+    names = tuple(map(camera_name, robot_features(features.images, processors.rename, folder)))
     size = image_hw or (None if extras.cameras or extras.image_hw else features.image_hw)
     cameras = extras.camera_contracts(names, size, path)
     config = _config(raw, path, features, len(cameras), cameras[0].model_hw)
     weights = {
         LEROBOT_RENAMED_KEYS.get(k, k): v for k, v in tensors.items() if not k.startswith(BUFFERS)
     }
-    steps, execution = _execution(raw, config, path)
+    steps, execution = read_execution(raw, config.chunk_size, path)
     loaded = assemble(
         config,
         translate(weights, lerobot_keys(config), LEROBOT_UNUSED_KEYS, config, folder / WEIGHTS),
@@ -86,7 +86,7 @@ def load_lerobot(
     return loaded
 
 
-def _execution(raw: Mapping[str, Any], config: ActConfig, path: Path) -> tuple[int, Execution]:
+def read_execution(raw: Mapping[str, Any], chunk_size: int, path: Path) -> tuple[int, Execution]:
     """Return ``n_action_steps`` for a strategy that executes chunks one after another, and the
     checkpoint's strategy.
 
@@ -95,9 +95,9 @@ def _execution(raw: Mapping[str, Any], config: ActConfig, path: Path) -> tuple[i
     """
     key, coefficient = "temporal_ensemble_coeff", raw.get("temporal_ensemble_coeff")
     steps = need(raw, "n_action_steps", int, path)
-    if not 1 <= steps <= config.chunk_size:
+    if not 1 <= steps <= chunk_size:
         raise CheckpointError(
-            f"{path}: n_action_steps: got {steps}, expected 1 to chunk_size = {config.chunk_size}"
+            f"{path}: n_action_steps: got {steps}, expected 1 to chunk_size = {chunk_size}"
         )
     if coefficient is None:
         return steps, Execution("sequential", None, steps, f"{CONFIG}: n_action_steps")
@@ -105,7 +105,7 @@ def _execution(raw: Mapping[str, Any], config: ActConfig, path: Path) -> tuple[i
         raise CheckpointError(f"{path}: n_action_steps: got {steps}, expected 1 with {key}")
     coefficient = float(need(raw, key, (int, float), path))
     try:
-        return config.chunk_size, Execution("temporal_ensemble", coefficient, 1, f"{CONFIG}: {key}")
+        return chunk_size, Execution("temporal_ensemble", coefficient, 1, f"{CONFIG}: {key}")
     except ValueError as error:
         raise CheckpointError(f"{path}: {key}: {error}") from error
 
@@ -170,10 +170,15 @@ def _processors(
     return Processors({}, inputs, outputs, ())
 
 
-def _camera_names(
-    images: tuple[str, ...], rename: Mapping[str, str], path: Path
+def robot_features(
+    features: tuple[str, ...], rename: Mapping[str, str], folder: Path
 ) -> tuple[str, ...]:
-    """Return the robot's names of the policy's images."""
+    """Return the robot's names of the policy's images, and of its state where that is among them.
+
+    Raises:
+        CheckpointError: Two of the robot's become one of the policy's, or one is renamed away.
+    """
+    path = folder / PREPROCESSOR
     sources: dict[str, str] = {}
     for robot_name, policy_name in rename.items():
         if policy_name in sources:
@@ -182,16 +187,17 @@ def _camera_names(
                 f"{policy_name!r}, expected one"
             )
         sources[policy_name] = robot_name
-    for needed in (*images, STATE):
+    for needed in (*features, STATE):
         if needed in rename and needed not in sources:
             raise CheckpointError(
                 f"{path}: rename_map: {needed!r} becomes {rename[needed]!r}, and nothing becomes "
                 f"{needed!r}, which the policy needs"
             )
-    names = tuple(camera_name(sources.get(image, image)) for image in images)
+    found = tuple(sources.get(feature, feature) for feature in features)
+    names = [camera_name(feature) for feature in found]
     if len(set(names)) != len(names):
-        raise CheckpointError(f"{path}: got cameras {list(names)}, expected different names")
-    return names
+        raise CheckpointError(f"{path}: got cameras {names}, expected different names")
+    return found
 
 
 def _count(tensors: Mapping[str, Tensor], prefix: str) -> int:

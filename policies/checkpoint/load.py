@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 from policies.checkpoint.python_factory import PREFIX, load_factory
-from policies.checkpoint.weight_folders import ADAPTERS, find_folder, user_path
+from policies.checkpoint.weight_folders import ADAPTERS, LEROBOT_PREFIX, find_folder, user_path
 from policies.errors import CheckpointError
 from policies.types import Policy
 
@@ -38,7 +38,8 @@ def load_policy(
     Args:
         path: A checkpoint folder of ILStudio (its newest ``checkpoint-N``, where the folder itself
             has no weights), of LeRobot (or with ``pretrained_model`` in it), or of the original
-            ACT; or ``python:package.module:factory``.
+            ACT; or ``lerobot:PATH``, a LeRobot checkpoint for the installed ``lerobot`` package; or
+            ``python:package.module:factory``.
         device: "auto", "cpu", "cuda" or "cuda:N".
         engine: "auto", "torch", "openvino" or "cuda-graph".
         precision: "auto", "fp32", "bf16" or "fp16".
@@ -59,6 +60,7 @@ def load_policy(
     if path.startswith(PREFIX):
         _refuse_options(
             path,
+            "a factory's policy defines it",
             device=(device, "auto"),
             engine=(engine, "auto"),
             precision=(precision, "auto"),
@@ -72,6 +74,27 @@ def load_policy(
             graph_options=(graph_options, None),
         )
         return load_factory(path)
+    if path.startswith(LEROBOT_PREFIX):
+        from policies.checkpoint.lerobot_package import load_lerobot_package
+
+        _refuse_options(
+            path,
+            "LeRobot's configuration defines it",
+            dataset_id=(dataset_id, None),
+            camera_names=(camera_names, None),
+            n_heads=(n_heads, None),
+            image_hw=(image_hw, None),
+            graph_options=(graph_options, None),
+        )
+        return load_lerobot_package(
+            path,
+            device=device,
+            engine=engine,
+            precision=precision,
+            chunk_size=chunk_size,
+            threads=threads,
+            fps=fps,
+        )
     # torch is slow to import, and a user's own policy may not need it.
     from policies.act.policy import ActPolicy
 
@@ -139,13 +162,11 @@ def load_weights(
     )
 
 
-def _refuse_options(path: str, **options: tuple[Any, Any]) -> None:
+def _refuse_options(path: str, why: str, **options: tuple[Any, Any]) -> None:
     """Raise ``CheckpointError`` for an option (value, default) that is not at its default."""
     for name, (value, default) in options.items():
         if value != default:
-            raise CheckpointError(
-                f"{path}: {name}: got {value!r}, expected none: a factory's policy defines it"
-            )
+            raise CheckpointError(f"{path}: {name}: got {value!r}, expected none: {why}")
 
 
 def _refuse_dataset_id(layout: str, path: str, dataset_id: str | None) -> None:

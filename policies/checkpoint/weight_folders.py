@@ -7,6 +7,8 @@ from pathlib import Path
 
 from policies.errors import CheckpointError
 
+LEROBOT_PREFIX = "lerobot:"
+"""Before the path of a checkpoint that the installed ``lerobot`` package shall run."""
 WEIGHTS = "model.safetensors"
 INDEX = "model.safetensors.index.json"
 """Lists the files of weights that are split over several."""

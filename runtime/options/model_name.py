@@ -17,7 +17,9 @@ from transport.errors import TransportError
 
 @dataclass(frozen=True, slots=True)
 class LocalModel:
-    """A checkpoint's path or a ``python:package.module:factory``, for ``load_policy``."""
+    """A checkpoint's path, ``lerobot:PATH`` or ``python:package.module:factory``, for
+    ``load_policy``.
+    """
 
     name: str
 
@@ -80,12 +82,16 @@ def read_model_name(text: str, *, fixed_revision: bool = False) -> Model:
     path = _expanded(text)
     if text and _exists(path):
         return LocalModel(str(path))
-    if text.startswith("python:"):
+    prefix, _, rest = text.partition(":")
+    if prefix == "lerobot" and rest.startswith(hub.PREFIX):
+        folder = hub.snapshot_folder(rest, fixed_revision=fixed_revision)
+        return LocalModel(f"lerobot:{folder}")
+    if prefix in ("python", "lerobot"):
         return LocalModel(text)
     if text.startswith(hub.PREFIX):
         return LocalModel(str(hub.snapshot_folder(text, fixed_revision=fixed_revision)))
     choices = (
-        "a path that exists, HOST:PORT, [V6]:PORT or python:PACKAGE.MODULE:FACTORY, or another "
+        "a path that exists, HOST:PORT, [V6]:PORT, lerobot:PATH or python:PACKAGE.MODULE:FACTORY, or another "
         f"system's server: {' or '.join(f'{system}://HOST:PORT' for system in SYSTEMS)}, or "
         f"{hub.FORM} for the Hugging Face hub"
     )

@@ -18,6 +18,7 @@ from runtime.options.model_name import LocalModel, ServerAddress, read_model_nam
         ("[::1]:65535", ServerAddress("::1", 65535)),
         ("tcp://127.0.0.1:80", ServerAddress("127.0.0.1", 80)),
         ("python:a.b:c", LocalModel("python:a.b:c")),
+        ("lerobot:some/folder", LocalModel("lerobot:some/folder")),
     ],
 )
 def test_addresses_and_factories(text: str, expected: object) -> None:
@@ -65,7 +66,8 @@ def test_anything_else_says_how_it_was_read_and_what_would_do(text: str, message
     with pytest.raises(ModelNameError) as caught:
         read_model_name(text)
     assert message in str(caught.value)
-    assert "expected a path that exists, HOST:PORT, [V6]:PORT or python:" in str(caught.value)
+    expected = "expected a path that exists, HOST:PORT, [V6]:PORT, lerobot:PATH or python:"
+    assert expected in str(caught.value)
 
 
 def test_what_is_too_long_to_be_a_path_is_none() -> None:

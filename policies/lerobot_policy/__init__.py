@@ -1,0 +1,1 @@
+"""Policy classes of the installed ``lerobot`` package as a ``Policy``."""
