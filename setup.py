@@ -6,7 +6,7 @@ from setuptools import find_namespace_packages, find_packages, setup
 
 PACKAGES = ("runtime", "transport", "policies", "envs", "robots")
 OPS = ["prometheus_client>=0.20", "rich>=13"]
-SERVER = ["torch>=2.11", "safetensors>=0.4", "openvino>=2025.0", *OPS]
+SERVER = ["torch>=2.9", "safetensors>=0.4", "openvino>=2025.0", *OPS]
 # What compares results; also runs beside a robot, without a simulator.
 COMPARE = ["scipy>=1.11", "matplotlib>=3.8"]
 HUB = ["huggingface_hub>=1.0"]

@@ -91,8 +91,8 @@ def read_model_name(text: str, *, fixed_revision: bool = False) -> Model:
     if text.startswith(hub.PREFIX):
         return LocalModel(str(hub.snapshot_folder(text, fixed_revision=fixed_revision)))
     choices = (
-        "a path that exists, HOST:PORT, [V6]:PORT, lerobot:PATH or python:PACKAGE.MODULE:FACTORY, or another "
-        f"system's server: {' or '.join(f'{system}://HOST:PORT' for system in SYSTEMS)}, or "
+        "a path that exists, HOST:PORT, [V6]:PORT, lerobot:PATH or python:PACKAGE.MODULE:FACTORY, "
+        f"or another system's server: {' or '.join(f'{system}://HOST:PORT' for system in SYSTEMS)}, or "
         f"{hub.FORM} for the Hugging Face hub"
     )
     system, separator, rest = text.partition("://")
