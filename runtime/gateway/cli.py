@@ -169,12 +169,14 @@ def try_session(command: GatewayCommand) -> GatewaySession:
     start may have such a session, too.
 
     Raises:
+        InvalidConfig: Clients of the protocol cannot play the server's policy.
         Refused: The server does not admit such a session.
         PolicyError, TransportError, KeyFileError: As ``GatewaySession``.
     """
     session = GatewaySession(command, f"{command.protocol} gateway")
     deadline_s = time.monotonic() + ADMISSION_S
     try:
+        _check_playable(command.protocol, session.contract)
         while True:
             try:
                 session.open()

@@ -90,10 +90,10 @@ def read_model_name(text: str, *, fixed_revision: bool = False) -> Model:
         return LocalModel(text)
     if text.startswith(hub.PREFIX):
         return LocalModel(str(hub.snapshot_folder(text, fixed_revision=fixed_revision)))
+    servers = " or ".join(f"{system}://HOST:PORT" for system in SYSTEMS)
     choices = (
         "a path that exists, HOST:PORT, [V6]:PORT, lerobot:PATH or python:PACKAGE.MODULE:FACTORY, "
-        f"or another system's server: {' or '.join(f'{system}://HOST:PORT' for system in SYSTEMS)}, or "
-        f"{hub.FORM} for the Hugging Face hub"
+        f"or another system's server: {servers}, or {hub.FORM} for the Hugging Face hub"
     )
     system, separator, rest = text.partition("://")
     if separator and system in SYSTEMS:

@@ -24,7 +24,7 @@ from runtime.wire_formats.msgpack_arrays import pack, unpack
 from tests.gateway.openpi_serving import StatelessPolicy, expected, sent
 from tests.runtime.serving import connect as connect_client
 from tests.runtime.serving import serving
-from tests.runtime.toy_policy import CONTRACT, observation
+from tests.runtime.toy_policy import CONTRACT, ToyPolicy, observation
 from transport.child_process import ChildProcess
 from transport.errors import Refused
 

@@ -41,6 +41,13 @@ def test_a_name_is_the_snapshot_in_the_cache(cache: Path, revision: str) -> None
     assert read_model_name(f"hf:{NAME}{revision}") == LocalModel(str(snapshot))
 
 
+def test_a_name_for_lerobots_own_policies_is_the_snapshot_too(cache: Path) -> None:
+    snapshot = fill_cache(cache, NAME, FILES, refs=("v1.0",))
+    assert read_model_name(f"lerobot:hf:{NAME}@v1.0") == LocalModel(f"lerobot:{snapshot}")
+    with pytest.raises(ModelNameError, match="revision"):
+        read_model_name(f"lerobot:hf:{NAME}", fixed_revision=True)
+
+
 def test_a_path_of_that_name_wins(
     cache: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
