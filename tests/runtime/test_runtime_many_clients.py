@@ -428,7 +428,12 @@ def test_client_that_only_resets_does_not_occupy_the_server() -> None:
         def poll(self) -> Message:
             self.polled += 1
             assert self.polled <= 100, "nobody else is looked at"
-            return ReceivedMessage(Kind.RESET, self.polled, 0, self.polled, None, b"")
+            reset = ReceivedMessage(Kind.RESET, self.polled, 0, self.polled, None, b"")
+            reset.attach_channel(self)  # type: ignore[arg-type]
+            return reset
+
+        def release_when_unused(self, message: Message) -> None:
+            pass
 
     with PolicyServer(BatchPolicy()) as server:
         hello = Hello("c", messages.observation_schema(observation(0)), ("shm",))
