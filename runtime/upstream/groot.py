@@ -13,7 +13,6 @@ import time
 from collections.abc import Mapping
 from typing import Any
 
-import msgpack
 import numpy as np
 import zmq
 from numpy.typing import NDArray
@@ -28,8 +27,8 @@ from runtime.upstream.array_parts import ArrayParts
 from runtime.upstream.contract import UpstreamContract
 from runtime.upstream.foreign_observation_writer import ForeignObservationWriter
 from runtime.upstream.upstream_policy import MAX_REPLY_BYTES, as_rows, shown_error
-from runtime.wire_formats.bounded_msgpack import InvalidMessage, text_keys, unpack
-from runtime.wire_formats.npy_arrays import decode_array, encode_array
+from runtime.wire_formats.bounded_msgpack import MalformedFrame, require_map
+from runtime.wire_formats.npy_arrays import pack, unpack_value
 from transport.address import format_address, resolve
 from transport.errors import TransportError
 
@@ -100,7 +99,7 @@ class GrootServer:
     def start(self) -> None:
         """Compare the server's modalities with the contract. Raises as ``UpstreamServer``."""
         reply = self._ask("get_modality_config")
-        modalities = self._text_keys(reply, "get_modality_config")
+        modalities = self._require_map(reply, "get_modality_config")
         if not modalities:
             logger.warning("%s does not say which modalities it has", self.name)
         self._check_keys(modalities, "video", self._writer.image_keys)
@@ -127,7 +126,7 @@ class GrootServer:
             self._reset_due = False
         reply = self._ask("get_action", {"observation": observation, "options": None})
         action = reply[0] if isinstance(reply, list) and len(reply) == 2 else reply
-        found = self._text_keys(action, "action")
+        found = self._require_map(action, "action")
         if self._actions is None:
             raise InferenceError(f"{self.name}: asked before the start")
         rows = {
@@ -206,8 +205,8 @@ class GrootServer:
         """Return a list of a modality's configuration; empty if there is none."""
         if modality not in modalities:
             return []
-        config = self._text_keys(modalities[modality], modality)
-        fields = self._text_keys(config.get(CONFIG_FIELDS, config), modality)
+        config = self._require_map(modalities[modality], modality)
+        fields = self._require_map(config.get(CONFIG_FIELDS, config), modality)
         value = fields.get(field, [])
         if not isinstance(value, list):
             raise InferenceError(
@@ -215,10 +214,10 @@ class GrootServer:
             )
         return value
 
-    def _text_keys(self, value: Any, field: str) -> Mapping[str, Any]:
+    def _require_map(self, value: Any, field: str) -> Mapping[str, Any]:
         try:
-            return text_keys(value, field)
-        except InvalidMessage as error:
+            return require_map(value, field)
+        except MalformedFrame as error:
             raise InferenceError(f"{self.name}: {error}") from error
 
     # The socket
@@ -230,10 +229,10 @@ class GrootServer:
             request["data"] = data
         if self._token:
             request["api_token"] = self._token
-        answer = self._exchange(msgpack.packb(request, default=encode_array))
+        answer = self._exchange(pack(request))
         try:
-            reply = unpack(answer, decode_array)
-        except InvalidMessage as error:
+            reply = unpack_value(answer)
+        except MalformedFrame as error:
             raise InferenceError(
                 f"{self.name}: got an answer that is not GR00T's ({error}), expected MessagePack"
             ) from error

@@ -11,10 +11,12 @@ import math
 import re
 from typing import Any
 
+import msgpack
 import numpy as np
 from numpy.typing import NDArray
 
-from runtime.wire_formats.bounded_msgpack import InvalidMessage
+from runtime.wire_formats import bounded_msgpack
+from runtime.wire_formats.bounded_msgpack import Data, MalformedFrame, shown
 
 ARRAY, NPY = "__ndarray_class__", "as_npy"
 """Keys of a map that is an array."""
@@ -32,39 +34,59 @@ _DTYPES = frozenset({"|b1", "|u1", "|i1"} | {f"<{kind}" for kind in
                     ("u2", "u4", "u8", "i2", "i4", "i8", "f2", "f4", "f8")})  # fmt: skip
 
 
-def read_npy(data: bytes) -> NDArray[Any]:
+def pack(value: Any) -> bytes:
+    """Return ``value`` as MessagePack; it may have arrays of numbers."""
+    packed: bytes = msgpack.packb(value, default=encode_array)
+    return packed
+
+
+def unpack(frame: Data) -> dict[str, Any]:
+    """Return the map in ``frame``: text keys to None, booleans, numbers, text, bytes, lists, maps
+    and read-only arrays, which are views of ``frame``.
+
+    Raises:
+        MalformedFrame: Not exactly one map, something else inside it, or more than the limits.
+    """
+    return bounded_msgpack.unpack(frame, decode_array)
+
+
+def unpack_value(frame: Data) -> Any:
+    """Return the one value in ``frame``, which need not be a map. Otherwise as ``unpack``."""
+    return bounded_msgpack.unpack_value(frame, decode_array)
+
+
+def read_npy(data: bytes | memoryview) -> NDArray[Any]:
     """Return the array of a ``.npy`` file's bytes, a read-only view of them.
 
     Raises:
-        InvalidMessage: Not the format, a dtype that is not a number, or a length that is not the
+        MalformedFrame: Not the format, a dtype that is not a number, or a length that is not the
             shape's.
     """
-    width = _LENGTH_BYTES.get(data[6:8])
-    if data[:6] != _MAGIC or width is None:
-        raise InvalidMessage(f"array: got {data[:8]!r}, expected a .npy of version 1 to 3")
+    magic = bytes(data[:8])
+    width = _LENGTH_BYTES.get(magic[6:])
+    if magic[:6] != _MAGIC or width is None:
+        raise MalformedFrame(NPY, shown(magic), "a .npy of version 1 to 3")
     start = 8 + width
     length = int.from_bytes(data[8:start], "little")
     if length > MAX_HEADER_BYTES:
-        raise InvalidMessage(
-            f"array: got a header of {length} bytes, expected at most {MAX_HEADER_BYTES}"
-        )
-    header = data[start : start + length]
+        raise MalformedFrame(NPY, f"a header of {length} bytes", f"at most {MAX_HEADER_BYTES}")
+    header = bytes(data[start : start + length])
     match = _HEADER.fullmatch(header)
     if match is None:
-        raise InvalidMessage(f"array: got header {header!r:.120}, expected NumPy's")
+        raise MalformedFrame(NPY, f"header {shown(header)}", "NumPy's")
     descr = match[1].decode("latin-1")
     if descr not in _DTYPES:
-        raise InvalidMessage(f"array: got dtype {descr!r}, expected one of {sorted(_DTYPES)}")
+        raise MalformedFrame(NPY, f"dtype {shown(descr)}", f"one of {sorted(_DTYPES)}")
     dtype = np.dtype(descr)
     shape = tuple(int(size) for size in re.findall(rb"[0-9]+", match[3]))
     got, needed = len(data) - start - length, math.prod(shape) * dtype.itemsize
     if got != needed:
-        raise InvalidMessage(f"array: got {got} bytes, expected {needed} for shape {shape}")
+        raise MalformedFrame(NPY, f"{got} bytes", f"{needed} for shape {shape}")
     values = np.frombuffer(data, dtype, offset=start + length)
     try:
         return values.reshape(shape, order="F" if match[2] == b"True" else "C")
     except ValueError as error:  # an axis of 0 beside one that no array can have
-        raise InvalidMessage(f"array: got shape {shape}, expected a smaller one") from error
+        raise MalformedFrame(NPY, f"shape {shape}", "a smaller one") from error
 
 
 def write_npy(array: NDArray[Any]) -> bytes:
@@ -78,13 +100,13 @@ def decode_array(found: dict[Any, Any]) -> Any:
     """Return the array that the map ``found`` encodes, or ``found`` if it is another map.
 
     Raises:
-        InvalidMessage: As ``read_npy``.
+        MalformedFrame: As ``read_npy``.
     """
     if ARRAY not in found:
         return found
     data = found.get(NPY)
-    if not isinstance(data, bytes):
-        raise InvalidMessage(f"array: got {NPY} {type(data).__name__}, expected bytes")
+    if not isinstance(data, bytes | memoryview):
+        raise MalformedFrame(NPY, type(data).__name__, "binary data")
     return read_npy(data)
 
 

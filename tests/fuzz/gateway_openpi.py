@@ -12,7 +12,8 @@ from policies.errors import ContractMismatch
 from policies.types import CameraContract
 from runtime.gateway.observation_map import ObservationMap
 from runtime.options.observation_keys import ObservationKeys
-from runtime.wire_formats.msgpack_arrays import MAX_DEPTH, MAX_VALUES, MalformedFrame, pack, unpack
+from runtime.wire_formats.bounded_msgpack import MAX_DEPTH, MAX_VALUES, MalformedFrame
+from runtime.wire_formats.msgpack_arrays import pack, unpack
 from tests.fuzz import samples
 from tests.fuzz.feed import reached
 

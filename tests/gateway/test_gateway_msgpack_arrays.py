@@ -15,14 +15,13 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from hypothesis.extra import numpy as npst
 
-from runtime.wire_formats.msgpack_arrays import (
+from runtime.wire_formats.bounded_msgpack import (
     MAX_DEPTH,
-    MAX_DIMENSIONS,
+    MAX_TEXT_BYTES,
     MAX_VALUES,
     MalformedFrame,
-    pack,
-    unpack,
 )
+from runtime.wire_formats.msgpack_arrays import MAX_DIMENSIONS, pack, unpack
 
 ARRAY, SCALAR = b"__ndarray__", b"__npgeneric__"
 
@@ -136,6 +135,10 @@ REFUSED = {
         "x: got type 0xd6, expected numbers, text",
     ),
     "not UTF-8": (b"\x81\xa1x\xa1\xff", "x: got text that is not UTF-8, expected UTF-8"),
+    "long text": (
+        msgpack.packb({"x": "y" * (MAX_TEXT_BYTES + 1)}),
+        f"x: got a text of {MAX_TEXT_BYTES + 1} bytes, expected at most {MAX_TEXT_BYTES}",
+    ),
     "ending": (b"\x81\xa1x\xc6\xff\xff\xff\xff", "x: got an end after 8 bytes, expected the"),
     "many claimed": (b"\x81\xa1x\xdd\xff\xff\xff\xff", "x: got 4294967295 values, expected at mo"),
     "more claimed than left": (b"\x81\xa1x\xdc\x10\0\1", "x: got 4096 values in 1 bytes, expected"),

@@ -8,18 +8,17 @@ import threading
 from collections.abc import Callable, Mapping
 from typing import Any
 
-import msgpack
-
-from policies.errors import PolicyError
-from policies.types import PolicyContract
+from policies.errors import ContractMismatch, PolicyError
+from policies.types import ActionChunk, PolicyContract
 from runtime.errors import RuntimeFault
 from runtime.gateway.config import GatewayCommand
 from runtime.gateway.gateway_session import GatewaySession
-from runtime.gateway.groot.modalities import GrootModalities, is_flat
+from runtime.gateway.groot.modalities import GrootModalities, has_batch_axis, is_flat
 from runtime.options.api_keys import ApiKeys
-from runtime.wire_formats.bounded_msgpack import Data, InvalidMessage, text_keys, unpack
-from runtime.wire_formats.npy_arrays import decode_array, encode_array
+from runtime.wire_formats.bounded_msgpack import Data, MalformedFrame, require_map, shown
+from runtime.wire_formats.npy_arrays import pack, unpack
 from transport.errors import Refused, TransportError
+from transport.zeromq.curve import KeyFileError
 
 logger = logging.getLogger(__name__)
 
@@ -62,14 +61,12 @@ class GrootRequests:
     def answer(self, request: Data) -> bytes:
         """Return the reply to ``request``: ``{"error": text}`` for whatever is wrong."""
         try:
-            reply = self._answer(text_keys(unpack(request, decode_array), "request"))
-        except (InvalidMessage, PolicyError, RuntimeFault, TransportError) as error:
-            reply = self._failed(str(error))
+            return pack(self._answer(unpack(request)))
+        except (MalformedFrame, PolicyError, RuntimeFault, TransportError, KeyFileError) as error:
+            return self._failed(str(error))
         except Exception as error:
             logger.exception("%s: a request failed", self._name)
-            reply = self._failed(f"the gateway failed: {type(error).__name__}")
-        packed: bytes = msgpack.packb(reply, default=encode_array)
-        return packed
+            return self._failed(f"the gateway failed: {type(error).__name__}")
 
     def close(self) -> None:
         """End the session. Idempotent."""
@@ -77,22 +74,21 @@ class GrootRequests:
         if session is not None:
             session.close()
 
-    def _failed(self, error: str) -> dict[str, str]:
+    def _failed(self, error: str) -> bytes:
         self._logged += 1
         if self._logged <= MAX_LOGGED:
             logger.warning("%s: %.300s", self._name, error)
-        return {"error": error}
+        return pack({"error": error})
 
     def _answer(self, request: Mapping[str, Any]) -> Any:
         self.admitted = self._api_keys is None or self._api_keys.match(request.get("api_token"))
         if not self.admitted:
-            raise InvalidMessage(
-                "api_token: got none or a wrong one, expected one of the gateway's"
-            )
+            raise MalformedFrame("api_token", "none or a wrong one", "one of the gateway's")
         endpoint = request.get("endpoint", "get_action")
         if endpoint == "get_action":
-            return self._act(text_keys(request.get("data"), "data"))
+            return self._act(require_map(request.get("data"), "data"))
         if endpoint == "reset":
+            _check_arguments(require_map(request.get("data") or {}, "data"), ("options",))
             self._timestep = 0
             if self._session is None:
                 self._open()
@@ -103,22 +99,37 @@ class GrootRequests:
             return {"status": "ok", "message": "Server is running"}
         if endpoint == "get_modality_config":
             return self._modalities.config()
-        raise InvalidMessage(
-            f"endpoint: got {endpoint!r:.60}, expected one of {', '.join(ENDPOINTS)}"
-        )
+        raise MalformedFrame("endpoint", shown(endpoint), f"one of {', '.join(ENDPOINTS)}")
 
     def _act(self, data: Mapping[str, Any]) -> Any:
         """Return ``[action, info]``; the action alone where ``data`` itself is the observation, as
         clients of version N1.5 send it."""
-        bare = "observation" not in data
-        observation = data if bare else text_keys(data["observation"], "observation")
+        if "observation" not in data:
+            chunk = self._infer(data, has_reset=False)
+            return self._modalities.actions(chunk, flat=True, batched=has_batch_axis(data))
+        _check_arguments(data, ("observation", "options"))
+        observation = require_map(data["observation"], "observation")
+        chunk = self._infer(observation, has_reset=True)
+        return [self._modalities.actions(chunk, flat=is_flat(observation)), {}]
+
+    def _infer(self, observation: Mapping[str, Any], *, has_reset: bool) -> ActionChunk:
+        """Return the chunk for ``observation``.
+
+        Args:
+            has_reset: Whether the client's version has the endpoint ``reset``.
+        """
         obs = self._modalities.read(observation, self._timestep)
         if self._session is None:
             self._session = GatewaySession(self._command, self._name, self._contract)
+        if self._session.episode_state and not has_reset:
+            raise ContractMismatch(
+                "policy",
+                "one that keeps a state between observations",
+                "one without: clients of version N1.5 have no reset",
+            )
         chunk = self._session.infer(obs)
         self._timestep += 1
-        action = self._modalities.actions(chunk, flat=is_flat(observation))
-        return action if bare else [action, {}]
+        return chunk
 
     def _open(self) -> None:
         """Open the session before the first observation, so that a refusal shows at once.
@@ -138,11 +149,26 @@ class GrootRequests:
             logger.warning("%s: %.300s", self._name, error)
 
 
+def _check_arguments(data: Mapping[str, Any], names: tuple[str, ...]) -> None:
+    """Refuse what GR00T's own server would refuse, and options, which no policy here has.
+
+    Raises:
+        MalformedFrame: ``data`` has another name, or an option.
+    """
+    for name in data:
+        if name not in names:
+            raise MalformedFrame("data", f"key {shown(name)}", " and ".join(names))
+    options = data.get("options")
+    if options is not None and options != {}:
+        raise MalformedFrame("options", shown(options), "none: there are no options")
+
+
 class GrootClient:
     """The thread of one client, which computes one request at a time.
 
     Args:
         identity: The client's ZMQ routing id.
+        name: As the session's.
         requests: Answers the requests; closed by the thread.
         reply: Is given this client and each reply, in the thread; None when the thread ends.
 
@@ -153,10 +179,11 @@ class GrootClient:
     def __init__(
         self,
         identity: bytes,
+        name: str,
         requests: GrootRequests,
         reply: Callable[[GrootClient, list[bytes] | None], None],
     ) -> None:
-        self.identity, self.requests, self.busy = identity, requests, False
+        self.identity, self.name, self.requests, self.busy = identity, name, requests, False
         self._reply = reply
         self._submitted: queue.SimpleQueue[tuple[list[bytes], Data] | None] = queue.SimpleQueue()
         # A daemon: one that waits for the policy must not keep the process.

@@ -18,7 +18,6 @@ import os
 import queue
 import time
 
-import msgpack
 import zmq
 from zmq.utils.monitor import recv_monitor_message
 
@@ -28,20 +27,23 @@ from runtime.gateway.groot.client import GrootClient, GrootRequests
 from runtime.gateway.groot.modalities import GrootModalities
 from runtime.options.api_keys import ApiKeys
 from runtime.options.observation_keys import ObservationKeys
+from runtime.wire_formats.npy_arrays import pack
 from transport.address import bare_host, format_address, resolve
 from transport.zeromq.client_socket import HEARTBEAT_TIMEOUT_MS, LINGER_MS, configure
 
 logger = logging.getLogger(__name__)
 
-ROOM_BYTES = 16 * 1024**2
-"""Room for pictures that the policy does not take. ZMQ disconnects the sender of a longer message,
-which then waits for ever; what is shorter is answered with what was expected."""
+ROOM_BYTES = 64 * 1024**2
+"""Room for pictures that the policy does not take: ten of 1920x1080 and more. What is shorter is
+answered with what was expected. ZMQ disconnects the sender of a longer message before there is
+memory for it, and gives no way to answer; GR00T's client then waits until its own timeout, and by
+default for ever. More room would be memory that each connection may take."""
 MAX_FRAMES = 4
 """Frames of a request: an optional number and an empty frame, then the request."""
 CLOSE_S = 2.0
 """How long ``close`` waits for requests that are being computed."""
-QUEUED = 2
-"""Messages that ZMQ keeps of each client. A REQ socket has one."""
+QUEUED = 1
+"""Messages that ZMQ keeps of each client, and replies to it. A REQ socket has one."""
 
 
 class GrootGateway:
@@ -82,7 +84,7 @@ class GrootGateway:
         self._replies = queue.SimpleQueue()
         self._numbers = itertools.count(1)
         self._stopped = self._closed = False
-        self._logged = ""
+        self._logged: set[str] = set()
         self._context = zmq.Context()
         try:
             self._socket, self._monitor = _bind(self._context, command, max_message(contract))
@@ -195,7 +197,7 @@ class GrootGateway:
         requests = GrootRequests(
             self._command, name, self._api_keys, self._contract, self._modalities
         )
-        client = self._clients[identity] = GrootClient(identity, requests, self._post)
+        client = self._clients[identity] = GrootClient(identity, name, requests, self._post)
         logger.info("%s is a new client", name)
         return client
 
@@ -204,6 +206,7 @@ class GrootGateway:
             del self._clients[client.identity]
             self._ending.add(client)
             client.end()
+            logger.info("%s is gone", client.name)
 
     # Replies
 
@@ -226,16 +229,20 @@ class GrootGateway:
                         self._end(client)
 
     def _refuse(self, identity: bytes, envelope: list[bytes], error: str) -> None:
-        if error != self._logged:  # once, however often a client tries
-            logger.warning("a request was refused: %s", error)
-        self._logged = error
-        self._send(identity, [*envelope, msgpack.packb({"error": error})])
+        self._warn_once(f"a request was refused: {error}")
+        self._send(identity, [*envelope, pack({"error": error})])
+
+    def _warn_once(self, text: str) -> None:
+        """Log one of a few texts: once, however often a client gives cause."""
+        if text not in self._logged:
+            self._logged.add(text)
+            logger.warning("%s", text)
 
     def _send(self, identity: bytes, frames: list[bytes]) -> None:
         try:
             self._socket.send_multipart([identity, *frames], zmq.DONTWAIT)
         except zmq.Again:
-            logger.warning("a client does not read its replies: one was dropped")
+            self._warn_once("a client does not read its replies: one was dropped")
         except zmq.ZMQError as error:
             if error.errno != errno.EHOSTUNREACH:
                 raise

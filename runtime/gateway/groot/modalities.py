@@ -18,10 +18,12 @@ from policies.errors import ContractMismatch
 from policies.types import ActionChunk, MetaObs, PolicyContract
 from runtime.gateway.observation_map import ObservationMap
 from runtime.options.observation_keys import ObservationKeys, StateSource, bare_key
-from runtime.wire_formats.bounded_msgpack import text_keys
+from runtime.wire_formats.bounded_msgpack import require_map, shown
 
 VIDEO, STATE, LANGUAGE, ACTION = "video", "state", "language", "action"
-INSTRUCTION = "annotation.human.task_description"
+ANNOTATION, TASK = "annotation", "task"
+"""What the language keys of a flat observation begin with, and one that does not."""
+INSTRUCTION = f"{ANNOTATION}.human.task_description"
 """The language key that clients are told. Any other one is read, too."""
 _AXES = {VIDEO: 3, STATE: 1}
 """Axes of one value, after those of batch and time."""
@@ -83,16 +85,16 @@ class GrootModalities:
         Raises:
             ContractMismatch: Something is missing, or has another shape or dtype, or several steps
                 or robots; names the key.
-            InvalidMessage: ``video``, ``state`` or ``language`` is not a map.
+            MalformedFrame: ``video``, ``state`` or ``language`` is not a map.
         """
         nested: dict[str, dict[str, Any]] = {VIDEO: {}, STATE: {}, LANGUAGE: {}}
         for key, value in observation.items():
             modality, dot, name = key.partition(".")
             if key in nested:
-                nested[key].update(text_keys(value, key))
+                nested[key].update(require_map(value, key))
             elif dot and modality in nested:
                 nested[modality][name] = value
-            elif modality == "annotation":
+            elif modality == ANNOTATION or key == TASK:
                 nested[LANGUAGE][key] = value
         for modality, names in ((VIDEO, self._video), (STATE, self._state)):
             found = nested[modality]
@@ -101,25 +103,39 @@ class GrootModalities:
             )
         return self._map.read(nested, timestep=timestep, raw_lang=_instruction(nested[LANGUAGE]))
 
-    def actions(self, chunk: ActionChunk, flat: bool) -> dict[str, NDArray[np.float32]]:
+    def actions(
+        self, chunk: ActionChunk, *, flat: bool, batched: bool = True
+    ) -> dict[str, NDArray[np.float32]]:
         """Return the actions, (1, T, A) float32 in physical units, or their parts (1, T, D).
 
         Args:
-            flat: Whether the parts' keys begin with ``action.``, as a flat observation's do.
+            flat: Whether the keys begin with ``action.``, as a flat observation's do.
+            batched: Whether there is an axis for the batch. Without it a part is (T, D), or (T,)
+                if it is one number, as in version N1.5.
         """
-        actions = np.ascontiguousarray(chunk.actions, np.float32)[None]
-        if not self._parts:
-            return {ACTION: actions}
         prefix = f"{ACTION}." if flat else ""
-        return {
-            prefix + name: np.ascontiguousarray(actions[..., part])
-            for name, part in self._parts.items()
-        }
+        found = {}
+        for name, part in (self._parts or {ACTION: slice(None)}).items():
+            values = np.ascontiguousarray(chunk.actions[:, part], np.float32)
+            if batched:
+                found[prefix + name] = values[None]
+            else:
+                found[prefix + name] = values[:, 0] if values.shape[1] == 1 else values
+        return found
 
 
 def is_flat(observation: Mapping[str, Any]) -> bool:
     """Return whether ``observation`` has keys such as ``video.front``."""
     return any(key.startswith((f"{VIDEO}.", f"{STATE}.")) for key in observation)
+
+
+def has_batch_axis(observation: Mapping[str, Any]) -> bool:
+    """Return whether every state of a flat observation is (B, T, D), not (T, D)."""
+    return all(
+        value.ndim > _AXES[STATE] + 1
+        for key, value in observation.items()
+        if key.startswith(f"{STATE}.") and isinstance(value, np.ndarray)
+    )
 
 
 def _path(modality: str, key: str) -> str:
@@ -167,13 +183,17 @@ def _single(value: Any, modality: str, name: str) -> NDArray[Any]:
 
 
 def _instruction(language: Mapping[str, Any]) -> str:
-    """Return the text of the first key: text, or text in lists of one element; "" if none."""
-    for name, value in language.items():
-        text = value
-        for _ in range(2):
-            if isinstance(text, list) and len(text) == 1:
-                text = text[0]
-        if not isinstance(text, str):
-            raise ContractMismatch(f"{LANGUAGE}.{name}", f"{value!r:.60}", "[[text]], one of each")
-        return text
-    return ""
+    """Return the instruction, "" if there is none: text, or text in lists of one element.
+
+    The key that clients are told is before others, and ``task`` after them.
+    """
+    if not language:
+        return ""
+    name = min(language, key=lambda name: (name != INSTRUCTION, name == TASK))
+    text = language[name]
+    for _ in range(2):
+        if isinstance(text, list) and len(text) == 1:
+            text = text[0]
+    if not isinstance(text, str):
+        raise ContractMismatch(f"{LANGUAGE}.{name}", shown(language[name]), "[[text]], one of each")
+    return text

@@ -24,7 +24,8 @@ from policies.types import PolicyContract
 from runtime.errors import RuntimeFault
 from runtime.gateway.gateway_session import GatewaySession
 from runtime.gateway.observation_map import ObservationMap, find_value
-from runtime.wire_formats.msgpack_arrays import MAX_SHOWN, MalformedFrame, pack, unpack
+from runtime.wire_formats.bounded_msgpack import MAX_SHOWN, MalformedFrame
+from runtime.wire_formats.msgpack_arrays import pack, unpack
 from transport.errors import Refused, TransportError
 from transport.zeromq.curve import KeyFileError
 
