@@ -48,11 +48,14 @@ def gateway(
 class GrootPeer:
     """A REQ socket, or one of another kind."""
 
-    def __init__(self, port: int, token: str | None = None, kind: int = zmq.REQ) -> None:
+    def __init__(
+        self, port: int, token: str | None = None, kind: int = zmq.REQ, heartbeat_ms: int = 0
+    ) -> None:
         self._context, self._token = zmq.Context(), token
         self.socket = self._context.socket(kind)
         self.socket.set(zmq.LINGER, 0)
         self.socket.set(zmq.RCVTIMEO, REPLY_MS)
+        self.socket.set(zmq.HEARTBEAT_IVL, heartbeat_ms)
         self.socket.connect(f"tcp://127.0.0.1:{port}")
 
     def call(self, endpoint: str | None = None, data: Any = None) -> Any:

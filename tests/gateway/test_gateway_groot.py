@@ -22,14 +22,16 @@ from policies.errors import ContractMismatch
 from policies.types import ActionChunk, CameraContract, MetaObs
 from policies.yaml_config import InvalidConfig, load_config
 from runtime.gateway.config import GatewayCommand, SessionOptions
-from runtime.gateway.groot.gateway import GrootGateway, max_message
+from runtime.gateway.groot.client import GrootRequests
+from runtime.gateway.groot.gateway import GrootGateway, max_request_bytes
 from runtime.gateway.groot.modalities import GrootModalities
 from runtime.options.api_keys import ApiKeys
 from runtime.options.observation_keys import ImageSource, ObservationKeys, StateSource
 from runtime.server import PolicyServer
-from runtime.wire_formats.bounded_msgpack import MAX_DEPTH, MAX_ITEMS, InvalidMessage, unpack
-from runtime.wire_formats.npy_arrays import decode_array, encode_array, read_npy, write_npy
+from runtime.wire_formats.bounded_msgpack import MAX_DEPTH, MAX_TEXT_BYTES, MalformedFrame
+from runtime.wire_formats.npy_arrays import decode_array, pack, read_npy, unpack, write_npy
 from tests.gateway.groot_rig import GrootPeer, gateway, observation, wait_for
+from tests.gateway.openpi_serving import StatelessPolicy
 from tests.runtime.serving import connect, serving
 from tests.runtime.toy_policy import CHUNK, CONTRACT, STATE_DIM, ToyPolicy
 from tests.runtime.toy_policy import observation as own_observation
@@ -121,8 +123,9 @@ def test_reset_starts_an_episode_of_this_client_alone(served: GrootGateway) -> N
         assert other.act()[0]["action"][0, 0, 0] == 4
 
 
-def test_reset_before_the_first_observation_is_no_error(peer: GrootPeer) -> None:
-    assert peer.call("reset", {"options": None}) == {}
+@pytest.mark.parametrize("data", [{"options": None}, {"options": {}}, {}, None])
+def test_reset_before_the_first_observation_is_no_error(peer: GrootPeer, data: Any) -> None:
+    assert peer.call("reset", data) == {}
 
 
 def test_ping(peer: GrootPeer) -> None:
@@ -173,20 +176,67 @@ def test_a_flat_observation_is_the_same(peer: GrootPeer, policy: Attentive) -> N
     first, _ = peer.call("get_action", {"observation": nested})
     peer.call("reset", {})
     second, _ = peer.call("get_action", {"observation": flat})
-    assert first["action"].tobytes() == second["action"].tobytes()
+    assert list(second) == ["action.action"]
+    assert first["action"].tobytes() == second["action.action"].tobytes()
     assert [obs.raw_lang for obs in policy.seen[-2:]] == ["go", "go"]
 
 
-def test_version_1_5_gets_a_bare_map(peer: GrootPeer) -> None:
-    """Its data is the observation, without an axis for the batch."""
-    found = peer.call(
-        "get_action",
-        {
-            "video.top": np.zeros((1, 24, 32, 3), np.uint8),
-            "state.state": np.full((1, STATE_DIM), 2.0),
-        },
-    )
-    assert found["action"][0, 1, 1] == 3
+PICTURE_1_5 = np.zeros((1, 24, 32, 3), np.uint8)
+
+
+@pytest.fixture
+def stateless() -> Iterator[PolicyServer]:
+    with serving(StatelessPolicy(), port=0) as made:
+        yield made
+
+
+def test_version_1_5_gets_a_bare_map(stateless: PolicyServer) -> None:
+    """Its data is the observation; without an axis for the batch, neither has the action one."""
+    state = np.full((1, STATE_DIM), 2.0)
+    with gateway(f"127.0.0.1:{stateless.port}") as made, GrootPeer(made.port) as peer:
+        one = peer.call("get_action", {"video.top": PICTURE_1_5, "state.state": state})
+        batch = peer.call(
+            "get_action", {"video.top": PICTURE_1_5[None], "state.state": state[None]}
+        )
+    assert one["action.action"].shape == (CHUNK, STATE_DIM) and one["action.action"][1, 2] == 3
+    assert batch["action.action"].shape == (1, CHUNK, STATE_DIM)
+
+
+def test_a_part_of_one_number_has_no_axis_in_version_1_5(stateless: PolicyServer) -> None:
+    keys = ObservationKeys(state=(StateSource("arm", stop=13), StateSource("hand", stop=1)))
+    parts = {"state.arm": np.zeros((1, 13)), "state.hand": np.full((1, 1), 5.0)}
+    with gateway(f"127.0.0.1:{stateless.port}", keys=keys) as made, GrootPeer(made.port) as peer:
+        found = peer.call("get_action", {"video.top": PICTURE_1_5, **parts})
+    assert found["action.arm"].shape == (CHUNK, 13)
+    assert found["action.hand"].tolist() == [5 + i for i in range(CHUNK)]
+
+
+def test_version_1_5_is_refused_a_policy_with_an_episode_state(peer: GrootPeer) -> None:
+    """It cannot say that an episode begins."""
+    state = np.zeros((1, STATE_DIM))
+    found = peer.call("get_action", {"video.top": PICTURE_1_5, "state.state": state})
+    assert found["error"].startswith("policy: got one that keeps a state between observations")
+
+
+INSTRUCTION = "annotation.human.task_description"
+
+
+@pytest.mark.parametrize(
+    ("language", "expected"),
+    [
+        ({}, ""),
+        ({"language": {}}, ""),
+        ({"language": {"task": [["a"]]}}, "a"),
+        ({"language": {"task": [["a"]], "other": "b", INSTRUCTION: [["c"]]}}, "c"),
+        ({"task": ["a"]}, "a"),
+        ({"task": ["a"], "annotation.human.coarse_action": ["b"]}, "b"),
+        ({"annotation.human.validity": "a", INSTRUCTION: ["b"]}, "b"),
+    ],
+)
+def test_the_instruction_is_found_by_its_key(language: dict[str, Any], expected: str) -> None:
+    given = {key: value for key, value in observation().items() if key != "language"}
+    found = GrootModalities(CONTRACT, ObservationKeys()).read({**given, **language}, 0)
+    assert found.raw_lang == expected
 
 
 SPLIT = ObservationKeys(
@@ -290,11 +340,19 @@ def test_an_observation_that_does_not_fit_is_refused(
 @pytest.mark.parametrize(
     ("request_", "error"),
     [
-        ([1, 2], "request: got list, expected a map"),
-        ({1: 2}, "message: got "),
-        ({b"endpoint": "ping"}, "request: got key b'endpoint', expected text"),
+        ([1, 2], "frame: got list, expected a map"),
+        ({1: 2}, "frame: got a key 1, expected text"),
+        ({b"endpoint": "ping"}, "frame: got the bytes key b'endpoint', expected a text key"),
         ({"endpoint": "get_action"}, "data: got NoneType, expected a map"),
         ({"data": {"observation": 7}}, "observation: got int, expected a map"),
+        (
+            {"data": {"observation": {}, "seed": 7}},
+            "data: got key 'seed', expected observation and options",
+        ),
+        ({"data": {"observation": {}, "options": {"steps": 4}}}, "options: got {'steps': 4}, exp"),
+        ({"endpoint": "reset", "data": {"options": {"seed": 1}}}, "options: got {'seed': 1}, exp"),
+        ({"endpoint": "reset", "data": {"seed": 1}}, "data: got key 'seed', expected options"),
+        ({"endpoint": "reset", "data": [1]}, "data: got list, expected a map"),
     ],
 )
 def test_a_request_of_another_form_is_refused(peer: GrootPeer, request_: Any, error: str) -> None:
@@ -327,6 +385,23 @@ def test_another_policy_behind_the_gateway_is_refused(server: PolicyServer) -> N
                 "expected chunk_size 5, n_action_steps 5"
             )
     assert wait_for(lambda: not names(server))
+
+
+def test_another_normalizer_is_no_other_policy(server: PolicyServer) -> None:
+    """The actions are in physical units."""
+    trained_again = dataclasses.replace(CONTRACT, normalizer_hash="0" * 64)
+    with (
+        gateway(f"{server.host}:{server.port}", contract=trained_again) as made,
+        GrootPeer(made.port) as peer,
+    ):
+        assert "error" not in peer.act()
+
+
+def test_an_error_that_is_no_text_is_told(server: PolicyServer) -> None:
+    command = GatewayCommand("groot", server=f"{server.host}:{server.port}")
+    modalities = GrootModalities(CONTRACT, ObservationKeys())
+    requests = GrootRequests(command, "groot", None, modalities, threading.Semaphore())
+    assert msgpack.unpackb(requests.refuse("a\udcff")) == {"error": "a?"}
 
 
 # Keys
@@ -383,7 +458,7 @@ def test_a_slow_request_delays_no_other_client() -> None:
         actions = [peer.receive()[0]["action"] for peer in slow]
         assert [action[0, 0, 1] for action in actions] == [pytest.approx(1.1)] * 7
         assert len(set(names(server))) == 7
-        assert set(names(server)) <= {f"groot {number}" for number in range(1, 9)}
+        assert all(name.startswith("groot 127.0.0.1:") for name in names(server))
 
 
 def test_replies_of_many_clients_are_not_mixed_up(served: GrootGateway) -> None:
@@ -418,35 +493,33 @@ def test_there_are_at_most_max_clients(server: PolicyServer) -> None:
         assert wait_for(lambda: "status" in three.call("ping"))
 
 
-def test_a_second_request_before_the_reply_is_refused() -> None:
-    gate = threading.Semaphore(1000)
-    packed = msgpack.packb({"data": {"observation": observation()}}, default=encode_array)
-    with (
-        serving(ToyPolicy(gate), port=0) as server,
-        gateway(f"127.0.0.1:{server.port}") as made,
-        GrootPeer(made.port, kind=zmq.DEALER) as peer,
-    ):
-        while gate.acquire(blocking=False):
-            pass
+def test_a_second_request_before_the_reply_is_answered_after_it(served: GrootGateway) -> None:
+    packed = pack({"data": {"observation": observation()}})
+    with GrootPeer(served.port, kind=zmq.DEALER) as peer:
         for number in (b"1", b"2"):
             peer.socket.send_multipart([number, b"", packed])
-        number, _, reply = peer.socket.recv_multipart()
-        assert number == b"2" and b"expected one until its reply" in reply
-        gate.release(100)
-        number, _, reply = peer.socket.recv_multipart()
-        assert number == b"1" and b"action" in reply
+        for number in (b"1", b"2"):
+            found, empty, reply = peer.socket.recv_multipart()
+            assert (found, empty) == (number, b"")
+            assert msgpack.unpackb(reply, object_hook=decode_array)[0]["action"][0, 0, 0] == int(
+                number
+            )
 
 
-def test_what_is_not_from_a_req_socket_is_ignored(served: GrootGateway) -> None:
-    ping = msgpack.packb({"endpoint": "ping"})
-    with GrootPeer(served.port, kind=zmq.DEALER) as peer:
-        for frames in ([b"x"], [b""], [b"x"] * 9, [b""] * 5, [ping, ping], [b"1", b"2"]):
-            peer.socket.send_multipart(frames)
-        peer.socket.send_multipart([b"", ping])
-        assert peer.socket.recv_multipart() == [
-            b"",
-            msgpack.packb({"status": "ok", "message": "Server is running"}),
-        ]
+def test_a_connection_that_has_no_room_waits(
+    server: PolicyServer, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("runtime.gateway.groot.gateway.MORE_CONNECTIONS", 0)
+    with (
+        gateway(f"{server.host}:{server.port}", max_clients=1) as made,
+        GrootPeer(made.port) as one,
+    ):
+        assert one.call("ping")["status"] == "ok"
+        with GrootPeer(made.port) as waits:
+            waits.send("ping")
+            assert not waits.socket.poll(300)
+            one.close()
+            assert waits.receive()["status"] == "ok"
 
 
 # Deaths
@@ -579,7 +652,7 @@ def npy(descr: str = "'<f4'", shape: str = "(2,)", data: bytes = bytes(8)) -> by
     ],
 )
 def test_a_hostile_npy_is_refused(data: bytes, error: str) -> None:
-    with pytest.raises(InvalidMessage, match="array: got") as caught:
+    with pytest.raises(MalformedFrame, match="as_npy: got") as caught:
         read_npy(data)
     assert error in str(caught.value)
 
@@ -609,7 +682,7 @@ def test_a_pickled_npy_is_not_unpickled(peer: GrootPeer, tmp_path: Path) -> None
 )
 def test_arrays_are_read_as_numpy_wrote_them(array: np.ndarray) -> None:
     array = np.asarray(array)
-    found = unpack(msgpack.packb(array, default=encode_array), decode_array)
+    found = unpack(pack({"x": array}))["x"]
     assert found.dtype == array.dtype and found.shape == array.shape
     assert (found == array).all()
     assert read_npy(write_npy(array)).tobytes() == array.tobytes()
@@ -618,27 +691,18 @@ def test_arrays_are_read_as_numpy_wrote_them(array: np.ndarray) -> None:
 @pytest.mark.parametrize(
     ("data", "error"),
     [
-        (b"", "got 0 bytes, expected more"),
-        (b"\x91" * 100_000, f"more than {MAX_DEPTH} levels"),
-        (b"\x81\xa1a" * 100_000, f"more than {MAX_DEPTH} levels"),
-        (b"\xdd\xff\xff\xff\xff" * 10, "expected more"),
-        (b"\xdf\xff\xff\xff\xff" + bytes(60_000), f"more than {MAX_ITEMS} values"),
-        (b"\xdd\x00\xff\xff\xff" + b"\x80" * 60_000, f"more than {MAX_ITEMS} values"),
-        (b"\xc6\xff\xff\xff\xff" + bytes(99), "got 104 bytes, expected 4294967300"),
-        (b"\xdb\x00\x01\x00\x01" + bytes(65537), "a text of 65537 bytes"),
-        (b"\xc7\x01\x05\x00", "extension"),
-        (b"\xd6\xff" + bytes(4), "extension"),
-        (b"\xc1", "extension"),
-        (b"\xc0\xc0", "got 2 bytes, expected 1"),
-        (b"\xa1\xff", "expected MessagePack"),
-        (b"\x81\x01\x01", "expected MessagePack"),
-        (b"\x81\x81\xa1a\x01\x01", "expected MessagePack"),
-        (b"\xcd\x01", "expected 3"),
-        (b"\xdc\x01", ""),
+        (b"", "frame: got an end after 0 bytes"),
+        (b"\x81\xa1a" * 100_000, f"a/a/a/a/a/a/a/a: got more than {MAX_DEPTH} levels"),
+        (b"\xdf\xff\xff\xff\xff" + bytes(60_000), "frame: got 8589934590 values"),
+        (b"\x81\xa1a\xc6\xff\xff\xff\xff" + bytes(99), "a: got an end after 107 bytes"),
+        (b"\x81\xa1a\xdb\x00\x01\x00\x01" + bytes(65537), f"expected at most {MAX_TEXT_BYTES}"),
+        (b"\x81\xa1a\xc7\x01\x05\x00", "a: got type 0xc7"),
+        (b"\x80\xc0", "frame: got 1 bytes after the map"),
+        (b"\x81\xa1a\xa1\xff", "a: got text that is not UTF-8"),
     ],
 )
 def test_hostile_messagepack_is_refused(data: bytes, error: str, peer: GrootPeer) -> None:
-    with pytest.raises(InvalidMessage) as caught:
+    with pytest.raises(MalformedFrame) as caught:
         unpack(data)
     assert error in str(caught.value)
     peer.send_raw(data)
@@ -646,13 +710,15 @@ def test_hostile_messagepack_is_refused(data: bytes, error: str, peer: GrootPeer
     assert peer.call("ping")["status"] == "ok"
 
 
-def test_a_message_that_is_too_long_ends_the_connection_alone(served: GrootGateway) -> None:
+@pytest.mark.parametrize("more", [1, 3_000_000])
+def test_a_request_that_is_too_long_is_answered(served: GrootGateway, more: int) -> None:
+    most = max_request_bytes(CONTRACT)
     with GrootPeer(served.port) as good, GrootPeer(served.port) as bad:
         good.act()
-        bad.socket.set(zmq.RCVTIMEO, 300)
-        bad.send_raw(bytes(max_message(CONTRACT) + 1))
-        with pytest.raises(zmq.Again):
-            bad.receive()
+        bad.send_raw(bytes(most + more))
+        error = f"request: got {most + more} bytes, expected at most {most}"
+        assert bad.receive() == {"error": error}
+        assert bad.act()[0]["action"][0, 0, 0] == 1
         assert good.act()[0]["action"][0, 0, 0] == 2
 
 

@@ -1,19 +1,21 @@
-"""One GR00T client: answers its requests with its session, in a thread of its own."""
+"""One GR00T client: its connection, and its session, which answers its requests."""
 
 from __future__ import annotations
 
 import logging
+import os
 import queue
 import threading
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from typing import Any
 
 from policies.errors import ContractMismatch, PolicyError
-from policies.types import ActionChunk, PolicyContract
+from policies.types import ActionChunk
 from runtime.errors import RuntimeFault
 from runtime.gateway.config import GatewayCommand
 from runtime.gateway.gateway_session import GatewaySession
 from runtime.gateway.groot.modalities import GrootModalities, has_batch_axis, is_flat
+from runtime.gateway.groot.zmtp import ProtocolViolation, RequestTooLong, ZmtpConnection
 from runtime.options.api_keys import ApiKeys
 from runtime.wire_formats.bounded_msgpack import Data, MalformedFrame, require_map, shown
 from runtime.wire_formats.npy_arrays import pack, unpack
@@ -28,7 +30,8 @@ ENDPOINTS = ("get_action", "get_modality_config", "ping", "reset")
 
 
 class GrootRequests:
-    """Answers one client's requests. The first ``reset`` or ``get_action`` opens its session.
+    """Answers one client's requests. The first one takes a place, if it has a key; the first
+    ``reset`` or ``get_action`` opens the session.
 
     Not thread-safe.
 
@@ -36,11 +39,8 @@ class GrootRequests:
         command: Server, keys, and what the session declares.
         name: The client's name in the server's log and status.
         api_keys: What a request's ``api_token`` must be one of; None if it needs none.
-        contract: What the gateway was started for. A server with another policy is refused.
-        modalities: Of ``contract``.
-
-    Attributes:
-        admitted: Whether the client's last readable request had the key that it needs.
+        modalities: Of the policy that the gateway was started for. Another one is refused.
+        places: How many more clients may be served.
     """
 
     def __init__(
@@ -48,42 +48,49 @@ class GrootRequests:
         command: GatewayCommand,
         name: str,
         api_keys: ApiKeys | None,
-        contract: PolicyContract,
         modalities: GrootModalities,
+        places: threading.Semaphore,
     ) -> None:
         self._command, self._name, self._api_keys = command, name, api_keys
-        self._contract, self._modalities = contract, modalities
+        self._modalities, self._places, self._has_place = modalities, places, False
         self._session: GatewaySession | None = None
         self._timestep = 0
         self._logged = 0
-        self.admitted = api_keys is None
 
     def answer(self, request: Data) -> bytes:
         """Return the reply to ``request``: ``{"error": text}`` for whatever is wrong."""
         try:
             return pack(self._answer(unpack(request)))
         except (MalformedFrame, PolicyError, RuntimeFault, TransportError, KeyFileError) as error:
-            return self._failed(str(error))
+            return self.refuse(str(error))
         except Exception as error:
             logger.exception("%s: a request failed", self._name)
-            return self._failed(f"the gateway failed: {type(error).__name__}")
+            return self.refuse(f"the gateway failed: {type(error).__name__}")
 
-    def close(self) -> None:
-        """End the session. Idempotent."""
-        session, self._session = self._session, None
-        if session is not None:
-            session.close()
-
-    def _failed(self, error: str) -> bytes:
+    def refuse(self, error: str) -> bytes:
+        """Return the reply that says ``error``."""
+        error = error.encode("utf-8", "replace").decode()  # neither log nor reply can have the rest
         self._logged += 1
         if self._logged <= MAX_LOGGED:
             logger.warning("%s: %.300s", self._name, error)
         return pack({"error": error})
 
+    def close(self) -> None:
+        """End the session and free the place. Idempotent."""
+        session, self._session = self._session, None
+        if session is not None:
+            session.close()
+        if self._has_place:
+            self._has_place = False
+            self._places.release()
+
     def _answer(self, request: Mapping[str, Any]) -> Any:
-        self.admitted = self._api_keys is None or self._api_keys.match(request.get("api_token"))
-        if not self.admitted:
+        if self._api_keys is not None and not self._api_keys.match(request.get("api_token")):
             raise MalformedFrame("api_token", "none or a wrong one", "one of the gateway's")
+        self._has_place = self._has_place or self._places.acquire(blocking=False)
+        if not self._has_place:
+            most = self._command.max_clients
+            raise MalformedFrame("clients", f"{most + 1}", f"at most {most}")
         endpoint = request.get("endpoint", "get_action")
         if endpoint == "get_action":
             return self._act(require_map(request.get("data"), "data"))
@@ -119,17 +126,23 @@ class GrootRequests:
             has_reset: Whether the client's version has the endpoint ``reset``.
         """
         obs = self._modalities.read(observation, self._timestep)
-        if self._session is None:
-            self._session = GatewaySession(self._command, self._name, self._contract)
-        if self._session.episode_state and not has_reset:
+        session = self._made_session()
+        if session.episode_state and not has_reset:
             raise ContractMismatch(
                 "policy",
                 "one that keeps a state between observations",
                 "one without: clients of version N1.5 have no reset",
             )
-        chunk = self._session.infer(obs)
+        chunk = session.infer(obs)
         self._timestep += 1
         return chunk
+
+    def _made_session(self) -> GatewaySession:
+        """Return the session, which may not be open. Raises as ``GatewaySession``."""
+        if self._session is None:
+            contract = self._modalities.contract
+            self._session = GatewaySession(self._command, self._name, contract)
+        return self._session
 
     def _open(self) -> None:
         """Open the session before the first observation, so that a refusal shows at once.
@@ -140,9 +153,7 @@ class GrootRequests:
             PolicyError, Refused: The server has another policy, or does not admit the session.
         """
         try:
-            if self._session is None:
-                self._session = GatewaySession(self._command, self._name, self._contract)
-            self._session.open()
+            self._made_session().open()
         except Refused:
             raise
         except TransportError as error:
@@ -163,52 +174,69 @@ def _check_arguments(data: Mapping[str, Any], names: tuple[str, ...]) -> None:
         raise MalformedFrame("options", shown(options), "none: there are no options")
 
 
-class GrootClient:
-    """The thread of one client, which computes one request at a time.
+class GrootClient(threading.Thread):
+    """The thread of one connection, which answers heartbeats while another thread computes.
 
     Args:
-        identity: The client's ZMQ routing id.
-        name: As the session's.
+        connection: Closed by the thread.
         requests: Answers the requests; closed by the thread.
-        reply: Is given this client and each reply, in the thread; None when the thread ends.
-
-    Attributes:
-        busy: Whether a request was submitted and its reply not yet sent. Kept by the caller.
+        name: For the log.
     """
 
-    def __init__(
-        self,
-        identity: bytes,
-        name: str,
-        requests: GrootRequests,
-        reply: Callable[[GrootClient, list[bytes] | None], None],
-    ) -> None:
-        self.identity, self.name, self.requests, self.busy = identity, name, requests, False
-        self._reply = reply
-        self._submitted: queue.SimpleQueue[tuple[list[bytes], Data] | None] = queue.SimpleQueue()
+    def __init__(self, connection: ZmtpConnection, requests: GrootRequests, name: str) -> None:
         # A daemon: one that waits for the policy must not keep the process.
-        self._thread = threading.Thread(target=self._run, name="groot client", daemon=True)
-        self._thread.start()
+        super().__init__(name=name, daemon=True)
+        self._connection, self._requests = connection, requests
+        self._submitted: queue.SimpleQueue[memoryview | None] = queue.SimpleQueue()
+        self._replies: queue.SimpleQueue[bytes] = queue.SimpleQueue()
 
-    def submit(self, envelope: list[bytes], request: Data) -> None:
-        """Compute the reply to ``request``; it is sent with the frames of ``envelope`` first."""
-        self._submitted.put((envelope, request))
+    def cut(self) -> None:
+        """End the connection. Idempotent."""
+        self._connection.cut()
 
-    def end(self) -> None:
-        """End the session and the thread after the request that is being computed."""
-        self._submitted.put(None)
-
-    def join(self, timeout_s: float) -> bool:
-        """Return whether the thread has ended within ``timeout_s``."""
-        self._thread.join(timeout_s)
-        return not self._thread.is_alive()
-
-    def _run(self) -> None:
+    def run(self) -> None:
+        """Serve the client until it leaves."""
         try:
-            while (submitted := self._submitted.get()) is not None:
-                envelope, request = submitted
-                self._reply(self, [*envelope, self.requests.answer(request)])
-                del submitted, request  # they are as long as a picture
+            self._connection.handshake()
+            logger.info("%s: connected", self.name)
+            self._serve()
+            logger.info("%s: disconnected", self.name)
+        except ProtocolViolation as error:
+            logger.warning("%s: disconnected: %s", self.name, error)
+        except OSError as error:  # a timeout is one, too
+            logger.info("%s: disconnected: %s", self.name, error)
         finally:
-            self.requests.close()
-            self._reply(self, None)
+            self._connection.close()
+
+    def _serve(self) -> None:
+        """Answer requests until the end of the connection, and end the session."""
+        done_fd = os.eventfd(0, os.EFD_CLOEXEC)
+        computing = threading.Thread(target=self._compute, args=(done_fd,), daemon=True)
+        computing.start()
+        try:
+            while True:
+                try:
+                    received = self._connection.receive()
+                except RequestTooLong as error:
+                    self._connection.send(error.envelope, self._requests.refuse(str(error)))
+                    continue
+                if received is None:
+                    return
+                envelope, request = received
+                self._submitted.put(request)
+                self._connection.serve_until(done_fd)
+                os.eventfd_read(done_fd)
+                self._connection.send(envelope, self._replies.get())
+        finally:
+            self._connection.cut()
+            self._submitted.put(None)
+            computing.join()
+            os.close(done_fd)
+
+    def _compute(self, done_fd: int) -> None:
+        try:
+            while (request := self._submitted.get()) is not None:
+                self._replies.put(self._requests.answer(request))
+                os.eventfd_write(done_fd, 1)
+        finally:
+            self._requests.close()

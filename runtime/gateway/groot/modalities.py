@@ -39,6 +39,9 @@ class GrootModalities:
         contract: The policy's.
         keys: The user's configuration; ``video.front``, ``video/front`` and ``front`` are the same.
 
+    Attributes:
+        contract: The policy's.
+
     Raises:
         InvalidConfig: As ``ObservationMap``.
     """
@@ -57,7 +60,7 @@ class GrootModalities:
             image_keys=lambda camera: (f"{VIDEO}/{camera}",),
             state_keys=(f"{STATE}/{STATE}",),
         )
-        self._contract = contract
+        self.contract = contract
         self._video = [
             _name(cameras[name].key) if name in cameras else name for name in contract.camera_names
         ]
@@ -66,8 +69,8 @@ class GrootModalities:
 
     def config(self) -> dict[str, Any]:
         """Return what ``get_modality_config`` answers: names, and their ticks from now."""
-        first = self._contract.first_action_offset
-        ticks = list(range(first, first + self._contract.chunk_size))
+        first = self.contract.first_action_offset
+        ticks = list(range(first, first + self.contract.chunk_size))
         actions = list(self._parts) or [ACTION]
         found = {STATE: _modality([0], list(dict.fromkeys(self._state)))}
         if self._video:  # a modality must have a key
