@@ -53,6 +53,7 @@ def _raw() -> Mapping[str, list[bytes]]:
             b"\x0f" + gateway_groot.packed(1),
             b"\x08",
         ],
+        "groot_zmtp": [b"\7\xff" + gateway_groot.CONNECTION, b"\7\0" + gateway_groot.CONNECTION],
         "broken": [bytes(8)],
     }
 

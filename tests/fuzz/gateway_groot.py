@@ -1,4 +1,4 @@
-"""Targets that read what a GR00T client sends: an array, and a whole request.
+"""Targets that read what a GR00T client sends: an array, a whole request, and a connection.
 
 What the bounds let through must be what NumPy and MessagePack read, and no larger than its bytes.
 """
@@ -16,6 +16,14 @@ import numpy as np
 
 from policies.errors import ContractMismatch
 from runtime.gateway.groot.modalities import GrootModalities, is_flat
+from runtime.gateway.groot.zmtp import (
+    GREETING,
+    MAX_ENVELOPE_FRAMES,
+    MAX_SMALL_BYTES,
+    ProtocolViolation,
+    RequestTooLong,
+    ZmtpConnection,
+)
 from runtime.options.observation_keys import ImageSource, ObservationKeys, StateSource
 from runtime.wire_formats.bounded_msgpack import MAX_DEPTH, MalformedFrame, require_map
 from runtime.wire_formats.npy_arrays import decode_array, pack, read_npy, unpack, write_npy
@@ -52,6 +60,68 @@ KEYS = (
         {"top": ImageSource("video.top")}, (StateSource("arm", stop=2), StateSource("hand", stop=1))
     ),
 )
+READY = b"\4\x19\5READY\x0bSocket-Type\0\0\0\3REQ"
+CONNECTION = (
+    GREETING + READY + b"\1\0\0\5first" + b"\4\x09\4PING\0\1ab"
+    b"\1\1n\1\0\2\0\0\0\0\0\0\0\6second" + b"\1\0\0\x21" + b"too long" * 4 + b"!"
+)  # fmt: skip
+"""Greeting, handshake, requests of all forms, a heartbeat, and a request that is too long."""
+MAX_BYTES = 32
+
+
+class Wire:
+    """A socket from which parts of ``data`` come, and which takes what is sent."""
+
+    def __init__(self, data: bytes, part: int) -> None:
+        self._data, self._part, self.sent = data, part, b""
+
+    def recv(self, count: int, flags: int = 0) -> bytes:
+        found = self._data[:count]
+        self._data = self._data[0 if flags else count :]
+        return found
+
+    def recv_into(self, memory: memoryview) -> int:
+        found = self.recv(min(len(memory), self._part))
+        memory[: len(found)] = found
+        return len(found)
+
+    def sendall(self, data: bytes) -> None:
+        self.sent += data
+
+    def setsockopt(self, *_: object) -> None: ...
+    def settimeout(self, _: object) -> None: ...
+
+
+def zmtp(data: bytes) -> None:
+    """A connection from its greeting on."""
+    feed = Feed(data)
+    kind, part = feed.byte(), 1 + feed.byte()
+    text = feed.rest() if kind & 7 == 7 else feed.bytes_near(CONNECTION)
+    wire = Wire(text, part)
+    connection = ZmtpConnection(wire, MAX_BYTES)
+    try:
+        connection.handshake()
+        reached["handshakes"] += 1
+        while True:
+            try:
+                received = connection.receive()
+            except RequestTooLong as error:
+                reached["too long"] += 1
+                assert str(error).isprintable()
+                connection.send(error.envelope, b"no")
+                continue
+            if received is None:
+                break
+            envelope, request = received
+            assert 1 <= len(envelope) <= MAX_ENVELOPE_FRAMES and not envelope[-1]
+            assert all(len(frame) <= MAX_SMALL_BYTES for frame in envelope)
+            assert len(request) <= MAX_BYTES and bytes(request) in text
+            reached["requests"] += 1
+            connection.send(envelope, bytes(request))
+    except (ProtocolViolation, ConnectionError) as error:
+        assert str(error).isprintable() and len(str(error)) < 500
+    reached["heartbeats"] += wire.sent.count(b"\4PONG")
+    assert len(wire.sent) < 2 * len(text) + 200
 
 
 def npy(data: bytes) -> None:

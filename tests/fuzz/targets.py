@@ -41,6 +41,7 @@ _FUNCTIONS = {
     "lerobot_parts": "gateway_lerobot:lerobot_parts",
     "groot_npy": "gateway_groot:npy",
     "groot_request": "gateway_groot:request",
+    "groot_zmtp": "gateway_groot:zmtp",
 }
 _CONTEXTS = {
     "segments": "channels:segments",

@@ -46,6 +46,7 @@ GATES = {
     "lerobot_parts": ("joined",),
     "groot_npy": ("accepted",),
     "groot_request": ("unpacked", "nested", "flat"),
+    "groot_zmtp": ("handshakes", "requests", "too long", "heartbeats"),
 }
 
 
