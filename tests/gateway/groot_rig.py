@@ -34,11 +34,12 @@ def gateway(
     api_keys: ApiKeys | None = None,
     contract: PolicyContract = CONTRACT,
     timeout_s: float = 10.0,
+    port: int = 0,
     sessions: SessionOptions | None = None,
     **options: Any,
 ) -> Iterator[GrootGateway]:
     """A gateway to ``server``, served in a thread until the end of the block."""
-    command = GatewayCommand("groot", server=server, port=0, **options)
+    command = GatewayCommand("groot", server=server, port=port, **options)
     command = dataclasses.replace(command, sessions=sessions or SessionOptions(timeout_s=timeout_s))
     made = GrootGateway(command, keys, api_keys, contract)
     with served(made):

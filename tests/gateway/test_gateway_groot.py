@@ -572,6 +572,16 @@ def test_a_server_that_dies_is_an_error_and_its_successor_is_used() -> None:
             peer.close()
 
 
+def test_a_client_between_two_requests_outlives_its_gateway(server: PolicyServer) -> None:
+    address = f"{server.host}:{server.port}"
+    with contextlib.ExitStack() as stack:
+        with gateway(address) as first:
+            peer = stack.enter_context(GrootPeer(first.port))
+            assert [peer.act()[0]["action"][0, 0, 0] for _ in range(2)] == [1, 2]
+        with gateway(address, port=first.port):
+            assert peer.act()[0]["action"][0, 0, 0] == 1
+
+
 # Start and stop
 
 

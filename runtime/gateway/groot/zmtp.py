@@ -107,25 +107,23 @@ class ZmtpConnection:
             OSError: The connection broke.
         """
         envelope: list[bytes] = []
-        self._socket.settimeout(None)
-        while self._socket.recv(1, socket.MSG_PEEK):
-            deadline_s = time.monotonic() + SLOW_S
-            if self._take_command(deadline_s):
+        while True:
+            if not envelope:  # a client may be idle here, and only here
                 self._socket.settimeout(None)
-                continue
-            while True:
-                flags, size = self._head(deadline_s)
-                if flags & _COMMAND:
-                    self._obey(self._small(size, deadline_s))
-                elif flags & _MORE:
-                    envelope.append(self._small(size, deadline_s))
-                    if len(envelope) > MAX_ENVELOPE_FRAMES:
-                        raise ProtocolViolation("got a request of many frames, expected one")
-                elif not envelope or envelope[-1]:
-                    raise ProtocolViolation("got a message without an empty frame, expected one")
-                else:
-                    return envelope, self._content(envelope, size, deadline_s)
-        return None
+                if not self._socket.recv(1, socket.MSG_PEEK):
+                    return None
+                deadline_s = time.monotonic() + SLOW_S
+            flags, size = self._head(deadline_s)
+            if flags & _COMMAND:
+                self._obey(self._small(size, deadline_s))
+            elif flags & _MORE:
+                envelope.append(self._small(size, deadline_s))
+                if len(envelope) > MAX_ENVELOPE_FRAMES:
+                    raise ProtocolViolation("got a request of many frames, expected one")
+            elif not envelope or envelope[-1]:
+                raise ProtocolViolation("got a message without an empty frame, expected one")
+            else:
+                return envelope, self._content(envelope, size, deadline_s)
 
     def serve_until(self, done_fd: int) -> None:
         """Answer heartbeats until ``done_fd`` is readable or the peer sends a request or leaves."""
