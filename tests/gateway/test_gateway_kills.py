@@ -18,6 +18,7 @@ from pathlib import Path
 import pytest
 import zmq
 
+from runtime.gateway.renewing_gateway import WATCH_EVERY_S
 from runtime.server import PolicyServer
 from tests.faults.rig import Program, Server
 from tests.gateway.groot_rig import GrootPeer, gateway, observation, wait_for
@@ -89,6 +90,7 @@ def segments() -> set[str]:
 def test_a_killed_client_leaves_nothing_in_the_gateway(server: PolicyServer) -> None:
     with gateway_process(server) as (program, port), GrootPeer(port) as stays:
         assert stays.act()[0]["action"][0, 0, 0] == 1
+        time.sleep(2 * WATCH_EVERY_S)  # then the watch of the server's policy has its own threads
         before = descriptors(program.pid), threads(program.pid)
         for number in range(TIMES):
             with Program("-c", CLIENT, str(port)) as client:
