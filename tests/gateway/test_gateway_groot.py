@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import io
+import logging
 import socket
 import struct
 import threading
@@ -21,6 +22,7 @@ import zmq
 from policies.errors import ContractMismatch
 from policies.types import ActionChunk, CameraContract, MetaObs
 from policies.yaml_config import InvalidConfig, load_config
+from runtime.gateway.client_log import ClientLog
 from runtime.gateway.config import GatewayCommand, SessionOptions
 from runtime.gateway.groot.client import GrootRequests
 from runtime.gateway.groot.gateway import GrootGateway, max_request_bytes
@@ -400,7 +402,8 @@ def test_another_normalizer_is_no_other_policy(server: PolicyServer) -> None:
 def test_an_error_that_is_no_text_is_told(server: PolicyServer) -> None:
     command = GatewayCommand("groot", server=f"{server.host}:{server.port}")
     modalities = GrootModalities(CONTRACT, ObservationKeys())
-    requests = GrootRequests(command, "groot", None, modalities, threading.Semaphore())
+    log = ClientLog(logging.getLogger(__name__))
+    requests = GrootRequests(command, "groot", None, modalities, threading.Semaphore(), log=log)
     assert msgpack.unpackb(requests.refuse("a\udcff")) == {"error": "a?"}
 
 

@@ -10,6 +10,8 @@ from collections.abc import Iterator
 import pytest
 import zmq
 
+from runtime.gateway.client_log import BURST
+from runtime.gateway.config import GatewayCommand
 from runtime.gateway.groot.gateway import GrootGateway
 from runtime.gateway.groot.zmtp import GREETING, MAX_ENVELOPE_FRAMES, MAX_SMALL_BYTES
 from runtime.wire_formats.npy_arrays import pack, unpack
@@ -22,6 +24,7 @@ READY = b"\4\x19\5READY" + SOCKET_TYPE + b"\3REQ"
 ROUTER_READY = b"\4\x1c\5READY" + SOCKET_TYPE + b"\6ROUTER"
 PING = pack({"endpoint": "ping"})
 REQUEST = b"\1\0" + bytes((0, len(PING))) + PING
+MAX_CLIENTS = GatewayCommand("groot").max_clients
 NOWHERE = "127.0.0.1:9"
 """A server that is not asked."""
 
@@ -170,3 +173,51 @@ def test_a_heartbeat_is_answered_while_the_policy_computes() -> None:
         gate.release(100)
         assert peer.receive()[0]["action"][0, 0, 0] == 2
         peer.socket.disable_monitor()
+
+
+def test_silent_peers_keep_no_client_out(
+    served: GrootGateway, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("runtime.gateway.groot.gateway.MORE_CONNECTIONS", 2 - MAX_CLIENTS)
+    monkeypatch.setattr("runtime.gateway.groot.gateway.UNUSED_S", 0.0)
+    with GrootPeer(served.port) as used, connection(served.port) as silent:
+        assert used.call("ping")["status"] == "ok"
+        shake_hands(silent)
+        with GrootPeer(served.port) as peer:
+            assert peer.call("ping")["status"] == "ok"
+            assert rest(silent) == b""
+            assert used.call("ping")["status"] == "ok"
+
+
+@pytest.mark.parametrize("starts", [0, 1], ids=["connection", "computation"])
+def test_a_client_for_which_there_is_no_thread_is_refused_alone(
+    served: GrootGateway, starts: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with GrootPeer(served.port) as used:
+        assert used.call("ping")["status"] == "ok"
+        start, left = threading.Thread.start, iter(range(starts))
+
+        def fail(thread: threading.Thread) -> None:
+            if next(left, None) is None:
+                raise RuntimeError("can't start new thread")
+            start(thread)
+
+        with monkeypatch.context() as patched, contextlib.ExitStack() as stack:
+            patched.setattr(threading.Thread, "start", fail)
+            connected = stack.enter_context(connection(served.port))
+            connected.sendall(GREETING + READY)
+            assert rest(connected) in (b"", GREETING + ROUTER_READY)
+        assert used.call("ping")["status"] == "ok"
+        with GrootPeer(served.port) as peer:
+            assert peer.call("ping")["status"] == "ok"
+
+
+def test_a_flood_of_bad_peers_does_not_fill_the_log(
+    served: GrootGateway, caplog: pytest.LogCaptureFixture
+) -> None:
+    for _ in range(BURST + 50):
+        with connection(served.port) as connected:
+            connected.sendall(bytes(64))
+            rest(connected)
+    warnings = [record for record in caplog.records if record.levelname == "WARNING"]
+    assert 0 < len(warnings) < BURST + 25

@@ -6,12 +6,14 @@ import logging
 import os
 import queue
 import threading
+import time
 from collections.abc import Mapping
 from typing import Any
 
 from policies.errors import ContractMismatch, PolicyError
 from policies.types import ActionChunk
 from runtime.errors import RuntimeFault
+from runtime.gateway.client_log import ClientLog
 from runtime.gateway.config import GatewayCommand
 from runtime.gateway.gateway_session import GatewaySession
 from runtime.gateway.groot.modalities import GrootModalities, has_batch_axis, is_flat
@@ -21,8 +23,6 @@ from runtime.wire_formats.bounded_msgpack import Data, MalformedFrame, require_m
 from runtime.wire_formats.npy_arrays import pack, unpack
 from transport.errors import Refused, TransportError
 from transport.zeromq.curve import KeyFileError
-
-logger = logging.getLogger(__name__)
 
 MAX_LOGGED = 10
 """Refused requests of one client that are logged."""
@@ -41,6 +41,10 @@ class GrootRequests:
         api_keys: What a request's ``api_token`` must be one of; None if it needs none.
         modalities: Of the policy that the gateway was started for. Another one is refused.
         places: How many more clients may be served.
+        log: The gateway's.
+
+    Attributes:
+        has_place: Whether there was a request with a valid key, and a place for it.
     """
 
     def __init__(
@@ -50,12 +54,14 @@ class GrootRequests:
         api_keys: ApiKeys | None,
         modalities: GrootModalities,
         places: threading.Semaphore,
+        *,
+        log: ClientLog,
     ) -> None:
         self._command, self._name, self._api_keys = command, name, api_keys
-        self._modalities, self._places, self._has_place = modalities, places, False
+        self._modalities, self._places, self.has_place = modalities, places, False
         self._session: GatewaySession | None = None
         self._timestep = 0
-        self._logged = 0
+        self._log, self._logged = log, 0
 
     def answer(self, request: Data) -> bytes:
         """Return the reply to ``request``: ``{"error": text}`` for whatever is wrong."""
@@ -64,7 +70,8 @@ class GrootRequests:
         except (MalformedFrame, PolicyError, RuntimeFault, TransportError, KeyFileError) as error:
             return self.refuse(str(error))
         except Exception as error:
-            logger.exception("%s: a request failed", self._name)
+            text = f"{self._name}: a request failed"
+            self._log.write(logging.ERROR, text, with_traceback=True)
             return self.refuse(f"the gateway failed: {type(error).__name__}")
 
     def refuse(self, error: str) -> bytes:
@@ -72,7 +79,7 @@ class GrootRequests:
         error = error.encode("utf-8", "replace").decode()  # neither log nor reply can have the rest
         self._logged += 1
         if self._logged <= MAX_LOGGED:
-            logger.warning("%s: %.300s", self._name, error)
+            self._log.write(logging.WARNING, f"{self._name}: {error:.300}")
         return pack({"error": error})
 
     def close(self) -> None:
@@ -80,15 +87,15 @@ class GrootRequests:
         session, self._session = self._session, None
         if session is not None:
             session.close()
-        if self._has_place:
-            self._has_place = False
+        if self.has_place:
+            self.has_place = False
             self._places.release()
 
     def _answer(self, request: Mapping[str, Any]) -> Any:
         if self._api_keys is not None and not self._api_keys.match(request.get("api_token")):
             raise MalformedFrame("api_token", "none or a wrong one", "one of the gateway's")
-        self._has_place = self._has_place or self._places.acquire(blocking=False)
-        if not self._has_place:
+        self.has_place = self.has_place or self._places.acquire(blocking=False)
+        if not self.has_place:
             most = self._command.max_clients
             raise MalformedFrame("clients", f"{most + 1}", f"at most {most}")
         endpoint = request.get("endpoint", "get_action")
@@ -157,7 +164,7 @@ class GrootRequests:
         except Refused:
             raise
         except TransportError as error:
-            logger.warning("%s: %.300s", self._name, error)
+            self._log.write(logging.WARNING, f"{self._name}: {error!s:.300}")
 
 
 def _check_arguments(data: Mapping[str, Any], names: tuple[str, ...]) -> None:
@@ -181,14 +188,26 @@ class GrootClient(threading.Thread):
         connection: Closed by the thread.
         requests: Answers the requests; closed by the thread.
         name: For the log.
+        log: The gateway's.
+
+    Attributes:
+        accepted_s: When the connection was accepted, monotonic seconds.
     """
 
-    def __init__(self, connection: ZmtpConnection, requests: GrootRequests, name: str) -> None:
+    def __init__(
+        self, connection: ZmtpConnection, requests: GrootRequests, name: str, log: ClientLog
+    ) -> None:
         # A daemon: one that waits for the policy must not keep the process.
         super().__init__(name=name, daemon=True)
-        self._connection, self._requests = connection, requests
+        self._connection, self._requests, self._log = connection, requests, log
+        self.accepted_s = time.monotonic()
         self._submitted: queue.SimpleQueue[memoryview | None] = queue.SimpleQueue()
         self._replies: queue.SimpleQueue[bytes] = queue.SimpleQueue()
+
+    @property
+    def has_place(self) -> bool:
+        """As ``GrootRequests``."""
+        return self._requests.has_place
 
     def cut(self) -> None:
         """End the connection. Idempotent."""
@@ -198,13 +217,13 @@ class GrootClient(threading.Thread):
         """Serve the client until it leaves."""
         try:
             self._connection.handshake()
-            logger.info("%s: connected", self.name)
+            self._log.write(logging.INFO, f"{self.name}: connected")
             self._serve()
-            logger.info("%s: disconnected", self.name)
-        except ProtocolViolation as error:
-            logger.warning("%s: disconnected: %s", self.name, error)
+            self._log.write(logging.INFO, f"{self.name}: disconnected")
+        except (ProtocolViolation, RuntimeError) as error:  # the latter: there is no thread for it
+            self._log.write(logging.WARNING, f"{self.name}: disconnected: {error}")
         except OSError as error:  # a timeout is one, too
-            logger.info("%s: disconnected: %s", self.name, error)
+            self._log.write(logging.INFO, f"{self.name}: disconnected: {error}")
         finally:
             self._connection.close()
 
@@ -212,7 +231,11 @@ class GrootClient(threading.Thread):
         """Answer requests until the end of the connection, and end the session."""
         done_fd = os.eventfd(0, os.EFD_CLOEXEC)
         computing = threading.Thread(target=self._compute, args=(done_fd,), daemon=True)
-        computing.start()
+        try:
+            computing.start()
+        except RuntimeError:
+            os.close(done_fd)
+            raise
         try:
             while True:
                 try:

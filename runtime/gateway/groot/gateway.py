@@ -10,6 +10,7 @@ import threading
 import time
 
 from policies.types import PolicyContract
+from runtime.gateway.client_log import ClientLog
 from runtime.gateway.config import GatewayCommand
 from runtime.gateway.groot.client import GrootClient, GrootRequests
 from runtime.gateway.groot.modalities import GrootModalities
@@ -24,6 +25,8 @@ ROOM_BYTES = 16 * 1024**2
 """Room for pictures that the policy does not take, which are answered with what was expected."""
 MORE_CONNECTIONS = 16
 """Connections beyond ``max_clients``, for clients that are told that there is no place."""
+UNUSED_S = 5.0
+"""How old a connection without a place is when it may be closed for a new one."""
 CLOSE_S = 2.0
 """How long ``close`` waits for requests that are being computed."""
 ACCEPT_AGAIN_S = 0.1
@@ -38,7 +41,8 @@ class GrootGateway:
     a request is answered ``{"error": text}``, also where it is too long.
 
     A connection beyond ``MORE_CONNECTIONS`` is closed before it sends anything: a ZMQ client keeps
-    its request, and tries again until it is accepted.
+    its request, and tries again until it is accepted. So that peers that say nothing keep nobody
+    out, the oldest connection without a place makes room for it.
 
     Args:
         command: Where to listen, the server, and how many clients there may be.
@@ -64,6 +68,7 @@ class GrootGateway:
         self._max_bytes = max_request_bytes(contract)
         self._places = threading.Semaphore(command.max_clients)
         self._clients: list[GrootClient] = []
+        self._log = ClientLog(logger)
         host, ipv6 = resolve(bare_host(command.host), command.port or 0, listening=True)
         self._listener = socket.create_server(
             (host, command.port or 0), family=socket.AF_INET6 if ipv6 else socket.AF_INET
@@ -112,27 +117,41 @@ class GrootGateway:
         except BlockingIOError:
             return  # it left again
         except OSError as error:
-            logger.warning("a client could not be accepted: %s", error)
+            self._log.write(logging.WARNING, f"a client could not be accepted: {error}")
             time.sleep(ACCEPT_AGAIN_S)
             return
         name = f"groot {format_address(*peer[:2])}"
         self._clients = [client for client in self._clients if client.is_alive()]
         if len(self._clients) >= self._command.max_clients + MORE_CONNECTIONS:
-            logger.debug("%s: refused, there are %d connections", name, len(self._clients))
             connected.close()
+            self._make_room()
             return
         try:
             connection = ZmtpConnection(connected, self._max_bytes)
         except OSError as error:
-            logger.info("%s: left at once: %s", name, error)
+            self._log.write(logging.INFO, f"{name}: left at once: {error}")
             connected.close()
             return
         requests = GrootRequests(
-            self._command, name, self._api_keys, self._modalities, self._places
+            self._command, name, self._api_keys, self._modalities, self._places, log=self._log
         )
-        client = GrootClient(connection, requests, name)
+        client = GrootClient(connection, requests, name, self._log)
+        try:
+            client.start()
+        except RuntimeError as error:  # the system has no thread for it
+            self._log.write(logging.WARNING, f"{name}: refused: {error}")
+            connection.close()
+            return
         self._clients.append(client)
-        client.start()
+
+    def _make_room(self) -> None:
+        """End the oldest connection without a place, if it is not too new."""
+        before_s = time.monotonic() - UNUSED_S
+        unused = (one for one in self._clients if not one.has_place and one.accepted_s < before_s)
+        client = next(unused, None)
+        if client is not None:
+            self._log.write(logging.INFO, f"{client.name}: makes room for another client")
+            client.cut()
 
 
 def max_request_bytes(contract: PolicyContract) -> int:

@@ -30,7 +30,12 @@ SLOW_S = 30.0
 _DROP_BYTES = 65_536
 _MORE, _LONG, _COMMAND = 1, 2, 4
 _SIZE = struct.Struct(">Q")
-_DEAD_AFTER = ((socket.TCP_KEEPIDLE, 5), (socket.TCP_KEEPINTVL, 5), (socket.TCP_KEEPCNT, 3))
+_DEAD_AFTER = (
+    (socket.TCP_KEEPIDLE, 5),
+    (socket.TCP_KEEPINTVL, 5),
+    (socket.TCP_KEEPCNT, 3),
+    (socket.TCP_USER_TIMEOUT, 20_000),  # ms; keepalive says nothing while a reply is on its way
+)
 """A client whose host vanished is noticed after 20 s."""
 
 
