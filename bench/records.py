@@ -107,7 +107,7 @@ class Records:
                 **self.absent,
             },
             "figures": {
-                key: {w: round(float(np.percentile(each, q)), 2) for w, q in STATISTICS.items()}
+                key: {w: float(f"{np.percentile(each, q):.4g}") for w, q in STATISTICS.items()}
                 | {"count": int(each.size)}
                 for key, each in chosen.items()
             },

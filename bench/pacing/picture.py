@@ -59,7 +59,7 @@ def draw(records: Records, path: Path = PICTURE) -> Path | None:
         axis.set(xscale="log", yscale="log", title=group)
         axis.grid(visible=True, which="major", alpha=0.3)
     styles = [Line2D([], [], color=c, linestyle=s, label=name) for name, (c, s) in COLOURS.items()]
-    axes[0, 0].legend(handles=styles, fontsize=7, loc="lower left")
+    axes[0, 0].legend(handles=styles, fontsize=8, loc="lower left")
     for axis in axes[-1]:
         axis.set_xlabel("lateness, µs")
     for axis in axes[:, 0]:
@@ -68,7 +68,7 @@ def draw(records: Records, path: Path = PICTURE) -> Path | None:
         axis.set_visible(False)
     figure.tight_layout()
     path.parent.mkdir(exist_ok=True)
-    save_picture(figure, path, (colour for colour, _ in COLOURS.values()))
+    save_picture(figure, path, (colour for colour, _ in COLOURS.values()), dpi=64)
     plt.close(figure)
     return path
 

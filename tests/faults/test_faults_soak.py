@@ -66,7 +66,7 @@ def test_nothing_grows(tmp_path: Path) -> None:
         "rss_first_last_bytes": [int(rss[0]), int(rss[-1])],
         "descriptors": sorted({holdings.descriptors for _, holdings in warm}),
         "threads": sorted({holdings.threads for _, holdings in warm}),
-        "samples": [[round(at_s, 1), holdings.rss_bytes] for at_s, holdings in seen],
+        "samples": [[round(at_s, 1), holdings.rss_bytes] for at_s, holdings in seen[::6]],
         "versions": versions(),
     }
     print(json.dumps({k: v for k, v in result.items() if k != "samples"}, indent=1))  # noqa: T201
