@@ -24,6 +24,8 @@ JPEG = ["simplejpeg>=1.8"]
 ROS = [*JPEG, "opencv-python-headless>=4.8"]
 # Each protocol's own library: openpi and GR00T, openpi, LeRobot.
 GATEWAY = ["msgpack>=1.0", "websockets>=17", "grpcio>=1.66"]
+# Both write and read LeRobotDatasets: their tables, their videos and pictures.
+DATASET = ["pyarrow>=17", "av>=12"]
 FUZZ = ["atheris>=2.3"]
 DEV = [
     "pytest>=8",
@@ -69,7 +71,8 @@ setup(
         "jpeg": JPEG,
         "ros": ROS,
         "gateway": GATEWAY,
+        "dataset": DATASET,
         "fuzz": FUZZ,
-        "dev": DEV + TRAIN + ROS + GATEWAY + COMPARE + HUB,
+        "dev": DEV + TRAIN + ROS + GATEWAY + COMPARE + HUB + DATASET,
     },
 )

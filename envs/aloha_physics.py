@@ -138,11 +138,7 @@ class AlohaSim:
     @property
     def agent_pos(self) -> NDArray[np.float64]:
         """(14,) joint positions in the order of the action; grippers normalized to 0 to 1."""
-        qpos = self.data.qpos
-        arms = [*qpos[:7], *qpos[8:15]]
-        for gripper in (6, 13):
-            arms[gripper] = (arms[gripper] - FINGER_CLOSED_M) / (FINGER_OPEN_M - FINGER_CLOSED_M)
-        return np.array(arms, np.float64)
+        return joint_positions(self.data.qpos)
 
     @property
     def agent_vel(self) -> NDArray[np.float64]:
@@ -243,3 +239,11 @@ def assets_folder() -> Path:
         if folder.is_dir():
             return folder
     raise EnvError("the models of gym-aloha are not installed: pip install '.[sim]'")
+
+
+def joint_positions(qpos: NDArray[np.float64]) -> NDArray[np.float64]:
+    """Return ``AlohaSim.agent_pos`` at ``qpos``, (14,)."""
+    arms = [*qpos[:7], *qpos[8:15]]
+    for gripper in (6, 13):
+        arms[gripper] = (arms[gripper] - FINGER_CLOSED_M) / (FINGER_OPEN_M - FINGER_CLOSED_M)
+    return np.array(arms, np.float64)

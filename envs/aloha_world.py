@@ -9,12 +9,14 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from envs.aloha_physics import ACTION_DIM, DT_S, STATE_DIM, AlohaSim
+from envs.aloha_physics import ACTION_DIM, DT_S, ROBOT_QPOS, STATE_DIM, AlohaSim, joint_positions
 from envs.errors import UnknownCamera
 from envs.rendering import OffscreenRenderer
-from envs.world import Pictures, StepResult
+from envs.world import Pictures, RecordedObservation, StepResult
 from policies.types import MetaObs, Rendering
 
+POSE = ("x", "y", "z", "qw", "qx", "qy", "qz")
+"""Numbers of an object's pose: position in m, quaternion."""
 VIDEO_MSAA = 4
 """Videos are for people: antialiased edges, but no shadows, which are most of a frame's cost."""
 
@@ -135,6 +137,27 @@ class AlohaWorld:
         data = self.sim.data if qpos is None else self.sim.data_at(qpos)
         self._video.render(data, self._video_camera, picture)
         return picture
+
+    @property
+    def object_pose_names(self) -> tuple[str, ...]:
+        """Seven for each object: position in m, and quaternion."""
+        return tuple(f"{name}.{part}" for name in self.sim.task.objects for part in POSE)
+
+    def observation_snapshot(self) -> object:
+        """Copy ``qpos``, which is all that an observation depends on."""
+        return self.sim.data.qpos.copy()
+
+    def observe_snapshot(self, snapshot: object) -> RecordedObservation:
+        """Render every camera at ``snapshot``, a ``qpos``, and read its joint positions."""
+        qpos = np.asarray(snapshot, np.float64)
+        return RecordedObservation(
+            images={
+                name: self.sim.render_camera(sim_name, hw=self.camera_hw[name], qpos=qpos)
+                for name, sim_name in self._sim_names.items()
+            },
+            state=joint_positions(qpos).astype(np.float32),
+            objects=qpos[ROBOT_QPOS:].astype(np.float32),
+        )
 
     def info(self) -> dict[str, Any]:
         """Return the task, MuJoCo's version, the renderer and the cameras."""

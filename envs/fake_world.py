@@ -18,7 +18,7 @@ from numpy.typing import NDArray
 
 from envs.aloha_physics import MAX_SEED, START_POSE
 from envs.errors import EnvError
-from envs.world import Pictures, StepResult, check_action
+from envs.world import Pictures, RecordedObservation, StepResult, check_action
 from policies.types import MetaObs
 
 START = np.array((*START_POSE[:6], 0.1) * 2, np.float64)
@@ -50,6 +50,7 @@ class FakeWorld:
     DT_S = 0.02
     action_dim = state_dim = len(START)
     control = ("joint", "abs")
+    object_pose_names = ("target.x", "target.y")
 
     def __init__(
         self,
@@ -121,6 +122,19 @@ class FakeWorld:
         name = self.camera_names[0] if self.camera_names else "video"
         pose = snapshot if isinstance(snapshot, np.ndarray) else self._pose
         return self._draw(name, None, pose)
+
+    def observation_snapshot(self) -> object:
+        """Copy the pose."""
+        return self._pose.copy()
+
+    def observe_snapshot(self, snapshot: object) -> RecordedObservation:
+        """Draw every camera's image at ``snapshot``, a pose; the object is the target's square."""
+        pose = np.asarray(snapshot, np.float64)
+        return RecordedObservation(
+            images={name: self._draw(name, None, pose) for name in self.camera_names},
+            state=pose.astype(np.float32),
+            objects=self.target[:2].astype(np.float32),
+        )
 
     def info(self) -> dict[str, Any]:
         """Return the task, the cameras and the episode's length."""

@@ -16,7 +16,7 @@ from numpy.typing import NDArray
 from envs.config import EnvConfig
 from envs.errors import EnvError
 from envs.gl_context import one_line, why_not
-from envs.world import Pictures, StepResult, check_action
+from envs.world import Pictures, RecordedObservation, StepResult, check_action
 from policies.types import MetaObs
 
 logger = logging.getLogger(__name__)
@@ -43,6 +43,7 @@ class GymWorld:
     """
 
     control = None
+    object_pose_names = ()
 
     def __init__(self, config: EnvConfig, camera_hw: Mapping[str, tuple[int, int] | None]) -> None:
         self.task, self.language = config.task, ""
@@ -172,6 +173,20 @@ class GymWorld:
         if self.camera_names:
             return np.array(self._image(self.camera_names[0]))
         return np.array(self._render())
+
+    def observation_snapshot(self) -> object:
+        """Return the observation itself: the state of an unknown environment cannot be saved."""
+        return RecordedObservation(
+            images={name: np.array(self._image(name)) for name in self.camera_names},
+            state=self._state(),
+            objects=np.empty(0, np.float32),
+        )
+
+    def observe_snapshot(self, snapshot: object) -> RecordedObservation:
+        """Return ``snapshot``. Raises ``TypeError``: it is not from ``observation_snapshot``."""
+        if not isinstance(snapshot, RecordedObservation):
+            raise TypeError(f"snapshot: got {type(snapshot).__name__}, expected an observation")
+        return snapshot
 
     def info(self) -> dict[str, Any]:
         """Return the world's entry in a result file: versions, cameras, rate and assumptions."""

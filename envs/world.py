@@ -35,6 +35,21 @@ class StepResult:
     truncated: bool
 
 
+@dataclass(frozen=True, slots=True, eq=False)
+class RecordedObservation:
+    """What a dataset keeps of one tick.
+
+    Attributes:
+        images: The policy's camera name to (H, W, 3) uint8 RGB.
+        state: (S,) float32, as in ``MetaObs``.
+        objects: (O,) float32, the poses of the objects; empty where the world has none.
+    """
+
+    images: Pictures
+    state: NDArray[np.float32]
+    objects: NDArray[np.float32]
+
+
 @runtime_checkable
 class World(Protocol):
     """A simulated world, used by one thread. ``step`` never renders; ``observe`` does."""
@@ -115,6 +130,21 @@ class World(Protocol):
 
     def frame(self, snapshot: object = None) -> NDArray[np.uint8]:
         """Return an image for a video, (H, W, 3) uint8: of the current state or of a snapshot."""
+        ...
+
+    @property
+    def object_pose_names(self) -> tuple[str, ...]:
+        """O names of the numbers in ``RecordedObservation.objects``."""
+        ...
+
+    def observation_snapshot(self) -> object:
+        """Return what ``observe_snapshot`` needs to observe this moment later, as ``snapshot``."""
+        ...
+
+    def observe_snapshot(self, snapshot: object) -> RecordedObservation:
+        """Return the observation at ``snapshot``, from ``observation_snapshot``, without a change
+        to the simulation.
+        """
         ...
 
     def info(self) -> dict[str, Any]:

@@ -30,8 +30,11 @@ from robots.factory import make_robot
 from runtime.client.policy_client import PolicyClient
 from runtime.control import strategy_selection
 from runtime.control.strategy_selection import choose_execution
+from runtime.datasets.dataset_recorder import DatasetRecorder
+from runtime.datasets.errors import RecorderFailed
 from runtime.errors import ModelNameError
 from runtime.eval_real.compatibility import Incompatible, check_compatible
+from runtime.eval_real.dataset_episode import dataset_features
 from runtime.eval_real.operator_console import OperatorConsole
 from runtime.eval_real.rollout_session import Interrupted, Rollout, RolloutSession, SessionOver
 from runtime.eval_real.run_config import EvalRealConfig, RobotLimits, RunConfig
@@ -216,7 +219,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             _evaluate(evaluation)
     except TraceError as error:
         return _fail(error)
-    except SessionOver as over:
+    except (SessionOver, RecorderFailed) as over:
         failure, status = str(over), LOST
     except Interrupted:
         failure, status = "interrupted", INTERRUPTED
@@ -249,6 +252,9 @@ def _evaluate(evaluation: Evaluation) -> None:
         evaluation.run_config = run_config
         for line in strategy_selection.summary_lines(run_config.contract, run_config.execution):
             _tell(line)
+        recorder = _start_recorder(run_config, robot)
+        if recorder is not None:
+            stack.enter_context(recorder)
         supervisor = stack.enter_context(Supervisor(run_config, robot, _tell))
         _tell(supervisor.realtime)
         evaluation.setting = supervisor.setting
@@ -261,10 +267,24 @@ def _evaluate(evaluation: Evaluation) -> None:
             unattended=config.yes,
             new_server=evaluation.new_server,
             tell=_tell,
+            recorder=recorder,
         )
         for rollout in session.run(config.seeds):
             evaluation.rollouts.append(rollout)
             write_result(evaluation.path, *_result(evaluation, ""))
+        if recorder is not None:
+            recorder.finish()
+
+
+def _start_recorder(config: RunConfig, robot: Robot) -> DatasetRecorder | None:
+    """Start the dataset's recorder; None without ``--dataset``. Raises ``DatasetError``."""
+    options = config.recording
+    if options.dataset is None:
+        return None
+    features = dataset_features(
+        robot.contract, robot.name, config.contract, lossless=options.dataset_lossless
+    )
+    return DatasetRecorder(options.dataset, features)
 
 
 def _tell(line: str) -> None:
@@ -323,6 +343,8 @@ def _conclude(evaluation: Evaluation, failure: str) -> int:
     print(f"  clamped {result['clamped_ticks']}, faults {len(result['faults'])}")
     print(f"result       {evaluation.path}")
     print(f"recordings   {evaluation.path.with_suffix('')}/")
+    if evaluation.config.recording.dataset is not None:
+        print(f"dataset      {evaluation.config.recording.dataset}/")
     return 0
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import shutil
 import time
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, replace
@@ -12,8 +13,13 @@ from typing import Any
 import numpy as np
 
 from runtime.control.chunk_executor import ExecutorStatistics
+from runtime.datasets.dataset_recorder import DatasetRecorder
+from runtime.datasets.errors import DatasetError
+from runtime.datasets.layout import spool_folder
+from runtime.datasets.spooled_episode import picture_times, write_columns
 from runtime.errors import RuntimeFault
 from runtime.eval_real.control_enums import MOVING, ControlCommand, Phase, Signal
+from runtime.eval_real.dataset_episode import frames_of
 from runtime.eval_real.operator_console import QUIT, OperatorConsole
 from runtime.eval_real.recording import Recording
 from runtime.eval_real.replay import replay, weights
@@ -30,6 +36,11 @@ ACKED_WITHIN_S = 20.0
 """For the control process to read a command."""
 SAVED_WITHIN_S = 120.0
 """For the videos to be written."""
+SPOOLED_WITHIN_S = 60.0
+"""For the pictures of a dataset to be on the disk."""
+RECORDED_WITHIN_S = 600.0
+MOST_PENDING = 1
+"""Episodes that may still be encoded when a rollout begins."""
 POLL_S = 0.005
 """Wait for a key between two polls of the processes."""
 
@@ -85,6 +96,7 @@ class RolloutSession:
         new_server: Restarts the private server if it died and returns its address; else returns
             None.
         tell: Called with one line of text for every event.
+        recorder: Adds the rollouts to a dataset; None for no dataset.
     """
 
     def __init__(
@@ -97,10 +109,13 @@ class RolloutSession:
         unattended: bool,
         new_server: Callable[[], str | None],
         tell: Callable[[str], None],
+        recorder: DatasetRecorder | None = None,
     ) -> None:
         self._supervisor, self._robot_limits, self._operator = supervisor, robot_limits, operator
         self._folder, self._unattended = folder, unattended
         self._new_server, self._tell = new_server, tell
+        self._recorder = recorder
+        self._spool: Path | None = None
         self._faults: list[str] = []
         self._unwritten = ""
 
@@ -118,6 +133,7 @@ class RolloutSession:
             over: RuntimeFault | None = None
             try:
                 with trace.span("rollout", seed):
+                    self._spool_pictures(index)
                     self._play(seed)
             except (SessionOver, Interrupted) as error:
                 over = error
@@ -215,6 +231,7 @@ class RolloutSession:
         sensing = supervisor.sensing_report()
         recording = supervisor.recorder.take(supervisor.config, self._robot_limits)
         if not recording.rows or not recording.rows["played"].any():
+            self._discard_spool()
             return None
         if sensing["reports_outcome"]:
             judged, success = True, bool(sensing["success"])
@@ -238,6 +255,7 @@ class RolloutSession:
         except OSError as error:  # the result is known all the same
             self._unwritten = f"{stem}: not recorded: {error.strerror or error}"
             self._faults.append(self._unwritten)
+        self._add_to_dataset(recording)
         counts = last_counts(recording.rows)
         episode = _episode(recording, counts.executor, time.monotonic() - self._began_s)
         verdict = ("success" if success else "failure") if judged else "not judged"
@@ -248,6 +266,50 @@ class RolloutSession:
         )
         faults = tuple(self._faults)
         return Rollout(episode, judged, counts.clamped_ticks, faults, stem, identical)
+
+    def _spool_pictures(self, index: int) -> None:
+        """Begin to keep every picture for the dataset.
+
+        Raises:
+            SessionOver: The recorder failed.
+        """
+        recorder = self._recorder
+        if recorder is None:
+            return
+        try:
+            self._supervisor.wait_for(
+                lambda: recorder.pending <= MOST_PENDING, RECORDED_WITHIN_S, "the dataset"
+            )
+        except DatasetError as error:
+            raise SessionOver(str(error)) from error
+        self._spool = spool_folder(recorder.root, f"rollout_{index}")
+        self._supervisor.spool_pictures(self._spool)
+
+    def _discard_spool(self) -> None:
+        if self._spool is not None:
+            self._supervisor.end_spool(SPOOLED_WITHIN_S)
+            shutil.rmtree(self._spool, ignore_errors=True)
+            self._spool = None
+
+    def _add_to_dataset(self, recording: Recording) -> None:
+        """Give the rollout to the dataset's recorder; a failure ends the session afterwards."""
+        recorder, spool = self._recorder, self._spool
+        if recorder is None or spool is None:
+            return
+        self._spool = None
+        problem = self._supervisor.end_spool(SPOOLED_WITHIN_S)
+        config = recording.config
+        try:
+            if not problem:
+                columns, shown = frames_of(recording, picture_times(spool))
+                write_columns(spool, columns, shown, config.language or Path(config.task).stem)
+                recorder.add(spool)
+        except (DatasetError, OSError, ValueError) as error:
+            problem = str(error)
+        if problem:
+            shutil.rmtree(spool, ignore_errors=True)
+            self._unwritten = f"not in the dataset: {problem}"
+            self._faults.append(self._unwritten)
 
     def _judge(self, cut: bool) -> tuple[bool, bool]:
         """(judged, success) as the operator says; not judged when unattended or cut short."""

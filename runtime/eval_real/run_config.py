@@ -25,6 +25,7 @@ from runtime.control.command_stream import CommandStream
 from runtime.control.interpolation import control_ratio
 from runtime.control.realtime import UNPRIVILEGED, RealtimeOptions
 from runtime.control.strategy_selection import ActionManager, ActionSteps, ManagerCoef, strategy_of
+from runtime.datasets.options import DatasetOptions
 from runtime.eval_real.motion_state_machine import MotionStateMachine
 from runtime.eval_real.shared_state import Dims
 from runtime.options.checkpoint import CheckpointOptions
@@ -131,6 +132,7 @@ class EvalRealConfig:
         Flag("SCHED_FIFO priority of the control loop and its watchdog", default="none"),
     ] = 0
     video_fps: Annotated[float, VIDEO_FPS, Flag("frames per second of videos; 0: no video")] = 10.0
+    recording: DatasetOptions = field(default_factory=DatasetOptions)
     trace: TraceFile = None
     fps: Fps = None
     checkpoint: Annotated[CheckpointOptions, Group("checkpoint options", without=("fps",))] = field(

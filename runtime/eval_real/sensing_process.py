@@ -6,7 +6,7 @@ It reads the cameras at its own rate. When the control process has requested a c
 newest observation to the policy server, and writes the answer to shared memory. An observation
 belongs to the policy tick nearest to its capture or, while the arm waits at rest, to the next tick.
 
-Its loop never blocks for long: threads reconnect to a lost server and write videos.
+Its loop never blocks for long: threads reconnect to a lost server and write videos and pictures.
 """
 
 from __future__ import annotations
@@ -30,6 +30,7 @@ from robots.errors import RobotError
 from runtime.client.policy_client import PolicyClient
 from runtime.errors import RuntimeFault, ServerBusy, ServerLost
 from runtime.eval_real.control_enums import Phase, ServerStatus
+from runtime.eval_real.picture_spooler import PictureSpooler
 from runtime.eval_real.run_config import RunConfig
 from runtime.eval_real.shared_state import SharedState, put_text, write_chunk
 from runtime.eval_real.video_recorder import VideoRecorder
@@ -96,6 +97,7 @@ class Sensing:
         self._reconnecting: threading.Thread | None = None
         self._lost = False
         self._video: VideoRecorder | None = None
+        self._spooler: PictureSpooler | None = None
         self._parent = os.getppid()
         self._input_buffer = b""
         self._quit = False
@@ -140,6 +142,8 @@ class Sensing:
             self._success, self._reward, self._steps = outcome
         if self._video is not None:
             self._video.add(frames, now_ns)
+        if self._spooler is not None:
+            self._spooler.add(frames)
 
     def _take_joints(self) -> None:
         """If only control can read the joints, its samples come through shared memory."""
@@ -343,6 +347,17 @@ class Sensing:
                 # A process started after ``record`` has no pictures, and writes no file.
                 video, self._video = self._video or VideoRecorder(0.0), None
                 video.save(Path(argument))
+            elif word == "spool":
+                self._start_spool(Path(argument))
+            elif word == "end_spool" and self._spooler is not None:
+                self._spooler.close()
+                self._spooler = None
+
+    def _start_spool(self, folder: Path) -> None:
+        sizes = self._robot.contract.cameras
+        cameras = {name: sizes[name] for name in self._contract.camera_names}
+        self._spooler = PictureSpooler(folder, cameras)
+        self._spooler.add(self._frames)
 
 
 def _work(config: RunConfig, shared_state: SharedState, parent: ParentPipe) -> int:

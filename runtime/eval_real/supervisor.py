@@ -7,6 +7,7 @@ import os
 import time
 from collections.abc import Callable
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 from robots.base import Robot
@@ -66,6 +67,7 @@ class Supervisor:
         self._reported: set[int] = set()
         self._closing = False
         self._saved: dict[str, Any] = {}
+        self._spooled: dict[str, Any] = {}
         self.lost = ""
         self.setting: dict[str, Any] = {}
         self.realtime = ""
@@ -144,6 +146,8 @@ class Supervisor:
             self._tell(f"a process failed: {event['error']}")
         elif name == "saved":
             self._saved.update(event)
+        elif name == "spooled":
+            self._spooled.update(event)
         elif name == "wrong_policy":
             self._tell(f"another policy answered: {event['reason']}")
 
@@ -292,6 +296,27 @@ class Supervisor:
         if problem := self._saved.get("problem"):
             self._tell(problem)
         return list(self._saved.get("paths", ()))
+
+    def spool_pictures(self, folder: Path) -> None:
+        """Have the sensing process write every picture to a new ``PictureSpool`` in ``folder``."""
+        self._spooled.clear()
+        if self._sensing is not None:
+            self._sensing.send_line(f"spool {folder}")
+
+    def end_spool(self, timeout_s: float) -> str:
+        """Have the sensing process finish its spool; returns the problem, empty without one."""
+        if self._sensing is not None:
+            self._sensing.send_line("end_spool")
+        self.wait_for(
+            lambda: bool(self._spooled) or "sensing" in self.dead or self._sensing_hangs(),
+            timeout_s,
+            "the pictures",
+        )
+        if not self._spooled:  # another process than the one that began it, or none
+            return "the sensing process lost the pictures"
+        if dropped := self._spooled["dropped"]:
+            self._tell(f"the disk is slow: {dropped} pictures are missing in the dataset")
+        return str(self._spooled["problem"])
 
     def close(self) -> None:
         """Bring the arm to rest and end all processes. Idempotent."""

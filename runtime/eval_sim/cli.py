@@ -8,12 +8,13 @@ episodes are kept), 2 bad input, 130 interrupted.
 from __future__ import annotations
 
 import argparse
+import contextlib
 import dataclasses
 import logging
 import signal
 import sys
 import tempfile
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -28,9 +29,12 @@ from policies.standard_streams import run_command
 from policies.types import PolicyContract, PolicyInfo
 from policies.yaml_config import InvalidConfig, as_plain
 from runtime.control import strategy_selection
+from runtime.datasets.dataset_recorder import DatasetRecorder
+from runtime.datasets.errors import RecorderFailed
+from runtime.datasets.features import DatasetFeatures
 from runtime.errors import RuntimeFault
 from runtime.eval_sim.run_config import EvalSimConfig
-from runtime.eval_sim.runner import RunInfo, run
+from runtime.eval_sim.runner import EpisodeSpooled, Report, RunInfo, run
 from runtime.eval_sim.worker_processes import WorkerFailed
 from runtime.evaluation.episode_result import Episode
 from runtime.evaluation.plots import write_timing_plot
@@ -119,7 +123,7 @@ def _evaluate(config: EvalSimConfig) -> int:
     failure, status = "", 0
     bar = tqdm(total=config.num_rollout, unit="episode", desc=config.env.task)
     try:
-        for item in run(config):
+        for item in _recorded(config, run(config)):
             if isinstance(item, RunInfo):
                 run_info = item
                 for line in _summary_lines(run_info):
@@ -131,6 +135,8 @@ def _evaluate(config: EvalSimConfig) -> int:
             _save(config, run_info, episodes, "")
     except WorkerFailed as error:
         failure, status = str(error), BAD_INPUT if error.bad_input else LOST
+    except RecorderFailed as error:
+        failure, status = str(error), LOST
     except RuntimeFault as error:
         failure, status = str(error), BAD_INPUT
     except OSError as error:
@@ -150,6 +156,28 @@ def _evaluate(config: EvalSimConfig) -> int:
         kept = f"; {len(episodes)} of {config.num_rollout} episodes were finished and kept"
         print(f"error: {failure}{kept if status != BAD_INPUT else ''}", file=sys.stderr)
     return status
+
+
+def _recorded(config: EvalSimConfig, reports: Iterator[Report]) -> Iterator[RunInfo | Episode]:
+    """Yield the other reports, and give the spooled episodes to a recorder.
+
+    Raises:
+        DatasetError: The dataset cannot be created or continued, or an episode not recorded.
+    """
+    root = config.recording.dataset
+    with contextlib.ExitStack() as stack:
+        recorder: DatasetRecorder | None = None
+        for report in reports:
+            if isinstance(report, EpisodeSpooled):
+                if recorder is not None:
+                    recorder.add(report.folder)
+                continue
+            if isinstance(report, RunInfo) and root is not None:
+                features = DatasetFeatures.from_json(report.dataset_features)
+                recorder = stack.enter_context(DatasetRecorder(root, features))
+            yield report
+        if recorder is not None:
+            recorder.finish()
 
 
 def _summary_lines(run_info: RunInfo) -> list[str]:
@@ -183,6 +211,8 @@ def _conclude(
     print(f"timing       {plot}")
     if config.videos:
         print(f"videos       {config.video_dir}/")
+    if config.recording.dataset is not None:
+        print(f"dataset      {config.recording.dataset}/")
 
 
 def _save(

@@ -13,12 +13,13 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping, Sequence
+from typing import Protocol
 
 import numpy as np
 from numpy.typing import NDArray
 
-from envs.world import World
+from envs.world import StepResult, World
 from policies.types import ActionChunk, AsyncPolicy, MetaObs, RolloutPolicy
 from runtime.control.chunk_executor import ChunkExecutor
 from runtime.control.clock import ManualClock, MonotonicClock, spin_for
@@ -30,8 +31,26 @@ from runtime.evaluation.episode_result import Episode
 from runtime.latency_stats import LatencyEstimate, StageTimes
 from runtime.trace import recorder as trace
 
-OnTick = Callable[[World], None]
-"""Called with the world after each of its steps; in real time it must be fast."""
+
+class TickObserver(Protocol):
+    """Sees every step of the world; in real time it must be fast."""
+
+    def before_step(
+        self, world: World, command: NDArray[np.float32], source: int, age_s: float
+    ) -> None:
+        """Called before each step.
+
+        Args:
+            world: As ``command`` finds it.
+            command: (A,), reused for the next one.
+            source: Tick of the observation that the command is based on.
+            age_s: That observation's age in seconds.
+        """
+        ...
+
+    def after_step(self, world: World, result: StepResult) -> None:
+        """Called after each step."""
+        ...
 
 
 def run_lockstep(
@@ -39,7 +58,7 @@ def run_lockstep(
     world: World,
     executor: ChunkExecutor,
     seed: int,
-    on_tick: OnTick | None = None,
+    observers: Sequence[TickObserver] = (),
 ) -> Episode:
     """Run one episode in which the world waits for the policy.
 
@@ -47,7 +66,7 @@ def run_lockstep(
         PolicyError, ServerLost, RequestTimeout: Inference failed.
         RuntimeFault: The policy returned a chunk for another tick than the observation's.
     """
-    run = _Run(policy, world, executor, seed, on_tick)
+    run = _Run(policy, world, executor, seed, observers)
     n_obs_steps = policy.contract.n_obs_steps
 
     def step(tick: int) -> bool:
@@ -62,7 +81,7 @@ def run_lockstep(
             run.remember(tick)
         command = run.command(tick)
         run.ages_s.append((tick - executor.last_source) * world.dt_s)
-        return run.step(command)
+        return run.step(command, run.ages_s[-1])
 
     ControlLoop(ManualClock(), world.dt_s).run(step, world.max_timesteps)
     return run.result(missed_ticks=0, lateness_s=np.empty(0))
@@ -73,7 +92,7 @@ def run_realtime(
     world: World,
     executor: ChunkExecutor,
     seed: int,
-    on_tick: OnTick | None = None,
+    observers: Sequence[TickObserver] = (),
 ) -> Episode:
     """Run one episode at the world's own rate, by the wall clock.
 
@@ -84,7 +103,7 @@ def run_realtime(
     Raises:
         PolicyError, ServerLost, RequestTimeout: Inference failed.
     """
-    run = _Run(policy, world, executor, seed, on_tick)
+    run = _Run(policy, world, executor, seed, observers)
     captured_ns: dict[int, int] = {}
     latency = LatencyEstimate(world.dt_s)
     last_tick = -1
@@ -109,12 +128,16 @@ def run_realtime(
             return False
         last_tick = tick
         command = run.command(tick)
-        run.ages_s.append((time.monotonic_ns() - captured_ns[executor.last_source]) / 1e9)
-        return run.step(command)
+        run.ages_s.append(age_s())
+        return run.step(command, run.ages_s[-1])
+
+    def age_s() -> float:
+        return (time.monotonic_ns() - captured_ns[executor.last_source]) / 1e9
 
     def step_missed_ticks(tick: int) -> bool:
         """Step the world with the last command for every tick missed before ``tick``."""
-        return all(run.step(executor.last_command) for _ in range(last_tick + 1, tick))
+        missed = range(last_tick + 1, tick)
+        return all(run.step(executor.last_command, age_s()) for _ in missed)
 
     def send_observation(tick: int) -> None:
         if executor.wants_chunk(tick + 1, latency.ticks()):
@@ -150,10 +173,10 @@ class _Run:
         world: World,
         executor: ChunkExecutor,
         seed: int,
-        on_tick: OnTick | None,
+        observers: Sequence[TickObserver],
     ) -> None:
         self._policy, self._world, self._executor = policy, world, executor
-        self._seed, self._on_tick = seed, on_tick
+        self._seed, self._observers = seed, observers
         self._reward, self._success, self._ticks = -math.inf, False, 0
         self._stages = StageTimes()
         self._began_s = time.monotonic()
@@ -198,15 +221,22 @@ class _Run:
         with trace.span("execute", tick):
             return self._executor.command(tick)
 
-    def step(self, command: NDArray[np.float32]) -> bool:
-        """Step the world; return whether the episode continues."""
+    def step(self, command: NDArray[np.float32], age_s: float) -> bool:
+        """Step the world; return whether the episode continues.
+
+        Args:
+            command: (A,).
+            age_s: Of the observation that it is based on, in seconds.
+        """
+        for observer in self._observers:
+            observer.before_step(self._world, command, self._executor.last_source, age_s)
         with trace.span("world_step"):
             result = self._world.step(command)
         self._ticks += 1
         self._reward = max(self._reward, result.reward)
         self._success = self._success or result.success
-        if self._on_tick is not None:
-            self._on_tick(self._world)
+        for observer in self._observers:
+            observer.after_step(self._world, result)
         return not (result.success or result.terminated or result.truncated)
 
     def result(self, *, missed_ticks: int, lateness_s: NDArray[np.float64]) -> Episode:

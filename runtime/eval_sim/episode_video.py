@@ -4,7 +4,10 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from envs.world import World
+import numpy as np
+from numpy.typing import NDArray
+
+from envs.world import StepResult, World
 from runtime.evaluation.video import write_still, write_video
 
 
@@ -22,8 +25,13 @@ class EpisodeVideo:
         self._snapshots: list[object] = []
         self._ticks = 0
 
-    def capture(self, world: World) -> None:
-        """Store a snapshot of ``world`` if this tick has a frame; called once per tick."""
+    def before_step(
+        self, world: World, command: NDArray[np.float32], source: int, age_s: float
+    ) -> None:
+        """Do nothing: a frame shows what a step led to."""
+
+    def after_step(self, world: World, result: StepResult) -> None:
+        """Store a snapshot of ``world`` if this tick has a frame."""
         if self._ticks % self.EVERY == 0:
             self._snapshots.append(world.snapshot())
         self._ticks += 1

@@ -12,6 +12,7 @@ from envs.factory import GYM_PREFIX
 from policies.flag_builder import Flag, Group
 from policies.number_ranges import COUNT, COUNT_OR_NONE, PROCESSES, SEED, check_ranges
 from runtime.control.strategy_selection import ActionManager, ActionSteps, ManagerCoef
+from runtime.datasets.options import DatasetOptions
 from runtime.evaluation.results import result_path
 from runtime.options.checkpoint import CheckpointOptions
 from runtime.options.connection import ConnectionOptions
@@ -60,6 +61,11 @@ class EvalSimConfig:
     videos: Annotated[
         int, COUNT_OR_NONE, Flag("number of episodes to record, from the first on")
     ] = 10
+    recording: DatasetOptions = field(default_factory=DatasetOptions)
+    dataset_objects: Annotated[
+        bool,
+        Flag("with --dataset: also the objects' poses, as observation.environment_state"),
+    ] = False
     camera_map: Annotated[
         Mapping[str, str],
         Flag("the world's camera for a camera of the policy", metavar="POLICY=WORLD"),

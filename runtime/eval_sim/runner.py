@@ -10,8 +10,9 @@ import contextlib
 import dataclasses
 import functools
 import logging
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 from envs.errors import EnvError
@@ -25,8 +26,12 @@ from policies.yaml_config import InvalidConfig
 from runtime.client.policy_client import PolicyClient
 from runtime.control.chunk_executor import ChunkExecutor
 from runtime.control.strategy_selection import choose_execution, strategy_of
+from runtime.datasets.dataset_recorder import wait_recorded
+from runtime.datasets.errors import RecorderFailed
+from runtime.datasets.layout import spool_folder
 from runtime.errors import RequestTimeout, RuntimeFault, ServerBusy, ServerLost
-from runtime.eval_sim.episode import OnTick, run_lockstep, run_realtime
+from runtime.eval_sim.episode import TickObserver, run_lockstep, run_realtime
+from runtime.eval_sim.episode_recording import EpisodeRecording, dataset_features
 from runtime.eval_sim.episode_video import EpisodeVideo
 from runtime.eval_sim.in_process_policy import InProcessPolicy
 from runtime.eval_sim.run_config import EvalSimConfig
@@ -59,6 +64,7 @@ class RunInfo:
         pictures: How images are sent to the policy.
         deterministic: Whether the result depends on the seeds alone.
         world: ``World.info()``.
+        dataset_features: ``DatasetFeatures`` of the episodes, as JSON; empty without ``--dataset``.
     """
 
     contract_json: str
@@ -70,15 +76,29 @@ class RunInfo:
     pictures: str
     deterministic: bool
     world: dict[str, Any]
+    dataset_features: str
 
 
-Report = RunInfo | Episode
-RunEpisode = Callable[[World, ChunkExecutor, int, OnTick | None], Episode]
-"""Runs one episode of a given policy: (world, executor, seed, on_tick) to its result."""
+@dataclass(frozen=True, slots=True)
+class EpisodeSpooled:
+    """An episode for the dataset.
+
+    Attributes:
+        folder: Of the ``SpooledEpisode``, which is complete.
+    """
+
+    folder: Path
+
+
+Report = RunInfo | Episode | EpisodeSpooled
+RunEpisode = Callable[[World, ChunkExecutor, int, Sequence[TickObserver]], Episode]
+"""Runs one episode of a given policy: (world, executor, seed, observers) to its result."""
 
 
 def run(config: EvalSimConfig) -> Iterator[Report]:
     """Run the evaluation: yield one ``RunInfo``, then each ``Episode`` when it ends.
+
+    With ``--dataset``, an ``EpisodeSpooled`` follows each ``Episode``.
 
     Raises:
         WorkerFailed: The policy, the world or a process failed; the evaluation has ended.
@@ -110,7 +130,14 @@ def run(config: EvalSimConfig) -> Iterator[Report]:
 def _run_seeds(config: EvalSimConfig, seeds: tuple[int, ...]) -> Iterator[Report]:
     try:
         yield from _evaluate(config, seeds)
-    except (ServerLost, ServerBusy, RequestTimeout, DeviceLost, UpstreamLost) as error:
+    except (
+        ServerLost,
+        ServerBusy,
+        RequestTimeout,
+        DeviceLost,
+        UpstreamLost,
+        RecorderFailed,
+    ) as error:
         raise WorkerFailed(str(error), bad_input=False) from error
     except EXPECTED_FAILURES as error:
         raise WorkerFailed(str(error), bad_input=True) from error
@@ -134,8 +161,42 @@ def _evaluate(config: EvalSimConfig, seeds: tuple[int, ...]) -> Iterator[Report]
         )
         executor = ChunkExecutor(contract, strategy_of(contract, execution))
         yield _run_info(config, world, policy, contract, execution)
+        play = functools.partial(run_episode, world, executor)
+        recordings = _Recordings(config)
         for seed in seeds:
-            yield _run_one(config, world, run_episode, executor, seed)
+            recording = recordings.new()
+            yield _run_one(config, world, play, seed, recording)
+            if recording is not None:
+                yield recordings.spool(recording, world, seed)
+
+
+class _Recordings:
+    """The episodes of one process for the dataset; none without ``--dataset``."""
+
+    def __init__(self, config: EvalSimConfig) -> None:
+        self._config, self._root = config, config.recording.dataset
+        self._last: Path | None = None
+
+    def new(self) -> EpisodeRecording | None:
+        if self._root is None:
+            return None
+        config = self._config
+        return EpisodeRecording(realtime=config.realtime, with_objects=config.dataset_objects)
+
+    def spool(self, recording: EpisodeRecording, world: World, seed: int) -> EpisodeSpooled:
+        """Leave an episode for the recorder, once it has taken the one before.
+
+        Raises:
+            RecorderFailed: The recorder has ended, or the disk is full.
+        """
+        if self._last is not None:
+            wait_recorded(self._last)
+        self._last = spool_folder((self._root or Path()).resolve(), f"seed_{seed}")
+        try:
+            recording.spool(world, self._last)
+        except OSError as error:
+            raise RecorderFailed(f"the episode of seed {seed} is not recorded: {error}") from error
+        return EpisodeSpooled(self._last)
 
 
 def _make_policy(config: EvalSimConfig) -> tuple[RolloutPolicy, RunEpisode]:
@@ -166,13 +227,18 @@ def _played_contract(config: EvalSimConfig, contract: PolicyContract) -> PolicyC
 
 
 def _run_one(
-    config: EvalSimConfig, world: World, run_episode: RunEpisode, executor: ChunkExecutor, seed: int
+    config: EvalSimConfig,
+    world: World,
+    play: Callable[[int, Sequence[TickObserver]], Episode],
+    seed: int,
+    recording: EpisodeRecording | None,
 ) -> Episode:
     video = None
     if seed - config.seed < config.videos:
         video = EpisodeVideo(world)
     with trace.span("episode", seed):
-        episode = run_episode(world, executor, seed, video.capture if video else None)
+        observers = [observer for observer in (video, recording) if observer is not None]
+        episode = play(seed, observers)
     if video:
         outcome = "success" if episode.success else "failure"
         try:
@@ -200,7 +266,20 @@ def _run_info(
         pictures=policy.pictures,
         deterministic=not config.realtime and policy.deterministic,
         world=world.info(),
+        dataset_features=_dataset_features(config, world, contract),
     )
+
+
+def _dataset_features(config: EvalSimConfig, world: World, contract: PolicyContract) -> str:
+    if config.recording.dataset is None:
+        return ""
+    return dataset_features(
+        world,
+        contract,
+        config.env.kind,
+        lossless=config.recording.dataset_lossless,
+        with_objects=config.dataset_objects,
+    ).to_json()
 
 
 def _assumptions(config: EvalSimConfig, world: World, contract: PolicyContract) -> tuple[str, ...]:
