@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from runtime.datasets.features import video_pixel_format
+from runtime.datasets.features import PIXEL_FORMAT
 
 Picture = NDArray[np.uint8]
 X264 = {"crf": "16", "preset": "veryfast", "bf": "0", "threads": "1"}
@@ -59,7 +59,7 @@ def encode_video(path: Path, pictures: Iterable[Picture], rate: Fraction) -> Non
             if stream is None:
                 stream = container.add_stream("libx264", rate=rate, options=X264)
                 stream.height, stream.width = picture.shape[:2]
-                stream.pix_fmt = video_pixel_format(*picture.shape[:2])
+                stream.pix_fmt = PIXEL_FORMAT
                 stream.gop_size = KEYFRAME_EVERY
                 stream.time_base = stream.codec_context.time_base = 1 / rate
             frame = av.VideoFrame.from_ndarray(np.ascontiguousarray(picture), format="rgb24")

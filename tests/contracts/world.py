@@ -117,6 +117,26 @@ class WorldContract:
         world.close()
         world.close()
 
+    def test_an_observation_snapshot_is_the_observation_of_its_moment(self, world: World) -> None:
+        world.reset(3)
+        for action in self.actions(world, 3):
+            world.step(action)
+        then, seen = world.observation_snapshot(), world.observe()
+        seen_images = {name: image.copy() for name, image in seen.images.items()}
+        for action in self.actions(world, 3):
+            world.step(action)
+        now = world.observe()
+        recorded = world.observe_snapshot(then)
+        np.testing.assert_array_equal(recorded.state, seen.state)
+        assert recorded.objects.shape == (len(world.object_pose_names),)
+        assert recorded.objects.dtype == np.float32
+        assert tuple(recorded.images) == world.camera_names
+        after = world.observe()
+        np.testing.assert_array_equal(after.state, now.state)
+        for name in now.images:
+            np.testing.assert_array_equal(recorded.images[name], seen_images[name])
+            np.testing.assert_array_equal(after.images[name], now.images[name])
+
     def test_a_snapshot_shows_its_own_moment_and_leaves_the_present_alone(self, world) -> None:
         world.reset(3)
         then, shown = world.snapshot(), world.frame()

@@ -67,7 +67,7 @@ def add(writer: DatasetWriter, made: DatasetFeatures, seed: int, task: str = "pu
     return writer.add(columns, through, task)
 
 
-def assert_holds(root: Path, made: DatasetFeatures, count: int, psnr_db: float = 35.0) -> None:
+def assert_holds(root: Path, made: DatasetFeatures, count: int) -> None:
     """The dataset has the episodes of seeds 0 to ``count`` - 1, in their order."""
     reader = DatasetReader(root)
     assert len(reader) == count
@@ -89,7 +89,7 @@ def assert_holds(root: Path, made: DatasetFeatures, count: int, psnr_db: float =
             if made.lossless:
                 np.testing.assert_array_equal(got, expected)
             else:
-                assert psnr(got, expected) >= psnr_db
+                assert psnr(got, expected) >= 35
         start += n
     assert reader.info["total_frames"] == start
 

@@ -43,17 +43,28 @@ def executor(stride: int) -> ChunkExecutor:
     return ChunkExecutor(CONTRACT, strategy)
 
 
+class Poses:
+    """The pose after every step."""
+
+    def __init__(self) -> None:
+        self.seen: list[np.ndarray] = []
+
+    def before_step(self, *_: object) -> None:
+        pass
+
+    def after_step(self, world: FakeWorld, _: object) -> None:
+        self.seen.append(world.snapshot())
+
+
 def test_lockstep_reaches_the_target_and_stops_there() -> None:
     there = world()
     oracle = Oracle(there)
-    seen: list[object] = []
-    episode = run_lockstep(
-        InProcessPolicy(oracle), there, executor(3), 5, lambda w: seen.append(w.snapshot())
-    )
+    poses = Poses()
+    episode = run_lockstep(InProcessPolicy(oracle), there, executor(3), 5, [poses])
     assert episode.success
     assert episode.reward == 4.0
     assert oracle.ticks == list(range(0, episode.horizon, 3))
-    assert len(seen) == episode.horizon < 60
+    assert len(poses.seen) == episode.horizon < 60
     assert episode.missed_ticks == episode.executor.starved_ticks == 0
     # Asked every third tick: no command is older than two of them.
     assert episode.action_age_s.max() == pytest.approx(0.04)
@@ -67,10 +78,10 @@ def test_a_failure_lasts_to_the_end() -> None:
 def test_the_same_seed_is_the_same_episode() -> None:
     def poses(seed: int) -> list[object]:
         there = world()
-        seen: list[object] = []
+        poses = Poses()
         policy = InProcessPolicy(Oracle(there))
-        run_lockstep(policy, there, executor(4), seed, lambda w: seen.append(w.snapshot()))
-        return [pose.tolist() for pose in seen]
+        run_lockstep(policy, there, executor(4), seed, [poses])
+        return [pose.tolist() for pose in poses.seen]
 
     assert poses(1) == poses(1)
     assert poses(1) != poses(2)

@@ -192,6 +192,12 @@ REAL: dict[str, Row] = {
     "trace": (("--trace", "/x/t.json"), lambda m: m.trace, Path("/x/t.json")),
     "transport": (("--transport", "zmq"), lambda m: m.connection.transport, "zmq"),
     "resize": (("--resize",), lambda m: m.connection.resize, True),
+    "dataset": (("--dataset", "/x/d"), lambda m: m.recording.dataset, Path("/x/d")),
+    "dataset_lossless": (
+        ("--dataset_lossless",),
+        lambda m: m.recording.dataset_lossless,
+        True,
+    ),
     "robot_config": (("-c", "sim_twin"), lambda m: m.make_robot().name, "sim_twin"),
 }
 REAL_READ: dict[str, Row] = {
@@ -318,6 +324,9 @@ SIM: dict[str, Row] = {
     "trace": (("--trace", "/x/t.json"), lambda p: p.trace, Path("/x/t.json")),
     "transport": (("--transport", "shm"), lambda p: p.connection.transport, "shm"),
     "resize": (("--resize",), lambda p: p.connection.resize, True),
+    "dataset": (("--dataset", "/x/d"), lambda p: p.recording.dataset, Path("/x/d")),
+    "dataset_lossless": (("--dataset_lossless",), lambda p: p.recording.dataset_lossless, True),
+    "dataset_objects": (("--dataset_objects",), lambda p: p.dataset_objects, True),
     "output_dir": (("-o", "/x"), lambda p: p.video_dir, Path("/x/fake/video/fake")),
 }  # fmt: skip
 SIM_ELSEWHERE = {"jpeg", "server_key", "client_key", "use_spawn", "log_level"}

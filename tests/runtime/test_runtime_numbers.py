@@ -62,6 +62,7 @@ COMMANDS: dict[str, Callable[[], argparse.ArgumentParser]] = {
     "envs/demonstrations.py": demonstrations.parser,
 }
 NOT_FOR_PEOPLE = {
+    "runtime/datasets/recorder_process.py",
     "runtime/eval_real/worker_process.py",
     "robots/twin_owner_process.py",
     "robots/twin_render_process.py",

@@ -1,0 +1,226 @@
+"""LeRobot's own ``LeRobotDataset`` and trainer, unmodified, on what the evaluations record.
+
+``METRONOME_LEROBOT_PYTHON`` is a Python with lerobot 0.4.4.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import random
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from runtime.datasets.dataset_reader import DatasetReader
+from runtime.datasets.errors import DatasetError
+from runtime.eval_real import cli as eval_real
+from runtime.eval_real.recording import Recording
+from runtime.eval_sim import cli as eval_sim
+from tests.datasets import truth
+from tests.datasets.episodes import psnr
+from tests.runtime.command import status_of
+
+PYTHON = os.environ.get("METRONOME_LEROBOT_PYTHON", "")
+PEER = Path(__file__).with_name("lerobot_peer.py")
+POLICY = "python:tests.datasets.two_camera_policy:make"
+ALOHA = {"max_timesteps": "20", "shadows": "false", "msaa": "0"}
+CAMERAS = ("top", "left_wrist")
+EPISODES, KILLS = 10, 20
+
+pytestmark = [
+    pytest.mark.long,
+    pytest.mark.timeout(900),
+    pytest.mark.skipif(not PYTHON, reason="needs METRONOME_LEROBOT_PYTHON"),
+]
+
+
+def peer(tmp_path: Path, *command: str) -> str:
+    """Run LeRobot's Python without a network; return what it printed."""
+    environment = {
+        **{k: v for k, v in os.environ.items() if not k.startswith("PYTHON")},
+        "HF_HOME": str(tmp_path / "hf"),
+        "HF_HUB_OFFLINE": "1",
+    }
+    done = subprocess.run(
+        [PYTHON, *command],
+        check=False,
+        capture_output=True,
+        text=True,
+        env=environment,
+        cwd=tmp_path,
+    )
+    assert done.returncode == 0, done.stderr[-3000:]
+    return done.stdout + done.stderr
+
+
+def loaded(tmp_path: Path, root: Path) -> dict[str, np.ndarray]:
+    """What LeRobot reads from the dataset in ``root``."""
+    out = tmp_path / "read.npz"
+    peer(tmp_path, str(PEER), str(root), str(out))
+    with np.load(out) as arrays:
+        return dict(arrays)
+
+
+def evaluate(tmp_path: Path, env: str, overrides: dict[str, str], *flags: str) -> Path:
+    short = [f"--env.{key}={value}" for key, value in overrides.items()]
+    argv = ["-m", POLICY, "-e", env, *short, "-o", str(tmp_path / "results"), "--videos", "0"]
+    assert status_of(eval_sim.main, [*argv, "--dataset", str(tmp_path / "set"), *flags]) == 0
+    return tmp_path / "set"
+
+
+def assert_statistics(read: dict[str, np.ndarray]) -> None:
+    """Of all columns of numbers, those that LeRobot computes itself; its quantiles are counted in
+    5000 steps from the least to the greatest value, its deviation from a mean of squares."""
+    keys = [name for name in read if name.startswith("lerobot_stats/")]
+    assert len(keys) > 50
+    for name in keys:
+        ours, theirs = read[name.removeprefix("lerobot_")], read[name]
+        column = name.rpartition("/")[0]
+        spread = read[f"{column}/max"] - read[f"{column}/min"]
+        quantile = name.rpartition("/")[2].startswith("q")
+        # A quantile lies between two frames of an episode: we interpolate there, LeRobot does not.
+        # All it reads becomes float32, also the times, which are float64.
+        near = 0.2 * spread + 1e-9 if quantile else 1e-6 * np.abs(theirs) + 1e-6
+        assert (np.abs(ours - theirs) <= near).all(), (name, ours, theirs)
+
+
+@pytest.mark.parametrize("lossless", [False, True])
+def test_lerobot_loads_what_eval_sim_records(tmp_path: Path, lossless: bool) -> None:
+    flags = ["--dataset_lossless"] if lossless else []
+    root = evaluate(tmp_path, "aloha", ALOHA, "-n", str(EPISODES), *flags)
+    read = loaded(tmp_path, root)
+    expected = truth.episodes("aloha", ALOHA, EPISODES)
+    start = 0
+    for index, episode in enumerate(expected):
+        n = len(episode["action"])
+        np.testing.assert_array_equal(read[f"bounds/{index}"], [start, start + n, n])
+        rows = slice(start, start + n)
+        for key in ("observation.state", "action", "next.reward", "next.success"):
+            np.testing.assert_array_equal(read[key][rows], episode[key], strict=True)
+        np.testing.assert_array_equal(read["timestamp"][rows], np.float32(np.arange(n) / 50))
+        np.testing.assert_array_equal(read["frame_index"][rows], np.arange(n))
+        for camera in CAMERAS:
+            key = f"observation.images.{camera}"
+            if lossless:
+                np.testing.assert_array_equal(read[key][rows], episode[key])
+            else:
+                assert min(map(psnr, read[key][rows], episode[key])) >= 35
+        start += n
+    assert read["total"] == start
+    np.testing.assert_array_equal(read["index"], np.arange(start))
+    assert set(read["tasks"]) == {DatasetReader(root).tasks[0]}
+    assert_statistics(read)
+
+
+def test_lerobot_loads_what_eval_real_records(tmp_path: Path) -> None:
+    """Commands and states are those of the recordings; pictures, those of our own reader."""
+    flags = ["-c", "sim_twin", "-m", POLICY, "--yes", "-n", "2", "--max_timesteps", "40"]
+    flags += ["--robot.cameras", "{top: {camera: top, hw: [120, 160]}, left_wrist: {camera: "]
+    flags[-1] += "left_wrist, hw: [120, 160]}}"
+    flags += ["-o", str(tmp_path / "results"), "--dataset", str(tmp_path / "set")]
+    flags += [
+        "--dataset_lossless",
+        "--near",
+        "10",
+        "--same_joints",
+        "--max_sensing_age_s",
+        "5",
+        "--video_fps",
+        "0",
+    ]
+    flags += ["--robot.sensor_timeout_s", "5", "--fps", "20"]
+    assert status_of(eval_real.main, flags) == 0
+    read = loaded(tmp_path, tmp_path / "set")
+    reader = DatasetReader(tmp_path / "set")
+    assert len(reader) == 2
+    folder = tmp_path / "results" / "sim_twin" / "sim_transfer_cube"
+    for index in range(2):
+        rows = Recording.load(folder / f"rollout_{index:03d}").rows
+        start, end, n = read[f"bounds/{index}"]
+        sent = {row.tobytes() for row in rows["command"]}
+        measured = {row.tobytes() for row in rows["state"]}
+        assert n >= 35
+        assert {row.tobytes() for row in read["action"][start:end]} <= sent
+        assert {row.tobytes() for row in read["observation.state"][start:end]} <= measured
+        np.testing.assert_array_equal(read["timestamp"][start:end], np.float32(np.arange(n) / 20))
+        for camera in CAMERAS:
+            ours = np.stack(list(reader.pictures(index, camera)))
+            np.testing.assert_array_equal(read[f"observation.images.{camera}"][start:end], ours)
+            assert len(np.unique(ours.reshape(n, -1), axis=0)) > n / 4
+    assert_statistics(read)
+
+
+def test_lerobot_trains_on_it(tmp_path: Path) -> None:
+    root = evaluate(tmp_path, "fake", {"max_timesteps": "20"}, "-n", "3")
+    small = {
+        "dim_model": 32, "n_heads": 2, "dim_feedforward": 32, "n_encoder_layers": 1,
+        "n_vae_encoder_layers": 1, "latent_dim": 8, "chunk_size": 5, "n_action_steps": 5,
+        "pretrained_backbone_weights": "null", "device": "cpu", "push_to_hub": "false",
+    }  # fmt: skip
+    printed = peer(
+        tmp_path, "-m", "lerobot.scripts.lerobot_train", "--dataset.repo_id=metronome/test",
+        f"--dataset.root={root}", "--dataset.video_backend=pyav", "--policy.type=act",
+        *(f"--policy.{key}={value}" for key, value in small.items()),
+        "--steps=5", "--batch_size=2", "--num_workers=0", "--log_freq=1", "--wandb.enable=false",
+        "--save_checkpoint=false", "--eval_freq=0", f"--output_dir={tmp_path / 'train'}",
+    )  # fmt: skip
+    assert "step:5" in printed
+    assert "nan" not in printed.partition("step:5")[2].splitlines()[0]
+
+
+def test_killed_while_it_records_lerobot_loads_the_finished_episodes(tmp_path: Path) -> None:
+    """SIGKILL for the evaluation and its recorder at once, 20 times, while it goes on."""
+    root, finished, generator = tmp_path / "set", 0, random.Random(1)
+    out = tmp_path / "results"
+    command = [sys.executable, "-m", "runtime.eval_sim", "-m", POLICY, "-e", "fake", "-n", "1000"]
+    command += ["--env.max_timesteps", "8", "--videos", "0", "-o", str(out), "--dataset", str(root)]
+    for _ in range(KILLS):
+        process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+        try:
+            _wait_for_episodes(root, finished + 1, process)
+            time.sleep(generator.uniform(0, 0.5))
+        finally:
+            _kill_with_children(process)
+        reader = DatasetReader(root)
+        assert len(reader) > finished
+        finished = len(reader)
+        read = loaded(tmp_path, root)
+        for index in range(finished):
+            start, end, n = read[f"bounds/{index}"]
+            assert end - start == n == 8
+            assert (read["episode_index"][start:end] == index).all()
+        assert read["total"] == 8 * finished
+        assert np.isfinite(read["observation.images.top"]).all()
+
+
+def _wait_for_episodes(root: Path, count: int, process: subprocess.Popen[bytes]) -> None:
+    while process.poll() is None:
+        with contextlib.suppress(DatasetError):
+            if len(DatasetReader(root)) >= count:
+                return
+        time.sleep(0.02)
+    raise AssertionError(f"the evaluation ended: {process.returncode}")
+
+
+def _kill_with_children(process: subprocess.Popen[bytes]) -> None:
+    path = Path(f"/proc/{process.pid}/task/{process.pid}/children")
+    children = [int(pid) for pid in path.read_text().split()] if path.exists() else []
+    for pid in (*children, process.pid):
+        with contextlib.suppress(ProcessLookupError):
+            os.kill(pid, signal.SIGKILL)
+    process.wait()
+    for pid in children:
+        while Path(f"/proc/{pid}").exists() and "zombie" not in _state(pid):
+            time.sleep(0.01)
+
+
+def _state(pid: int) -> str:
+    with contextlib.suppress(OSError):
+        return Path(f"/proc/{pid}/status").read_text().split("State:")[1].splitlines()[0]
+    return "zombie"
