@@ -101,13 +101,27 @@ class DatasetWriter:
         check_same(self.root, info, self._features)
         self.episodes, self.frames = info["total_episodes"], info["total_frames"]
         self._tasks = layout.read_tasks(self.root)
-        rows = layout.read_episodes(self.root, self.episodes)
-        if not rows:
+        if not self.episodes:
             return
-        self._statistics = combine_all(_statistics_of(row) for row in rows)
+        self._statistics = self._read_statistics()
+        last = layout.read_last_episode(self.root, self.episodes)
         for stream in self._places:
-            place = rows[-1][f"{stream}/chunk_index"], rows[-1][f"{stream}/file_index"]
+            place = last[f"{stream}/chunk_index"], last[f"{stream}/file_index"]
             self._places[stream] = layout.next_file(place)
+
+    def _read_statistics(self) -> dict[str, Statistics]:
+        """Return ``stats.json``; if it was written for an episode that was not finished, the same
+        from the episodes' own.
+        """
+        with contextlib.suppress(OSError, ValueError, KeyError, TypeError):
+            stored = json.loads((self.root / layout.STATS).read_text(encoding="utf-8"))
+            if stored[INDEX]["count"] == [self.frames]:
+                return {
+                    key: {name: np.asarray(values[name], np.float64) for name in NAMES}
+                    for key, values in stored.items()
+                }
+        rows = layout.read_episodes(self.root, self.episodes)
+        return combine_all(_statistics_of(row) for row in rows)
 
     def _paths(self) -> Iterator[tuple[str, Path]]:
         """The files of the next episode: videos, then rows, then its entry."""

@@ -64,6 +64,22 @@ def read_episodes(root: Path, total: int) -> list[dict[str, Any]]:
     return rows
 
 
+def read_last_episode(root: Path, total: int) -> dict[str, Any]:
+    """Return row ``total`` - 1 of ``meta/episodes``, by column, without reading all of them.
+
+    Raises:
+        DatasetError: There is no such row.
+        OSError, pyarrow.ArrowException: A file cannot be read.
+    """
+    from pyarrow import parquet
+
+    for path in sorted((root / EPISODES_FOLDER).glob("*/*.parquet"), reverse=True):
+        for row in reversed(parquet.read_table(path).to_pylist()):
+            if row["episode_index"] == total - 1:
+                return dict(row)
+    raise DatasetError(f"{root}: got no episode {total - 1} in meta/episodes, expected {total}")
+
+
 def read_tasks(root: Path) -> list[str]:
     """Return the instructions, by ``task_index``. Raises ``OSError``, ``DatasetError``."""
     from pyarrow import parquet

@@ -1,7 +1,8 @@
 """Statistics of a dataset's columns: of one episode, and of several put together.
 
-``Statistics`` is ``min``, ``max``, ``mean``, ``std``, ``count`` and five quantiles. Quantiles put
-together are means weighted by the counts, as LeRobot does it, and only near the true ones.
+``Statistics`` is ``min``, ``max``, ``mean``, ``std``, ``count`` and five quantiles. A quantile of
+one episode is the least value that so many rows do not exceed. Put together they are means weighted
+by the counts, as LeRobot does it, and only near the true ones.
 """
 
 from __future__ import annotations
@@ -27,7 +28,10 @@ def column_statistics(column: NDArray[np.generic]) -> Statistics:
         "mean": wide.mean(0),
         "std": wide.std(0),
         "count": np.array([len(wide)], np.float64),
-        **{name: np.quantile(wide, at, axis=0) for name, at in QUANTILES.items()},
+        **{
+            name: np.quantile(wide, at, axis=0, method="inverted_cdf")
+            for name, at in QUANTILES.items()
+        },
     }
 
 

@@ -1,6 +1,6 @@
-"""Run by LeRobot's interpreter: what its own ``LeRobotDataset`` reads, as an npz file.
+"""Run by LeRobot's interpreter: what its own ``LeRobotDataset`` reads, as npz files.
 
-``python lerobot_peer.py DATASET OUT``
+``python lerobot_peer.py DATASET OUT [DATASET OUT ...]``
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ from lerobot.datasets.compute_stats import aggregate_stats, compute_episode_stat
 from lerobot.datasets.lerobot_dataset import LeRobotDataset
 
 
-def main(root: str, out: str) -> None:
+def read_dataset(root: str, out: str) -> None:
     dataset = LeRobotDataset("metronome/test", root=root, video_backend="pyav")
     meta = dataset.meta
     read: dict[str, list[np.ndarray]] = {}
@@ -47,4 +47,5 @@ def main(root: str, out: str) -> None:
 
 
 if __name__ == "__main__":
-    main(*sys.argv[1:])
+    for number in range(1, len(sys.argv), 2):
+        read_dataset(*sys.argv[number : number + 2])

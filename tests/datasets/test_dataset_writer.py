@@ -158,6 +158,9 @@ def test_killed_at_any_step_of_an_episode(
         assert len(list(tmp_path.glob("meta/episodes/*/*.parquet"))) == finished
         add(after, made, finished)
     assert_holds(tmp_path, made, finished + 1)
+    frames = DatasetReader(tmp_path).info["total_frames"]
+    written = json.loads((tmp_path / "meta" / "stats.json").read_text())
+    assert {one["count"][0] for key, one in written.items()} == {frames}
     assert not (tmp_path / ".recording").exists()
 
 
