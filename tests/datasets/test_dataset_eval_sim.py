@@ -10,12 +10,13 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from policies.types import Policy
 from runtime.datasets import dataset_recorder
 from runtime.datasets.dataset_reader import DatasetReader
 from runtime.datasets.dataset_recorder import DatasetRecorder
 from runtime.datasets.features import ACTION
 from runtime.eval_sim import cli as eval_sim
-from tests.datasets import truth
+from tests.datasets import truth, two_camera_policy
 from tests.runtime.command import status_of
 
 POLICY = "python:tests.datasets.two_camera_policy:make"
@@ -28,9 +29,9 @@ def evaluate(tmp_path: Path, *flags: str) -> int:
     return status_of(eval_sim.main, [*argv, "--dataset", str(tmp_path / "set"), *flags])
 
 
-def assert_recorded(root: Path, count: int) -> None:
+def assert_recorded(root: Path, count: int, played: Policy | None = None) -> None:
     reader = DatasetReader(root)
-    expected = truth.episodes("fake", TICKS, count)
+    expected = truth.episodes("fake", TICKS, count, played)
     assert len(reader) == count
     for index in range(count):
         columns = reader.columns(index)
@@ -66,6 +67,14 @@ def test_episodes_are_recorded_bit_for_bit_and_continued(
     assert info["features"]["observation.state"]["names"][:2] == ["state_0", "state_1"]
     assert info["robot_type"] == "fake"
     assert info["fps"] == 50
+
+
+def test_a_frame_has_the_newest_of_two_ticks(tmp_path: Path) -> None:
+    two = two_camera_policy.make_of_two_ticks()
+    assert evaluate(tmp_path, "-n", "1", "--dataset_lossless", "-m", f"{POLICY}_of_two_ticks") == 0
+    assert_recorded(tmp_path / "set", 1, two)
+    one = truth.episodes("fake", TICKS, 1)[0]
+    assert not np.array_equal(DatasetReader(tmp_path / "set").columns(0)[ACTION], one[ACTION])
 
 
 @pytest.mark.long

@@ -8,7 +8,7 @@ import numpy as np
 
 from envs.factory import load_env_config, make_world
 from envs.world import StepResult, World
-from policies.types import RolloutPolicy
+from policies.types import Policy, RolloutPolicy
 from runtime.control.chunk_executor import ChunkExecutor
 from runtime.control.strategy_selection import choose_execution, strategy_of
 from runtime.eval_sim.episode import run_lockstep
@@ -39,12 +39,15 @@ class Witness:
         self.seen.setdefault(key, []).append(value)
 
 
-def episodes(env: str, overrides: dict[str, str], count: int) -> list[dict[str, np.ndarray]]:
-    """The columns of each episode, by seed from 0 on, with the policy of two cameras."""
-    contract = two_camera_policy.CONTRACT
+def episodes(
+    env: str, overrides: dict[str, str], count: int, played: Policy | None = None
+) -> list[dict[str, np.ndarray]]:
+    """The columns of each episode, by seed from 0 on; ``played``: the policy of two cameras."""
+    played = played or two_camera_policy.make()
+    contract = played.contract
     config = load_env_config(env, overrides)
     world = make_world(config, cameras=contract.cameras, rendering=None)
-    policy: RolloutPolicy = InProcessPolicy(two_camera_policy.make())
+    policy: RolloutPolicy = InProcessPolicy(played)
     execution = choose_execution(contract, None, None, None)
     executor = ChunkExecutor(contract, strategy_of(contract, execution))
     found = []

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import dataclasses
+
 import numpy as np
 
 from policies.types import ActionChunk, CameraContract, MetaObs, PolicyContract, PolicyInfo
@@ -38,5 +40,22 @@ class TwoCameraPolicy:
         pass
 
 
+class TwoTickPolicy(TwoCameraPolicy):
+    """Goes on from the newest state, by how it and the pictures differ from the tick before."""
+
+    contract = dataclasses.replace(CONTRACT, n_obs_steps=2)
+
+    def infer(self, obs: MetaObs) -> ActionChunk:
+        light = sum(float(np.diff(image.mean((1, 2, 3)))[0]) for image in obs.images.values())
+        steps = np.arange(1, CHUNK + 1, dtype=np.float32)[:, None]
+        moved = obs.state[-1] - obs.state[0] + np.float32(np.sin(light + obs.timestep))
+        actions = obs.state[-1] + 0.01 * steps * moved
+        return ActionChunk(actions.astype(np.float32), obs.timestep, obs.t_capture_ns)
+
+
 def make() -> TwoCameraPolicy:
     return TwoCameraPolicy()
+
+
+def make_of_two_ticks() -> TwoTickPolicy:
+    return TwoTickPolicy()
