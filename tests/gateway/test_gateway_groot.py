@@ -611,7 +611,7 @@ def test_close_ends_sessions_and_frees_address_and_descriptors(server: PolicySer
 
 
 def test_close_does_not_wait_for_the_policy(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("runtime.gateway.groot.gateway.CLOSE_S", 0.1)
+    monkeypatch.setattr("runtime.gateway.client_listener.CLOSE_S", 0.1)
     gate = threading.Semaphore(1000)
     policy = ToyPolicy(gate)
     with serving(policy, port=0) as server, contextlib.ExitStack() as stack:

@@ -16,6 +16,7 @@ import pytest
 
 from policies.types import ActionChunk, CameraContract, MetaObs
 from policies.yaml_config import InvalidConfig
+from runtime.gateway import client_listener
 from runtime.gateway.config import GatewayCommand, SessionOptions
 from runtime.gateway.ilstudio import gateway as ilstudio_module
 from runtime.gateway.ilstudio.gateway import IlstudioGateway
@@ -377,7 +378,7 @@ def test_stop_ends_the_connections_and_frees_the_address(server: PolicyServer) -
 
 
 def test_stop_does_not_wait_for_a_request(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(ilstudio_module, "CLOSE_S", 0.2)
+    monkeypatch.setattr(client_listener, "CLOSE_S", 0.2)
     gate = threading.Semaphore(0)
     policy = ToyPolicy(gate)
     with serving(policy) as server:

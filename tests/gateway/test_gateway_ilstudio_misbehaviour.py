@@ -94,7 +94,7 @@ def test_a_length_alone_takes_no_memory(gateway: IlstudioGateway, client: RawCli
             greedy.socket.sendall(struct.pack(">I", 2**32 - 1))
             other = stack.enter_context(RawClient(gateway.port))
             other.socket.sendall(LENGTH.pack(1_000_000) + b"x")
-        wait_until(lambda: len([c for c in gateway._clients if c.is_alive()]) == 41)
+        wait_until(lambda: len([c for c in gateway._listener.clients if c.is_alive()]) == 41)
         assert client.actions(meta_obs(t=1)).shape
         assert resident_kb() - before_kb < 15_000
 
@@ -124,7 +124,7 @@ def test_clients_beyond_the_limit_are_refused(
             with second, pytest.raises((EOFError, ConnectionError)):
                 second.ask(meta_obs())
         assert "refused, 1 clients are connected" in caplog.text
-        wait_until(lambda: not any(each.is_alive() for each in gateway._clients))
+        wait_until(lambda: not any(each.is_alive() for each in gateway._listener.clients))
         with RawClient(gateway.port) as third:
             assert asked(third.actions(meta_obs())) == [1]
 
@@ -146,7 +146,7 @@ def test_a_silent_client_is_closed_until_it_gets_actions(
 
 def test_a_refused_message_leaves_no_memory(gateway: IlstudioGateway, client: RawClient) -> None:
     client.actions(meta_obs())
-    (connection,) = gateway._clients
+    (connection,) = gateway._listener.clients
     assert len(connection._messages._buffer) > 1000
     assert client.ask(bytes(500_000)) == []
     wait_until(lambda: len(connection._messages._buffer) == 0)

@@ -13,6 +13,7 @@ from typing import Any
 from policies.errors import ContractMismatch, PolicyError
 from policies.types import ActionChunk
 from runtime.errors import RuntimeFault
+from runtime.gateway.client_listener import ClientThread
 from runtime.gateway.client_log import ClientLog
 from runtime.gateway.config import GatewayCommand
 from runtime.gateway.gateway_session import GatewaySession
@@ -181,7 +182,7 @@ def _check_arguments(data: Mapping[str, Any], names: tuple[str, ...]) -> None:
         raise MalformedFrame("options", shown(options), "none: there are no options")
 
 
-class GrootClient(threading.Thread):
+class GrootClient(ClientThread):
     """The thread of one connection, which answers heartbeats while another thread computes.
 
     Args:

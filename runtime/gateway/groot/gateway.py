@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import contextlib
 import logging
-import selectors
 import socket
 import threading
 import time
 
 from policies.types import PolicyContract
+from runtime.gateway.client_listener import ClientListener
 from runtime.gateway.client_log import ClientLog
 from runtime.gateway.config import GatewayCommand
 from runtime.gateway.groot.client import GrootClient, GrootRequests
@@ -17,7 +16,6 @@ from runtime.gateway.groot.modalities import GrootModalities
 from runtime.gateway.groot.zmtp import ZmtpConnection
 from runtime.options.api_keys import ApiKeys
 from runtime.options.observation_keys import ObservationKeys
-from transport.address import bare_host, format_address, resolve
 
 logger = logging.getLogger(__name__)
 
@@ -27,10 +25,6 @@ MORE_CONNECTIONS = 16
 """Connections beyond ``max_clients``, for clients that are told that there is no place."""
 UNUSED_S = 5.0
 """How old a connection without a place is when it may be closed for a new one."""
-CLOSE_S = 2.0
-"""How long ``close`` waits for requests that are being computed."""
-ACCEPT_AGAIN_S = 0.1
-"""Pause after a failed accept, for which the system had no descriptor or memory."""
 
 
 class GrootGateway:
@@ -67,87 +61,40 @@ class GrootGateway:
         self._modalities = GrootModalities(contract, keys)
         self._max_bytes = max_request_bytes(contract)
         self._places = threading.Semaphore(command.max_clients)
-        self._clients: list[GrootClient] = []
         self._log = ClientLog(logger)
-        host, ipv6 = resolve(bare_host(command.host), command.port or 0, listening=True)
-        self._listener = socket.create_server(
-            (host, command.port or 0), family=socket.AF_INET6 if ipv6 else socket.AF_INET
+        self._listener = ClientListener(
+            command.host, command.port or 0, self._make_client, self._log, prefix="groot "
         )
-        self._listener.setblocking(False)
-        self.port: int = self._listener.getsockname()[1]
-        self._wake, self._woken = socket.socketpair()
-        self._wake.setblocking(False)
+        self.port = self._listener.port
 
     def serve(self) -> None:
         """Accept clients until ``stop``."""
-        with selectors.DefaultSelector() as selector:
-            selector.register(self._listener, selectors.EVENT_READ)
-            selector.register(self._woken, selectors.EVENT_READ)
-            while True:
-                ready = [key.fileobj for key, _ in selector.select()]
-                if self._woken in ready:
-                    return
-                self._accept()
+        self._listener.serve()
 
     def stop(self) -> None:
         """Make ``serve`` return. For a signal handler or another thread. Idempotent."""
-        with contextlib.suppress(OSError):  # closed, or stopped very often
-            self._wake.send(b"\0")
+        self._listener.stop()
 
     def close(self) -> None:
-        """End all sessions and free the address. Call it after ``serve``. Idempotent.
-
-        A session whose request is not answered within ``CLOSE_S`` ends with its reply, or with the
-        process.
-        """
-        self.stop()
+        """End all sessions and free the address. As ``ClientListener.close``."""
         self._listener.close()
-        for client in self._clients:
-            client.cut()
-        deadline_s = time.monotonic() + CLOSE_S
-        for client in self._clients:
-            client.join(max(0.0, deadline_s - time.monotonic()))
-        self._clients.clear()
-        self._wake.close()
-        self._woken.close()
 
-    def _accept(self) -> None:
-        try:
-            connected, peer = self._listener.accept()
-        except BlockingIOError:
-            return  # it left again
-        except OSError as error:
-            self._log.write(logging.WARNING, f"a client could not be accepted: {error}")
-            time.sleep(ACCEPT_AGAIN_S)
-            return
-        name = f"groot {format_address(*peer[:2])}"
-        self._clients = [client for client in self._clients if client.is_alive()]
-        if len(self._clients) >= self._command.max_clients + MORE_CONNECTIONS:
-            connected.close()
+    def _make_client(self, connected: socket.socket, address: str) -> GrootClient | None:
+        if len(self._listener.clients) >= self._command.max_clients + MORE_CONNECTIONS:
             self._make_room()
-            return
-        try:
-            connection = ZmtpConnection(connected, self._max_bytes)
-        except OSError as error:
-            self._log.write(logging.INFO, f"{name}: left at once: {error}")
-            connected.close()
-            return
+            return None
+        name = f"groot {address}"
+        connection = ZmtpConnection(connected, self._max_bytes)
         requests = GrootRequests(
             self._command, name, self._api_keys, self._modalities, self._places, log=self._log
         )
-        client = GrootClient(connection, requests, name, self._log)
-        try:
-            client.start()
-        except RuntimeError as error:  # the system has no thread for it
-            self._log.write(logging.WARNING, f"{name}: refused: {error}")
-            connection.close()
-            return
-        self._clients.append(client)
+        return GrootClient(connection, requests, name, self._log)
 
     def _make_room(self) -> None:
         """End the oldest connection without a place, if it is not too new."""
         before_s = time.monotonic() - UNUSED_S
-        unused = (one for one in self._clients if not one.has_place and one.accepted_s < before_s)
+        clients = self._listener.clients
+        unused = (one for one in clients if not one.has_place and one.accepted_s < before_s)
         client = next(unused, None)
         if client is not None:
             self._log.write(logging.INFO, f"{client.name}: makes room for another client")

@@ -15,7 +15,7 @@ import socket
 import struct
 import time
 
-import numpy as np
+from runtime.gateway.bounded_socket import BoundedSocket
 
 GREETING = b"\xff" + bytes(8) + b"\x7f" + b"\3\1" + b"NULL".ljust(20, b"\0") + bytes(32)
 """Signature, version 3.1, mechanism, and zeros: 64 bytes."""
@@ -27,7 +27,6 @@ MAX_SMALL_BYTES = 512
 HANDSHAKE_S = 5.0
 SLOW_S = 30.0
 """Longest time for a message from its first byte to its last, in either direction."""
-_DROP_BYTES = 65_536
 _MORE, _LONG, _COMMAND = 1, 2, 4
 _SIZE = struct.Struct(">Q")
 _DEAD_AFTER = (
@@ -55,7 +54,7 @@ class RequestTooLong(Exception):
         self.envelope = envelope
 
 
-class ZmtpConnection:
+class ZmtpConnection(BoundedSocket):
     """Receives requests and sends replies within limits of size and time.
 
     Not thread-safe but for ``cut``.
@@ -69,12 +68,8 @@ class ZmtpConnection:
     """
 
     def __init__(self, connected: socket.socket, max_bytes: int) -> None:
-        self._socket, self._max_bytes = connected, max_bytes
-        connected.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
-        connected.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
-        for option, value in _DEAD_AFTER:
-            connected.setsockopt(socket.IPPROTO_TCP, option, value)
-        self._buffer = memoryview(b"")
+        super().__init__(connected, _DEAD_AFTER)
+        self._max_bytes = max_bytes
 
     def handshake(self) -> None:
         """Exchange greetings and socket types.
@@ -153,27 +148,11 @@ class ZmtpConnection:
         frames = [_frame(_MORE, part) for part in envelope]
         self._send(b"".join((*frames, _frame(0, reply))))
 
-    def cut(self) -> None:
-        """End the connection; a ``receive`` in another thread returns. Idempotent."""
-        try:
-            self._socket.shutdown(socket.SHUT_RDWR)
-        except OSError:
-            return  # it has ended
-
-    def close(self) -> None:
-        """Free the connection. Idempotent."""
-        self._socket.close()
-
     def _content(self, envelope: list[bytes], size: int, deadline_s: float) -> memoryview:
         if size > self._max_bytes:
             self._drop(size, deadline_s)
             raise RequestTooLong(envelope, size, self._max_bytes)
-        if size > len(self._buffer):
-            # Not a bytearray, whose zeros would make all of the memory real before anything came.
-            self._buffer = np.empty(size, np.uint8).data
-        content = self._buffer[:size]
-        self._fill(content, deadline_s)
-        return content
+        return self._receive(size, deadline_s)
 
     def _take_command(self, deadline_s: float) -> bool:
         """Read and obey what comes next if it is a command; else leave it, and return False."""
@@ -207,24 +186,6 @@ class ZmtpConnection:
         data = bytearray(size)
         self._fill(memoryview(data), deadline_s)
         return bytes(data)
-
-    def _fill(self, memory: memoryview, deadline_s: float) -> None:
-        while memory:
-            left_s = deadline_s - time.monotonic()
-            if left_s <= 0:
-                raise TimeoutError("timed out")
-            self._socket.settimeout(left_s)
-            got = self._socket.recv_into(memory)
-            if not got:
-                raise ConnectionError("it ended within a message")
-            memory = memory[got:]
-
-    def _drop(self, count: int, deadline_s: float) -> None:
-        scratch = memoryview(bytearray(min(count, _DROP_BYTES)))
-        while count:
-            part = scratch[: min(count, _DROP_BYTES)]
-            self._fill(part, deadline_s)
-            count -= len(part)
 
     def _send(self, data: bytes) -> None:
         self._socket.settimeout(SLOW_S)

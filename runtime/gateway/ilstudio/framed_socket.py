@@ -6,10 +6,9 @@ import socket
 import struct
 import time
 
-import numpy as np
+from runtime.gateway.bounded_socket import BoundedSocket
 
 _LENGTH = struct.Struct(">I")
-_DROP_BYTES = 65_536
 _DEAD_AFTER = ((socket.TCP_KEEPIDLE, 30), (socket.TCP_KEEPINTVL, 10), (socket.TCP_KEEPCNT, 3))
 """A peer whose host vanished is noticed after a minute."""
 
@@ -26,7 +25,7 @@ class NothingAsked(Exception):
     """No message began in time."""
 
 
-class FramedSocket:
+class FramedSocket(BoundedSocket):
     """Receives and sends messages within limits of size and time. Not thread-safe but for ``cut``.
 
     Args:
@@ -39,13 +38,9 @@ class FramedSocket:
     """
 
     def __init__(self, connected: socket.socket, max_bytes: int, slow_s: float) -> None:
-        self._socket, self._max_bytes, self._slow_s = connected, max_bytes, slow_s
-        connected.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
-        connected.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
-        for option, value in _DEAD_AFTER:
-            connected.setsockopt(socket.IPPROTO_TCP, option, value)
+        super().__init__(connected, _DEAD_AFTER)
+        self._max_bytes, self._slow_s = max_bytes, slow_s
         self._head = memoryview(bytearray(_LENGTH.size))
-        self._buffer = memoryview(b"")
         self.arrived_ns = 0
 
     def receive(self, wait_s: float | None = None) -> memoryview | None:
@@ -75,11 +70,7 @@ class FramedSocket:
         if length > self._max_bytes:
             self._drop(length, deadline_s)
             raise MessageTooLong(f"got {length} bytes, expected at most {self._max_bytes}")
-        if length > len(self._buffer):
-            # Not a bytearray, whose zeros would make all of the memory real before anything came.
-            self._buffer = np.empty(length, np.uint8).data
-        message = self._buffer[:length]
-        self._fill(message, deadline_s)
+        message = self._receive(length, deadline_s)
         self.arrived_ns = time.monotonic_ns()
         return message
 
@@ -96,36 +87,6 @@ class FramedSocket:
         """
         self._socket.settimeout(self._slow_s)
         self._socket.sendall(b"".join((_LENGTH.pack(len(message)), message)))
-
-    def cut(self) -> None:
-        """End the connection; a ``receive`` in another thread returns. Idempotent."""
-        try:
-            self._socket.shutdown(socket.SHUT_RDWR)
-        except OSError:
-            return  # it has ended
-
-    def close(self) -> None:
-        """Free the connection. Idempotent."""
-        self._socket.close()
-
-    def _fill(self, memory: memoryview, deadline_s: float) -> None:
-        while memory:
-            left_s = deadline_s - time.monotonic()
-            if left_s <= 0:
-                raise TimeoutError("timed out")
-            self._socket.settimeout(left_s)
-            got = self._socket.recv_into(memory)
-            if not got:
-                raise ConnectionError("it ended within a message")
-            self._acknowledge()
-            memory = memory[got:]
-
-    def _drop(self, count: int, deadline_s: float) -> None:
-        scratch = memoryview(bytearray(min(count, _DROP_BYTES)))
-        while count:
-            part = scratch[: min(count, _DROP_BYTES)]
-            self._fill(part, deadline_s)
-            count -= len(part)
 
     def _acknowledge(self) -> None:
         """Acknowledge now: a peer with Nagle's algorithm keeps its next bytes until then.

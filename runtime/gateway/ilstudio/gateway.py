@@ -8,18 +8,16 @@ this process's log.
 
 from __future__ import annotations
 
-import contextlib
 import logging
-import selectors
 import socket
 import threading
-import time
 from collections.abc import Callable, Sequence
 
 from policies.errors import PolicyError
 from policies.types import ActionChunk, MetaObs, PolicyContract
 from policies.yaml_config import InvalidConfig
 from runtime.errors import RuntimeFault
+from runtime.gateway.client_listener import ClientListener, ClientThread
 from runtime.gateway.client_log import ClientErrors, ClientLog
 from runtime.gateway.config import GatewayCommand
 from runtime.gateway.gateway_session import GatewaySession
@@ -28,7 +26,6 @@ from runtime.gateway.ilstudio.framed_socket import FramedSocket, MessageTooLong,
 from runtime.gateway.ilstudio.observations import NO_TIMESTEP, IlstudioObservations
 from runtime.options.api_keys import ApiKeys
 from runtime.options.observation_keys import ObservationKeys
-from transport.address import format_address, resolve
 from transport.errors import TransportError
 from transport.zeromq.curve import KeyFileError
 
@@ -43,12 +40,8 @@ ILStudio's client, which may need longer for its simulation, connects again by i
 """
 SERVER = "server"
 """Kind of all errors for which the policy server cannot be asked."""
-CLOSE_S = 2.0
-"""How long ``close`` waits for requests in progress."""
 BACKLOG = 1024
 """Connections that may wait to be accepted. One beyond has to try again, after a second."""
-ACCEPT_AGAIN_S = 0.1
-"""Pause after a failed accept, for which the system had no descriptor or memory."""
 
 
 class IlstudioGateway:
@@ -79,83 +72,36 @@ class IlstudioGateway:
             )
         self._command, self._contract = command, contract
         self._observations = IlstudioObservations(contract, keys)
-        host, ipv6 = resolve(command.host, command.port or 0, listening=True)
-        self._listener = socket.create_server(
-            (host, command.port or 0),
-            family=socket.AF_INET6 if ipv6 else socket.AF_INET,
-            backlog=BACKLOG,
-        )
-        self._listener.setblocking(False)
-        self.port: int = self._listener.getsockname()[1]
-        self._wake, self._woken = socket.socketpair()
-        self._wake.setblocking(False)
-        self._clients: list[_Client] = []
         self._log = ClientLog(logger)
+        self._listener = ClientListener(
+            command.host, command.port or 0, self._make_client, self._log, backlog=BACKLOG
+        )
+        self.port = self._listener.port
 
     def serve(self) -> None:
         """Accept clients until ``stop``."""
-        with selectors.DefaultSelector() as selector:
-            selector.register(self._listener, selectors.EVENT_READ)
-            selector.register(self._woken, selectors.EVENT_READ)
-            while True:
-                ready = [key.fileobj for key, _ in selector.select()]
-                if self._woken in ready:
-                    return
-                self._accept()
+        self._listener.serve()
 
     def stop(self) -> None:
         """Make ``serve`` return. For a signal handler or another thread. Idempotent."""
-        with contextlib.suppress(OSError):  # closed, or stopped very often
-            self._wake.send(b"\0")
+        self._listener.stop()
 
     def close(self) -> None:
-        """End all sessions and free the address. Idempotent."""
-        self.stop()
+        """End all sessions and free the address. As ``ClientListener.close``."""
         self._listener.close()
-        for client in self._clients:
-            client.cut()
-        deadline_s = time.monotonic() + CLOSE_S
-        for client in self._clients:
-            client.join(max(0.0, deadline_s - time.monotonic()))
-        self._clients.clear()
-        self._wake.close()
-        self._woken.close()
 
-    def _accept(self) -> None:
-        try:
-            connected, peer = self._listener.accept()
-        except BlockingIOError:
-            return  # it left again
-        except OSError as error:
-            self._log.write(logging.WARNING, f"a client could not be accepted: {error}")
-            time.sleep(ACCEPT_AGAIN_S)
-            return
-        address = format_address(*peer[:2])
-        self._clients = [client for client in self._clients if client.is_alive()]
-        if len(self._clients) >= self._command.max_clients:
-            refusal = f"{address}: refused, {len(self._clients)} clients are connected"
+    def _make_client(self, connected: socket.socket, address: str) -> _Client | None:
+        if (count := len(self._listener.clients)) >= self._command.max_clients:
+            refusal = f"{address}: refused, {count} clients are connected"
             self._log.write(logging.WARNING, refusal)
-            connected.close()
-            return
-        try:
-            messages = FramedSocket(connected, self._observations.max_bytes, SLOW_S)
-        except OSError as error:
-            self._log.write(logging.INFO, f"{address}: left at once: {error}")
-            connected.close()
-            return
-        client = _Client(
+            return None
+        messages = FramedSocket(connected, self._observations.max_bytes, SLOW_S)
+        return _Client(
             messages, address, self._command, self._observations, self._contract, log=self._log
         )
-        try:
-            client.start()
-        except RuntimeError as error:  # the system has no thread for it
-            self._log.write(logging.WARNING, f"{address}: refused: {error}")
-            messages.close()
-            return
-        self._clients.append(client)
 
 
-class _Client(threading.Thread):
+class _Client(ClientThread):
     """The thread of one connection."""
 
     def __init__(
