@@ -6,12 +6,15 @@ import pickle
 import socket
 import struct
 import sys
+import time
 import types
+from collections.abc import Callable
 from typing import Any
 from unittest import mock
 
 import numpy as np
 
+from runtime.server import PolicyServer
 from tests.runtime.toy_policy import STATE_DIM
 
 LENGTH = struct.Struct(">I")
@@ -90,3 +93,19 @@ class RawClient:
                 raise EOFError
             data += more
         return data
+
+
+def wait_until(condition: Callable[[], bool], within_s: float = 5.0) -> None:
+    deadline_s = time.monotonic() + within_s
+    while not condition():
+        assert time.monotonic() < deadline_s, "it did not happen in time"
+        time.sleep(0.005)
+
+
+def names(server: PolicyServer) -> list[str]:
+    return [each["client"] for each in server.call_in_serving_thread(server.status)["sessions"]]
+
+
+def asked(actions: np.ndarray) -> list[int]:
+    """How often each row's session was asked in its episode."""
+    return [int(count) for count in actions[0, :, 0]]

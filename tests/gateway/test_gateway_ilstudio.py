@@ -8,7 +8,7 @@ import logging
 import socket
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from typing import Any
 
 import numpy as np
@@ -26,7 +26,7 @@ from runtime.gateway.planes import interleave
 from runtime.options.observation_keys import ImageSource, ObservationKeys, StateSource
 from runtime.server import PolicyServer
 from tests.gateway.gateways import ilstudio_gateway
-from tests.gateway.ilstudio_messages import RawClient, dumps, meta_obs
+from tests.gateway.ilstudio_messages import RawClient, asked, dumps, meta_obs, names, wait_until
 from tests.runtime.serving import connect, serving
 from tests.runtime.toy_policy import CHUNK, CONTRACT, STATE_DIM, ToyPolicy
 
@@ -60,22 +60,6 @@ def gateway(server: PolicyServer) -> Iterator[IlstudioGateway]:
 def client(gateway: IlstudioGateway) -> Iterator[RawClient]:
     with RawClient(gateway.port) as client:
         yield client
-
-
-def wait_until(condition: Callable[[], bool], within_s: float = 5.0) -> None:
-    deadline_s = time.monotonic() + within_s
-    while not condition():
-        assert time.monotonic() < deadline_s, "it did not happen in time"
-        time.sleep(0.005)
-
-
-def names(server: PolicyServer) -> list[str]:
-    return [each["client"] for each in server.call_in_serving_thread(server.status)["sessions"]]
-
-
-def asked(actions: np.ndarray) -> list[int]:
-    """How often each row's session was asked in its episode."""
-    return [int(count) for count in actions[0, :, 0]]
 
 
 # What is answered

@@ -8,9 +8,8 @@ import socket
 import struct
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 
-import numpy as np
 import pytest
 
 from policies.types import ActionChunk, MetaObs
@@ -20,7 +19,15 @@ from runtime.gateway.ilstudio.gateway import IlstudioGateway
 from runtime.gateway.ilstudio.observations import IlstudioObservations
 from runtime.server import PolicyServer
 from tests.gateway.gateways import ilstudio_gateway
-from tests.gateway.ilstudio_messages import LENGTH, RawClient, dumps, meta_obs
+from tests.gateway.ilstudio_messages import (
+    LENGTH,
+    RawClient,
+    asked,
+    dumps,
+    meta_obs,
+    names,
+    wait_until,
+)
 from tests.runtime.serving import serving
 from tests.runtime.toy_policy import CONTRACT, ToyPolicy
 
@@ -41,22 +48,6 @@ def gateway(server: PolicyServer) -> Iterator[IlstudioGateway]:
 def client(gateway: IlstudioGateway) -> Iterator[RawClient]:
     with RawClient(gateway.port) as client:
         yield client
-
-
-def wait_until(condition: Callable[[], bool], within_s: float = 5.0) -> None:
-    deadline_s = time.monotonic() + within_s
-    while not condition():
-        assert time.monotonic() < deadline_s, "it did not happen in time"
-        time.sleep(0.005)
-
-
-def names(server: PolicyServer) -> list[str]:
-    return [each["client"] for each in server.call_in_serving_thread(server.status)["sessions"]]
-
-
-def asked(actions: np.ndarray) -> list[int]:
-    """How often each row's session was asked in its episode."""
-    return [int(count) for count in actions[0, :, 0]]
 
 
 def test_a_slow_message_ends_its_connection_alone(

@@ -2,7 +2,7 @@
 
 The library's protocol parses and writes the frames; it does no I/O of its own. A thread that both
 reads and answers saves a client two wake-ups per request, which the library's own connection needs.
-What arrives while a request is computed is read by ``look_after``, so pings are answered.
+What arrives while a request is computed is read by ``keep_alive``, so pings are answered.
 """
 
 from __future__ import annotations
@@ -40,7 +40,7 @@ class HandshakeFailed(Exception):
 class WebsocketConnection:
     """The server's side of a websocket, without compression.
 
-    One thread calls ``shake_hands``, ``receive``, ``send`` and ``close``. ``look_after``,
+    One thread calls ``shake_hands``, ``receive``, ``send`` and ``close``. ``keep_alive``,
     ``announce_close`` and ``abort`` are for others.
 
     Args:
@@ -149,7 +149,7 @@ class WebsocketConnection:
 
     # For other threads
 
-    def look_after(self, ping_every_s: float) -> None:
+    def keep_alive(self, ping_every_s: float) -> None:
         """Answer the pings of a client whose request is computed; else send one if it is time.
 
         Never waits for the client, nor for its thread.

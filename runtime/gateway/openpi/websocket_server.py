@@ -25,7 +25,7 @@ logger = logging.getLogger(__name__)
 PING_EVERY_S = 20.0
 """A ping that is not answered ends no connection: a client that computes may not answer."""
 LOOK_EVERY_S = 2.0
-"""How often connections are looked after."""
+"""How often pings are answered or sent."""
 SILENT_S = 60.0
 """How long a client's host may acknowledge nothing before the connection ends."""
 SEND_WITHIN_S = 1
@@ -93,7 +93,7 @@ class WebsocketServer:
                     if self._listener in found:
                         self._accept()
                     if time.monotonic() >= look_at_s:
-                        self._look_after_all()
+                        self._keep_all_alive()
                         look_at_s = time.monotonic() + LOOK_EVERY_S
         except (OSError, ValueError) as error:  # the latter: its socket is closed
             raise RuntimeError(f"cannot accept clients any more: {error}") from error
@@ -167,8 +167,8 @@ class WebsocketServer:
                 del self._connections[connection]
             self._free.release()
 
-    def _look_after_all(self) -> None:
+    def _keep_all_alive(self) -> None:
         with self._lock:
             connections = list(self._connections)
         for connection in connections:
-            connection.look_after(PING_EVERY_S)
+            connection.keep_alive(PING_EVERY_S)
