@@ -178,11 +178,27 @@ class Held:
         )
 
 
+def wait_until_watching(pid: int) -> None:
+    """Returns when this gateway has connected to ask which policy the server has.
+
+    Its sessions are over shared memory, so no other thread of ZMQ stays. Until then it holds less.
+    """
+    tasks = Path(f"/proc/{pid}/task")
+
+    def has_zmq_threads() -> bool:
+        with contextlib.suppress(FileNotFoundError):
+            return any("ZMQ" in comm.read_text() for comm in tasks.glob("*/comm"))
+        return False
+
+    wait_until(has_zmq_threads)
+
+
 def holds_no_more(pid: int, before: Held) -> None:
     """The process returns to what it held."""
     with contextlib.suppress(AssertionError):
         wait_until(lambda: _more(pid, before) == ([], 0, 0))
-    assert _more(pid, before) == ([], 0, 0)
+    more = _more(pid, before)
+    assert more == ([], 0, 0), f"{more} more than {before}: {Held.by(pid)}"
 
 
 def _more(pid: int, before: Held) -> tuple[list[str], int, int]:
@@ -318,6 +334,7 @@ def kill_clients(protocol: Protocol, folder: Path) -> None:
                 client.kill()
             wait_until(lambda: len(session_names(server.address)) == 1)
             if not number:  # whatever the first ones needed is there now
+                wait_until_watching(gateway.pid)
                 held = [Held.by(each.pid) for each in (gateway, server)]
         for each, before in zip((gateway, server), held, strict=True):
             holds_no_more(each.pid, before)
@@ -392,6 +409,7 @@ def kill_server(protocol: Protocol, folder: Path) -> list[str]:
         gateway, port = stack.enter_context(protocol.gateway(address))
         kinds = stack.enter_context(protocol.clients(folder))
         clients = start_all(kinds, port)
+        wait_until_watching(gateway.pid)
         before = Held.by(gateway.pid)
         for _ in range(TIMES):
             in_request(clients)
@@ -414,9 +432,13 @@ def kill_server(protocol: Protocol, folder: Path) -> list[str]:
 
 
 def check_log(said: Sequence[str], name: str) -> None:
-    """Each loss of the server is a line per client when it begins, and one when it is over."""
+    """Each loss of the server is few lines per client, however often it asks, and one when it ends.
+
+    A loss has a line for each kind of error: a lost request, and a busy machine's late new session.
+    """
     lines = [line for line in said if " WARNING " in line and name in line]
     clients = {line.split(" WARNING ")[1].split(": ", 2)[1] for line in lines}
     assert clients
-    assert len(lines) == 2 * TIMES * len(clients), lines
-    assert len([line for line in lines if "requests succeed again" in line]) == len(lines) // 2
+    ends = [line for line in lines if "requests succeed again" in line]
+    assert len(ends) == TIMES * len(clients), lines
+    assert len(ends) <= len(lines) - len(ends) <= 3 * len(ends), lines
