@@ -10,12 +10,12 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 
-import torch
 from torch import Tensor
 
 from policies.act.backbone import BATCH_NORM_KEYS
 from policies.act.config import BLOCKS, ActConfig
 from policies.act.weights import parameter_shapes
+from policies.checkpoint.folded_weights import complete
 from policies.errors import CheckpointError
 
 ATTENTION = ("in_proj_weight", "in_proj_bias", "out_proj.weight", "out_proj.bias")
@@ -96,22 +96,14 @@ LEROBOT_RENAMED_KEYS = {
 """Names of LeRobot's first versions to today's; the rows are in the same order."""
 
 
-ZERO_INPUT = "decoder.0.self_attn.in_proj_weight"
-"""The projection of the first decoder layer's input, which is zero. The values are the bias for any
-weights, and so is every average of them.
-"""
-CONSTANT_INPUT = "decoder.0.self_attn.out_proj.weight"
-"""The projection of that average. It is the same for every observation, so the bias can hold it."""
-
-
 def translate(
     tensors: Mapping[str, Tensor], keys: Mapping[str, str], ignored: Iterable[str],
     config: ActConfig, path: Path,
 ) -> dict[str, Tensor]:  # fmt: skip
     """Return ``tensors`` under ``ActModel``'s names.
 
-    The style encoder, which only training needs, may be missing as a whole. So may ``ZERO_INPUT``,
-    and with it ``CONSTANT_INPUT``.
+    The style encoder, which only training needs, may be missing as a whole. What else may be, see
+    ``policies.checkpoint.folded_weights``.
 
     Args:
         tensors: By foreign names.
@@ -123,9 +115,12 @@ def translate(
     Raises:
         CheckpointError: An unknown or missing name, or a tensor of another shape.
     """
+    shapes = parameter_shapes(config)
+    tensors = complete(tensors, keys, shapes, config)
     unknown = sorted(tensors.keys() - keys.keys() - set(ignored))
     unknown = [key for key in unknown if not key.endswith(".num_batches_tracked")]
     per_camera = [key for key in unknown if key.startswith("model.backbones.")]
+    per_camera = [key for key in per_camera if not key.startswith("model.backbones.0.")]
     if per_camera:
         raise CheckpointError(
             f"{path}: {per_camera[0]}: a backbone for each camera is not supported in this layout, "
@@ -133,16 +128,10 @@ def translate(
         )
     if unknown:
         raise CheckpointError(f"{path}: {len(unknown)} unknown keys, the first {unknown[0]!r}")
-    shapes = parameter_shapes(config)
-    stored = {keys[key] for key in tensors.keys() & keys.keys()}
-    has_style = any(name.startswith("style.") for name in stored)
-    may_be_missing = {ZERO_INPUT} if ZERO_INPUT in stored else {ZERO_INPUT, CONSTANT_INPUT}
+    has_style = any(keys[key].startswith("style.") for key in tensors.keys() & keys.keys())
     translated = {}
     for foreign, internal in keys.items():
         if internal.startswith("style.") and not has_style:
-            continue
-        if foreign not in tensors and internal in may_be_missing:
-            translated[internal] = torch.zeros(shapes[internal])
             continue
         if foreign not in tensors:
             raise CheckpointError(f"{path}: key {foreign!r} is missing")

@@ -853,6 +853,88 @@ def test_the_projection_of_a_constant_may_be_in_its_bias(tiny):
     np.testing.assert_allclose(after, before.infer(obs).actions, rtol=1e-5, atol=1e-6)
 
 
+FIRST_LAYER = "model.transformer.decoder.layers.0."
+IN_PROJ = FIRST_LAYER + "multihead_attn.in_proj_weight"
+NORM = "model.backbones.0.0.body.bn1."
+
+
+def fold_queries(tensors):
+    """Into the queries' positions; what is added to them there is the output of ``norm1``."""
+    tensors.update({name: tensor.float() for name, tensor in tensors.items()})
+    own, norm, cross = (FIRST_LAYER + name for name in ("self_attn.", "norm1.", "multihead_attn."))
+    values = tensors[own + "in_proj_bias"].chunk(3)[2]
+    attended = tensors[own + "out_proj.weight"] @ values + tensors[own + "out_proj.bias"]
+    norms = tensors[norm + "weight"], tensors[norm + "bias"]
+    constant = torch.nn.functional.layer_norm(attended, attended.shape, *norms)
+    parts = [tensors[f"{cross}in_proj_{part}"].chunk(3) for part in ("weight", "bias")]
+    (weight, *_), (bias, *_) = parts
+    queries = tensors["model.query_embed.weight"]
+    tensors["model.query_embed.weight"] = (queries + constant) @ weight.T + bias - constant
+    for part, (_, keys, values) in zip(("weight", "bias"), parts, strict=True):
+        tensors[f"{cross}in_proj_{part}"] = torch.cat((keys, values))
+
+
+def fold_norms(tensors):
+    for name in [key for key in tensors if key.endswith("running_mean")]:
+        norm = name.removesuffix("running_mean")
+        parts = ("weight", "bias", "running_mean", "running_var")
+        weight, bias, mean, var = (tensors.pop(norm + part) for part in parts)
+        tensors[norm + "scale"] = weight / torch.sqrt(var + 1e-5)
+        tensors[norm + "shift"] = bias - mean * tensors[norm + "scale"]
+
+
+def drop_latent(tensors):
+    tensors.pop("model.latent_out_proj.weight")
+
+
+@pytest.mark.parametrize("fold", [fold_queries, fold_norms, drop_latent])
+def test_what_is_constant_may_be_folded(tiny, fold):
+    before = infer(tiny, engine="torch")
+    edit_weights(fold)(tiny)
+    np.testing.assert_allclose(infer(tiny, engine="torch"), before, rtol=1e-5, atol=2e-6)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda w: w.pop(NORM + "running_mean"), f"key '{NORM}running_mean' is missing"),
+        (
+            lambda w: w.update({NORM + "scale": torch.ones(64)}),
+            f"1 unknown keys, the first '{NORM}scale'",
+        ),
+        (
+            lambda w: [fold_norms(w), w.pop(NORM + "shift")],
+            f"1 unknown keys, the first '{NORM}scale'",
+        ),
+        (
+            lambda w: w.update({IN_PROJ: w[IN_PROJ][:17].clone()}),
+            r"in_proj_weight: got shape \(17, 16\), expected \(48, 16\)",
+        ),
+    ],
+    ids=["statistics", "a scale beside them", "a scale alone", "rows of queries"],
+)
+def test_what_is_folded_in_part_is_refused(tiny, change, message):
+    edit_weights(change)(tiny)
+    with pytest.raises(CheckpointError, match=message):
+        load_weights(str(tiny))
+
+
+def test_a_style_encoder_needs_the_projection_of_its_latent(tiny):
+    edit_weights(lambda w: w.update({"model.cls_embed.weight": torch.ones(1, 16)}))(tiny)
+    edit_weights(drop_latent)(tiny)
+    with pytest.raises(CheckpointError, match=r"key 'model.latent_out_proj.weight' is missing"):
+        load_weights(str(tiny))
+
+
+def test_queries_of_several_decoder_layers_are_not_folded(tmp_path):
+    config = dataclasses.replace(TINY, n_decoder_layers=2)
+    save_lerobot(tmp_path / "a", saved(config))
+    name = "model.decoder.layers.0.multihead_attn.in_proj_weight"
+    edit_weights(lambda w: w.update({name: w[name][16:].clone()}))(tmp_path / "a")
+    with pytest.raises(CheckpointError, match=r"got shape \(32, 16\), expected \(48, 16\)"):
+        load_weights(str(tmp_path / "a"))
+
+
 @pytest.mark.parametrize("kind", ["minmax", "percentile"])
 def test_an_action_of_ilstudio_that_never_moved_is_a_constant(tiny, kind):
     kinds("zscore", kind)(tiny)
