@@ -1,14 +1,23 @@
 # Every target makes what it needs, in its own .venv; nothing outside the repository is touched but
-# the system libraries that software rendering needs (target gl).
+# what apt installs: libraries for software rendering (target gl), cyclictest (target cyclictest).
 PYTHON ?= python3
 VENV   := .venv
 BIN    := $(VENV)/bin
 PIP    := $(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt
+# Installs $$packages where we may.
+APT_INSTALL = \
+  if command -v apt-get >/dev/null && [ "$$(id -u)" = 0 ]; then \
+    echo "installing $$packages"; \
+    apt-get update -qq && DEBIAN_FRONTEND=noninteractive apt-get install -y -qq $$packages >/dev/null; \
+  elif command -v apt-get >/dev/null && sudo -n true 2>/dev/null; then \
+    echo "installing $$packages"; \
+    sudo apt-get update -qq && sudo apt-get install -y -qq $$packages >/dev/null; \
+  fi
 CAN_RENDER := $(BIN)/python -c 'from envs.gl_context import make_context; make_context(64, 64)[1].free()'
 # No thread pools fighting the tests for two cores.
 export OMP_NUM_THREADS ?= 1
 
-.PHONY: help demo test test-long check bench gateways soak fuzz train format gl clean
+.PHONY: help demo test test-long check bench gateways soak fuzz train format gl cyclictest clean
 
 help:
 	@echo "make demo    start a server, evaluate 2 episodes against it"
@@ -39,7 +48,7 @@ check: $(VENV)/.dev
 	$(BIN)/lint-imports
 	$(BIN)/python -m tests.docs.checkout_size
 
-bench: $(VENV)/.peers $(VENV)/.peers-inference gl
+bench: $(VENV)/.peers $(VENV)/.peers-inference gl cyclictest
 	$(BIN)/python -m pytest bench -q
 
 # The other systems' own clients are found by environment variables, which their benchmarks name.
@@ -71,17 +80,14 @@ format: $(VENV)/.dev
 
 # MuJoCo renders through EGL or OSMesa. Installed where we may, named where we may not.
 gl: $(VENV)/.sim
-	@$(CAN_RENDER) 2>/dev/null || { \
-	  packages="libegl1 libgl1-mesa-dri libosmesa6"; \
-	  if command -v apt-get >/dev/null && [ "$$(id -u)" = 0 ]; then \
-	    echo "installing $$packages"; \
-	    apt-get update -qq && DEBIAN_FRONTEND=noninteractive apt-get install -y -qq $$packages >/dev/null; \
-	  elif command -v apt-get >/dev/null && sudo -n true 2>/dev/null; then \
-	    echo "installing $$packages"; \
-	    sudo apt-get update -qq && sudo apt-get install -y -qq $$packages >/dev/null; \
-	  fi; \
+	@packages="libegl1 libgl1-mesa-dri libosmesa6"; \
+	$(CAN_RENDER) 2>/dev/null || { $(APT_INSTALL); \
 	  $(CAN_RENDER) || { \
 	    echo "MuJoCo can not render here. As root: apt-get install $$packages"; exit 1; }; }
+
+# The anchor of the jitter tables. Without it they say that it is absent.
+cyclictest:
+	@packages="rt-tests"; command -v cyclictest >/dev/null || { $(APT_INSTALL); } || true
 
 $(VENV)/.base: constraints.txt
 	$(PYTHON) -c 'import sys; v = sys.version_info; \

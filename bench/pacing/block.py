@@ -35,7 +35,7 @@ class Block:
 
     Attributes:
         lateness_us: (n,) when the step had returned − its deadline.
-        drift_ticks: Ticks that all of them took more than one period each.
+        drift_ticks: Ticks that the pace lost over all of them; see ``drift_ticks``.
         missed_ticks: Skipped by a loop that skips.
         refused: What real-time options could not be had.
     """
@@ -94,32 +94,42 @@ def _measure(way: Way, hz: int, seconds: float, core: int) -> dict[str, object]:
         os.setuid(NOBODY)
     settle, ticks = round(SETTLE_S * hz), round(seconds * hz)
 
-    def step(tick: int) -> None:
-        """Nothing: it is the pacing that is compared, up to the call that would do something."""
+    began_ns = np.zeros(settle + ticks, np.int64)
 
-    missed, refused, periods = 0, "", settle + ticks
+    def step(tick: int) -> None:
+        """Takes the time only: it is the pacing that is compared."""
+        began_ns[tick] = time.monotonic_ns()
+
+    missed, refused = 0, ""
     if way.kind == "ours":
         options = RealtimeOptions(way.priority) if way.priority else UNPRIVILEGED
         with Realtime(options) as realtime, no_garbage_collection():
             loop = ControlLoop(MonotonicClock(way.spin_ns), 1 / hz)
-            began_ns = time.monotonic_ns()
             loop.run(step, settle + ticks)
-            ended_ns = time.monotonic_ns()
-        periods -= 1  # the peers sleep after their last tick too
         lateness_us = loop.lateness_ns()[settle:] / 1e3
         missed, refused = loop.statistics().missed_ticks, ", ".join(realtime.refused)
     else:
         lateness_s = np.zeros(settle + ticks)
-        began_ns = time.monotonic_ns()
         PEERS[way.kind](step, settle + ticks, 1 / hz, lateness_s)
-        ended_ns = time.monotonic_ns()
         lateness_us = lateness_s[settle:] * 1e6
     return {
         "lateness_us": lateness_us,
-        "drift_ticks": (ended_ns - began_ns) * hz / 1e9 - periods,
+        "drift_ticks": drift_ticks(began_ns, hz),
         "missed_ticks": missed,
         "refused": refused,
     }
+
+
+def drift_ticks(began_ns: NDArray[np.int64], hz: int) -> float:
+    """Return how many ticks the pace lost: a slope over all of them, which one late tick is not.
+
+    Args:
+        began_ns: (n,) when each tick's step began; 0 for a tick that was skipped.
+        hz: Ticks per second.
+    """
+    (ticks,) = np.nonzero(began_ns)
+    behind = (began_ns[ticks] - began_ns[ticks[0]]) * hz / 1e9 - ticks
+    return float(np.polyfit(ticks, behind, 1)[0]) * began_ns.size
 
 
 _SAMPLE = re.compile(rb"^ *0: *(\d+): *(-?\d+)", re.MULTILINE)
