@@ -1,15 +1,10 @@
-"""Reads demonstrations in ACT's HDF5 layout, crops their images and holds them in memory.
-
-A file has ``observations/qpos`` (T, S), ``observations/images/<camera>`` (T, H, W, 3) uint8 and
-``action`` (T, A). The auxiliary task also needs ``metronome/object_qpos`` (T, 7 * objects).
-"""
+"""Demonstrations of a source, with cropped images, held in memory: each picture is decoded once."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -17,12 +12,12 @@ from numpy.typing import NDArray
 from policies.errors import CheckpointError
 from policies.image_resize import prepare
 from policies.normalizer import Normalizer, from_stats
+from policies.training.episode_source import EpisodeSource, Floats
 from policies.types import CameraContract
 
-OBJECTS = "metronome/object_qpos"
 POSE_DIM = 7
 """Numbers of an object's pose: x, y, z (m), quaternion wxyz."""
-Floats = NDArray[np.float32]
+GB = 1e9
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -48,11 +43,12 @@ class Demonstrations:
     """All episodes, concatenated.
 
     Args:
-        folder: Folder with the ``*.hdf5`` files.
-        cameras: Crop and size of each camera's images.
+        source: Where the episodes are.
+        cameras: Crop and size of each camera's images, all of one model size.
         chunk_size: Actions per chunk, T.
         with_objects: Whether to read the objects' poses.
         limit: Largest number of episodes; None for all.
+        max_images_gb: Most memory for the images, in 10**9 bytes; None for what is free.
         progress: Called with (episodes read, episodes in all).
 
     Attributes:
@@ -63,37 +59,42 @@ class Demonstrations:
         episodes: Number of episodes.
 
     Raises:
-        CheckpointError: No episodes, or one that lacks a data set or differs in size.
+        CheckpointError: No episodes, one that differs in size or has a number that is not finite,
+            or images larger than ``max_images_gb``. Besides, what ``source`` raises.
     """
 
     def __init__(
         self,
-        folder: Path,
+        source: EpisodeSource,
         cameras: Sequence[CameraContract],
         *,
         chunk_size: int,
         with_objects: bool = True,
         limit: int | None = None,
+        max_images_gb: float | None = None,
         progress: Callable[[int, int], None] = lambda done, total: None,
     ) -> None:
-        paths = sorted(folder.glob("*.hdf5"), key=lambda p: (len(p.name), p.name))[:limit]
-        if not paths:
-            raise CheckpointError(f"{folder}: no *.hdf5 episodes")
-        self.chunk_size, self.episodes = chunk_size, len(paths)
-        parts: list[dict[str, NDArray[Any]]] = []
-        for path in paths:
-            parts.append(_read(path, cameras, with_objects))
-            progress(len(parts), len(paths))
-        try:
-            joined = {key: np.concatenate([part[key] for part in parts]) for key in parts[0]}
-        except ValueError as error:
-            raise CheckpointError(f"{folder}: episodes differ in size: {error}") from error
-        self.images: NDArray[np.uint8] = joined["images"]
-        self.state: Floats = joined["state"]
-        self.actions: Floats = joined["actions"]
-        self.objects: Floats = joined["objects"]
-        lengths = [len(part["state"]) for part in parts]
+        lengths = source.lengths[:limit]
+        if not lengths:
+            raise CheckpointError(f"{source.name}: got no episodes, expected at least one")
+        self.chunk_size, self.episodes = chunk_size, len(lengths)
+        shape = (sum(lengths), len(cameras), *cameras[0].model_hw, 3)
+        _check_memory(shape, max_images_gb)
+        self.images: NDArray[np.uint8] = np.empty(shape, np.uint8)
         self.ends = np.repeat(np.cumsum(lengths), lengths)
+        parts: list[tuple[Floats, Floats, Floats]] = []
+        first = 0
+        for index, length in enumerate(lengths):
+            parts.append(_numbers(source, index, length, with_objects))
+            _fill(self.images[first : first + length], source, index, cameras)
+            first += length
+            progress(index + 1, len(lengths))
+        try:
+            self.state, self.actions, self.objects = (
+                np.concatenate(columns) for columns in zip(*parts, strict=True)
+            )
+        except ValueError as error:
+            raise CheckpointError(f"{source.name}: episodes differ in size: {error}") from error
         self.stats = {"state": _stats(self.state), "action": _stats(self.actions)}
         self._state = from_stats("zscore", self.stats["state"]).normalize(self.state)
         self._actions = from_stats("zscore", self.stats["action"]).normalize(self.actions)
@@ -138,34 +139,68 @@ class Demonstrations:
         )
 
 
-def _read(
-    path: Path, cameras: Sequence[CameraContract], with_objects: bool
-) -> dict[str, NDArray[Any]]:
-    import h5py
+def _numbers(
+    source: EpisodeSource, index: int, length: int, with_objects: bool
+) -> tuple[Floats, Floats, Floats]:
+    """Return the state, the actions and the objects' positions of an episode."""
+    state, actions = source.columns(index)
+    objects = np.zeros((length, 0), np.float32)
+    if with_objects:
+        poses = source.object_poses(index)
+        if poses.ndim != 2 or poses.shape[1] % POSE_DIM:
+            raise CheckpointError(
+                f"{source.name}: episode {index}: objects: got the shape {poses.shape}, expected "
+                f"{POSE_DIM} numbers for each object; aux_weight: 0 needs none"
+            )
+        objects = poses.reshape(len(poses), -1, POSE_DIM)[:, :, :3].reshape(len(poses), -1)
+    for what, rows in (("state", state), ("action", actions), ("objects", objects)):
+        if rows.ndim != 2 or len(rows) != length:
+            raise CheckpointError(
+                f"{source.name}: episode {index}: {what}: got the shape {rows.shape}, expected "
+                f"{length} rows of numbers"
+            )
+        if not np.isfinite(rows).all():
+            row = int(np.flatnonzero(~np.isfinite(rows).all(1))[0])
+            raise CheckpointError(
+                f"{source.name}: episode {index}: {what}: got {rows[row]} in row {row}, expected "
+                "finite numbers"
+            )
+    return state, actions, objects
 
-    try:
-        with h5py.File(path, "r") as file:
-            state = np.asarray(file["observations/qpos"], dtype=np.float32)
-            actions = np.asarray(file["action"], dtype=np.float32)
-            frames = []
-            for camera in cameras:
-                source = file[f"observations/images/{camera.name}"]
-                frames.append(np.stack([prepare(source[t], camera) for t in range(len(source))]))
-            objects = np.zeros((len(state), 0), np.float32)
-            if with_objects:
-                poses = np.asarray(file[OBJECTS], dtype=np.float32)
-                objects = poses.reshape(len(state), -1, POSE_DIM)[:, :, :3].reshape(len(state), -1)
-    except (OSError, KeyError, ValueError) as error:
-        raise CheckpointError(f"{path}: {error}") from error
-    lengths = {len(state), len(actions), *(len(f) for f in frames)}
-    if len(lengths) != 1:
-        raise CheckpointError(f"{path}: got {sorted(lengths)} rows, expected one number")
-    return {
-        "state": state,
-        "actions": actions,
-        "objects": objects,
-        "images": np.stack(frames, axis=1),
-    }
+
+def _fill(
+    images: NDArray[np.uint8], source: EpisodeSource, index: int, cameras: Sequence[CameraContract]
+) -> None:
+    """Read the pictures of an episode into ``images`` (T, N, h, w, 3)."""
+    for number, camera in enumerate(cameras):
+        count = 0
+        for count, picture in enumerate(source.pictures(index, camera.name), 1):
+            if count <= len(images):
+                prepare(picture, camera, out=images[count - 1, number])
+        if count != len(images):
+            raise CheckpointError(
+                f"{source.name}: episode {index}: camera {camera.name!r}: got {count} pictures, "
+                f"expected {len(images)}"
+            )
+
+
+def _check_memory(shape: tuple[int, ...], max_gb: float | None) -> None:
+    limit, why = (_free_gb(), "free memory") if max_gb is None else (max_gb, "max_images_gb")
+    needed = np.prod(shape, dtype=np.int64) / GB
+    if needed > limit:
+        frames, cameras, height, width, _ = shape
+        raise CheckpointError(
+            f"images: got {needed:.2f} GB ({frames} frames, {cameras} cameras of {height} x "
+            f"{width}), expected at most {limit:.2f} GB ({why}); use fewer episodes "
+            "(max_episodes) or a smaller model_hw"
+        )
+
+
+def _free_gb() -> float:
+    """Return the memory that the kernel says is available."""
+    rows = Path("/proc/meminfo").read_text(encoding="ascii").splitlines()
+    available = next(row for row in rows if row.startswith("MemAvailable:"))
+    return int(available.split()[1]) * 1024 / GB
 
 
 def _stats(data: Floats) -> Mapping[str, list[float]]:

@@ -39,6 +39,7 @@ from policies.number_ranges import (
 )
 from policies.training.cvae import ActCvae, checkpoint_tensors
 from policies.training.dataset import Demonstrations
+from policies.training.episode_source import DatasetColumns, EpisodeSource
 from policies.types import CameraContract, Rendering
 
 logger = logging.getLogger(__name__)
@@ -59,6 +60,10 @@ STEPS = Range(1, 1_000_000_000)
 """Valid numbers of steps."""
 WEIGHT = Range(0, 1e6)
 """Valid weights of a loss."""
+DEFAULT_DT_S = 0.02
+"""Seconds per tick of demonstrations without a rate: ACT's HDF5."""
+SAME_RATE = 2e-3
+"""Largest relative difference of two periods that count as equal: 0.0333 s is 30 fps."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -67,11 +72,15 @@ class TrainConfig:
 
     Attributes:
         task: Data set id of the checkpoint, and the task to evaluate.
-        demonstrations: Folder with the episodes; ``max_episodes`` of them are used.
+        demonstrations: Folder with the episodes as HDF5 files, or ``lerobot:`` and the folder of a
+            LeRobotDataset v3; ``max_episodes`` of them are used.
+        dataset_columns: The columns of a LeRobotDataset that are learned from.
+        max_images_gb: Most memory for the images at the model's size, in 10**9 bytes; None for
+            what is free.
         output: Folder for the run; its ``policy`` folder is the checkpoint.
         cameras: Crop and size of each camera's images, all of one model size.
         rendering: How the demonstrations were rendered.
-        dt_s: Seconds per tick.
+        dt_s: Seconds per tick; None for the data's own, or ``DEFAULT_DT_S`` where they have none.
         n_action_steps: Actions per chunk that the checkpoint recommends to execute; None for all.
         width, n_heads, feedforward, n_encoder_layers, n_style_layers: See ``ActConfig``.
         kl_weight: Weight of the style encoder's divergence; None trains without a style encoder.
@@ -94,8 +103,10 @@ class TrainConfig:
     output: Path
     cameras: tuple[CameraContract, ...]
     rendering: Rendering | None = None
+    dataset_columns: DatasetColumns = field(default_factory=DatasetColumns)
     max_episodes: Annotated[int, COUNT] | None = None
-    dt_s: Annotated[float, PERIOD_S] = 0.02
+    max_images_gb: Annotated[float, POSITIVE] | None = None
+    dt_s: Annotated[float, PERIOD_S] | None = None
     chunk_size: Annotated[int, _SIZES["chunk_size"]] = 100
     n_action_steps: Annotated[int, TICKS] | None = None
     width: Annotated[int, _SIZES["width"]] = 256
@@ -125,7 +136,27 @@ class TrainConfig:
     def __post_init__(self) -> None:
         if not self.cameras or len({c.model_hw for c in self.cameras}) != 1:
             raise ValueError("cameras: expected at least one, all of one model_hw")
+        names = [camera.name for camera in self.cameras]
+        if unknown := sorted(set(self.dataset_columns.cameras) - set(names)):
+            raise ValueError(f"dataset_columns.cameras: got {unknown}, expected some of {names}")
         check_ranges(self)
+
+    def at_rate_of(self, source: EpisodeSource) -> TrainConfig:
+        """Return this configuration with the rate of ``source``.
+
+        Raises:
+            ValueError: ``dt_s`` is given, and the source has another.
+        """
+        if source.dt_s is None:
+            return dataclasses.replace(self, dt_s=self.dt_s or DEFAULT_DT_S)
+        if self.dt_s is None:
+            return dataclasses.replace(self, dt_s=source.dt_s)
+        if abs(self.dt_s / source.dt_s - 1) > SAME_RATE:
+            raise ValueError(
+                f"dt_s: got {self.dt_s:g}, expected {source.dt_s:g} ({1 / source.dt_s:g} fps), the "
+                f"rate of {source.name}; leave dt_s out to take it"
+            )
+        return self
 
     def act(self, state_dim: int, action_dim: int) -> ActConfig:
         """Return the network's sizes for demonstrations of these dimensions."""

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +15,9 @@ from runtime.datasets.errors import DatasetError
 from runtime.datasets.features import EPISODE, IMAGES
 from runtime.datasets.pictures import Picture, decode_png, decode_video
 
+PICTURES = ("image", "video")
+"""Types of a column of pictures."""
+
 
 class DatasetReader:
     """A dataset on disk. Episodes that are finished later are not seen.
@@ -25,6 +28,7 @@ class DatasetReader:
     Attributes:
         root: As given.
         info: ``meta/info.json``.
+        fps: Frames per second.
         episodes: The entries of ``meta/episodes``, by column.
         tasks: The instructions, by ``task_index``.
 
@@ -36,10 +40,15 @@ class DatasetReader:
         self.root = root
         self.info = layout.read_info(root)
         with _naming(root):
-            self.episodes = layout.read_episodes(root, int(self.info["total_episodes"]))
-            self.tasks = layout.read_tasks(root)
+            total = int(self.info["total_episodes"])
+            self.episodes = layout.read_episodes(root, total)
+            # LeRobot writes none before the first episode.
+            self.tasks = layout.read_tasks(root) if total else []
             self._features: Mapping[str, Mapping[str, Any]] = self.info["features"]
+            self._types = {key: str(one["dtype"]) for key, one in self._features.items()}
             self.fps = float(self.info["fps"])
+            if not 0 < self.fps < np.inf:
+                raise ValueError(f"fps: got {self.fps}, expected more than 0")
 
     def __len__(self) -> int:
         return len(self.episodes)
@@ -48,9 +57,9 @@ class DatasetReader:
     def cameras(self) -> dict[str, tuple[int, int]]:
         """Camera name to (height, width): columns of pictures, without their common prefix."""
         return {
-            key.removeprefix(IMAGES): (int(one["shape"][0]), int(one["shape"][1]))
+            key.removeprefix(IMAGES): _height_width(one)
             for key, one in self._features.items()
-            if one["dtype"] in ("image", "video")
+            if self._types[key] in PICTURES
         }
 
     def width(self, key: str) -> int:
@@ -63,19 +72,32 @@ class DatasetReader:
     def _names(self) -> list[str]:
         return list(self._features)
 
-    def columns(self, index: int) -> dict[str, NDArray[Any]]:
-        """Return the columns of numbers of episode ``index``, (n,) or (n, D) each.
+    def columns(self, index: int, keys: Sequence[str] | None = None) -> dict[str, NDArray[Any]]:
+        """Return the columns ``keys`` of episode ``index``, (n,) or (n, D) each.
+
+        Args:
+            index: The episode's.
+            keys: Columns of numbers; None for all.
 
         Raises:
-            DatasetError: No such episode, or a file cannot be read.
+            DatasetError: No such episode or column, one of another width, or a file cannot be read.
         """
-        numbers = [
-            key
-            for key, one in self._features.items()
-            if one["dtype"] not in ("image", "video", "string")
-        ]
-        table = self._rows(index, numbers)
-        return {key: _array(table[key]) for key in numbers}
+        numbers = [key for key, one in self._types.items() if one not in (*PICTURES, "string")]
+        if keys is not None and (unknown := [key for key in keys if key not in numbers]):
+            raise DatasetError(
+                f"{self.root}: got no column of numbers {unknown[0]!r}, expected one of {numbers}"
+            )
+        path, table = self._rows(index, numbers if keys is None else list(keys))
+        found = {}
+        for key in table.column_names if keys is None else keys:
+            with _naming(path):
+                found[key] = _array(table[key])
+            got, expected = found[key].size, len(table) * self.width(key)
+            if got != expected:
+                raise DatasetError(
+                    f"{path}: {key}: got {got} numbers in {len(table)} rows, expected {expected}"
+                )
+        return found
 
     def pictures(self, index: int, camera: str) -> Iterator[Picture]:
         """Yield the pictures of ``camera`` in episode ``index``, (H, W, 3) uint8, one per frame.
@@ -87,41 +109,68 @@ class DatasetReader:
         if key not in self._features and camera in self._features:
             key = camera
         self.width(key)
-        if self._features[key]["dtype"] == "image":
-            with _naming(self.root):
-                for cell in self._rows(index, [key])[key].to_pylist():
-                    yield decode_png(cell["bytes"])
+        if self._types[key] == "video":
+            yield from self._video(index, key)
             return
+        path, table = self._rows(index, [key])
+        for cell in table[key].to_pylist():
+            with _naming(path):
+                picture = decode_png(cell["bytes"])
+            yield picture
+
+    def _video(self, index: int, key: str) -> Iterator[Picture]:
+        """Yield the frames of an episode, which are found by their times, as LeRobot does it."""
         episode = self._episode(index)
-        path = self.root / layout.video_path(self.info, episode, key)
-        first = round(episode[f"videos/{key}/from_timestamp"] * self.fps)
-        last, number = first + int(episode["length"]), 0
+        with _naming(self.root):
+            path = self.root / layout.video_path(self.info, episode, key)
+            start_s = float(episode[f"videos/{key}/from_timestamp"])
+            length = int(episode["length"])
+        count = 0
         with _naming(path):
-            for number, picture in enumerate(decode_video(path), 1):
-                if number > first:
-                    yield picture
-                if number == last:
+            for time_s, picture in decode_video(path, start_s - 0.5 / self.fps):
+                if round((time_s - start_s) * self.fps) != count:
+                    break
+                yield picture
+                count += 1
+                if count == length:
                     return
-        raise DatasetError(f"{path}: got {number} frames, expected at least {last}")
+        raise DatasetError(
+            f"{path}: episode {index}: got {count} frames from {start_s:g} s on at {self.fps:g} "
+            f"fps, expected {length}"
+        )
 
     def _episode(self, index: int) -> dict[str, Any]:
         if not 0 <= index < len(self):
             raise DatasetError(f"{self.root}: episode: got {index}, expected 0 to {len(self) - 1}")
         return self.episodes[index]
 
-    def _rows(self, index: int, keys: list[str]) -> Any:
-        from pyarrow import compute, parquet
+    def _rows(self, index: int, keys: list[str]) -> tuple[Path, Any]:
+        """Return the file of an episode and the table of its rows."""
+        from pyarrow import parquet
 
         episode = self._episode(index)
-        path = self.root / layout.data_path(self.info, episode)
+        with _naming(self.root):
+            path = self.root / layout.data_path(self.info, episode)
         with _naming(path):
-            table = parquet.read_table(path, columns=list(dict.fromkeys([*keys, EPISODE])))
-            table = table.filter(compute.equal(table[EPISODE], index))
+            # With a filter only those parts of a file are read that may have the episode.
+            table = parquet.read_table(
+                path,
+                columns=list(dict.fromkeys([*keys, EPISODE])),
+                filters=[(EPISODE, "=", index)],
+                partitioning=None,
+            )
         if table.num_rows != episode["length"]:
             raise DatasetError(
                 f"{path}: episode {index}: got {table.num_rows} rows, expected {episode['length']}"
             )
-        return table
+        return path, table
+
+
+def _height_width(feature: Mapping[str, Any]) -> tuple[int, int]:
+    """The size of pictures; LeRobot takes channels as the last and as the first dimension."""
+    shape, names = feature["shape"], feature.get("names") or []
+    first = 1 if names and str(names[0]).startswith("channel") else 0
+    return int(shape[first]), int(shape[first + 1])
 
 
 @contextlib.contextmanager
@@ -132,7 +181,14 @@ def _naming(path: Path) -> Iterator[None]:
 
     try:
         yield
-    except (pa.ArrowException, av.FFmpegError, OSError, KeyError, TypeError, ValueError) as error:
+    except (
+        pa.ArrowException,
+        av.FFmpegError,
+        OSError,
+        LookupError,
+        TypeError,
+        ValueError,
+    ) as error:
         raise DatasetError(f"{path}: cannot be read: {error!r}") from error
 
 

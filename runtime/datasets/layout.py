@@ -23,6 +23,10 @@ CHUNK_FILES = 1000
 DATA_MB, VIDEO_MB = 100, 200
 """Largest files that LeRobot itself writes; each of ours has one episode."""
 TASK_INDEX, TASK_NAME = "task_index", "__index_level_0__"
+CONVERT = (
+    "convert it with LeRobot: python -m lerobot.datasets.v30.convert_dataset_v21_to_v30 "
+    "--repo-id=ORG/NAME --root=DIR --push-to-hub=false"
+)
 WORK_FOLDER = ".recording"
 """For unfinished files; LeRobot does not look into it."""
 
@@ -34,6 +38,8 @@ def read_info(root: Path) -> dict[str, Any]:
         DatasetError: There is none, it is not JSON, or it is of another version.
     """
     path = root / INFO
+    if not root.is_dir():
+        raise DatasetError(f"{root}: no such folder, expected a LeRobotDataset")
     try:
         info = json.loads(path.read_text(encoding="utf-8"))
         version = info["codebase_version"]
@@ -42,7 +48,8 @@ def read_info(root: Path) -> dict[str, Any]:
     except (OSError, ValueError, TypeError, KeyError) as error:
         raise DatasetError(f"{path}: cannot be read: {error!r}") from error
     if version != VERSION:
-        raise DatasetError(f"{path}: codebase_version: got {version!r}, expected {VERSION!r}")
+        hint = f"; {CONVERT}" if version == "v2.1" else ""
+        raise DatasetError(f"{path}: codebase_version: got {version!r}, expected {VERSION!r}{hint}")
     return dict(info)
 
 

@@ -17,6 +17,8 @@ X264 = {"crf": "16", "preset": "veryfast", "bf": "0", "threads": "1"}
 """Without B-frames the first frame's time is exactly 0. One thread leaves the other cores alone."""
 KEYFRAME_EVERY = 2
 """Frames; as LeRobot writes videos, so that any frame is found by decoding at most two."""
+SEEK_MARGIN_S = 1.0
+"""Files are indexed by the times of decoding, which are before those of showing."""
 PNG = {"compression_level": "1", "pred": "up"}
 
 
@@ -35,7 +37,7 @@ def encode_png(picture: Picture) -> bytes:
 
 
 def decode_png(data: bytes) -> Picture:
-    """Return the picture in the bytes of a PNG file. Raises ``av.FFmpegError``."""
+    """Return the picture in the bytes of a PNG file. Raises ``av.FFmpegError``, ``IndexError``."""
     import av
 
     codec: Any = av.CodecContext.create("png", "r")
@@ -70,10 +72,18 @@ def encode_video(path: Path, pictures: Iterable[Picture], rate: Fraction) -> Non
         container.mux(stream.encode())
 
 
-def decode_video(path: Path) -> Iterator[Picture]:
-    """Yield the pictures of a video in order. Raises ``OSError``, ``av.FFmpegError``."""
+def decode_video(path: Path, from_s: float = 0.0) -> Iterator[tuple[float, Picture]]:
+    """Yield (time in s, picture) of the frames of a video from ``from_s`` on, in order.
+
+    Raises:
+        OSError, av.FFmpegError, IndexError: It cannot be read, or has no pictures.
+    """
     import av
 
     with av.open(str(path)) as container:
-        for frame in container.decode(video=0):
-            yield np.array(frame.to_ndarray(format="rgb24"))
+        stream = container.streams.video[0]
+        if from_s > SEEK_MARGIN_S:
+            container.seek(int((from_s - SEEK_MARGIN_S) / stream.time_base), stream=stream)
+        for frame in container.decode(stream):
+            if frame.time >= from_s:
+                yield frame.time, np.array(frame.to_ndarray(format="rgb24"))

@@ -33,12 +33,15 @@ from runtime.options.checkpoint import CheckpointOptions
 from runtime.options.overrides import read_overrides
 
 if TYPE_CHECKING:
+    from policies.training.episode_source import EpisodeSource
     from policies.training.trainer import TrainConfig
 
 SELECTION_SEED = 900_000
 """First seed of the evaluations during training; a final evaluation must not share seeds with
 those that chose the checkpoint."""
 EXPORTS = ("lerobot",)
+LEROBOT = "lerobot:"
+"""Before the folder of a LeRobotDataset."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -46,6 +49,14 @@ class TrainCommand:
     """The flags of the command; ``--KEY VALUE`` further overrides keys of ``TrainConfig``."""
 
     config: Annotated[str, Flag("name under configs/train, or a YAML file")]
+    data: Annotated[
+        str | None,
+        Flag(
+            "lerobot:DIR, a LeRobotDataset v3, or a folder of HDF5 files, instead of the "
+            "configuration's demonstrations",
+            metavar="[lerobot:]DIR",
+        ),
+    ] = None
     export: Annotated[str | None, Choice(EXPORTS), Flag("also write the policy in this layout")] = (
         None
     )
@@ -73,6 +84,26 @@ def success_rate(folder: Path, config: TrainConfig) -> float:
     )
     episodes = [report for report in run(evaluation) if isinstance(report, Episode)]
     return sum(episode.success for episode in episodes) / len(episodes)
+
+
+def episode_source(config: TrainConfig) -> EpisodeSource:
+    """Return the episodes of ``config.demonstrations``.
+
+    Raises:
+        DatasetError, CheckpointError: They cannot be read.
+        InvalidConfig: A package is missing.
+    """
+    from policies.training.hdf5_episodes import Hdf5Episodes
+    from runtime.datasets.training_episodes import LeRobotEpisodes
+
+    folder = str(config.demonstrations)
+    if not folder.startswith(LEROBOT):
+        return Hdf5Episodes(config.demonstrations)
+    root = Path(folder.removeprefix(LEROBOT)).expanduser()
+    try:
+        return LeRobotEpisodes(root, config.cameras, config.dataset_columns)
+    except ImportError as error:
+        raise InvalidConfig(f"{folder}: {error}; pip install '.[dataset]' brings it") from error
 
 
 @contextlib.contextmanager
@@ -118,7 +149,13 @@ def main(argv: Sequence[str] | None = None) -> int:
     logging.basicConfig(level=logging.INFO, format="%(levelname)s %(message)s")
     try:
         overrides = read_overrides(rest, "", "metronome train")
+        if command.data is not None:
+            if "demonstrations" in overrides:
+                raise InvalidConfig("got --data and --demonstrations, expected one of them")
+            overrides["demonstrations"] = command.data
         config = load_config(TrainConfig, command.config, kind="train", overrides=overrides)
+        source = episode_source(config)
+        config = config.at_rate_of(source)
         torch.set_num_threads(_threads(config))
         with tqdm(desc="reading", unit="episode") as bar:
 
@@ -127,11 +164,12 @@ def main(argv: Sequence[str] | None = None) -> int:
                 bar.refresh()
 
             data = Demonstrations(
-                config.demonstrations,
+                source,
                 config.cameras,
                 chunk_size=config.chunk_size,
                 with_objects=config.aux_weight > 0,
                 limit=config.max_episodes,
+                max_images_gb=config.max_images_gb,
                 progress=reading,
             )
         evaluate = None

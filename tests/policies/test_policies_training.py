@@ -17,6 +17,7 @@ from policies.errors import CheckpointError
 from policies.training import trainer
 from policies.training.cvae import ActCvae, checkpoint_tensors, kl_divergence
 from policies.training.dataset import Demonstrations
+from policies.training.hdf5_episodes import Hdf5Episodes
 from policies.training.trainer import Progress, TrainConfig, Trainer
 from policies.types import CameraContract
 from policies.yaml_config import InvalidConfig, load_config
@@ -47,7 +48,7 @@ def demonstrations(tmp_path):
 
 
 def load(folder, **changes):
-    return Demonstrations(folder, [CAMERA], chunk_size=5, **changes)
+    return Demonstrations(Hdf5Episodes(folder), [CAMERA], chunk_size=5, **changes)
 
 
 def config(folder, output, **changes):
