@@ -1,8 +1,8 @@
-"""Records demonstrations of the scripted expert in ACT's HDF5 format.
+"""Records demonstrations of the scripted expert in ACT's HDF5 format, or as a LeRobotDataset v3.
 
 ``python -m envs.demonstrations --task sim_transfer_cube --num 200 --out data/transfer_cube``
 
-Each file is one episode: ``observations/qpos``, ``observations/qvel`` and ``action`` (T, 14)
+Each HDF5 file is one episode: ``observations/qpos``, ``observations/qvel`` and ``action`` (T, 14)
 float32, ``observations/images/<camera>`` (T, H, W, 3) uint8, and the attribute ``sim``. Other
 trainers ignore the additional ``metronome/object_qpos`` (T, 7 * objects) and
 ``metronome/reward`` (T,), both at the time of the observation, and the attributes that describe
@@ -14,22 +14,33 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import dataclasses
 import itertools
 import logging
 import multiprocessing
 import os
 import sys
+import typing
 from collections import deque
 from collections.abc import Generator, Sequence
 from concurrent.futures import Future, ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Literal
 
 import numpy as np
+from numpy.typing import NDArray
 
 from envs.aloha_physics import DT_S, STATE_DIM, AlohaSim
 from envs.aloha_tasks import MAX_REWARD, TASKS, find_task
+from envs.demonstration_files import (
+    DatasetFolder,
+    EpisodeRows,
+    Hdf5Folder,
+    write_hdf5,
+    write_spool,
+)
 from envs.errors import EnvError
 from envs.gl_context import import_mujoco
 from envs.kinematics import Unreachable
@@ -38,6 +49,7 @@ from policies.command_line import CommandLine, Number
 from policies.number_ranges import COUNT, MSAA, PIXELS, PROCESSES, SEED
 from policies.standard_streams import run_command
 
+Format = Literal["hdf5", "lerobot"]
 log = logging.getLogger(__name__)
 
 FAILED, BAD_INPUT, INTERRUPTED = 1, 2, 130
@@ -57,6 +69,8 @@ class Demonstration:
         cameras: The model's cameras.
         image_hw: (height, width) of every image in pixels.
         shadows, msaa: Render options, see ``OffscreenRenderer``.
+        format: ACT's HDF5 files, or one LeRobotDataset v3.
+        lossless: Whether a LeRobotDataset stores pictures as PNG, and not as video.
     """
 
     task: str
@@ -65,11 +79,13 @@ class Demonstration:
     image_hw: tuple[int, int] = (240, 320)
     shadows: bool = False
     msaa: int = 0
+    format: Format = "hdf5"
+    lossless: bool = False
 
 
 @dataclass(frozen=True, slots=True)
 class RecordedEpisode:
-    """Result of one attempt: seed, last and highest reward, and the file if the episode is kept."""
+    """Result of one attempt: seed, last and highest reward, and where the episode is if kept."""
 
     seed: int
     last_reward: int
@@ -78,12 +94,7 @@ class RecordedEpisode:
 
 
 def record_episode(recording: Demonstration, seed: int) -> RecordedEpisode:
-    """Execute the expert's plan from ``seed`` and write the episode if it ends in success.
-
-    The file gets its final name only when it is complete.
-    """
-    import h5py
-
+    """Execute the expert's plan from ``seed`` and write the episode if it ends in success."""
     sim = _simulation(recording)
     sim.reset(seed)
     try:
@@ -91,45 +102,44 @@ def record_episode(recording: Demonstration, seed: int) -> RecordedEpisode:
     except Unreachable as error:
         log.warning("seed %d: %s", seed, error)
         return RecordedEpisode(seed, 0, 0, None)
-    objects = len(sim.object_qpos)
+    rows = _perform(recording, sim, actions)
+    reward, highest = int(rows.rewards[-1]), int(rows.rewards.max())
+    if reward != MAX_REWARD:
+        return RecordedEpisode(seed, reward, highest, None)
+    if recording.format == "lerobot":
+        path = write_spool(recording.folder, f"seed_{seed}", rows, sim.task.name)
+        return RecordedEpisode(seed, reward, highest, path)
+    path = recording.folder / f"seed_{seed}.hdf5"
+    attributes = {
+        "sim": True,
+        "task": sim.task.name,
+        "seed": seed,
+        "dt_s": DT_S,
+        "shadows": recording.shadows,
+        "msaa": recording.msaa,
+        "mujoco": import_mujoco().mj_versionString(),
+    }
+    write_hdf5(path, rows, attributes)
+    return RecordedEpisode(seed, reward, highest, path)
+
+
+def _perform(recording: Demonstration, sim: AlohaSim, actions: NDArray[np.float32]) -> EpisodeRows:
+    """Execute ``actions`` and return what was seen."""
     qpos, qvel = np.empty((2, EPISODE_TICKS, STATE_DIM), np.float32)
-    object_qpos = np.empty((EPISODE_TICKS, objects), np.float32)
-    reward_seen = np.empty(EPISODE_TICKS, np.float32)
+    object_qpos = np.empty((EPISODE_TICKS, len(sim.object_qpos)), np.float32)
+    rewards = np.empty(EPISODE_TICKS + 1, np.float32)
     pictures = {
         camera: np.empty((EPISODE_TICKS, *recording.image_hw, 3), np.uint8)
         for camera in recording.cameras
     }
-    reward = highest = sim.reward()
+    rewards[0] = sim.reward()
     for tick, action in enumerate(actions):
         qpos[tick], qvel[tick] = sim.agent_pos, sim.agent_vel
-        object_qpos[tick], reward_seen[tick] = sim.object_qpos, reward
+        object_qpos[tick] = sim.object_qpos
         for camera, frames in pictures.items():
             sim.render_camera(camera, out=frames[tick])
-        reward = sim.step(action)
-        highest = max(highest, reward)
-    if reward != MAX_REWARD:
-        return RecordedEpisode(seed, reward, highest, None)
-    path = recording.folder / f"seed_{seed}.hdf5"
-    partial = path.with_suffix(".partial")
-    with h5py.File(partial, "w") as file:
-        file.attrs["sim"] = True
-        file.attrs["task"] = sim.task.name
-        file.attrs["seed"] = seed
-        file.attrs["dt_s"] = DT_S
-        file.attrs["shadows"], file.attrs["msaa"] = recording.shadows, recording.msaa
-        file.attrs["mujoco"] = import_mujoco().mj_versionString()
-        file["observations/qpos"], file["observations/qvel"] = qpos, qvel
-        file["action"] = actions
-        for camera, frames in pictures.items():
-            file.create_dataset(
-                f"observations/images/{camera}",
-                data=frames,
-                chunks=(1, *frames.shape[1:]),
-                compression="lzf",
-            )
-        file["metronome/object_qpos"], file["metronome/reward"] = object_qpos, reward_seen
-    partial.rename(path)
-    return RecordedEpisode(seed, reward, highest, path)
+        rewards[tick + 1] = sim.step(action)
+    return EpisodeRows(qpos, qvel, actions, object_qpos, rewards, pictures)
 
 
 def record(
@@ -137,8 +147,8 @@ def record(
 ) -> Generator[RecordedEpisode, None, None]:
     """Attempt seeds from ``first_seed`` on until ``num`` episodes are kept; yield each attempt.
 
-    The episodes are ``episode_0.hdf5`` to ``episode_<num-1>.hdf5`` in the order of their seeds, for
-    any number of workers.
+    The episodes are in the order of their seeds, for any number of workers: the files
+    ``episode_0.hdf5`` to ``episode_<num-1>.hdf5``, or the episodes of the dataset.
 
     Raises:
         EnvError: ``folder`` already has episodes or cannot be created, the task is unknown, or the
@@ -151,12 +161,11 @@ def record(
         raise EnvError(
             f"{recording.folder}: {error.strerror}; expected a folder that can be created"
         ) from error
-    if any(recording.folder.glob("*.hdf5")):
-        raise EnvError(f"{recording.folder}: got a folder with episodes, expected a new one")
     seeds = itertools.count(first_seed)
     kept = failures = 0
     spawn = multiprocessing.get_context("spawn")
-    with ProcessPoolExecutor(workers, mp_context=spawn) as pool:
+    # The pool ends first: then no process writes an episode that nobody would keep.
+    with _episodes(recording) as episodes, ProcessPoolExecutor(workers, mp_context=spawn) as pool:
         pending: deque[Future[RecordedEpisode]] = deque()
         while kept < num:
             # Never run more attempts at a time than can still be needed.
@@ -168,13 +177,21 @@ def record(
                 if failures == MAX_FAILURES:
                     raise EnvError(f"{recording.task}: the expert failed {failures} times in a row")
             else:
-                path = recording.folder / f"episode_{kept}.hdf5"
-                outcome.path.rename(path)
-                outcome = RecordedEpisode(
-                    outcome.seed, outcome.last_reward, outcome.highest_reward, path
-                )
+                outcome = dataclasses.replace(outcome, path=episodes.keep(outcome.path))
                 kept, failures = kept + 1, 0
             yield outcome
+
+
+def _episodes(recording: Demonstration) -> Hdf5Folder | DatasetFolder:
+    """Return what keeps the episodes."""
+    if recording.format == "hdf5":
+        return Hdf5Folder(recording.folder)
+    return DatasetFolder(
+        recording.folder,
+        task=recording.task,
+        cameras=dict.fromkeys(recording.cameras, recording.image_hw),
+        lossless=recording.lossless,
+    )
 
 
 _simulations: dict[Demonstration, AlohaSim] = {}
@@ -204,6 +221,13 @@ def parser() -> argparse.ArgumentParser:
     add("--task", required=True, help=f"one of {list(TASKS)}")
     add("--num", type=Number(int, COUNT), default=200, help="episodes to keep (default 200)")
     add("--out", type=Path, required=True, help="a new folder")
+    add(
+        "--format",
+        choices=typing.get_args(Format),
+        default="hdf5",
+        help="a file for each episode in ACT's HDF5, or a LeRobotDataset v3 (default hdf5)",
+    )
+    add("--lossless", action="store_true", help="LeRobotDataset: pictures as PNG, not as video")
     add("--workers", type=Number(int, PROCESSES), default=os.cpu_count() or 1)
     add("--first-seed", type=Number(int, SEED), default=FIRST_SEED)
     add("--cameras", nargs="+", default=["top"])
@@ -227,6 +251,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         image_hw=(options.height, options.width),
         shadows=options.shadows,
         msaa=options.msaa,
+        format=options.format,
+        lossless=options.lossless,
     )
     attempts = kept = 0
     try:

@@ -1,4 +1,5 @@
-"""LeRobot's own ``LeRobotDataset`` and trainer, unmodified, on what the evaluations record.
+"""LeRobot's own ``LeRobotDataset`` and trainer, unmodified, on what the evaluations record; and
+what it writes, read by ours.
 
 ``METRONOME_LEROBOT_PYTHON`` is a Python with lerobot 0.4.4.
 """
@@ -18,12 +19,14 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from policies.checkpoint.load import load_policy
 from runtime.datasets.dataset_reader import DatasetReader
 from runtime.datasets.errors import DatasetError
 from runtime.datasets.layout import read_info
 from runtime.eval_real.recording import Recording
 from runtime.eval_sim import cli as eval_sim
-from tests.datasets import truth
+from runtime.tools import train
+from tests.datasets import lerobot_writer_peer, truth
 from tests.datasets.episodes import psnr
 from tests.runtime.command import status_of
 
@@ -177,6 +180,58 @@ def test_lerobot_trains_on_it(tmp_path: Path) -> None:
     )  # fmt: skip
     assert "step:5" in printed
     assert "nan" not in printed.partition("step:5")[2].splitlines()[0]
+
+
+@pytest.mark.parametrize("kind", ["images", "videos"])
+def test_what_lerobot_writes_is_read_and_trained_on(tmp_path: Path, kind: str) -> None:
+    """Several episodes in a file, several files, several chunks."""
+    root = tmp_path / "set"
+    peer(tmp_path, lerobot_writer_peer.__file__, str(root), kind)
+    files = "videos/*top" if kind == "videos" else "data"
+    assert 1 < len(list(root.glob(f"{files}/*"))) < len(list(root.glob(f"{files}/*/*"))) < 7
+    (read,) = loaded(tmp_path, root)
+    reader = DatasetReader(root)
+    assert len(reader) == lerobot_writer_peer.EPISODES
+    assert reader.cameras == dict.fromkeys(lerobot_writer_peer.CAMERAS, lerobot_writer_peer.HW)
+    for index in range(len(reader)):
+        start, end, _ = read[f"bounds/{index}"]
+        written, columns = lerobot_writer_peer.episode(index), reader.columns(index)
+        for key in ("observation.state", "action", "observation.environment_state"):
+            np.testing.assert_array_equal(columns[key], written[key], strict=True)
+        assert reader.tasks[columns["task_index"][0]] == f"task {index % 2}"
+        for camera, key in lerobot_writer_peer.KEYS.items():
+            ours = np.stack(list(reader.pictures(index, camera)))
+            if kind == "images":
+                np.testing.assert_array_equal(ours, written[key])
+            else:  # two builds of the decoder and of the conversion of colours
+                assert min(map(psnr, ours, read[key][start:end])) >= 45
+                assert min(map(psnr, ours, written[key])) >= 25
+    recipe = tmp_path / "recipe.yaml"
+    recipe.write_text(RECIPE.format(output=tmp_path / "run"))
+    assert train.main(["--config", str(recipe), "--data", f"lerobot:{root}"]) == 0
+    policy = load_policy(str(tmp_path / "run" / "policy"), device="cpu", threads=1)
+    assert (policy.contract.state_dim, policy.contract.action_dim) == (3, 2)
+    assert policy.contract.dt_s == 1 / 30
+
+
+RECIPE = """
+task: toy
+demonstrations: nowhere
+output: {output}
+cameras:
+- {{name: top, source_hw: [64, 96], model_hw: [32, 48], resize: area}}
+- {{name: hand, source_hw: [64, 96], model_hw: [32, 48], resize: area}}
+dataset_columns: {{cameras: {{hand: observation.images.wrist}}}}
+chunk_size: 5
+width: 16
+n_heads: 2
+feedforward: 16
+n_encoder_layers: 1
+steps: 3
+batch_size: 2
+threads: 1
+evaluate_episodes: 0
+"""
 
 
 def test_killed_while_it_records_lerobot_loads_the_finished_episodes(tmp_path: Path) -> None:
