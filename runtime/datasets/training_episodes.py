@@ -48,6 +48,11 @@ class LeRobotEpisodes:
 
     def object_poses(self, index: int) -> Floats:
         """Return the objects' poses, (T, 7 * objects)."""
+        if self._columns.objects not in self._reader.info["features"]:
+            raise DatasetError(
+                f"{self.name}: got no column {self._columns.objects!r}, expected the objects' "
+                "poses there (dataset_columns.objects); aux_weight: 0 needs none"
+            )
         return self._vectors(index, self._columns.objects)[0]
 
     def pictures(self, index: int, camera: str) -> Iterator[Picture]:

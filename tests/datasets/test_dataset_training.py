@@ -170,6 +170,16 @@ def join_files(root: Path, made: DatasetFeatures, count: int) -> None:
         path.unlink()
 
 
+def test_the_size_of_pictures_may_follow_the_channels(tmp_path: Path) -> None:
+    _, root, _ = both(tmp_path, count=1)
+    info = root / "meta/info.json"
+    content = json.loads(info.read_text())
+    top = content["features"]["observation.images.top"]
+    top["shape"], top["names"] = [3, 36, 40], ["channels", "height", "width"]
+    info.write_text(json.dumps(content))
+    assert DatasetReader(root).cameras == {"top": (36, 40), "wrist_left": (15, 24)}
+
+
 def test_decoding_may_begin_anywhere(tmp_path: Path) -> None:
     path = tmp_path / "long.mp4"
     pictures = [np.full((16, 16, 3), 2 * k, np.uint8) for k in range(100)]
@@ -230,6 +240,7 @@ def test_images_that_do_not_fit_are_refused(tmp_path: Path) -> None:
             ["--dataset_columns.objects", "observation.state"],
             "objects: got the shape (4, 2), expected 7 numbers for each object; aux_weight: 0",
         ),
+        (["--dataset_columns.objects", "box"], "got no column 'box', expected the objects' poses"),
         (["--demonstrations", "x"], "got --data and --demonstrations, expected one of them"),
     ],
 )
@@ -256,6 +267,7 @@ def damage(root: Path, what: str) -> None:
         content["codebase_version"] = "v2.1"
     elif what == "empty":
         content["total_episodes"] = 0
+        (root / "meta/tasks.parquet").unlink()
     elif what == "no rate":
         content["fps"] = 0
     elif what == "width":
