@@ -5,6 +5,7 @@ from __future__ import annotations
 import csv
 import dataclasses
 import json
+import sys
 from fractions import Fraction
 from pathlib import Path
 from typing import Any
@@ -315,6 +316,15 @@ def test_no_dataset_is_one_line(tmp_path: Path, capsys: pytest.CaptureFixture[st
     ):
         status, _ = training(tmp_path, "run", "--data", f"lerobot:{data}")
         refused(status, message, capsys)
+
+
+def test_a_missing_package_is_one_line(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    _, root, _ = both(tmp_path, count=1)
+    monkeypatch.setitem(sys.modules, "pyarrow", None)
+    status, _ = training(tmp_path, "run", "--data", f"lerobot:{root}")
+    refused(status, "pip install '.[dataset]' brings it", capsys)
 
 
 def test_a_picture_that_is_no_png_is_named(tmp_path: Path) -> None:
