@@ -39,7 +39,10 @@ class Hdf5Episodes:
 
     def __init__(self, folder: Path) -> None:
         self.name = str(folder)
-        self._paths = sorted(folder.glob("*.hdf5"), key=lambda p: (len(p.name), p.name))
+        try:
+            self._paths = sorted(folder.glob("*.hdf5"), key=lambda p: (len(p.name), p.name))
+        except OSError as error:
+            raise CheckpointError(f"{folder}: {error.strerror}, expected a folder") from error
         if not self._paths:
             raise CheckpointError(f"{folder}: no *.hdf5 episodes")
         self.lengths = [self._length(index) for index in range(len(self._paths))]

@@ -38,13 +38,12 @@ def read_info(root: Path) -> dict[str, Any]:
         DatasetError: There is none, it is not JSON, or it is of another version.
     """
     path = root / INFO
-    if not root.is_dir():
-        raise DatasetError(f"{root}: no such folder, expected a LeRobotDataset")
     try:
         info = json.loads(path.read_text(encoding="utf-8"))
         version = info["codebase_version"]
     except FileNotFoundError as error:
-        raise DatasetError(f"{root}: got no {INFO}, expected a LeRobotDataset") from error
+        what = f"got no {INFO}" if root.is_dir() else "no such folder"
+        raise DatasetError(f"{root}: {what}, expected a LeRobotDataset") from error
     except (OSError, ValueError, TypeError, KeyError) as error:
         raise DatasetError(f"{path}: cannot be read: {error!r}") from error
     if version != VERSION:

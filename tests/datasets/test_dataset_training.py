@@ -313,6 +313,7 @@ def test_no_dataset_is_one_line(tmp_path: Path, capsys: pytest.CaptureFixture[st
     for data, message in (
         (tmp_path / "gone", "gone: no such folder, expected a LeRobotDataset"),
         (tmp_path, "got no meta/info.json, expected a LeRobotDataset"),
+        ("x" * 5000, "meta/info.json: cannot be read: OSError(36"),
     ):
         status, _ = training(tmp_path, "run", "--data", f"lerobot:{data}")
         refused(status, message, capsys)

@@ -29,6 +29,7 @@ def test_two_runs_do_not_write_one_folder(tmp_path):
             "got '3', expected a flag of `metronome train --help`",
         ),
         (["--config", "act_sim_transfer_cube", "--demonstrations", "gone"], "gone: no *.hdf5"),
+        (["--config", "act_sim_transfer_cube", "--data", "x" * 5000], "x: File name too long, exp"),
     ],
 )
 def test_bad_input_is_one_error_line_without_traceback(arguments, message, capsys):
