@@ -445,7 +445,8 @@ def _four(value: Sequence[int]) -> tuple[int, int, int, int]:
 
 @dataclass(frozen=True, slots=True)
 class PolicyInfo:
-    """Where and how a policy runs, for logs and result files. No behaviour depends on it.
+    """Where and how a policy runs, for logs and result files. No behaviour depends on it, but for
+    ``weights_hash``: a client that reconnects demands the same.
 
     Attributes:
         checkpoint: Path or ``python:`` name that it was loaded from.
@@ -454,6 +455,8 @@ class PolicyInfo:
         engine: e.g. ``"torch 2.13.0"``.
         threads: CPU threads of one inference, 0 where that does not apply.
         trained: False for weights that were only initialized.
+        weights_hash: Hash of weights and normalizers; empty where there is none. A policy that
+            computes it later is a ``policies.weights_hash.HashedPolicy``.
     """
 
     checkpoint: str
@@ -462,6 +465,7 @@ class PolicyInfo:
     engine: str = ""
     threads: int = 0
     trained: bool = True
+    weights_hash: str = ""
 
 
 @runtime_checkable

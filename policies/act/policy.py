@@ -16,6 +16,7 @@ from policies.errors import ContractMismatch, InferenceError, PolicyError
 from policies.image_resize import check_image, is_source, prepare, warm_up
 from policies.observation_check import check_observation
 from policies.types import ActionChunk, MetaObs, PolicyContract, PolicyInfo
+from policies.weights_hash import HASH_CHARACTERS, BackgroundHash
 
 
 class ActPolicy:
@@ -64,6 +65,8 @@ class ActPolicy:
             threads=self._engine.threads,
             trained=weights.trained,
         )
+        # After the engine: one that is cached has read the digest for its key.
+        self._hash = BackgroundHash(lambda: weights.digest.hex()[:HASH_CHARACTERS])
 
     @property
     def contract(self) -> PolicyContract:
@@ -74,6 +77,10 @@ class ActPolicy:
     def info(self) -> PolicyInfo:
         """Checkpoint, device, engine and precision."""
         return self._info
+
+    def weights_hash(self) -> str:
+        """Return the hash of weights and normalizers; wait until it is computed."""
+        return self._hash.wait()
 
     def infer(self, obs: MetaObs) -> ActionChunk:
         """Return the chunk for ``obs``, whose arrays may be read-only and are not kept.
@@ -130,6 +137,7 @@ class ActPolicy:
 
     def close(self) -> None:
         """Release the engine. Idempotent."""
+        self._hash.wait()
         self._engine.close()
 
     def _infer_one_batch(self, observations: Sequence[MetaObs]) -> list[ActionChunk | PolicyError]:

@@ -7,6 +7,8 @@ Loaders create it; engines and writers take it.
 from __future__ import annotations
 
 import dataclasses
+import functools
+import hashlib
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -33,9 +35,9 @@ RgbTriples = tuple[tuple[float, float, float], ...]
 """(r, g, b) for each camera."""
 
 
-@dataclass(frozen=True, slots=True, eq=False)
+@dataclass(frozen=True, eq=False)
 class ActWeights:
-    """A loaded checkpoint.
+    """A loaded checkpoint. Its tensors do not change after ``digest`` was read.
 
     Attributes:
         config: Sizes.
@@ -103,6 +105,22 @@ class ActWeights:
             execution=execution,
             assumed=self.assumed,
         )
+
+    @functools.cached_property
+    def digest(self) -> bytes:
+        """32 bytes that differ for other sizes, weights or normalizers; without the style encoder.
+
+        The same in every layout and number format of the file that holds the same numbers.
+        """
+        state = hashlib.sha256()
+        for name, tensor in sorted(self.tensors.items()):
+            if not name.startswith("style."):
+                state.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
+                state.update(tensor.contiguous().numpy().data)
+        for value in (self.config, self.image_mean, self.image_std):
+            state.update(f"{value!r}\n".encode())
+        state.update(self.state_normalizer.digest() + self.action_normalizer.digest())
+        return state.digest()
 
     def inference_model(self) -> ActModel:
         """Return the network for inference: batch-norm folded, no gradients, float32 on the CPU."""

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import hashlib
 import importlib.metadata
 import sys
 from collections.abc import Mapping
@@ -52,7 +53,10 @@ from policies.types import (
     PolicyContract,
     PolicyInfo,
 )
+from policies.weights_hash import HASH_CHARACTERS, BackgroundHash
 
+BLOCK_BYTES = 1 << 20
+"""Bytes of a file that are hashed at a time."""
 ENGINES = ("auto", "torch")
 """Engines that may be asked for: LeRobot computes in torch."""
 
@@ -123,8 +127,22 @@ def load_lerobot_package(
             trained=extras.trained,
         ),
         device=chosen,
+        weights_hash=BackgroundHash(lambda: _hash_files(folder)),
     )
     return SamplingLerobotPolicy(model) if family.samples else LerobotPolicy(model)
+
+
+def _hash_files(folder: Path) -> str:
+    """Hash the configuration, the processors, and all tensors: weights and statistics."""
+    state = hashlib.sha256()
+    for path in sorted(
+        (folder / CONFIG, *folder.glob("policy_*.json"), *folder.glob("*.safetensors"))
+    ):
+        with path.open("rb") as file:
+            state.update(f"{path.name}\n".encode())
+            while block := file.read(BLOCK_BYTES):
+                state.update(block)
+    return state.hexdigest()[:HASH_CHARACTERS]
 
 
 def _family(raw: Mapping[str, Any], path: Path) -> Family:

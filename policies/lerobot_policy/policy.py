@@ -22,6 +22,7 @@ from policies.lerobot_policy.families import Family
 from policies.lerobot_policy.random_stream import RandomStream
 from policies.observation_check import check_observation
 from policies.types import ActionChunk, MetaObs, PolicyContract, PolicyInfo
+from policies.weights_hash import BackgroundHash
 
 
 @dataclass(slots=True)
@@ -36,6 +37,7 @@ class LerobotModel:
         state_feature: The observation's name of the state.
         contract, info: Of the ``Policy``.
         device: Where the network is.
+        weights_hash: Of the checkpoint's files.
     """
 
     policy: Any
@@ -47,6 +49,7 @@ class LerobotModel:
     contract: PolicyContract
     info: PolicyInfo
     device: torch.device
+    weights_hash: BackgroundHash
     images: tuple[NDArray[np.uint8], ...] = field(init=False)
 
     def __post_init__(self) -> None:
@@ -77,6 +80,10 @@ class LerobotPolicy:
     def info(self) -> PolicyInfo:
         """Checkpoint, device and precision; the engine is LeRobot's release."""
         return self._model.info
+
+    def weights_hash(self) -> str:
+        """Return the hash of the checkpoint's files; wait until it is computed."""
+        return self._model.weights_hash.wait()
 
     def infer(self, obs: MetaObs) -> ActionChunk:
         """Return the chunk for ``obs``, whose arrays may be read-only and are not kept.

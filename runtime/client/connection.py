@@ -52,6 +52,7 @@ class ServerConnection:
 
     Attributes:
         contract, info: The served policy's contract, and what runs it.
+        replaced_hashes: Of the weights that the server's operator has replaced by these.
         episode_state: Whether the policy keeps a state between observations; True if the server is
             too old to say.
 
@@ -108,8 +109,10 @@ class ServerConnection:
 
         Raises:
             ServerLost: No server accepted within ``timeout_s``; has the last error.
-            ContractMismatch: The server now has another policy.
+            ContractMismatch: The server now has another policy: another contract, or other weights;
+                see ``require_weights``.
         """
+        expected_hash = self.info.weights_hash
         deadline_s = time.monotonic() + timeout_s
         backoff_s = FIRST_BACKOFF_S
         while True:
@@ -120,9 +123,11 @@ class ServerConnection:
                 self._dialer = Dialer(
                     *parse_address(self.address), timeout_s=attempt_timeout_s, curve=self._keys
                 )
-                contract, self.info = self._describe()
+                contract, info = self._describe()
                 contract.require(self.contract)
+                self._require_weights(info.weights_hash, expected_hash)
                 attempt()
+                self.info = info
                 return
             except TransportError as error:
                 if time.monotonic() + backoff_s >= deadline_s:
@@ -131,6 +136,20 @@ class ServerConnection:
                     ) from error
             time.sleep(backoff_s)
             backoff_s = min(2 * backoff_s, LAST_BACKOFF_S)
+
+    def require_weights(self, expected_hash: str) -> None:
+        """Require the weights and normalizers with this hash; an empty one requires nothing.
+
+        Others are accepted if this server's operator has replaced those by others since.
+
+        Raises:
+            ContractMismatch: Other weights, or a server that does not say their hash.
+        """
+        self._require_weights(self.info.weights_hash, expected_hash)
+
+    def _require_weights(self, got: str, expected: str) -> None:
+        if expected and got != expected and expected not in self.replaced_hashes:
+            raise ContractMismatch("weights_hash", repr(got) if got else "none", repr(expected))
 
     def close(self) -> None:
         """Close the connection; open sessions stay open. Idempotent."""
@@ -160,6 +179,8 @@ class ServerConnection:
         try:
             description = self._dialer.describe()
             self.episode_state = description.get("episode_state") is not False
+            replaced = description.get("replaced_hashes")
+            self.replaced_hashes = tuple(replaced) if isinstance(replaced, list) else ()
             return messages.read_description(description)
         except BaseException:
             self._dialer.close()

@@ -123,7 +123,8 @@ class PolicyClient:
 
     @property
     def info(self) -> PolicyInfo:
-        """The checkpoint, device and engine of the policy, as the server reports them."""
+        """The checkpoint, device and engine of the policy, and the hash of its weights, as the
+        server described them when this client connected, the last time."""
         return self._connection.info
 
     @property
@@ -198,11 +199,23 @@ class PolicyClient:
         self._requests.counts["sessions"] += 1
         return session
 
+    def require_weights(self, expected_hash: str) -> None:
+        """Require the weights and normalizers with this hash (``PolicyInfo.weights_hash``).
+
+        An empty hash requires nothing. Others are accepted if this server's operator has replaced
+        those by others since (``metronome ctl load``).
+
+        Raises:
+            ContractMismatch: Other weights, or a server that does not say their hash.
+        """
+        self._connection.require_weights(expected_hash)
+
     def reconnect(self, timeout_s: float = 30.0) -> None:
         """Open a new session after ``ServerLost``; retry with back-off for ``timeout_s``.
 
-        Requests in flight are forgotten. The contract must be the one this client started with. A
-        refusal is tried again: the server may not have noticed yet that the old session died.
+        Requests in flight are forgotten. The contract must be the one this client started with, and
+        the weights those that the server described last; see ``require_weights``. A refusal is
+        tried again: the server may not have noticed yet that the old session died.
 
         Raises:
             ServerLost: No server accepted within ``timeout_s``; has the last error.

@@ -151,7 +151,11 @@ def read_evaluation(argv: Sequence[str] | None) -> Evaluation:
 
 
 def make_run_config(
-    evaluation: Evaluation, address: str, contract: PolicyContract, found: dict[str, str]
+    evaluation: Evaluation,
+    address: str,
+    contract: PolicyContract,
+    found: dict[str, str],
+    weights_hash: str = "",
 ) -> RunConfig:
     """Return the configuration of the processes, with every open option decided.
 
@@ -160,6 +164,7 @@ def make_run_config(
         address: The policy server's address.
         contract: The policy's contract, from the server.
         found: Overrides of the robot's keys with which a driver finds the robot's companion.
+        weights_hash: Of the policy, from the server.
 
     Raises:
         Incompatible: Neither the checkpoint nor ``--fps`` defines the policy's rate.
@@ -195,6 +200,7 @@ def make_run_config(
         address=address,
         language=evaluation.task.language,
         execution_source=execution.source,
+        weights_hash=weights_hash,
     )
 
 
@@ -246,8 +252,8 @@ def _evaluate(evaluation: Evaluation) -> None:
         found = dict(stack.enter_context(robot.companion()))
         address = evaluation.start_server()
         with PolicyClient(address, **config.connection.keywords()) as client:
-            contract = client.contract
-        run_config = make_run_config(evaluation, address, contract, found)
+            contract, weights_hash = client.contract, client.info.weights_hash
+        run_config = make_run_config(evaluation, address, contract, found, weights_hash)
         check_compatible(run_config, robot)
         evaluation.run_config = run_config
         for line in strategy_selection.summary_lines(run_config.contract, run_config.execution):

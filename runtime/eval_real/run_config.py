@@ -170,6 +170,7 @@ class RunConfig(EvalRealConfig):
         address: The policy server's address.
         language: The task's instruction in words.
         execution_source: What chose the strategy: a flag, the checkpoint, or the default.
+        weights_hash: Of the policy's weights, as its server said it; empty for none.
     """
 
     contract_json: str
@@ -177,6 +178,7 @@ class RunConfig(EvalRealConfig):
     language: str = ""
     action_manager: str = "sequential"
     execution_source: str = ""
+    weights_hash: str = ""
     publish_rate: float = 50.0
     sensing_rate: float = 50.0
     max_timesteps: int = 400

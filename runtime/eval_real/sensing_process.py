@@ -371,6 +371,7 @@ def _work(config: RunConfig, shared_state: SharedState, parent: ParentPipe) -> i
         ) as client,
     ):
         client.contract.require(config.served_contract)
+        client.require_weights(config.weights_hash)
         parent.connect(robot, Role.SENSING, config.connect_timeout_s)
         sensing = Sensing(config, shared_state, robot, client, parent.input_fd)
         obs = sensing.first_observation()

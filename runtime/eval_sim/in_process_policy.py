@@ -17,6 +17,7 @@ from policies.types import (
     PolicyInfo,
     SamplingPolicy,
 )
+from policies.weights_hash import info_with_hash
 from runtime.protocol import messages
 from runtime.trace import recorder as trace
 
@@ -50,8 +51,8 @@ class InProcessPolicy:
 
     @property
     def info(self) -> PolicyInfo:
-        """The wrapped policy's checkpoint, device, engine and precision."""
-        return self._policy.info
+        """The wrapped policy's checkpoint, device, engine, precision and hash."""
+        return info_with_hash(self._policy)
 
     @property
     def deterministic(self) -> bool:

@@ -368,19 +368,23 @@ def is_deterministic(info: PolicyInfo) -> bool:
 
 def describe(contract: PolicyContract, info: PolicyInfo) -> dict[str, Any]:
     """The description of a server's policy, as JSON values, for clients without a session."""
-    return {
-        "contract": contract.to_json(),
-        "info": {name: getattr(info, name) for name in PolicyInfo.__slots__},
-    }
+    fields = {name: getattr(info, name) for name in PolicyInfo.__slots__}
+    # Beside ``info``, of which an older client accepts only the fields that it knows.
+    weights_hash = fields.pop("weights_hash")
+    return {"contract": contract.to_json(), "info": fields, "weights_hash": weights_hash}
 
 
 def read_description(description: Mapping[str, Any]) -> tuple[PolicyContract, PolicyInfo]:
-    """The contract and info that ``describe`` encoded.
+    """The contract and info that ``describe`` encoded; no hash from an older server.
 
     Raises:
         ContractMismatch: The description has another form.
     """
     try:
-        return PolicyContract.from_json(description["contract"]), PolicyInfo(**description["info"])
+        weights_hash = description.get("weights_hash", "")
+        if not isinstance(weights_hash, str):
+            raise TypeError(f"weights_hash: {weights_hash!r:.80}")
+        info = PolicyInfo(**description["info"], weights_hash=weights_hash)
+        return PolicyContract.from_json(description["contract"]), info
     except (KeyError, TypeError) as error:
         raise ContractMismatch("description", repr(error), "contract and info") from error

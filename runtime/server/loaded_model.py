@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import logging
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -9,10 +10,14 @@ from typing import Any, cast
 
 from policies.errors import DeviceLost, PolicyError
 from policies.types import ActionChunk, MetaObs, Policy
+from policies.weights_hash import info_with_hash
 from runtime.protocol import messages
 from runtime.server.segment_registrar import MemoryRegistry
 
 logger = logging.getLogger(__name__)
+
+MOST_REPLACED_HASHES = 100
+"""Hashes of replaced weights that a description has."""
 
 InferBatch = Callable[[Sequence[MetaObs]], list[ActionChunk | PolicyError]]
 
@@ -32,6 +37,8 @@ class LoadedModel:
         exact: Whether a reply has the same bits whatever else is in its batch.
         registered_memory: Where to register memory that holds images; None if the policy does not
             need that.
+        replaced_hashes: Hashes of the weights that it and its predecessors replaced, the newest
+            last.
     """
 
     policy: Policy
@@ -42,6 +49,7 @@ class LoadedModel:
     sizes: tuple[int, ...]
     exact: bool
     registered_memory: MemoryRegistry | None
+    replaced_hashes: tuple[str, ...] = ()
 
     @classmethod
     def of(cls, policy: Policy, generation: int = 1, max_batch: int | None = None) -> LoadedModel:
@@ -81,9 +89,22 @@ class LoadedModel:
         )
 
     def describe(self) -> dict[str, Any]:
-        """The description of the model for clients, JSON values."""
-        described = messages.describe(self.policy.contract, self.policy.info)
-        return {**described, "policy_id": self.generation, "episode_state": not self.shared}
+        """The description of the model for clients, JSON values.
+
+        It waits for the hash of the weights. That holds up no session: each began with a
+        description, and a replacement is hashed before it is served.
+        """
+        return {
+            **messages.describe(self.policy.contract, info_with_hash(self.policy)),
+            "policy_id": self.generation,
+            "episode_state": not self.shared,
+            "replaced_hashes": list(self.replaced_hashes),
+        }
+
+    def replace(self, old: LoadedModel) -> LoadedModel:
+        """Return this model as the successor of ``old``, whose hash clients may still know."""
+        known = (*old.replaced_hashes, info_with_hash(old.policy).weights_hash)
+        return dataclasses.replace(self, replaced_hashes=known[-MOST_REPLACED_HASHES:])
 
 
 def close_policy(policy: Policy) -> None:

@@ -19,6 +19,7 @@ from typing import Any
 
 from policies.errors import DeviceLost
 from policies.types import Policy
+from policies.weights_hash import info_with_hash
 from runtime.server.admin_token import AdminToken
 from runtime.server.cost_model import InferenceCostModel
 from runtime.server.loaded_model import close_policy
@@ -144,6 +145,7 @@ class ModelReloader:
             policy = self._load(self.state.checkpoint)
             self._check(policy)
             self._update(state="warming up")
+            info_with_hash(policy)  # here, so that the serving thread need not wait for it
             costs = measure_costs(policy, warm_up(policy), self._max_batch)
             self._update(state="switching")
             replacement = policy

@@ -25,6 +25,7 @@ from typing import Any, TypeVar
 
 from policies.errors import DeviceLost, PolicyError
 from policies.types import Policy
+from policies.weights_hash import info_with_hash
 from runtime.server.admission import SessionLimits
 from runtime.server.cost_model import InferenceCostModel
 from runtime.server.loaded_model import LoadedModel
@@ -154,7 +155,7 @@ class PolicyServer:
 
         Only for the serving thread; other threads use ``call_in_serving_thread``.
         """
-        state, info = self._state, self._state.model.policy.info
+        state, info = self._state, info_with_hash(self._state.model.policy)
         statistics = self.statistics()
         return {
             "address": self.address,
@@ -165,6 +166,7 @@ class PolicyServer:
                 "device": info.device,
                 "engine": info.engine,
                 "precision": info.precision,
+                "weights_hash": info.weights_hash,
             },
             "batch_sizes": list(state.model.sizes),
             "costs_ms": {str(size): cost for size, cost in state.costs.as_dict().items()},
@@ -232,6 +234,7 @@ class PolicyServer:
         state = self._state
         self.check_successor(policy)
         new = LoadedModel.of(policy, state.model.generation + 1, self._max_batch)
+        new = new.replace(state.model)
         if new.exclusive or state.model.exclusive:
             raise PolicyError("a policy that cannot be forked serves one session until it ends")
         state.costs = state.scheduler.costs = costs or InferenceCostModel()

@@ -156,6 +156,7 @@ def _column(result: ResultFile) -> dict[str, str]:
     return {
         "success": f"{result.successes}/{total} = {100 * result.successes / total:.1f} %",
         "95 % interval": f"{100 * low:.1f} to {100 * high:.1f}",
+        "weights": str(result.setting.get("policy.weights_hash") or "-"),
         "mode": result.mode,
         **{f"{name}, ms": _in_ms(values) for name, values in result.durations.items()},
         "ticks": str(timing.get("ticks", "-")),

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import re
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
@@ -75,7 +76,7 @@ def test_equal_seeds_are_pairs(run: Callable[..., Shown], tmp_path: Path) -> Non
     (videos / "seed11_success.mp4").touch()
     (videos / "seed12_failure.mp4").touch()  # of an older run: here seed 12 succeeded
     one, two = results_of(10, 20), results_of(19, 20)
-    two["policy"]["checkpoint"] = "b"
+    two["policy"] |= {"checkpoint": "b", "weights_hash": "0b"}
     flags = ("--json", str(tmp_path / "all.json"), "--plot", str(tmp_path / "rates.png"))
     shown = run(one, two, flags=flags)
     assert shown.status == 0
@@ -87,6 +88,8 @@ def test_equal_seeds_are_pairs(run: Callable[..., Shown], tmp_path: Path) -> Non
     assert "only B succeeded with seeds 10, 11, 12, 13, 14, 15, 16, 17, 18\n" in shown.out
     assert "only A succeeded with" not in shown.out
     assert "policy.checkpoint: A a, B b" in shown.out
+    assert "policy.weights_hash: A None, B 0b" in shown.out
+    assert re.search(r"^weights +- +0b$", shown.out, re.MULTILINE)
     assert "seed11_success.mp4" in shown.out
     assert "seed12" not in shown.out
     numbers = json.loads((tmp_path / "all.json").read_text())

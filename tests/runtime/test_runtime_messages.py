@@ -267,8 +267,13 @@ def test_malformed_error_body_is_an_inference_error(body: bytes) -> None:
 
 
 def test_description_round_trip() -> None:
-    info = PolicyInfo("ckpt/x", threads=1)
+    info = PolicyInfo("ckpt/x", threads=1, weights_hash="0123456789abcdef")
     wire = json.loads(json.dumps(messages.describe(CONTRACT, info)))
     assert messages.read_description(wire) == (CONTRACT, info)
+    assert "weights_hash" not in wire["info"]  # an older client refuses fields it does not know
+    with pytest.raises(ContractMismatch, match="weights_hash: 7"):
+        messages.read_description({**wire, "weights_hash": 7})
+    del wire["weights_hash"]  # as an older server
+    assert messages.read_description(wire)[1].weights_hash == ""
     with pytest.raises(ContractMismatch, match="description"):
         messages.read_description({"info": {}})

@@ -482,6 +482,59 @@ def test_another_policy_at_the_same_address_is_an_error() -> None:
             late.infer(observation())
 
 
+def hashed(weights_hash: str) -> ToyPolicy:
+    policy = ToyPolicy()
+    policy.info = dataclasses.replace(policy.info, weights_hash=weights_hash)
+    return policy
+
+
+@pytest.mark.parametrize(
+    ("before", "after", "refusal"),
+    [
+        ("0a", "0a", ""),
+        ("", "0b", ""),
+        ("0a", "0b", "weights_hash: got '0b', expected '0a'"),
+        ("0a", "", "weights_hash: got none, expected '0a'"),
+    ],
+)
+def test_reconnecting_demands_the_same_weights(before: str, after: str, refusal: str) -> None:
+    with serving(hashed(before)) as server:
+        port = server.port
+        client = connect(server)
+        client.infer(observation())
+        assert client.info.weights_hash == before
+    with serving(hashed(after), port=port), client:
+        with pytest.raises(ServerLost):
+            client.infer(observation())
+        if not refusal:
+            client.reconnect()
+            assert client.infer(observation()).actions[0, 0] == 1
+            assert client.info.weights_hash == after
+            return
+        for _ in range(2):  # a refusal does not make the other weights the expected ones
+            with pytest.raises(ContractMismatch, match=refusal):
+                client.reconnect()
+        with pytest.raises(ServerLost):
+            client.infer(observation())
+
+
+def test_weights_that_the_operator_replaced_are_replaced_after_reconnecting_too() -> None:
+    with serving(hashed("0a")) as server:
+        port = server.port
+        client = connect(server)
+        client.infer(observation())
+    with serving(hashed("0a"), port=port) as server, client:
+        for later in ("0b", "0c"):
+            server.call_in_serving_thread(lambda later=later: server.swap(hashed(later)))
+        with pytest.raises(ServerLost):
+            client.infer(observation())
+        client.reconnect()
+        assert client.info.weights_hash == "0c"
+        client.require_weights("0a")
+        with pytest.raises(ContractMismatch, match="got '0c', expected '0d'"):
+            client.require_weights("0d")
+
+
 @pytest.mark.parametrize("transport", TRANSPORTS)
 def test_stopped_server_is_lost_with_its_reason_until_reconnect(transport: str) -> None:
     with serving(ToyPolicy()) as server:
