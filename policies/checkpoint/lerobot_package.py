@@ -127,13 +127,17 @@ def load_lerobot_package(
             trained=extras.trained,
         ),
         device=chosen,
-        weights_hash=BackgroundHash(lambda: _hash_files(folder)),
+        weights_hash=BackgroundHash(lambda: hash_files(folder)),
     )
     return SamplingLerobotPolicy(model) if family.samples else LerobotPolicy(model)
 
 
-def _hash_files(folder: Path) -> str:
-    """Hash the configuration, the processors, and all tensors: weights and statistics."""
+def hash_files(folder: Path) -> str:
+    """Return the hash of a checkpoint's configuration, processors and tensors.
+
+    Raises:
+        OSError: A file cannot be read.
+    """
     state = hashlib.sha256()
     for path in sorted(
         (folder / CONFIG, *folder.glob("policy_*.json"), *folder.glob("*.safetensors"))

@@ -17,6 +17,7 @@ import pytest
 from test_policies_checkpoints import saved
 from tiny_act import CAMERAS
 
+from policies.checkpoint.lerobot_package import hash_files
 from policies.checkpoint.load import load_policy
 from policies.checkpoint.save import save_lerobot
 from policies.errors import CheckpointError, ContractMismatch
@@ -95,6 +96,18 @@ def test_cameras_of_another_size_than_the_networks_are_refused(folder: Path) -> 
 def test_without_lerobot_the_error_says_so(folder: Path) -> None:
     with pytest.raises(CheckpointError, match=r"No module named 'lerobot'.*pip install lerobot"):
         load_policy(f"lerobot:{folder}")
+
+
+def test_the_hash_is_that_of_weights_configuration_and_statistics(folder: Path) -> None:
+    before = hash_files(folder)
+    (folder / "metronome.yaml").write_text("dt_s: 0.05")
+    assert hash_files(folder) == before
+    found = {before}
+    for name in ("config.json", "model.safetensors", "policy_preprocessor.json"):
+        path = folder / name
+        path.write_bytes(path.read_bytes() + b" ")
+        found.add(hash_files(folder))
+    assert len(found) == 4
 
 
 @pytest.mark.long

@@ -271,6 +271,7 @@ def test_a_rollout_is_played_as_the_flags_say(tmp_path: Path) -> None:
     assert [episode["seed"] for episode in result["episodes"]] == [7, 8]
     assert [episode["horizon"] for episode in result["episodes"]] == [20, 20]
     assert result["policy"]["contract"]["dt_s"] == 0.04
+    assert result["policy"]["weights_hash"] == "0f"
     assert result["action_manager"]["name"] == "temporal_ensemble"
     assert result["action_manager"]["source"] == "config.json: temporal_ensemble_coeff"
     assert trace.is_file()

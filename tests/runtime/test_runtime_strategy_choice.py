@@ -31,8 +31,9 @@ def saying(execution: Execution | None) -> PolicyContract:
 
 
 def make() -> ToyPolicy:
-    """A policy that says how it is to be played, and not how fast."""
+    """A policy that says how it is to be played, what it is, and not how fast."""
     policy = ToyPolicy()
+    policy.info = dataclasses.replace(policy.info, weights_hash="0f")
     fields = {f.name: getattr(CONTRACT, f.name) for f in dataclasses.fields(CONTRACT)}
     del fields["dt_s"]
     policy.contract = PolicyContract(**{**fields, "execution": ENSEMBLE})
@@ -131,6 +132,7 @@ def test_a_simulation_uses_the_strategy_of_the_checkpoint(
         assert result["timing"]["chunks"] == 25
     assert EVERY_TICK in result["said"]
     assert ASSUMED in result["said"]
+    assert result["policy"]["weights_hash"] == "0f"
     assert result["assumed"] == [ASSUMED.removeprefix("assumed      ")]
 
 
@@ -154,6 +156,7 @@ def test_a_server_prints_the_strategy_and_sends_it_to_clients(
         result = evaluate(tmp_path, capsys, "-m", server.address)
     assert result["action_manager"]["name"] == "temporal_ensemble"
     assert result["timing"]["chunks"] == 25
+    assert result["policy"]["weights_hash"] == "0f"
     assert result["assumed"] == [ASSUMED.removeprefix("assumed      ")]
     said = "\n".join(caplog.messages)
     assert f"🚀 Policy Server started on {server.address}" in said
