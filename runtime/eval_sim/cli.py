@@ -33,10 +33,10 @@ from runtime.datasets.dataset_recorder import DatasetRecorder
 from runtime.datasets.errors import RecorderFailed
 from runtime.datasets.features import DatasetFeatures
 from runtime.errors import RuntimeFault
+from runtime.eval_sim.reports import EpisodeSpooled, Report, RunInfo, WorkerFailed
 from runtime.eval_sim.run_config import EvalSimConfig
-from runtime.eval_sim.runner import EpisodeSpooled, Report, RunInfo, run
-from runtime.eval_sim.worker_processes import WorkerFailed
-from runtime.evaluation.episode_result import Episode
+from runtime.eval_sim.runner import run
+from runtime.evaluation.episode_result import Episode, ErroredEpisode
 from runtime.evaluation.plots import write_timing_plot
 from runtime.evaluation.results import (
     format_report,
@@ -119,6 +119,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def _evaluate(config: EvalSimConfig) -> int:
     episodes: list[Episode] = []
+    errored: list[ErroredEpisode] = []
     run_info: RunInfo | None = None
     failure, status = "", 0
     bar = tqdm(total=config.num_rollout, unit="episode", desc=config.env.task)
@@ -129,10 +130,14 @@ def _evaluate(config: EvalSimConfig) -> int:
                 for line in _summary_lines(run_info):
                     bar.write(line, file=sys.stderr)
                 continue
-            episodes.append(item)
             bar.update()
+            if isinstance(item, ErroredEpisode):
+                errored.append(item)
+                bar.write(f"seed {item.seed}: {item.error}, {item.attempts} times", sys.stderr)
+                continue
+            episodes.append(item)
             bar.set_postfix_str(f"{sum(e.success for e in episodes)} of {len(episodes)} succeeded")
-            _save(config, run_info, episodes, "")
+            _save(config, run_info, episodes, errored, "")
     except WorkerFailed as error:
         failure, status = str(error), BAD_INPUT if error.bad_input else LOST
     except RecorderFailed as error:
@@ -147,7 +152,7 @@ def _evaluate(config: EvalSimConfig) -> int:
         bar.close()
     if episodes:
         try:
-            _conclude(config, run_info, episodes, failure)
+            _conclude(config, run_info, episodes, errored, failure)
         except OSError as error:
             failure, status = failure or f"the result cannot be written: {error}", status or LOST
         except KeyboardInterrupt:
@@ -158,7 +163,9 @@ def _evaluate(config: EvalSimConfig) -> int:
     return status
 
 
-def _recorded(config: EvalSimConfig, reports: Iterator[Report]) -> Iterator[RunInfo | Episode]:
+def _recorded(
+    config: EvalSimConfig, reports: Iterator[Report]
+) -> Iterator[RunInfo | Episode | ErroredEpisode]:
     """Yield the other reports, and give the spooled episodes to a recorder.
 
     Raises:
@@ -201,10 +208,11 @@ def _conclude(
     config: EvalSimConfig,
     run_info: RunInfo | None,
     episodes: Sequence[Episode],
+    errored: Sequence[ErroredEpisode],
     failure: str,
 ) -> None:
     path = config.path
-    print(format_report(_save(config, run_info, episodes, failure)))
+    print(format_report(_save(config, run_info, episodes, errored, failure)))
     print(f"result       {path}")
     plot = path.with_name(f"{path.stem}_timing.png")
     write_timing_plot(plot, episodes, f"{config.env.task}, {len(episodes)} episodes")
@@ -219,6 +227,7 @@ def _save(
     config: EvalSimConfig,
     run_info: RunInfo | None,
     episodes: Sequence[Episode],
+    errored: Sequence[ErroredEpisode],
     failure: str,
 ) -> dict[str, Any]:
     result = summarize(episodes)
@@ -238,6 +247,7 @@ def _save(
     result |= {
         "requested": config.num_rollout,
         "failure": failure,
+        "errors": [dataclasses.asdict(error) for error in errored],
         "mode": "realtime" if config.realtime else "lockstep",
         "env": as_plain(config.env),
         "config": as_plain(config),

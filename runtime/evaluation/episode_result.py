@@ -38,3 +38,20 @@ class Episode:
     lateness_s: NDArray[np.float64]
     stages_ns: dict[str, list[int]]
     wall_s: float
+
+
+@dataclass(frozen=True, slots=True)
+class ErroredEpisode:
+    """An episode without an outcome: each time that it was run, its worker died or hung.
+
+    It is neither a success nor a failure of the policy.
+
+    Attributes:
+        seed: The seed of the world's reset.
+        error: How the last worker was lost.
+        attempts: How often it was run.
+    """
+
+    seed: int
+    error: str
+    attempts: int

@@ -114,16 +114,12 @@ def test_a_server_lost_between_two_requests(tmp_path: Path, transport: str) -> N
     assert result["total"] == 3
 
 
-def test_a_process_that_dies_keeps_the_finished_episodes(
-    tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
-    policy = "python:tests.runtime.toy_policy:make_mortal"  # lives in the evaluation's processes
-    flags = ["-m", policy, "-n", "6", "--num_envs", "2", "--videos", "0"]
-    result = evaluate(tmp_path, *flags, status=eval_sim.LOST)
-    assert 0 < result["total"] < 6
-    error = capsys.readouterr().err
-    assert "an evaluation process died (exit status -9)" in error
-    assert "episodes were finished and kept" in error
+def test_a_process_that_dies_is_replaced_and_no_episode_is_lost(tmp_path: Path) -> None:
+    policy = "python:tests.runtime.toy_policy:make_mortal"  # each process dies in its third episode
+    flags = ["-n", "6", "--num_envs", "2", "--videos", "0"]
+    died = evaluate(tmp_path / "died", "-m", policy, *flags)
+    assert outcomes(died) == outcomes(evaluate(tmp_path / "whole", "-m", TOY, *flags))
+    assert died["errors"] == []
 
 
 def test_a_private_server_does_not_outlive_its_parent() -> None:

@@ -84,7 +84,7 @@ class Asked(Exception):
         (gateway, lambda: gateway.main(["openpi"])),
         (eval_sim, lambda: eval_sim.main(["-o", "results"])),
         (sensing_process, lambda: sensing_process.main([])),
-        (worker_processes, lambda: worker_processes._work(None, (), None, None)),
+        (worker_processes, lambda: worker_processes._work(None, None, None)),
     ],
     ids=["server", "gateway", "eval_sim", "eval_real's sensing process", "eval_sim's worker"],
 )

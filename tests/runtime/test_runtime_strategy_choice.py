@@ -17,7 +17,7 @@ from policies.execution import Execution
 from policies.types import PolicyContract
 from runtime.control.strategy_selection import choose_execution, describe, result_entry, strategy_of
 from runtime.eval_sim import cli as eval_sim
-from runtime.eval_sim.runner import _assumptions
+from runtime.eval_sim.episode_worker import _assumptions
 from runtime.server.server_process import ServerProcess
 from tests.runtime.command import status_of
 from tests.runtime.toy_policy import CONTRACT, ToyPolicy

@@ -1,0 +1,73 @@
+"""What an evaluation reports while it runs."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from runtime.errors import RuntimeFault
+from runtime.evaluation.episode_result import Episode, ErroredEpisode
+
+
+@dataclass(frozen=True, slots=True)
+class RunInfo:
+    """What an evaluation runs with; known once the policy and the world are created.
+
+    Attributes:
+        contract_json: The policy's contract, at the rate used.
+        execution: The fields of ``Execution``: strategy and its numbers.
+        assumed: One line per value that neither checkpoint, user nor world defines.
+        policy_info: The fields of ``PolicyInfo``.
+        transport, transport_reason: How the policy is reached, and why so.
+        pictures: How images are sent to the policy.
+        deterministic: Whether the result depends on the seeds alone.
+        world: ``World.info()``.
+        dataset_features: ``DatasetFeatures`` of the episodes, as JSON; empty without ``--dataset``.
+    """
+
+    contract_json: str
+    execution: dict[str, Any]
+    assumed: tuple[str, ...]
+    policy_info: dict[str, Any]
+    transport: str
+    transport_reason: str
+    pictures: str
+    deterministic: bool
+    world: dict[str, Any]
+    dataset_features: str
+
+
+@dataclass(frozen=True, slots=True)
+class EpisodeSpooled:
+    """An episode for the dataset.
+
+    Attributes:
+        folder: Of the ``SpooledEpisode``, which is complete.
+    """
+
+    folder: Path
+
+
+EpisodeReport = Episode | EpisodeSpooled
+"""What a worker reports of an episode."""
+Report = RunInfo | EpisodeReport | ErroredEpisode
+
+
+class WorkerFailed(RuntimeFault):
+    """The evaluation cannot continue.
+
+    Attributes:
+        bad_input: Whether the user's input is invalid; otherwise a server, a process or the
+            policy's device was lost.
+    """
+
+    def __init__(self, message: str, *, bad_input: bool) -> None:
+        super().__init__(message)
+        self.bad_input = bad_input
+
+    def __reduce__(self) -> tuple[Callable[[], WorkerFailed], tuple[()]]:
+        """Survive the way between processes, which pass on positional arguments only."""
+        return functools.partial(WorkerFailed, str(self), bad_input=self.bad_input), ()
