@@ -87,6 +87,7 @@ SEED = Range(0, 2**32 - 1)
 """The seeds that numpy's legacy generator accepts."""
 THREADS = Range(1, 1024)
 PROCESSES = Range(1, 1024)
+RETRIES = Range(0, 1000)
 FRACTION = Range(0, 1)
 FINITE = Range(-1e9, 1e9)
 POSITIVE = Range(0, 1e9, above=True)

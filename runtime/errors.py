@@ -15,6 +15,10 @@ class ComparisonError(RuntimeFault):
     """Result files that cannot be read or compared; the message has field, got and expected."""
 
 
+class JournalError(RuntimeFault):
+    """An evaluation's journal that cannot be read, or that another evaluation writes."""
+
+
 class ServerLost(RuntimeFault):
     """The server ended the session or died; ``PolicyClient.reconnect`` opens a new session."""
 

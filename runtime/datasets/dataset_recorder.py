@@ -9,6 +9,7 @@ from pathlib import Path
 from runtime.datasets.dataset_writer import is_written_to
 from runtime.datasets.errors import DatasetError, RecorderFailed
 from runtime.datasets.features import DatasetFeatures
+from runtime.datasets.layout import INFO, read_info
 from transport.child_process import ChildProcess
 from transport.errors import ChildFailed
 
@@ -102,6 +103,25 @@ class DatasetRecorder:
 
     def __exit__(self, *_: object) -> None:
         self.close()
+
+
+def recorded_episodes(root: Path) -> int:
+    """Wait until no process writes to the dataset ``root``, and return its number of episodes.
+
+    The recorder of a killed evaluation first finishes the episodes that it has.
+
+    Raises:
+        DatasetError: Somebody writes to it for a long time, or it cannot be read.
+    """
+    deadline_s = time.monotonic() + RECORDED_WITHIN_S
+    while root.exists() and is_written_to(root):
+        if time.monotonic() > deadline_s:
+            raise DatasetError(
+                f"{root}: another process has written to this dataset for {RECORDED_WITHIN_S:g} s, "
+                "expected none"
+            )
+        time.sleep(POLL_S)
+    return int(read_info(root)["total_episodes"]) if (root / INFO).exists() else 0
 
 
 def wait_recorded(folder: Path) -> None:

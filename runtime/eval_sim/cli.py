@@ -1,8 +1,9 @@
 """``metronome eval-sim``, also ``eval_sim.py``: evaluate a policy in simulation.
 
-Writes ``<output_dir>/<env>/<task>.json`` after every episode, with videos and raw samples beside
-it. Exit status: 0 done, 1 the server or the policy's device was lost or a process died (finished
-episodes are kept), 2 bad input, 130 interrupted.
+Writes ``<output_dir>/<env>/<task>.json``, with videos and raw samples beside it, from a journal
+that has each episode as soon as it is finished. Exit status: 0 done, 1 the server or the policy's
+device was lost or an episode has no outcome (finished episodes are kept), 2 bad input, 130
+interrupted.
 """
 
 from __future__ import annotations
@@ -34,13 +35,21 @@ from runtime.datasets.errors import RecorderFailed
 from runtime.datasets.features import DatasetFeatures
 from runtime.errors import RuntimeFault
 from runtime.eval_sim.reports import EpisodeSpooled, Report, RunInfo, WorkerFailed
+from runtime.eval_sim.resumed_run import (
+    EarlierRun,
+    check_same_run,
+    describe_run,
+    read_earlier,
+)
 from runtime.eval_sim.run_config import EvalSimConfig
 from runtime.eval_sim.runner import run
+from runtime.evaluation.episode_journal import EpisodeJournal
 from runtime.evaluation.episode_result import Episode, ErroredEpisode
 from runtime.evaluation.plots import write_timing_plot
 from runtime.evaluation.results import (
     format_report,
     policy_record,
+    remove_unfinished,
     summarize,
     versions,
     write_result,
@@ -55,6 +64,9 @@ from runtime.trace.buffer import TraceError
 from transport.zeromq.malloc import keep_freed_memory
 
 BAD_INPUT, LOST, INTERRUPTED = 2, 1, 130
+SAVED_EVERY = 0.05
+"""Share of the episodes after which the result file is computed anew while the evaluation runs, so
+that this takes time proportional to their number. The journal has every episode at once."""
 
 
 def parser() -> argparse.ArgumentParser:
@@ -118,18 +130,38 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def _evaluate(config: EvalSimConfig) -> int:
-    episodes: list[Episode] = []
+    try:
+        with EpisodeJournal(config.journal_path) as journal:
+            remove_unfinished(config.path)
+            return _evaluate_into(journal, config, read_earlier(config, journal))
+    except RuntimeFault as error:
+        print(f"error: {error}", file=sys.stderr)
+        return BAD_INPUT
+    except OSError as error:
+        print(f"error: {config.journal_path} cannot be written: {error}", file=sys.stderr)
+        return BAD_INPUT
+
+
+def _evaluate_into(
+    journal: EpisodeJournal, config: EvalSimConfig, earlier: EarlierRun | None
+) -> int:
+    episodes = list(earlier.episodes if earlier is not None else ())
     errored: list[ErroredEpisode] = []
     run_info: RunInfo | None = None
-    failure, status = "", 0
-    bar = tqdm(total=config.num_rollout, unit="episode", desc=config.env.task)
+    failure, status, saved = "", 0, 0
+    finished = {episode.seed for episode in episodes}
+    reports = run(config, [seed for seed in config.seeds if seed not in finished])
+    bar = tqdm(
+        total=config.num_rollout, initial=len(episodes), unit="episode", desc=config.env.task
+    )
     try:
-        for item in _recorded(config, run(config)):
+        for item in _recorded(journal, config, earlier, reports):
             if isinstance(item, RunInfo):
                 run_info = item
                 for line in _summary_lines(run_info):
                     bar.write(line, file=sys.stderr)
                 continue
+            journal.add(item)
             bar.update()
             if isinstance(item, ErroredEpisode):
                 errored.append(item)
@@ -137,7 +169,9 @@ def _evaluate(config: EvalSimConfig) -> int:
                 continue
             episodes.append(item)
             bar.set_postfix_str(f"{sum(e.success for e in episodes)} of {len(episodes)} succeeded")
-            _save(config, run_info, episodes, errored, "")
+            if len(episodes) - saved > saved * SAVED_EVERY:
+                _save(config, run_info, episodes, errored, "")
+                saved = len(episodes)
     except WorkerFailed as error:
         failure, status = str(error), BAD_INPUT if error.bad_input else LOST
     except RecorderFailed as error:
@@ -150,7 +184,7 @@ def _evaluate(config: EvalSimConfig) -> int:
         failure, status = "interrupted", INTERRUPTED
     finally:
         bar.close()
-    if episodes:
+    if run_info is not None and (episodes or errored):
         try:
             _conclude(config, run_info, episodes, errored, failure)
         except OSError as error:
@@ -160,15 +194,28 @@ def _evaluate(config: EvalSimConfig) -> int:
     if failure:
         kept = f"; {len(episodes)} of {config.num_rollout} episodes were finished and kept"
         print(f"error: {failure}{kept if status != BAD_INPUT else ''}", file=sys.stderr)
+    elif errored:
+        status = LOST
+        print(
+            f"error: {len(errored)} of {config.num_rollout} episodes have no outcome, and are in "
+            "no success rate; --resume runs them again",
+            file=sys.stderr,
+        )
     return status
 
 
 def _recorded(
-    config: EvalSimConfig, reports: Iterator[Report]
+    journal: EpisodeJournal,
+    config: EvalSimConfig,
+    earlier: EarlierRun | None,
+    reports: Iterator[Report],
 ) -> Iterator[RunInfo | Episode | ErroredEpisode]:
     """Yield the other reports, and give the spooled episodes to a recorder.
 
+    Before the first episode, the journal is ready for it.
+
     Raises:
+        ResumeRefused: The earlier run had another policy, strategy or world.
         DatasetError: The dataset cannot be created or continued, or an episode not recorded.
     """
     root = config.recording.dataset
@@ -179,9 +226,17 @@ def _recorded(
                 if recorder is not None:
                     recorder.add(report.folder)
                 continue
-            if isinstance(report, RunInfo) and root is not None:
-                features = DatasetFeatures.from_json(report.dataset_features)
-                recorder = stack.enter_context(DatasetRecorder(root, features))
+            if isinstance(report, RunInfo):
+                if earlier is not None:
+                    check_same_run(journal, earlier, report)
+                if root is not None:
+                    features = DatasetFeatures.from_json(report.dataset_features)
+                    recorder = stack.enter_context(DatasetRecorder(root, features))
+                if earlier is not None:
+                    journal.keep(earlier.content, len(earlier.episodes))
+                else:
+                    before = recorder.episodes if recorder is not None else 0
+                    journal.begin(describe_run(config, report, before))
             yield report
         if recorder is not None:
             recorder.finish()
@@ -247,7 +302,9 @@ def _save(
     result |= {
         "requested": config.num_rollout,
         "failure": failure,
-        "errors": [dataclasses.asdict(error) for error in errored],
+        "errors": [
+            dataclasses.asdict(error) for error in sorted(errored, key=lambda error: error.seed)
+        ],
         "mode": "realtime" if config.realtime else "lockstep",
         "env": as_plain(config.env),
         "config": as_plain(config),

@@ -7,7 +7,7 @@ from collections.abc import Iterable
 
 from runtime.evaluation.episode_result import ErroredEpisode
 
-RETRIES = 2
+DEFAULT_RETRIES = 2
 """An episode that kills its worker three times becomes an error."""
 
 
@@ -24,7 +24,7 @@ class EpisodeQueue:
         ValueError: A seed occurs twice.
     """
 
-    def __init__(self, seeds: Iterable[int], retries: int = RETRIES) -> None:
+    def __init__(self, seeds: Iterable[int], retries: int = DEFAULT_RETRIES) -> None:
         self._waiting = deque(seeds)
         self._retries = retries
         self._running: set[int] = set()

@@ -197,6 +197,8 @@ def _run_one(
     if video:
         outcome = "success" if episode.success else "failure"
         try:
+            for other in config.video_dir.glob(f"seed{seed}_*"):
+                other.unlink()  # of an episode that was interrupted, or of an earlier evaluation
             video.write(config.video_dir / f"seed{seed}_{outcome}")
         except OSError as error:  # a full disk costs the video, not the episode
             logger.warning("no video of seed %d: %s", seed, error)

@@ -10,9 +10,18 @@ from typing import Annotated
 from envs.config import EnvConfig
 from envs.factory import GYM_PREFIX
 from policies.flag_builder import Flag, Group
-from policies.number_ranges import COUNT, COUNT_OR_NONE, PROCESSES, SEED, check_ranges
+from policies.number_ranges import (
+    COUNT,
+    COUNT_OR_NONE,
+    DURATION_S,
+    PROCESSES,
+    RETRIES,
+    SEED,
+    check_ranges,
+)
 from runtime.control.strategy_selection import ActionManager, ActionSteps, ManagerCoef
 from runtime.datasets.options import DatasetOptions
+from runtime.eval_sim.episode_queue import DEFAULT_RETRIES
 from runtime.evaluation.results import result_path
 from runtime.options.checkpoint import CheckpointOptions
 from runtime.options.connection import ConnectionOptions
@@ -53,6 +62,17 @@ class EvalSimConfig:
     ] = 1
     output_dir: Annotated[str, Flag("folder for results", "-o")] = "results"
     seed: Annotated[int, SEED, Flag("seed of the first episode; each next is 1 higher", "-s")] = 0
+    resume: Annotated[
+        bool, Flag("go on where the evaluation of this result stopped; finished episodes are kept")
+    ] = False
+    retries: Annotated[
+        int, RETRIES, Flag("how often an episode that killed its worker process is run again")
+    ] = DEFAULT_RETRIES
+    episode_timeout_s: Annotated[
+        float | None,
+        DURATION_S,
+        Flag("an episode's worker process is replaced after this long", default="no limit"),
+    ] = None
     realtime: Annotated[bool, Flag("run by the wall clock, not in lockstep")] = False
     connection: ConnectionOptions = field(default_factory=ConnectionOptions)
     action_manager: ActionManager = None
@@ -105,6 +125,11 @@ class EvalSimConfig:
         gym = self.env_name.startswith(GYM_PREFIX)
         world = self.env_name if gym else Path(self.env_name).stem
         return result_path(self.output_dir, world, self.env.task)
+
+    @property
+    def journal_path(self) -> Path:
+        """The journal of the finished episodes, from which ``resume`` goes on."""
+        return self.path.with_name(f"{self.path.stem}_episodes.jsonl")
 
     @property
     def video_dir(self) -> Path:

@@ -8,7 +8,8 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import functools
-from collections.abc import Iterator
+import math
+from collections.abc import Iterator, Sequence
 
 from runtime.eval_sim.episode_queue import EpisodeQueue
 from runtime.eval_sim.episode_worker import EpisodeWorker
@@ -22,11 +23,17 @@ from runtime.server.server_process import ServerProcess
 from runtime.trace import recorder as trace
 
 
-def run(config: EvalSimConfig) -> Iterator[Report]:
+def run(config: EvalSimConfig, seeds: Sequence[int] | None = None) -> Iterator[Report]:
     """Run the evaluation: yield one ``RunInfo``, then each ``Episode`` when it ends.
 
     With ``--dataset``, an ``EpisodeSpooled`` follows each ``Episode``. An episode that kills its
-    worker process too often is an ``ErroredEpisode``.
+    worker process too often is an ``ErroredEpisode``. A process cannot replace itself, so a limit
+    of time needs a worker process even for one world.
+
+    Args:
+        config: The evaluation.
+        seeds: Of the episodes to be run; None for all of ``config``. Without any, only the
+            ``RunInfo`` is yielded.
 
     Raises:
         WorkerFailed: The policy or the world failed, or no process starts; the evaluation has
@@ -44,12 +51,16 @@ def run(config: EvalSimConfig) -> Iterator[Report]:
             config = dataclasses.replace(
                 config, model_name_or_path=server.address, upstream=UpstreamOptions()
             )
-        queue = EpisodeQueue(config.seeds)
-        if config.num_envs == 1:
+        queue = EpisodeQueue(config.seeds if seeds is None else seeds, config.retries)
+        if queue.empty or (config.num_envs == 1 and config.episode_timeout_s is None):
             yield from _run_here(config, queue)
             return
         workers = WorkerProcesses(
-            functools.partial(EpisodeWorker, config), queue, config.num_envs, config.trace
+            functools.partial(EpisodeWorker, config),
+            queue,
+            config.num_envs,
+            config.trace,
+            config.episode_timeout_s or math.inf,
         )
         yield from stack.enter_context(workers).reports()
 

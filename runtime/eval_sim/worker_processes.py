@@ -175,10 +175,12 @@ class WorkerProcesses:
             worker.deadline_s = float("inf")  # the rest waits for the dataset's recorder
 
     def _finish(self, worker: _Worker) -> Iterator[Report]:
+        reports = worker.reports
         if worker.seed is not None:
             self._queue.finish(worker.seed)
         worker.seed = None
-        yield from worker.reports
+        self._hand_out()  # the worker goes on while its reports are written to the disk
+        yield from reports
 
     def _lose(self, worker: _Worker, reason: str) -> Iterator[Report]:
         """End a worker, and hand out its episode again. Raises ``WorkerFailed``."""

@@ -32,6 +32,8 @@ class ResultFile:
         failure: Why the evaluation ended early; empty if it did not.
         outcomes: Success by seed, in the order of the seeds. Rollouts that nobody judged are left
             out.
+        errored: The seeds of the episodes that killed their worker. They have no outcome, and are
+            left out, too.
         recordings: The name of each rollout's recording, by seed; empty in simulation.
         timing: The result's ``timing``: seconds and counts.
         durations: Percentiles of ``request``, ``inference`` and ``lateness``, in seconds.
@@ -44,6 +46,7 @@ class ResultFile:
     repeatable: bool
     failure: str
     outcomes: dict[int, bool]
+    errored: tuple[int, ...]
     recordings: dict[int, str]
     timing: Mapping[str, Any]
     durations: dict[str, Percentiles]
@@ -82,6 +85,7 @@ def read_result(path: Path) -> ResultFile:
         repeatable=mode == LOCKSTEP and raw.get("deterministic") is True,
         failure=_need(raw, "failure", str, path),
         outcomes={entry["seed"]: entry["success"] for entry in entries},
+        errored=_errored(raw, path),
         recordings={
             entry["seed"]: Path(_need(entry, "recording", str, path, "episodes: ")).name
             for entry in entries
@@ -159,6 +163,15 @@ def _judged_entries(raw: Mapping[str, Any], path: Path) -> list[dict[str, Any]]:
             f"{path}: episodes: got seed {twice[0]} more than once, expected each seed once"
         )
     return sorted(entries, key=lambda entry: int(entry["seed"]))
+
+
+def _errored(raw: Mapping[str, Any], path: Path) -> tuple[int, ...]:
+    """Return the seeds of ``errors``, which results of a robot do not have."""
+    entries = _need(raw, "errors", list, path) if "errors" in raw else []
+    for entry in entries:
+        if not isinstance(entry, dict):
+            raise ComparisonError(f"{path}: errors: got {entry!r:.80}, expected objects")
+    return tuple(_need(entry, "seed", int, path, "errors: ") for entry in entries)
 
 
 def _simulated_task(raw: Mapping[str, Any], path: Path) -> dict[str, Any]:

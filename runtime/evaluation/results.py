@@ -9,6 +9,7 @@ import os
 import platform
 import re
 from collections.abc import Mapping, Sequence
+from glob import escape
 from importlib import metadata
 from pathlib import Path
 from typing import Any
@@ -121,11 +122,14 @@ def policy_record(contract: PolicyContract, info: PolicyInfo) -> dict[str, Any]:
 def write_result(path: Path, result: Mapping[str, Any], episodes: Sequence[Episode]) -> None:
     """Write ``path`` (JSON) and ``<stem>_samples.npz`` beside it, each atomically.
 
+    The samples are in the order of the seeds.
+
     Raises:
         OSError: A file cannot be written.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
     write_atomically(path, json.dumps(result, indent=2, ensure_ascii=False).encode())
+    episodes = sorted(episodes, key=lambda episode: episode.seed)
     stages = StageTimes()
     for episode in episodes:
         stages.extend(episode.stages_ns)
@@ -152,6 +156,13 @@ def write_atomically(path: Path, content: bytes | memoryview) -> None:
         partial.unlink(missing_ok=True)
 
 
+def remove_unfinished(path: Path) -> None:
+    """Remove what killed writers of the result ``path`` left half written. Raises ``OSError``."""
+    for name in (path.name, f"{path.stem}_samples.npz"):
+        for unfinished in path.parent.glob(f".{escape(name)}.*.partial"):
+            unfinished.unlink()
+
+
 def format_report(result: Mapping[str, Any]) -> str:
     """Return the summary of a result for the terminal, several lines."""
     low, high = result["wilson_95"]
@@ -163,6 +174,7 @@ def format_report(result: Mapping[str, Any]) -> str:
     lines = [
         f"success      {result['total_success']}/{result['total']} = "
         f"{100 * result['success_rate']:.1f} %  (95 %: {100 * low:.1f} to {100 * high:.1f})",
+        *_error_lines(result.get("errors", ())),
         f"transport    {result['transport']}: {result['transport_reason']}",
         "timing",
         line("request", t["request"]),
@@ -176,3 +188,11 @@ def format_report(result: Mapping[str, Any]) -> str:
         f"chunks {t['chunks']}, largest seam {t['seam_jump']:.3f}"
     )
     return "\n".join(lines)
+
+
+def _error_lines(errors: Sequence[Mapping[str, Any]]) -> list[str]:
+    """Say which episodes are in no rate."""
+    if not errors:
+        return []
+    seeds = ", ".join(str(error["seed"]) for error in errors)
+    return [f"no outcome   {len(errors)} episodes, not counted above: seeds {seeds}"]

@@ -59,7 +59,9 @@ def test_the_result_file_is_complete(tmp_path: Path) -> None:
             sum(1 for _ in container.decode(video=0)) == 14
         )  # every other of 25 ticks, and the end
     beside = {path.name for path in (tmp_path / "fake").iterdir()}
-    assert beside == {"fake.json", "fake_samples.npz", "fake_timing.png", "video"}
+    assert beside == {
+        "fake.json", "fake_episodes.jsonl", "fake_samples.npz", "fake_timing.png", "video",
+    }  # fmt: skip
 
 
 def test_the_same_episodes_however_many_processes(tmp_path: Path) -> None:

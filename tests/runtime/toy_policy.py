@@ -71,6 +71,12 @@ def make() -> ToyPolicy:
     return ToyPolicy()
 
 
+def make_named() -> ToyPolicy:
+    policy = ToyPolicy()
+    policy.info = dataclasses.replace(policy.info, checkpoint="another toy")
+    return policy
+
+
 class MortalPolicy(ToyPolicy):
     """Takes its whole process with it at the ninth request after its own warm-up."""
 
