@@ -20,13 +20,16 @@ class EpisodeQueue:
         seeds: One per episode, in the order in which they are handed out.
         retries: How often an episode is run again after it killed its worker, at least 0.
 
+    Attributes:
+        retries: As given.
+
     Raises:
         ValueError: A seed occurs twice.
     """
 
     def __init__(self, seeds: Iterable[int], retries: int = DEFAULT_RETRIES) -> None:
         self._waiting = deque(seeds)
-        self._retries = retries
+        self.retries = retries
         self._running: set[int] = set()
         self._killed: Counter[int] = Counter()
         twice = [seed for seed, count in Counter(self._waiting).items() if count > 1]
@@ -84,7 +87,7 @@ class EpisodeQueue:
         """
         self._end(seed)
         self._killed[seed] += 1
-        if self._killed[seed] > self._retries:
+        if self._killed[seed] > self.retries:
             return ErroredEpisode(seed, reason, self._killed[seed])
         self._waiting.appendleft(seed)
         return None

@@ -22,8 +22,6 @@ from runtime.trace import recorder as trace
 from transport.child_process import die_with_parent
 from transport.zeromq.malloc import keep_freed_memory
 
-STARTS = 3
-"""Processes that may die one after another before they are ready; then the evaluation ends."""
 END_WITHIN_S = 10.0
 """For a process to close its policy and its world once no episode is left."""
 
@@ -80,7 +78,8 @@ class WorkerProcesses:
     """Worker processes, each with an ``EpisodeWorker``.
 
     A process that dies or takes too long for an episode is replaced. An episode counts when all its
-    reports are here; until then it is run again.
+    reports are here; until then it is run again. Processes that die before they are ready end the
+    evaluation once there are more in a row than an episode has retries.
 
     Args:
         make_worker: Called in each process; must be picklable.
@@ -188,9 +187,9 @@ class WorkerProcesses:
         worker.end()
         if not worker.ready:
             self._died_at_start += 1
-            if self._died_at_start >= STARTS:
+            if self._died_at_start > self._queue.retries:
                 raise WorkerFailed(
-                    f"{reason} before its first episode, as the {STARTS - 1} before it",
+                    f"{reason} before it was ready, the {self._died_at_start}. in a row",
                     bad_input=False,
                 )
         elif worker.seed is not None:

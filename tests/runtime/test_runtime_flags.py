@@ -328,6 +328,9 @@ SIM: dict[str, Row] = {
     "dataset": (("--dataset", "/x/d"), lambda p: p.recording.dataset, Path("/x/d")),
     "dataset_lossless": (("--dataset_lossless",), lambda p: p.recording.dataset_lossless, True),
     "dataset_objects": (("--dataset_objects",), lambda p: p.dataset_objects, True),
+    "resume": (("--resume",), lambda p: p.resume, True),
+    "retries": (("--retries", "0"), lambda p: p.retries, 0),
+    "episode_timeout_s": (("--episode_timeout_s", "9"), lambda p: p.episode_timeout_s, 9.0),
     "output_dir": (("-o", "/x"), lambda p: p.video_dir, Path("/x/fake/video/fake")),
 }  # fmt: skip
 SIM_ELSEWHERE = {"jpeg", "server_key", "client_key", "use_spawn", "log_level"}
