@@ -9,7 +9,7 @@ from pathlib import Path
 from runtime.datasets.dataset_writer import is_written_to
 from runtime.datasets.errors import DatasetError, RecorderFailed
 from runtime.datasets.features import DatasetFeatures
-from runtime.datasets.layout import INFO, read_info
+from runtime.datasets.layout import INFO, read_info, remove_abandoned_spools
 from transport.child_process import ChildProcess
 from transport.errors import ChildFailed
 
@@ -84,7 +84,10 @@ class DatasetRecorder:
             raise RecorderFailed(f"dataset {self.root}: {self._failure}")
 
     def finish(self) -> None:
-        """Wait until every episode is recorded. Raises as ``poll``, or after a long time."""
+        """Wait until every episode is recorded. Raises as ``poll``, or after a long time.
+
+        What processes that died meanwhile left half written is removed.
+        """
         deadline_s = time.monotonic() + RECORDED_WITHIN_S
         while self.pending:
             if time.monotonic() > deadline_s:
@@ -93,6 +96,7 @@ class DatasetRecorder:
                     f"{RECORDED_WITHIN_S:g} s"
                 )
             time.sleep(POLL_S)
+        remove_abandoned_spools(self.root)
 
     def close(self) -> None:
         """End the process, which first finishes the episodes it has. Idempotent."""

@@ -37,6 +37,7 @@ from runtime.errors import RuntimeFault
 from runtime.eval_sim.reports import EpisodeSpooled, Report, RunInfo, WorkerFailed
 from runtime.eval_sim.resumed_run import (
     EarlierRun,
+    check_dataset,
     check_same_run,
     describe_run,
     read_earlier,
@@ -142,36 +143,28 @@ def _evaluate(config: EvalSimConfig) -> int:
         return BAD_INPUT
 
 
+@dataclasses.dataclass(slots=True)
+class _Progress:
+    """What an evaluation has so far.
+
+    Attributes:
+        run_info: Of the policy and the world; None before they are created.
+        episodes: The finished ones, those of the earlier run first.
+        errored: Those without an outcome.
+    """
+
+    episodes: list[Episode]
+    errored: list[ErroredEpisode] = dataclasses.field(default_factory=list)
+    run_info: RunInfo | None = None
+
+
 def _evaluate_into(
     journal: EpisodeJournal, config: EvalSimConfig, earlier: EarlierRun | None
 ) -> int:
-    episodes = list(earlier.episodes if earlier is not None else ())
-    errored: list[ErroredEpisode] = []
-    run_info: RunInfo | None = None
-    failure, status, saved = "", 0, 0
-    finished = {episode.seed for episode in episodes}
-    reports = run(config, [seed for seed in config.seeds if seed not in finished])
-    bar = tqdm(
-        total=config.num_rollout, initial=len(episodes), unit="episode", desc=config.env.task
-    )
+    progress = _Progress(list(earlier.episodes) if earlier is not None else [])
+    failure, status = "", 0
     try:
-        for item in _recorded(journal, config, earlier, reports):
-            if isinstance(item, RunInfo):
-                run_info = item
-                for line in _summary_lines(run_info):
-                    bar.write(line, file=sys.stderr)
-                continue
-            journal.add(item)
-            bar.update()
-            if isinstance(item, ErroredEpisode):
-                errored.append(item)
-                bar.write(f"seed {item.seed}: {item.error}, {item.attempts} times", sys.stderr)
-                continue
-            episodes.append(item)
-            bar.set_postfix_str(f"{sum(e.success for e in episodes)} of {len(episodes)} succeeded")
-            if len(episodes) - saved > saved * SAVED_EVERY:
-                _save(config, run_info, episodes, errored, "")
-                saved = len(episodes)
+        _run_remaining(journal, config, earlier, progress)
     except WorkerFailed as error:
         failure, status = str(error), BAD_INPUT if error.bad_input else LOST
     except RecorderFailed as error:
@@ -182,26 +175,59 @@ def _evaluate_into(
         failure, status = f"the result cannot be written: {error}", LOST
     except KeyboardInterrupt:
         failure, status = "interrupted", INTERRUPTED
-    finally:
-        bar.close()
-    if run_info is not None and (episodes or errored):
+    if progress.run_info is not None and (progress.episodes or progress.errored):
         try:
-            _conclude(config, run_info, episodes, errored, failure)
+            _conclude(config, progress, failure)
         except OSError as error:
             failure, status = failure or f"the result cannot be written: {error}", status or LOST
         except KeyboardInterrupt:
             failure, status = "interrupted", INTERRUPTED
     if failure:
-        kept = f"; {len(episodes)} of {config.num_rollout} episodes were finished and kept"
+        kept = f"; {len(progress.episodes)} of {config.num_rollout} episodes were finished and kept"
         print(f"error: {failure}{kept if status != BAD_INPUT else ''}", file=sys.stderr)
-    elif errored:
+    elif progress.errored:
         status = LOST
         print(
-            f"error: {len(errored)} of {config.num_rollout} episodes have no outcome, and are in "
-            "no success rate; --resume runs them again",
+            f"error: {len(progress.errored)} of {config.num_rollout} episodes have no outcome, and "
+            "are in no success rate; --resume runs them again",
             file=sys.stderr,
         )
     return status
+
+
+def _run_remaining(
+    journal: EpisodeJournal,
+    config: EvalSimConfig,
+    earlier: EarlierRun | None,
+    progress: _Progress,
+) -> None:
+    """Run the episodes that the earlier run did not finish; add them to ``progress``.
+
+    Raises as ``_recorded`` and ``run``.
+    """
+    episodes, saved = progress.episodes, 0
+    finished = {episode.seed for episode in episodes}
+    reports = run(config, [seed for seed in config.seeds if seed not in finished])
+    with tqdm(
+        total=config.num_rollout, initial=len(episodes), unit="episode", desc=config.env.task
+    ) as bar:
+        for item in _recorded(journal, config, earlier, reports):
+            if isinstance(item, RunInfo):
+                progress.run_info = item
+                for line in _summary_lines(item):
+                    bar.write(line, file=sys.stderr)
+                continue
+            journal.add(item)
+            bar.update()
+            if isinstance(item, ErroredEpisode):
+                progress.errored.append(item)
+                bar.write(f"seed {item.seed}: {item.error}, {item.attempts} times", sys.stderr)
+                continue
+            episodes.append(item)
+            bar.set_postfix_str(f"{sum(e.success for e in episodes)} of {len(episodes)} succeeded")
+            if len(episodes) - saved > saved * SAVED_EVERY:
+                _save(config, progress, "")
+                saved = len(episodes)
 
 
 def _recorded(
@@ -233,6 +259,8 @@ def _recorded(
                     features = DatasetFeatures.from_json(report.dataset_features)
                     recorder = stack.enter_context(DatasetRecorder(root, features))
                 if earlier is not None:
+                    if recorder is not None:
+                        check_dataset(earlier, recorder)
                     journal.keep(earlier.content, len(earlier.episodes))
                 else:
                     before = recorder.episodes if recorder is not None else 0
@@ -259,33 +287,22 @@ def _must_be_writable(folder: Path) -> None:
         raise ValueError(f"--output_dir: {folder} cannot be written: {error}") from error
 
 
-def _conclude(
-    config: EvalSimConfig,
-    run_info: RunInfo | None,
-    episodes: Sequence[Episode],
-    errored: Sequence[ErroredEpisode],
-    failure: str,
-) -> None:
+def _conclude(config: EvalSimConfig, progress: _Progress, failure: str) -> None:
     path = config.path
-    print(format_report(_save(config, run_info, episodes, errored, failure)))
+    print(format_report(_save(config, progress, failure)))
     print(f"result       {path}")
-    plot = path.with_name(f"{path.stem}_timing.png")
-    write_timing_plot(plot, episodes, f"{config.env.task}, {len(episodes)} episodes")
-    print(f"timing       {plot}")
+    if episodes := progress.episodes:
+        plot = path.with_name(f"{path.stem}_timing.png")
+        write_timing_plot(plot, episodes, f"{config.env.task}, {len(episodes)} episodes")
+        print(f"timing       {plot}")
     if config.videos:
         print(f"videos       {config.video_dir}/")
     if config.recording.dataset is not None:
         print(f"dataset      {config.recording.dataset}/")
 
 
-def _save(
-    config: EvalSimConfig,
-    run_info: RunInfo | None,
-    episodes: Sequence[Episode],
-    errored: Sequence[ErroredEpisode],
-    failure: str,
-) -> dict[str, Any]:
-    result = summarize(episodes)
+def _save(config: EvalSimConfig, progress: _Progress, failure: str) -> dict[str, Any]:
+    result, run_info = summarize(progress.episodes), progress.run_info
     if run_info is not None:
         contract = PolicyContract.from_json(run_info.contract_json)
         execution = Execution(**run_info.execution)
@@ -303,14 +320,15 @@ def _save(
         "requested": config.num_rollout,
         "failure": failure,
         "errors": [
-            dataclasses.asdict(error) for error in sorted(errored, key=lambda error: error.seed)
+            dataclasses.asdict(error)
+            for error in sorted(progress.errored, key=lambda error: error.seed)
         ],
         "mode": "realtime" if config.realtime else "lockstep",
         "env": as_plain(config.env),
         "config": as_plain(config),
         "versions": versions(),
     }
-    write_result(config.path, result, episodes)
+    write_result(config.path, result, progress.episodes)
     return result
 
 

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from policies.yaml_config import as_plain
-from runtime.datasets.dataset_recorder import recorded_episodes
+from runtime.datasets.dataset_recorder import DatasetRecorder, recorded_episodes
 from runtime.errors import RuntimeFault
 from runtime.eval_sim.reports import RunInfo
 from runtime.eval_sim.run_config import EvalSimConfig
@@ -97,6 +97,16 @@ def _recorded(config: EvalSimConfig, content: JournalContent) -> int:
 def check_same_run(journal: EpisodeJournal, earlier: EarlierRun, run_info: RunInfo) -> None:
     """Raise ``ResumeRefused`` if policy, strategy or world differ from the earlier run's."""
     _check_same(journal, earlier.content.run["info"], _info(run_info), "")
+
+
+def check_dataset(earlier: EarlierRun, recorder: DatasetRecorder) -> None:
+    """Raise ``ResumeRefused`` if another run has recorded since ``read_earlier``."""
+    expected = earlier.content.run["dataset_episodes"] + len(earlier.episodes)
+    if recorder.episodes != expected:
+        raise ResumeRefused(
+            f"--resume: --dataset {recorder.root}: got {recorder.episodes} episodes, expected "
+            f"{expected}: another run has recorded into it"
+        )
 
 
 def describe_run(config: EvalSimConfig, run_info: RunInfo, dataset_episodes: int) -> dict[str, Any]:
