@@ -26,6 +26,8 @@ ROS = [*JPEG, "opencv-python-headless>=4.8"]
 GATEWAY = ["msgpack>=1.0", "websockets>=17", "grpcio>=1.66"]
 # Both write and read LeRobotDatasets: their tables, their videos and pictures.
 DATASET = ["pyarrow>=17", "av>=12"]
+# What a live view is shown or kept with: Rerun in the versions that LeRobot 0.4.4 takes, too.
+RERUN = ["rerun-sdk>=0.26,<0.27", *JPEG]
 FUZZ = ["atheris>=2.3"]
 DEV = [
     "pytest>=8",
@@ -72,7 +74,8 @@ setup(
         "ros": ROS,
         "gateway": GATEWAY,
         "dataset": DATASET,
+        "rerun": RERUN,
         "fuzz": FUZZ,
-        "dev": DEV + TRAIN + ROS + GATEWAY + COMPARE + HUB + DATASET,
+        "dev": DEV + TRAIN + ROS + GATEWAY + COMPARE + HUB + DATASET + RERUN,
     },
 )

@@ -106,6 +106,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         config = read_config(argv)
         model = config.model
         check_upstream(model, config.upstream, config.checkpoint)
+        config.live_view.check()
         _must_be_writable(config.path.parent)
     except (InvalidConfig, EnvError, RuntimeFault, ValueError) as error:
         print(f"error: {error}", file=sys.stderr)
@@ -299,6 +300,8 @@ def _conclude(config: EvalSimConfig, progress: _Progress, failure: str) -> None:
         print(f"videos       {config.video_dir}/")
     if config.recording.dataset is not None:
         print(f"dataset      {config.recording.dataset}/")
+    if config.live_view.file is not None:
+        print(f"rerun        {config.live_view.file}")
 
 
 def _save(config: EvalSimConfig, progress: _Progress, failure: str) -> dict[str, Any]:

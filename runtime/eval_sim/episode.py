@@ -53,12 +53,26 @@ class TickObserver(Protocol):
         ...
 
 
+class PolicyObserver(Protocol):
+    """Sees what a policy gets and returns; in real time it must be fast."""
+
+    def observed(self, obs: MetaObs) -> None:
+        """Called with each observation before it is sent; its arrays are reused."""
+        ...
+
+    def chunk_arrived(self, chunk: ActionChunk) -> None:
+        """Called with each chunk."""
+        ...
+
+
 def run_lockstep(
     policy: RolloutPolicy,
     world: World,
     executor: ChunkExecutor,
     seed: int,
     observers: Sequence[TickObserver] = (),
+    *,
+    policy_observer: PolicyObserver | None = None,
 ) -> Episode:
     """Run one episode in which the world waits for the policy.
 
@@ -66,7 +80,7 @@ def run_lockstep(
         PolicyError, ServerLost, RequestTimeout: Inference failed.
         RuntimeFault: The policy returned a chunk for another tick than the observation's.
     """
-    run = _Run(policy, world, executor, seed, observers)
+    run = _Run(policy, world, executor, seed, observers, policy_observer=policy_observer)
     n_obs_steps = policy.contract.n_obs_steps
 
     def step(tick: int) -> bool:
@@ -93,6 +107,8 @@ def run_realtime(
     executor: ChunkExecutor,
     seed: int,
     observers: Sequence[TickObserver] = (),
+    *,
+    policy_observer: PolicyObserver | None = None,
 ) -> Episode:
     """Run one episode at the world's own rate, by the wall clock.
 
@@ -103,7 +119,7 @@ def run_realtime(
     Raises:
         PolicyError, ServerLost, RequestTimeout: Inference failed.
     """
-    run = _Run(policy, world, executor, seed, observers)
+    run = _Run(policy, world, executor, seed, observers, policy_observer=policy_observer)
     captured_ns: dict[int, int] = {}
     latency = LatencyEstimate(world.dt_s)
     last_tick = -1
@@ -174,9 +190,12 @@ class _Run:
         executor: ChunkExecutor,
         seed: int,
         observers: Sequence[TickObserver],
+        *,
+        policy_observer: PolicyObserver | None,
     ) -> None:
         self._policy, self._world, self._executor = policy, world, executor
         self._seed, self._observers = seed, observers
+        self._policy_observer = policy_observer
         self._reward, self._success, self._ticks = -math.inf, False, 0
         self._stages = StageTimes()
         self._began_s = time.monotonic()
@@ -196,6 +215,8 @@ class _Run:
         else:
             self.remember(tick)
             obs = self._history.stacked()
+        if self._policy_observer is not None:
+            self._policy_observer.observed(obs)
         self._executor.requested(tick)
         return obs
 
@@ -214,6 +235,8 @@ class _Run:
     def accept(self, chunk: ActionChunk) -> bool:
         """Give the chunk to the executor; return whether it was requested."""
         self._stages.add(chunk.stages_ns)
+        if self._policy_observer is not None:
+            self._policy_observer.chunk_arrived(chunk)
         return self._executor.accept(chunk)
 
     def command(self, tick: int) -> NDArray[np.float32]:

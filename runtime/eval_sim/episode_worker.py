@@ -8,7 +8,7 @@ import functools
 import logging
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
-from typing import Self
+from typing import Protocol, Self
 
 from envs.errors import EnvError
 from envs.factory import make_world
@@ -25,10 +25,11 @@ from runtime.datasets.dataset_recorder import wait_recorded
 from runtime.datasets.errors import RecorderFailed
 from runtime.datasets.layout import spool_folder
 from runtime.errors import RequestTimeout, RuntimeFault, ServerBusy, ServerLost
-from runtime.eval_sim.episode import TickObserver, run_lockstep, run_realtime
+from runtime.eval_sim.episode import PolicyObserver, TickObserver, run_lockstep, run_realtime
 from runtime.eval_sim.episode_recording import EpisodeRecording, dataset_features
 from runtime.eval_sim.episode_video import EpisodeVideo
 from runtime.eval_sim.in_process_policy import InProcessPolicy
+from runtime.eval_sim.live_episodes import LiveEpisodes, start_live_episodes
 from runtime.eval_sim.reports import EpisodeReport, EpisodeSpooled, RunInfo, WorkerFailed
 from runtime.eval_sim.run_config import EvalSimConfig
 from runtime.eval_sim.world_compatibility import check_world
@@ -45,8 +46,21 @@ EXPECTED_FAILURES = (InvalidConfig, EnvError, PolicyError, RuntimeFault, Transpo
 LOSSES = (ServerLost, ServerBusy, RequestTimeout, DeviceLost, UpstreamLost, RecorderFailed)
 """Something was lost that the evaluation needs; its input is valid."""
 
-RunEpisode = Callable[[World, ChunkExecutor, int, Sequence[TickObserver]], Episode]
-"""Runs one episode of a given policy: (world, executor, seed, observers) to its result."""
+
+class RunEpisode(Protocol):
+    """Runs one episode of a given policy, as ``run_lockstep`` and ``run_realtime`` do."""
+
+    def __call__(
+        self,
+        world: World,
+        executor: ChunkExecutor,
+        seed: int,
+        observers: Sequence[TickObserver],
+        *,
+        policy_observer: PolicyObserver | None,
+    ) -> Episode:
+        """Return the result."""
+        ...
 
 
 class EpisodeWorker:
@@ -84,7 +98,17 @@ class EpisodeWorker:
             )
             executor = ChunkExecutor(contract, strategy_of(contract, execution))
             self.info = _run_info(config, self._world, policy, contract, execution)
-            self._play = functools.partial(run_episode, self._world, executor)
+            self._live: LiveEpisodes | None = None
+            if config.live_view.rerun is not None:
+                view = start_live_episodes(
+                    config, self._world, contract, execution, logger.warning
+                )
+                self._live = LiveEpisodes(
+                    stack.enter_context(view), self._world, realtime=config.realtime
+                )
+            self._play = functools.partial(
+                run_episode, self._world, executor, policy_observer=self._live
+            )
             self._open = stack.pop_all()
 
     def run(self, seed: int) -> Iterator[EpisodeReport]:
@@ -97,7 +121,9 @@ class EpisodeWorker:
         """
         with _as_worker_failed():
             recording = self._recordings.new()
-            yield _run_one(self._config, self._world, self._play, seed, recording)
+            yield _run_one(
+                self._config, self._world, self._play, seed, recording=recording, live=self._live
+            )
             if recording is not None:
                 yield self._recordings.spool(recording, self._world, seed)
 
@@ -186,14 +212,20 @@ def _run_one(
     world: World,
     play: Callable[[int, Sequence[TickObserver]], Episode],
     seed: int,
+    *,
     recording: EpisodeRecording | None,
+    live: LiveEpisodes | None,
 ) -> Episode:
     video = None
     if seed - config.seed < config.videos:
         video = EpisodeVideo(world)
     with trace.span("episode", seed):
-        observers = [observer for observer in (video, recording) if observer is not None]
+        observers = [observer for observer in (video, recording, live) if observer is not None]
+        if live is not None:
+            live.begin(seed)
         episode = play(seed, observers)
+        if live is not None:
+            live.end(episode)
     if video:
         outcome = "success" if episode.success else "failure"
         try:

@@ -23,6 +23,7 @@ from runtime.control.strategy_selection import ActionManager, ActionSteps, Manag
 from runtime.datasets.options import DatasetOptions
 from runtime.eval_sim.episode_queue import DEFAULT_RETRIES
 from runtime.evaluation.results import result_path
+from runtime.live_view.options import LiveViewOptions
 from runtime.options.checkpoint import CheckpointOptions
 from runtime.options.connection import ConnectionOptions
 from runtime.options.model_name import Model, read_model_name
@@ -86,6 +87,7 @@ class EvalSimConfig:
         bool,
         Flag("with --dataset: also the objects' poses, as observation.environment_state"),
     ] = False
+    live_view: LiveViewOptions = field(default_factory=LiveViewOptions)
     camera_map: Annotated[
         Mapping[str, str],
         Flag("the world's camera for a camera of the policy", metavar="POLICY=WORLD"),
@@ -108,6 +110,8 @@ class EvalSimConfig:
             raise ValueError(
                 "--realtime with --num_envs > 1: only one world at a time can run in real time"
             )
+        if self.live_view.rerun is not None and self.num_envs > 1:
+            raise ValueError("--rerun with --num_envs > 1: only one world at a time can be shown")
 
     @property
     def model(self) -> Model:
