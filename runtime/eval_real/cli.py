@@ -11,6 +11,7 @@ from __future__ import annotations
 import argparse
 import contextlib
 import dataclasses
+import functools
 import json
 import logging
 import signal
@@ -35,6 +36,7 @@ from runtime.datasets.errors import RecorderFailed
 from runtime.errors import ModelNameError
 from runtime.eval_real.compatibility import Incompatible, check_compatible
 from runtime.eval_real.dataset_episode import dataset_features
+from runtime.eval_real.live_rollout import live_view_layout
 from runtime.eval_real.operator_console import OperatorConsole
 from runtime.eval_real.rollout_session import Interrupted, Rollout, RolloutSession, SessionOver
 from runtime.eval_real.run_config import EvalRealConfig, RobotLimits, RunConfig
@@ -49,6 +51,7 @@ from runtime.evaluation.results import (
     versions,
     write_result,
 )
+from runtime.live_view.live_view import LiveView
 from runtime.options.checkpoint import CheckpointOptions
 from runtime.options.connection import check_flags
 from runtime.options.model_name import ServerAddress
@@ -138,6 +141,7 @@ def read_evaluation(argv: Sequence[str] | None) -> Evaluation:
     config = from_flags(EvalRealConfig, args, overrides=overrides)
     check_flags(config.connection)
     check_upstream(config.model, config.upstream, config.checkpoint)
+    config.live_view.check()
     if isinstance(config.model, ServerAddress) and config.checkpoint != CheckpointOptions():
         raise ValueError(
             f"{', '.join(config.checkpoint.given_flags())}: got with -m {config.model}, expected "
@@ -261,10 +265,15 @@ def _evaluate(evaluation: Evaluation) -> None:
         recorder = _start_recorder(run_config, robot)
         if recorder is not None:
             stack.enter_context(recorder)
-        supervisor = stack.enter_context(Supervisor(run_config, robot, _tell))
-        _tell(supervisor.realtime)
+        live_view, tell = None, _tell
+        if run_config.live_view.rerun is not None:
+            layout = live_view_layout(run_config, robot)
+            live_view = stack.enter_context(LiveView(run_config.live_view.rerun, layout, _tell))
+            tell = functools.partial(_tell_and_show, live_view)
+        supervisor = stack.enter_context(Supervisor(run_config, robot, tell, live_view))
+        tell(supervisor.realtime)
         evaluation.setting = supervisor.setting
-        operator = stack.enter_context(OperatorConsole(_tell))
+        operator = stack.enter_context(OperatorConsole(tell))
         session = RolloutSession(
             supervisor,
             RobotLimits.of(robot),
@@ -272,7 +281,7 @@ def _evaluate(evaluation: Evaluation) -> None:
             folder=evaluation.path.with_suffix(""),
             unattended=config.yes,
             new_server=evaluation.new_server,
-            tell=_tell,
+            tell=tell,
             recorder=recorder,
         )
         for rollout in session.run(config.seeds):
@@ -295,6 +304,11 @@ def _start_recorder(config: RunConfig, robot: Robot) -> DatasetRecorder | None:
 
 def _tell(line: str) -> None:
     print(line, file=sys.stderr, flush=True)
+
+
+def _tell_and_show(live_view: LiveView, line: str) -> None:
+    _tell(line)
+    live_view.text(line)
 
 
 def _fail(error: BaseException) -> int:
@@ -351,6 +365,8 @@ def _conclude(evaluation: Evaluation, failure: str) -> int:
     print(f"recordings   {evaluation.path.with_suffix('')}/")
     if evaluation.config.recording.dataset is not None:
         print(f"dataset      {evaluation.config.recording.dataset}/")
+    if evaluation.config.live_view.file is not None:
+        print(f"rerun        {evaluation.config.live_view.file}")
     return 0
 
 

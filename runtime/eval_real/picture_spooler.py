@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import queue
 import threading
-from collections.abc import Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 
 from robots.base import CameraSample
@@ -13,6 +13,26 @@ from transport.child_process import send_event
 
 MOST_WAITING = 64
 """Pictures that wait for the disk; beyond it they are dropped, and counted."""
+
+
+class NewPictures:
+    """Finds the pictures that were not there before.
+
+    Args:
+        cameras: Names of the cameras that count.
+    """
+
+    def __init__(self, cameras: Iterable[str]) -> None:
+        self._cameras = tuple(cameras)
+        self._seen: dict[str, int] = {}
+
+    def among(self, frames: Mapping[str, CameraSample]) -> Iterator[tuple[str, CameraSample]]:
+        """Yield each new picture with its camera's name."""
+        for name in self._cameras:
+            sample = frames.get(name)
+            if sample is not None and self._seen.get(name) != sample.received_ns:
+                self._seen[name] = sample.received_ns
+                yield name, sample
 
 
 class PictureSpooler:
@@ -26,18 +46,14 @@ class PictureSpooler:
     def __init__(self, folder: Path, cameras: Mapping[str, tuple[int, int]]) -> None:
         self._folder, self._cameras = folder, cameras
         self._waiting: queue.Queue[tuple[str, CameraSample] | None] = queue.Queue(MOST_WAITING)
-        self._seen: dict[str, int] = {}
+        self._new = NewPictures(cameras)
         self._dropped = 0
         self._thread = threading.Thread(target=self._write, name="picture spool", daemon=True)
         self._thread.start()
 
     def add(self, frames: Mapping[str, CameraSample]) -> None:
         """Write each picture that is new. Never waits."""
-        for name in self._cameras:
-            sample = frames.get(name)
-            if sample is None or self._seen.get(name) == sample.received_ns:
-                continue
-            self._seen[name] = sample.received_ns
+        for name, sample in self._new.among(frames):
             try:
                 self._waiting.put_nowait((name, sample))
             except queue.Full:

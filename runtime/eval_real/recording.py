@@ -35,6 +35,7 @@ from numpy.typing import NDArray
 from policies.types import STAGES, ActionChunk
 from policies.yaml_config import as_plain, parse_config
 from runtime.eval_real.control_enums import Signal
+from runtime.eval_real.live_rollout import LiveRollout
 from runtime.eval_real.run_config import RobotLimits, RunConfig
 from runtime.evaluation.results import write_arrays, write_atomically
 from transport.shm.spsc_queue import QueueReader
@@ -141,10 +142,13 @@ class RecordingWriter:
 
     Args:
         ticks, accepted: Queues that the control process fills with commands and accepted chunks.
+        live: Shows them; None for no live view.
     """
 
-    def __init__(self, ticks: QueueReader, accepted: QueueReader) -> None:
-        self._ticks, self._accepted = ticks, accepted
+    def __init__(
+        self, ticks: QueueReader, accepted: QueueReader, live: LiveRollout | None = None
+    ) -> None:
+        self._ticks, self._accepted, self._live = ticks, accepted, live
         self._rows: dict[int, dict[str, NDArray[Any]]] = {}
         self._chunks: list[dict[str, NDArray[Any]]] = []
 
@@ -157,10 +161,13 @@ class RecordingWriter:
 
     def _keep_chunk(self, values: dict[str, NDArray[Any]]) -> None:
         self._chunks.append(values)
+        if self._live is not None:
+            self._live.chunk(values)
 
     def _keep_row(self, values: dict[str, NDArray[Any]]) -> None:
         # The watchdog repeats the row during which the control process may have died.
-        self._rows.setdefault(int(values["row"]), values)
+        if self._rows.setdefault(int(values["row"]), values) is values and self._live is not None:
+            self._live.row(values)
 
     def clear(self) -> None:
         """Forget the rows and chunks so far, before a rollout begins."""

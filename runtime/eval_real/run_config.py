@@ -28,6 +28,7 @@ from runtime.control.strategy_selection import ActionManager, ActionSteps, Manag
 from runtime.datasets.options import DatasetOptions
 from runtime.eval_real.motion_state_machine import MotionStateMachine
 from runtime.eval_real.shared_state import Dims
+from runtime.live_view.options import LiveViewOptions
 from runtime.options.checkpoint import CheckpointOptions
 from runtime.options.connection import ConnectionOptions
 from runtime.options.model_name import Model, read_model_name
@@ -133,6 +134,7 @@ class EvalRealConfig:
     ] = 0
     video_fps: Annotated[float, VIDEO_FPS, Flag("frames per second of videos; 0: no video")] = 10.0
     recording: DatasetOptions = field(default_factory=DatasetOptions)
+    live_view: LiveViewOptions = field(default_factory=LiveViewOptions)
     trace: TraceFile = None
     fps: Fps = None
     checkpoint: Annotated[CheckpointOptions, Group("checkpoint options", without=("fps",))] = field(

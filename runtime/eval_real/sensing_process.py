@@ -30,11 +30,13 @@ from robots.errors import RobotError
 from runtime.client.policy_client import PolicyClient
 from runtime.errors import RuntimeFault, ServerBusy, ServerLost
 from runtime.eval_real.control_enums import Phase, ServerStatus
+from runtime.eval_real.live_pictures import LivePictures
 from runtime.eval_real.picture_spooler import PictureSpooler
 from runtime.eval_real.run_config import RunConfig
 from runtime.eval_real.shared_state import SharedState, put_text, write_chunk
 from runtime.eval_real.video_recorder import VideoRecorder
 from runtime.eval_real.worker_process import ParentPipe, child_main
+from runtime.live_view.layout import LiveViewLayout
 from runtime.protocol.messages import check_observation_schema, observation_schema
 from runtime.trace import recorder as trace
 from transport.child_process import die_with_parent, send_event
@@ -98,6 +100,7 @@ class Sensing:
         self._lost = False
         self._video: VideoRecorder | None = None
         self._spooler: PictureSpooler | None = None
+        self._shown: LivePictures | None = None
         self._parent = os.getppid()
         self._input_buffer = b""
         self._quit = False
@@ -116,7 +119,11 @@ class Sensing:
             self._read_progress()
             self._exchange()
             self._publish()
+            if self._shown is not None:
+                self._shown.pump()
             self._read_commands(max(0.0, min(POLL_S, (next_ns - time.monotonic_ns()) / 1e9)))
+        if self._shown is not None:
+            self._shown.close()
         if self._reconnecting is not None:
             self._reconnecting.join()
 
@@ -144,6 +151,8 @@ class Sensing:
             self._video.add(frames, now_ns)
         if self._spooler is not None:
             self._spooler.add(frames)
+        if self._shown is not None:
+            self._shown.add(frames)
 
     def _take_joints(self) -> None:
         """If only control can read the joints, its samples come through shared memory."""
@@ -347,6 +356,9 @@ class Sensing:
                 # A process started after ``record`` has no pictures, and writes no file.
                 video, self._video = self._video or VideoRecorder(0.0), None
                 video.save(Path(argument))
+            elif word == "show":
+                fd, _, layout = argument.partition(" ")
+                self._shown = LivePictures(int(fd), LiveViewLayout.from_json(layout))
             elif word == "spool":
                 self._start_spool(Path(argument))
             elif word == "end_spool" and self._spooler is not None:

@@ -12,10 +12,12 @@ from typing import Any
 
 from robots.base import Robot
 from runtime.eval_real.control_enums import MOVING, ControlCommand, Phase, ServerStatus
+from runtime.eval_real.live_rollout import LiveRollout
 from runtime.eval_real.recording import RecordingWriter
 from runtime.eval_real.run_config import RunConfig
 from runtime.eval_real.shared_state import SharedState, create_segment, encode_command, get_text
 from runtime.eval_real.worker_process import WorkerProcess, WorkerProcessFailed
+from runtime.live_view.live_view import LiveView
 from transport.child_process import REPORT_EVERY_S
 
 logger = logging.getLogger(__name__)
@@ -35,6 +37,7 @@ class Supervisor:
         config: The run's configuration; passed to each process.
         robot: The same robot, not connected; for its dimensions.
         tell: Called with one line of text for every event.
+        live_view: Shows the run; None for no live view.
 
     Attributes:
         config: As given; its address changes when the server is replaced.
@@ -48,9 +51,16 @@ class Supervisor:
         WorkerProcessFailed: A process did not start; the message says why. Nothing has moved.
     """
 
-    def __init__(self, config: RunConfig, robot: Robot, tell: Callable[[str], None]) -> None:
+    def __init__(
+        self,
+        config: RunConfig,
+        robot: Robot,
+        tell: Callable[[str], None],
+        live_view: LiveView | None = None,
+    ) -> None:
         self.config = config
         self._tell = tell
+        self._live_view = live_view
         dims = config.dims(robot)
         self._fd = create_segment(dims)
         self._shared_state = SharedState(self._fd, dims)
@@ -58,7 +68,9 @@ class Supervisor:
         self._sensing_report = self._shared_state.latest_reader("sensing")
         self._events = self._shared_state.queue_reader("events")
         self.recorder = RecordingWriter(
-            self._shared_state.queue_reader("ticks"), self._shared_state.queue_reader("accepted")
+            self._shared_state.queue_reader("ticks"),
+            self._shared_state.queue_reader("accepted"),
+            LiveRollout(live_view.writer, config) if live_view is not None else None,
         )
         self._commands_sent = 0
         self._control: WorkerProcess | None = None
@@ -122,6 +134,8 @@ class Supervisor:
     def poll(self) -> None:
         """Drain the recording queues and report events. Call it 100 times a second or more."""
         self.recorder.drain()
+        if self._live_view is not None:
+            self._live_view.poll()
         while (views := self._events.peek()) is not None:
             self._tell(get_text(views["text"]))
             self._events.release()
@@ -256,8 +270,12 @@ class Supervisor:
             raise WorkerProcessFailed(f"the control process does not command ({control.status})")
 
     def _start_sensing(self) -> None:
-        self._sensing = WorkerProcess("sensing", self.config, self._fd)
+        live = self._live_view
+        pass_fds = [live.fd] if live is not None else []
+        self._sensing = WorkerProcess("sensing", self.config, self._fd, pass_fds=pass_fds)
         self.setting = dict(self._sensing.wait_ready(READY_WITHIN_S, self._tell))
+        if live is not None:
+            self._sensing.send_line(f"show {live.fd} {live.layout.to_json()}")
         self.lost = ""
 
     def _sensing_hangs(self) -> bool:
