@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import contextlib
 import socket
+import subprocess
+import sys
 import time
 from collections.abc import Mapping
 from typing import Any
@@ -23,7 +25,7 @@ COMMANDED, PLANNED, MEASURED = "commanded", "planned", "measured"
 LATENESS, AGE, SEAM = "timing/lateness_ms", "timing/action_age_ms", "timing/seam_jump"
 TEXTS = "log"
 VIEWER_URL = "rerun+http://127.0.0.1:9876/proxy"
-OPENS_WITHIN_S, CONNECTS_WITHIN_S = 15.0, 2.0
+OPENS_WITHIN_S, OPENING_S, CONNECTS_WITHIN_S = 15.0, 0.2, 2.0
 QUALITY = 85
 COLORS = {MEASURED: (120, 120, 120), COMMANDED: (30, 120, 220), PLANNED: (240, 150, 40)}
 Columns = Mapping[str, NDArray[Any]]
@@ -57,20 +59,13 @@ class RerunLog:
         self._describe()
 
     def _connect(self, target: str) -> None:
-        url = VIEWER_URL if target == VIEWER else target
-        if not _listens(url, CONNECTS_WITHIN_S):
-            if target != VIEWER:
-                raise LiveViewError(f"--rerun: got nothing at {target}, expected a viewer")
-            self._rerun.spawn(connect=False)
-            deadline_s = time.monotonic() + OPENS_WITHIN_S
-            while not _listens(url, CONNECTS_WITHIN_S):
-                if time.monotonic() > deadline_s:
-                    raise LiveViewError(
-                        f"--rerun: the viewer does not open within {OPENS_WITHIN_S:g} s; "
-                        f"expected a display, or FILE{FILE_SUFFIX}"
-                    )
-                time.sleep(0.2)
-        self.recording.connect_grpc(url)
+        if target == VIEWER:
+            target = VIEWER_URL
+            if not _listens(target, CONNECTS_WITHIN_S):
+                _open_viewer()
+        elif not _listens(target, CONNECTS_WITHIN_S):
+            raise LiveViewError(f"--rerun: got nothing at {target}, expected a viewer")
+        self.recording.connect_grpc(target)
 
     def _joint(self, name: str) -> str:
         return str(self._rerun.new_entity_path(["joints", name]))
@@ -208,6 +203,29 @@ class RerunLog:
                 return False
             raise LiveViewError(str(error)) from error
         return True
+
+
+def _open_viewer() -> None:
+    """Start the viewer, which goes on when this process has ended.
+
+    Raises:
+        LiveViewError: It does not open.
+    """
+    port = str(urlsplit(VIEWER_URL).port)
+    command = [sys.executable, "-m", "rerun", "--port", port, "--bind", "127.0.0.1"]
+    viewer = subprocess.Popen(command, stdin=subprocess.DEVNULL, start_new_session=True)
+    deadline_s = time.monotonic() + OPENS_WITHIN_S
+    while not _listens(VIEWER_URL, CONNECTS_WITHIN_S):
+        if viewer.poll() is not None or time.monotonic() > deadline_s:
+            viewer.kill()
+            raise LiveViewError(
+                "--rerun: the viewer does not open; expected a display (or --rerun "
+                f"FILE{FILE_SUFFIX})"
+            )
+        time.sleep(OPENING_S)
+    time.sleep(OPENING_S)
+    if viewer.poll() is not None:  # it listens before it has a window
+        raise LiveViewError("--rerun: the viewer was closed")
 
 
 def _listens(url: str, timeout_s: float) -> bool:

@@ -198,6 +198,7 @@ REAL: dict[str, Row] = {
         lambda m: m.recording.dataset_lossless,
         True,
     ),
+    "rerun": (("--rerun", "/x/r.rrd"), lambda m: m.live_view.file, Path("/x/r.rrd")),
     "robot_config": (("-c", "sim_twin"), lambda m: m.make_robot().name, "sim_twin"),
 }
 REAL_READ: dict[str, Row] = {
@@ -331,6 +332,7 @@ SIM: dict[str, Row] = {
     "resume": (("--resume",), lambda p: p.resume, True),
     "retries": (("--retries", "0"), lambda p: p.retries, 0),
     "episode_timeout_s": (("--episode_timeout_s", "9"), lambda p: p.episode_timeout_s, 9.0),
+    "rerun": (("--rerun",), lambda p: p.live_view.rerun, "viewer"),
     "output_dir": (("-o", "/x"), lambda p: p.video_dir, Path("/x/fake/video/fake")),
 }  # fmt: skip
 SIM_ELSEWHERE = {"jpeg", "server_key", "client_key", "use_spawn", "log_level"}

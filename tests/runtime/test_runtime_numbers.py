@@ -64,6 +64,7 @@ COMMANDS: dict[str, Callable[[], argparse.ArgumentParser]] = {
 NOT_FOR_PEOPLE = {
     "runtime/datasets/recorder_process.py",
     "runtime/eval_real/worker_process.py",
+    "runtime/live_view/logger_process.py",
     "robots/twin_owner_process.py",
     "robots/twin_render_process.py",
     "robots/lerobot_owner_process.py",
