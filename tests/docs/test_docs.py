@@ -54,7 +54,7 @@ PROGRAMS = {
 """Scripts and packages of which another module has the ``parser``."""
 PARSED = (
     *("envs.demonstrations", "bench.compare", "bench.rollouts", "bench.strategies"),
-    "bench.inference.gpu",
+    *("bench.inference.gpu", "bench.recording_lateness"),
 )
 """Further modules with flags of their own that documents mention."""
 PACKAGES = "policies|runtime|transport|envs|robots|tests|configs|docs|bench|ckpt"

@@ -19,7 +19,8 @@ from runtime.live_view.layout import LiveViewLayout, LiveViewSegment, create_seg
 from runtime.live_view.live_view import LiveView
 from runtime.live_view.live_view_writer import LiveViewWriter
 from runtime.live_view.logger_process import Logger
-from runtime.live_view.rerun_log import RerunLog
+from runtime.live_view.options import VIEWER
+from runtime.live_view.rerun_log import VIEWER_URL, RerunLog, _listens
 from tests.datasets import truth
 from tests.live_view.rrd import RrdFile
 from tests.runtime.command import status_of
@@ -203,6 +204,18 @@ def test_a_viewer_that_is_not_there_does_not_end_the_evaluation(
 ) -> None:
     assert evaluate(tmp_path, "rerun+http://127.0.0.1:9/proxy") == 0
     assert "no live view: --rerun: got nothing at rerun+http://127.0.0.1:9/proxy" in caplog.text
+
+
+@pytest.mark.long
+def test_a_viewer_that_does_not_open_does_not_end_the_evaluation(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    if _listens(VIEWER_URL, 0.5):
+        pytest.skip("a viewer runs on this host")
+    monkeypatch.delenv("DISPLAY", raising=False)
+    monkeypatch.delenv("WAYLAND_DISPLAY", raising=False)
+    assert evaluate(tmp_path, VIEWER) == 0
+    assert "no live view: --rerun: the viewer does not open" in caplog.text
 
 
 @pytest.mark.long
