@@ -132,6 +132,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         segment = LiveViewSegment(args.segment, layout)
         write_event(args.events, "ready")
         _run(Logger(layout, segment, log), log, args.events)
+        log.close()
     except (LiveViewError, ImportError, OSError, RuntimeError, ValueError) as error:
         write_event(args.events, "failed", error=str(error))
         os._exit(1)

@@ -8,7 +8,8 @@ import subprocess
 import sys
 import time
 from collections.abc import Mapping
-from typing import Any
+from pathlib import Path
+from typing import Any, BinaryIO
 from urllib.parse import urlsplit
 
 import numpy as np
@@ -40,7 +41,7 @@ class RerunLog:
 
     Raises:
         LiveViewError: There is no viewer there, or it does not open.
-        OSError, RuntimeError: The file cannot be written.
+        OSError: The file cannot be written.
     """
 
     def __init__(self, target: str, layout: LiveViewLayout) -> None:
@@ -49,12 +50,15 @@ class RerunLog:
         self._rerun, self._layout = rerun, layout
         self._last: tuple[int, int, int, NDArray[np.float32]] | None = None
         self.recording = rerun.RecordingStream(APPLICATION)
-        blueprint = self._blueprint()
+        self._file: BinaryIO | None = None
         if target.endswith(FILE_SUFFIX):
-            self.recording.save(target, default_blueprint=blueprint)
+            # Written here: Rerun's own writer says nothing of a full disk.
+            self._stream = self.recording.binary_stream()
+            self._file = Path(target).open("wb")  # noqa: SIM115 (until ``close``)
         else:
             self._connect(target)
-            self.recording.send_blueprint(blueprint, make_active=False, make_default=True)
+        blueprint = self._blueprint()
+        self.recording.send_blueprint(blueprint, make_active=False, make_default=True)
         self.recording.send_recording_name(layout.title)
         self._describe()
 
@@ -191,18 +195,28 @@ class RerunLog:
         self.recording.send_columns(self._camera(camera), times, shown)
 
     def flush(self, timeout_s: float) -> bool:
-        """Wait until all is written or with the viewer; False after ``timeout_s``.
+        """Wait until all is in the file or with the viewer; False after ``timeout_s``.
 
         Raises:
-            LiveViewError: The viewer was closed, or the file cannot be written.
+            LiveViewError: The viewer was closed.
+            OSError: The file cannot be written.
         """
         try:
-            self.recording.flush(timeout_sec=timeout_s)
+            if self._file is None:
+                self.recording.flush(timeout_sec=timeout_s)
+            else:
+                self._file.write(self._stream.read(flush_timeout_sec=timeout_s) or b"")
+                self._file.flush()
         except RuntimeError as error:
             if "timed out" in str(error):
                 return False
             raise LiveViewError(str(error)) from error
         return True
+
+    def close(self) -> None:
+        """Close the file. Idempotent. A viewer goes on."""
+        if self._file is not None:
+            self._file.close()
 
 
 def _open_viewer() -> None:

@@ -59,6 +59,7 @@ def test_what_was_sent_is_in_the_file(tmp_path: Path) -> None:
     writer.picture("top left", 130, np.full((4, 8, 3), 200, np.uint8))
     while logger.log_batch():
         assert log.flush(10)
+    log.close()
     writer.close()
     os.close(fd)
     file = RrdFile(tmp_path / "a.rrd")
@@ -196,6 +197,15 @@ def test_a_process_that_dies_does_not_end_the_evaluation(
     assert evaluate(tmp_path, str(tmp_path / "run.rrd")) == 0
     assert "its process ended (killed by SIGKILL)" in caplog.text
     assert 12 <= len(RrdFile(tmp_path / "run.rrd").joints("commanded", JOINTS)[0]) <= 18
+
+
+@pytest.mark.long
+def test_a_full_disk_does_not_end_the_evaluation(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    (tmp_path / "run.rrd").symlink_to("/dev/full")
+    assert evaluate(tmp_path, str(tmp_path / "run.rrd")) == 0
+    assert "the live view is over: [Errno 28] No space left on device" in caplog.text
 
 
 @pytest.mark.long
