@@ -149,7 +149,8 @@ def table(ways: dict[str, dict[str, Any]]) -> str:
         ratios = way["p99_ratio_of_each_round"]
         lines.append(
             f"| {name} | {way['ticks']} | {way['missed']} | {way['unrecorded']} "
-            f"| {way['repeated']} | {figures} | {way['p99_ratio']:.2f} | {min(ratios):.2f} to {max(ratios):.2f} |"
+            f"| {way['repeated']} | {figures} | {way['p99_ratio']:.2f} "
+            f"| {min(ratios):.2f} to {max(ratios):.2f} |"
         )
     return "\n".join(lines)
 
