@@ -23,6 +23,7 @@ HOW_CONFIG = (
     "upstream.api_key",
     "use_spawn",
     "trace",
+    "live_view",
     "log_level",
 )
 """Fields of ``config`` on which no episode depends. The policy is described under ``policy``."""
