@@ -14,6 +14,7 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from policies.checkpoint.hub_snapshot import refuse_hub_pickle
+from policies.checkpoint.packed_weights import unpack
 from policies.checkpoint.weight_folders import ADAPTERS, INDEX, WEIGHTS
 from policies.errors import CheckpointError
 
@@ -88,7 +89,7 @@ def _read_sharded(index: Path, unchecked: str | tuple[str, ...]) -> dict[str, Te
 
 
 def read_safetensors(path: Path, *, unchecked: str | tuple[str, ...] = ()) -> dict[str, Tensor]:
-    """Return all tensors on the CPU, as float32; integers keep their dtype.
+    """Return all tensors on the CPU, as float32, packed ones unpacked; integers keep theirs.
 
     Args:
         path: The file.
@@ -107,6 +108,10 @@ def read_safetensors(path: Path, *, unchecked: str | tuple[str, ...] = ()) -> di
                 f"{path}: a Git LFS pointer, the file itself was not downloaded: run git lfs pull"
             ) from error
         raise CheckpointError(f"{path}: truncated, or no safetensors file: {error}") from error
+    try:
+        tensors = unpack(tensors)
+    except CheckpointError as error:
+        raise CheckpointError(f"{path}: {error}") from error
     return _checked(path, tensors, unchecked)
 
 

@@ -21,11 +21,12 @@ from policies.act.config import ActConfig
 from policies.act.model import IMAGENET_MEAN, IMAGENET_STD
 from policies.act.transformer import sequence_positions
 from policies.checkpoint.extras import FILE_NAMES, Extras
+from policies.checkpoint.packed_weights import pack
 from policies.checkpoint.weight_names import detr_keys, lerobot_keys
 from policies.errors import CheckpointError
 
-StoredAs = Literal["fp32", "bf16"]
-"""Number format of the stored weights."""
+StoredAs = Literal["fp32", "bf16", "bf16_packed"]
+"""Number format of the stored weights. Packed ones are smaller, but no other program reads them."""
 Stats = Mapping[str, Mapping[str, Sequence[float]]]
 """``state`` and ``action`` to ``mean, std, min, max, q01, q99``, each of length D."""
 
@@ -124,7 +125,8 @@ def save_ilstudio(folder: Path, saved: Saved, *, stored_as: StoredAs = "fp32") -
 def save_lerobot(folder: Path, saved: Saved, *, stored_as: StoredAs = "fp32") -> None:
     """Write LeRobot's layout with processor files, without the style encoder (``use_vae`` false).
 
-    Its images have the model's size: LeRobot's users crop them first.
+    Its images have the model's size: LeRobot's users crop them first. LeRobot reads no packed
+    weights, so ``bf16_packed`` is ``bf16``.
     """
     config, execution = saved.config, saved.extras.recommended()
     n_action_steps = saved.extras.n_action_steps
@@ -134,7 +136,8 @@ def save_lerobot(folder: Path, saved: Saved, *, stored_as: StoredAs = "fp32") ->
         ensemble = 0.01 if execution.manager_coef is None else execution.manager_coef
     folder.mkdir(parents=True, exist_ok=True)
     tensors = _rename(saved.tensors, lerobot_keys(config), style=False)
-    _write_weights(folder / "model.safetensors", tensors, stored_as)
+    readable: StoredAs = "bf16" if stored_as == "bf16_packed" else stored_as
+    _write_weights(folder / "model.safetensors", tensors, readable)
     images = {
         f"observation.images.{camera.name}": {"type": "VISUAL", "shape": [3, *camera.model_hw]}
         for camera in saved.extras.cameras or ()
@@ -235,9 +238,11 @@ def _write_weights(path: Path, tensors: Mapping[str, Tensor], stored_as: StoredA
     """
     stored = {}
     for key, tensor in tensors.items():
-        narrow = stored_as == "bf16" and tensor.ndim > 1
+        narrow = stored_as != "fp32" and tensor.ndim > 1
         dtype = torch.bfloat16 if narrow else torch.float32
         stored[key] = tensor.detach().to(device="cpu", dtype=dtype).contiguous().clone()
+    if stored_as == "bf16_packed":
+        stored = pack(stored)
     save_file(stored, path, metadata={"format": "pt"})
     path.chmod(0o644)
 

@@ -92,7 +92,7 @@ class TrainConfig:
         threads: CPU threads; None for all cores.
         save_every, evaluate_every: In steps.
         evaluate_episodes: Episodes of each evaluation.
-        stored_as: Number format of the exported weights.
+        stored_as: Number format of the exported weights; see ``StoredAs``.
 
     Raises:
         ValueError: Cameras of several sizes, or a number out of range.

@@ -19,6 +19,7 @@ from policies.act.policy import ActPolicy
 from policies.checkpoint.extras import Extras
 from policies.checkpoint.file_readers import read_safetensors
 from policies.checkpoint.load import load_policy, load_weights
+from policies.checkpoint.packed_weights import pack, unpack
 from policies.checkpoint.save import Saved, save_ilstudio, save_lerobot
 from policies.checkpoint.untrained import initial_weights, make_untrained
 from policies.checkpoint.weight_folders import find_folder
@@ -1136,3 +1137,18 @@ def test_a_home_is_found(tiny, monkeypatch):
     assert load_weights(f"~/{tiny.name}").contract().state_dim == 3
     with pytest.raises(CheckpointError, match="~nobody-of-that-name/x: "):
         load_weights("~nobody-of-that-name/x")
+
+
+def test_only_our_own_layout_is_packed(tmp_path, monkeypatch):
+    monkeypatch.setattr("policies.checkpoint.save.pack", functools.partial(pack, packed_from=1))
+    given = saved()
+    for save in (save_ilstudio, save_lerobot):
+        for stored_as in ("bf16", "bf16_packed"):
+            save(tmp_path / save.__name__ / stored_as, given, stored_as=stored_as)
+        plain, packed = (
+            load_file(tmp_path / save.__name__ / each / "model.safetensors")
+            for each in ("bf16", "bf16_packed")
+        )
+        assert (plain.keys() == packed.keys()) == (save is save_lerobot)
+        if save is save_ilstudio:
+            assert unpack(packed).keys() == plain.keys()
