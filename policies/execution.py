@@ -9,7 +9,7 @@ import math
 from dataclasses import dataclass, field
 from typing import Annotated
 
-from policies.number_ranges import FRACTION, TICKS, Range, check_ranges
+from policies.number_ranges import FRACTION, LATENCY_MS, TICKS, Range, check_ranges
 
 STRATEGIES = (
     "sequential",
@@ -82,6 +82,8 @@ class Execution:
         manager_coef: The strategy's coefficient; None for its default.
         n_action_steps: Ticks from one chunk to the next; None for the strategy's default.
         source: Where the values come from, e.g. ``"config.json: temporal_ensemble_coeff"``.
+        max_latency_ms: Latency up to which the recommendation was measured to hold, from an
+            observation until its answer can be used; None if it was not measured.
 
     Raises:
         ValueError: An unknown strategy, or a number out of range.
@@ -91,6 +93,7 @@ class Execution:
     manager_coef: Annotated[float, COEFFICIENT] | None = None
     n_action_steps: Annotated[int, TICKS] | None = None
     source: str = field(default="", compare=False)
+    max_latency_ms: Annotated[float, LATENCY_MS] | None = None
 
     def __post_init__(self) -> None:
         check_ranges(self)

@@ -330,6 +330,8 @@ class PolicyContract:
         can read it. An older client refuses a contract with another value, as it has to.
         """
         plain = dataclasses.asdict(self)
+        if self.execution is not None and self.execution.max_latency_ms is None:
+            del plain["execution"]["max_latency_ms"]
         return json.dumps(
             {k: v for k, v in plain.items() if k not in _ADDED_LATER or v not in _UNSET}
         )
@@ -419,14 +421,26 @@ def _rendering(shadows: object, msaa: object) -> Rendering:
 
 
 def _execution(
-    action_manager: object, manager_coef: object, n_action_steps: object, source: object
+    action_manager: object,
+    manager_coef: object,
+    n_action_steps: object,
+    source: object,
+    max_latency_ms: object = None,
 ) -> Execution:
     if type(manager_coef) not in (int, float, type(None)):
         raise TypeError(f"execution.manager_coef: {manager_coef!r:.80}")
     if type(n_action_steps) not in (int, type(None)):
         raise TypeError(f"execution.n_action_steps: {n_action_steps!r:.80}")
+    if type(max_latency_ms) not in (int, float, type(None)):
+        raise TypeError(f"execution.max_latency_ms: {max_latency_ms!r:.80}")
     coefficient = None if manager_coef is None else float(manager_coef)  # type: ignore[arg-type]
-    return Execution(_text(action_manager), coefficient, n_action_steps, _text(source))  # type: ignore[arg-type]
+    return Execution(
+        _text(action_manager),
+        coefficient,
+        n_action_steps,  # type: ignore[arg-type]
+        _text(source),
+        max_latency_ms,  # type: ignore[arg-type]
+    )
 
 
 def _assumption(what: object, value: object, flag: object) -> Assumption:

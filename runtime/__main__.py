@@ -25,6 +25,7 @@ COMMANDS = {
         "recompute the commands of a robot's recordings and compare them",
     ),
     "compare": ("runtime.tools.compare", "compare the results of evaluations"),
+    "latency": ("runtime.tools.latency", "measure what latency does to a policy"),
     "trace": ("runtime.trace.merge", "merge the trace files of several processes"),
 }
 """Subcommand: (module with ``main``, what it does). Only the chosen module is imported."""

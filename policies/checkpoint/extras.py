@@ -13,7 +13,7 @@ from typing import Annotated, Any, Literal
 
 from policies.errors import CheckpointError, PolicyError
 from policies.execution import COEFFICIENT, Assumption, Execution, check_strategy
-from policies.number_ranges import COUNT, PERIOD_S, TICKS
+from policies.number_ranges import COUNT, LATENCY_MS, PERIOD_S, TICKS
 from policies.types import CameraContract, Pixels, Rendering
 from policies.yaml_config import InvalidConfig, load_config
 
@@ -36,6 +36,7 @@ class ExecutionKeys:
     action_manager: str
     manager_coef: Annotated[float, COEFFICIENT] | None = None
     n_action_steps: Annotated[int, TICKS] | None = None
+    max_latency_ms: Annotated[float, LATENCY_MS] | None = None
 
     def __post_init__(self) -> None:
         check_strategy(self.action_manager, self.manager_coef)
@@ -53,8 +54,9 @@ class Extras:
         dt_s: Seconds per policy tick; None where it is not given.
         rendering: How the training images were rendered.
         n_action_steps: Actions of a chunk to execute before the next.
-        execution: How to execute chunks: ``action_manager``, and ``manager_coef`` and
-            ``n_action_steps`` where they differ from the strategy's defaults.
+        execution: How to execute chunks: ``action_manager``; ``manager_coef`` and
+            ``n_action_steps`` where they differ from the strategy's defaults; ``max_latency_ms``
+            where it was measured.
         state_names, action_names: Of the dimensions, in the order of the training.
         trained: False for weights that were only initialized.
         action_statistics: Which statistics in ``dataset_stats.pkl`` normalize actions, where the
@@ -85,6 +87,7 @@ class Extras:
                 self.execution.manager_coef,
                 self.n_action_steps if steps is None else steps,
                 f"{FILE_NAMES[0]}: execution",
+                self.execution.max_latency_ms,
             )
         if self.n_action_steps is not None:
             return Execution(

@@ -128,6 +128,14 @@ class ChunkExecutor:
         """Note that the observation of ``tick`` was sent."""
         self._requested = tick
 
+    def give_up_request(self, tick: int, after: int) -> None:
+        """Forget the open request if it is older than ``after`` ticks at ``tick``.
+
+        Then ``wants_chunk`` asks again. The answer is still accepted if it comes first.
+        """
+        if self._requested > self._newest_obs and tick - self._requested > after:
+            self._requested = self._newest_obs
+
     def accept(self, chunk: ActionChunk, *, at_once: bool = False) -> bool:
         """Blend ``chunk`` into the plan; False if it was dropped because it is not newer.
 

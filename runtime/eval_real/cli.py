@@ -36,6 +36,7 @@ from runtime.datasets.errors import RecorderFailed
 from runtime.errors import ModelNameError
 from runtime.eval_real.compatibility import Incompatible, check_compatible
 from runtime.eval_real.dataset_episode import dataset_features
+from runtime.eval_real.latency_check import latency_lines
 from runtime.eval_real.live_rollout import live_view_layout
 from runtime.eval_real.operator_console import OperatorConsole
 from runtime.eval_real.rollout_session import Interrupted, Rollout, RolloutSession, SessionOver
@@ -183,7 +184,11 @@ def make_run_config(
             "demonstrations were recorded at"
         )
     execution = choose_execution(
-        contract_used, config.action_manager, config.manager_coef, config.n_action_steps
+        contract_used,
+        config.action_manager,
+        config.manager_coef,
+        config.n_action_steps,
+        config.ensemble_stride,
     )
     rate = 1 / contract_used.dt_s
     longest_s = contract_used.chunk_size * contract_used.dt_s + 1.0
@@ -205,6 +210,7 @@ def make_run_config(
         language=evaluation.task.language,
         execution_source=execution.source,
         weights_hash=weights_hash,
+        max_latency_ms=execution.max_latency_ms,
     )
 
 
@@ -261,6 +267,8 @@ def _evaluate(evaluation: Evaluation) -> None:
         check_compatible(run_config, robot)
         evaluation.run_config = run_config
         for line in strategy_selection.summary_lines(run_config.contract, run_config.execution):
+            _tell(line)
+        for line in latency_lines(run_config):
             _tell(line)
         recorder = _start_recorder(run_config, robot)
         if recorder is not None:

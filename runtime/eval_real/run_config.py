@@ -24,7 +24,13 @@ from runtime.control.blending import Strategy
 from runtime.control.command_stream import CommandStream
 from runtime.control.interpolation import control_ratio
 from runtime.control.realtime import UNPRIVILEGED, RealtimeOptions
-from runtime.control.strategy_selection import ActionManager, ActionSteps, ManagerCoef, strategy_of
+from runtime.control.strategy_selection import (
+    ActionManager,
+    ActionSteps,
+    EnsembleStride,
+    ManagerCoef,
+    strategy_of,
+)
 from runtime.datasets.options import DatasetOptions
 from runtime.eval_real.motion_state_machine import MotionStateMachine
 from runtime.eval_real.shared_state import Dims
@@ -81,6 +87,7 @@ class EvalRealConfig:
     action_manager: ActionManager = None
     manager_coef: ManagerCoef = None
     n_action_steps: ActionSteps = None
+    ensemble_stride: EnsembleStride = None
     save_dir: Annotated[str, Flag("folder for results", "-o")] = "results"
     seed: Annotated[
         int,
@@ -173,6 +180,8 @@ class RunConfig(EvalRealConfig):
         language: The task's instruction in words.
         execution_source: What chose the strategy: a flag, the checkpoint, or the default.
         weights_hash: Of the policy's weights, as its server said it; empty for none.
+        max_latency_ms: Latency up to which the checkpoint's strategy was measured to hold; None
+            if it was not, or another is used.
     """
 
     contract_json: str
@@ -181,6 +190,7 @@ class RunConfig(EvalRealConfig):
     action_manager: str = "sequential"
     execution_source: str = ""
     weights_hash: str = ""
+    max_latency_ms: float | None = None
     publish_rate: float = 50.0
     sensing_rate: float = 50.0
     max_timesteps: int = 400
@@ -209,7 +219,11 @@ class RunConfig(EvalRealConfig):
     def execution(self) -> Execution:
         """How chunks are executed, and what chose it."""
         return Execution(
-            self.action_manager, self.manager_coef, self.n_action_steps, self.execution_source
+            self.action_manager,
+            self.manager_coef,
+            self.n_action_steps,
+            self.execution_source,
+            self.max_latency_ms,
         )
 
     @property
@@ -230,11 +244,12 @@ class RunConfig(EvalRealConfig):
         """Return the session's deadline and rate, as keyword arguments of ``PolicyClient``.
 
         A reply later than the chunk is long contains no action that can still be used. A strategy
-        that executes one chunk after another needs chunks at a fixed rate; the others need none.
+        that executes one chunk after another needs chunks at a fixed rate; the others do if a flag
+        or the checkpoint states the ticks between them.
         """
         contract, strategy = self.contract, self.strategy()
         demand: dict[str, Any] = {"deadline_ms": contract.chunk_size * contract.dt_s * 1e3}
-        if strategy.windowed:
+        if strategy.windowed or self.n_action_steps is not None:
             demand["rate_hz"] = 1 / (strategy.stride * contract.dt_s)
         return demand
 

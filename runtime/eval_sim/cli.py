@@ -34,6 +34,7 @@ from runtime.datasets.dataset_recorder import DatasetRecorder
 from runtime.datasets.errors import RecorderFailed
 from runtime.datasets.features import DatasetFeatures
 from runtime.errors import RuntimeFault
+from runtime.eval_sim.latency_dial import NO_DELAY
 from runtime.eval_sim.reports import EpisodeSpooled, Report, RunInfo, WorkerFailed
 from runtime.eval_sim.resumed_run import (
     EarlierRun,
@@ -215,7 +216,7 @@ def _run_remaining(
         for item in _recorded(journal, config, earlier, reports):
             if isinstance(item, RunInfo):
                 progress.run_info = item
-                for line in _summary_lines(item):
+                for line in _summary_lines(config, item):
                     bar.write(line, file=sys.stderr)
                 continue
             journal.add(item)
@@ -271,10 +272,14 @@ def _recorded(
             recorder.finish()
 
 
-def _summary_lines(run_info: RunInfo) -> list[str]:
+def _summary_lines(config: EvalSimConfig, run_info: RunInfo) -> list[str]:
     contract = PolicyContract.from_json(run_info.contract_json)
     execution = Execution(**run_info.execution)
-    return strategy_selection.summary_lines(contract, execution, run_info.assumed)
+    lines = strategy_selection.summary_lines(contract, execution, run_info.assumed)
+    if config.latency != NO_DELAY:
+        lines.append(f"latency      {config.latency}")
+    warning = strategy_selection.latency_warning(execution, config.latency.largest_ms)
+    return lines if warning is None else [*lines, f"warning: {warning}"]
 
 
 def _must_be_writable(folder: Path) -> None:

@@ -94,15 +94,17 @@ class EpisodeWorker:
             )
             check_world(self._world, policy, contract)
             execution = choose_execution(
-                contract, config.action_manager, config.manager_coef, config.n_action_steps
+                contract,
+                config.action_manager,
+                config.manager_coef,
+                config.n_action_steps,
+                config.ensemble_stride,
             )
             executor = ChunkExecutor(contract, strategy_of(contract, execution))
             self.info = _run_info(config, self._world, policy, contract, execution)
             self._live: LiveEpisodes | None = None
             if config.live_view.rerun is not None:
-                view = start_live_episodes(
-                    config, self._world, contract, execution, logger.warning
-                )
+                view = start_live_episodes(config, self._world, contract, execution, logger.warning)
                 self._live = LiveEpisodes(
                     stack.enter_context(view), self._world, realtime=config.realtime
                 )
@@ -188,13 +190,13 @@ def _make_policy(config: EvalSimConfig) -> tuple[RolloutPolicy, RunEpisode]:
             load_model(model, config.checkpoint, config.upstream),
             upstream=isinstance(model, UpstreamModel),
         )
-        return policy, functools.partial(run_lockstep, policy)
+        return policy, functools.partial(run_lockstep, policy, dial=config.latency)
     client = PolicyClient(
         str(model), deterministic=not config.realtime, **config.connection.keywords()
     )
     if config.realtime:
-        return client, functools.partial(run_realtime, client)
-    return client, functools.partial(run_lockstep, client)
+        return client, functools.partial(run_realtime, client, dial=config.latency)
+    return client, functools.partial(run_lockstep, client, dial=config.latency)
 
 
 def _played_contract(config: EvalSimConfig, contract: PolicyContract) -> PolicyContract:

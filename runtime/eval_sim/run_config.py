@@ -19,9 +19,15 @@ from policies.number_ranges import (
     SEED,
     check_ranges,
 )
-from runtime.control.strategy_selection import ActionManager, ActionSteps, ManagerCoef
+from runtime.control.strategy_selection import (
+    ActionManager,
+    ActionSteps,
+    EnsembleStride,
+    ManagerCoef,
+)
 from runtime.datasets.options import DatasetOptions
 from runtime.eval_sim.episode_queue import DEFAULT_RETRIES
+from runtime.eval_sim.latency_dial import NO_DELAY, LatencyDial
 from runtime.evaluation.results import result_path
 from runtime.live_view.options import LiveViewOptions
 from runtime.options.checkpoint import CheckpointOptions
@@ -75,10 +81,12 @@ class EvalSimConfig:
         Flag("an episode's worker process is replaced after this long", default="no limit"),
     ] = None
     realtime: Annotated[bool, Flag("run by the wall clock, not in lockstep")] = False
+    latency: Annotated[LatencyDial, Group("latency")] = NO_DELAY
     connection: ConnectionOptions = field(default_factory=ConnectionOptions)
     action_manager: ActionManager = None
     manager_coef: ManagerCoef = None
     n_action_steps: ActionSteps = None
+    ensemble_stride: EnsembleStride = None
     videos: Annotated[
         int, COUNT_OR_NONE, Flag("number of episodes to record, from the first on")
     ] = 10

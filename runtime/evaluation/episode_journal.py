@@ -22,6 +22,9 @@ from runtime.control.chunk_executor import ExecutorStatistics
 from runtime.errors import JournalError
 from runtime.evaluation.episode_result import Episode, ErroredEpisode
 
+_ARRAYS = ("action_age_s", "lateness_s", "answer_delay_s", "drawn_latency_s")
+"""Fields of ``Episode`` that are arrays."""
+
 
 @dataclass(frozen=True, slots=True, eq=False)
 class JournalContent:
@@ -182,8 +185,7 @@ def _plain(episode: Episode | ErroredEpisode) -> dict[str, Any]:
     if isinstance(episode, ErroredEpisode):
         return dataclasses.asdict(episode)
     return dataclasses.asdict(episode) | {
-        "action_age_s": episode.action_age_s.tolist(),
-        "lateness_s": episode.lateness_s.tolist(),
+        **{name: getattr(episode, name).tolist() for name in _ARRAYS},
         "stages_ns": {
             name: np.asarray(durations, np.int64).tolist()
             for name, durations in episode.stages_ns.items()
@@ -196,7 +198,6 @@ def _episode(plain: Mapping[str, Any]) -> Episode:
         **{
             **plain,
             "executor": ExecutorStatistics(**plain["executor"]),
-            "action_age_s": np.asarray(plain["action_age_s"], np.float64),
-            "lateness_s": np.asarray(plain["lateness_s"], np.float64),
+            **{name: np.asarray(plain[name], np.float64) for name in _ARRAYS},
         }
     )

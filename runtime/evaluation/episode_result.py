@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import numpy as np
 from numpy.typing import NDArray
@@ -26,6 +26,13 @@ class Episode:
         lateness_s: (n,) per tick, how far after its deadline the step returned; empty in lockstep.
         stages_ns: Duration of each stage in every request, by stage.
         wall_s: Wall-clock duration.
+        answer_delay_s: (n,) per chunk, from its observation's capture until it could be used. By
+            the same clock as ``action_age_s``; 0 in lockstep without the latency dial. Empty on a
+            robot.
+        drawn_latency_s: (n,) what the latency dial drew, one per observation that was not lost.
+        lost_observations: How many observations the latency dial lost.
+        command_jerk: Root mean square of the third derivative of the commanded path over ticks and
+            joints, in the commands' unit per s³. None on a robot, or with fewer than 4 commands.
     """
 
     seed: int
@@ -38,6 +45,10 @@ class Episode:
     lateness_s: NDArray[np.float64]
     stages_ns: dict[str, list[int]]
     wall_s: float
+    answer_delay_s: NDArray[np.float64] = field(default_factory=lambda: np.empty(0))
+    drawn_latency_s: NDArray[np.float64] = field(default_factory=lambda: np.empty(0))
+    lost_observations: int = 0
+    command_jerk: float | None = None
 
 
 @dataclass(frozen=True, slots=True)

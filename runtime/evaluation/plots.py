@@ -8,6 +8,7 @@ from pathlib import Path
 import numpy as np
 
 from runtime.evaluation.episode_result import Episode
+from runtime.evaluation.latency_curves import LatencyCurve
 from runtime.evaluation.video import import_matplotlib
 from runtime.latency_stats import StageTimes
 
@@ -84,5 +85,48 @@ def write_comparison_plot(
     right.axhline(0, color="black", linewidth=0.8)
     try:
         figure.savefig(path, dpi=120)
+    finally:
+        plt.close(figure)
+
+
+def write_latency_plot(path: Path, curves: Sequence[LatencyCurve], title: str) -> None:
+    """Write a picture: success, starved ticks, largest seam and jerk against latency.
+
+    Raises:
+        ValueError: matplotlib does not know the format of ``path``'s suffix.
+        OSError: The file cannot be written.
+    """
+    import_matplotlib()
+    from matplotlib import pyplot as plt
+
+    figure, grid = plt.subplots(2, 2, figsize=(10, 7), layout="constrained", sharex=True)
+    success, starved, seam, jerk = grid.flat
+    for curve in curves:
+        points, name = curve.points, curve.points[0].strategy
+        found = "none" if curve.detectable is None else f"{100 * curve.detectable:.1f} points"
+        latency = [point.latency_ms for point in points]
+        rate = 100 * np.array([point.success_rate for point in points])
+        low, high = 100 * np.array([point.wilson_95 for point in points]).T
+        success.errorbar(
+            latency,
+            rate,
+            (rate - low, high - rate),
+            marker="o",
+            capsize=3,
+            label=f"{name} (finds a drop of {found})",
+        )
+        starved.plot(latency, [100 * point.starved_share for point in points], "o-")
+        seam.plot(latency, [point.largest_seam for point in points], "o-")
+        jerk.plot(latency, [np.nan if p.jerk is None else p.jerk for p in points], "o-")
+    success.set(ylabel="success, %, with 95 % interval", ylim=(-3, 103))
+    starved.set(ylabel="starved ticks, %")
+    seam.set(ylabel="largest seam", xlabel="latency, ms")
+    jerk.set(ylabel="median RMS jerk, 1/s³", xlabel="latency, ms")
+    for axes in grid.flat:
+        axes.grid(alpha=0.3)
+    success.legend(fontsize=7)
+    figure.suptitle(title)
+    try:
+        figure.savefig(path, dpi=100)
     finally:
         plt.close(figure)

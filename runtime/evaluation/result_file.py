@@ -214,6 +214,10 @@ def _setting(raw: Mapping[str, Any], path: Path) -> dict[str, Any]:
         ("versions", _need(raw, "versions", dict, path)),
     ):
         setting |= {f"{name}.{key}": value for key, value in table.items()}
+    config = _need(raw, "config", dict, path)
+    if "latency" in config:  # older files have none
+        dial = _need(config, "latency", dict, path, "config.")
+        setting |= {f"latency.{name}": value for name, value in dial.items()}
     setting |= {name: raw.get(name) for name in ("mode", "transport", "pictures")}
     return setting
 

@@ -64,6 +64,9 @@ def summarize(episodes: Sequence[Episode]) -> dict[str, Any]:
                 "missed_ticks": episode.missed_ticks,
                 "starved_ticks": episode.executor.starved_ticks,
                 "seam_jump": episode.executor.seam_jump,
+                "command_jerk": episode.command_jerk,
+                "drawn_latency": Percentiles.of(episode.drawn_latency_s).as_dict(),
+                "lost_observations": episode.lost_observations,
             }
             for episode in ordered
         ],
@@ -84,6 +87,9 @@ def timing(episodes: Sequence[Episode]) -> dict[str, Any]:
         "request": request.as_dict(),
         "action_age": Percentiles.of(_concatenated(episodes, "action_age_s")).as_dict(),
         "lateness": Percentiles.of(_concatenated(episodes, "lateness_s")).as_dict(),
+        "answer_delay": Percentiles.of(_concatenated(episodes, "answer_delay_s")).as_dict(),
+        "drawn_latency": Percentiles.of(_concatenated(episodes, "drawn_latency_s")).as_dict(),
+        "lost_observations": sum(episode.lost_observations for episode in episodes),
         "ticks": sum(episode.horizon for episode in episodes),
         "missed_ticks": sum(episode.missed_ticks for episode in episodes),
         "starved_ticks": sum(episode.executor.starved_ticks for episode in episodes),
@@ -134,8 +140,8 @@ def write_result(path: Path, result: Mapping[str, Any], episodes: Sequence[Episo
     for episode in episodes:
         stages.extend(episode.stages_ns)
     arrays = {f"stage_{name}_ns": np.asarray(v) for name, v in stages.samples_ns().items()}
-    arrays["action_age_s"] = _concatenated(episodes, "action_age_s")
-    arrays["lateness_s"] = _concatenated(episodes, "lateness_s")
+    for name in ("action_age_s", "lateness_s", "answer_delay_s", "drawn_latency_s"):
+        arrays[name] = _concatenated(episodes, name)
     write_arrays(path.with_name(f"{path.stem}_samples.npz"), arrays)
 
 
@@ -181,8 +187,13 @@ def format_report(result: Mapping[str, Any]) -> str:
         *(line(name, values) for name, values in t["stages"].items()),
         line("action age", t["action_age"]),
     ]
-    if t["lateness"]["count"]:
-        lines.append(line("lateness", t["lateness"]))
+    lines += [
+        line(name.replace("_", " "), t[name])
+        for name in ("lateness", "answer_delay", "drawn_latency")
+        if t[name]["max"]
+    ]
+    if t["lost_observations"]:
+        lines.append(f"  observations lost by --drop: {t['lost_observations']}")
     lines.append(
         f"  ticks {t['ticks']}, missed {t['missed_ticks']}, starved {t['starved_ticks']}, "
         f"chunks {t['chunks']}, largest seam {t['seam_jump']:.3f}"

@@ -70,6 +70,41 @@ def mcnemar_exact(only_first: ArrayLike, only_second: ArrayLike) -> NDArray[np.f
     return p_value
 
 
+def detectable_difference(rate: float, pairs: int, power: float = 0.8) -> float | None:
+    """Return the smallest drop from ``rate`` that McNemar's exact test finds often enough.
+
+    The two success rates are taken as independent, which is the worst case for paired seeds: the
+    more the pairs agree, the smaller a difference is found.
+
+    Args:
+        rate: Success rate of the better policy, 0 to 1.
+        pairs: Number of pairs.
+        power: Least probability that the drop is found.
+
+    Returns:
+        A difference of rates, in steps of 0.5 points; None if not even a drop to 0 is found.
+    """
+    for drop in np.arange(0.005, rate + 1e-9, 0.005):
+        if _power(rate, rate - float(drop), pairs) >= power:
+            return round(float(drop), 3)
+    return None
+
+
+def _power(first: float, second: float, pairs: int) -> float:
+    """Return the probability that McNemar's exact test finds the difference of two rates."""
+    only_first, only_second = first * (1 - second), second * (1 - first)
+    discordance = only_first + only_second
+    discordant = np.arange(pairs + 1)
+    share = only_first / discordance
+    # Of n discordant pairs, the largest count for one policy that is still significant.
+    below = binom.ppf(LEVEL / 2, discordant, 0.5)
+    below -= binom.cdf(below, discordant, 0.5) > LEVEL / 2
+    found = binom.cdf(below, discordant, share) + binom.sf(
+        discordant - below - 1, discordant, share
+    )
+    return float(np.sum(binom.pmf(discordant, pairs, discordance) * found))
+
+
 def mcnemar_mid_p(only_first: ArrayLike, only_second: ArrayLike) -> NDArray[np.float64]:
     """Return the mid-p-value: the exact one less the probability of the observed table.
 

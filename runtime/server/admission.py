@@ -127,11 +127,14 @@ def admit(
     robots = [demand for demand in sessions if demand.is_robot]
     load = sum(demand.rate_hz for demand in robots) * single_ms / 1e3
     if newcomer.rate_hz and load > MAX_ROBOT_LOAD:
+        others_hz = sum(demand.rate_hz for demand in robots if demand is not newcomer)
+        left_hz = max(0.0, 1e3 * MAX_ROBOT_LOAD / single_ms - others_hz)
         raise Refused(
             "rate_hz",
             f"{newcomer.rate_hz:g} requests/s of {single_ms:.3g} ms each: with the other robots "
             f"{100 * load:.0f} % of the time",
-            f"at most {100 * MAX_ROBOT_LOAD:.0f} %",
+            f"at most {100 * MAX_ROBOT_LOAD:.0f} %: {left_hz:.3g} requests/s for this one "
+            "(--ensemble_stride and --n_action_steps ask less often)",
         )
     # The inference in progress, then one for each robot.
     response_ms = (1 + len(robots)) * costs.near_max(1) / 1e6

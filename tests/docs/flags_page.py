@@ -11,7 +11,7 @@ from runtime.eval_real.run_config import EvalRealConfig
 from runtime.eval_sim.run_config import EvalSimConfig
 from runtime.gateway.config import GatewayCommand
 from runtime.server.config import ServeCommand
-from runtime.tools import compare, ctl, keys, top, train
+from runtime.tools import compare, ctl, keys, latency, top, train
 from runtime.trace import merge
 
 PAGE = Path(__file__).resolve().parents[2] / "docs" / "flags.md"
@@ -35,6 +35,7 @@ COMMANDS: dict[str, type[Any]] = {
     "`keys show`": keys.ShowCommand,
     "`replay`": replay.ReplayCommand,
     "`compare`": compare.CompareCommand,
+    "`latency`": latency.LatencyCommand,
     "`trace`": merge.MergeCommand,
 }
 BESIDE = {

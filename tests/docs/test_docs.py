@@ -54,7 +54,7 @@ PROGRAMS = {
 """Scripts and packages of which another module has the ``parser``."""
 PARSED = (
     *("envs.demonstrations", "bench.compare", "bench.rollouts", "bench.strategies"),
-    *("bench.inference.gpu", "bench.recording_lateness"),
+    *("bench.inference.gpu", "bench.recording_lateness", "bench.latency_relay"),
 )
 """Further modules with flags of their own that documents mention."""
 PACKAGES = "policies|runtime|transport|envs|robots|tests|configs|docs|bench|ckpt"
@@ -209,7 +209,7 @@ def overrides_of(program: str) -> tuple[str, ...]:
         from policies.training.trainer import TrainConfig
 
         return tuple(f"--{field.name}" for field in dataclasses.fields(TrainConfig))
-    if program in (COMMANDS["eval-sim"], "eval_sim.py"):
+    if program in (COMMANDS["eval-sim"], "eval_sim.py", COMMANDS["latency"]):
         from envs.config import EnvConfig
 
         return ("--env.KEY", *(f"--env.{field.name}" for field in dataclasses.fields(EnvConfig)))

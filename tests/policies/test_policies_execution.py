@@ -112,7 +112,8 @@ def test_our_file_beside_a_checkpoint_wins(tmp_path: Path, write: Callable[..., 
     keys = ExecutionKeys("temporal_ensemble", 0.05)
     write(tmp_path, saved(extras=Extras(**SAID, execution=keys)))
     written = yaml.safe_load((tmp_path / "metronome.yaml").read_text())["execution"]
-    assert written.keys() == {"action_manager", "manager_coef", "n_action_steps"}
+    keys_written = {"action_manager", "manager_coef", "n_action_steps", "max_latency_ms"}
+    assert written.keys() == keys_written
     found = load_weights(str(tmp_path)).contract()
     assert found.execution == Execution("temporal_ensemble", 0.05)
     assert found.execution is not None
@@ -124,6 +125,25 @@ def test_our_file_beside_a_checkpoint_wins(tmp_path: Path, write: Callable[..., 
         assert load_weights(str(tmp_path)).contract().execution == Execution(
             "temporal_ensemble", 0.05, 1
         )
+
+
+def test_the_latency_of_a_recommendation_reaches_clients(tmp_path: Path) -> None:
+    keys = ExecutionKeys("temporal_ensemble", 0.05, 5, 120)
+    save_ilstudio(tmp_path, saved(extras=Extras(**SAID, execution=keys)))
+    contract = load_weights(str(tmp_path)).contract()
+    assert contract.execution is not None
+    assert contract.execution.max_latency_ms == 120
+    assert PolicyContract.from_json(contract.to_json()).execution == contract.execution
+    text = contract.to_json().replace('"max_latency_ms": 120.0', '"max_latency_ms": "far"')
+    with pytest.raises(ContractMismatch, match=r"execution\.max_latency_ms: 'far'"):
+        PolicyContract.from_json(text)
+
+
+def test_older_clients_read_a_recommendation_without_a_latency(tmp_path: Path) -> None:
+    keys = ExecutionKeys("temporal_ensemble", 0.05)
+    save_ilstudio(tmp_path, saved(extras=Extras(**SAID, execution=keys)))
+    sent = json.loads(load_weights(str(tmp_path)).contract().to_json())["execution"]
+    assert sent.keys() == {"action_manager", "manager_coef", "n_action_steps", "source"}
 
 
 def test_our_older_key_means_one_chunk_after_another(tmp_path: Path) -> None:
@@ -149,6 +169,10 @@ def test_our_older_key_means_one_chunk_after_another(tmp_path: Path) -> None:
         (
             "execution: {action_manager: latest, n_action_steps: 0}",
             "execution.n_action_steps: got 0, expected 1 to 1000000",
+        ),
+        (
+            "execution: {action_manager: latest, max_latency_ms: -1}",
+            "execution.max_latency_ms: got -1.0, expected 0 to 60000",
         ),
         ("execution: {action_manager: latest, source: me}", "execution.source: unknown key"),
         ("dt_s: 0", "dt_s: got 0.0, expected 0.0001 to 100"),

@@ -70,6 +70,16 @@ def run(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> Callable[..., Sho
     return run
 
 
+def test_what_the_latency_dial_said_is_a_difference(run: Callable[..., Shown]) -> None:
+    one, two = results_of(10, 20), results_of(10, 20)
+    one["config"] |= {"latency": {"latency_ms": 0.0, "drop": 0.0}}
+    two["config"] |= {"latency": {"latency_ms": 120.0, "drop": 0.0}}
+    assert "latency.latency_ms: A 0.0, B 120.0" in run(one, two).out
+    assert "latency.drop" not in run(one, two).out
+    two["config"]["latency"] = 120
+    assert "config.latency: got 120, expected a dict" in run(one, two).err
+
+
 def test_equal_seeds_are_pairs(run: Callable[..., Shown], tmp_path: Path) -> None:
     videos = tmp_path / "video" / "b"
     videos.mkdir(parents=True)

@@ -181,6 +181,11 @@ REAL: dict[str, Row] = {
         0.3,
     ),
     "n_action_steps": (("--n_action_steps", "4"), lambda m: m.strategy().stride, 4),
+    "ensemble_stride": (
+        ("--action_manager", "temporal_ensemble", "--ensemble_stride", "5"),
+        lambda m: (m.strategy().stride, m.demand().get("rate_hz")),
+        (5, 10.0),
+    ),
     "near": (("--near", "2.5"), lambda m: m.near, 2.5),
     "same_joints": (("--same_joints",), lambda m: m.same_joints, True),
     "fault_after_s": (("--fault_after_s", "0.5"), lambda m: stream(m)._fault_after, 25),
@@ -317,6 +322,19 @@ SIM: dict[str, Row] = {
     "action_manager": (("--action_manager", "latest"), lambda p: p.action_manager, "latest"),
     "manager_coef": (("--manager_coef", "0.2"), lambda p: p.manager_coef, 0.2),
     "n_action_steps": (("--n_action_steps", "2"), lambda p: p.n_action_steps, 2),
+    "ensemble_stride": (("--ensemble_stride", "5"), lambda p: p.ensemble_stride, 5),
+    "latency_ms": (("--latency_ms", "120"), lambda p: p.latency.latency_ms, 120.0),
+    "latency_jitter_ms": (
+        ("--latency_ms", "120", "--latency_jitter_ms", "30"),
+        lambda p: p.latency.latency_jitter_ms,
+        30.0,
+    ),
+    "drop": (("--drop", "0.1"), lambda p: p.latency.drop, 0.1),
+    "camera_latency_ms": (
+        ("--camera_latency_ms", "40"),
+        lambda p: p.latency.camera_ticks(0.02),
+        2,
+    ),
     "videos": (("--videos", "1"), lambda p: p.videos, 1),
     "camera_map": (
         ("--camera_map", "top=side"),
@@ -360,6 +378,12 @@ RUNS: dict[str, tuple[tuple[str, ...], Effect, Any]] = {
     ),
     "n_action_steps": (("--n_action_steps", "2"), lambda r: r["timing"]["chunks"], 10),
     "action_manager": (("--action_manager", "latest"), lambda r: r["timing"]["chunks"], 20),
+    "ensemble_stride": (
+        ("--action_manager", "temporal_ensemble", "--ensemble_stride", "5"),
+        lambda r: r["timing"]["chunks"],
+        4,
+    ),
+    "latency_ms": (("--latency_ms", "60"), lambda r: r["timing"]["answer_delay"]["max"], 0.06),
     "manager_coef": (
         ("--action_manager", "overlap", "--manager_coef", "0.5"),
         lambda r: r["action_manager"]["coefficient"],

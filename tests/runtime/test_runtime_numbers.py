@@ -42,7 +42,7 @@ from runtime.options.observation_keys import ObservationKeys, StateSource
 from runtime.server import cli as serve
 from runtime.server.config import ServerConfig
 from runtime.server.gateway_options import GatewayOptions, read_gateway
-from runtime.tools import compare, ctl, keys, top, train
+from runtime.tools import compare, ctl, keys, latency, top, train
 from runtime.trace import merge
 from runtime.upstream.contract import UpstreamContract
 
@@ -54,6 +54,7 @@ COMMANDS: dict[str, Callable[[], argparse.ArgumentParser]] = {
     "runtime/gateway/cli.py": gateway.parser,
     "runtime/tools/train.py": train.parser,
     "runtime/tools/compare.py": compare.parser,
+    "runtime/tools/latency.py": latency.parser,
     "runtime/tools/ctl.py": ctl.parser,
     "runtime/tools/top.py": top.parser,
     "runtime/tools/keys.py": keys.parser,

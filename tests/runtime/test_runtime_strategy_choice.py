@@ -8,18 +8,31 @@ from __future__ import annotations
 import dataclasses
 import json
 import logging
+import re
 from pathlib import Path
 from typing import Any
 
 import pytest
 
+from policies.errors import ObservationError
 from policies.execution import Execution
-from policies.types import PolicyContract
-from runtime.control.strategy_selection import choose_execution, describe, result_entry, strategy_of
+from policies.types import ActionChunk, MetaObs, PolicyContract
+from runtime.control.strategy_selection import (
+    choose_execution,
+    describe,
+    latency_warning,
+    result_entry,
+    strategy_of,
+)
+from runtime.eval_real.cli import make_run_config, read_evaluation
+from runtime.eval_real.latency_check import latency_lines
+from runtime.eval_real.run_config import RunConfig
 from runtime.eval_sim import cli as eval_sim
 from runtime.eval_sim.episode_worker import _assumptions
+from runtime.server import PolicyServer
 from runtime.server.server_process import ServerProcess
 from tests.runtime.command import status_of
+from tests.runtime.serving import serving
 from tests.runtime.toy_policy import CONTRACT, ToyPolicy
 
 ENSEMBLE = Execution("temporal_ensemble", 0.05, 1, "config.json: temporal_ensemble_coeff")
@@ -74,6 +87,12 @@ def make() -> ToyPolicy:
             ("temporal_ensemble", 0.01, 3),
             "--action_manager, --n_action_steps",
         ),
+        (
+            ENSEMBLE,
+            {"ensemble_stride": 5},
+            ("temporal_ensemble", 0.05, 5),
+            f"{ENSEMBLE.source}, --ensemble_stride",
+        ),
     ],
 )
 def test_flags_override_what_the_checkpoint_recommends(
@@ -84,6 +103,7 @@ def test_flags_override_what_the_checkpoint_recommends(
     name, coefficient, steps = played
     assert result_entry(contract, chosen) == {
         "name": name, "coefficient": coefficient, "n_action_steps": steps, "source": source,
+        "max_latency_ms": None,
     }  # fmt: skip
     strategy = strategy_of(contract, chosen)
     assert (strategy.name, strategy.stride) == (name, steps)
@@ -92,11 +112,103 @@ def test_flags_override_what_the_checkpoint_recommends(
     assert source in describe(contract, chosen)
 
 
+KNOWN = dataclasses.replace(FADE, max_latency_ms=120)
+
+
+@pytest.mark.parametrize(
+    ("flags", "known"),
+    [
+        ({}, 120),
+        ({"action_manager": "crossfade"}, 120),
+        ({"n_action_steps": 5}, 120),
+        ({"n_action_steps": 4}, None),
+        ({"manager_coef": 3.0}, None),
+        ({"action_manager": "temporal_ensemble"}, None),
+    ],
+)
+def test_a_measured_latency_holds_for_the_recommendation_alone(
+    flags: dict[str, Any], known: float | None
+) -> None:
+    chosen = choose_execution(saying(KNOWN), **flags)
+    assert chosen.max_latency_ms == known
+    assert ("measured up to 120 ms" in describe(CONTRACT, chosen)) == (known is not None)
+
+
+def test_a_latency_beyond_the_measured_one_is_warned_of() -> None:
+    assert latency_warning(KNOWN, 120) is None
+    assert latency_warning(FADE, 1e4) is None
+    assert latency_warning(KNOWN, 150) == (
+        "a latency of 150 ms is beyond the 120 ms up to which crossfade was measured to hold "
+        "(metronome.yaml: execution): expect failures"
+    )
+
+
+def make_known() -> ToyPolicy:
+    """A policy whose recommendation was measured up to 120 ms."""
+    policy = ToyPolicy()
+    policy.contract = saying(KNOWN)
+    return policy
+
+
+def test_a_simulation_says_what_was_measured_and_warns_beyond_it(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    flags = ("-m", f"{MODEL}_known", "--latency_ms", "110")
+    result = evaluate(tmp_path, capsys, *flags)
+    assert result["action_manager"]["max_latency_ms"] == 120
+    assert "every 5 ticks, measured up to 120 ms of latency (metronome.yaml" in result["said"]
+    assert "warning" not in result["said"]
+    result = evaluate(tmp_path, capsys, *flags, "--latency_jitter_ms", "20")
+    assert "warning: a latency of 130 ms is beyond the 120 ms" in result["said"]
+
+
+def config_of(server: PolicyServer, execution: Execution | None) -> RunConfig:
+    contract = dataclasses.replace(CONTRACT, execution=execution)
+    evaluation = read_evaluation(["-c", "dummy", "--task", "fake"])
+    return make_run_config(evaluation, server.address, contract, {})
+
+
+def test_a_robots_server_is_measured_before_anything_moves() -> None:
+    slow = dataclasses.replace(KNOWN, max_latency_ms=0)
+    with serving(ToyPolicy()) as server:
+        assert latency_lines(config_of(server, FADE)) == []
+        (measured,) = latency_lines(
+            config_of(server, dataclasses.replace(KNOWN, max_latency_ms=6e4))
+        )
+        assert re.fullmatch(r"latency      p50 \d.* ms \(n=10\)", measured)
+        measured, warning = latency_lines(config_of(server, slow))
+        assert warning.startswith("warning: a latency of ")
+    with serving(RefusingPolicy()) as server:
+        (line,) = latency_lines(config_of(server, KNOWN))
+        assert line == "latency      not measured: state: got zeros, expected a pose"
+
+
+class RefusingPolicy(ToyPolicy):
+    """Takes no state of zeros."""
+
+    def infer(self, obs: MetaObs) -> ActionChunk:
+        if not obs.state.any():
+            raise ObservationError("state: got zeros, expected a pose")
+        return super().infer(obs)
+
+    def fork(self) -> RefusingPolicy:
+        return RefusingPolicy()
+
+
 @pytest.mark.parametrize(
     ("flags", "message"),
     [
         ({"action_manager": "fastest"}, "action_manager: got 'fastest', expected one of"),
         ({"action_manager": "latest", "manager_coef": 0.1}, "latest has no use for it"),
+        (
+            {"ensemble_stride": 5, "action_manager": "latest"},
+            "--ensemble_stride: got 5 with latest, expected it with --action_manager temporal_ens",
+        ),
+        (
+            {"ensemble_stride": 5, "n_action_steps": 4},
+            "--ensemble_stride: got 5 beside --n_action_steps 4, expected one of them",
+        ),
+        ({"ensemble_stride": 11}, "n_action_steps: got 11, expected 1 to chunk_size = 10"),
         ({"n_action_steps": 11}, "n_action_steps: got 11, expected 1 to chunk_size = 10"),
         ({"manager_coef": 2e6}, "manager_coef: got 2000000.0, expected -1000000 to 1000000"),
     ],
@@ -126,7 +238,7 @@ def test_a_simulation_uses_the_strategy_of_the_checkpoint(
     result = evaluate(tmp_path, capsys, "-m", MODEL, *flags)
     assert result["action_manager"] == {
         "name": "temporal_ensemble", "coefficient": 0.05, "n_action_steps": 1,
-        "source": ENSEMBLE.source,
+        "source": ENSEMBLE.source, "max_latency_ms": None,
     }  # fmt: skip
     if not flags:  # by the clock a busy machine may leave some out
         assert result["timing"]["chunks"] == 25
