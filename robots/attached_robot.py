@@ -15,7 +15,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from robots.base import CameraSample, JointSample, Robot, Role
-from robots.errors import ConnectFailed, NotConnected, SensorLost
+from robots.errors import ConnectFailed, NotConnected, RobotError, SensorLost
 from robots.owner_connection import OwnerConnection
 from robots.sensor_memory import Sample, SampleReader, SensorMemory
 from transport.errors import ProtocolError
@@ -116,25 +116,31 @@ class AttachedRobot(Robot):
         del name
         return ""
 
+    def _sensor_error(self, name: str, message: str) -> RobotError:
+        """The error of the sensor ``name``, which has a fault or sends nothing: ``message``."""
+        return SensorLost(f"{message}{self._failure_reason(name)}")
+
     def _fresh_sample(self, name: str, reader: SampleReader) -> Sample:
         """The newest sample. Raises ``SensorLost`` if it is too old."""
         sample = reader.newest()
         if sample is None:
             self._connected()[0].check_alive()
-            raise SensorLost(
-                f"{self.name}: {name}: nothing received yet, expected a sample"
-                f"{self._failure_reason(name)}"
+            raise self._sensor_error(
+                name, f"{self.name}: {name}: nothing received yet, expected a sample"
             )
         self._check_age(name, sample.received_ns)
         return sample
 
     def _check_age(self, name: str, received_ns: int) -> None:
-        self._connected()[0].check_alive()
-        age_s = (time.monotonic_ns() - received_ns) / 1e9
-        if age_s > self.sensor_timeout_s:
-            raise SensorLost(
+        connection, sensor_memory = self._connected()
+        connection.check_alive()
+        now_ns = time.monotonic_ns()
+        age_s = (now_ns - received_ns) / 1e9
+        if age_s > self.sensor_timeout_s or sensor_memory.fault_until_ns[name].load() > now_ns:
+            raise self._sensor_error(
+                name,
                 f"{self.name}: {name}: nothing new for {age_s:.2f} s, expected a sample within "
-                f"{self.sensor_timeout_s:g} s{self._failure_reason(name)}"
+                f"{self.sensor_timeout_s:g} s",
             )
 
     def _wait_for(
@@ -154,9 +160,8 @@ class AttachedRobot(Robot):
                     missing.remove(entry)
             if missing and time.monotonic() >= deadline_s:
                 names = [name for name, _ in missing]
-                raise SensorLost(
-                    f"{self.name}: got nothing from {names} within {timeout_s:g} s"
-                    f"{self._failure_reason(names[0])}"
+                raise self._sensor_error(
+                    names[0], f"{self.name}: got nothing from {names} within {timeout_s:g} s"
                 )
             if missing:
                 time.sleep(POLL_PERIOD_S)

@@ -19,6 +19,8 @@ from robots.joint_limits import JointLimits
 
 MAX_DELAY_S = 0.25
 """After a longer delay, missed commands are not caught up with: their motion is over."""
+UNCOMMANDED_S = 0.25
+"""Without a command for so long, an owner process brings all velocities to zero."""
 LONGEST_STEP_S = 0.05
 """One step is at most what the limits allow in this time, or in one period of the commands."""
 GAPS = 15

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import sys
 from collections.abc import Iterable, Sequence
 
 from robots import errors
@@ -19,6 +20,7 @@ def start_companion(
     ready_within_s: float = 60.0,
     pass_fds: Iterable[int] = (),
     outlives: bool = False,
+    interpreter: str = sys.executable,
 ) -> ChildProcess:
     """Start ``python -m module arguments… --parent PID`` and wait until it is ready.
 
@@ -34,6 +36,7 @@ def start_companion(
         name=name,
         pass_fds=pass_fds,
         outlives=outlives,
+        interpreter=interpreter,
     )
     try:
         child.wait_ready(ready_within_s)

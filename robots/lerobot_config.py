@@ -17,8 +17,6 @@ from robots.joint_limits import JointLimits
 STOPS_ALONE_S: Mapping[str, float] = {"lekiwi_client": 0.5}
 """LeRobot's type to the timeout of the device's own watchdog. LeKiwi's host has one
 (``watchdog_timeout_ms``); the same robot on its bus has none."""
-UNCOMMANDED_S = 0.25
-"""Without a command for so long, the owner brings all velocities to zero."""
 KINDS: Mapping[str, ActionKind] = {
     "pos": ActionKind.POSITION,
     "q": ActionKind.POSITION,

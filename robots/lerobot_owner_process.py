@@ -12,9 +12,7 @@ import argparse
 import dataclasses
 import logging
 import os
-import select
 import signal
-import socket
 import sys
 import threading
 import time
@@ -24,21 +22,18 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from robots.base import ActionKind, rest_command
-from robots.command_delivery import CommandDelivery
+from robots.base import rest_command
+from robots.device_owner import DeviceOwner
 from robots.errors import ConfigError, ConnectFailed, RobotError, SensorLost
-from robots.lerobot_config import UNCOMMANDED_S, LeRobotConfig, action_specs
+from robots.lerobot_config import LeRobotConfig, action_specs
 from robots.lerobot_device import FAILURES, LeRobotDevice, Observation
 from robots.lerobot_robot import IMPORT_TIMEOUT_S, chosen_cameras
-from robots.owner_server import OwnerServer
 from robots.sensor_memory import SensorMemory
 from transport.child_process import Isolation, isolate, send_event
 from transport.shm.latest_value import LatestValueWriter
 
 logger = logging.getLogger(__name__)
 
-EXIT_TIMEOUT_S = 8.0
-"""After the parent's end: for clients to bring the robot to rest and to disconnect."""
 IMAGE_TIMEOUT_MS = 200
 RETRY_AFTER_S = 0.05
 IMPORT_NOTICE_AFTER_S = 5.0
@@ -103,17 +98,12 @@ def publish_image(writer: LatestValueWriter, image: NDArray[np.uint8], stamp_ns:
     writer.publish()
 
 
-class LeRobotOwner:
+class LeRobotOwner(DeviceOwner):
     """Serves connections, publishes sensor samples and forwards commands to the device.
 
     Args:
         config: The configuration.
         device: Connected.
-
-    Attributes:
-        address: Where it listens.
-        parent_ended: Set by another thread: stop once no client commands the robot.
-        stop_requested: Set by a signal handler: stop now.
 
     Raises:
         SensorLost, ContractViolated: The first observation is incomplete or invalid.
@@ -121,7 +111,7 @@ class LeRobotOwner:
 
     def __init__(self, config: LeRobotConfig, device: LeRobotDevice) -> None:
         description = device.description
-        self._config, self._device = config, device
+        self._device = device
         self._cameras = chosen_cameras(config, description, "")
         shape: dict[str, Any] = {
             "qpos": 0,
@@ -132,20 +122,10 @@ class LeRobotOwner:
             },
         }
         memory_fd = SensorMemory.create(**shape)
-        self._sensor_memory = SensorMemory(memory_fd, writable=True, **shape)
-        self._joints = self._sensor_memory.joint_writer()
-        self._image_writers = {
-            name: self._sensor_memory.camera_writer(name) for name in self._cameras
-        }
+        sensor_memory = SensorMemory(memory_fd, writable=True, **shape)
+        self._joints = sensor_memory.joint_writer()
+        self._image_writers = {name: sensor_memory.camera_writer(name) for name in self._cameras}
         specs = action_specs(config, description, "")
-        kinds = [spec.kind for spec in specs]
-        self._velocity_mask = np.array([kind is ActionKind.VELOCITY for kind in kinds])
-        self._delta_mask = np.array([kind is ActionKind.DELTA for kind in kinds])
-        self._pending: NDArray[np.float32] | None = None
-        self._commanded_ns = self._sent_ns = 0
-        self._failures: dict[str, str] = {}
-        self.parent_ended = threading.Event()
-        self.stop_requested = threading.Event()
         self._readers = {
             name: CameraReader(
                 device, lerobot_name, device.cameras[lerobot_name], self._image_writers[name]
@@ -155,9 +135,14 @@ class LeRobotOwner:
         }
         first = device.read_first()
         state = first.position if first.position is not None else np.zeros(len(description.states))
-        self._last_sent = rest_command(description.states, specs, state.astype(np.float32))
-        self._limits = config.limits.of(description.actions, "")
-        self._delivery = CommandDelivery(self._limits, specs, self._last_sent)
+        super().__init__(
+            sensor_memory,
+            memory_fd,
+            actions=specs,
+            limits=config.limits.of(description.actions, ""),
+            last_sent=rest_command(description.states, specs, state.astype(np.float32)),
+            period_s=1 / config.read_hz,
+        )
         self._publish(first)
         for reader in self._readers.values():
             reader.start()
@@ -167,98 +152,15 @@ class LeRobotOwner:
                     f"{name}: got no picture within {config.connect_timeout_s / 2:g} s "
                     f"({reader.failure}): is the camera connected?"
                 )
-        self._server = OwnerServer(
-            self._sensor_memory,
-            memory_fd,
-            action_dim=len(kinds),
-            hello={"qpos": 0},
-            command=self._receive_command,
-            call=self._handle_call,
-        )
-        self.address = self._server.address
 
-    def run(self) -> None:
-        """Serve until a stop is requested, or the parent has ended and no client commands."""
-        period_ns = round(1e9 / self._config.read_hz)
-        due_ns = time.monotonic_ns()
-        while not self._must_stop():
-            wait_s = max(0, due_ns - time.monotonic_ns()) / 1e9
-            for ready in select.select(self._server.sockets, [], [], wait_s)[0]:
-                if isinstance(ready, socket.socket):
-                    self._server.serve(ready)
-            if self._pending is not None:
-                self._follow(self._pending)  # only the newest of the commands that have arrived
-            if self._moves_uncommanded():
-                self._brake()
-            if (now_ns := time.monotonic_ns()) >= due_ns:
-                self._read_device()
-                due_ns = max(due_ns + period_ns, now_ns)
-
-    def stop_motion(self) -> None:
-        """Bring all velocities to zero within the limits."""
-        while self._last_sent[self._velocity_mask].any():
-            self._brake()
-            time.sleep(1 / self._config.read_hz)
-
-    def _must_stop(self) -> bool:
-        if self.stop_requested.is_set():
-            return True
-        commanding = any(role != "sensing" for role in self._server.roles)
-        return self.parent_ended.is_set() and not commanding
-
-    def _receive_command(self, action: NDArray[np.float32], sent_ns: int, source: int) -> None:
-        del source
-        self._delivery.record_arrival(sent_ns)
-        self._pending, self._commanded_ns = action.copy(), time.monotonic_ns()
-
-    def _follow(self, wanted: NDArray[np.float32]) -> None:
-        """Send ``wanted``, or the step towards it that the limits allow."""
-        try:
-            action = self._delivery.follow(wanted, time.monotonic_ns())
-        except RobotError as error:
-            self._refuse(str(error))
-            self._pending = None
-        else:
-            self._send(action)
-            if np.array_equal(action, wanted):
-                self._pending = None
-
-    def _refuse(self, reason: str) -> None:
-        """Report to all clients that commands do not reach the device."""
-        self._failures["commands"] = reason
-        if not self._sensor_memory.refused_since_ns.load():
-            self._sensor_memory.refused_since_ns.store(time.monotonic_ns())
-
-    def _send(self, action: NDArray[np.float32]) -> None:
-        self._last_sent, self._sent_ns = action, time.monotonic_ns()
+    def _write(self, action: NDArray[np.float32]) -> str:
         try:
             self._device.send(action)
         except FAILURES as error:
-            self._refuse(f"{type(error).__name__}: {error}")
-        else:
-            if not self._delivery.refused:
-                self._sensor_memory.refused_since_ns.store(0)
+            return f"{type(error).__name__}: {error}"
+        return ""
 
-    def _moves_uncommanded(self) -> bool:
-        """Whether a velocity is not zero, and has no command or its commands are refused."""
-        since_ns = time.monotonic_ns() - self._commanded_ns
-        uncommanded = since_ns > UNCOMMANDED_S * 1e9 or self._delivery.refused
-        return bool(self._last_sent[self._velocity_mask].any() and uncommanded)
-
-    def _brake(self) -> None:
-        """Send the last command with its velocities reduced as far as the limits allow."""
-        action = self._last_sent.copy()
-        now_ns = time.monotonic_ns()
-        since_s = min((now_ns - self._sent_ns) / 1e9, 1 / self._config.read_hz)
-        change = (self._limits.acceleration * since_s).astype(np.float32)
-        speed = np.maximum(np.abs(action) - change, 0) * np.sign(action)
-        action[self._velocity_mask] = speed[self._velocity_mask]
-        action[self._delta_mask] = 0
-        self._send(action)
-        self._delivery.reset(action, now_ns)
-        self._pending = None
-
-    def _read_device(self) -> None:
+    def _tick(self) -> None:
         try:
             self._publish(self._device.read())
         except RobotError as error:
@@ -285,15 +187,6 @@ class LeRobotOwner:
         return {"reason": self._failures.get(source, "") if reader is None else reader.failure}
 
 
-def _watch_parent(owner: LeRobotOwner, input_fd: int) -> None:
-    """Notice the parent's end, even while LeRobot blocks the main thread."""
-    while os.read(input_fd, 4096):
-        pass
-    owner.parent_ended.set()
-    time.sleep(EXIT_TIMEOUT_S)
-    os._exit(0)
-
-
 def _import_device(config: LeRobotConfig, isolation: Isolation) -> LeRobotDevice:
     """LeRobot's robot, not connected. Prints a notice if the import takes long."""
     notice = threading.Timer(IMPORT_NOTICE_AFTER_S, os.write, (2, b"importing LeRobot ...\n"))
@@ -315,9 +208,7 @@ def _run_owner(config: LeRobotConfig, isolation: Isolation) -> None:
         device.connect()
         owner = LeRobotOwner(config, device)
     signal.signal(signal.SIGTERM, lambda *_: owner.stop_requested.set())
-    threading.Thread(
-        target=_watch_parent, args=(owner, isolation.input_fd), name="parent", daemon=True
-    ).start()
+    owner.watch_parent(isolation.input_fd)
     send_event("ready", address=owner.address)
     try:
         owner.run()

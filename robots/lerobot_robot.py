@@ -11,37 +11,28 @@ callers.
 
 from __future__ import annotations
 
-import contextlib
 import dataclasses
 import json
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
 from policies.yaml_config import parse_config
-from robots.attached_robot import AttachedRobot
-from robots.base import ActionKind, ActionSpec, RobotContract, Role
+from robots.base import ActionKind, ActionSpec, RobotContract
+from robots.command_delivery import UNCOMMANDED_S
 from robots.companion_launcher import start_companion
-from robots.errors import ConfigError, RobotError, RobotLost
-from robots.lerobot_config import (
-    STOPS_ALONE_S,
-    UNCOMMANDED_S,
-    Description,
-    LeRobotConfig,
-    action_specs,
-)
+from robots.errors import ConfigError, RobotError
+from robots.lerobot_config import STOPS_ALONE_S, Description, LeRobotConfig, action_specs
+from robots.owned_robot import OwnedRobot
 from transport.child_process import ChildProcess
 
 IMPORT_TIMEOUT_S = 180.0
 """For importing LeRobot, which imports torch: seconds, or minutes on a loaded machine."""
-FAILURE_REASON_TIMEOUT_S = 0.02
-CLOSE_TIMEOUT_S = 10.0
-"""For the owner to notice that no client commands the robot any more, and to stop its motion."""
 
 
-class LeRobotRobot(AttachedRobot):
+class LeRobotRobot(OwnedRobot):
     """One process's connection to a LeRobot robot; see the module.
 
     The robot holds its positions when the connection ends; see docs/lerobot-robots.md.
@@ -88,7 +79,6 @@ class LeRobotRobot(AttachedRobot):
         )
         super().__init__(name, contract, limits)
         self._start_pose = self._checked_start_pose()
-        self._own_process: ChildProcess | None = None
 
     @property
     def address(self) -> str | None:
@@ -105,28 +95,12 @@ class LeRobotRobot(AttachedRobot):
         """As configured, seconds."""
         return self.config.sensor_timeout_s
 
-    @contextlib.contextmanager
-    def companion(self) -> Iterator[Mapping[str, str]]:
-        """Run the owner process until the context is left or this process ends.
+    @property
+    def _overrides(self) -> Mapping[str, str]:
+        return {"description": self.config.description}
 
-        Raises:
-            ConnectFailed: The device cannot be reached; carries the reason.
-            SensorLost, ContractViolated: The first observation is incomplete, or does not fit
-                LeRobot's description.
-        """
-        overrides = {"description": self.config.description}
-        if self.config.address is not None:
-            yield overrides  # another program has started one
-            return
-        without_address = self.config
-        child = self._start_owner()
-        try:
-            address = child.ready["address"]
-            self.config = dataclasses.replace(without_address, address=address)
-            yield {**overrides, "address": address}
-        finally:
-            self.config = without_address
-            child.close(CLOSE_TIMEOUT_S)
+    def _set_address(self, address: str | None) -> None:
+        self.config = dataclasses.replace(self.config, address=address)
 
     def _start_owner(self) -> ChildProcess:
         return start_companion(
@@ -157,39 +131,6 @@ class LeRobotRobot(AttachedRobot):
 
     def __reduce__(self) -> tuple[Any, ...]:
         return _remake, (self.config, self._name, self._source)
-
-    def _connect(self, role: Role, timeout_s: float) -> None:
-        if self.config.address is None:
-            self._own_process = self._start_owner()
-            self.config = dataclasses.replace(
-                self.config, address=self._own_process.ready["address"]
-            )
-        super()._connect(role, timeout_s)
-
-    def _send_action(self, action: NDArray[np.float32]) -> None:
-        connection, sensor_memory = self._connected()
-        connection.send_action(action)
-        if sensor_memory.refused_since_ns.load():
-            raise RobotLost(
-                f"{self.name}: commands do not reach it{self._failure_reason('commands')}"
-            )
-
-    def _failure_reason(self, name: str) -> str:
-        with contextlib.suppress(RobotError):
-            # A short timeout: the control loop calls this, and the owner may be delayed.
-            reply = self._connected()[0].call(
-                "failure_reason", timeout_s=FAILURE_REASON_TIMEOUT_S, source=name
-            )
-            if reason := reply.get("reason"):
-                return f" ({reason})"
-        return ""
-
-    def _disconnect(self) -> None:
-        super()._disconnect()
-        if self._own_process is not None:
-            self._own_process.close(CLOSE_TIMEOUT_S)
-            self._own_process = None
-            self.config = dataclasses.replace(self.config, address=None)
 
 
 def _has_velocities(specs: Sequence[ActionSpec]) -> bool:

@@ -93,6 +93,12 @@ class SampleBuffer(Generic[SampleT]):
         self._fault = _Fault(kind, f"{self.name}: {message}", until_ns)
         self._samples.clear()
 
+    @property
+    def fault_until_ns(self) -> int:
+        """When the last fault ends, by this host's monotonic clock; 0 before the first."""
+        with self._arrival:
+            return self._fault.until_ns if self._fault is not None else 0
+
     def newest(self) -> SampleT:
         """The newest sample.
 

@@ -21,6 +21,8 @@ from transport.shm.latest_value import (
 from transport.shm.segment import MappedSegment, create_anonymous
 
 JOINT_SLOTS, FRAME_SLOTS = 256, LATEST_SLOTS
+JOINTS = "joints"
+"""Name of the sensor that measures the joints, beside the cameras' names."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -74,6 +76,8 @@ class SensorMemory:
         camera_clients: Number of connections that read cameras. With 0, no images are rendered.
         refused_since_ns: Since when no command reaches the device, by this host's monotonic clock;
             0 while commands reach it.
+        fault_until_ns: A sensor's name (``JOINTS``, or a camera) to when its last fault ends, by
+            this host's monotonic clock; 0 before the first fault.
         joints: Samples with ``position`` (S,) float32, ``qpos`` (Q,) float64 if Q > 0, and the
             outcome: ``episode``, ``step``, ``success`` and ``reward``.
         cameras: Camera's name to samples with ``image`` (H, W, 3) uint8.
@@ -95,6 +99,10 @@ class SensorMemory:
         self._memory = MappedSegment(fd, self._layout.nbytes, writable=writable)
         self.camera_clients = AtomicInt64(self._memory, 0)
         self.refused_since_ns = AtomicInt64(self._memory, CACHE_LINES)
+        self.fault_until_ns = {
+            name: AtomicInt64(self._memory, offset)
+            for name, offset in self._layout.fault_offsets.items()
+        }
         self.joints = self._reader(self._layout.joints)
         self.cameras = {name: self._reader(region) for name, region in self._layout.cameras.items()}
 
@@ -138,6 +146,10 @@ class _Layout:
 
     def __init__(self, qpos: int, joints: int, cameras: MappingType[str, tuple[int, int]]) -> None:
         self.nbytes = 2 * CACHE_LINES
+        self.fault_offsets: dict[str, int] = {}
+        for name in (JOINTS, *cameras):
+            self.fault_offsets[name] = self.nbytes
+            self.nbytes += CACHE_LINES
         self.joints = self._add(JOINT_SLOTS, *_joint_arrays(qpos, joints))
         self.cameras = {
             name: self._add(FRAME_SLOTS, ArraySpec("image", "uint8", (*hw, 3)))

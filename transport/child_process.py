@@ -25,12 +25,15 @@ import threading
 import time
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from pathlib import Path
 from typing import Any, Self
 
 from transport.errors import ChildFailed
 
 logger = logging.getLogger(__name__)
 
+PACKAGES = Path(__file__).resolve().parents[1]
+"""The folder of this project's packages."""
 PR_SET_PDEATHSIG = 1
 KEPT_TEXT = 2000
 """Bytes of the latest printed text that are kept for an error."""
@@ -221,6 +224,8 @@ class ChildProcess:
             errors. Otherwise the child's output is its events, and it shares standard error.
         shares_output: With ``events_flag``: whether the child writes to this process's own output
             and error instead.
+        interpreter: The Python that runs the child, if not this process's. It must have the same
+            minor version, since it imports compiled packages from this one's path.
 
     Attributes:
         name: As above.
@@ -239,12 +244,15 @@ class ChildProcess:
         outlives: bool = False,
         events_flag: str = "",
         shares_output: bool = False,
+        interpreter: str = sys.executable,
     ) -> None:
         self.name = name or module
         self.ready: Mapping[str, Any] = {}
         # The child can import what this process can, so a plug-in need not be installed.
-        environment = {**os.environ, "PYTHONPATH": os.pathsep.join(filter(None, sys.path))}
-        command = [sys.executable, "-m", module, *arguments]
+        # Another interpreter does not know where an editable installation keeps its packages.
+        paths = [*filter(None, sys.path), str(PACKAGES)]
+        environment = {**os.environ, "PYTHONPATH": os.pathsep.join(dict.fromkeys(paths))}
+        command = [interpreter, "-m", module, *arguments]
         inherited = list(pass_fds)
         self._events_fd, sink = os.pipe()
         output: int | None = sink
