@@ -18,7 +18,7 @@ from numpy.typing import NDArray
 
 from policies.yaml_config import parse_config
 from robots import ros_node
-from robots.agilex_config import GRIPPERS, JOINTS_PER_ARM, SIDES, AgilexCamera, AgilexConfig
+from robots.agilex_config import GRIPPERS, JOINTS_PER_ARM, SIDES, AgilexConfig
 from robots.base import CameraSample, JointSample, Outcome, Robot, RobotContract, Role, arm_actions
 from robots.errors import (
     ConfigError,
@@ -26,11 +26,17 @@ from robots.errors import (
     ContractViolated,
     NotConnected,
     RobotLost,
-    SensorLost,
 )
 from robots.joint_limits import JointLimits
 from robots.ros_compressed_images import decode_compressed_colour, decode_compressed_depth
-from robots.ros_images import assumption, decode_colour, decode_depth, message_type
+from robots.ros_images import decode_depth, message_type
+from robots.ros_topics import (
+    colour_decoder,
+    decode_joints,
+    join_joints,
+    sample_receiver,
+    wait_for_topics,
+)
 from robots.ros_twin_channel import TwinChannel
 from robots.sample_buffer import SampleBuffer
 
@@ -145,11 +151,12 @@ class AgilexAloha(Robot):
         self._published = ros_node.published_types(timeout_s)
         self._messages = ros_node.import_ros("sensor_msgs.msg")
         topics = self.config.ros_operator
+        decode = functools.partial(decode_joints, expected=self.config.joint_names)
         for side in SIDES:
             topic = getattr(topics, f"puppet_arm_{side}_topic")
             stream = SampleBuffer[JointSample](topic, timeout_s=self.config.sensor_timeout_s)
             self._joints[side] = stream
-            self._subscribe(rospy, stream, self._messages.JointState, self._decode_joints)
+            self._subscribe(rospy, stream, self._messages.JointState, decode)
             if role is not Role.SENSING:
                 # A thread of its own sends the newest message only: a subscriber that does not read
                 # its messages, e.g. a recorder, must not delay the arm.
@@ -163,7 +170,8 @@ class AgilexAloha(Robot):
             self._subscribe_to_cameras(rospy)
         if self.config.twin is not None:
             self._twin = TwinChannel(rospy, self.config.twin)
-        self._wait_for_sensors(deadline_s, timeout_s)
+        hint = ": are the nodes of the arms and cameras running?"
+        wait_for_topics(self.name, self._streams(), deadline_s, timeout_s, hint)
         self._wait_for_subscribers(deadline_s, timeout_s)
         if self._twin is not None:
             self._twin.wait(deadline_s, timeout_s)
@@ -191,7 +199,7 @@ class AgilexAloha(Robot):
             compressed = functools.partial(
                 decode_compressed_colour, hw=camera.hw, encoding=camera.encoding
             )
-            subscribe(colour, _colour_decoder(topic, camera), compressed)
+            subscribe(colour, colour_decoder(topic, camera.hw, camera.encoding), compressed)
             if topics.use_depth_image:
                 topic = getattr(topics, f"img_{camera.camera}_depth_topic")
                 depth = SampleBuffer[CameraSample](
@@ -210,17 +218,12 @@ class AgilexAloha(Robot):
                 "topic's name in ros_operator"
             )
         joints = kind is self._messages.JointState
-        sample: Any = JointSample if joints else CameraSample
-
-        def receive(message: Any) -> None:
-            received_ns = time.monotonic_ns()
-            try:
-                content = decode(message)
-            except ContractViolated as error:
-                stream.fail(ContractViolated, str(error))
-            else:
-                stream.add(sample(content, message.header.stamp.to_nsec(), received_ns))
-
+        receive = sample_receiver(
+            stream,
+            JointSample if joints else CameraSample,
+            decode,
+            lambda message: int(message.header.stamp.to_nsec()),
+        )
         self._subscribers.append(
             rospy.Subscriber(
                 stream.name,
@@ -239,31 +242,8 @@ class AgilexAloha(Robot):
         """
         return self._published.get(rospy.resolve_name(topic))
 
-    def _decode_joints(self, message: Any) -> NDArray[np.float32]:
-        expected = list(self.config.joint_names)
-        if message.name and list(message.name) != expected:
-            raise ContractViolated(f"got joints {list(message.name)}, expected {expected}")
-        if len(message.position) != len(expected):
-            raise ContractViolated(
-                f"got {len(message.position)} positions, expected {len(expected)}, of {expected}"
-            )
-        position = np.array(message.position, np.float32)
-        if not np.isfinite(position).all():
-            raise ContractViolated(f"got {position.tolist()}, expected finite positions")
-        return position
-
     def _streams(self) -> list[SampleBuffer[Any]]:
         return [*self._joints.values(), *self._colours.values(), *self._depths.values()]
-
-    def _wait_for_sensors(self, deadline_s: float, timeout_s: float) -> None:
-        """Wait until every topic sends messages; raise for all that do not, before any motion."""
-        missing = [s.name for s in self._streams() if not s.wait(deadline_s)]
-        if missing:
-            raise SensorLost(
-                f"{self.name}: got nothing, or a single message, on {missing} within "
-                f"{timeout_s:g} s; expected messages on {[s.name for s in self._streams()]}: are "
-                "the nodes of the arms and cameras running?"
-            )
 
     def _wait_for_subscribers(self, deadline_s: float, timeout_s: float) -> None:
         """Wait until the arms' nodes have subscribed to the topics of the commands."""
@@ -276,10 +256,10 @@ class AgilexAloha(Robot):
             time.sleep(POLL_PERIOD_S)
 
     def _get_joints(self) -> JointSample:
-        return _join_arms([self._joints[side].newest() for side in SIDES])
+        return join_joints([self._joints[side].newest() for side in SIDES])
 
     def _get_joints_at(self, stamp_ns: int) -> JointSample:
-        return _join_arms([self._joints[side].nearest(stamp_ns) for side in SIDES])
+        return join_joints([self._joints[side].nearest(stamp_ns) for side in SIDES])
 
     def _get_cameras(self) -> dict[str, CameraSample]:
         samples = {name: stream.newest() for name, stream in self._colours.items()}
@@ -335,29 +315,3 @@ def make(
     """Build the robot; called by ``robots.factory``, which describes the arguments."""
     config = parse_config(AgilexConfig, args, source=source, overrides=overrides)
     return AgilexAloha(config, name=name, source=source)
-
-
-def _colour_decoder(topic: str, camera: AgilexCamera) -> Callable[[Any], Any]:
-    """``decode_colour`` that logs once what it assumes about the encoding."""
-    logged = bool(camera.encoding)
-
-    def decode(message: Any) -> Any:
-        nonlocal logged
-        image = decode_colour(message, camera.hw, camera.encoding)
-        if not logged and (assumed := assumption(message)):
-            logged = True
-            logger.warning(
-                "%s: %s; set the camera's key `encoding` if that is wrong", topic, assumed
-            )
-        return image
-
-    return decode
-
-
-def _join_arms(arms: list[JointSample]) -> JointSample:
-    """Both arms as one state, (S,), with the times of the older one."""
-    return JointSample(
-        np.concatenate([arm.position for arm in arms]),
-        min(arm.stamp_ns for arm in arms),
-        min(arm.received_ns for arm in arms),
-    )
