@@ -1,24 +1,15 @@
-"""Outcome and resets of a simulated robot over ROS; a real robot has neither.
-
-Both topics carry JSON in ``std_msgs/String``. A reset is the request ``{"id", "seed"}``. The robot
-publishes, many times a second, the report ``{"id", "stamp_ns", "success", "reward", "steps"}`` with
-the id of the last request that was handled and the stamp of the first state after it, or with
-``"error"`` if it was refused.
-"""
+"""The ROS 1 driver's end of ``robots.ros_twin_reports``."""
 
 from __future__ import annotations
 
-import json
-import secrets
-import threading
 import time
-from collections.abc import Mapping
 from typing import Any
 
 from robots.agilex_config import TwinTopics
 from robots.base import Outcome
-from robots.errors import RobotError, RobotLost, SensorLost
+from robots.errors import RobotLost, SensorLost
 from robots.ros_node import import_ros, publisher
+from robots.ros_twin_reports import TwinReports, new_request
 from robots.sample_buffer import SampleBuffer
 
 RESET_TIMEOUT_S = 10.0
@@ -36,16 +27,19 @@ class TwinChannel:
     def __init__(self, rospy: Any, topics: TwinTopics) -> None:
         self._string = import_ros("std_msgs.msg").String
         self._topics = topics
-        self._report_changed = threading.Condition()
-        self._report: Mapping[str, Any] = {}
+        self._newest = TwinReports()
         self._requests = publisher(rospy, topics.reset, self._string, queue_size=4)
         self._reports = rospy.Subscriber(
-            topics.outcome, self._string, self._receive, queue_size=1, tcp_nodelay=True
+            topics.outcome,
+            self._string,
+            lambda message: self._newest.receive(message.data),
+            queue_size=1,
+            tcp_nodelay=True,
         )
 
     def wait(self, deadline_s: float, timeout_s: float) -> None:
         """Wait until both topics are connected. Raises ``SensorLost`` at ``deadline_s``."""
-        while not self._report or not self._requests.get_num_connections():
+        while not self._newest.received or not self._requests.get_num_connections():
             if time.monotonic() >= deadline_s:
                 raise SensorLost(
                     f"got no simulated robot on {self._topics.outcome} and {self._topics.reset} "
@@ -56,9 +50,7 @@ class TwinChannel:
 
     def outcome(self) -> Outcome:
         """The outcome in the newest report."""
-        with self._report_changed:
-            report = self._report
-        return Outcome(bool(report["success"]), float(report["reward"]), int(report["steps"]))
+        return self._newest.outcome()
 
     def reset(self, seed: int) -> int:
         """Begin the episode ``seed`` and wait for it; returns the stamp of its first state, ns.
@@ -67,19 +59,15 @@ class TwinChannel:
             RobotLost: No answer within ``RESET_TIMEOUT_S``.
             RobotError: The reset was refused; carries the reason.
         """
-        request = secrets.token_hex(8)
-        self._requests.publish(self._string(json.dumps({"id": request, "seed": seed})))
-        with self._report_changed:
-            if not self._report_changed.wait_for(
-                lambda: self._report.get("id") == request, timeout=RESET_TIMEOUT_S
-            ):
-                raise RobotLost(
-                    f"no answer to a reset on {self._topics.reset} within {RESET_TIMEOUT_S:g} s: "
-                    "is robots.twin_ros_node still running?"
-                )
-            if "error" in self._report:
-                raise RobotError(f"the simulated robot refuses: {self._report['error']}")
-            return int(self._report["stamp_ns"])
+        request, message = new_request(seed)
+        self._requests.publish(self._string(message))
+        stamp_ns = self._newest.answer(request, RESET_TIMEOUT_S)
+        if stamp_ns is None:
+            raise RobotLost(
+                f"no answer to a reset on {self._topics.reset} within {RESET_TIMEOUT_S:g} s: "
+                "is robots.twin_ros_node still running?"
+            )
+        return stamp_ns
 
     def wait_for_stamp(self, stream: SampleBuffer[Any], stamp_ns: int) -> None:
         """Wait for a sample of ``stream`` stamped ``stamp_ns`` or later. Raises ``SensorLost``."""
@@ -95,8 +83,3 @@ class TwinChannel:
     def close(self) -> None:
         """Unsubscribe."""
         self._reports.unregister()
-
-    def _receive(self, message: Any) -> None:
-        with self._report_changed:
-            self._report = json.loads(message.data)
-            self._report_changed.notify_all()

@@ -4,7 +4,7 @@
 
 Needs a ROS master. Publishes joint states and images on the topics of the first configuration, in
 the twin's units, stamped by the simulation's own clock; follows its command topics. In addition to
-the real robot's topics it has an outcome and resets (``robots.ros_twin_channel``).
+the real robot's topics it has an outcome and resets (``robots.ros_twin_reports``).
 """
 
 from __future__ import annotations
@@ -26,9 +26,10 @@ import numpy as np
 from robots import ros_node
 from robots.agilex_aloha import AgilexAloha
 from robots.agilex_config import ACTION_DIM, JOINTS_PER_ARM, SIDES, TwinTopics
-from robots.base import CameraSample, Role
+from robots.base import CameraSample, JointSample, Role
 from robots.errors import ConfigError, RobotError, SensorLost
 from robots.factory import make_robot
+from robots.ros_twin_reports import PERIOD_S, TwinPublisher
 from robots.sim_twin import SimTwin
 
 logger = logging.getLogger(__name__)
@@ -36,8 +37,6 @@ logger = logging.getLogger(__name__)
 SIM_CAMERAS = {"front": "top", "left": "left_wrist", "right": "right_wrist"}
 """The robot's camera to the twin's camera that replaces it."""
 RAW = argparse.RawDescriptionHelpFormatter
-PERIOD_S = 0.01
-"""Of joint states and reports; images are published when they arrive."""
 
 
 class CommandAssembler:
@@ -87,7 +86,7 @@ class CommandAssembler:
             logger.error("a command could not be sent to the simulator: %s", error)
 
 
-class TwinNode:
+class TwinNode(TwinPublisher):
     """Publishes the twin's samples on the robot's topics. Used by the main thread.
 
     Args:
@@ -100,14 +99,12 @@ class TwinNode:
     def __init__(
         self, rospy: Any, robot: AgilexAloha, topics: TwinTopics, sensing: SimTwin, control: SimTwin
     ) -> None:
-        self._config, self._twin = robot.config, sensing
+        super().__init__(sensing)
+        self._config = robot.config
         self._time = rospy.Time
         self._sensors: Any = ros_node.import_ros("sensor_msgs.msg")
         self._string = ros_node.import_ros("std_msgs.msg").String
         self._commands = CommandAssembler(control)
-        self._reset_requests: list[str] = []
-        self._report: dict[str, Any] = {"id": "", "stamp_ns": 0}
-        self._published_stamps: dict[str, int] = {}
         operator = robot.config.ros_operator
         options: dict[str, Any] = {"queue_size": 1, "tcp_nodelay": True}
         self._joints = {
@@ -135,37 +132,13 @@ class TwinNode:
             topics.reset, self._string, lambda message: self._queue_reset(message.data)
         )
 
-    def _queue_reset(self, request: str) -> None:
-        self._reset_requests.append(request)
-
-    def spin(self) -> None:
-        """Handle resets and publish new samples and a report. Call once per ``PERIOD_S``."""
-        while self._reset_requests:
-            self._reset(self._reset_requests.pop(0))
-        self._publish_joints()
-        for name, sample in self._twin.get_cameras().items():
-            if self._published_stamps.get(name) != sample.stamp_ns:
-                self._published_stamps[name] = sample.stamp_ns
-                self._publish_image(name, sample)
-        success, reward, steps = self._twin.outcome() or (False, 0.0, 0)
-        report = {**self._report, "success": success, "reward": reward, "steps": steps}
-        self._outcome.publish(self._string(json.dumps(report)))
-
-    def _reset(self, message: str) -> None:
-        request = json.loads(message)
-        try:
-            self._twin.reset(int(request["seed"]))
-        except RobotError as error:
-            self._report = {**self._report, "id": request["id"], "error": str(error)}
-            return
+    def _clear_commands(self) -> None:
         self._commands.clear()
-        self._report = {"id": request["id"], "stamp_ns": self._twin.get_joints().stamp_ns}
 
-    def _publish_joints(self) -> None:
-        sample = self._twin.get_joints()
-        if self._published_stamps.get("joints") == sample.stamp_ns:
-            return
-        self._published_stamps["joints"] = sample.stamp_ns
+    def _publish_report(self, report: str) -> None:
+        self._outcome.publish(self._string(report))
+
+    def _publish_joints(self, sample: JointSample) -> None:
         for index, side in enumerate(SIDES):
             message = self._sensors.JointState()
             message.header.stamp = self._stamp(sample.stamp_ns)
