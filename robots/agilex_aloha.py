@@ -171,7 +171,7 @@ class AgilexAloha(Robot):
         if self.config.twin is not None:
             self._twin = TwinChannel(rospy, self.config.twin)
         hint = ": are the nodes of the arms and cameras running?"
-        wait_for_topics(self.name, self._streams(), deadline_s, timeout_s, hint)
+        wait_for_topics(self._streams(), deadline_s, timeout_s, subject=f"{self.name}: ", hint=hint)
         self._wait_for_subscribers(deadline_s, timeout_s)
         if self._twin is not None:
             self._twin.wait(deadline_s, timeout_s)

@@ -57,6 +57,11 @@ class CommandDelivery:
         """Why commands are not followed; empty while they are."""
         return self._refused
 
+    @property
+    def period_s(self) -> float:
+        """The median time between commands, seconds; 0 before the second one."""
+        return statistics.median(self._gaps) if self._gaps else 0.0
+
     def reset(self, command: ArrayLike, now_ns: int) -> None:
         """Record that ``command``, (A,), was sent to the device without ``follow``."""
         self._last = np.array(command, np.float64)
@@ -83,8 +88,7 @@ class CommandDelivery:
             RobotLost: No command was forwarded for ``MAX_DELAY_S`` while the robot was to move.
                 Commands stay refused until one is near the last command that was sent.
         """
-        period_s = TOLERANCE * statistics.median(self._gaps) if self._gaps else 0.0
-        longest_s = max(LONGEST_STEP_S, period_s)
+        longest_s = max(LONGEST_STEP_S, TOLERANCE * self.period_s)
         since_s = (now_ns - self._delivered_ns) / 1e9 if self._delivered_ns else longest_s
         near = bool((np.abs(wanted - self._last) <= self._fastest * longest_s).all())
         if near:

@@ -19,6 +19,7 @@ DRIVERS = {
     "dummy": "robots.dummy",
     "sim_twin": "robots.sim_twin",
     "agilex_aloha": "robots.agilex_aloha",
+    "ros2": "robots.ros2_robot",
 }
 """Driver's name to the module whose ``make(args, name, source, overrides)`` builds it."""
 ILSTUDIO = {

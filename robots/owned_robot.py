@@ -12,6 +12,7 @@ from numpy.typing import NDArray
 
 from robots import errors
 from robots.attached_robot import AttachedRobot
+from robots.base import Role
 from robots.errors import RobotError, RobotLost, SensorLost
 from transport.child_process import ChildProcess
 
@@ -62,7 +63,7 @@ class OwnedRobot(AttachedRobot):
             self._set_address(None)
             child.close(CLOSE_TIMEOUT_S)
 
-    def _connect(self, role: Any, timeout_s: float) -> None:
+    def _connect(self, role: Role, timeout_s: float) -> None:
         if self.address is None:
             self._own_process = self._start_owner()
             self._set_address(self._own_process.ready["address"])
@@ -77,13 +78,12 @@ class OwnedRobot(AttachedRobot):
             )
 
     def _failure_reason(self, name: str) -> str:
-        reason = self._failure(name).get("reason")
-        return f" ({reason})" if reason else ""
+        return _in_brackets(self._failure(name))
 
     def _sensor_error(self, name: str, message: str) -> RobotError:
         failure = self._failure(name)
         if "kind" not in failure:
-            return SensorLost(f"{message}{self._failure_reason(name)}")
+            return SensorLost(f"{message}{_in_brackets(failure)}")
         kind: type[RobotError] = getattr(errors, failure["kind"])
         return kind(f"{self.name}: {failure['reason']}")
 
@@ -101,3 +101,8 @@ class OwnedRobot(AttachedRobot):
             self._own_process.close(CLOSE_TIMEOUT_S)
             self._own_process = None
             self._set_address(None)
+
+
+def _in_brackets(failure: Mapping[str, Any]) -> str:
+    reason = failure.get("reason")
+    return f" ({reason})" if reason else ""

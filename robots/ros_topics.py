@@ -128,19 +128,19 @@ def join_joints(parts: Sequence[JointSample]) -> JointSample:
 
 
 def wait_for_topics(
-    robot: str,
     streams: Sequence[SampleBuffer[Any]],
     deadline_s: float,
     timeout_s: float,
+    *,
+    subject: str = "",
     hint: str,
 ) -> None:
     """Wait until every topic sends messages whose stamps advance, before any motion.
 
     Args:
-        robot: The robot's name, for errors.
         deadline_s: By ``time.monotonic``.
         timeout_s: The time allowed, for errors.
-        hint: The end of the error.
+        subject, hint: The beginning and the end of the error.
 
     Raises:
         SensorLost: Names all topics that do not.
@@ -149,6 +149,6 @@ def wait_for_topics(
     missing = [stream.name for stream in streams if not stream.wait(deadline_s)]
     if missing:
         raise SensorLost(
-            f"{robot}: got nothing, or a single message, on {missing} within {timeout_s:g} s; "
+            f"{subject}got nothing, or a single message, on {missing} within {timeout_s:g} s; "
             f"expected messages on {[stream.name for stream in streams]}{hint}"
         )

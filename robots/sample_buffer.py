@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import threading
 import time
 from collections import deque
@@ -51,10 +52,13 @@ class SampleBuffer(Generic[SampleT]):
         name: The sensor's name in errors, e.g. a topic.
         timeout_s: A sensor without a new stamp for so long is lost.
         keep: Samples kept for ``nearest``.
+        longest_jump_s: A stamp that advances by so much more than the time of arrival is a fault.
     """
 
-    def __init__(self, name: str, *, timeout_s: float, keep: int = KEPT) -> None:
-        self.name = name
+    def __init__(
+        self, name: str, *, timeout_s: float, keep: int = KEPT, longest_jump_s: float = math.inf
+    ) -> None:
+        self.name, self._longest_jump_s = name, longest_jump_s
         self._timeout_ns = round(timeout_s * 1e9)
         self._samples: deque[SampleT] = deque(maxlen=keep)
         self._fault: _Fault | None = None
@@ -66,6 +70,8 @@ class SampleBuffer(Generic[SampleT]):
         """Add a sample that has arrived. Called by the sensor's thread."""
         with self._arrival:
             last = self._samples[-1] if self._samples else None
+            if last is not None:
+                self._check_jump(sample, last)
             if last is None or sample.stamp_ns > last.stamp_ns:
                 self._samples.append(sample)
                 self._changed_ns, self._repeats = sample.received_ns, 0
@@ -81,6 +87,16 @@ class SampleBuffer(Generic[SampleT]):
             else:
                 self._repeats += 1
             self._arrival.notify_all()
+
+    def _check_jump(self, sample: SampleT, last: SampleT) -> None:
+        arrived_ns = sample.received_ns - last.received_ns
+        jump_s = (sample.stamp_ns - last.stamp_ns - arrived_ns) / 1e9
+        if jump_s > self._longest_jump_s:
+            self._fail(
+                StampFault,
+                f"stamp jumped ahead by {jump_s:.3f} s, from {last.stamp_ns} to {sample.stamp_ns} "
+                f"ns, expected at most {self._longest_jump_s:g} s: was its clock set?",
+            )
 
     def fail(self, kind: type[RobotError], message: str) -> None:
         """Record a fault of the sensor, e.g. an invalid sample. Called by the sensor's thread."""

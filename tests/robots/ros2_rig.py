@@ -1,0 +1,133 @@
+"""Nodes of other people on ROS 2, each a process of its own, which tests can spoil and kill."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import random
+import subprocess
+import sys
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from policies.yaml_config import as_plain
+from robots.errors import ConnectFailed
+from robots.factory import make_robot
+from robots.ros2_environment import find_interpreter
+from robots.ros2_robot import Ros2Robot
+
+ARM = Path(__file__).with_name("ros2_arm.yaml")
+JOINT_STATES, PICTURES = "/joint_states", "/top/image_raw"
+COMPRESSED = "/top/compressed"
+LONG = os.environ.get("METRONOME_LONG", "") not in ("", "0")
+TIMES = 20 if LONG else 1
+
+
+def interpreter() -> str:
+    """A Python with rclpy; without one the test is skipped, and says why."""
+    try:
+        return find_interpreter("")
+    except ConnectFailed as error:
+        pytest.skip(str(error))
+
+
+def arm(overrides: Mapping[str, str] | None = None) -> Ros2Robot:
+    robot = make_robot(str(ARM), overrides)
+    assert isinstance(robot, Ros2Robot)
+    return robot
+
+
+def free_domain() -> int:
+    """A ROS domain that others hardly have; 101 is the last below Linux's own ports."""
+    return random.SystemRandom().randrange(10, 101)
+
+
+class Peer:
+    """A node of ``ros2_peer.py``."""
+
+    def __init__(self, domain: int, description: Mapping[str, Any]) -> None:
+        environment = {
+            **os.environ,
+            "PYTHONPATH": os.pathsep.join(filter(None, sys.path)),
+            "ROS_DOMAIN_ID": str(domain),
+            "ROS_AUTOMATIC_DISCOVERY_RANGE": "LOCALHOST",
+        }
+        script = str(Path(__file__).with_name("ros2_peer.py"))
+        self.process = subprocess.Popen(
+            [interpreter(), script, json.dumps(description)],
+            env=environment,
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            text=True,
+        )
+        self._expect("ready\n")
+
+    @property
+    def pid(self) -> int:
+        return self.process.pid
+
+    def set_mode(self, topic: str, mode: str) -> None:
+        self.process.stdin.write(f"{topic} {mode}\n")
+        self.process.stdin.flush()
+        self._expect("done\n")
+
+    @contextlib.contextmanager
+    def spoilt(self, topic: str, mode: str) -> Iterator[None]:
+        self.set_mode(topic, mode)
+        try:
+            yield
+        finally:
+            self.set_mode(topic, "sound")
+
+    def close(self) -> None:
+        self.process.kill()
+        self.process.wait()
+        self.process.stdin.close()
+        self.process.stdout.close()
+
+    def _expect(self, line: str) -> None:
+        got = self.process.stdout.readline()
+        assert got == line, f"got {got!r}, expected {line!r}"
+
+
+@contextlib.contextmanager
+def peers(
+    folder: Path, domain: int, robot: Ros2Robot, images: tuple[str, ...] = (PICTURES,)
+) -> Iterator[tuple[Peer, Peer]]:
+    """The arm's node and the camera's, for the topics of ``robot``."""
+    with contextlib.ExitStack() as stack:
+        joints = stack.enter_context(contextlib.closing(joint_peer(folder, domain, robot)))
+        camera = stack.enter_context(contextlib.closing(camera_peer(domain, images)))
+        yield joints, camera
+
+
+def joint_peer(folder: Path, domain: int, robot: Ros2Robot) -> Peer:
+    config = robot.config
+    names = [name for state in config.states for name in state.joints]
+    commands = [[c.topic, c.message, as_plain(c.joints)] for c in config.commands]
+    pose = dict(zip(robot.contract.action_names, robot.start_pose.tolist(), strict=True))
+    return Peer(
+        domain,
+        {
+            "joints": names,
+            "start": [pose.get(name, 0.0) for name in names],
+            "states": config.states[0].topic,
+            "commands": commands,
+            "record": str(folder / "commands"),
+        },
+    )
+
+
+def camera_peer(domain: int, images: tuple[str, ...] = (PICTURES,)) -> Peer:
+    return Peer(domain, {"images": list(images), "hw": [48, 64]})
+
+
+def read_commands(folder: Path, joints: int) -> np.ndarray:
+    """Rows of (arrival in ns, a trajectory's duration in s, the target of every joint)."""
+    row = np.dtype([("ns", "<i8"), ("within_s", "<f8"), ("values", "<f8", (joints,))])
+    return np.fromfile(folder / "commands", row)
