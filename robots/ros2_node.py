@@ -6,6 +6,7 @@ Only the owner process and the simulated robot's node import this module.
 from __future__ import annotations
 
 import os
+import threading
 import time
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
@@ -22,6 +23,7 @@ from robots.errors import ContractViolated, SensorLost
 from robots.ros2_config import Discovery
 
 POLL_PERIOD_S = 0.02
+CLOSE_TIMEOUT_S = 2.0
 MESSAGES: Mapping[str, Any] = {
     "Image": sensor_msgs.msg.Image,
     "CompressedImage": sensor_msgs.msg.CompressedImage,
@@ -66,6 +68,7 @@ class Ros2Node:
     Attributes:
         node: The ``rclpy`` node.
         executor: Calls the callbacks while its user spins it.
+        where: Where other nodes are looked for, for errors.
     """
 
     def __init__(self, name: str, discovery: Discovery, domain_id: int | None) -> None:
@@ -132,6 +135,19 @@ class Ros2Node:
             ContractViolated: They take several types.
         """
         return self._type(topic) if self.node.count_subscribers(topic) else None
+
+    def close(self) -> None:
+        """End the node: other nodes learn it at once, and its shared memory is removed.
+
+        The process ends ``CLOSE_TIMEOUT_S`` later if that hangs.
+        """
+        late = threading.Timer(CLOSE_TIMEOUT_S, os._exit, (0,))
+        late.daemon = True
+        late.start()
+        self.executor.shutdown(timeout_sec=CLOSE_TIMEOUT_S)
+        self.node.destroy_node()
+        rclpy.shutdown()
+        late.cancel()
 
     def _type(self, topic: str) -> str:
         types = dict(self.node.get_topic_names_and_types())[self.node.resolve_topic_name(topic)]

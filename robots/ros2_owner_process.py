@@ -289,13 +289,18 @@ def _run_owner(config: Ros2Config, isolation: Isolation) -> None:
     """Start the node, report ``ready`` and serve; at the end stop all motion."""
     try:
         ros = Ros2Node("metronome", config.discovery, config.domain_id)
-        owner = Ros2Owner(config, ros)
-    except RobotError as error:
-        send_event("failed", error=" ".join(str(error).split()), kind=type(error).__name__)
-        return
     except Exception as error:  # rclpy's own, e.g. of a security folder without keys
         send_event("failed", error=isolation.explain(error), kind=ConnectFailed.__name__)
         return
+    try:
+        _serve(Ros2Owner(config, ros), isolation)
+    except RobotError as error:
+        send_event("failed", error=" ".join(str(error).split()), kind=type(error).__name__)
+    finally:
+        ros.close()
+
+
+def _serve(owner: Ros2Owner, isolation: Isolation) -> None:
     signal.signal(signal.SIGTERM, lambda *_: owner.stop_requested.set())
     owner.watch_parent(isolation.input_fd)
     send_event("ready", address=owner.address)
@@ -318,7 +323,7 @@ def main(arguments: list[str] | None = None) -> None:
         _run_owner(Ros2Config.from_json(options.config), isolation)
         sys.stdout.flush()
     finally:
-        # Does not wait for the executor's thread, nor for rclpy's destructors.
+        # Waits for no thread and no destructor.
         os._exit(0)
 
 

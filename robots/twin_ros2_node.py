@@ -105,18 +105,24 @@ def _run(config: Ros2Config, topics: SimulatedRobot, twin: TwinConfig) -> None:
         sensing.connect(Role.SENSING)
         control.connect(Role.CONTROL)
         ros = Ros2Node("metronome_twin", config.discovery, config.domain_id)
-        node = TwinRos2Node(ros, config, topics, sensing, control)
-        send_event("ready")
-        due_s = time.monotonic()
-        while True:
-            while (left_s := due_s - time.monotonic()) > 0:
-                ros.executor.spin_once(timeout_sec=left_s)
-            try:
-                node.spin()
-            except SensorLost as error:
-                # The topics' subscribers notice a delayed simulator by themselves.
-                logger.warning("%s", error)
-            due_s = max(due_s + PERIOD_S, time.monotonic())
+        try:
+            _spin(ros, TwinRos2Node(ros, config, topics, sensing, control))
+        finally:
+            ros.close()
+
+
+def _spin(ros: Ros2Node, node: TwinRos2Node) -> None:
+    send_event("ready")
+    due_s = time.monotonic()
+    while True:
+        while (left_s := due_s - time.monotonic()) > 0:
+            ros.executor.spin_once(timeout_sec=left_s)
+        try:
+            node.spin()
+        except SensorLost as error:
+            # The topics' subscribers notice a delayed simulator by themselves.
+            logger.warning("%s", error)
+        due_s = max(due_s + PERIOD_S, time.monotonic())
 
 
 def main(arguments: list[str] | None = None) -> None:

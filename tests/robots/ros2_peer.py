@@ -80,7 +80,7 @@ class Peer:
     def run(self) -> None:
         tick, due_s = 0, time.monotonic()
         generator = np.random.default_rng(0)
-        while True:
+        while rclpy.ok():
             if self.names:
                 self.target += self.speed * PERIOD_S
                 self.position += np.clip(self.target - self.position, -STEP, STEP)
@@ -147,6 +147,7 @@ def main() -> None:
         peer.frozen.pop(topic, None)
         peer.modes[topic] = mode
         print("done", flush=True)  # noqa: T201
+    rclpy.shutdown()
 
 
 if __name__ == "__main__":

@@ -84,10 +84,17 @@ class Peer:
         finally:
             self.set_mode(topic, "sound")
 
-    def close(self) -> None:
+    def kill(self) -> None:
         self.process.kill()
         self.process.wait()
+
+    def close(self) -> None:
+        """End it in good order, else it leaves Fast DDS's files in shared memory behind."""
         self.process.stdin.close()
+        try:
+            self.process.wait(10)
+        except subprocess.TimeoutExpired:
+            self.kill()
         self.process.stdout.close()
 
     def _expect(self, line: str) -> None:

@@ -177,12 +177,13 @@ def spoil(nodes, topic: str, mode: str):
 
 
 def impatient(nodes) -> dict[str, str]:
-    return {"domain_id": str(nodes.domain), "connect_timeout_s": "3"}
+    """Where the whole time passes."""
+    return {"domain_id": str(nodes.domain), "connect_timeout_s": "6"}
 
 
 @pytest.fixture(scope="module")
 def connected(nodes):
-    with arm(impatient(nodes)) as robot:
+    with arm({"domain_id": str(nodes.domain)}) as robot:
         robot.connect()
         yield robot
 
@@ -196,7 +197,7 @@ class TestFaults:
         ("topic", "mode", "kind", "message"),
         [
             (JOINT_STATES, "mute", SensorLost, r"got nothing, .* on \['/joint_states'\] .* domain"),
-            (PICTURES, "mute", SensorLost, r"got nothing, .* on \['/top/image_raw'\] within 3 s"),
+            (PICTURES, "mute", SensorLost, r"got nothing, .* on \['/top/image_raw'\] within 6 s"),
             (PICTURES, "freeze", StampFault, rf"{PICTURES}: stamp stands still at \d+ ns"),
             (JOINT_STATES, "names", ContractViolated, rf"{JOINT_STATES}: got joints .*'another'"),
             (
@@ -229,9 +230,9 @@ class TestFaults:
             ({"cameras.top.qos": "reliable"}, ContractViolated,
              r"/top/image_raw: qos: got a publisher that is best_effort, expected reliable"),
             ({"commands": '[{topic: /deaf, message: JointState, joints: [l0]}]'}, ConnectFailed,
-             r"got no subscriber on \['/deaf'\] in ROS domain \d+ on this host within 3 s"),
+             r"got no subscriber on \['/deaf'\] in ROS domain \d+ on this host within 6 s"),
             ({"commands": '[{topic: /joint_commands, message: JointTrajectory, joints: [l0]}]'},
-             ContractViolated, r"/joint_commands: got .* JointState, expected traj"),
+             ContractViolated, r"/joint_commands: got .*JointState, expected traj"),
         ],
     )  # fmt: skip
     def test_wrong_topics(self, nodes, overrides: dict, kind: type, message: str) -> None:
@@ -296,13 +297,14 @@ class TestFaults:
         until(healed)
 
     def test_a_compressed_picture(self, nodes) -> None:
-        with arm({**impatient(nodes), "cameras.top.topic": COMPRESSED}) as robot:
+        overrides = {"domain_id": str(nodes.domain), "cameras.top.topic": COMPRESSED}
+        with arm(overrides) as robot:
             robot.connect()
             assert robot.get_cameras()["top"].image.shape == (48, 64, 3)
 
 
 @pytest.fixture(scope="module")
-def simulated(self):
+def simulated():
     ros2_rig.interpreter()
     domain = {"domain_id": str(ros2_rig.free_domain())}
     with make_robot("ros2_aloha_twin", domain).companion() as found:
