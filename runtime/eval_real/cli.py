@@ -140,6 +140,9 @@ def read_evaluation(argv: Sequence[str] | None) -> Evaluation:
     args, rest = parser().parse_known_args(argv)
     overrides = read_overrides(rest, "robot.", "metronome eval-real")
     config = from_flags(EvalRealConfig, args, overrides=overrides)
+    if config.ros_discovery is not None:
+        overrides = {**overrides, "discovery": config.ros_discovery}
+        config = dataclasses.replace(config, overrides=overrides)
     check_flags(config.connection)
     check_upstream(config.model, config.upstream, config.checkpoint)
     config.live_view.check()

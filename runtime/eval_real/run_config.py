@@ -13,7 +13,16 @@ from numpy.typing import NDArray
 
 from policies.execution import Execution
 from policies.flag_builder import Flag, Group
-from policies.number_ranges import COUNT, DURATION_S, POSITIVE, RATE_HZ, TICKS, Range, check_ranges
+from policies.number_ranges import (
+    COUNT,
+    DURATION_S,
+    POSITIVE,
+    RATE_HZ,
+    TICKS,
+    Choice,
+    Range,
+    check_ranges,
+)
 from policies.types import PolicyContract
 from policies.yaml_config import as_plain, parse_config
 from robots.base import ANGLES, ActionKind, ActionSpec, Robot
@@ -43,6 +52,7 @@ from runtime.options.upstream import UpstreamOptions
 
 MOST_SEEDS = 2**24
 """A seed is sent to the control process in 24 bits."""
+ROS_DISCOVERY = Choice(("localhost", "subnet"))
 SEEDS, PRIORITY, VIDEO_FPS = Range(0, MOST_SEEDS - 1), Range(0, 99), Range(0, 1000)
 
 
@@ -134,6 +144,11 @@ class EvalRealConfig:
         DURATION_S,
         Flag("seconds to connect to the robot and to get its sensors' first data"),
     ] = 15.0
+    ros_discovery: Annotated[
+        str | None,
+        ROS_DISCOVERY,
+        Flag("where a ros2 robot's nodes are looked for", default="localhost"),
+    ] = None
     priority: Annotated[
         int,
         PRIORITY,

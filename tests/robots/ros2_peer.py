@@ -9,6 +9,7 @@ from now on.
 from __future__ import annotations
 
 import json
+import os
 import struct
 import sys
 import threading
@@ -24,7 +25,7 @@ from trajectory_msgs.msg import JointTrajectory
 MESSAGES = {kind.__name__: kind for kind in (JointState, JointTrajectory, Float64MultiArray)}
 PERIOD_S, PICTURE_EVERY, STEP = 0.01, 3, 0.03
 BEST_EFFORT = QoSProfile(depth=1, reliability=QoSReliabilityPolicy.BEST_EFFORT)
-RELIABLE = QoSProfile(depth=1)
+RELIABLE = QoSProfile(depth=100)
 
 
 class Peer:
@@ -148,6 +149,7 @@ def main() -> None:
         peer.modes[topic] = mode
         print("done", flush=True)  # noqa: T201
     rclpy.shutdown()
+    os._exit(0)  # not even the threads' destructors
 
 
 if __name__ == "__main__":

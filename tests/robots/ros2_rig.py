@@ -113,17 +113,19 @@ def peers(
         yield joints, camera
 
 
-def joint_peer(folder: Path, domain: int, robot: Ros2Robot) -> Peer:
+def joint_peer(folder: Path, domain: int, robot: Ros2Robot, states: str = "") -> Peer:
+    """The arm's node; with another topic for its states, it only listens to the same commands."""
     config = robot.config
     names = [name for state in config.states for name in state.joints]
     commands = [[c.topic, c.message, as_plain(c.joints)] for c in config.commands]
-    pose = dict(zip(robot.contract.action_names, robot.start_pose.tolist(), strict=True))
+    start = np.zeros(len(names)) if robot.start_pose is None else robot.start_pose
+    pose = dict(zip(robot.contract.action_names, start.tolist(), strict=True))
     return Peer(
         domain,
         {
             "joints": names,
             "start": [pose.get(name, 0.0) for name in names],
-            "states": config.states[0].topic,
+            "states": states or config.states[0].topic,
             "commands": commands,
             "record": str(folder / "commands"),
         },
