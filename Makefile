@@ -13,11 +13,12 @@ APT_INSTALL = \
     echo "installing $$packages"; \
     sudo apt-get update -qq && sudo apt-get install -y -qq $$packages >/dev/null; \
   fi
+ROS2   := .venv-ros2
 CAN_RENDER := $(BIN)/python -c 'from envs.gl_context import make_context; make_context(64, 64)[1].free()'
 # No thread pools fighting the tests for two cores.
 export OMP_NUM_THREADS ?= 1
 
-.PHONY: help demo test test-long check bench gateways soak fuzz train format gl cyclictest clean
+.PHONY: help demo test test-long check bench gateways ros2 soak fuzz train format gl cyclictest clean
 
 help:
 	@echo "make demo    start a server, evaluate 2 episodes against it"
@@ -26,6 +27,7 @@ help:
 	@echo "make check   lint, types, import rules, bytes of the checkout"
 	@echo "make bench   latency tables"
 	@echo "make gateways  the clients of other systems: long tests, benchmarks; the result is a text file"
+	@echo "make ros2    what robots over ROS 2 need, in .venv-ros2: docs/ros2.md"
 	@echo "make soak    a simulated robot, with everything killed in mid-motion again and again: 30 minutes"
 	@echo "make fuzz    a million inputs at every parser of what a peer sends: RUNS=1000000"
 	@echo "make train   demonstrations, then a policy of your own: under an hour on two cores"
@@ -38,7 +40,9 @@ WORKERS ?= 3
 test: $(VENV)/.dev gl
 	$(BIN)/python -m pytest tests -q -n $(WORKERS) --dist worksteal -m "not long"
 
+# Without a wheel of ROS 2 for this machine its tests are skipped, and say so.
 test-long: $(VENV)/.dev gl
+	@$(MAKE) --no-print-directory $(ROS2)/.ready || echo "absent: ROS 2"
 	$(BIN)/python -m pytest tests -q -m long
 
 check: $(VENV)/.dev
@@ -59,6 +63,14 @@ soak: $(VENV)/.dev gl
 	METRONOME_SOAK=1 $(BIN)/python -m pytest tests/faults -q -s
 	METRONOME_LONG=1 $(BIN)/python -m pytest -q -o log_cli=true --log-cli-level=INFO \
 	  $(foreach part,sleep long kills stops,tests/transport/test_transport_$(part).py)
+
+ros2: $(VENV)/.sim gl $(ROS2)/.ready
+
+# The wheels restart every Python of their environment: they have one of their own.
+$(ROS2)/.ready: robots/requirements-ros2.txt $(VENV)/.base
+	$(BIN)/python -m venv $(ROS2)
+	$(ROS2)/bin/python -m pip install --quiet --disable-pip-version-check -c constraints.txt numpy -r $<
+	@touch $@
 
 RUNS ?= 1000000
 fuzz: $(VENV)/.fuzz
@@ -122,4 +134,4 @@ $(VENV)/.peers: bench/requirements-peers.txt $(VENV)/.dev
 	@touch $@
 
 clean:
-	rm -rf $(VENV) build *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis .benchmarks
+	rm -rf $(VENV) $(ROS2) build *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis .benchmarks

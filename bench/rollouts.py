@@ -2,13 +2,15 @@
 
     python -m bench.rollouts --rollouts 50
 
-Four ways, the same seeds: ``simulation`` (``eval_sim.py``, lockstep); ``local`` (``eval_real.py``
-on ``agilex_aloha_twin`` over a real ROS master, its server on this host); ``other host`` and
-``other host, JPEG`` (the same with the server in a network namespace, over ZMQ, through a relay
-that delays each way by 5 ± 2 ms). The outcome comes from the twin's own reward. Results land in
-``bench/results/rollouts.json``, each way as soon as it is done; ``--ways`` picks some.
+Five ways, the same seeds: ``simulation`` (``eval_sim.py``, lockstep); ``ROS 2`` (``eval_real.py``
+on ``ros2_aloha_twin``, its server on this host); ``local`` (the same on ``agilex_aloha_twin`` over
+a real ROS 1 master); ``other host`` and ``other host, JPEG`` (``local`` with the server in a
+network namespace, over ZMQ, through a relay that delays each way by 5 ± 2 ms). The outcome comes from the
+twin's own reward. Results land in ``bench/results/rollouts.json``, each way as soon as it is done;
+``--ways`` picks some.
 
-Needs ROS 1 (``python3-rospy`` ...); another host needs root.
+``ROS 2`` needs what ``make ros2`` installs. The other ways on a robot need ROS 1
+(``python3-rospy`` ...); another host needs root.
 """
 
 from __future__ import annotations
@@ -29,6 +31,7 @@ from bench.record_files import write_record
 from bench.records import RESULTS, Records
 from policies.command_line import CommandLine, Number
 from policies.number_ranges import COUNT
+from robots.ros2_environment import find_interpreter
 from runtime.options.defaults import DEFAULT_CHECKPOINT
 from tests.hosts import INSIDE, other_host
 from tests.robots.ros_rig import MISSING, WHY_NOT, master, twin_node
@@ -36,7 +39,8 @@ from tests.robots.ros_rig import MISSING, WHY_NOT, master, twin_node
 ROOT = Path(__file__).parents[1]
 FIRST_SEED = 1000
 RELAY_MS = {"delay": 5.0, "jitter": 2.0}
-ROBOT, TASK = "agilex_aloha_twin", "sim_transfer_cube"
+ROBOT, ROS2_ROBOT, TASK = "agilex_aloha_twin", "ros2_aloha_twin", "sim_transfer_cube"
+WITHOUT_ROS1 = {"simulation", "ROS 2"}
 OUTPUT = RESULTS / "rollouts.json"
 
 
@@ -46,6 +50,12 @@ def simulation(rollouts: int, folder: Path) -> Path:
         "--seed", str(FIRST_SEED), "--videos", "0", "-o", str(folder),
     )  # fmt: skip
     return folder / "aloha" / f"{TASK}.json"
+
+
+def ros2(rollouts: int, folder: Path) -> Path:
+    find_interpreter("")
+    _evaluate(ROS2_ROBOT, DEFAULT_CHECKPOINT, rollouts, folder)
+    return folder / ROS2_ROBOT / f"{TASK}.json"
 
 
 def local(rollouts: int, folder: Path) -> Path:
@@ -59,6 +69,7 @@ def elsewhere(rollouts: int, folder: Path, *flags: str) -> Path:
 
 WAYS: Mapping[str, Callable[[int, Path], Path]] = {
     "simulation": simulation,
+    "ROS 2": ros2,
     "local": local,
     "other host": elsewhere,
     "other host, JPEG": lambda rollouts, folder: elsewhere(rollouts, folder, "--jpeg"),
@@ -70,12 +81,16 @@ def _on_the_robot(rollouts: int, folder: Path, model: str, *flags: str) -> Path:
         home = Path(stack.enter_context(tempfile.TemporaryDirectory()))
         os.environ.update(stack.enter_context(master(home)))
         stack.enter_context(twin_node())
-        _run(
-            "eval_real.py", "-m", model, "-c", ROBOT, "--task", TASK, "-n", str(rollouts),
-            "--seed", str(FIRST_SEED), "--yes", "--video_fps", "0", "--priority", "10",
-            "-o", str(folder), *flags,
-        )  # fmt: skip
+        _evaluate(ROBOT, model, rollouts, folder, *flags)
     return folder / ROBOT / f"{TASK}.json"
+
+
+def _evaluate(robot: str, model: str, rollouts: int, folder: Path, *flags: str) -> None:
+    _run(
+        "eval_real.py", "-m", model, "-c", robot, "--task", TASK, "-n", str(rollouts),
+        "--seed", str(FIRST_SEED), "--yes", "--video_fps", "0", "--priority", "10",
+        "-o", str(folder), *flags,
+    )  # fmt: skip
 
 
 @contextlib.contextmanager
@@ -162,7 +177,7 @@ def main() -> int:
     cli.add_argument("--rollouts", type=Number(int, COUNT), default=50)
     cli.add_argument("--ways", nargs="+", choices=tuple(WAYS), default=list(WAYS))
     args = cli.parse_args()
-    if MISSING:
+    if MISSING and not WITHOUT_ROS1.issuperset(args.ways):
         print(f"error: {WHY_NOT}", file=sys.stderr)
         return 2
     found: dict[str, Any] = {"facts": Records().facts, "seeds_from": FIRST_SEED, "ways": {}}

@@ -44,19 +44,30 @@ class StateTopic:
         topic: Its name.
         joints: Names in its messages, in the order of the robot's state. Messages may have further
             joints, and any order.
+        names: Names in the robot's contract, if they differ from ``joints``.
         prefix: Added to each name, to tell the joints of two arms apart.
         qos: Reliability of the subscription; its depth is 1.
+
+    Raises:
+        ValueError: Another number of ``names`` than of ``joints``.
     """
 
     topic: str
     joints: tuple[str, ...]
+    names: tuple[str, ...] = ()
     prefix: str = ""
     qos: Qos = "best_effort"
 
+    def __post_init__(self) -> None:
+        if self.names and len(self.names) != len(self.joints):
+            raise ValueError(
+                f"names: got {len(self.names)}, expected {len(self.joints)}, one per joint"
+            )
+
     @property
-    def names(self) -> tuple[str, ...]:
+    def contract_names(self) -> tuple[str, ...]:
         """Names of the joints in the robot's contract."""
-        return tuple(self.prefix + joint for joint in self.joints)
+        return tuple(self.prefix + name for name in self.names or self.joints)
 
 
 @dataclass(frozen=True)
@@ -230,7 +241,7 @@ class Ros2Config:
     @property
     def joint_names(self) -> tuple[str, ...]:
         """S names, in the order of a state."""
-        return tuple(itertools.chain.from_iterable(topic.names for topic in self.states))
+        return tuple(itertools.chain.from_iterable(topic.contract_names for topic in self.states))
 
     @property
     def actions(self) -> tuple[ActionSpec, ...]:

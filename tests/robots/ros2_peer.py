@@ -1,9 +1,9 @@
 """An arm or a camera on ROS 2, as a node of its own: real rclpy, and nothing of this project.
 
 ``ros2_peer.py DESCRIPTION``, JSON with the keys ``joints`` (names), ``start``, ``states`` (topic),
-``commands`` ([[topic, message, [joint, ...]], ...]), ``images`` ([topic, ...]), ``hw`` and
-``record`` (a file: every command as it arrived). Lines on stdin, ``TOPIC MODE``, spoil a topic
-from now on.
+``commands`` ([[topic, message, [joint, ...]], ...]), ``images`` ([topic, ...]), ``record`` (a file:
+every command as it arrived) and ``pictures`` (a file: every picture's number, and when it left).
+Lines on stdin, ``TOPIC MODE``, spoil a topic from now on.
 """
 
 from __future__ import annotations
@@ -23,6 +23,7 @@ from std_msgs.msg import Float64MultiArray
 from trajectory_msgs.msg import JointTrajectory
 
 MESSAGES = {kind.__name__: kind for kind in (JointState, JointTrajectory, Float64MultiArray)}
+HW = (48, 64)
 PERIOD_S, PICTURE_EVERY, STEP = 0.01, 3, 0.03
 BEST_EFFORT = QoSProfile(depth=1, reliability=QoSReliabilityPolicy.BEST_EFFORT)
 RELIABLE = QoSProfile(depth=100)
@@ -40,6 +41,7 @@ class Peer:
         self.speed = np.zeros(len(self.names))
         self.row = struct.Struct(f"<q{1 + len(self.names)}d")
         self.record = open(described["record"], "ab", buffering=0) if self.names else None  # noqa: SIM115, PTH123
+        self.pictures = open(described["pictures"], "ab", buffering=0) if self.names else None  # noqa: SIM115, PTH123
         self.publishers = {}
         if self.names:
             self.publish_on(described["states"], JointState)
@@ -90,9 +92,11 @@ class Peer:
                 message.position = [*self.position[::-1].tolist(), 0.5]
                 self.publish(self.described["states"], message)
             if tick % PICTURE_EVERY == 0:
-                height, width = self.described.get("hw", (48, 64))
-                pixels = generator.integers(0, 256, (height, width, 3), np.uint8)
-                pixels[0, 0] = 255, 0, 10
+                pixels = generator.integers(0, 256, (*HW, 3), np.uint8)
+                number = tick // PICTURE_EVERY % 2**16
+                pixels[0, 0] = 255, *divmod(number, 256)
+                if self.pictures is not None:
+                    self.pictures.write(struct.pack("<2q", number, time.monotonic_ns()))
                 for topic in self.described.get("images", []):
                     self.publish(topic, picture(topic, pixels))
             tick += 1

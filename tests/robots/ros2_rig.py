@@ -113,7 +113,13 @@ def peers(
         yield joints, camera
 
 
-def joint_peer(folder: Path, domain: int, robot: Ros2Robot, states: str = "") -> Peer:
+def joint_peer(
+    folder: Path,
+    domain: int,
+    robot: Ros2Robot,
+    states: str = "",
+    images: tuple[str, ...] = (),
+) -> Peer:
     """The arm's node; with another topic for its states, it only listens to the same commands."""
     config = robot.config
     names = [name for state in config.states for name in state.joints]
@@ -128,15 +134,23 @@ def joint_peer(folder: Path, domain: int, robot: Ros2Robot, states: str = "") ->
             "states": states or config.states[0].topic,
             "commands": commands,
             "record": str(folder / "commands"),
+            "images": list(images),
+            "pictures": str(folder / "pictures"),
         },
     )
 
 
 def camera_peer(domain: int, images: tuple[str, ...] = (PICTURES,)) -> Peer:
-    return Peer(domain, {"images": list(images), "hw": [48, 64]})
+    return Peer(domain, {"images": list(images)})
 
 
 def read_commands(folder: Path, joints: int) -> np.ndarray:
     """Rows of (arrival in ns, a trajectory's duration in s, the target of every joint)."""
     row = np.dtype([("ns", "<i8"), ("within_s", "<f8"), ("values", "<f8", (joints,))])
     return np.fromfile(folder / "commands", row)
+
+
+def read_pictures(folder: Path) -> dict[int, int]:
+    """When the arm's node began to publish each picture, ns, by the number in its first pixel."""
+    rows = np.fromfile(folder / "pictures", np.dtype([("number", "<i8"), ("ns", "<i8")]))
+    return dict(zip(rows["number"].tolist(), rows["ns"].tolist(), strict=True))
