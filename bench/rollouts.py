@@ -5,9 +5,9 @@
 Five ways, the same seeds: ``simulation`` (``eval_sim.py``, lockstep); ``ROS 2`` (``eval_real.py``
 on ``ros2_aloha_twin``, its server on this host); ``local`` (the same on ``agilex_aloha_twin`` over
 a real ROS 1 master); ``other host`` and ``other host, JPEG`` (``local`` with the server in a
-network namespace, over ZMQ, through a relay that delays each way by 5 ± 2 ms). The outcome comes from the
-twin's own reward. Results land in ``bench/results/rollouts.json``, each way as soon as it is done;
-``--ways`` picks some.
+network namespace, over ZMQ, through a relay that delays each way by 5 ± 2 ms). The outcome comes
+from the twin's own reward. Results land in ``bench/results/rollouts.json``, each way as soon as it
+is done; ``--ways`` picks some.
 
 ``ROS 2`` needs what ``make ros2`` installs. The other ways on a robot need ROS 1
 (``python3-rospy`` ...); another host needs root.

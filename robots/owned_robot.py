@@ -10,10 +10,9 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from robots import errors
 from robots.attached_robot import AttachedRobot
 from robots.base import Role
-from robots.errors import RobotError, RobotLost, SensorLost
+from robots.errors import RobotError, RobotLost, SensorLost, StampFault
 from transport.child_process import ChildProcess
 
 FAILURE_REASON_TIMEOUT_S = 0.02
@@ -84,7 +83,8 @@ class OwnedRobot(AttachedRobot):
         failure = self._failure(name)
         if "kind" not in failure:
             return SensorLost(f"{message}{_in_brackets(failure)}")
-        kind: type[RobotError] = getattr(errors, failure["kind"])
+        # Invalid samples are a lost sensor, too: a fault that can be resumed when they have ended.
+        kind = StampFault if failure["kind"] == StampFault.__name__ else SensorLost
         return kind(f"{self.name}: {failure['reason']}")
 
     def _failure(self, name: str) -> Mapping[str, Any]:
