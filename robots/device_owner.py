@@ -129,6 +129,11 @@ class DeviceOwner(ABC):
     def _handle_call(self, call: str, arguments: Mapping[str, Any]) -> Mapping[str, Any]:
         """Answer a client's call; ``{"error": …}`` refuses it."""
 
+    def _restart_at(self, command: NDArray[np.float32]) -> None:
+        """Take ``command``, (A,), for the last one: the device was moved without commands."""
+        self._last_sent, self._pending = command, None
+        self._delivery.reset(command, time.monotonic_ns())
+
     def _must_stop(self) -> bool:
         if self.stop_requested.is_set():
             return True

@@ -250,6 +250,11 @@ class Ros2Owner(DeviceOwner):
                 return {"request": request}
             if call == "reset_answer":
                 return {"stamp_ns": self._sensors.reports.answer(arguments["request"], 0.0)}
+            if call == "restart":
+                state = self._sensors.newest_joints()
+                names = self._config.joint_names
+                self._restart_at(rest_command(names, self._config.actions, state))
+                return {}
         except RobotError as error:
             return {"error": str(error)}
         return {"error": f"unknown call {call!r}"}

@@ -181,6 +181,7 @@ class Ros2Robot(OwnedRobot):
             lambda sample: sample.stamp_ns >= stamp_ns and sample.received_ns >= now_ns,
             CALL_TIMEOUT_S,
         )
+        self._call("restart")
         return True
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import math
 import time
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -101,7 +102,7 @@ def pick_joints(message: Any, wanted: Sequence[str]) -> NDArray[np.float32]:
             f"got {len(message.position)} positions, expected {len(names)}, of {names}"
         )
     position = np.array(message.position, np.float32)[[names.index(name) for name in wanted]]
-    return _finite(position)
+    return _finite(position, wanted)
 
 
 def _positions(message: Any, expected: Sequence[str]) -> NDArray[np.float32]:
@@ -109,12 +110,13 @@ def _positions(message: Any, expected: Sequence[str]) -> NDArray[np.float32]:
         raise ContractViolated(
             f"got {len(message.position)} positions, expected {len(expected)}, of {list(expected)}"
         )
-    return _finite(np.array(message.position, np.float32))
+    return _finite(np.array(message.position, np.float32), expected)
 
 
-def _finite(position: NDArray[np.float32]) -> NDArray[np.float32]:
-    if not np.isfinite(position).all():
-        raise ContractViolated(f"got {position.tolist()}, expected finite positions")
+def _finite(position: NDArray[np.float32], names: Sequence[str]) -> NDArray[np.float32]:
+    for value, name in zip(position.tolist(), names, strict=True):
+        if not math.isfinite(value):
+            raise ContractViolated(f"got {value} for joint {name}, expected finite positions")
     return position
 
 

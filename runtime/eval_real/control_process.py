@@ -181,6 +181,8 @@ class Control:
         if self._robot.reset(seed):
             sample = self._joints_after(time.monotonic_ns())
             self._reset(self._robot.contract.rest_command(sample.position))
+            # The arm was at rest: a reset longer than a period is no stall.
+            self._clock.deadline_ns = time.monotonic_ns()
         else:
             self._reset(self._machine.stream.last_command.copy())
         self._attempt += 1

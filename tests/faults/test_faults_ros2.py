@@ -144,7 +144,7 @@ def test_the_arm_stops_when_the_camera_node_or_a_process_dies(rollout: Rollout) 
         pytest.param(PICTURES, "freeze", "stamp stands still", marks=only_long),
         pytest.param(PICTURES, "ahead", "stamp jumped ahead", marks=only_long),
         pytest.param(PICTURES, "size", r"got \(height, width\)", marks=only_long),
-        (JOINT_STATES, "nan", "expected finite positions"),
+        (JOINT_STATES, "nan", "got nan for joint r2, expected finite positions"),
         pytest.param(JOINT_STATES, "mute", "nothing received for", marks=only_long),
         pytest.param(JOINT_STATES, "freeze", "stamp stands still", marks=only_long),
         pytest.param(JOINT_STATES, "back", "stamp went back", marks=only_long),

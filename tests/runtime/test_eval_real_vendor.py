@@ -103,6 +103,13 @@ def test_a_driver_that_hangs_while_running_ends_the_evaluation(
     assert time.monotonic() - began_s < SILENCE_S  # far below what any single wait may take
 
 
+@pytest.mark.long
+def test_a_slow_reset_is_no_stall(tmp_path: Path) -> None:
+    status, said = evaluate(tmp_path, "resets slowly", "-n", "5", "--max_timesteps", "5")
+    assert status == 0, said
+    assert "stalled" not in said
+
+
 def test_output_of_a_driver_does_no_harm(tmp_path: Path) -> None:
     status, said = evaluate(tmp_path, "prints")
     assert status == 0, said

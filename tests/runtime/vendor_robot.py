@@ -6,6 +6,7 @@
 from __future__ import annotations
 
 import threading
+import time
 from collections.abc import Mapping
 from typing import Any
 
@@ -15,9 +16,19 @@ from policies.yaml_config import parse_config
 from robots.base import CameraSample, Robot, Role
 from robots.dummy import DummyConfig, DummyRobot
 
+RESET_S = 0.4
+"""Longer than the watchdog waits for a command of an arm that moves."""
+
 
 class VendorRobot(DummyRobot):
     habit = ""
+
+    @property
+    def start_pose(self) -> np.ndarray | None:
+        """So that it moves right after a reset."""
+        if self.habit == "resets slowly":
+            return np.full(self.contract.action_dim, 0.2, np.float32)
+        return super().start_pose
 
     def _connect(self, role: Role, timeout_s: float) -> None:
         print("Vendor SDK 1.2")  # noqa: T201
@@ -37,6 +48,12 @@ class VendorRobot(DummyRobot):
         if self.habit == "asks when it is commanded":
             input("Is the area clear? ")
         super()._send_action(action)
+
+    def _reset(self, seed: int) -> bool:
+        if self.habit == "resets slowly":
+            time.sleep(RESET_S)
+            return True
+        return super()._reset(seed)
 
     def _get_cameras(self) -> dict[str, CameraSample]:
         self._looks += 1
