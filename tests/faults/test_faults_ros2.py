@@ -23,7 +23,9 @@ from tests.robots import ros2_rig
 from tests.robots.ros2_rig import ARM, JOINT_STATES, LONG, PICTURES, TIMES, arm
 
 FOR_EVER = ("--max_timesteps", "1000000", "-n", "1")
-NOTICE_S = max_sensing_age_s() + arm().sensor_timeout_s
+SENSOR_TIMEOUT_S = 0.4
+"""Below the age of a picture at which control stops by itself, so that the topic is named."""
+NOTICE_S = max_sensing_age_s() + SENSOR_TIMEOUT_S
 only_long = pytest.mark.skipif(not LONG, reason="METRONOME_LONG is not set")
 
 pytestmark = [pytest.mark.alone, pytest.mark.long, pytest.mark.timeout(3600 if LONG else 300)]
@@ -45,7 +47,8 @@ class Rollout:
         self.server = Server("make_short")
         self.program = Program(
             "eval_real.py", "-m", self.server.address, "-c", str(ARM), "--robot.domain_id",
-            str(self.domain), "-o", str(folder), "--video_fps", "0", *flags, keys=True,
+            str(self.domain), "--robot.sensor_timeout_s", str(SENSOR_TIMEOUT_S),
+            "-o", str(folder), "--video_fps", "0", *flags, keys=True,
         )  # fmt: skip
         stack.callback(self.close)
 
@@ -241,7 +244,7 @@ def test_the_robot_is_at_rest_after_a_rollout(tmp_path: Path, message: str, kind
         "limits.position_lower": f"[{numbers[0]}, -3]",
         "limits.position_upper": f"[{numbers[1]}, 3]",
         "limits.velocity": "[0.5, 0.5]", "limits.acceleration": "[2, 2]",
-        "stops_alone_after_s": "0.5",
+        "stops_alone_after_s": "0.5", "sensor_timeout_s": "5",
     }  # fmt: skip
     robot = arm(overrides)
     flags = [word for key, value in overrides.items() for word in (f"--robot.{key}", value)]
@@ -250,6 +253,7 @@ def test_the_robot_is_at_rest_after_a_rollout(tmp_path: Path, message: str, kind
         with Program(
             "eval_real.py", "-m", policy, "-c", str(ARM), *flags, "--task", "fake", "--yes",
             "-o", str(tmp_path), "--video_fps", "0", "--max_timesteps", "60",
+            "--max_sensing_age_s", "5",
         ) as program:  # fmt: skip
             assert program.wait() == 0, program.said
         count = len(ros2_rig.read_commands(tmp_path, 2))
