@@ -62,7 +62,7 @@ gateways: $(VENV)/.dev
 soak: $(VENV)/.dev gl
 	METRONOME_SOAK=1 $(BIN)/python -m pytest tests/faults -q -s
 	METRONOME_LONG=1 $(BIN)/python -m pytest -q -o log_cli=true --log-cli-level=INFO \
-	  $(foreach part,sleep long kills stops,tests/transport/test_transport_$(part).py)
+	  $(foreach part,sleep long kills stops,tests/transport/test_transport_$(part).py) tests/fleet
 
 ros2: $(VENV)/.sim gl $(ROS2)/.ready
 

@@ -28,6 +28,8 @@ GATEWAY = ["msgpack>=1.0", "websockets>=17", "grpcio>=1.66"]
 DATASET = ["pyarrow>=17", "av>=12"]
 # What a live view is shown or kept with: Rerun in the versions that LeRobot 0.4.4 takes, too.
 RERUN = ["rerun-sdk>=0.26,<0.27", *JPEG]
+# Evaluations on a cluster.
+RAY = ["ray>=2.60"]
 FUZZ = ["atheris>=2.3"]
 DEV = [
     "pytest>=8",
@@ -75,7 +77,8 @@ setup(
         "gateway": GATEWAY,
         "dataset": DATASET,
         "rerun": RERUN,
+        "ray": RAY,
         "fuzz": FUZZ,
-        "dev": DEV + TRAIN + ROS + GATEWAY + COMPARE + HUB + DATASET + RERUN,
+        "dev": DEV + TRAIN + ROS + GATEWAY + COMPARE + HUB + DATASET + RERUN + RAY,
     },
 )

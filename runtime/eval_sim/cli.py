@@ -35,7 +35,7 @@ from runtime.datasets.errors import RecorderFailed
 from runtime.datasets.features import DatasetFeatures
 from runtime.errors import RuntimeFault
 from runtime.eval_sim.latency_dial import NO_DELAY
-from runtime.eval_sim.reports import EpisodeSpooled, Report, RunInfo, WorkerFailed
+from runtime.eval_sim.reports import EpisodeSpooled, FleetStatus, Report, RunInfo, WorkerFailed
 from runtime.eval_sim.resumed_run import (
     EarlierRun,
     check_dataset,
@@ -153,11 +153,13 @@ class _Progress:
         run_info: Of the policy and the world; None before they are created.
         episodes: The finished ones, those of the earlier run first.
         errored: Those without an outcome.
+        fleet: Of ``--ray``, as it is now.
     """
 
     episodes: list[Episode]
     errored: list[ErroredEpisode] = dataclasses.field(default_factory=list)
     run_info: RunInfo | None = None
+    fleet: FleetStatus | None = None
 
 
 def _evaluate_into(
@@ -219,6 +221,12 @@ def _run_remaining(
                 for line in _summary_lines(config, item):
                     bar.write(line, file=sys.stderr)
                 continue
+            if isinstance(item, FleetStatus):
+                progress.fleet = item
+                if item.event:
+                    bar.write(item.event, file=sys.stderr)
+                bar.set_description_str(f"{config.env.task}, {_fleet_line(item)}")
+                continue
             journal.add(item)
             bar.update()
             if isinstance(item, ErroredEpisode):
@@ -237,7 +245,7 @@ def _recorded(
     config: EvalSimConfig,
     earlier: EarlierRun | None,
     reports: Iterator[Report],
-) -> Iterator[RunInfo | Episode | ErroredEpisode]:
+) -> Iterator[RunInfo | Episode | ErroredEpisode | FleetStatus]:
     """Yield the other reports, and give the spooled episodes to a recorder.
 
     Before the first episode, the journal is ready for it.
@@ -282,6 +290,18 @@ def _summary_lines(config: EvalSimConfig, run_info: RunInfo) -> list[str]:
     return lines if warning is None else [*lines, f"warning: {warning}"]
 
 
+def _fleet_line(fleet: FleetStatus) -> str:
+    lost = f", {fleet.workers_lost} lost" if fleet.workers_lost else ""
+    servers = f", {fleet.servers} servers" if fleet.servers or fleet.servers_lost else ""
+    lost_servers = f", {fleet.servers_lost} lost" if fleet.servers_lost else ""
+    return f"{fleet.ready} of {fleet.wanted} workers{lost}{servers}{lost_servers}"
+
+
+def _fleet_record(fleet: FleetStatus) -> dict[str, Any]:
+    counts = {"workers_lost": fleet.workers_lost, "servers_lost": fleet.servers_lost}
+    return counts | {"workers": [dataclasses.asdict(worker) for worker in fleet.workers]}
+
+
 def _must_be_writable(folder: Path) -> None:
     """Raise ``ValueError`` before the first episode if ``folder`` cannot be written."""
     try:
@@ -324,6 +344,8 @@ def _save(config: EvalSimConfig, progress: _Progress, failure: str) -> dict[str,
             "policy": policy_record(contract, PolicyInfo(**run_info.policy_info)),
             "world": run_info.world,
         }
+    if progress.fleet is not None:
+        result["fleet"] = _fleet_record(progress.fleet)
     result |= {
         "requested": config.num_rollout,
         "failure": failure,

@@ -51,9 +51,52 @@ class EpisodeSpooled:
     folder: Path
 
 
+@dataclass(slots=True)
+class FleetWorker:
+    """A worker of a fleet, as the result records it; changes while the evaluation runs.
+
+    Attributes:
+        node: IP address.
+        pid: Process id on the node.
+        ready_s: When it was ready for its first episode, in seconds from the first actor's start.
+        server: ``HOST:PORT`` of its last policy server of the fleet; empty without ``--servers``.
+        transport, transport_reason: As of ``RunInfo``, with that server.
+        episodes: How many it finished.
+    """
+
+    node: str
+    pid: int
+    ready_s: float
+    server: str = ""
+    transport: str = ""
+    transport_reason: str = ""
+    episodes: int = 0
+
+
+@dataclass(frozen=True, slots=True)
+class FleetStatus:
+    """The workers and the servers of a fleet, after one was ready or lost.
+
+    Attributes:
+        event: What happened, in words; empty if a worker is ready.
+        ready, wanted: Workers that have a policy and a world, and how many there should be.
+        servers: Policy servers that are ready.
+        workers_lost, servers_lost: Since the start.
+        workers: All that were ever ready.
+    """
+
+    event: str
+    ready: int
+    wanted: int
+    servers: int
+    workers_lost: int
+    servers_lost: int
+    workers: list[FleetWorker]
+
+
 EpisodeReport = Episode | EpisodeSpooled
 """What a worker reports of an episode."""
-Report = RunInfo | EpisodeReport | ErroredEpisode
+Report = RunInfo | EpisodeReport | ErroredEpisode | FleetStatus
 
 
 class WorkerFailed(RuntimeFault):

@@ -32,6 +32,7 @@ from runtime.evaluation.results import result_path
 from runtime.live_view.options import LiveViewOptions
 from runtime.options.checkpoint import CheckpointOptions
 from runtime.options.connection import ConnectionOptions
+from runtime.options.fleet import FleetOptions
 from runtime.options.model_name import Model, read_model_name
 from runtime.options.shared_flags import Fps, LogLevel, TraceFile
 from runtime.options.upstream import UpstreamOptions
@@ -90,6 +91,7 @@ class EvalSimConfig:
     videos: Annotated[
         int, COUNT_OR_NONE, Flag("number of episodes to record, from the first on")
     ] = 10
+    fleet: Annotated[FleetOptions, Group("Ray")] = field(default_factory=FleetOptions)
     recording: DatasetOptions = field(default_factory=DatasetOptions)
     dataset_objects: Annotated[
         bool,
@@ -120,6 +122,10 @@ class EvalSimConfig:
             )
         if self.live_view.rerun is not None and self.num_envs > 1:
             raise ValueError("--rerun with --num_envs > 1: only one world at a time can be shown")
+        if self.fleet.ray is not None and (
+            self.realtime or self.trace is not None or self.live_view.rerun is not None
+        ):
+            raise ValueError("--ray with --realtime, --trace or --rerun: expected none of them")
 
     @property
     def model(self) -> Model:

@@ -10,12 +10,14 @@ import dataclasses
 import functools
 import math
 from collections.abc import Iterator, Sequence
+from pathlib import Path
 
 from runtime.eval_sim.episode_queue import EpisodeQueue
 from runtime.eval_sim.episode_worker import EpisodeWorker
-from runtime.eval_sim.reports import Report
+from runtime.eval_sim.reports import Report, RunInfo
 from runtime.eval_sim.run_config import EvalSimConfig
 from runtime.eval_sim.worker_processes import WorkerProcesses
+from runtime.fleet.errors import FleetError
 from runtime.options.model_name import LocalModel, ServerAddress
 from runtime.options.upstream import UpstreamOptions
 from runtime.server.model_loader import model_flags
@@ -43,6 +45,10 @@ def run(config: EvalSimConfig, seeds: Sequence[int] | None = None) -> Iterator[R
     with contextlib.ExitStack() as stack:
         if isinstance(model, LocalModel):  # a branch of the hub must be one commit in all processes
             config = dataclasses.replace(config, model_name_or_path=model.name)
+        queue = EpisodeQueue(config.seeds if seeds is None else seeds, config.retries)
+        if config.fleet.ray is not None and not queue.empty:
+            yield from _run_on_ray(config, queue)
+            return
         if config.realtime and not isinstance(model, ServerAddress):
             flags = model_flags(model, config.checkpoint, config.upstream)
             if config.trace is not None:
@@ -51,7 +57,6 @@ def run(config: EvalSimConfig, seeds: Sequence[int] | None = None) -> Iterator[R
             config = dataclasses.replace(
                 config, model_name_or_path=server.address, upstream=UpstreamOptions()
             )
-        queue = EpisodeQueue(config.seeds if seeds is None else seeds, config.retries)
         if queue.empty or (config.num_envs == 1 and config.episode_timeout_s is None):
             yield from _run_here(config, queue)
             return
@@ -71,3 +76,30 @@ def _run_here(config: EvalSimConfig, queue: EpisodeQueue) -> Iterator[Report]:
         while (seed := queue.take()) is not None:
             yield from worker.run(seed)
             queue.finish(seed)
+
+
+def _run_on_ray(config: EvalSimConfig, queue: EpisodeQueue) -> Iterator[Report]:
+    """Run the episodes on a cluster. Raises ``FleetError``: it cannot run them."""
+    from runtime.eval_sim.fleet_workers import FleetWorkers
+    from runtime.fleet.cluster import connected
+
+    model, fleet, given = config.model, config.fleet, config.model_name_or_path
+    flags: list[str] | None = None
+    if isinstance(model, LocalModel) and Path(model.name).exists():
+        model = LocalModel(str(Path(model.name).resolve()))  # the nodes have other working folders
+        config = dataclasses.replace(config, model_name_or_path=model.name)
+    if fleet.servers is not None:
+        if isinstance(model, ServerAddress):
+            raise FleetError(f"--servers: got it with the server {model}, expected a checkpoint")
+        flags = model_flags(model, config.checkpoint, config.upstream)
+    cpus = min(config.num_envs, queue.waiting) * fleet.env_cpus
+    timeout_s = config.episode_timeout_s or math.inf
+    with (
+        connected(fleet.ray or "", cpus) as ray,
+        FleetWorkers(ray, config, queue, flags, timeout_s) as workers,
+    ):
+        for report in workers.reports():
+            if isinstance(report, RunInfo) and report.policy_info["checkpoint"] == str(model):
+                named = report.policy_info | {"checkpoint": given}
+                report = dataclasses.replace(report, policy_info=named)  # noqa: PLW2901
+            yield report

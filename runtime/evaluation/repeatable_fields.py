@@ -21,13 +21,14 @@ HOW_CONFIG = (
     "connection.client_key",
     "upstream.timeout_s",
     "upstream.api_key",
+    "fleet",
     "use_spawn",
     "trace",
     "live_view",
     "log_level",
 )
 """Fields of ``config`` on which no episode depends. The policy is described under ``policy``."""
-HOW_RUN = ("transport", "transport_reason")
+HOW_RUN = ("transport", "transport_reason", "fleet")
 """Fields of a result that say how the policy was reached."""
 DURATIONS = ("request", "lateness")
 """Measured durations under ``timing``, beside those of ``stages``; only their counts repeat."""

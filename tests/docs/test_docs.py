@@ -64,10 +64,10 @@ PYTEST_FLAGS = {"-q", "-k"}
 OTHERS_FLAGS = frozenset(
     (
         *("--server_address", "--policy_type", "--pretrained_name_or_path", "--policy_device"),
-        "--actions_per_chunk",
+        *("--actions_per_chunk", "--address", "--head", "--include-dashboard"),
     )
 )
-"""Of LeRobot's ``robot_client``."""
+"""Of LeRobot's ``robot_client``; of ``ray start``."""
 OTHERS_CLASSES = frozenset({"Box", "Discrete", "CNNMLP"})
 """Of gymnasium; a policy that is refused."""
 OTHERS_WORDS = frozenset({"SCM_RIGHTS", "policy_last"})

@@ -351,6 +351,14 @@ SIM: dict[str, Row] = {
     "retries": (("--retries", "0"), lambda p: p.retries, 0),
     "episode_timeout_s": (("--episode_timeout_s", "9"), lambda p: p.episode_timeout_s, 9.0),
     "rerun": (("--rerun",), lambda p: p.live_view.rerun, "viewer"),
+    "ray": (("--ray", "10.0.0.1:6379"), lambda p: p.fleet.ray, "10.0.0.1:6379"),
+    "env_cpus": (("--ray", "--env_cpus", "0.5"), lambda p: p.fleet.env_cpus, 0.5),
+    "servers": (("--ray", "--servers", "2"), lambda p: p.fleet.servers, 2),
+    "server_gpus": (
+        ("--ray", "--servers", "1", "--server_gpus", "0.5"),
+        lambda p: p.fleet.server_gpus,
+        0.5,
+    ),
     "output_dir": (("-o", "/x"), lambda p: p.video_dir, Path("/x/fake/video/fake")),
 }  # fmt: skip
 SIM_ELSEWHERE = {"jpeg", "server_key", "client_key", "use_spawn", "log_level"}
