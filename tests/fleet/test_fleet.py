@@ -113,7 +113,7 @@ def test_an_interrupt_keeps_what_is_finished(tmp_path: Path, cluster: Cluster) -
     [
         (("--servers", "1"), "--servers, --env_cpus: got one without --ray"),
         (("--ray", "--server_gpus", "1"), "--server_gpus: got it without --servers"),
-        (("--ray", "--realtime"), "--ray with --realtime or --trace"),
+        (("--ray", "--realtime"), "--ray with --realtime, --trace or --rerun"),
         (("--ray", "nonsense"), "expected HOST:PORT of a cluster's head"),
     ],
 )
