@@ -11,7 +11,6 @@ within one run mean anything on a shared machine.
 
 from __future__ import annotations
 
-import argparse
 import json
 import pickle
 import sys
@@ -21,6 +20,8 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 
+from policies.command_line import CommandLine, Number
+from policies.number_ranges import COUNT, PROCESSES
 from runtime.eval_sim.cli import main as evaluate
 from runtime.eval_sim.cli import read_config
 from runtime.eval_sim.reports import FleetStatus, RunInfo
@@ -178,10 +179,10 @@ PARTS: dict[str, tuple[Callable[[int, int], None], int]] = {
 
 
 def main() -> int:
-    cli = argparse.ArgumentParser(description=__doc__)
+    cli = CommandLine(description=__doc__)
     cli.add_argument("part", choices=PARTS)
-    cli.add_argument("--episodes", type=int)
-    cli.add_argument("--workers", type=int, default=16)
+    cli.add_argument("--episodes", type=Number(int, COUNT))
+    cli.add_argument("--workers", type=Number(int, PROCESSES), default=16)
     args = cli.parse_args()
     part, episodes = PARTS[args.part]
     part(args.episodes or episodes, args.workers)

@@ -22,6 +22,7 @@ from policies.checkpoint import load
 from policies.flag_builder import flags_of
 from policies.types import PolicyContract
 from policies.yaml_config import parse_config
+from robots.errors import RobotError
 from runtime.eval_real import cli as eval_real
 from runtime.eval_real import replay
 from runtime.eval_real.cli import make_run_config, read_evaluation
@@ -211,6 +212,7 @@ REAL_READ: dict[str, Row] = {
     "save_dir": (("-o", "/x"), lambda e: e.path, Path("/x/dummy/sim_transfer_cube.json")),
     "log_level": (("--log_level", "INFO"), lambda e: e.config.log_level, "INFO"),
 }
+REAL_ROS2 = {"ros_discovery"}
 REAL_RUN = {"num_rollout", "seed", "yes", "video_fps", "trace"}
 """Seen in ``test_a_rollout_is_played_as_the_flags_say``."""
 REAL_ELSEWHERE = {"jpeg", "server_key", "client_key"}
@@ -219,7 +221,7 @@ REAL_ELSEWHERE = {"jpeg", "server_key", "client_key"}
 
 def test_no_flag_of_eval_real_is_left_out() -> None:
     known = REAL.keys() | REAL_READ.keys() | REAL_RUN | REAL_ELSEWHERE | CHECKPOINT.keys()
-    known |= UPSTREAM.keys()
+    known |= UPSTREAM.keys() | REAL_ROS2
     assert known == dests(eval_real.parser())
 
 
@@ -235,6 +237,13 @@ def test_what_eval_real_reads(flag: str) -> None:
     words, look, expected = REAL_READ[flag]
     assert look(read_evaluation(["-c", "dummy", *words])) == expected
     assert look(read_evaluation(["-c", "dummy"])) != expected
+
+
+def test_where_ros2_nodes_are_looked_for() -> None:
+    robot = read_evaluation(["-c", "ros2_aloha_twin", "--ros_discovery", "subnet"]).config.overrides
+    assert robot == {"discovery": "subnet"}
+    with pytest.raises(RobotError, match="discovery: unknown key"):
+        read_evaluation(["-c", "dummy", "--ros_discovery", "subnet"])
 
 
 def test_defaults_follow_the_rate_that_is_played() -> None:

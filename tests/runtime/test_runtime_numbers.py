@@ -31,6 +31,7 @@ from robots.agilex_config import AgilexConfig
 from robots.dummy import DummyConfig
 from robots.factory import RobotFile
 from robots.lerobot_robot import LeRobotConfig
+from robots.ros2_config import Ros2Config
 from robots.twin_config import TwinConfig
 from runtime.eval_real import cli as eval_real
 from runtime.eval_real import replay
@@ -69,6 +70,8 @@ NOT_FOR_PEOPLE = {
     "robots/twin_owner_process.py",
     "robots/twin_render_process.py",
     "robots/lerobot_owner_process.py",
+    "robots/ros2_owner_process.py",
+    "robots/twin_ros2_node.py",
 }
 """Started by our own processes, which write their flags."""
 NO_NUMBERS = {"robots/twin_ros_node.py"}
@@ -194,6 +197,7 @@ CONFIGS: dict[str, tuple[type, dict[str, Any]]] = {
     "dummy": (DummyConfig, shipped("robot/dummy.yaml")),
     "sim_twin": (TwinConfig, shipped("robot/sim_twin.yaml")),
     "agilex": (AgilexConfig, shipped("robot/agilex_aloha.yaml")),
+    "ros2": (Ros2Config, shipped("robot/aloha_ros2.yaml")),
     "gateway": (ObservationKeys, {"cameras": {"top": {"key": "image"}}}),
     "upstream": (UpstreamContract, shipped("upstream/openpi_aloha.yaml")),
     "metronome": (Extras, {"execution": {"action_manager": "temporal_ensemble"}}),
@@ -202,6 +206,7 @@ CONFIGS: dict[str, tuple[type, dict[str, Any]]] = {
 NAMES = {
     "sim_twin": "top",
     "agilex": "primary",
+    "ros2": "cam_high",
     "dummy": "top",
     "gateway": "top",
     "upstream": "top",

@@ -438,14 +438,17 @@ def test_any_call_after_a_loss_raises(transport: str) -> None:
 
 @pytest.mark.parametrize("transport", TRANSPORTS)
 def test_loss_is_noticed_while_the_newest_observation_waits(transport: str) -> None:
-    """Nothing is sent then: the server owes as many replies as it may."""
+    """Nothing is sent then: the server owes as many replies as it may.
+
+    A TCP connection that is closed with unread data loses what was sent last: the reason.
+    """
     gate = threading.Semaphore(0)
     with serving(ToyPolicy(gate)) as server:
         client = connect(server, transport)
         for _ in range(5):
             client.submit(observation())
         gate.release(5)
-    with client, pytest.raises(ServerLost, match="the test is over"):
+    with client, pytest.raises(ServerLost, match=r"the test is over|connection to .* broke"):
         for _ in patiently():
             client.submit(observation())
 
