@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import fcntl
 import json
 import os
 import random
@@ -21,6 +22,7 @@ from robots.factory import make_robot
 from robots.ros2_environment import find_interpreter
 from robots.ros2_robot import Ros2Robot
 
+SHARED_MEMORY = Path("/dev/shm")
 ARM = Path(__file__).with_name("ros2_arm.yaml")
 JOINT_STATES, PICTURES = "/joint_states", "/top/image_raw"
 COMPRESSED = "/top/compressed"
@@ -42,6 +44,22 @@ def arm(overrides: Mapping[str, str] | None = None) -> Ros2Robot:
     return robot
 
 
+def remove_left_memory() -> None:
+    """Remove Fast DDS's shared memory of killed nodes, which may cost a later node its messages.
+
+    Whoever uses a segment or a port holds a lock on the file beside it.
+    """
+    for lock in SHARED_MEMORY.glob("fastdds_*_[es]l"):
+        with contextlib.suppress(OSError), lock.open("rb") as file:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            name = lock.name[: -len("_el")]
+            for path in (SHARED_MEMORY / name, SHARED_MEMORY / f"sem.{name}_mutex", lock):
+                path.unlink(missing_ok=True)
+    for port in SHARED_MEMORY.glob("fastdds_port*[0-9]"):
+        if not list(SHARED_MEMORY.glob(f"{port.name}_[es]l")):
+            port.unlink(missing_ok=True)
+
+
 def free_domain() -> int:
     """A ROS domain that others hardly have; 101 is the last below Linux's own ports."""
     return random.SystemRandom().randrange(10, 101)
@@ -58,6 +76,7 @@ class Peer:
             "ROS_AUTOMATIC_DISCOVERY_RANGE": "LOCALHOST",
         }
         script = str(Path(__file__).with_name("ros2_peer.py"))
+        remove_left_memory()
         self.process = subprocess.Popen(
             [interpreter(), script, json.dumps(description)],
             env=environment,

@@ -263,7 +263,7 @@ class TestFaults:
             (
                 PICTURES,
                 "mute",
-                (SensorLost, rf"{PICTURES}: nothing received for 0.\d+ s, .* 0.4 s"),
+                (SensorLost, rf"{PICTURES}: nothing received for \d.\d+ s, .* 0.8 s"),
             ),
             (JOINT_STATES, "mute", (SensorLost, rf"{JOINT_STATES}: nothing received for \d.\d+ s")),
             (
