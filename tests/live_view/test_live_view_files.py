@@ -205,7 +205,9 @@ def test_a_full_disk_does_not_end_the_evaluation(
 ) -> None:
     (tmp_path / "run.rrd").symlink_to("/dev/full")
     assert evaluate(tmp_path, str(tmp_path / "run.rrd")) == 0
-    assert "the live view is over: [Errno 28] No space left on device" in caplog.text
+    # A short evaluation may be over before the process says why it ends.
+    over = "the live view is over: [Errno 28] No space left on device" in caplog.text
+    assert over or "the live view is incomplete: its process ended (exit status 1)" in caplog.text
 
 
 @pytest.mark.long
