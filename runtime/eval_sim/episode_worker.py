@@ -8,7 +8,7 @@ import functools
 import logging
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
-from typing import Protocol, Self
+from typing import TYPE_CHECKING, Protocol, Self
 
 from envs.errors import EnvError
 from envs.factory import make_world
@@ -29,7 +29,6 @@ from runtime.eval_sim.episode import PolicyObserver, TickObserver, run_lockstep,
 from runtime.eval_sim.episode_recording import EpisodeRecording, dataset_features
 from runtime.eval_sim.episode_video import EpisodeVideo
 from runtime.eval_sim.in_process_policy import InProcessPolicy
-from runtime.eval_sim.live_episodes import LiveEpisodes, start_live_episodes
 from runtime.eval_sim.reports import EpisodeReport, EpisodeSpooled, RunInfo, WorkerFailed
 from runtime.eval_sim.run_config import EvalSimConfig
 from runtime.eval_sim.world_compatibility import check_world
@@ -38,6 +37,9 @@ from runtime.options.model_name import ServerAddress, UpstreamModel
 from runtime.server.model_loader import load_model
 from runtime.trace import recorder as trace
 from transport.errors import TransportError
+
+if TYPE_CHECKING:
+    from runtime.eval_sim.live_episodes import LiveEpisodes
 
 logger = logging.getLogger(__name__)
 
@@ -104,6 +106,8 @@ class EpisodeWorker:
             self.info = _run_info(config, self._world, policy, contract, execution)
             self._live: LiveEpisodes | None = None
             if config.live_view.rerun is not None:
+                from runtime.eval_sim.live_episodes import LiveEpisodes, start_live_episodes
+
                 view = start_live_episodes(config, self._world, contract, execution, logger.warning)
                 self._live = LiveEpisodes(
                     stack.enter_context(view), self._world, realtime=config.realtime

@@ -4,13 +4,16 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import numpy as np
 
 from runtime.evaluation.episode_result import Episode
-from runtime.evaluation.latency_curves import LatencyCurve
 from runtime.evaluation.video import import_matplotlib
 from runtime.latency_stats import StageTimes
+
+if TYPE_CHECKING:
+    from runtime.evaluation.latency_curves import LatencyCurve
 
 
 def write_timing_plot(path: Path, episodes: Sequence[Episode], title: str) -> None:

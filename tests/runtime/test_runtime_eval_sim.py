@@ -124,6 +124,14 @@ def test_a_process_that_dies_is_replaced_and_no_episode_is_lost(tmp_path: Path) 
     assert died["errors"] == []
 
 
+def test_an_evaluation_loads_only_what_it_needs() -> None:
+    """Each worker process loads the same modules again."""
+    heavy = ("numba", "scipy", "matplotlib", "torch", "mujoco", "ray", "rerun")
+    code = f"import sys, runtime.eval_sim.cli; print([m for m in {heavy} if m in sys.modules])"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout.strip() == "[]"
+
+
 def test_a_private_server_does_not_outlive_its_parent() -> None:
     code = (
         "from runtime.server.server_process import ServerProcess; import os, signal\n"
