@@ -7,7 +7,6 @@ started them gives the finished ones their place (``Hdf5Folder``, ``DatasetFolde
 from __future__ import annotations
 
 import contextlib
-import functools
 import importlib
 import shutil
 from collections.abc import Mapping
@@ -158,7 +157,7 @@ class DatasetFolder:
         self, root: Path, *, task: str, cameras: Mapping[str, tuple[int, int]], lossless: bool
     ) -> None:
         self._root = root
-        self._features = DatasetFeatures(
+        features = DatasetFeatures(
             fps=1 / DT_S,
             robot_type="aloha",
             state_names=names_or_numbers((), "state", STATE_DIM),
@@ -174,7 +173,7 @@ class DatasetFolder:
         try:
             for package in ("av", "pyarrow"):
                 importlib.import_module(package)  # not only when the first episode is finished
-            self._writer = DatasetWriter(root, self._features)
+            self._writer = DatasetWriter(root, features)
         except ImportError as error:
             raise EnvError(f"{error}; pip install '.[dataset]' brings it") from error
         except (DatasetError, OSError) as error:
@@ -186,13 +185,7 @@ class DatasetFolder:
         Raises:
             OSError: The disk is full, or cannot be written.
         """
-        episode = SpooledEpisode.load(written)
-        pictures = {
-            name: functools.partial(episode.pictures, name, hw)
-            for name, hw in self._features.cameras.items()
-        }
-        self._writer.add(episode.columns, pictures, episode.task)
-        shutil.rmtree(written)
+        self._writer.take(SpooledEpisode.load(written))
         return self._root
 
     def __enter__(self) -> DatasetFolder:

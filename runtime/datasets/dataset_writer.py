@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import contextlib
 import fcntl
+import functools
 import json
 import os
 import shutil
@@ -35,6 +36,7 @@ from runtime.datasets.features import (
     plain_rate,
 )
 from runtime.datasets.pictures import Picture, encode_png, encode_video
+from runtime.datasets.spooled_episode import SpooledEpisode
 from runtime.datasets.statistics import (
     NAMES,
     PictureStatistics,
@@ -173,6 +175,24 @@ class DatasetWriter:
         entry = self._entry(length, task, statistics)
         parquet.write_table(_entry_table(entry), partial["meta/episodes"])
         self._commit(paths, partial, tasks, statistics, length)
+        return index
+
+    def take(self, episode: SpooledEpisode) -> int:
+        """Write a spooled episode, and remove its folder.
+
+        Returns:
+            The episode's index.
+
+        Raises:
+            DatasetError, OSError: As ``add``.
+            ValueError: Its pictures cannot be read.
+        """
+        pictures = {
+            name: functools.partial(episode.pictures, name, hw)
+            for name, hw in self._features.cameras.items()
+        }
+        index = self.add(episode.columns, pictures, episode.task)
+        shutil.rmtree(episode.folder)
         return index
 
     def _check(self, columns: Columns, pictures: Pictures) -> None:

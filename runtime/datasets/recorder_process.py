@@ -8,9 +8,7 @@ standard input ends, it finishes what it has been given.
 from __future__ import annotations
 
 import argparse
-import functools
 import os
-import shutil
 import signal
 import sys
 from collections.abc import Sequence
@@ -26,19 +24,14 @@ NICENESS = 10
 """Encoding waits for a control loop or a policy on the same cores."""
 
 
-def record(writer: DatasetWriter, features: DatasetFeatures, folder: Path) -> None:
+def record(writer: DatasetWriter, folder: Path) -> None:
     """Add the episode in ``folder`` to the dataset, and remove the folder.
 
     Raises:
         DatasetError, OSError, ValueError: The episode does not fit, or cannot be read or written.
     """
     episode = SpooledEpisode.load(folder)
-    pictures = {
-        name: functools.partial(episode.pictures, name, hw) for name, hw in features.cameras.items()
-    }
-    index = writer.add(episode.columns, pictures, episode.task)
-    shutil.rmtree(folder)
-    send_event("recorded", episode=index, frames=len(episode))
+    send_event("recorded", episode=writer.take(episode), frames=len(episode))
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -54,7 +47,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         with DatasetWriter(args.dataset, features) as writer:
             send_event("ready", episodes=writer.episodes)
             for line in sys.stdin:
-                record(writer, features, Path(line.removesuffix("\n")))
+                record(writer, Path(line.removesuffix("\n")))
     except (DatasetError, ImportError, OSError, ValueError) as error:
         send_event("failed", error=str(error))
         return 1
