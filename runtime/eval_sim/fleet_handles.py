@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-import dataclasses
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from runtime.eval_sim.reports import FleetWorker, RunInfo, WorkerFailed
+from runtime.eval_sim.reports import FleetWorker, RunInfo
 from runtime.eval_sim.world_actor import ActorPlace, EpisodeAnswer
 from runtime.fleet.folder_transfer import FilePart, IncomingFolder
 from runtime.fleet.server_actor import ServerPlace
@@ -55,18 +54,6 @@ class WorkerHandle:
     parts: list[FilePart] = field(default_factory=list)
     spool: Path | None = None
     record: FleetWorker | None = None
-
-
-def check_same(first: RunInfo, other: RunInfo) -> None:
-    """Raise ``WorkerFailed`` if ``other`` is of another policy or world."""
-    expected, got = dataclasses.asdict(first), dataclasses.asdict(other)
-    for name in expected.keys() - PLACES:
-        if got[name] != expected[name]:
-            raise WorkerFailed(
-                f"{name} of a new worker: got {got[name]!r:.200}, expected that of the first, "
-                f"{expected[name]!r:.200}",
-                bad_input=False,
-            )
 
 
 def first_line(error: object) -> str:

@@ -12,7 +12,7 @@ from typing import Any, Self
 
 from runtime.datasets.layout import spool_folder
 from runtime.eval_sim.episode_queue import EpisodeQueue
-from runtime.eval_sim.fleet_handles import ServerHandle, WorkerHandle, check_same, first_line
+from runtime.eval_sim.fleet_handles import PLACES, ServerHandle, WorkerHandle, first_line
 from runtime.eval_sim.reports import (
     EpisodeSpooled,
     FleetStatus,
@@ -235,7 +235,7 @@ class FleetWorkers:
         if self._info is None:
             self._info = answer
             yield answer
-        check_same(self._info, answer)
+        answer.require(self._info, "a new worker", but=PLACES)
         worker.info, worker.busy = answer, False
         self._record(worker)
         yield self._changed("")

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import dataclasses
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -38,6 +39,26 @@ class RunInfo:
     deterministic: bool
     world: dict[str, Any]
     dataset_features: str
+
+    def require(self, expected: RunInfo, of: str, *, but: Collection[str]) -> None:
+        """Require the policy and the world of ``expected``.
+
+        Args:
+            expected: What the first worker runs with.
+            of: The worker that runs with this, for the message.
+            but: Fields that may differ between workers.
+
+        Raises:
+            WorkerFailed: A field differs.
+        """
+        own, first = dataclasses.asdict(self), dataclasses.asdict(expected)
+        for name in first.keys() - but:
+            if own[name] != first[name]:
+                raise WorkerFailed(
+                    f"{name} of {of}: got {own[name]!r:.200}, expected that of the first, "
+                    f"{first[name]!r:.200}",
+                    bad_input=False,
+                )
 
 
 @dataclass(frozen=True, slots=True)

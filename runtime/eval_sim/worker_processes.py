@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import dataclasses
 import multiprocessing
 import os
 import signal
@@ -22,6 +21,8 @@ from runtime.trace import recorder as trace
 from transport.child_process import die_with_parent
 from transport.zeromq.malloc import keep_freed_memory
 
+TRANSPORT = {"transport", "transport_reason"}
+"""Fields of ``RunInfo`` that may differ between processes of one machine."""
 END_WITHIN_S = 10.0
 """For a process to close its policy and its world once no episode is left."""
 
@@ -165,8 +166,9 @@ class WorkerProcesses:
         if isinstance(message, RunInfo):
             worker.ready, self._died_at_start = True, 0
             if self._info is None:
+                self._info = message
                 yield message
-            self._info = _same(self._info or message, message)
+            message.require(self._info, "a new process", but=TRANSPORT)
         elif isinstance(message, _Finished):
             yield from self._finish(worker)
         else:
@@ -216,19 +218,6 @@ class WorkerProcesses:
 
     def __exit__(self, *_: object) -> None:
         self.close()
-
-
-def _same(first: RunInfo, other: RunInfo) -> RunInfo:
-    """Return ``first``. Raises ``WorkerFailed`` if ``other`` is of another policy or world."""
-    expected, got = dataclasses.asdict(first), dataclasses.asdict(other)
-    for name in expected.keys() - {"transport", "transport_reason"}:
-        if got[name] != expected[name]:
-            raise WorkerFailed(
-                f"{name} of a new process: got {got[name]!r:.200}, expected that of the first, "
-                f"{expected[name]!r:.200}",
-                bad_input=False,
-            )
-    return first
 
 
 def _work(
