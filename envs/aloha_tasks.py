@@ -21,6 +21,8 @@ RIGHT_FINGER = "vx300s_right/10_left_gripper_finger"
 SOCKET = ("socket-1", "socket-2", "socket-3", "socket-4")
 MAX_REWARD = 4
 """Reward of a completed task."""
+POSE = ("x", "y", "z", "qw", "qx", "qy", "qz")
+"""Numbers of an object's pose: position in m, quaternion."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -40,6 +42,11 @@ class Task:
     objects: tuple[str, ...]
     sample: Callable[[int], NDArray[np.float64]]
     reward: Callable[[Contacts], int]
+
+    @property
+    def object_pose_names(self) -> tuple[str, ...]:
+        """Seven for each object: position in m, and quaternion."""
+        return tuple(f"{name}.{part}" for name in self.objects for part in POSE)
 
 
 def find_task(name: str) -> Task:

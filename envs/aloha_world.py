@@ -15,8 +15,6 @@ from envs.rendering import OffscreenRenderer
 from envs.world import Pictures, RecordedObservation, StepResult
 from policies.types import MetaObs, Rendering
 
-POSE = ("x", "y", "z", "qw", "qx", "qy", "qz")
-"""Numbers of an object's pose: position in m, quaternion."""
 VIDEO_MSAA = 4
 """Videos are for people: antialiased edges, but no shadows, which are most of a frame's cost."""
 
@@ -141,7 +139,7 @@ class AlohaWorld:
     @property
     def object_pose_names(self) -> tuple[str, ...]:
         """Seven for each object: position in m, and quaternion."""
-        return tuple(f"{name}.{part}" for name in self.sim.task.objects for part in POSE)
+        return self.sim.task.object_pose_names
 
     def observation_snapshot(self) -> object:
         """Copy ``qpos``, which is all that an observation depends on."""

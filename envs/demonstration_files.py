@@ -19,7 +19,6 @@ from numpy.typing import NDArray
 
 from envs.aloha_physics import ACTION_DIM, DT_S, STATE_DIM
 from envs.aloha_tasks import MAX_REWARD, find_task
-from envs.aloha_world import POSE
 from envs.errors import EnvError
 from runtime.datasets import layout
 from runtime.datasets.dataset_writer import DatasetWriter
@@ -163,9 +162,7 @@ class DatasetFolder:
             state_names=names_or_numbers((), "state", STATE_DIM),
             action_names=names_or_numbers((), "action", ACTION_DIM),
             cameras=cameras,
-            environment_names=tuple(
-                f"{name}.{part}" for name in find_task(task).objects for part in POSE
-            ),
+            environment_names=find_task(task).object_pose_names,
             lossless=lossless,
         )
         if (root / layout.INFO).exists():
