@@ -89,7 +89,7 @@ def _read_sharded(index: Path, unchecked: str | tuple[str, ...]) -> dict[str, Te
 
 
 def read_safetensors(path: Path, *, unchecked: str | tuple[str, ...] = ()) -> dict[str, Tensor]:
-    """Return all tensors on the CPU, as float32, packed ones unpacked; integers keep theirs.
+    """Return all tensors on the CPU, as float32, packed ones unpacked; integers keep their dtype.
 
     Args:
         path: The file.

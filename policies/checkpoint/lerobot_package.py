@@ -55,8 +55,6 @@ from policies.types import (
 )
 from policies.weights_hash import HASH_CHARACTERS, BackgroundHash
 
-BLOCK_BYTES = 1 << 20
-"""Bytes of a file that are hashed at a time."""
 ENGINES = ("auto", "torch")
 """Engines that may be asked for: LeRobot computes in torch."""
 
@@ -144,8 +142,7 @@ def hash_files(folder: Path) -> str:
     ):
         with path.open("rb") as file:
             state.update(f"{path.name}\n".encode())
-            while block := file.read(BLOCK_BYTES):
-                state.update(block)
+            hashlib.file_digest(file, lambda: state)  # goes on with it
     return state.hexdigest()[:HASH_CHARACTERS]
 
 
