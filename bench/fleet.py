@@ -24,7 +24,7 @@ from policies.command_line import CommandLine, Number
 from policies.number_ranges import COUNT, PROCESSES
 from runtime.eval_sim.cli import main as evaluate
 from runtime.eval_sim.cli import read_config
-from runtime.eval_sim.reports import FleetStatus, RunInfo
+from runtime.eval_sim.reports import FleetStatus
 from runtime.eval_sim.runner import run
 from runtime.evaluation.episode_result import Episode
 from runtime.evaluation.repeatable_fields import repeatable_fields
@@ -76,8 +76,6 @@ def measure(arguments: list[str], at_end: Callable[[], None] = lambda: None) -> 
             measured.answer_bytes = max(measured.answer_bytes, len(pickle.dumps(report)))
             if len(measured.finished_s) == COUNTED_FROM:
                 cpu_s = time.process_time()
-        elif isinstance(report, RunInfo):
-            continue
         if len(measured.finished_s) == COUNTED_FROM + 1:
             at_end()
             at_end = _nothing

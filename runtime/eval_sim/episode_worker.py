@@ -6,7 +6,7 @@ import contextlib
 import dataclasses
 import functools
 import logging
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Protocol, Self
 
@@ -127,11 +127,23 @@ class EpisodeWorker:
         """
         with _as_worker_failed():
             recording = self._recordings.new()
-            yield _run_one(
-                self._config, self._world, self._play, seed, recording=recording, live=self._live
-            )
+            yield self._run(seed, recording)
             if recording is not None:
                 yield self._recordings.spool(recording, self._world, seed)
+
+    def _run(self, seed: int, recording: EpisodeRecording | None) -> Episode:
+        config, live = self._config, self._live
+        video = EpisodeVideo(self._world) if seed - config.seed < config.videos else None
+        observers = [observer for observer in (video, recording, live) if observer is not None]
+        with trace.span("episode", seed):
+            if live is not None:
+                live.begin(seed)
+            episode = self._play(seed, observers)
+            if live is not None:
+                live.end(episode)
+        if video is not None:
+            _write_video(video, episode, config.video_dir)
+        return episode
 
     def close(self) -> None:
         """Release the policy and the world. Idempotent."""
@@ -213,34 +225,15 @@ def _played_contract(config: EvalSimConfig, contract: PolicyContract) -> PolicyC
     return contract.at_rate(config.fps)
 
 
-def _run_one(
-    config: EvalSimConfig,
-    world: World,
-    play: Callable[[int, Sequence[TickObserver]], Episode],
-    seed: int,
-    *,
-    recording: EpisodeRecording | None,
-    live: LiveEpisodes | None,
-) -> Episode:
-    video = None
-    if seed - config.seed < config.videos:
-        video = EpisodeVideo(world)
-    with trace.span("episode", seed):
-        observers = [observer for observer in (video, recording, live) if observer is not None]
-        if live is not None:
-            live.begin(seed)
-        episode = play(seed, observers)
-        if live is not None:
-            live.end(episode)
-    if video:
-        outcome = "success" if episode.success else "failure"
-        try:
-            for other in config.video_dir.glob(f"seed{seed}_*"):
-                other.unlink()  # of an episode that was interrupted, or of an earlier evaluation
-            video.write(config.video_dir / f"seed{seed}_{outcome}")
-        except OSError as error:  # a full disk costs the video, not the episode
-            logger.warning("no video of seed %d: %s", seed, error)
-    return episode
+def _write_video(video: EpisodeVideo, episode: Episode, folder: Path) -> None:
+    """Write the video; a full disk costs the video, not the episode."""
+    outcome = "success" if episode.success else "failure"
+    try:
+        for other in folder.glob(f"seed{episode.seed}_*"):
+            other.unlink()  # of an episode that was interrupted, or of an earlier evaluation
+        video.write(folder / f"seed{episode.seed}_{outcome}")
+    except OSError as error:
+        logger.warning("no video of seed %d: %s", episode.seed, error)
 
 
 def _run_info(

@@ -32,15 +32,7 @@ class _Finished:
     """A worker has reported everything of its episode."""
 
 
-@dataclass(frozen=True, slots=True)
-class _Failure:
-    """A ``WorkerFailed`` as it is sent between processes."""
-
-    message: str
-    bad_input: bool
-
-
-_Message = RunInfo | EpisodeReport | _Finished | _Failure
+_Message = RunInfo | EpisodeReport | _Finished | WorkerFailed
 
 
 @dataclass(eq=False, slots=True)
@@ -161,8 +153,8 @@ class WorkerProcesses:
             status = worker.process.exitcode
             yield from self._lose(worker, f"an evaluation process died (exit status {status})")
             return
-        if isinstance(message, _Failure):
-            raise WorkerFailed(message.message, bad_input=message.bad_input)
+        if isinstance(message, WorkerFailed):
+            raise message
         if isinstance(message, RunInfo):
             worker.ready, self._died_at_start = True, 0
             if self._info is None:
@@ -225,7 +217,7 @@ def _work(
     trace_path: Path | None,
     driver: Connection[_Message, int | None],
 ) -> None:
-    """Run in a worker process: send what the episodes report, or a ``_Failure``."""
+    """Run in a worker process: send what the episodes report, or a ``WorkerFailed``."""
     keep_freed_memory()
     parent = multiprocessing.parent_process()
     if parent is not None and parent.pid is not None:
@@ -240,7 +232,7 @@ def _work(
                 driver.send(_Finished())
     except WorkerFailed as error:
         with contextlib.suppress(BrokenPipeError):
-            driver.send(_Failure(str(error), error.bad_input))
+            driver.send(error)
     except (BrokenPipeError, EOFError):
         pass  # the parent process has ended
 

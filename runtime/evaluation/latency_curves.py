@@ -76,6 +76,11 @@ class LatencyCurve:
         first = ordered[0]
         return cls(ordered, detectable_difference(first.success_rate, len(first.outcomes)))
 
+    @property
+    def detectable_text(self) -> str:
+        """``detectable`` in words."""
+        return "none" if self.detectable is None else f"{100 * self.detectable:.1f} points"
+
     def drop(self, point: LatencyPoint) -> Drop:
         """Compare ``point`` with the curve's first one."""
         return Drop.of(self.points[0], point)
@@ -181,10 +186,9 @@ def format_table(curves: Sequence[LatencyCurve]) -> str:
     lines.append("")
     for curve in curves:
         first = curve.points[0]
-        found = "none" if curve.detectable is None else f"{100 * curve.detectable:.1f} points"
         lines.append(
-            f"{first.strategy}: {len(first.outcomes)} episodes a point find a drop of {found} from "
-            f"{first.latency_ms:g} ms in 4 of 5 cases"
+            f"{first.strategy}: {len(first.outcomes)} episodes a point find a drop of "
+            f"{curve.detectable_text} from {first.latency_ms:g} ms in 4 of 5 cases"
         )
     return "\n".join(lines)
 

@@ -106,7 +106,6 @@ def write_latency_plot(path: Path, curves: Sequence[LatencyCurve], title: str) -
     success, starved, seam, jerk = grid.flat
     for curve in curves:
         points, name = curve.points, curve.points[0].strategy
-        found = "none" if curve.detectable is None else f"{100 * curve.detectable:.1f} points"
         latency = [point.latency_ms for point in points]
         rate = 100 * np.array([point.success_rate for point in points])
         low, high = 100 * np.array([point.wilson_95 for point in points]).T
@@ -116,7 +115,7 @@ def write_latency_plot(path: Path, curves: Sequence[LatencyCurve], title: str) -
             (rate - low, high - rate),
             marker="o",
             capsize=3,
-            label=f"{name} (finds a drop of {found})",
+            label=f"{name} (finds a drop of {curve.detectable_text})",
         )
         starved.plot(latency, [100 * point.starved_share for point in points], "o-")
         seam.plot(latency, [point.largest_seam for point in points], "o-")
