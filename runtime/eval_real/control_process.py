@@ -35,8 +35,6 @@ from runtime.eval_real.run_config import RobotLimits, RunConfig
 from runtime.eval_real.shared_state import (
     SharedState,
     decode_command,
-    get_text,
-    put_text,
     read_chunk,
 )
 from runtime.eval_real.worker_process import ParentPipe, child_main
@@ -44,6 +42,7 @@ from runtime.latency_stats import RequestLatency
 from runtime.trace import recorder as trace
 from transport.channel import Arrays
 from transport.child_process import send_event
+from transport.shm.text_field import get_text, put_text
 
 logger = logging.getLogger(__name__)
 

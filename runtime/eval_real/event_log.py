@@ -5,8 +5,8 @@ from __future__ import annotations
 import logging
 import time
 
-from runtime.eval_real.shared_state import put_text
 from transport.shm.spsc_queue import QueueWriter
+from transport.shm.text_field import put_text
 
 ORPHAN_HOLD_S = 1.0
 """How long a process without a parent goes on commanding the pose after a stop."""

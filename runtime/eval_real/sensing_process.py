@@ -33,7 +33,7 @@ from runtime.eval_real.control_enums import Phase, ServerStatus
 from runtime.eval_real.live_pictures import LivePictures
 from runtime.eval_real.picture_spooler import PictureSpooler
 from runtime.eval_real.run_config import RunConfig
-from runtime.eval_real.shared_state import SharedState, put_text, write_chunk
+from runtime.eval_real.shared_state import SharedState, write_chunk
 from runtime.eval_real.video_recorder import VideoRecorder
 from runtime.eval_real.worker_process import ParentPipe, child_main
 from runtime.live_view.layout import LiveViewLayout
@@ -41,6 +41,7 @@ from runtime.protocol.messages import check_observation_schema, observation_sche
 from runtime.trace import recorder as trace
 from transport.child_process import die_with_parent, send_event
 from transport.errors import TransportError
+from transport.shm.text_field import put_text
 from transport.zeromq.malloc import keep_freed_memory
 
 logger = logging.getLogger(__name__)

@@ -21,9 +21,6 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-import numpy as np
-from numpy.typing import NDArray
-
 from policies.types import STAGES, ActionChunk
 from runtime.eval_real.control_enums import ControlCommand
 from runtime.eval_real.rollout_counts import COUNTED
@@ -211,18 +208,6 @@ def encode_command(number: int, command: ControlCommand, argument: int = 0) -> i
 def decode_command(word: int) -> tuple[int, ControlCommand, int]:
     """(number, command, argument), the inverse of ``encode_command``."""
     return word >> 32, ControlCommand(word & 0xFF), word >> 8 & 0xFFFFFF
-
-
-def put_text(view: NDArray[np.uint8], text: str) -> None:
-    """Write ``text`` as UTF-8 into the text field ``view``, cut to its length."""
-    data = text.encode()[: view.size]
-    view[: len(data)] = np.frombuffer(data, np.uint8)
-    view[len(data) :] = 0
-
-
-def get_text(view: NDArray[np.uint8]) -> str:
-    """The text that ``put_text`` wrote into ``view``."""
-    return view.tobytes().rstrip(b"\0").decode(errors="replace")
 
 
 def write_chunk(chunk: ActionChunk, attempt: int, request_seq: int, views: Arrays) -> None:

@@ -15,10 +15,11 @@ from runtime.eval_real.control_enums import MOVING, ControlCommand, Phase, Serve
 from runtime.eval_real.live_rollout import LiveRollout
 from runtime.eval_real.recording import RecordingWriter
 from runtime.eval_real.run_config import RunConfig
-from runtime.eval_real.shared_state import SharedState, create_segment, encode_command, get_text
+from runtime.eval_real.shared_state import SharedState, create_segment, encode_command
 from runtime.eval_real.worker_process import WorkerProcess, WorkerProcessFailed
 from runtime.live_view.live_view import LiveView
 from transport.child_process import REPORT_EVERY_S
+from transport.shm.text_field import get_text
 
 logger = logging.getLogger(__name__)
 

@@ -36,10 +36,11 @@ from runtime.control.realtime import Realtime
 from runtime.eval_real.control_enums import MOVING, Phase, Signal
 from runtime.eval_real.event_log import ORPHAN_HOLD_S, EventLog
 from runtime.eval_real.run_config import RunConfig
-from runtime.eval_real.shared_state import SharedState, put_text
+from runtime.eval_real.shared_state import SharedState
 from runtime.eval_real.worker_process import ParentPipe, child_main
 from transport.channel import Arrays
 from transport.child_process import send_event
+from transport.shm.text_field import put_text
 
 logger = logging.getLogger(__name__)
 

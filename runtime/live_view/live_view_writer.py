@@ -21,6 +21,7 @@ from runtime.live_view.layout import (
     LiveViewSegment,
     camera_queue,
 )
+from transport.shm.text_field import put_text
 
 MOST_PICTURES = 64
 """Pictures of one camera that wait beside a full queue; ticks, states and texts are not limited."""
@@ -115,9 +116,8 @@ class LiveViewWriter:
 
     def text(self, time_ns: int, text: str) -> None:
         """Show a line of text, cut to ``TEXT_BYTES``."""
-        data = np.zeros(TEXT_BYTES, np.uint8)
-        encoded = text.encode()[:TEXT_BYTES]
-        data[: len(encoded)] = np.frombuffer(encoded, np.uint8)
+        data = np.empty(TEXT_BYTES, np.uint8)
+        put_text(data, text)
         self._put(TEXTS, {"time_ns": time_ns, "text": data})
 
     def picture(self, camera: str, time_ns: int, picture: NDArray[np.uint8]) -> None:

@@ -31,6 +31,7 @@ from runtime.live_view.layout import (
 from runtime.live_view.rerun_log import RerunLog
 from transport.child_process import write_event
 from transport.shm.spsc_queue import QueueReader
+from transport.shm.text_field import get_text
 
 NICENESS = 10
 """Logging waits for a control loop or a policy on the same cores."""
@@ -66,7 +67,7 @@ class Logger:
             log.chunk(chunk)
             most = max(most, 1)
         for text in _take(self._queues[TEXTS], MOST_ROWS):
-            log.text(int(text["time_ns"]), _decode(text["text"]))
+            log.text(int(text["time_ns"]), get_text(text["text"]))
             most = max(most, 1)
         for camera in self._cameras:
             most = max(most, self._log_pictures(camera))
@@ -89,10 +90,6 @@ def _take(queue: QueueReader, most: int) -> list[dict[str, NDArray[Any]]]:
         rows.append({name: value.copy() for name, value in views.items()})
         queue.release()
     return rows
-
-
-def _decode(text: NDArray[np.uint8]) -> str:
-    return text.tobytes().rstrip(b"\0").decode(errors="replace")
 
 
 def _run(logger: Logger, log: RerunLog, events_fd: int) -> None:

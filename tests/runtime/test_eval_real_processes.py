@@ -32,8 +32,9 @@ from runtime.eval_real.control_process import Control
 from runtime.eval_real.event_log import EventLog
 from runtime.eval_real.run_config import RunConfig
 from runtime.eval_real.sensing_process import Sensing
-from runtime.eval_real.shared_state import Dims, SharedState, create_segment, get_text
+from runtime.eval_real.shared_state import Dims, SharedState, create_segment
 from runtime.eval_real.watchdog_process import Watchdog
+from transport.shm.text_field import get_text
 
 CONTRACT = PolicyContract("toy", (CameraContract("top", (4, 4), (4, 4)),), 3, 3, 20, 10)
 CONFIG = RunConfig(robot="toy", contract_json=CONTRACT.to_json(), address="127.0.0.1:1")

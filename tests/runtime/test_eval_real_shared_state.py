@@ -14,10 +14,9 @@ from runtime.eval_real.shared_state import (
     create_segment,
     decode_command,
     encode_command,
-    get_text,
-    put_text,
 )
 from transport.errors import ProtocolError
+from transport.shm.text_field import get_text, put_text
 
 
 def test_a_segment_of_another_size_is_refused() -> None:
