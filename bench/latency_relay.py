@@ -61,9 +61,8 @@ def row(mode: str, episodes: list[Episode], reference: list[Episode]) -> str:
     won = [episode.success for episode in episodes]
     pairs = PairCounts.of([episode.success for episode in reference], won)
     low, high = paired_difference_95(pairs)
-    difference = (pairs.only_second - pairs.only_first) / pairs.total
     delays = Percentiles.of(np.concatenate([episode.answer_delay_s for episode in episodes]))
-    compared = f"{100 * difference:+.1f} ({100 * low:+.1f} to {100 * high:+.1f})"
+    compared = f"{100 * pairs.difference:+.1f} ({100 * low:+.1f} to {100 * high:+.1f})"
     return (
         f"| {mode} | {sum(won)}/{len(won)} | {compared if episodes is not reference else '-'} "
         f"| {delays.in_ms()} | {sum(episode.missed_ticks for episode in episodes)} "

@@ -123,7 +123,7 @@ def _compare_pairs(
             + (f"; episodes left out: {left_out}" if left_out else "")
         ),
         pairing=_pairing(one, two),
-        difference=(pairs.only_second - pairs.only_first) / pairs.total,
+        difference=pairs.difference,
         interval_95=statistics.paired_difference_95(pairs),
         p_value=p_value,
         adjusted_p_value=p_value,

@@ -108,7 +108,7 @@ class Drop:
             [first.outcomes[seed] for seed in seeds], [second.outcomes[seed] for seed in seeds]
         )
         return cls(
-            (pairs.only_second - pairs.only_first) / pairs.total,
+            pairs.difference,
             paired_difference_95(pairs),
             float(mcnemar_exact(pairs.only_first, pairs.only_second)),
         )

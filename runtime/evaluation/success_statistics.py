@@ -57,6 +57,11 @@ class PairCounts:
         """The number of pairs with different outcomes."""
         return self.only_first + self.only_second
 
+    @property
+    def difference(self) -> float:
+        """The second success rate minus the first."""
+        return (self.only_second - self.only_first) / self.total
+
 
 def mcnemar_exact(only_first: ArrayLike, only_second: ArrayLike) -> NDArray[np.float64]:
     """Return the two-sided p-value of McNemar's exact test; 1 without a discordant pair.
