@@ -182,7 +182,7 @@ class FleetWorkers:
         if not isinstance(answer, ServerPlace):
             yield from self._lose_server(server, first_line(answer))
             return
-        server.place, server.node_id = answer, answer.node_id
+        server.place = answer
         ended = server.actor.wait.remote()
         self._tasks[ended] = server, lambda a: self._lose_server(server, first_line(a))
         yield self._changed(f"policy server ready at {answer.address}")

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -18,14 +17,10 @@ class ServerPlace:
     """A server that is ready.
 
     Attributes:
-        node_id: Ray's id of its node.
         address: ``HOST:PORT``, reachable from every node.
-        pid: Of the actor's process; the server is its child.
     """
 
-    node_id: str
     address: str
-    pid: int
 
 
 class PolicyServerActor:
@@ -48,8 +43,7 @@ class PolicyServerActor:
             self._server = ServerProcess([*self._flags, "--host", host, "--insecure"])
         except RuntimeFault as error:
             return str(error)
-        node_id = ray.get_runtime_context().get_node_id()
-        return ServerPlace(node_id, self._server.address, os.getpid())
+        return ServerPlace(self._server.address)
 
     def wait(self) -> str:
         """Return how the server ended, once it has."""
