@@ -56,11 +56,6 @@ class LiveView:
             self.close()
             raise
 
-    @property
-    def alive(self) -> bool:
-        """Whether somebody reads what is written."""
-        return not self._over and self._process.alive
-
     def text(self, line: str) -> None:
         """Show a line of text, now."""
         self.writer.text(time.monotonic_ns(), line)
