@@ -34,6 +34,7 @@ from runtime.datasets.features import (
     STATE,
     SUCCESS,
     TIME,
+    UNKNOWN,
     DatasetFeatures,
     names_or_numbers,
 )
@@ -106,8 +107,8 @@ def write_spool(root: Path, name: str, rows: EpisodeRows, task: str) -> Path:
         SUCCESS: rows.rewards[1:] == MAX_REWARD,
         TIME: ticks * DT_S,
         LATENESS: np.zeros(len(ticks)),
-        ACTION_AGE: np.full(len(ticks), -1.0),
-        SOURCE: np.full(len(ticks), -1),
+        ACTION_AGE: np.full(len(ticks), UNKNOWN, np.float64),
+        SOURCE: np.full(len(ticks), UNKNOWN),
     }
     write_columns(folder, columns, dict.fromkeys(cameras, ticks), task)
     return folder

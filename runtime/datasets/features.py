@@ -18,6 +18,8 @@ REWARD, DONE, SUCCESS = "next.reward", "next.done", "next.success"
 TIME, LATENESS = "metronome.time_s", "metronome.lateness_s"
 ACTION_AGE, SOURCE = "metronome.action_age_s", "metronome.source_frame"
 """Columns of this project. Their names must not begin with ``action``: LeRobot would learn them."""
+UNKNOWN = -1
+"""The age or the source of a command that no observation is known for."""
 TIMESTAMP, FRAME, EPISODE, INDEX, TASK = (
     "timestamp",
     "frame_index",

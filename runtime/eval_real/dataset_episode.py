@@ -20,12 +20,11 @@ from runtime.datasets.features import (
     STATE,
     SUCCESS,
     TIME,
+    UNKNOWN,
     DatasetFeatures,
 )
 from runtime.eval_real.recording import Recording
 
-UNKNOWN = -1
-"""The age or the source of a command that no observation is known for."""
 Times = NDArray[np.int64]
 
 
