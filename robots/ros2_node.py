@@ -67,7 +67,7 @@ class Ros2Node:
 
     Attributes:
         node: The ``rclpy`` node.
-        executor: Calls the callbacks while its user spins it.
+        executor: Calls the callbacks while its user, or ``spin_in_thread``, spins it.
         where: Where other nodes are looked for, for errors.
     """
 
@@ -80,10 +80,16 @@ class Ros2Node:
         )
         self.executor: Any = SingleThreadedExecutor()
         self.executor.add_node(self.node)
+        self._spinner: threading.Thread | None = None
         domain = self.node.context.get_domain_id()
         self.where = (
             f"ROS domain {domain} on {'this host' if discovery == 'localhost' else 'the subnet'}"
         )
+
+    def spin_in_thread(self) -> None:
+        """Have a thread call the callbacks until ``close``."""
+        self._spinner = threading.Thread(target=self.executor.spin, name="rclpy", daemon=True)
+        self._spinner.start()
 
     def subscribe(
         self, topic: str, message: str, callback: Callable[[Any], None], qos: str = "reliable"
@@ -145,6 +151,9 @@ class Ros2Node:
         late.daemon = True
         late.start()
         self.executor.shutdown(timeout_sec=CLOSE_TIMEOUT_S)
+        if self._spinner is not None:
+            # The node lives on while the executor still waits for its messages.
+            self._spinner.join()
         self.node.destroy_node()
         rclpy.shutdown()
         late.cancel()

@@ -8,12 +8,12 @@ another process.
 from __future__ import annotations
 
 import argparse
+import contextlib
 import functools
 import logging
 import os
 import signal
 import sys
-import threading
 import time
 from collections.abc import Callable, Mapping
 from typing import Any
@@ -27,7 +27,7 @@ from robots.errors import ConnectFailed, ContractViolated, RobotError
 from robots.joint_limits import JointLimits
 from robots.ros2_config import CameraTopic, CommandTopic, Ros2Config
 from robots.ros2_messages import encode_command
-from robots.ros2_node import POLL_PERIOD_S, Ros2Node, full_type, stamp_ns
+from robots.ros2_node import MESSAGES, POLL_PERIOD_S, Ros2Node, full_type, stamp_ns
 from robots.ros_compressed_images import decode_compressed_colour
 from robots.ros_images import message_type
 from robots.ros_topics import (
@@ -188,7 +188,7 @@ class Ros2Owner(DeviceOwner):
         self._publishers = self._make_publishers(deadline_s)
         if config.twin is not None:
             self._resets = ros.publisher(config.twin.reset, "String")
-        threading.Thread(target=ros.executor.spin, name="rclpy", daemon=True).start()
+        ros.spin_in_thread()
         hint = f" in {ros.where}: are the nodes of the arms and cameras running?"
         wait_for_topics(self._sensors.streams, deadline_s, config.connect_timeout_s, hint=hint)
         limits = JointLimits.from_config(
@@ -246,7 +246,7 @@ class Ros2Owner(DeviceOwner):
                 return self._sensors.failure(source)
             if call == "reset" and self._config.twin is not None:
                 request, message = new_request(int(arguments["seed"]))
-                self._resets.publish(_string(message))
+                self._resets.publish(MESSAGES["String"](data=message))
                 return {"request": request}
             if call == "reset_answer":
                 return {"stamp_ns": self._sensors.reports.answer(arguments["request"], 0.0)}
@@ -258,12 +258,6 @@ class Ros2Owner(DeviceOwner):
         except RobotError as error:
             return {"error": str(error)}
         return {"error": f"unknown call {call!r}"}
-
-
-def _string(text: str) -> Any:
-    from std_msgs.msg import String
-
-    return String(data=text)
 
 
 def _in_sequence(
@@ -298,11 +292,11 @@ def _run_owner(config: Ros2Config, isolation: Isolation) -> None:
         send_event("failed", error=isolation.explain(error), kind=ConnectFailed.__name__)
         return
     try:
-        _serve(Ros2Owner(config, ros), isolation)
+        with contextlib.closing(ros):
+            _serve(Ros2Owner(config, ros), isolation)
     except RobotError as error:
+        # The parent ends this process at once: by then the node is closed.
         send_event("failed", error=" ".join(str(error).split()), kind=type(error).__name__)
-    finally:
-        ros.close()
 
 
 def _serve(owner: Ros2Owner, isolation: Isolation) -> None:
@@ -322,6 +316,8 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("--parent", type=int, required=True)
     options = parser.parse_args(arguments)
     signal.signal(signal.SIGINT, signal.SIG_IGN)
+    # The parent may give up before the topics are found.
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(0))
     isolation = isolate()
     logging.basicConfig(level=logging.WARNING, format="%(levelname)s %(name)s: %(message)s")
     try:

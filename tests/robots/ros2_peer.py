@@ -17,6 +17,7 @@ import time
 
 import numpy as np
 import rclpy
+from rclpy.executors import SingleThreadedExecutor
 from rclpy.qos import QoSProfile, QoSReliabilityPolicy
 from sensor_msgs.msg import CompressedImage, Image, JointState
 from std_msgs.msg import Float64MultiArray
@@ -144,15 +145,23 @@ def picture(topic: str, pixels: np.ndarray):
 def main() -> None:
     rclpy.init()
     peer = Peer(json.loads(sys.argv[1]))
-    threading.Thread(target=peer.run, daemon=True).start()
-    threading.Thread(target=rclpy.spin, args=(peer.node,), daemon=True).start()
+    executor = SingleThreadedExecutor()
+    executor.add_node(peer.node)
+    publisher = threading.Thread(target=peer.run, daemon=True)
+    publisher.start()
+    listener = threading.Thread(target=executor.spin, daemon=True)
+    listener.start()
     print("ready", flush=True)  # noqa: T201
     for line in sys.stdin:
         topic, mode = line.split()
         peer.frozen.pop(topic, None)
         peer.modes[topic] = mode
         print("done", flush=True)  # noqa: T201
+    executor.shutdown()
+    listener.join()
     rclpy.shutdown()
+    publisher.join()
+    peer.node.destroy_node()  # removes its shared memory, once no thread uses it
     os._exit(0)  # not even the threads' destructors
 
 

@@ -52,12 +52,25 @@ def remove_left_memory() -> None:
     for lock in SHARED_MEMORY.glob("fastdds_*_[es]l"):
         with contextlib.suppress(OSError), lock.open("rb") as file:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            name = lock.name[: -len("_el")]
-            for path in (SHARED_MEMORY / name, SHARED_MEMORY / f"sem.{name}_mutex", lock):
-                path.unlink(missing_ok=True)
-    for port in SHARED_MEMORY.glob("fastdds_port*[0-9]"):
-        if not list(SHARED_MEMORY.glob(f"{port.name}_[es]l")):
-            port.unlink(missing_ok=True)
+            _remove(lock.name[: -len("_el")])
+            lock.unlink(missing_ok=True)
+    for pattern in ("fastdds_port*[0-9]", "sem.fastdds_port*_mutex"):
+        for path in SHARED_MEMORY.glob(pattern):
+            port = path.name.removeprefix("sem.").removesuffix("_mutex")
+            if not list(SHARED_MEMORY.glob(f"{port}_[es]l")):
+                _remove(port)
+
+
+def _remove(name: str) -> None:
+    """Remove a segment or a port, and its semaphore."""
+    (SHARED_MEMORY / name).unlink(missing_ok=True)
+    (SHARED_MEMORY / f"sem.{name}_mutex").unlink(missing_ok=True)
+
+
+def held_locks(pid: int) -> list[Path]:
+    """The locks of Fast DDS's shared memory that belongs to a process."""
+    opened = [file.readlink() for file in Path(f"/proc/{pid}/fd").iterdir()]
+    return [path for path in opened if path.match(f"{SHARED_MEMORY}/fastdds_*_el")]
 
 
 def free_domain() -> int:
@@ -108,13 +121,14 @@ class Peer:
         self.process.wait()
 
     def close(self) -> None:
-        """End it in good order, else it leaves Fast DDS's files in shared memory behind."""
+        """End it in good order, and remove what killed nodes left, this one or others."""
         self.process.stdin.close()
         try:
             self.process.wait(10)
         except subprocess.TimeoutExpired:
             self.kill()
         self.process.stdout.close()
+        remove_left_memory()
 
     def _expect(self, line: str) -> None:
         got = self.process.stdout.readline()

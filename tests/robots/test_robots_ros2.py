@@ -193,6 +193,17 @@ def impatient(nodes) -> dict[str, str]:
     return {"domain_id": str(nodes.domain), "connect_timeout_s": "6"}
 
 
+@pytest.mark.long
+@pytest.mark.timeout(300)
+def test_our_node_leaves_no_shared_memory_behind(nodes) -> None:
+    robot = arm({"domain_id": str(nodes.domain)})
+    with robot.companion(), robot:
+        robot.connect()
+        locks = ros2_rig.held_locks(robot.owner_pid)
+        assert len(locks) >= 2  # of its segment, and of its ports
+    assert [lock for lock in locks if lock.exists()] == []
+
+
 @pytest.fixture(scope="module")
 def connected(nodes):
     with arm({"domain_id": str(nodes.domain)}) as robot:
