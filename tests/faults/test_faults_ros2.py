@@ -11,7 +11,7 @@ import json
 import os
 import signal
 import time
-from collections.abc import Iterator
+from collections.abc import Generator, Iterator
 from pathlib import Path
 
 import numpy as np
@@ -108,11 +108,25 @@ class Rollout:
             assert time.monotonic() < deadline_s, self.program.said[-3:]
 
 
+def one_after_the_other(folder: Path) -> Generator[Rollout, None, None]:
+    for attempt in range(TIMES):
+        own = folder / str(attempt)
+        own.mkdir()
+        with contextlib.ExitStack() as stack:
+            yield Rollout(stack, own, *FOR_EVER)
+
+
 @pytest.fixture
-def rollout(tmp_path: Path) -> Iterator[Rollout]:
+def rollouts(tmp_path: Path) -> Iterator[Iterator[Rollout]]:
+    """As many as a fault is tried that cannot be mended, each with processes of its own."""
     ros2_rig.interpreter()
-    with contextlib.ExitStack() as stack:
-        yield Rollout(stack, tmp_path, *FOR_EVER)
+    with contextlib.closing(one_after_the_other(tmp_path)) as found:
+        yield found
+
+
+@pytest.fixture
+def rollout(rollouts: Iterator[Rollout]) -> Rollout:
+    return next(rollouts)
 
 
 def test_the_arm_stops_when_the_camera_node_or_a_process_dies(rollout: Rollout) -> None:
@@ -169,53 +183,38 @@ def test_the_arm_stops_when_a_topic_fails(
 
 
 @only_long
-def test_the_arm_stops_when_the_joint_node_dies(tmp_path: Path) -> None:
-    ros2_rig.interpreter()
-    for attempt in range(TIMES):
-        folder = tmp_path / str(attempt)
-        folder.mkdir()
-        with contextlib.ExitStack() as stack:
-            rollout = Rollout(stack, folder, *FOR_EVER)
-            rollout.start()
-            rollout.kill("joint node", rollout.joints.pid, NOTICE_S, JOINT_STATES)
+def test_the_arm_stops_when_the_joint_node_dies(rollouts: Iterator[Rollout]) -> None:
+    for rollout in rollouts:
+        rollout.start()
+        rollout.kill("joint node", rollout.joints.pid, NOTICE_S, JOINT_STATES)
 
 
-def test_the_arm_stops_when_our_node_dies(tmp_path: Path) -> None:
+def test_the_arm_stops_when_our_node_dies(rollouts: Iterator[Rollout]) -> None:
     """The evaluation ends: nobody can command the arm any more, which stays where it was told."""
-    ros2_rig.interpreter()
-    for attempt in range(TIMES):
-        folder = tmp_path / str(attempt)
-        folder.mkdir()
-        with contextlib.ExitStack() as stack:
-            rollout = Rollout(stack, folder, *FOR_EVER)
-            rollout.start()
-            rollout.into_motion()
-            at_ns = time.monotonic_ns()
-            os.kill(rollout.program.child("robots.ros2_owner_process"), signal.SIGKILL)
-            assert rollout.program.wait() == 1
-            rollout.at_rest("our node", at_ns, 0.02)
-            assert any("the robot's ROS 2 node has ended" in line for line in rollout.program.said)
+    for rollout in rollouts:
+        rollout.start()
+        rollout.into_motion()
+        at_ns = time.monotonic_ns()
+        os.kill(rollout.program.child("robots.ros2_owner_process"), signal.SIGKILL)
+        assert rollout.program.wait() == 1
+        rollout.at_rest("our node", at_ns, 0.02)
+        assert any("the robot's ROS 2 node has ended" in line for line in rollout.program.said)
 
 
 @only_long
-def test_the_arm_stops_when_eval_real_dies(tmp_path: Path) -> None:
-    ros2_rig.interpreter()
-    for attempt in range(TIMES):
-        folder = tmp_path / str(attempt)
-        folder.mkdir()
-        with contextlib.ExitStack() as stack:
-            rollout = Rollout(stack, folder, *FOR_EVER)
-            rollout.start()
-            owner = rollout.program.child("robots.ros2_owner_process")
-            rollout.into_motion()
-            at_ns = time.monotonic_ns()
-            rollout.program.signal(signal.SIGKILL)
-            rollout.program.wait()
-            deadline_s = time.monotonic() + PATIENCE_S
-            while Path(f"/proc/{owner}").exists():
-                assert time.monotonic() < deadline_s, "our node did not end"
-                time.sleep(0.02)
-            rollout.at_rest("eval_real.py", at_ns, 0.1 + stop_s(rollout.limits))
+def test_the_arm_stops_when_eval_real_dies(rollouts: Iterator[Rollout]) -> None:
+    for rollout in rollouts:
+        rollout.start()
+        owner = rollout.program.child("robots.ros2_owner_process")
+        rollout.into_motion()
+        at_ns = time.monotonic_ns()
+        rollout.program.signal(signal.SIGKILL)
+        rollout.program.wait()
+        deadline_s = time.monotonic() + PATIENCE_S
+        while Path(f"/proc/{owner}").exists():
+            assert time.monotonic() < deadline_s, "our node did not end"
+            time.sleep(0.02)
+        rollout.at_rest("eval_real.py", at_ns, 0.1 + stop_s(rollout.limits))
 
 
 @pytest.mark.parametrize(
