@@ -82,7 +82,7 @@ def decode_joints(message: Any, expected: Sequence[str]) -> NDArray[np.float32]:
     """
     if message.name and list(message.name) != list(expected):
         raise ContractViolated(f"got joints {list(message.name)}, expected {list(expected)}")
-    return _positions(message, expected)
+    return _finite(_positions(message, expected), expected)
 
 
 def pick_joints(message: Any, wanted: Sequence[str]) -> NDArray[np.float32]:
@@ -97,12 +97,8 @@ def pick_joints(message: Any, wanted: Sequence[str]) -> NDArray[np.float32]:
     names = list(message.name)
     if len(set(names)) != len(names) or not set(wanted) <= set(names):
         raise ContractViolated(f"got joints {names}, expected each of {list(wanted)} once")
-    if len(message.position) != len(names):
-        raise ContractViolated(
-            f"got {len(message.position)} positions, expected {len(names)}, of {names}"
-        )
-    position = np.array(message.position, np.float32)[[names.index(name) for name in wanted]]
-    return _finite(position, wanted)
+    position = _positions(message, names)
+    return _finite(position[[names.index(name) for name in wanted]], wanted)
 
 
 def _positions(message: Any, expected: Sequence[str]) -> NDArray[np.float32]:
@@ -110,7 +106,7 @@ def _positions(message: Any, expected: Sequence[str]) -> NDArray[np.float32]:
         raise ContractViolated(
             f"got {len(message.position)} positions, expected {len(expected)}, of {list(expected)}"
         )
-    return _finite(np.array(message.position, np.float32), expected)
+    return np.array(message.position, np.float32)
 
 
 def _finite(position: NDArray[np.float32], names: Sequence[str]) -> NDArray[np.float32]:
