@@ -14,10 +14,10 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from robots.base import CameraSample, JointSample, Robot, Role
+from robots.base import CameraSample, JointSample, Outcome, Robot, Role
 from robots.errors import ConnectFailed, NotConnected, RobotError, SensorLost
 from robots.owner_connection import OwnerConnection
-from robots.sensor_memory import Sample, SampleReader, SensorMemory
+from robots.sensor_memory import JOINTS, Sample, SampleReader, SensorMemory
 from transport.errors import ProtocolError
 
 CALL_TIMEOUT_S = 10.0
@@ -68,18 +68,18 @@ class AttachedRobot(Robot):
                 f"{self.name}: {self.owner_name} has other joints or cameras ({error}); start it "
                 "with the same configuration"
             ) from error
-        sensors = [("joints", self._sensor_memory.joints)]
+        sensors = [(JOINTS, self._sensor_memory.joints)]
         if role is not Role.CONTROL:
             sensors += self._sensor_memory.cameras.items()
         since_ns = time.monotonic_ns()
         self._wait_for(sensors, lambda sample: sample.received_ns >= since_ns, timeout_s)
 
     def _get_joints(self) -> JointSample:
-        return _joint_sample(self._fresh_sample("joints", self._connected()[1].joints))
+        return _joint_sample(self._fresh_sample(JOINTS, self._connected()[1].joints))
 
     def _get_joints_at(self, stamp_ns: int) -> JointSample:
         joints = self._connected()[1].joints
-        newest = self._fresh_sample("joints", joints)
+        newest = self._fresh_sample(JOINTS, joints)
         return _joint_sample(joints.nearest(stamp_ns) or newest)
 
     def _get_cameras(self) -> dict[str, CameraSample]:
@@ -111,14 +111,18 @@ class AttachedRobot(Robot):
     def _call(self, call: str, **arguments: Any) -> Mapping[str, Any]:
         return self._connected()[0].call(call, timeout_s=CALL_TIMEOUT_S, **arguments)
 
-    def _failure_reason(self, name: str) -> str:
-        """Why the sensor ``name`` sends nothing, if the owner knows; text to append to an error."""
-        del name
-        return ""
+    def _published_outcome(self) -> Outcome:
+        """The outcome that the owner process publishes beside the joints."""
+        connection, sensor_memory = self._connected()
+        connection.check_alive()
+        state: Any = sensor_memory.joints.newest()
+        success, reward, step = (state.arrays[name] for name in ("success", "reward", "step"))
+        return Outcome(bool(success), float(reward), int(step))
 
     def _sensor_error(self, name: str, message: str) -> RobotError:
         """The error of the sensor ``name``, which has a fault or sends nothing: ``message``."""
-        return SensorLost(f"{message}{self._failure_reason(name)}")
+        del name
+        return SensorLost(message)
 
     def _fresh_sample(self, name: str, reader: SampleReader) -> Sample:
         """The newest sample. Raises ``SensorLost`` if it is too old."""

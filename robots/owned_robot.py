@@ -72,12 +72,8 @@ class OwnedRobot(AttachedRobot):
         connection, sensor_memory = self._connected()
         connection.send_action(action)
         if sensor_memory.refused_since_ns.load():
-            raise RobotLost(
-                f"{self.name}: commands do not reach it{self._failure_reason('commands')}"
-            )
-
-    def _failure_reason(self, name: str) -> str:
-        return _in_brackets(self._failure(name))
+            reason = _in_brackets(self._failure("commands"))
+            raise RobotLost(f"{self.name}: commands do not reach it{reason}")
 
     def _sensor_error(self, name: str, message: str) -> RobotError:
         failure = self._failure(name)

@@ -112,11 +112,7 @@ class SimTwin(AttachedRobot):
         self._call("clear_record")
 
     def _outcome(self) -> Outcome:
-        connection, sensor_memory = self._connected()
-        connection.check_alive()
-        state: Any = sensor_memory.joints.newest()
-        success, reward, step = (state.arrays[name] for name in ("success", "reward", "step"))
-        return Outcome(bool(success), float(reward), int(step))
+        return self._published_outcome()
 
     def _reset(self, seed: int) -> bool:
         """Begin the simulation's episode ``seed``; wait for its images if any client reads them."""
