@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import itertools
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Annotated, Literal
 
@@ -21,6 +21,7 @@ from policies.number_ranges import (
 from policies.yaml_config import parse_config
 from robots.base import ActionKind, ActionSpec
 from robots.command_delivery import UNCOMMANDED_S
+from robots.joint_limits import JointLimits
 from robots.ros_images import COLOURS
 
 Qos = Literal["best_effort", "reliable"]
@@ -163,6 +164,12 @@ class CommandLimits:
     position_upper: tuple[Annotated[float, FINITE], ...]
     velocity: tuple[Annotated[float, POSITIVE], ...]
     acceleration: tuple[Annotated[float, POSITIVE], ...]
+
+    def of(self, actions: Sequence[ActionSpec], source: str) -> JointLimits:
+        """The limits of ``actions``. Raises ``ConfigError`` if they do not fit them."""
+        return JointLimits.from_config(
+            [spec.name for spec in actions], **dataclasses.asdict(self), source=source
+        )
 
 
 @dataclass(frozen=True)

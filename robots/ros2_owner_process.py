@@ -15,7 +15,7 @@ import os
 import signal
 import sys
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -24,7 +24,6 @@ from numpy.typing import NDArray
 from robots.base import CameraSample, JointSample, rest_command
 from robots.device_owner import DeviceOwner
 from robots.errors import ConnectFailed, ContractViolated, RobotError
-from robots.joint_limits import JointLimits
 from robots.ros2_config import CameraTopic, CommandTopic, Ros2Config
 from robots.ros2_messages import encode_command
 from robots.ros2_node import MESSAGES, POLL_PERIOD_S, Ros2Node, full_type, stamp_ns
@@ -40,7 +39,9 @@ from robots.ros_topics import (
 from robots.ros_twin_reports import TwinReports, new_request
 from robots.sample_buffer import SampleBuffer
 from robots.sensor_memory import JOINTS, SensorMemory
+from transport.channel import Arrays
 from transport.child_process import Isolation, isolate, send_event
+from transport.shm.latest_value import LatestValueWriter
 
 PERIOD_S = 0.01
 
@@ -66,13 +67,18 @@ class Sensors:
         self, config: Ros2Config, ros: Ros2Node, sensor_memory: SensorMemory, deadline_s: float
     ) -> None:
         self._memory, self.reports = sensor_memory, TwinReports()
-        self._joint_writer = sensor_memory.joint_writer()
-        self._newest_stamp_ns: int | None = None
         topics = [state.topic for state in config.states]
         topics += [camera.topic for camera in config.cameras.values()]
         types = ros.published_types(topics, deadline_s)
         self._joints: list[SampleBuffer[JointSample]] = []
         self._cameras: dict[str, SampleBuffer[CameraSample]] = {}
+        publish = self._publisher(
+            JOINTS,
+            sensor_memory.joint_writer(),
+            self._joints,
+            self.newest_joints,
+            self._fill_joints,
+        )
         for state in config.states:
             _check_type(state.topic, types[state.topic], "JointState")
             ros.check_reliability(state.topic, state.qos)
@@ -85,8 +91,7 @@ class Sensors:
             receive = sample_receiver(
                 joints, JointSample, functools.partial(pick_joints, wanted=state.joints), stamp_ns
             )
-            callback = _in_sequence(receive, self._publish_joints)
-            ros.subscribe(state.topic, "JointState", callback, state.qos)
+            ros.subscribe(state.topic, "JointState", _in_sequence(receive, publish), state.qos)
         for name, camera in config.cameras.items():
             kind = message_type(camera.topic, types[camera.topic].replace("/msg/", "/"))
             ros.check_reliability(camera.topic, camera.qos)
@@ -98,7 +103,8 @@ class Sensors:
             )
             self._cameras[name] = images
             receive = sample_receiver(images, CameraSample, _decoder(camera, kind), stamp_ns)
-            publish = self._image_publisher(name, images)
+            writer = sensor_memory.camera_writer(name)
+            publish = self._publisher(name, writer, [images], images.newest, _fill_image)
             ros.subscribe(camera.topic, kind, _in_sequence(receive, publish), camera.qos)
         if config.twin is not None:
             ros.subscribe(
@@ -110,9 +116,9 @@ class Sensors:
         """The samples of every topic."""
         return [*self._joints, *self._cameras.values()]
 
-    def newest_joints(self) -> NDArray[np.float32]:
-        """(S,) the newest state. Raises as ``SampleBuffer.newest``."""
-        return join_joints([stream.newest() for stream in self._joints]).position
+    def newest_joints(self) -> JointSample:
+        """The newest state. Raises as ``SampleBuffer.newest``."""
+        return join_joints([stream.newest() for stream in self._joints])
 
     def failure(self, name: str) -> Mapping[str, str]:
         """The fault of a sensor as ``kind`` and ``reason``; an empty reason without one."""
@@ -123,42 +129,51 @@ class Sensors:
             return {"kind": type(error).__name__, "reason": str(error)}
         return {"reason": ""}
 
-    def _publish_joints(self) -> None:
-        until_ns = max(stream.fault_until_ns for stream in self._joints)
-        self._memory.fault_until_ns[JOINTS].store(until_ns)
-        try:
-            sample = join_joints([stream.newest() for stream in self._joints])
-        except RobotError:
-            return  # readers notice, and ask for the reason
-        if sample.stamp_ns == self._newest_stamp_ns:
-            return
-        self._newest_stamp_ns = sample.stamp_ns
-        slot = self._joint_writer.claim()
-        slot["position"][...] = sample.position
-        slot["stamp_ns"][...], slot["received_ns"][...] = sample.stamp_ns, sample.received_ns
-        if self.reports.received:
-            slot["success"][...], slot["reward"][...], slot["step"][...] = self.reports.outcome()
-        self._joint_writer.publish()
+    def _publisher(
+        self,
+        name: str,
+        writer: LatestValueWriter,
+        streams: Sequence[SampleBuffer[Any]],
+        newest: Callable[[], Any],
+        fill: Callable[[Arrays, Any], None],
+    ) -> Callable[[], None]:
+        """A function that publishes the newest sample of the sensor ``name``, and its last fault.
 
-    def _image_publisher(self, name: str, stream: SampleBuffer[CameraSample]) -> Callable[[], None]:
-        writer, fault = self._memory.camera_writer(name), self._memory.fault_until_ns[name]
-        published: list[int] = [0]
+        Args:
+            name: The sensor's name in the shared memory.
+            writer: Its writer.
+            streams: The samples of its topics.
+            newest: Returns the newest sample made from them. Raises as ``SampleBuffer.newest``.
+            fill: Writes a sample's values, beside its times, into a slot.
+        """
+        fault = self._memory.fault_until_ns[name]
+        published_ns: int | None = None
 
         def publish() -> None:
-            fault.store(stream.fault_until_ns)
+            nonlocal published_ns
+            fault.store(max(stream.fault_until_ns for stream in streams))
             try:
-                sample = stream.newest()
+                sample = newest()
             except RobotError:
+                return  # readers notice, and ask for the reason
+            if sample.stamp_ns == published_ns:
                 return
-            if sample.stamp_ns == published[0]:
-                return
-            published[0] = sample.stamp_ns
+            published_ns = sample.stamp_ns
             slot = writer.claim()
-            slot["image"][...] = sample.image
             slot["stamp_ns"][...], slot["received_ns"][...] = sample.stamp_ns, sample.received_ns
+            fill(slot, sample)
             writer.publish()
 
         return publish
+
+    def _fill_joints(self, slot: Arrays, sample: JointSample) -> None:
+        slot["position"][...] = sample.position
+        if self.reports.received:
+            slot["success"][...], slot["reward"][...], slot["step"][...] = self.reports.outcome()
+
+
+def _fill_image(slot: Arrays, sample: CameraSample) -> None:
+    slot["image"][...] = sample.image
 
 
 class Ros2Owner(DeviceOwner):
@@ -191,15 +206,12 @@ class Ros2Owner(DeviceOwner):
         ros.spin_in_thread()
         hint = f" in {ros.where}: are the nodes of the arms and cameras running?"
         wait_for_topics(self._sensors.streams, deadline_s, config.connect_timeout_s, hint=hint)
-        limits = JointLimits.from_config(
-            [spec.name for spec in actions], **vars(config.limits), source="limits"
-        )
-        state = self._sensors.newest_joints()
+        state = self._sensors.newest_joints().position
         super().__init__(
             sensor_memory,
             memory_fd,
             actions=actions,
-            limits=limits,
+            limits=config.limits.of(actions, "limits"),
             last_sent=rest_command(config.joint_names, actions, state),
             period_s=PERIOD_S,
         )
@@ -251,7 +263,7 @@ class Ros2Owner(DeviceOwner):
             if call == "reset_answer":
                 return {"stamp_ns": self._sensors.reports.answer(arguments["request"], 0.0)}
             if call == "restart":
-                state = self._sensors.newest_joints()
+                state = self._sensors.newest_joints().position
                 names = self._config.joint_names
                 self._restart_at(rest_command(names, self._config.actions, state))
                 return {}

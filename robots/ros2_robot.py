@@ -22,12 +22,12 @@ from robots.base import Outcome, RobotContract
 from robots.companion_launcher import start_companion
 from robots.errors import ConfigError, RobotLost
 from robots.factory import make_robot
-from robots.joint_limits import JointLimits
 from robots.owned_robot import OwnedRobot
 from robots.ros2_config import Ros2Config
 from robots.ros2_environment import find_interpreter
+from robots.sensor_memory import JOINTS
 from robots.sim_twin import SimTwin
-from robots.twin_config import JOINTS
+from robots.twin_config import JOINTS as TWIN_JOINTS
 from transport.child_process import ChildProcess
 
 START_TIMEOUT_S = 60.0
@@ -60,12 +60,10 @@ class Ros2Robot(OwnedRobot):
             repeats_pictures=config.repeats_pictures,
         )
         names = [spec.name for spec in actions]
-        limits = JointLimits.from_config(
-            names, **dataclasses.asdict(config.limits), source=f"{source}: limits"
-        )
+        limits = config.limits.of(actions, f"{source}: limits")
         super().__init__(name, contract, limits)
-        for key in ("start_pose", "start_velocity"):
-            values = {"start_pose": config.start_pose, "start_velocity": config.start_velocity}[key]
+        given = (("start_pose", config.start_pose), ("start_velocity", config.start_velocity))
+        for key, values in given:
             if values is not None and len(values) != len(names):
                 raise ConfigError(
                     f"{source}: {key}: got {len(values)} numbers, expected {len(names)}, one for "
@@ -121,10 +119,10 @@ class Ros2Robot(OwnedRobot):
             for name, topic in self.config.cameras.items()
         }
         twin = make_robot(simulator, {"cameras": json.dumps(cameras)})
-        if not isinstance(twin, SimTwin) or self.config.joint_names != JOINTS:
+        if not isinstance(twin, SimTwin) or self.config.joint_names != TWIN_JOINTS:
             raise ConfigError(
                 f"{self.name}: twin.simulator: got {simulator} for the joints "
-                f"{list(self.config.joint_names)}, expected a sim_twin and {list(JOINTS)}"
+                f"{list(self.config.joint_names)}, expected a sim_twin and {list(TWIN_JOINTS)}"
             )
         interpreter = find_interpreter(self.config.python)
         with (
@@ -152,13 +150,7 @@ class Ros2Robot(OwnedRobot):
         self.config = dataclasses.replace(self.config, address=address)
 
     def _outcome(self) -> Outcome | None:
-        if self.config.twin is None:
-            return None
-        connection, sensor_memory = self._connected()
-        connection.check_alive()
-        state: Any = sensor_memory.joints.newest()
-        success, reward, step = (state.arrays[name] for name in ("success", "reward", "step"))
-        return Outcome(bool(success), float(reward), int(step))
+        return None if self.config.twin is None else self._published_outcome()
 
     def _reset(self, seed: int) -> bool:
         """Begin the simulation's episode ``seed``, and wait for its first samples."""
@@ -175,9 +167,8 @@ class Ros2Robot(OwnedRobot):
             time.sleep(POLL_PERIOD_S)
         now_ns = time.monotonic_ns()
         _, sensor_memory = self._connected()
-        sensors = [("joints", sensor_memory.joints), *sensor_memory.cameras.items()]
         self._wait_for(
-            sensors,
+            [(JOINTS, sensor_memory.joints), *sensor_memory.cameras.items()],
             lambda sample: sample.stamp_ns >= stamp_ns and sample.received_ns >= now_ns,
             CALL_TIMEOUT_S,
         )
