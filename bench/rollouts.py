@@ -45,7 +45,7 @@ OUTPUT = RESULTS / "rollouts.json"
 
 
 def simulation(rollouts: int, folder: Path) -> Path:
-    _run(
+    run_command(
         "eval_sim.py", "-m", DEFAULT_CHECKPOINT, "-e", "aloha", "-n", str(rollouts),
         "--seed", str(FIRST_SEED), "--videos", "0", "-o", str(folder),
     )  # fmt: skip
@@ -63,7 +63,7 @@ def local(rollouts: int, folder: Path) -> Path:
 
 
 def elsewhere(rollouts: int, folder: Path, *flags: str) -> Path:
-    with other_host() as prefix, _relayed_server(prefix) as address:
+    with other_host() as prefix, relayed_server(prefix, DEFAULT_CHECKPOINT) as address:
         return _on_the_robot(rollouts, folder, address, *flags)
 
 
@@ -86,7 +86,7 @@ def _on_the_robot(rollouts: int, folder: Path, model: str, *flags: str) -> Path:
 
 
 def _evaluate(robot: str, model: str, rollouts: int, folder: Path, *flags: str) -> None:
-    _run(
+    run_command(
         "eval_real.py", "-m", model, "-c", robot, "--task", TASK, "-n", str(rollouts),
         "--seed", str(FIRST_SEED), "--yes", "--video_fps", "0", "--priority", "10",
         "-o", str(folder), *flags,
@@ -94,9 +94,9 @@ def _evaluate(robot: str, model: str, rollouts: int, folder: Path, *flags: str) 
 
 
 @contextlib.contextmanager
-def _relayed_server(prefix: tuple[str, ...]) -> Iterator[str]:
+def relayed_server(prefix: tuple[str, ...], checkpoint: str) -> Iterator[str]:
     """The address at which a server on the other host is reached."""
-    server = [*prefix, sys.executable, "-m", "runtime.server", "-m", DEFAULT_CHECKPOINT]
+    server = [*prefix, sys.executable, "-m", "runtime.server", "-m", checkpoint]
     server += ["--host", INSIDE, "--port", "0", "--stop_with_stdin", "--log_level", "ERROR"]
     with _said(server, "started on ") as there:
         relay = [sys.executable, "tests/relay.py", "--to", there]
@@ -125,7 +125,7 @@ def _said(command: list[str], before: str) -> Iterator[str]:
         process.stdout.close()
 
 
-def _run(*command: str) -> None:
+def run_command(*command: str) -> None:
     """Raises ``RuntimeError``: it failed."""
     status = subprocess.run([sys.executable, *command], cwd=ROOT, check=False).returncode
     if status:
@@ -180,14 +180,16 @@ def main() -> int:
     if MISSING and not WITHOUT_ROS1.issuperset(args.ways):
         print(f"error: {WHY_NOT}", file=sys.stderr)
         return 2
-    found: dict[str, Any] = {"facts": Records().facts, "seeds_from": FIRST_SEED, "ways": {}}
+    facts = Records().facts
+    found: dict[str, Any] = {"seeds_from": FIRST_SEED, "ways": {}}
     if OUTPUT.exists():
         found["ways"] = json.loads(OUTPUT.read_text(encoding="utf-8"))["ways"]
     for name in args.ways:
         with tempfile.TemporaryDirectory() as folder:
             began_s = time.monotonic()
             path = WAYS[name](args.rollouts, Path(folder))
-            found["ways"][name] = summary(path, time.monotonic() - began_s)
+            took_s = time.monotonic() - began_s
+            found["ways"][name] = {"facts": facts, **summary(path, took_s)}
         write_record(OUTPUT, found)
         print(table(found["ways"]), flush=True)
     return 0
