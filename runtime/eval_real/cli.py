@@ -28,6 +28,7 @@ from policies.types import PolicyContract, PolicyInfo
 from policies.yaml_config import as_plain, load_config
 from robots.base import Robot
 from robots.factory import make_robot
+from robots.ros2_robot import Ros2Robot
 from runtime.client.policy_client import PolicyClient
 from runtime.control import strategy_selection
 from runtime.control.strategy_selection import choose_execution
@@ -140,9 +141,15 @@ def read_evaluation(argv: Sequence[str] | None) -> Evaluation:
     args, rest = parser().parse_known_args(argv)
     overrides = read_overrides(rest, "robot.", "metronome eval-real")
     config = from_flags(EvalRealConfig, args, overrides=overrides)
+    robot = make_robot(config.robot, overrides)
     if config.ros_discovery is not None:
+        if not isinstance(robot, Ros2Robot):
+            raise ValueError(
+                f"--ros_discovery: got with -c {config.robot}, expected a robot of type ros2"
+            )
         overrides = {**overrides, "discovery": config.ros_discovery}
         config = dataclasses.replace(config, overrides=overrides)
+        robot = make_robot(config.robot, overrides)
     check_flags(config.connection)
     check_upstream(config.model, config.upstream, config.checkpoint)
     config.live_view.check()
@@ -154,7 +161,7 @@ def read_evaluation(argv: Sequence[str] | None) -> Evaluation:
     return Evaluation(
         config=config,
         task=load_config(TaskConfig, config.task, kind="task"),
-        robot=make_robot(config.robot, overrides),
+        robot=robot,
     )
 
 

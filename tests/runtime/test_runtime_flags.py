@@ -22,7 +22,6 @@ from policies.checkpoint import load
 from policies.flag_builder import flags_of
 from policies.types import PolicyContract
 from policies.yaml_config import parse_config
-from robots.errors import RobotError
 from runtime.eval_real import cli as eval_real
 from runtime.eval_real import replay
 from runtime.eval_real.cli import make_run_config, read_evaluation
@@ -242,7 +241,7 @@ def test_what_eval_real_reads(flag: str) -> None:
 def test_where_ros2_nodes_are_looked_for() -> None:
     robot = read_evaluation(["-c", "ros2_aloha_twin", "--ros_discovery", "subnet"]).config.overrides
     assert robot == {"discovery": "subnet"}
-    with pytest.raises(RobotError, match="discovery: unknown key"):
+    with pytest.raises(ValueError, match="got with -c dummy, expected a robot of type ros2"):
         read_evaluation(["-c", "dummy", "--ros_discovery", "subnet"])
 
 
