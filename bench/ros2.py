@@ -8,7 +8,7 @@
 under SCHED_FIFO, on ``ros2_aloha_twin`` and on ``sim_twin``, by turns; the ratio of the p99s.
 ``latency``: from the publication of joints and a picture by a node to the arrival of the command
 that was made from them, through the driver and a policy server over shared memory, whose policy
-costs nothing.
+costs nothing; beside it the same over ROS 1, where that is installed.
 Results land in ``bench/results/ros2.json``. Needs what ``make ros2`` installs; real-time priority
 needs the right to it (``--priority 0`` goes without).
 """
@@ -18,6 +18,7 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import json
+import os
 import statistics
 import subprocess
 import sys
@@ -28,23 +29,27 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from numpy.typing import NDArray
 
 from bench.record_files import write_record
 from bench.records import RESULTS, Records
 from policies.command_line import CommandLine, Number
 from policies.number_ranges import COUNT
 from policies.types import CameraContract, MetaObs
+from robots.base import Robot
+from robots.factory import make_robot
 from robots.ros2_environment import find_interpreter
 from runtime.client import PolicyClient
 from runtime.eval_real.run_config import PRIORITY
 from runtime.server.server_process import ServerProcess
 from tests.faults.sine_policy import CONTRACT, START, SinePolicy
-from tests.robots import ros2_rig
+from tests.robots import ros2_rig, ros_rig
 
 ROOT = Path(__file__).parents[1]
 OUTPUT = RESULTS / "ros2.json"
 ROBOTS = ("sim_twin", "ros2_aloha_twin")
 RATES, POLICY_HZ, TURNS = (50, 200), 50, 2
+PICTURE_HW = (48, 64)
 COUNTER_STEP = 1e-5
 """rad per picture: what an echoed number moves joint 0 by."""
 
@@ -109,45 +114,73 @@ def _evaluate(robot: str, rate: int, ticks: int, priority: int) -> dict[str, Any
 
 
 def latency(samples: int) -> dict[str, Any]:
-    """p50 and p99, ms, from publication to the arrival of the command made from it."""
+    """By middleware: p50 and p99, ms, from publication to the command made from it."""
+    found = {"ROS 2": _latency_ros2(samples)}
+    if not ros_rig.MISSING:
+        found["ROS 1"] = _latency_ros1(samples)
+    return found
+
+
+def _latency_ros2(samples: int) -> dict[str, Any]:
     domain = ros2_rig.free_domain()
     robot = ros2_rig.arm({"domain_id": str(domain)})
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
         node = ros2_rig.joint_peer(folder, domain, robot, images=(ros2_rig.PICTURES,))
         try:
-            with (
-                robot.companion(),
-                robot,
-                ServerProcess(["-m", "python:bench.ros2:make_echo"]) as server,
-                PolicyClient(server.address, transport="shm") as client,
-            ):
-                robot.connect()
-                _drive(robot, client, samples)
+            _answer(robot, samples)
         finally:
             node.close()
-        published = ros2_rig.read_pictures(folder)
         commands = ros2_rig.read_commands(folder, len(robot.config.joint_names))
-    numbers = np.rint(commands["values"][:, 0] / COUNTER_STEP).astype(int)
-    arrived = {int(n): int(ns) for n, ns in zip(numbers[::-1], commands["ns"][::-1], strict=True)}
+        return _from_publication(folder, commands["ns"], commands["values"][:, 0])
+
+
+def _latency_ros1(samples: int) -> dict[str, Any]:
+    robot = make_robot(
+        "agilex_aloha_twin", {"cameras.top.hw": str(list(PICTURE_HW)), "twin": "null"}
+    )
+    with tempfile.TemporaryDirectory() as name, ros_rig.master(Path(name)) as environment:
+        folder = Path(name)
+        os.environ.update(environment)  # rospy reads it in this process
+        command = [sys.executable, "-m", "bench.ros1_arm", name]
+        with ros_rig.stopped_afterwards(subprocess.Popen(command, cwd=ROOT, stdin=subprocess.PIPE)):
+            _answer(robot, samples)
+        commands = np.fromfile(folder / "commands", np.dtype([("ns", "<i8"), ("target", "<f8")]))
+        return _from_publication(folder, commands["ns"], commands["target"])
+
+
+def _answer(robot: Robot, samples: int) -> None:
+    """Answer each new picture with one command, from a server over shared memory."""
+    with (
+        robot.companion(),
+        robot,
+        ServerProcess(["-m", "python:bench.ros2:make_echo"]) as server,
+        PolicyClient(server.address, transport="shm") as client,
+    ):
+        robot.connect()
+        newest = 0
+        while samples:
+            stamp_ns = robot.get_cameras()["top"].stamp_ns
+            if stamp_ns == newest:
+                time.sleep(1e-4)
+                continue
+            newest, samples = stamp_ns, samples - 1
+            robot.send_action(client.infer(robot.get_observation()).actions[0])
+
+
+def _from_publication(
+    folder: Path, arrived_ns: NDArray[Any], targets: NDArray[Any]
+) -> dict[str, Any]:
+    """Pair each picture with the first command made from it, by its number in joint 0."""
+    published = ros2_rig.read_pictures(folder)
+    numbers = np.rint(targets / COUNTER_STEP).astype(int)
+    arrived = {int(n): int(ns) for n, ns in zip(numbers[::-1], arrived_ns[::-1], strict=True)}
     took_ms = [(ns - published[n]) / 1e6 for n, ns in arrived.items() if n in published]
     return {
         "samples": len(took_ms),
         "p50_ms": float(np.percentile(took_ms, 50)),
         "p99_ms": float(np.percentile(took_ms, 99)),
     }
-
-
-def _drive(robot: Any, client: PolicyClient, samples: int) -> None:
-    """Answer each new picture with one command."""
-    newest = 0
-    while samples:
-        stamp_ns = robot.get_cameras()["top"].stamp_ns
-        if stamp_ns == newest:
-            time.sleep(1e-4)
-            continue
-        newest, samples = stamp_ns, samples - 1
-        robot.send_action(client.infer(robot.get_observation()).actions[0])
 
 
 def table(found: Mapping[str, Any]) -> str:
@@ -160,11 +193,10 @@ def table(found: Mapping[str, Any]) -> str:
             f"lateness p99 at {rate} Hz: {shown[ROBOTS[1]]} us over ROS 2, {shown[ROBOTS[0]]} us "
             f"without; ratio {row['p99_ratio']:.2f}"
         )
-    if "latency" in found:
-        row = found["latency"]
+    for middleware, row in found.get("latency", {}).items():
         lines.append(
-            f"publication to command: p50 {row['p50_ms']:.2f} ms, p99 {row['p99_ms']:.2f} ms, "
-            f"{row['samples']} samples"
+            f"publication to command over {middleware}: p50 {row['p50_ms']:.2f} ms, "
+            f"p99 {row['p99_ms']:.2f} ms, {row['samples']} samples"
         )
     return "\n".join(lines)
 
