@@ -101,7 +101,11 @@ def _backbone(backbone: FusedBackbone, x: Node) -> Node:
 
 
 def _attention(attention: FusedAttention, x: Node, query: Node | None = None) -> Node:
-    """Attend to ``x``; ``query`` (1, heads, T, d) where the queries are not those of ``x``."""
+    """Attend to ``x``; ``query`` (heads, T, d) where the queries are not those of ``x``.
+
+    Queries, keys and values have no batch dimension: with one, OpenVINO 2026.4 computes nonsense
+    where there are as many tokens as heads.
+    """
     project, heads = attention.project, attention.n_heads
     width = attention.out.in_features
     projected = op.add(_linear(project, x), _constant(attention.table))
@@ -109,13 +113,13 @@ def _attention(attention: FusedAttention, x: Node, query: Node | None = None) ->
     own = [_heads(part, heads, width) for part in parts]
     q, k, v = own if query is None else (query, *own)
     attended = op.scaled_dot_product_attention(q, k, v, scale=np.float32(1))
-    flat = op.reshape(op.transpose(attended, [0, 2, 1, 3]), [1, -1, width], False)
+    flat = op.reshape(op.transpose(attended, [1, 0, 2]), [1, -1, width], False)
     return _linear(attention.out, flat)
 
 
 def _heads(x: Node, heads: int, width: int) -> Node:
-    """Reshape (1, tokens, D) to (1, heads, tokens, d)."""
-    return op.transpose(op.reshape(x, [1, -1, heads, width // heads], False), [0, 2, 1, 3])
+    """Reshape (1, tokens, D) to (heads, tokens, d)."""
+    return op.transpose(op.reshape(x, [-1, heads, width // heads], False), [1, 0, 2])
 
 
 def _feed_forward(module: FusedFeedForward, x: Node) -> Node:
@@ -127,7 +131,7 @@ def _feed_forward(module: FusedFeedForward, x: Node) -> Node:
 def _first_decoder_layer(layer: FirstDecoderLayer, memory: Node) -> Node:
     queries, width = layer.query.shape
     heads = layer.cross.n_heads
-    query = layer.query.reshape(1, queries, heads, width // heads).transpose(1, 2)
+    query = layer.query.reshape(queries, heads, width // heads).transpose(0, 1)
     y = _norm(layer.norm, _attention(layer.cross, memory, _constant(query)))
     return _feed_forward(layer.feed_forward, y)
 

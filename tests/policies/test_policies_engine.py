@@ -19,7 +19,7 @@ from policies.act import engine_cache, engine_factory, hardware
 from policies.act.config import ActConfig
 from policies.act.engine import MAX_BATCH, EngineOptions, EngineUnavailable, Frames
 from policies.act.engine_cache import BlobCache, Stored
-from policies.act.engine_check import probe
+from policies.act.engine_check import MAX_RELATIVE_ERROR, probe
 from policies.act.engine_selection import make_engine
 from policies.act.policy import ActPolicy
 from policies.checkpoint.load import load_policy, load_weights
@@ -108,6 +108,21 @@ def test_openvino_computes_the_plain_network(config):
     assert engine.name.startswith("openvino 20")
     assert (engine.device, engine.precision, engine.threads) == ("cpu", "fp32", 1)
     assert error_of(engine, weights) <= EXACT
+
+
+@needs_openvino
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+@pytest.mark.parametrize("image_hw", [(64, 96), (64, 128)])
+def test_openvino_with_as_many_tokens_as_heads(precision: str, image_hw: tuple[int, int]) -> None:
+    """Eight tokens, and ten for comparison: OpenVINO once took heads for tokens."""
+    if precision not in hardware.precisions(torch.device("cpu")):
+        pytest.skip(f"this processor has no units for {precision}")
+    config = dataclasses.replace(TINY, n_cameras=1, image_hw=image_hw, width=64, n_heads=8)
+    weights = random_weights(config)
+    for name in ("in_proj_weight", "out_proj.weight"):  # what is attended to must matter
+        weights.tensors[f"encoder.0.self_attn.{name}"] *= 10
+    engine = make_engine(weights, dataclasses.replace(OPENVINO, precision=precision))
+    assert error_of(engine, weights) <= MAX_RELATIVE_ERROR[precision]
 
 
 @needs_openvino
