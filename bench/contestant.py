@@ -41,7 +41,7 @@ class Absent(Exception):
 
 _MODULES: Mapping[str, tuple[str, ...]] = {
     "bench.floor": ("floor",),
-    "bench.ours": ("shm spin", "shm default", "shm block", "zmq"),
+    "bench.ours": ("shm spin", "shm default", "shm block", "zmq", "zmq loaned"),
     "bench.ours_policy": ("policy shm", "policy shm 7 idle", "policy zmq"),
     "bench.ours_ring": ("ring", "ring fused"),
     "bench.peers.zeromq": ("pyzmq tcp", "pyzmq tcp owned", "pyzmq ipc"),

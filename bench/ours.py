@@ -11,7 +11,7 @@ import numpy as np
 
 from bench.contestant import Exchange
 from bench.payload import Sink, Source
-from transport.channel import Channel, Message
+from transport.channel import Channel, Loan, Message
 from transport.dialer import Dialer
 from transport.handshake_messages import Welcome
 from transport.server.listener import Listener
@@ -103,9 +103,42 @@ class ChannelContestant:
             yield exchange
 
 
+class LoanedContestant(ChannelContestant):
+    """Its caller's arrays are the loan's, as those of ``PolicyClient.loan_images``."""
+
+    @contextmanager
+    def connect(self, source: Source, link: Connection) -> Iterator[Exchange]:
+        receive, schema = self._next, source.payload.observation
+        with Dialer("127.0.0.1", link.recv(), **self._spin) as dialer:
+            channel, _ = dialer.open(schema, client="bench", transport=self._transport)
+        with channel:
+            loan = _move_to_loan(source, channel)
+
+            def exchange() -> None:
+                nonlocal loan
+                loan.announce()
+                loan.publish(1)
+                with receive(channel) as message:
+                    source.take(message.arrays["actions"])
+                loan = _move_to_loan(source, channel)
+
+            yield exchange
+
+
+def _move_to_loan(source: Source, channel: Channel) -> Loan:
+    """Borrow the next slot. Nothing is copied if it is where ``source.arrays`` are already."""
+    loan = channel.loan()
+    for name, view in loan.arrays.items():
+        if source.arrays[name] is not view:
+            np.copyto(view, source.arrays[name])
+            source.arrays[name] = view
+    return loan
+
+
 CONTESTANTS = (
     ChannelContestant("shm spin", "shm", watch=True),
     ChannelContestant("shm default", "shm"),
     ChannelContestant("shm block", "shm", spin_us=0),
     ChannelContestant("zmq", "zmq"),
+    LoanedContestant("zmq loaned", "zmq"),
 )

@@ -31,7 +31,7 @@ NAMES = {
     for payload in SPEECH
 }
 COLLECTOR_OFF = ("floor", "ring", "ring fused", "shm spin", "shm default", "shm block", "zmq")
-COLLECTOR_OFF += ("policy shm", "iceoryx2", "pyzmq tcp")
+COLLECTOR_OFF += ("zmq loaned", "policy shm", "iceoryx2", "pyzmq tcp", "pyzmq tcp owned")
 PACED = ("shm default", "shm block", "policy shm", "zmq", "policy zmq", "pyzmq tcp", "pipe")
 PACED += ("pickle tcp", "websocket", "grpc", "iceoryx2", "zenoh shm")
 BLOCKS, BLOCK, BLOCK_S = 10, 150, 0.12

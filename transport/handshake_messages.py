@@ -187,11 +187,13 @@ def decode_prefix(head: bytes | memoryview) -> tuple[int, int, bytes]:
     Raises:
         ProtocolError: ``head`` is not a frame of this protocol.
     """
-    if len(head) < PREFIX.size or head[: len(MAGIC)] != MAGIC:
+    magic = b""
+    if len(head) >= PREFIX.size:
+        magic, version, opcode, epoch = PREFIX.unpack_from(head)
+    if magic != MAGIC:
         raise ProtocolError(
             f"frame: got {bytes(head[:16])!r} ({len(head)} bytes), expected {MAGIC!r}..."
         )
-    _, version, opcode, epoch = PREFIX.unpack_from(head)
     return version, opcode, epoch
 
 

@@ -30,10 +30,11 @@ class SlotViews:
     __slots__ = ("_arrays", "_idle", "_watched")
 
     def __init__(self, schema: Schema, buffer: Any, offset: int = 0) -> None:
+        # Views of a read-only array are read-only, at no cost per view.
         beneath: NDArray[np.uint8] = np.frombuffer(
-            buffer, np.uint8, count=max(1, schema.nbytes), offset=offset
+            memoryview(buffer).toreadonly(), np.uint8, max(1, schema.nbytes), offset
         )
-        self._arrays = schema.views(beneath)
+        self._arrays = schema.views(beneath, writable=True)
         self._watched: list[object] = [self._arrays, beneath, *self._arrays.values()]
         del beneath
         self._idle = sum(map(_count, self._watched))

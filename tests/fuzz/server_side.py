@@ -137,6 +137,7 @@ class ServerSocket:
     authenticator = None
     host, port = "127.0.0.1", 1
     fd = monitor_fd = -1
+    signalled = False
 
     def __init__(self, *_: object) -> None:
         self.inbox: deque[tuple[bytes, list[zmq.Frame]]] = deque()
@@ -160,6 +161,8 @@ class ServerSocket:
                 decode_body(body)
         self.replies.append((identity, number, epoch))
         return True
+
+    def allow(self, identity: bytes, message_bytes: int) -> None: ...
 
     def wait(self, timeout_s: float) -> None: ...
 

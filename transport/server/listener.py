@@ -136,7 +136,7 @@ class Listener:
             start=self._session_table.start,
             counts=self._counts,
         )
-        self._event_loop.register(self._server_socket.fd, self._on_zmq_readable)
+        self._event_loop.register(self._server_socket.fd, self._on_socket_readable)
         self._event_loop.register(self._server_socket.monitor_fd, self._on_zmq_readable)
         if self._server_socket.authenticator is not None:
             self._event_loop.register(self._server_socket.authenticator.fd, self._on_zmq_readable)
@@ -226,8 +226,11 @@ class Listener:
             self._next_poll_s = time.monotonic() + _POLL_EVERY_S
         return woken
 
+    def _on_socket_readable(self) -> None:
+        self._server_socket.signalled = True
+
     def _on_zmq_readable(self) -> None:
-        """ZMQ's descriptors only end the sleep: ``_do_due_work`` always reads their sockets."""
+        """ZMQ's other descriptors only end the sleep: ``_do_due_work`` always reads them."""
 
     def _accept_proof(self, epoch: bytes, proof: bytes, unix_socket: socket.socket) -> str | None:
         return self._handshake.accept_proof(epoch, proof, unix_socket)

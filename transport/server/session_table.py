@@ -22,6 +22,7 @@ from transport.zeromq.server_socket import ServerSocket
 if TYPE_CHECKING:
     from transport.shm.channel import ShmChannel
 
+_SESSION_OPCODES = int(Opcode.MESSAGE), int(Opcode.CREDIT)  # an enum costs more
 _log = logging.getLogger(__name__)
 
 
@@ -69,7 +70,7 @@ class SessionTable:
         connection = self._connections.get(epoch)
         if connection is None or connection.identity != identity:
             return False
-        if number in (Opcode.MESSAGE, Opcode.CREDIT):
+        if number in _SESSION_OPCODES:
             # Too many frames are delivered as an empty frame, which the channel counts.
             head = frames[0].buffer
             connection.channel.deliver(head if len(frames) == 1 else head[:0])
@@ -95,11 +96,12 @@ class SessionTable:
 
     def collect(self) -> list[ServerSession]:
         """Sessions with unread messages, and those opened or ended since the last call."""
-        ready = self.polled_sessions.ready()
-        no_ended = all(session.channel.gone_reason is None for session in ready)
-        if no_ended and not self._ready and not self._ended and not self._opened:
-            return ready
-        self._ready.update((session.id, session) for session in ready)
+        if self.polled_sessions:
+            ready = self.polled_sessions.ready()
+            no_ended = all(session.channel.gone_reason is None for session in ready)
+            if no_ended and not self._ready and not self._ended and not self._opened:
+                return ready
+            self._ready.update((session.id, session) for session in ready)
         for number, session in list(self._ready.items()):
             if session.channel.gone_reason is not None:
                 # The serving code found this while reading or writing; no descriptor reports it.
@@ -109,6 +111,8 @@ class SessionTable:
         opened, self._opened = self._opened, []
         over, self._ended = self._ended, []
         self._reported += over
+        if not over and not opened:
+            return list(self._ready.values())
         changed = {one.id: one for one in (*self._ready.values(), *opened, *over)}
         return list(changed.values())
 
@@ -129,6 +133,7 @@ class SessionTable:
     def _start_zmq(self, pending: PendingSession, reason: str) -> ServerSession:
         channel: ZmqChannel
         session: ServerSession
+        self._server_socket.allow(pending.identity, pending.hello.schema.nbytes)
         connection = ServerFrameConnection(
             self._server_socket,
             pending.identity,

@@ -19,6 +19,7 @@ a client sees the disconnect, and late messages of an earlier epoch are dropped 
 from __future__ import annotations
 
 import struct
+import time
 from collections import deque
 from typing import Any, Protocol
 
@@ -33,10 +34,14 @@ from transport.receive_window import ReceiveWindow
 from transport.schema import USED, Schema
 from transport.slot_views import SlotViews
 from transport.zeromq.client_socket import HEADER_ROOM
+from transport.zeromq.receive_slots import MAX_SLOT_BYTES, ReceiveSlots
 from transport.zeromq.send_buffers import SendBuffers
 
 _HEADER = struct.Struct(f"<4sHH{EPOCH_BYTES}sqqqqqI")
 """The control prefix; then sequence, released, received, request id, budget_ns, kind."""
+_CHECK_EVERY_NS = 1_000_000
+"""How often a caller that never waits looks whether its peer is still there."""
+_MESSAGE, _CREDIT = int(Opcode.MESSAGE), int(Opcode.CREDIT)  # an enum costs more
 PAYLOAD_OFFSET = HEADER_ROOM
 """Where the payload begins in a DATA frame: on a cache line, after the header's two."""
 
@@ -71,9 +76,11 @@ class ZmqChannel(BaseChannel):
         self._epoch, self._connection = epoch, connection
         self._send_buffers = SendBuffers(send_schema, PAYLOAD_OFFSET)
         self._head = self._peer_tail = self._released_sent = 0
-        self._pumped = False
+        self._next_check_ns = 0
         self._window = ReceiveWindow(SLOTS)
         self._inbox: deque[ReceivedMessage] = deque()
+        short = recv_schema.tail is None and recv_schema.nbytes <= MAX_SLOT_BYTES
+        self._slots = ReceiveSlots(recv_schema, SLOTS) if short else None
 
     @property
     def unread(self) -> bool:
@@ -85,20 +92,23 @@ class ZmqChannel(BaseChannel):
         if len(frame) < _HEADER.size:
             self.dropped_malformed += 1
             return
-        _, _, opcode, epoch, sequence, released, received, request_id, budget, number = (
+        magic, _, opcode, epoch, sequence, released, received, request_id, budget, number = (
             _HEADER.unpack_from(frame)
         )
         if epoch != self._epoch:
             self.dropped_epoch += 1
             return
         window = self._window
-        expected = opcode == Opcode.CREDIT or (sequence == window.cursor and not window.full)
+        if opcode == _MESSAGE:
+            expected = magic == MAGIC and sequence == window.cursor and not window.full
+        else:
+            expected = magic == MAGIC and opcode == _CREDIT
         if not self._peer_tail <= released <= received <= self._head or not expected:
             self.dropped_malformed += 1
             return
         self._peer_tail = released
         self._send_buffers.reclaim(received)
-        if opcode == Opcode.CREDIT:
+        if opcode == _CREDIT:
             return
         window.take()
         record = self._record(frame, sequence, request_id, budget, number)
@@ -121,14 +131,11 @@ class ZmqChannel(BaseChannel):
         if kind is None or request_id < 0 or budget < 0:
             return None
         if kind is Kind.DATA:
-            schema = self.recv_schema.cut(len(frame) - PAYLOAD_OFFSET)
-            if schema is None:
-                return None
-            views = SlotViews(schema, *_aligned(frame))
-            if (
-                schema.tail is not None
-                and views.arrays[schema.tail + USED] != (schema.specs[schema.tail].shape[0])
-            ):
+            if self._slots is not None:
+                views = self._slots.fill(sequence, frame[PAYLOAD_OFFSET:])
+            else:
+                views = self._views(frame)
+            if views is None:
                 return None
             return ReceivedMessage(kind, request_id, budget, sequence, views, b"")
         if len(frame) > _HEADER.size + MAX_BODY_BYTES:
@@ -136,6 +143,17 @@ class ZmqChannel(BaseChannel):
         return ReceivedMessage(
             kind, request_id, budget, sequence, None, bytes(frame[_HEADER.size :])
         )
+
+    def _views(self, frame: memoryview) -> SlotViews | None:
+        """The arrays in a DATA frame, where ZMQ put them; None if it does not match the schema."""
+        schema = self.recv_schema.cut(len(frame) - PAYLOAD_OFFSET)
+        if schema is None:
+            return None
+        views = SlotViews(schema, *_aligned(frame))
+        tail = schema.tail
+        if tail is not None and views.arrays[tail + USED] != schema.specs[tail].shape[0]:
+            return None
+        return views
 
     def _claim(self) -> dict[str, NDArray[Any]] | None:
         return self._send_buffers.claim().arrays if self._free() else None
@@ -146,13 +164,13 @@ class ZmqChannel(BaseChannel):
         frame: Any
         if body is None:
             buffer = self._send_buffers.claim()
-            frame = buffer.frame
+            frame = buffer.sendable
             if self.send_schema.tail is not None:
-                frame = frame[: PAYLOAD_OFFSET + self.send_schema.length(buffer.arrays)]
-            self._write_header(frame, Opcode.MESSAGE, request_id, budget_ns, kind)
+                frame = buffer.frame[: PAYLOAD_OFFSET + self.send_schema.length(buffer.arrays)]
+            self._write_header(buffer.header, _MESSAGE, request_id, budget_ns, kind)
         else:
             frame = bytearray(_HEADER.size)
-            self._write_header(frame, Opcode.MESSAGE, request_id, budget_ns, kind)
+            self._write_header(frame, _MESSAGE, request_id, budget_ns, kind)
             frame += body
         try:
             if not self._connection.send(frame):
@@ -170,7 +188,6 @@ class ZmqChannel(BaseChannel):
         self._give_credit()
         if not self._inbox and self.gone_reason is None:
             self._pump(0.0)
-            self._pumped = True
         return self._inbox.popleft() if self._inbox else None
 
     def _release(self, sequence: int) -> None:
@@ -178,10 +195,9 @@ class ZmqChannel(BaseChannel):
             self._give_credit()
 
     def _check_peer(self) -> None:
-        """Pump, unless ``_take`` just did: a second time would only delay ZMQ's own thread."""
-        if not self._pumped:
+        """Pump, unless that was done in the last millisecond."""
+        if time.monotonic_ns() >= self._next_check_ns:
             self._pump(0.0)
-        self._pumped = False
 
     def _wait(self, timeout_s: float) -> None:
         self._pump(timeout_s)
@@ -197,6 +213,7 @@ class ZmqChannel(BaseChannel):
 
     def _pump(self, timeout_s: float) -> None:
         gone = self._connection.pump(timeout_s)
+        self._next_check_ns = time.monotonic_ns() + _CHECK_EVERY_NS
         if gone is not None:
             self.end(gone)
 
@@ -205,7 +222,7 @@ class ZmqChannel(BaseChannel):
         if self._window.tail - self._released_sent < SLOTS // 2 or self.gone_reason is not None:
             return
         frame = bytearray(_HEADER.size)
-        self._write_header(frame, Opcode.CREDIT)
+        self._write_header(frame, _CREDIT)
         try:
             if self._connection.send(frame):
                 self._released_sent = self._window.tail
@@ -213,7 +230,7 @@ class ZmqChannel(BaseChannel):
             self.end(str(error))
 
     def _write_header(
-        self, frame: Any, opcode: Opcode, request_id: int = 0, budget_ns: int = 0, kind: int = 0
+        self, frame: Any, opcode: int, request_id: int = 0, budget_ns: int = 0, kind: int = 0
     ) -> None:
         _HEADER.pack_into(
             frame,

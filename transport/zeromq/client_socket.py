@@ -8,11 +8,14 @@ import os
 import select
 import time
 from collections.abc import Callable, Mapping
+from pathlib import Path
 from typing import Any
+from urllib.parse import urlsplit
 
 import zmq
 from zmq.utils.monitor import recv_monitor_message
 
+from transport.address import is_loopback
 from transport.errors import (
     PeerGone,
     ProtocolError,
@@ -47,11 +50,19 @@ HIGH_WATER_MARK = 16
 """Messages that ZMQ may queue per peer and direction. A session that respects its slots never has
 more than half of this number queued. From a peer that does not, ZMQ stops reading at this number,
 and TCP makes it wait."""
+LOCAL_SEND_BYTES = 512 * 1024
+"""What the kernel may queue to a server on this host. It needs no more, because no wire is in
+between. A short queue is reused while the caches hold it: one of 4 MB, as the kernel would make it,
+doubles the time of four images. Over a network the kernel decides, because the queue must
+cover what is on the wire."""
+_MOST_SEND_BYTES = Path("/proc/sys/net/core/wmem_max")
 NEEDED_DESCRIPTORS = 12
 """Descriptors that one client may need: socket, monitor, connection and ZMQ's own threads."""
 # Used once per message; an enum costs more.
+_MESSAGE_BYTE = bytes((Opcode.MESSAGE,))
+_BYE, _PING = int(Opcode.BYE), int(Opcode.PING)
 _EVENTS, _POLLIN, _DONTWAIT = int(zmq.EVENTS), int(zmq.POLLIN), int(zmq.DONTWAIT)
-_FAILURES = (
+FAILURES = (
     zmq.Event.HANDSHAKE_FAILED_NO_DETAIL
     | zmq.Event.HANDSHAKE_FAILED_PROTOCOL
     | zmq.Event.HANDSHAKE_FAILED_AUTH
@@ -113,13 +124,16 @@ class ClientSocket:
         self._epoch = NO_EPOCH
         self._gone_reason: str | None = None
         self._connected = self._rejected = self._closed = False
+        self._drained = False  # no message was there, and nothing was done since
         try:
             configure(self._socket)
             self._socket.set(zmq.IPV6, int(ipv6))
+            if _may_shorten_send_queue(endpoint):
+                self._socket.set(zmq.SNDBUF, LOCAL_SEND_BYTES)
             if curve is not None:
                 curve.apply(self._socket)
             self._monitor: zmq.Socket[bytes] = self._socket.get_monitor_socket(
-                zmq.Event.HANDSHAKE_SUCCEEDED | zmq.Event.DISCONNECTED | _FAILURES
+                zmq.Event.HANDSHAKE_SUCCEEDED | zmq.Event.DISCONNECTED | FAILURES
             )
             self._socket.connect(endpoint)
             self._monitor_poll = make_fd_poll(self._monitor)
@@ -178,6 +192,7 @@ class ClientSocket:
 
     def send_control(self, opcode: Opcode, epoch: bytes, body: Mapping[str, Any]) -> None:
         """Send a control message without waiting for an answer. Raises ``WouldBlock``."""
+        self._drained = False
         try:
             self._socket.send_multipart(encode(opcode, epoch, body), zmq.DONTWAIT)
         except zmq.Again as error:
@@ -191,6 +206,7 @@ class ClientSocket:
 
     def send(self, frame: Any) -> bool:
         """See ``FrameConnection.send``."""
+        self._drained = False
         try:
             self._socket.send(frame, _DONTWAIT, copy=len(frame) < COPY_BELOW)
         except zmq.Again:
@@ -199,15 +215,18 @@ class ClientSocket:
 
     def pump(self, timeout_s: float) -> str | None:
         """See ``FrameConnection.pump``."""
-        # Checked right before sleeping: sending may have cleared the descriptor's signal although a
-        # message is there.
-        if timeout_s > 0 and self._gone_reason is None and not has_input(self._socket):
+        # Checked before sleeping, unless nothing was done since the last check: sending may have
+        # cleared the descriptor's signal although a message is there.
+        sleep = timeout_s > 0 and self._gone_reason is None
+        if sleep and (self._drained or not has_input(self._socket)):
+            self._drained = False
             self._sockets_poll.poll(math.ceil(timeout_s * 1000))
             if self._dispatch():
                 # The caller has its message; the next call reads further ones.
                 return self._gone_reason
         while has_input(self._socket):
             self._dispatch()
+        self._drained = True
         if self._monitor_poll.poll(0):
             self._read_monitor()
             if self._gone_reason is not None:
@@ -233,12 +252,14 @@ class ClientSocket:
 
     def _receive(self) -> list[zmq.Frame] | None:
         """All frames of the next message; None if there is none."""
-        frames: list[zmq.Frame] = []
         try:
-            while not frames or frames[-1].more:
-                frames.append(self._socket.recv(_DONTWAIT, copy=False))
+            frame = self._socket.recv(_DONTWAIT, copy=False)
         except zmq.Again:
             return None
+        frames = [frame]
+        while frame.more:
+            frame = self._socket.recv(_DONTWAIT, copy=False)
+            frames.append(frame)
         return frames
 
     def _dispatch(self) -> bool:
@@ -247,13 +268,16 @@ class ClientSocket:
         if frames is None:
             return False
         head = frames[0].buffer
+        if self._deliver is not None and len(frames) == 1 and head[6:7] == _MESSAGE_BYTE:
+            self._deliver(head)  # it checks the rest of the header
+            return True
         try:
             _, number, epoch = decode_prefix(head)
         except ProtocolError:
             number, epoch = 0, NO_EPOCH
-        if number == Opcode.BYE and epoch == self._epoch:
+        if number == _BYE and epoch == self._epoch:
             self._gone_reason = self._gone_reason or bye_reason(frames)
-        elif number != Opcode.PING and self._deliver is not None:
+        elif number != _PING and self._deliver is not None:
             # Too many frames are delivered as an empty frame, which the channel counts.
             self._deliver(head if len(frames) == 1 else head[:0])
         return True
@@ -319,6 +343,16 @@ def _require_descriptors(address: str) -> None:
     finally:
         for fd in taken:
             os.close(fd)
+
+
+def _may_shorten_send_queue(endpoint: str) -> bool:
+    """Whether the server is on this host, and the kernel grants ``LOCAL_SEND_BYTES``. It would
+    shorten the queue further where less is allowed, which costs more than it gains."""
+    if not is_loopback(urlsplit(endpoint).hostname or ""):
+        return False
+    with contextlib.suppress(OSError, ValueError):
+        return int(_MOST_SEND_BYTES.read_text(encoding="ascii")) >= LOCAL_SEND_BYTES
+    return False
 
 
 def _body_frame(frames: list[zmq.Frame]) -> bytes:

@@ -6,9 +6,11 @@ from collections import deque
 from typing import Any
 
 import numpy as np
+import zmq
 from numpy.typing import NDArray
 
 from transport.schema import ALIGNMENT, Schema
+from transport.zeromq.client_socket import COPY_BELOW
 
 
 class SendBuffer:
@@ -16,10 +18,14 @@ class SendBuffer:
 
     Attributes:
         frame: (offset + schema.nbytes,) uint8, the bytes to send.
+        header: (offset,) bytes, the part of ``frame`` before the arrays.
         arrays: The schema's arrays by name, writable views of it.
+        sendable: What to give to a socket for the whole ``frame``. A frame that is not copied is
+            wrapped for ZMQ here, once: to wrap it for every message costs two wake-ups of a Python
+            thread of pyzmq's.
     """
 
-    __slots__ = ("arrays", "frame")
+    __slots__ = ("arrays", "frame", "header", "sendable")
 
     def __init__(self, schema: Schema, offset: int) -> None:
         nbytes = offset + schema.nbytes
@@ -30,6 +36,11 @@ class SendBuffer:
         self.frame.fill(0)
         payload = self.frame[offset:] if schema.nbytes else np.zeros(1, np.uint8)
         self.arrays: dict[str, NDArray[Any]] = schema.views(payload, writable=True)
+        whole = self.frame.data
+        self.header = whole[:offset]
+        self.sendable: memoryview | zmq.Frame = (
+            whole if nbytes < COPY_BELOW else zmq.Frame(self.frame, copy=False)
+        )
 
 
 class SendBuffers:

@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import errno
 import math
+import select
 from collections.abc import Sequence
 from typing import Any
 
 import zmq
-from zmq.utils.monitor import recv_monitor_message
 
 from transport.address import bare_host, format_address, hint_port_in_ipv6, resolve
 from transport.errors import AddressInUse, PeerGone, TransportError
@@ -21,18 +21,13 @@ from transport.zeromq.client_socket import (
     LINGER_MS,
     configure,
     has_input,
-    make_fd_poll,
 )
+from transport.zeromq.connection_monitor import ConnectionMonitor
 from transport.zeromq.curve import CurveAuthenticator, ServerKeys
 
 _DONTWAIT, _MORE = int(zmq.DONTWAIT), int(zmq.DONTWAIT | zmq.SNDMORE)  # an enum costs more
 MAX_FRAMES = 2
 """Frames of a message without the identity; messages with more are invalid."""
-_FAILURES = (
-    zmq.Event.HANDSHAKE_FAILED_NO_DETAIL
-    | zmq.Event.HANDSHAKE_FAILED_PROTOCOL
-    | zmq.Event.HANDSHAKE_FAILED_AUTH
-)
 
 
 class ServerSocket:
@@ -41,7 +36,9 @@ class ServerSocket:
     Attributes:
         host, port: Where it is bound; the actual port if 0 was given.
         authenticator: Checks clients' keys; None without encryption.
-        fd, monitor_fd: Edge-triggered, as all of ZMQ's: check ``waiting`` before sleeping on them.
+        signalled: Whether ``fd`` was readable: then ``receive`` need not look first.
+        fd: Edge-triggered, as all of ZMQ's: check ``waiting`` before sleeping on it.
+        monitor_fd: Readable while ``observe`` has something to return.
     """
 
     def __init__(
@@ -67,9 +64,7 @@ class ServerSocket:
             self._socket.set(zmq.ROUTER_MANDATORY, 1)
             self._socket.set(zmq.HANDSHAKE_IVL, HEARTBEAT_TIMEOUT_MS)
             self._socket.set(zmq.IPV6, int(ipv6))
-            self._monitor: zmq.Socket[bytes] = self._socket.get_monitor_socket(
-                zmq.Event.DISCONNECTED | _FAILURES
-            )
+            self._monitor = ConnectionMonitor(self._socket)
             endpoint = format_address(numeric, port)
             self._socket.bind(f"tcp://{endpoint if port else endpoint[:-1] + '*'}")
         except zmq.ZMQError as error:
@@ -86,8 +81,11 @@ class ServerSocket:
         endpoint = self._socket.getsockopt_string(zmq.LAST_ENDPOINT)
         self.port = int(endpoint.rstrip("\0").rpartition(":")[2])
         self.fd = int(self._socket.get(zmq.FD))
-        self.monitor_fd = int(self._monitor.get(zmq.FD))
-        self._monitor_poll = make_fd_poll(self._monitor)
+        self.signalled = False
+        self._monitor.start()
+        self.monitor_fd = self._monitor.fd
+        self._monitor_poll = select.poll()
+        self._monitor_poll.register(self.monitor_fd, select.POLLIN)
 
     @property
     def waiting(self) -> bool:
@@ -100,21 +98,27 @@ class ServerSocket:
 
         A message with too many frames is returned without frames.
         """
-        if not has_input(self._socket):
+        signalled, self.signalled = self.signalled, False
+        if not signalled and not has_input(self._socket):
             return None
         try:
-            identity = self._socket.recv(_DONTWAIT, copy=False)
+            identity = self._socket.recv(_DONTWAIT)
         except zmq.Again:
             return None
         frames: list[zmq.Frame] = []
-        surplus, more = False, identity.more
+        surplus, more = False, True  # at least one frame follows an identity
         while more:
             frame = self._socket.recv(_DONTWAIT, copy=False)
             more = frame.more
             surplus = surplus or len(frames) == MAX_FRAMES
             if not surplus:
                 frames.append(frame)
-        return identity.bytes, [] if surplus else frames
+        self._monitor.count(identity, frames)
+        return identity, [] if surplus else frames
+
+    def allow(self, identity: bytes, message_bytes: int) -> None:
+        """Let a client have messages of up to ``message_bytes`` on their way to a session."""
+        self._monitor.allow(identity, message_bytes)
 
     def send(self, identity: bytes, frames: Sequence[Any]) -> bool:
         """Queue a message for one peer, large frames without a copy; False if its queue is full.
@@ -139,22 +143,14 @@ class ServerSocket:
 
     def observe(self) -> tuple[int, int]:
         """Return (lost connections, failed ZMQ handshakes) since the last call."""
-        lost = noise = 0
         if not self._monitor_poll.poll(0):
             return 0, 0
-        while has_input(self._monitor):
-            event = recv_monitor_message(self._monitor, zmq.DONTWAIT)["event"]
-            if event == zmq.Event.DISCONNECTED:
-                lost += 1
-            else:
-                noise += 1
-                if self.authenticator is not None:
-                    self.authenticator.log_refusal(
-                        "a client without keys, or with another server's key"
-                    )
+        lost, noise = self._monitor.take_counts()
+        if noise and self.authenticator is not None:
+            self.authenticator.log_refusal("a client without keys, or with another server's key")
         return lost, noise
 
     def close(self) -> None:
         """Close after sending queued messages for a bounded time."""
-        self._socket.disable_monitor()
+        self._monitor.stop()
         self._context.destroy(linger=LINGER_MS)

@@ -1,0 +1,212 @@
+"""A thread that watches a server's connections and cuts one whose message never ends.
+
+ZMQ bounds the frames of a message, not their number, and hands a message on when its last frame is
+there. A client whose message never ends would fill the memory of a server that sees nothing of it.
+But the kernel counts the bytes that each connection received, and the server those that were handed
+on. The difference is what ZMQ holds. A thread compares them, because the serving thread may be busy
+for long. Rejected: speaking ZMQ's protocol without libzmq, as a gateway does. It has no encryption
+then, and nothing answers heartbeats during a long inference.
+"""
+
+from __future__ import annotations
+
+import os
+import socket
+import struct
+import threading
+import time
+from collections.abc import Callable
+from typing import TypeVar
+
+import zmq
+from zmq.utils.monitor import recv_monitor_message
+
+from transport.base_channel import SLOTS
+from transport.handshake_messages import MAX_CONTROL_BYTES
+from transport.zeromq.client_socket import FAILURES, HEADER_ROOM, has_input, make_fd_poll
+
+CHECK_EVERY_S = 0.02
+"""How often open connections are checked. ZMQ may hold what arrives meanwhile beyond the limit."""
+CONTROL_BYTES = 16 * MAX_CONTROL_BYTES
+"""Bytes of one connection that ZMQ may hold beside the messages of its session."""
+_FRAME_BYTES = 48
+"""At least what a frame costs beside its content, with encryption."""
+_HEARTBEAT_BYTES_PER_S = 128
+"""At least what heartbeats send, with encryption. They are never handed on."""
+_BYTES_RECEIVED = struct.Struct("<128xQ")
+"""``tcpi_bytes_received`` in Linux's ``struct tcp_info``."""
+_EVENTS = zmq.Event.ACCEPTED | zmq.Event.DISCONNECTED | zmq.Event.MONITOR_STOPPED | FAILURES
+_T = TypeVar("_T")
+
+
+class Connection:
+    """One connection of a client. ZMQ owns its descriptor.
+
+    Attributes:
+        handed_on: Bytes that were handed on, or more. Only the serving thread writes it.
+        limit: Bytes that ZMQ may hold.
+        closed: Whether the connection is closed. Only the monitor's thread writes it.
+
+    Raises:
+        OSError: It is closed already.
+    """
+
+    __slots__ = ("_checked_s", "_fd", "_ignored", "_peer", "closed", "handed_on", "limit")
+
+    def __init__(self, fd: int) -> None:
+        self._fd, self.handed_on, self.limit, self.closed = fd, 0, CONTROL_BYTES, False
+        self._ignored, self._checked_s = 0.0, time.monotonic()
+        self._peer = self._call(socket.socket.getpeername)
+
+    def check(self) -> None:
+        """Shut the connection down if ZMQ holds too much of it.
+
+        Raises:
+            OSError: It is closed, or the kernel does not count.
+        """
+        handed_on = self.handed_on  # read first, so that too much may be held and never too little
+        info = self._call(
+            lambda each: each.getsockopt(socket.IPPROTO_TCP, socket.TCP_INFO, _BYTES_RECEIVED.size)
+        )
+        if len(info) < _BYTES_RECEIVED.size:
+            raise OSError("struct tcp_info has no tcpi_bytes_received")
+        now_s = time.monotonic()
+        held = _BYTES_RECEIVED.unpack(info)[0] - handed_on
+        heartbeats = _HEARTBEAT_BYTES_PER_S * (now_s - self._checked_s)
+        self._ignored, self._checked_s = min(self._ignored + heartbeats, held), now_s
+        # The descriptor's number may be another connection's by now.
+        if held - self._ignored > self.limit and (
+            self._call(socket.socket.getpeername) == self._peer
+        ):
+            self._call(lambda each: each.shutdown(socket.SHUT_RDWR))
+
+    def _call(self, function: Callable[[socket.socket], _T]) -> _T:
+        borrowed = socket.socket(socket.AF_INET, socket.SOCK_STREAM, 0, self._fd)
+        try:
+            return function(borrowed)
+        finally:
+            borrowed.detach()
+
+
+class ConnectionMonitor:
+    """Watches the connections of ``server_socket`` from ``start`` to ``stop``.
+
+    Attributes:
+        fd: Descriptor of an eventfd that is readable while ``take_counts`` has counts, from
+            ``start`` on.
+    """
+
+    def __init__(self, server_socket: zmq.Socket[bytes]) -> None:
+        self._server_socket = server_socket
+        self._events: zmq.Socket[bytes] = server_socket.get_monitor_socket(_EVENTS)
+        self.fd = -1
+        self._thread = threading.Thread(target=self._run, name="zmq-connections", daemon=True)
+        self._lock = threading.Lock()
+        self._by_fd: dict[int, Connection] = {}
+        self._by_identity: dict[bytes, Connection] = {}
+        self._lost = self._failed = 0
+
+    def start(self) -> None:
+        """Open ``fd`` and start the thread."""
+        self.fd = os.eventfd(0, os.EFD_NONBLOCK | os.EFD_CLOEXEC)
+        self._thread.start()
+
+    def stop(self) -> None:
+        """End the thread and close ``fd``. The monitor cannot be started again."""
+        self._server_socket.disable_monitor()  # reported as MONITOR_STOPPED
+        self._thread.join()
+        os.close(self.fd)
+
+    # --- for the serving thread
+
+    def count(self, identity: bytes, frames: list[zmq.Frame]) -> None:
+        """Count a message that was handed on."""
+        connection = self._by_identity.get(identity)
+        if connection is None or connection.closed:
+            connection = self._identify(identity, frames[0])
+            if connection is None:
+                return
+        for frame in frames:
+            connection.handed_on += len(frame) + _FRAME_BYTES
+
+    def allow(self, identity: bytes, message_bytes: int) -> None:
+        """Let ZMQ hold a session's messages, of at most ``message_bytes`` each."""
+        connection = self._by_identity.get(identity)
+        if connection is not None:
+            connection.limit = CONTROL_BYTES + SLOTS * (message_bytes + HEADER_ROOM)
+
+    def take_counts(self) -> tuple[int, int]:
+        """Return (lost connections, failed ZMQ handshakes) since the last call."""
+        with self._lock:
+            lost, failed = self._lost, self._failed
+            self._lost = self._failed = 0
+            if lost or failed:
+                os.eventfd_read(self.fd)
+        if lost:
+            open_ones = {name: one for name, one in self._by_identity.items() if not one.closed}
+            self._by_identity = open_ones
+        return lost, failed
+
+    def _identify(self, identity: bytes, frame: zmq.Frame) -> Connection | None:
+        """Find the connection that ``frame`` came from; None if it is closed."""
+        try:
+            connection = self._connection(int(frame.get(zmq.SRCFD)))
+        except (OSError, zmq.ZMQError):
+            return None
+        self._by_identity[identity] = connection
+        return connection
+
+    # --- for either
+
+    def _connection(self, fd: int) -> Connection:
+        """The connection with this descriptor. Raises ``OSError`` if it is closed."""
+        with self._lock:
+            connection = self._by_fd.get(fd)
+            if connection is None:
+                connection = self._by_fd[fd] = Connection(fd)
+            return connection
+
+    # --- the thread
+
+    def _run(self) -> None:
+        poll = make_fd_poll(self._events)
+        check_s = time.monotonic()
+        while True:
+            poll.poll(CHECK_EVERY_S * 1000 if self._by_fd else None)
+            while has_input(self._events):
+                report = recv_monitor_message(self._events, zmq.DONTWAIT)
+                if report["event"] == zmq.Event.MONITOR_STOPPED:
+                    return
+                self._handle(report["event"], report["value"])
+            if time.monotonic() >= check_s:
+                self._check_all()
+                check_s = time.monotonic() + CHECK_EVERY_S
+
+    def _handle(self, event: int, value: int) -> None:
+        if event == zmq.Event.ACCEPTED:
+            try:
+                self._connection(value)
+            except OSError:  # closed again
+                return
+        elif event == zmq.Event.DISCONNECTED:
+            with self._lock:
+                self._forget(value)
+                self._lost += 1
+                os.eventfd_write(self.fd, 1)
+        else:
+            with self._lock:
+                self._failed += 1
+                os.eventfd_write(self.fd, 1)
+
+    def _check_all(self) -> None:
+        for fd, connection in list(self._by_fd.items()):
+            try:
+                connection.check()
+            except OSError:
+                with self._lock:
+                    self._forget(fd)
+
+    def _forget(self, fd: int) -> None:
+        connection = self._by_fd.pop(fd, None)
+        if connection is not None:
+            connection.closed = True
