@@ -27,6 +27,7 @@ from transport.errors import (
 from transport.handshake_messages import MAGIC, NO_EPOCH, PREFIX, PROTOCOL_VERSION, Opcode, Welcome
 from transport.server.listener import Listener
 from transport.zeromq.channel import PAYLOAD_OFFSET, ZmqChannel
+from transport.zeromq.client_socket import LOCAL_SEND_BYTES, ClientSocket
 
 
 def dial(listener: Listener) -> Dialer:
@@ -246,7 +247,6 @@ def test_message_of_an_old_epoch_is_dropped_and_counted() -> None:
 
 def test_closing_the_listener_ends_pending_handshakes() -> None:
     from transport.handshake_messages import Hello
-    from transport.zeromq.client_socket import ClientSocket
 
     listener = make_listener()
     endpoint = f"127.0.0.1:{listener.port}"
@@ -270,6 +270,28 @@ def test_closing_the_listener_ends_pending_handshakes() -> None:
             timeout_s=PATIENCE_S,
         )
     link.close()
+
+
+@pytest.mark.parametrize(
+    ("host", "granted", "set_"),
+    [
+        ("127.0.0.1", LOCAL_SEND_BYTES, True),
+        ("127.0.0.1", 212_992, False),
+        ("192.0.2.1", 2**22, False),
+    ],
+)
+def test_only_a_connection_within_the_host_has_a_short_send_queue(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, host: str, granted: int, set_: bool
+) -> None:
+    """Over a network it would limit how much is on the wire."""
+    most = tmp_path / "wmem_max"
+    most.write_text(f"{granted}\n")
+    monkeypatch.setattr("transport.zeromq.client_socket._MOST_SEND_BYTES", most)
+    link = ClientSocket(f"tcp://{host}:9", host, ipv6=False)
+    try:
+        assert (link._socket.get(zmq.SNDBUF) == LOCAL_SEND_BYTES) == set_
+    finally:
+        link.close()
 
 
 def test_a_client_over_zmq_needs_no_compiler() -> None:

@@ -29,7 +29,7 @@ CHECK_EVERY_S = 0.02
 """How often open connections are checked. ZMQ may hold what arrives meanwhile beyond the limit."""
 CONTROL_BYTES = 16 * MAX_CONTROL_BYTES
 """Bytes of one connection that ZMQ may hold beside the messages of its session."""
-_FRAME_BYTES = 48
+FRAME_BYTES = 48
 """At least what a frame costs beside its content, with encryption."""
 _HEARTBEAT_BYTES_PER_S = 128
 """At least what heartbeats send, with encryption. They are never handed on."""
@@ -119,15 +119,18 @@ class ConnectionMonitor:
 
     # --- for the serving thread
 
-    def count(self, identity: bytes, frames: list[zmq.Frame]) -> None:
-        """Count a message that was handed on."""
+    def count(self, identity: bytes, frame: zmq.Frame, nbytes: int) -> None:
+        """Count a message that was handed on, with ``FRAME_BYTES`` for each of its frames.
+
+        Args:
+            frame: Any of its frames.
+        """
         connection = self._by_identity.get(identity)
         if connection is None or connection.closed:
-            connection = self._identify(identity, frames[0])
+            connection = self._identify(identity, frame)
             if connection is None:
                 return
-        for frame in frames:
-            connection.handed_on += len(frame) + _FRAME_BYTES
+        connection.handed_on += nbytes
 
     def allow(self, identity: bytes, message_bytes: int) -> None:
         """Let ZMQ hold a session's messages, of at most ``message_bytes`` each."""

@@ -22,7 +22,7 @@ from transport.zeromq.client_socket import (
     configure,
     has_input,
 )
-from transport.zeromq.connection_monitor import ConnectionMonitor
+from transport.zeromq.connection_monitor import FRAME_BYTES, ConnectionMonitor
 from transport.zeromq.curve import CurveAuthenticator, ServerKeys
 
 _DONTWAIT, _MORE = int(zmq.DONTWAIT), int(zmq.DONTWAIT | zmq.SNDMORE)  # an enum costs more
@@ -106,14 +106,15 @@ class ServerSocket:
         except zmq.Again:
             return None
         frames: list[zmq.Frame] = []
-        surplus, more = False, True  # at least one frame follows an identity
+        nbytes, surplus, more = 0, False, True  # at least one frame follows an identity
         while more:
             frame = self._socket.recv(_DONTWAIT, copy=False)
             more = frame.more
+            nbytes += len(frame) + FRAME_BYTES
             surplus = surplus or len(frames) == MAX_FRAMES
             if not surplus:
                 frames.append(frame)
-        self._monitor.count(identity, frames)
+        self._monitor.count(identity, frames[0], nbytes)
         return identity, [] if surplus else frames
 
     def allow(self, identity: bytes, message_bytes: int) -> None:
