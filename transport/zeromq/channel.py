@@ -3,7 +3,8 @@
 A message is one frame: a fixed header, then the payload in the schema's layout. It is not two
 frames, because each costs a call, a lookup and an allocation on either side. The sender writes
 header and payload into one buffer, and ZMQ sends from that buffer. The receiver reads the frame
-where ZMQ put it. So the only copies are the caller's and the kernel's.
+where ZMQ put it, and copies a short one into a slot. So the only copies of long messages are the
+caller's and the kernel's.
 
 Every header holds two counts of its sender: messages released and messages received. The first
 gives the number of free slots. So ``send`` raises ``WouldBlock`` exactly where a shared-memory ring
