@@ -51,10 +51,9 @@ HIGH_WATER_MARK = 16
 more than half of this number queued. From a peer that does not, ZMQ stops reading at this number,
 and TCP makes it wait."""
 LOCAL_SEND_BYTES = 512 * 1024
-"""What the kernel may queue to a server on this host. It needs no more, because no wire is in
-between. A short queue is reused while the caches hold it: one of 4 MB, as the kernel would make it,
-doubles the time of four images. Over a network the kernel decides, because the queue must
-cover what is on the wire."""
+"""What the kernel may queue to a server on this host, where no wire is to be filled. A queue of 4
+MB, as the kernel would make it, costs four images up to half of their time (docs/transport.md).
+Over a network the kernel decides, because the queue must cover what is on the wire."""
 _MOST_SEND_BYTES = Path("/proc/sys/net/core/wmem_max")
 NEEDED_DESCRIPTORS = 12
 """Descriptors that one client may need: socket, monitor, connection and ZMQ's own threads."""

@@ -21,8 +21,8 @@ class SendBuffer:
         header: (offset,) bytes, the part of ``frame`` before the arrays.
         arrays: The schema's arrays by name, writable views of it.
         sendable: What to give to a socket for the whole ``frame``. A frame that is not copied is
-            wrapped for ZMQ here, once: to wrap it for every message costs two wake-ups of a Python
-            thread of pyzmq's.
+            wrapped for ZMQ here, once: to wrap it for every message wakes a Python thread of
+            pyzmq's after each.
     """
 
     __slots__ = ("arrays", "frame", "header", "sendable")
