@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import os
 import socket
 import threading
 import time
+from collections.abc import Iterator
 
 import numpy as np
 import pytest
@@ -83,22 +85,78 @@ def test_a_session_may_fill_its_slots_while_the_server_is_busy() -> None:
                     assert message.request_id == number
 
 
-@pytest.mark.parametrize(("handed_on", "cut"), [(0, True), (CONTROL_BYTES, False)])
-def test_only_what_was_not_handed_on_counts(handed_on: int, cut: bool) -> None:
-    with socket.create_server(("127.0.0.1", 0)) as server:
-        sender = socket.create_connection(server.getsockname())
+@pytest.fixture(params=["127.0.0.1", "::1"])
+def pair(request: pytest.FixtureRequest) -> Iterator[tuple[socket.socket, socket.socket]]:
+    """A client's socket, and the server's connection to it."""
+    family = socket.AF_INET6 if ":" in request.param else socket.AF_INET
+    try:
+        server = socket.create_server((request.param, 0), family=family)
+    except OSError as error:
+        pytest.skip(f"no {request.param}: {error}")
+    with server, socket.create_connection(server.getsockname()[:2]) as sender:
         accepted, _ = server.accept()
-    with sender, accepted:
-        connection = Connection(accepted.fileno())
-        left = CONTROL_BYTES + 2**16
-        thread = threading.Thread(target=sender.sendall, args=(bytes(left),))
-        thread.start()
-        while left:
-            left -= len(accepted.recv(left))
-        thread.join()
-        connection.handed_on = handed_on
+        with accepted:
+            yield sender, accepted
+
+
+def watched(accepted: socket.socket) -> Connection:
+    return Connection(accepted.fileno(), accepted.getsockname()[1])
+
+
+def pass_on(sender: socket.socket, accepted: socket.socket, left: int) -> None:
+    """Send ``left`` bytes and read them."""
+    thread = threading.Thread(target=sender.sendall, args=(bytes(left),))
+    thread.start()
+    while left:
+        left -= len(accepted.recv(left))
+    thread.join()
+
+
+@pytest.mark.parametrize(("handed_on", "cut"), [(0, True), (CONTROL_BYTES, False)])
+def test_only_what_was_not_handed_on_counts(
+    pair: tuple[socket.socket, socket.socket], handed_on: int, cut: bool
+) -> None:
+    sender, accepted = pair
+    connection = watched(accepted)
+    pass_on(sender, accepted, CONTROL_BYTES + 2**16)
+    connection.handed_on = handed_on
+    connection.check()
+    assert closed(sender) == cut
+
+
+@pytest.mark.parametrize("asked_first", [False, True])
+def test_what_is_handed_on_while_the_kernel_is_asked_is_not_held(
+    pair: tuple[socket.socket, socket.socket], monkeypatch: pytest.MonkeyPatch, asked_first: bool
+) -> None:
+    """A thread may lose the processor for seconds between two lines."""
+    sender, accepted = pair
+    connection, ask = watched(accepted), Connection._bytes_received
+
+    def interrupted(each: Connection) -> int:
+        before = ask(each)
+        pass_on(sender, accepted, CONTROL_BYTES + 2**16)
+        each.handed_on = ask(each)
+        return before if asked_first else each.handed_on
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Connection, "_bytes_received", interrupted)
         connection.check()
-        assert closed(sender) == cut
+    connection.check()
+    assert not closed(sender)
+
+
+def test_a_reused_descriptor_is_left_alone(pair: tuple[socket.socket, socket.socket]) -> None:
+    sender, accepted = pair
+    pass_on(sender, accepted, CONTROL_BYTES + 2**16)
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        former = socket.create_connection(server.getsockname())
+        number, _ = server.accept()
+    with former, number:
+        connection = watched(number)
+        os.dup2(accepted.fileno(), number.fileno())
+        assert not connection.open
+        connection.check()
+        assert not closed(sender)
 
 
 def closed(connection: socket.socket) -> bool:
@@ -110,5 +168,15 @@ def closed(connection: socket.socket) -> bool:
 
 
 def test_counts_of_a_closed_connection_are_an_error() -> None:
-    with socket.socket() as unconnected, pytest.raises(OSError, match="connected"):
-        Connection(unconnected.fileno())
+    with socket.socket() as unconnected, pytest.raises(OSError, match="no longer"):
+        Connection(unconnected.fileno(), 1)
+
+
+def test_a_descriptor_of_another_port_is_not_watched(
+    pair: tuple[socket.socket, socket.socket],
+) -> None:
+    """ZMQ may have closed its own before its report was read, and a policy opened this one."""
+    sender, _ = pair
+    port = sender.getpeername()[1]
+    with pytest.raises(OSError, match="no longer a client's"):
+        Connection(sender.fileno(), port)

@@ -10,13 +10,15 @@ then, and nothing answers heartbeats during a long inference.
 
 from __future__ import annotations
 
+import contextlib
+import errno
 import os
 import socket
 import struct
 import threading
 import time
 from collections.abc import Callable
-from typing import TypeVar
+from typing import Any
 
 import zmq
 from zmq.utils.monitor import recv_monitor_message
@@ -36,52 +38,75 @@ _HEARTBEAT_BYTES_PER_S = 128
 _BYTES_RECEIVED = struct.Struct("<128xQ")
 """``tcpi_bytes_received`` in Linux's ``struct tcp_info``."""
 _EVENTS = zmq.Event.ACCEPTED | zmq.Event.DISCONNECTED | zmq.Event.MONITOR_STOPPED | FAILURES
-_T = TypeVar("_T")
 
 
 class Connection:
-    """One connection of a client. ZMQ owns its descriptor.
+    """One connection of a client to ``port``. ZMQ owns its descriptor and may close it at any time.
+
+    The number of the descriptor may then be another connection's, or another file's. Only the inode
+    shows which it is.
 
     Attributes:
         handed_on: Bytes that were handed on, or more. Only the serving thread writes it.
         limit: Bytes that ZMQ may hold.
-        closed: Whether the connection is closed. Only the monitor's thread writes it.
+        closed: Whether it was found closed.
 
     Raises:
         OSError: It is closed already.
     """
 
-    __slots__ = ("_checked_s", "_fd", "_ignored", "_peer", "closed", "handed_on", "limit")
+    __slots__ = ("_checked_s", "_fd", "_ignored", "_inode", "closed", "handed_on", "limit")
 
-    def __init__(self, fd: int) -> None:
+    def __init__(self, fd: int, port: int) -> None:
         self._fd, self.handed_on, self.limit, self.closed = fd, 0, CONTROL_BYTES, False
         self._ignored, self._checked_s = 0.0, time.monotonic()
-        self._peer = self._call(socket.socket.getpeername)
+        self._inode = os.fstat(fd).st_ino
+        if self._call(socket.socket.getsockname)[1:2] != (port,) or not self.open:
+            raise OSError(errno.EBADF, f"descriptor {fd} is no longer a client's")
+
+    @property
+    def open(self) -> bool:
+        """Whether the descriptor is still this connection's."""
+        try:
+            return os.fstat(self._fd).st_ino == self._inode
+        except OSError:
+            return False
 
     def check(self) -> None:
         """Shut the connection down if ZMQ holds too much of it.
 
         Raises:
-            OSError: It is closed, or the kernel does not count.
+            OSError: It is closed, or the kernel does not count, or no descriptor is free.
         """
-        handed_on = self.handed_on  # read first, so that too much may be held and never too little
-        info = self._call(
+        # The serving thread may hand on any number of bytes between two of these lines.
+        handed_on_before = self.handed_on
+        received = self._bytes_received()
+        handed_on_after = self.handed_on
+        now_s = time.monotonic()
+        heartbeats = _HEARTBEAT_BYTES_PER_S * (now_s - self._checked_s)
+        self._ignored = min(self._ignored + heartbeats, received - handed_on_before)
+        self._checked_s = now_s
+        if received - handed_on_after - self._ignored > self.limit:
+            self._cut()
+
+    def _bytes_received(self) -> int:
+        info: bytes = self._call(
             lambda each: each.getsockopt(socket.IPPROTO_TCP, socket.TCP_INFO, _BYTES_RECEIVED.size)
         )
         if len(info) < _BYTES_RECEIVED.size:
             raise OSError("struct tcp_info has no tcpi_bytes_received")
-        now_s = time.monotonic()
-        held = _BYTES_RECEIVED.unpack(info)[0] - handed_on
-        heartbeats = _HEARTBEAT_BYTES_PER_S * (now_s - self._checked_s)
-        self._ignored, self._checked_s = min(self._ignored + heartbeats, held), now_s
-        # The descriptor's number may be another connection's by now.
-        if held - self._ignored > self.limit and (
-            self._call(socket.socket.getpeername) == self._peer
-        ):
-            self._call(lambda each: each.shutdown(socket.SHUT_RDWR))
+        received: int = _BYTES_RECEIVED.unpack(info)[0]
+        return received
 
-    def _call(self, function: Callable[[socket.socket], _T]) -> _T:
-        borrowed = socket.socket(socket.AF_INET, socket.SOCK_STREAM, 0, self._fd)
+    def _cut(self) -> None:
+        # A duplicate stays this connection's whatever ZMQ does meanwhile.
+        with socket.socket(fileno=os.dup(self._fd)) as own:
+            if os.fstat(own.fileno()).st_ino == self._inode:
+                own.shutdown(socket.SHUT_RDWR)
+
+    def _call(self, function: Callable[[socket.socket], Any]) -> Any:
+        # IPv6's addresses are the longer ones, so both families' fit.
+        borrowed = socket.socket(socket.AF_INET6, socket.SOCK_STREAM, 0, self._fd)
         try:
             return function(borrowed)
         finally:
@@ -99,15 +124,16 @@ class ConnectionMonitor:
     def __init__(self, server_socket: zmq.Socket[bytes]) -> None:
         self._server_socket = server_socket
         self._events: zmq.Socket[bytes] = server_socket.get_monitor_socket(_EVENTS)
-        self.fd = -1
+        self.fd, self._port = -1, 0
         self._thread = threading.Thread(target=self._run, name="zmq-connections", daemon=True)
         self._lock = threading.Lock()
         self._by_fd: dict[int, Connection] = {}
         self._by_identity: dict[bytes, Connection] = {}
         self._lost = self._failed = 0
 
-    def start(self) -> None:
-        """Open ``fd`` and start the thread."""
+    def start(self, port: int) -> None:
+        """Open ``fd`` and start the thread. ``server_socket`` is bound to ``port``."""
+        self._port = port
         self.fd = os.eventfd(0, os.EFD_NONBLOCK | os.EFD_CLOEXEC)
         self._thread.start()
 
@@ -165,8 +191,9 @@ class ConnectionMonitor:
         """The connection with this descriptor. Raises ``OSError`` if it is closed."""
         with self._lock:
             connection = self._by_fd.get(fd)
-            if connection is None:
-                connection = self._by_fd[fd] = Connection(fd)
+            if connection is None or not connection.open:
+                self._forget(fd)
+                connection = self._by_fd[fd] = Connection(fd, self._port)
             return connection
 
     # --- the thread
@@ -192,8 +219,8 @@ class ConnectionMonitor:
             except OSError:  # closed again
                 return
         elif event == zmq.Event.DISCONNECTED:
+            # ``_check_all`` forgets it: the number may be the next connection's by now.
             with self._lock:
-                self._forget(value)
                 self._lost += 1
                 os.eventfd_write(self.fd, 1)
         else:
@@ -203,10 +230,12 @@ class ConnectionMonitor:
 
     def _check_all(self) -> None:
         for fd, connection in list(self._by_fd.items()):
-            try:
-                connection.check()
-            except OSError:
-                with self._lock:
+            if connection.open:
+                with contextlib.suppress(OSError):  # the next check repeats it
+                    connection.check()
+                continue
+            with self._lock:
+                if self._by_fd.get(fd) is connection:
                     self._forget(fd)
 
     def _forget(self, fd: int) -> None:

@@ -82,7 +82,7 @@ class ServerSocket:
         self.port = int(endpoint.rstrip("\0").rpartition(":")[2])
         self.fd = int(self._socket.get(zmq.FD))
         self.signalled = False
-        self._monitor.start()
+        self._monitor.start(self.port)
         self.monitor_fd = self._monitor.fd
         self._monitor_poll = select.poll()
         self._monitor_poll.register(self.monitor_fd, select.POLLIN)
