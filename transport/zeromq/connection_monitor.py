@@ -29,6 +29,10 @@ from transport.zeromq.client_socket import FAILURES, HEADER_ROOM, has_input, mak
 
 CHECK_EVERY_S = 0.02
 """How often open connections are checked. ZMQ may hold what arrives meanwhile beyond the limit."""
+QUIET_CHECK_EVERY_S = 0.16
+"""The same while little arrives: a server that waits is to need next to no processor time."""
+_QUIET_BYTES = 65536
+"""Fewer than these between two checks, on all connections, are little."""
 CONTROL_BYTES = 16 * MAX_CONTROL_BYTES
 """Bytes of one connection that ZMQ may hold beside the messages of its session."""
 FRAME_BYTES = 48
@@ -55,11 +59,20 @@ class Connection:
         OSError: It is closed already.
     """
 
-    __slots__ = ("_checked_s", "_fd", "_ignored", "_inode", "closed", "handed_on", "limit")
+    __slots__ = (
+        "_checked_s",
+        "_fd",
+        "_ignored",
+        "_inode",
+        "_received",
+        "closed",
+        "handed_on",
+        "limit",
+    )
 
     def __init__(self, fd: int, port: int) -> None:
         self._fd, self.handed_on, self.limit, self.closed = fd, 0, CONTROL_BYTES, False
-        self._ignored, self._checked_s = 0.0, time.monotonic()
+        self._ignored, self._checked_s, self._received = 0.0, time.monotonic(), 0
         self._inode = os.fstat(fd).st_ino
         if self._call(socket.socket.getsockname)[1:2] != (port,) or not self.open:
             raise OSError(errno.EBADF, f"descriptor {fd} is no longer a client's")
@@ -72,8 +85,11 @@ class Connection:
         except OSError:
             return False
 
-    def check(self) -> None:
+    def check(self) -> int:
         """Shut the connection down if ZMQ holds too much of it.
+
+        Returns:
+            Bytes that arrived since the last check.
 
         Raises:
             OSError: It is closed, or the kernel does not count, or no descriptor is free.
@@ -88,6 +104,8 @@ class Connection:
         self._checked_s = now_s
         if received - handed_on_after - self._ignored > self.limit:
             self._cut()
+        arrived, self._received = received - self._received, received
+        return arrived
 
     def _bytes_received(self) -> int:
         info: bytes = self._call(
@@ -130,6 +148,7 @@ class ConnectionMonitor:
         self._by_fd: dict[int, Connection] = {}
         self._by_identity: dict[bytes, Connection] = {}
         self._lost = self._failed = 0
+        self._every_s = CHECK_EVERY_S
 
     def start(self, port: int) -> None:
         """Open ``fd`` and start the thread. ``server_socket`` is bound to ``port``."""
@@ -200,20 +219,24 @@ class ConnectionMonitor:
 
     def _run(self) -> None:
         poll = make_fd_poll(self._events)
-        check_s = time.monotonic()
+        checked_s = time.monotonic()
         while True:
-            poll.poll(CHECK_EVERY_S * 1000 if self._by_fd else None)
+            poll.poll(self._every_s * 1000 if self._by_fd else None)
             while has_input(self._events):
                 report = recv_monitor_message(self._events, zmq.DONTWAIT)
                 if report["event"] == zmq.Event.MONITOR_STOPPED:
                     return
                 self._handle(report["event"], report["value"])
-            if time.monotonic() >= check_s:
-                self._check_all()
-                check_s = time.monotonic() + CHECK_EVERY_S
+            if time.monotonic() >= checked_s + self._every_s:
+                quiet = self._check_all() < _QUIET_BYTES
+                self._every_s = (
+                    min(2 * self._every_s, QUIET_CHECK_EVERY_S) if quiet else CHECK_EVERY_S
+                )
+                checked_s = time.monotonic()
 
     def _handle(self, event: int, value: int) -> None:
         if event == zmq.Event.ACCEPTED:
+            self._every_s = CHECK_EVERY_S
             try:
                 self._connection(value)
             except OSError:  # closed again
@@ -228,15 +251,18 @@ class ConnectionMonitor:
                 self._failed += 1
                 os.eventfd_write(self.fd, 1)
 
-    def _check_all(self) -> None:
+    def _check_all(self) -> int:
+        """Check every connection; return how many bytes arrived since the last time."""
+        arrived = 0
         for fd, connection in list(self._by_fd.items()):
             if connection.open:
                 with contextlib.suppress(OSError):  # the next check repeats it
-                    connection.check()
+                    arrived += connection.check()
                 continue
             with self._lock:
                 if self._by_fd.get(fd) is connection:
                     self._forget(fd)
+        return arrived
 
     def _forget(self, fd: int) -> None:
         connection = self._by_fd.pop(fd, None)
