@@ -124,6 +124,8 @@ def write_latency_plot(path: Path, curves: Sequence[LatencyCurve], title: str) -
     starved.set(ylabel="starved ticks, %")
     seam.set(ylabel="largest seam", xlabel="latency, ms")
     jerk.set(ylabel="median RMS jerk, 1/s³", xlabel="latency, ms")
+    for axes in (starved, seam, jerk):
+        axes.set_ylim(bottom=0)
     for axes in grid.flat:
         axes.grid(alpha=0.3)
     success.legend(fontsize=7)
