@@ -1,7 +1,8 @@
 """A process's connection to the process that owns a robot: an AF_UNIX ``SOCK_SEQPACKET`` socket.
 
 A message is one byte for its kind and a payload. ``ACTION`` has no reply; ``CALL`` carries JSON and
-is answered by JSON. The first call is ``hello``; its reply carries the file descriptor of the
+is answered by JSON with the call's ``number``, so that a reply that came too late is not taken for
+the next call's. The first call is ``hello``; its reply carries the file descriptor of the
 ``SensorMemory``.
 """
 
@@ -63,6 +64,7 @@ class OwnerConnection:
 
     def __init__(self, address: str, *, role: str, timeout_s: float, peer: str) -> None:
         self._peer = peer
+        self._calls = 0
         self._socket = socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET)
         self._poll = select.poll()
         self.memory_fd = -1
@@ -113,12 +115,19 @@ class OwnerConnection:
             RobotLost: The owner has ended, or does not reply within ``timeout_s``.
             RobotError: The owner refuses; carries its reason.
         """
-        message = CALL + json.dumps({"call": name, **arguments}).encode()
+        self._calls += 1
+        message = CALL + json.dumps({"call": name, "number": self._calls, **arguments}).encode()
+        deadline_s = time.monotonic() + timeout_s
         try:
             self._socket.settimeout(timeout_s)
             try:
                 self._send(message)
-                return self._decode(self._socket.recv(MAX_MESSAGE))
+                while True:
+                    reply = self._socket.recv(MAX_MESSAGE)
+                    if not reply or json.loads(reply).get("number") == self._calls:
+                        return self._decode(reply)
+                    # Of an earlier call, which was given up.
+                    self._socket.settimeout(max(0.0, deadline_s - time.monotonic()))
             finally:
                 self._socket.setblocking(False)
         except OSError as error:

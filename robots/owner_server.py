@@ -126,7 +126,8 @@ class OwnerServer:
             fds = [self._memory_fd]
         else:
             reply = self._call(name, request)
-        socket.send_fds(peer, [json.dumps(reply).encode()], fds)
+        numbered = {**reply, "number": request.get("number")}
+        socket.send_fds(peer, [json.dumps(numbered).encode()], fds)
 
     def _count_camera_clients(self) -> None:
         camera_roles = [role for role in self._roles.values() if role in ("sensing", "both")]
