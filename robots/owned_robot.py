@@ -15,8 +15,8 @@ from robots.base import Role
 from robots.errors import RobotError, RobotLost, SensorLost, StampFault
 from transport.child_process import ChildProcess
 
-FAILURE_REASON_TIMEOUT_S = 0.02
-"""Short: the control loop asks, and the owner may be delayed."""
+FAILURE_REASON_TIMEOUT_S, LOOP_FAILURE_REASON_TIMEOUT_S = 0.2, 0.02
+"""The second where the control loop waits, which has to brake meanwhile."""
 CLOSE_TIMEOUT_S = 10.0
 """For the owner to notice that no client commands the robot any more, and to stop its motion."""
 
@@ -85,10 +85,10 @@ class OwnedRobot(AttachedRobot):
 
     def _failure(self, name: str) -> Mapping[str, Any]:
         """The owner's reply to ``failure_reason``; empty if it does not answer in time."""
+        in_loop = self._role is Role.CONTROL
+        timeout_s = LOOP_FAILURE_REASON_TIMEOUT_S if in_loop else FAILURE_REASON_TIMEOUT_S
         with contextlib.suppress(RobotError):
-            return self._connected()[0].call(
-                "failure_reason", timeout_s=FAILURE_REASON_TIMEOUT_S, source=name
-            )
+            return self._connected()[0].call("failure_reason", timeout_s=timeout_s, source=name)
         return {}
 
     def _disconnect(self) -> None:

@@ -29,6 +29,7 @@ from runtime.control.clock import Clock, ManualClock, MonotonicClock, spin_for
 from runtime.control.control_loop import ControlLoop
 from runtime.control.observation_history import ObservationHistory
 from runtime.control.realtime import no_garbage_collection
+from runtime.errors import ServerBusy
 from runtime.eval_sim.latency_dial import NO_DELAY, LatencyDial, LatencyDraws
 from runtime.eval_sim.old_pictures import OldPictures
 from runtime.eval_sim.requests import DelayedRequests, ImmediateRequests, Requests, require_tick
@@ -200,7 +201,10 @@ def _run_pipelined(
         if run.dial.drop:
             executor.give_up_request(tick + 1, latency.ticks())
         if executor.wants_chunk(tick + 1, latency.ticks()):
-            requests.submit(observe(tick + 1))
+            try:
+                requests.submit(observe(tick + 1))
+            except ServerBusy:  # asked again at the next tick, with a newer observation
+                executor.give_up_request(tick + 1, after=-1)
         else:
             run.remember(tick + 1)
 

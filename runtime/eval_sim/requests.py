@@ -127,9 +127,10 @@ class DelayedRequests:
         in_flight = len(self._latency_ns) + len(self._arriving)
         if self._waiting is None or in_flight >= MAX_IN_FLIGHT:
             return
-        (obs, latency_ns), self._waiting = self._waiting, None
-        self._latency_ns[obs.timestep] = latency_ns
+        obs, latency_ns = self._waiting
         self._requests.submit(obs)
+        self._waiting = None
+        self._latency_ns[obs.timestep] = latency_ns
 
 
 def require_tick(chunk: ActionChunk, tick: int) -> None:

@@ -78,6 +78,7 @@ class Rollout:
 
     def at_rest(self, name: str, at_ns: int, within_s: float) -> None:
         """Since ``at_ns`` no step was too far, the last one came in time, and none follows."""
+        time.sleep(0.1)  # what was sent before may be on its way to the listener
         arrived, values = self.commands()
         since = arrived > at_ns
         steps = np.abs(np.diff(values, axis=0))

@@ -44,6 +44,7 @@ class Peer:
         self.record = open(described["record"], "ab", buffering=0) if self.names else None  # noqa: SIM115, PTH123
         self.pictures = open(described["pictures"], "ab", buffering=0) if self.names else None  # noqa: SIM115, PTH123
         self.publishers = {}
+        self.ended = threading.Event()
         if self.names:
             self.publish_on(described["states"], JointState)
             for topic, message, joints in described["commands"]:
@@ -84,7 +85,7 @@ class Peer:
     def run(self) -> None:
         tick, due_s = 0, time.monotonic()
         generator = np.random.default_rng(0)
-        while rclpy.ok():
+        while not self.ended.is_set():
             if self.names:
                 self.target += self.speed * PERIOD_S
                 self.position += np.clip(self.target - self.position, -STEP, STEP)
@@ -157,10 +158,11 @@ def main() -> None:
         peer.frozen.pop(topic, None)
         peer.modes[topic] = mode
         print("done", flush=True)  # noqa: T201
+    peer.ended.set()
+    publisher.join()
     executor.shutdown()
     listener.join()
     rclpy.shutdown()
-    publisher.join()
     peer.node.destroy_node()  # removes its shared memory, once no thread uses it
     os._exit(0)  # not even the threads' destructors
 

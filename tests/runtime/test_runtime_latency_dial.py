@@ -15,6 +15,7 @@ from policies.types import ActionChunk, MetaObs, RolloutPolicy
 from runtime.control.blending import make_strategy
 from runtime.control.chunk_executor import ChunkExecutor
 from runtime.control.clock import ManualClock
+from runtime.errors import ServerBusy
 from runtime.eval_sim import cli as eval_sim
 from runtime.eval_sim.episode import run_lockstep, run_realtime
 from runtime.eval_sim.in_process_policy import InProcessPolicy
@@ -240,6 +241,47 @@ def test_in_real_time_the_dial_adds_to_what_is() -> None:
     assert episode.drawn_latency_s.tolist() == pytest.approx([0.06] * len(episode.drawn_latency_s))
     assert episode.answer_delay_s.min() >= 0.06
     assert episode.action_age_s.min() >= 0.06
+
+
+class BusyPolicy(InProcessPolicy):
+    """Answers while it is asked, but every other time it is busy: in ``where``."""
+
+    def __init__(self, where: str) -> None:
+        super().__init__(NotingPolicy())
+        self._where, self._answers = where, list[ActionChunk]()
+        self.calls = 0
+
+    def loan_images(self) -> dict[str, np.ndarray]:
+        self._be_busy("loan_images")
+        return {}
+
+    def submit(self, obs: MetaObs) -> None:
+        self._be_busy("submit")
+        self._answers.append(self.infer(obs))
+
+    def poll(self) -> ActionChunk | None:
+        return self._answers.pop(0) if self._answers else None
+
+    def _be_busy(self, where: str) -> None:
+        if where == self._where:
+            self.calls += 1
+            if self.calls % 2 == 0:
+                raise ServerBusy("all slots are taken")
+
+
+@pytest.mark.parametrize(
+    ("where", "latency_ms"), [("submit", 0.0), ("submit", 30.0), ("loan_images", 0.0)]
+)
+def test_a_busy_server_is_asked_again_at_the_next_tick(where: str, latency_ms: float) -> None:
+    policy = BusyPolicy(where)
+    world = FakeWorld(camera_hw={"top": (24, 32)}, max_timesteps=60)
+    strategy = make_strategy("temporal_ensemble", chunk_size=CHUNK, n_action_steps=CHUNK, stride=4)
+    executor = ChunkExecutor(CONTRACT, strategy)
+    episode = run_realtime(policy, world, executor, 3, dial=LatencyDial(latency_ms))
+    assert episode.horizon == 60
+    assert policy.calls > 5
+    assert episode.executor.chunks > 5
+    assert episode.executor.starved_ticks == 0
 
 
 def evaluate(folder: Path, *flags: str) -> dict[str, Any]:
