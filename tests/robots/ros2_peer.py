@@ -40,6 +40,7 @@ class Peer:
         self.position = np.array(described.get("start", []), float)
         self.target = self.position.copy()
         self.speed = np.zeros(len(self.names))
+        self.by_velocity = np.zeros(len(self.names), bool)
         self.row = struct.Struct(f"<q{1 + len(self.names)}d")
         self.record = open(described["record"], "ab", buffering=0) if self.names else None  # noqa: SIM115, PTH123
         self.pictures = open(described["pictures"], "ab", buffering=0) if self.names else None  # noqa: SIM115, PTH123
@@ -75,11 +76,11 @@ class Peer:
             assert list(got.name) == joints, got.name
             values = got.position
             if len(got.velocity):
-                self.speed[at] = values = got.velocity
+                self.speed[at], self.by_velocity[at] = got.velocity, True
                 at = []
         if at:
             self.target[at] = values
-        shown = self.target.copy() if at else np.where(self.speed != 0, self.speed, self.target)
+        shown = np.where(self.by_velocity, self.speed, self.target)
         self.record.write(self.row.pack(arrived_ns, within_s, *shown))
 
     def run(self) -> None:
