@@ -104,12 +104,14 @@ def test_a_driver_that_hangs_while_running_ends_the_evaluation(
 
 
 @pytest.mark.long
+@pytest.mark.alone
 def test_a_slow_reset_is_no_stall(tmp_path: Path) -> None:
     status, said = evaluate(tmp_path, "resets slowly", "-n", "5", "--max_timesteps", "5")
     assert status == 0, said
     assert "stalled" not in said
 
 
+@pytest.mark.alone
 def test_output_of_a_driver_does_no_harm(tmp_path: Path) -> None:
     status, said = evaluate(tmp_path, "prints")
     assert status == 0, said
