@@ -178,19 +178,24 @@ class Held:
         )
 
 
-def wait_until_watching(pid: int) -> None:
-    """Returns when this gateway has connected to ask which policy the server has.
+def settled(pid: int) -> Held:
+    """What this gateway holds when it has connected to ask which policy the server has.
 
-    Its sessions are over shared memory, so no other thread of ZMQ stays. Until then it holds less.
+    Its sessions are over shared memory, so no other thread of ZMQ stays. Threads are there before
+    the connection, so it is watched until what it holds does not change any more.
     """
     tasks = Path(f"/proc/{pid}/task")
+    seen: list[Held] = []
 
-    def has_zmq_threads() -> bool:
+    def unchanged() -> bool:
         with contextlib.suppress(FileNotFoundError):
-            return any("ZMQ" in comm.read_text() for comm in tasks.glob("*/comm"))
-        return False
+            if any("ZMQ" in comm.read_text() for comm in tasks.glob("*/comm")):
+                time.sleep(0.5)
+                seen.append(Held.by(pid))
+        return len(seen) > 1 and seen[-1] == seen[-2]
 
-    wait_until(has_zmq_threads)
+    wait_until(unchanged)
+    return seen[-1]
 
 
 def holds_no_more(pid: int, before: Held) -> None:
@@ -334,8 +339,7 @@ def kill_clients(protocol: Protocol, folder: Path) -> None:
                 client.kill()
             wait_until(lambda: len(session_names(server.address)) == 1)
             if not number:  # whatever the first ones needed is there now
-                wait_until_watching(gateway.pid)
-                held = [Held.by(each.pid) for each in (gateway, server)]
+                held = [settled(gateway.pid), Held.by(server.pid)]
         for each, before in zip((gateway, server), held, strict=True):
             holds_no_more(each.pid, before)
         bystander.check()
@@ -409,8 +413,7 @@ def kill_server(protocol: Protocol, folder: Path) -> list[str]:
         gateway, port = stack.enter_context(protocol.gateway(address))
         kinds = stack.enter_context(protocol.clients(folder))
         clients = start_all(kinds, port)
-        wait_until_watching(gateway.pid)
-        before = Held.by(gateway.pid)
+        before = settled(gateway.pid)
         for _ in range(TIMES):
             in_request(clients)
             segments = Held.by(server.pid).segments
