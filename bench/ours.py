@@ -86,10 +86,8 @@ class ChannelContestant:
 
     @contextmanager
     def connect(self, source: Source, link: Connection) -> Iterator[Exchange]:
-        receive, schema = self._next, source.payload.observation
-        with Dialer("127.0.0.1", link.recv(), **self._spin) as dialer:
-            channel, _ = dialer.open(schema, client="bench", transport=self._transport)
-        with channel:
+        receive = self._next
+        with self._open(source, link) as channel:
 
             def exchange() -> None:
                 loan = channel.loan()
@@ -102,16 +100,21 @@ class ChannelContestant:
 
             yield exchange
 
+    def _open(self, source: Source, link: Connection) -> Channel:
+        with Dialer("127.0.0.1", link.recv(), **self._spin) as dialer:
+            channel, _ = dialer.open(
+                source.payload.observation, client="bench", transport=self._transport
+            )
+        return channel
+
 
 class LoanedContestant(ChannelContestant):
     """Its caller's arrays are the loan's, as those of ``PolicyClient.loan_images``."""
 
     @contextmanager
     def connect(self, source: Source, link: Connection) -> Iterator[Exchange]:
-        receive, schema = self._next, source.payload.observation
-        with Dialer("127.0.0.1", link.recv(), **self._spin) as dialer:
-            channel, _ = dialer.open(schema, client="bench", transport=self._transport)
-        with channel:
+        receive = self._next
+        with self._open(source, link) as channel:
             loan = _move_to_loan(source, channel)
 
             def exchange() -> None:
