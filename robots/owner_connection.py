@@ -74,7 +74,7 @@ class OwnerConnection:
             self._send(CALL + json.dumps({"call": "hello", "role": role}).encode())
             reply, fds, _, _ = socket.recv_fds(self._socket, MAX_MESSAGE, 1)
             self.memory_fd = fds[0] if fds else -1
-            self.hello = self._decode(reply)
+            self.hello = self._accepted(self._decode(reply))
         except OSError as error:
             self.close()
             raise ConnectFailed(
@@ -123,9 +123,9 @@ class OwnerConnection:
             try:
                 self._send(message)
                 while True:
-                    reply = self._socket.recv(MAX_MESSAGE)
-                    if not reply or json.loads(reply).get("number") == self._calls:
-                        return self._decode(reply)
+                    reply = self._decode(self._socket.recv(MAX_MESSAGE))
+                    if reply.get("number") == self._calls:
+                        return self._accepted(reply)
                     # Of an earlier call, which was given up.
                     self._socket.settimeout(max(0.0, deadline_s - time.monotonic()))
             finally:
@@ -156,9 +156,12 @@ class OwnerConnection:
         if not reply:
             raise self._ended()
         content: Mapping[str, Any] = json.loads(reply)
-        if "error" in content:
-            raise RobotError(f"{self._peer} refuses: {content['error']}")
         return content
+
+    def _accepted(self, reply: Mapping[str, Any]) -> Mapping[str, Any]:
+        if "error" in reply:
+            raise RobotError(f"{self._peer} refuses: {reply['error']}")
+        return reply
 
     def __enter__(self) -> Self:
         return self
