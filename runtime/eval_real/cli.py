@@ -28,7 +28,6 @@ from policies.types import PolicyContract, PolicyInfo
 from policies.yaml_config import as_plain, load_config
 from robots.base import Robot
 from robots.factory import make_robot
-from robots.ros2_robot import Ros2Robot
 from runtime.client.policy_client import PolicyClient
 from runtime.control import strategy_selection
 from runtime.control.strategy_selection import choose_execution
@@ -143,6 +142,8 @@ def read_evaluation(argv: Sequence[str] | None) -> Evaluation:
     config = from_flags(EvalRealConfig, args, overrides=overrides)
     robot = make_robot(config.robot, overrides)
     if config.ros_discovery is not None:
+        from robots.ros2_robot import Ros2Robot
+
         if not isinstance(robot, Ros2Robot):
             raise ValueError(
                 f"--ros_discovery: got with -c {config.robot}, expected a robot of type ros2"
